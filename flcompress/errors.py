@@ -1,0 +1,50 @@
+"""Every error a user can meet, and the exit status it ends the command with.
+
+A message is one line: the file, the key or module path, what was given, what was expected, the mend.
+"""
+
+from __future__ import annotations
+
+
+class FlcompressError(Exception):
+    """The work failed (exit status 1)."""
+
+    exit_status = 1
+
+
+class RequestError(FlcompressError):
+    """The request was wrong: a recipe, a path, an argument (exit status 2)."""
+
+    exit_status = 2
+
+
+class RecipeError(RequestError):
+    """A recipe file that cannot be carried out as written."""
+
+
+class ModelError(RequestError):
+    """A model folder that is missing, unsafe or damaged."""
+
+
+class DataError(RequestError):
+    """A dataset that cannot be trained on."""
+
+
+class UnavailableError(RequestError):
+    """Something that this machine or installation lacks; the message names what to install or where to run."""
+
+
+class PreconditionError(RequestError):
+    """A pass was asked for whose needs the program does not meet."""
+
+
+class PostconditionError(FlcompressError):
+    """A pass or an exporter produced something that fails its own check."""
+
+
+class NotRemovable(FlcompressError):
+    """Blocks whose removal could not be certified; names the block and the cause."""
+
+
+class TrainingError(FlcompressError):
+    """Training was stopped: a non-finite loss or a monitor's limit. The last good checkpoint is kept."""

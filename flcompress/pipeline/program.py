@@ -1,0 +1,126 @@
+"""The program: what passes rewrite. A block graph, weights on disk, a sampling contract, and facts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from flcompress.diffusion.contract import SamplingContract
+from flcompress.ir.graph import BlockGraph
+from flcompress.ir.serial import content_hash, from_json, to_json
+
+PROGRAM_FILE = "program.json"
+GRAPH_FILE = "graph.json"
+
+
+class Fact(StrEnum):
+    """What is known to hold of a program. Passes declare which they need, give and void."""
+
+    TRAINED = "trained"
+    """The transformer's weights come from training, not from a random start."""
+    SCORED = "scored"
+    """Every block of the graph has an importance."""
+    ELASTIC = "depth-elastic"
+    """The unpruned transformer works with any subset of its prune set skipped."""
+    PRUNED = "pruned"
+    """The transformer lacks the blocks of its prune set."""
+    FEW_STEP = "few-step"
+    """The transformer is sampled in few steps without guidance."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """A video diffusion model on its way through the compiler. Immutable; a pass returns a new one.
+
+    Attributes:
+        graph: block graph of the current transformer.
+        components: component name -> folder, as in a diffusers pipeline ("transformer", "vae", "text_encoder",
+            "tokenizer"), and two more: "original", the transformer the recipe started from, and "elastic", the unpruned
+            transformer that "transformer" was cut from (the original, or what stochastic depth made of it).
+        contract: how the current transformer is sampled.
+        teacher_contract: how "original" is sampled.
+        facts: what holds.
+        prune_set: paths, in the unpruned transformer, of the blocks chosen for removal.
+        kept: path in the current transformer -> path in the original, for every block.
+        pipeline_class: the diffusers pipeline class named by the model folder.
+    """
+
+    graph: BlockGraph
+    components: Mapping[str, Path]
+    contract: SamplingContract
+    teacher_contract: SamplingContract
+    facts: frozenset[Fact] = frozenset()
+    prune_set: tuple[str, ...] = ()
+    kept: Mapping[str, str] = field(default_factory=dict)
+    pipeline_class: str = "WanPipeline"
+
+    def with_component(self, name: str, folder: Path) -> Program:
+        """The same program with one component replaced."""
+        return replace(self, components={**self.components, name: folder})
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over everything that decides what this program computes: contents, not places on disk."""
+        canonical = {
+            "graph": content_hash(self.graph),
+            "components": {name: folder_digest(path) for name, path in sorted(self.components.items())},
+            **self._plain(),
+        }
+        return hashlib.sha256(json.dumps(canonical, sort_keys=True).encode()).hexdigest()
+
+    def _plain(self) -> dict[str, Any]:
+        return {
+            "contract": self.contract.to_dict(),
+            "teacher_contract": self.teacher_contract.to_dict(),
+            "facts": sorted(self.facts),
+            "prune_set": list(self.prune_set),
+            "kept": dict(self.kept),
+            "pipeline_class": self.pipeline_class,
+        }
+
+    def save(self, folder: Path) -> None:
+        """Write `program.json` and `graph.json`; component folders are named relative to `folder`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        components = {name: os.path.relpath(path, folder) for name, path in sorted(self.components.items())}
+        record = {"components": components, **self._plain()}
+        (folder / PROGRAM_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        (folder / GRAPH_FILE).write_text(to_json(self.graph) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> Program:
+        """Read what `save` wrote."""
+        record = json.loads((folder / PROGRAM_FILE).read_text(encoding="utf-8"))
+        return cls(
+            graph=from_json((folder / GRAPH_FILE).read_text(encoding="utf-8")),
+            components={name: (folder / path).resolve() for name, path in record["components"].items()},
+            contract=SamplingContract.from_dict(record["contract"]),
+            teacher_contract=SamplingContract.from_dict(record["teacher_contract"]),
+            facts=frozenset(map(Fact, record["facts"])),
+            prune_set=tuple(record["prune_set"]),
+            kept=record["kept"],
+            pipeline_class=record["pipeline_class"],
+        )
+
+
+def folder_digest(folder: Path) -> str:
+    """SHA-256 over the names and contents of a folder's files."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    digest = hashlib.sha256()
+    for path in files:
+        stat = path.stat()
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
+        digest.update(_file_digest(path, stat.st_mtime_ns, stat.st_size).encode())
+    return digest.hexdigest()
+
+
+@lru_cache(maxsize=4096)
+def _file_digest(path: Path, modified: int, size: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

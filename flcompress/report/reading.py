@@ -1,0 +1,173 @@
+"""What a run directory holds, read as plain files: no model, no torch, nothing is written."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from flcompress.errors import RequestError
+from flcompress.ir.graph import BlockGraph
+from flcompress.ir.serial import from_json
+from flcompress.report.record import Record, ReportError, read_lines, read_object
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One stored pass: its folder below `RUN/passes` and what `entry.json` says. Index 0 is the starting model."""
+
+    folder: Path
+    index: int
+    name: str
+    key: str
+    arguments: str
+    seconds: float
+    peak_rss_mb: float | None
+
+    def program(self) -> Record:
+        return read_object(self.folder / "program.json")
+
+    def graph(self) -> BlockGraph:
+        """The block graph after this pass; ReportError where `graph.json` is missing or damaged."""
+        file = self.folder / "graph.json"
+        try:
+            return from_json(file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, RequestError) as error:
+            raise ReportError(f"{file}: {error}; delete {self.folder} and run the recipe again") from error
+
+    def result(self) -> Record | None:
+        """What the pass says of itself, or None where it says nothing."""
+        file = self.folder / "result.json"
+        return read_object(file) if file.is_file() else None
+
+    def metrics(self) -> list[Record]:
+        """One record a step, and one a look of the monitor."""
+        return read_lines(self.folder / "metrics.jsonl")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """A run directory as the report sees it.
+
+    Attributes:
+        path: the run directory.
+        info: `run.json`.
+        recipe: text of `recipe.yaml`, or "" where there is none yet.
+        journal: every event, oldest first.
+        entries: the passes of the latest attempt, in order; the starting model comes first.
+        exports: name -> summary, in the order of the journal.
+        evaluation: `eval/results.json`, or None.
+        bench: `bench/results.json`, or None.
+    """
+
+    path: Path
+    info: Record
+    recipe: str
+    journal: list[Record]
+    entries: list[Entry]
+    exports: dict[str, Record]
+    evaluation: Record | None
+    bench: Record | None
+
+    @property
+    def latest(self) -> list[Record]:
+        """The journal's events since the recipe was last started."""
+        starts = [place for place, event in enumerate(self.journal) if event.values.get("event") == "start"]
+        return self.journal[starts[-1] :] if starts else self.journal
+
+    def entry(self, name: str) -> Entry | None:
+        """The last pass of that name."""
+        found = [entry for entry in self.entries if entry.name == name]
+        return found[-1] if found else None
+
+    def result(self, name: str) -> Record | None:
+        """`result.json` of the last pass of that name."""
+        entry = self.entry(name)
+        return entry.result() if entry else None
+
+    def inside(self, relative: str) -> Path | None:
+        """A file of the run directory by its relative name; None if it is missing or lies elsewhere."""
+        file = (self.path / relative).resolve()
+        return file if file.is_file() and file.is_relative_to(self.path.resolve()) else None
+
+
+def read_run(run_dir: Path) -> RunRecord:
+    """Read a run directory.
+
+    Raises:
+        RequestError: it is no run directory.
+        ReportError: a file in it is damaged; the message names it.
+    """
+    if not run_dir.is_dir():
+        raise RequestError(f"{run_dir}: no such folder, expected a run directory; flcompress apply RECIPE makes one")
+    if not (run_dir / "run.json").is_file():
+        raise RequestError(f"{run_dir}: has no run.json, expected a run directory; flcompress apply RECIPE makes one")
+    journal = read_lines(run_dir / "journal.jsonl")
+    run = RunRecord(
+        path=run_dir,
+        info=read_object(run_dir / "run.json"),
+        recipe=_text(run_dir / "recipe.yaml"),
+        journal=journal,
+        entries=[],
+        exports={file.stem: read_object(file) for file in sorted((run_dir / "exports").glob("*.json"))},
+        evaluation=_optional(run_dir / "eval" / "results.json"),
+        bench=_optional(run_dir / "bench" / "results.json"),
+    )
+    run.entries.extend(_current(_entries(run_dir), run.latest))
+    return run
+
+
+def _entries(run_dir: Path) -> list[Entry]:
+    found: list[Entry] = []
+    for file in sorted((run_dir / "passes").glob("*/entry.json")):
+        record = read_object(file)
+        found.append(
+            Entry(
+                folder=file.parent,
+                index=int(record.number("index")),
+                name=record.text("name"),
+                key=record.text("key"),
+                arguments=_arguments(record),
+                seconds=record.number("seconds") if record.has("seconds") else 0.0,
+                peak_rss_mb=record.number("peak_rss_mb") if record.has("peak_rss_mb") else None,
+            )
+        )
+    return sorted(found, key=lambda entry: (entry.index, entry.folder.name))
+
+
+def _current(entries: list[Entry], events: list[Record]) -> list[Entry]:
+    """Of several results for one place in the recipe, the one the latest attempt used.
+
+    Results of earlier versions of the recipe stay in the cache, so a folder being there does not mean it counts.
+    """
+    keys = {event.values["key"] for event in events if event.has("key")}
+    chosen: dict[int, Entry] = {}
+    for entry in entries:
+        others = chosen.get(entry.index)
+        if others is None or entry.key in keys or (others.key not in keys and _age(entry) > _age(others)):
+            chosen[entry.index] = entry
+    # The starting model may not be in the journal; a pass that the latest attempt did not reach does not count.
+    passes = {event.values["key"] for event in events if event.values.get("event") == "pass" and event.has("key")}
+    return [entry for index, entry in sorted(chosen.items()) if index == 0 or not passes or entry.key in passes]
+
+
+def _age(entry: Entry) -> float:
+    return (entry.folder / "entry.json").stat().st_mtime
+
+
+def _arguments(record: Record) -> str:
+    given = record.values.get("arguments") or {}
+    if not isinstance(given, dict):
+        return str(given)
+    return ", ".join(f"{key}: {value if isinstance(value, str) else json.dumps(value)}" for key, value in given.items())
+
+
+def _optional(file: Path) -> Record | None:
+    return read_object(file) if file.is_file() else None
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8") if file.is_file() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise ReportError(f"{file}: cannot be read as text ({error}); run the recipe again") from error

@@ -1,0 +1,134 @@
+"""Typed access to the JSON files of a run directory; a damaged one gives a line that names the file and the place."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flcompress.errors import FlcompressError
+
+
+class ReportError(FlcompressError):
+    """A file of the run directory is damaged, so there is nothing true to report from it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A mean with its confidence interval; `low` and `high` equal `mean` where the file gave a bare number."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def measured(self) -> bool:
+        """Whether there is an interval, and not only a number."""
+        return self.high > self.low
+
+    def overlaps(self, other: Interval) -> bool:
+        return self.low <= other.high and other.low <= self.high
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One JSON object of `file`, found at `place` within it ("" is the top)."""
+
+    file: Path
+    values: Mapping[str, Any]
+    place: str = ""
+
+    def has(self, key: str) -> bool:
+        """Whether the key is there with a value; null counts as absent."""
+        return self.values.get(key) is not None
+
+    def text(self, key: str) -> str:
+        value = self.values.get(key)
+        return value if isinstance(value, str) else self._refuse(key, "a text")
+
+    def number(self, key: str) -> float:
+        value = self.values.get(key)
+        return float(value) if _is_number(value) else self._refuse(key, "a number")
+
+    def numbers(self, key: str) -> list[float]:
+        value = self.values.get(key)
+        if not isinstance(value, list) or not all(_is_number(item) for item in value):
+            self._refuse(key, "a list of numbers")
+        return [float(item) for item in value]
+
+    def texts(self, key: str) -> list[str]:
+        value = self.values.get(key)
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            self._refuse(key, "a list of texts")
+        return list(value)
+
+    def sub(self, key: str) -> Record:
+        value = self.values.get(key)
+        return Record(self.file, value if isinstance(value, dict) else self._refuse(key, "an object"), self._at(key))
+
+    def each(self, key: str) -> list[Record]:
+        value = self.values.get(key)
+        if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+            self._refuse(key, "a list of objects")
+        return [Record(self.file, item, f"{self._at(key)}[{place}]") for place, item in enumerate(value)]
+
+    def interval(self, key: str, mean: str = "mean") -> Interval:
+        """Either a bare number, or an object with `mean` (bench files say "median"), "low" and "high"."""
+        if _is_number(self.values.get(key)):
+            value = self.number(key)
+            return Interval(value, value, value)
+        inner = self.sub(key)
+        return Interval(inner.number(mean), inner.number("low"), inner.number("high"))
+
+    def _at(self, key: str) -> str:
+        return f"{self.place}.{key}" if self.place else key
+
+    def _refuse(self, key: str, expected: str) -> Any:
+        value = self.values.get(key)
+        given = "nothing" if value is None else json.dumps(value, default=str)[:40]
+        raise ReportError(f"{self.file}: {self._at(key)} is {given}, expected {expected}; make the file again")
+
+
+def read_object(file: Path) -> Record:
+    """The JSON object in `file`; ReportError where it cannot be read or is no object."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ReportError(f"{file}: cannot be read as JSON ({error}); make the file again") from error
+    if not isinstance(value, dict):
+        raise ReportError(f"{file}: holds {type(value).__name__}, expected an object; make the file again")
+    return Record(file, value)
+
+
+def read_lines(file: Path) -> list[Record]:
+    """The objects of a JSON-lines file, none where it is missing.
+
+    The last line may be cut in half, as a killed run leaves it, and is then left out; any other bad line is an error.
+    """
+    if not file.is_file():
+        return []
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ReportError(f"{file}: cannot be read ({error}); make the file again") from error
+    found: list[Record] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise ReportError(f"{file}: line {number} is not JSON ({error}); make the file again") from error
+        if not isinstance(value, dict):
+            raise ReportError(f"{file}: line {number} is {type(value).__name__}, expected an object")
+        found.append(Record(file, value, f"line {number}"))
+    return found
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,73 @@
+"""Which config key counts which list of modules: change each integer by one, build on meta, see which lists follow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+# What the constructor of a foreign model may raise on a config that makes no sense.
+BUILD_ERRORS = (
+    ValueError,
+    TypeError,
+    RuntimeError,
+    IndexError,
+    KeyError,
+    AttributeError,
+    AssertionError,
+    ZeroDivisionError,
+    NotImplementedError,
+)
+
+COUNTING_WORDS = ("layer", "depth", "block")
+
+
+def list_lengths(model: nn.Module) -> dict[str, int]:
+    """Length of every list of modules, by its path."""
+    return {name: len(part) for name, part in model.named_modules() if isinstance(part, nn.ModuleList)}
+
+
+def has_config(model: nn.Module) -> bool:
+    """Whether the model can be built again from its own config, as diffusers' models can."""
+    return isinstance(getattr(model, "config", None), Mapping) and callable(getattr(type(model), "from_config", None))
+
+
+def build_on_meta(model: nn.Module, changes: Mapping[str, Any]) -> nn.Module:
+    """A weightless model of the same class with some config values changed; raises BUILD_ERRORS."""
+    factory: Any = type(model)
+    config: Any = model.config
+    with torch.device("meta"):
+        built: nn.Module = factory.from_config({**config, **changes})
+    return built
+
+
+def followers(model: nn.Module, key: str) -> set[str]:
+    """The lists whose length follows the config value at `key`, entry by entry."""
+    config: Any = model.config
+    step = -1 if config[key] > 1 else 1  # many models cannot be built with nothing in a list
+    try:
+        changed = list_lengths(build_on_meta(model, {key: config[key] + step}))
+    except BUILD_ERRORS:
+        return set()
+    return {name for name, length in list_lengths(model).items() if changed.get(name, 0) == length + step}
+
+
+def count_keys(model: nn.Module, stacks: Iterable[str]) -> dict[str, str]:
+    """{stack: config key}; a stack that no single integer counts is left out."""
+    wanted = set(stacks)
+    found: dict[str, str] = {}
+    if not has_config(model):
+        return found
+    config: Any = model.config
+    all_lengths = list_lengths(model)
+    lengths = {all_lengths[stack] for stack in wanted}
+    # Likely keys first, since every guess costs one build.
+    numbers = [key for key, value in config.items() if type(value) is int and value > 0]
+    numbers.sort(key=lambda key: (config[key] not in lengths, not any(word in key for word in COUNTING_WORDS)))
+    for key in numbers:
+        if wanted <= set(found):
+            break
+        found |= {stack: key for stack in followers(model, key) & wanted if stack not in found}
+    return found

@@ -1,0 +1,94 @@
+"""Skipping block after block on the same inputs without computing what comes before the skipped one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from flcompress.errors import RequestError
+from flcompress.ir.graph import BlockGraph
+from flcompress.trace.call import tensors_of
+from flcompress.trace.skip import identity, replaced_forwards
+
+
+class PrefixMemory:
+    """What every block returned in the last full forward; made by `remember`."""
+
+    def __init__(self, model: nn.Module, graph: BlockGraph, *, detach: bool) -> None:
+        self._model = model
+        self._graph = graph
+        self._detach = detach
+        self._recording = True
+        self._outputs: dict[str, Any] = {}
+        self._arguments: list[Tensor] = []  # of the first block: what tells one forward's inputs from another's
+
+    @contextmanager
+    def skipping(self, path: str) -> Iterator[None]:
+        """While active, blocks before `path` return what they returned before, `path` is an identity, the rest runs.
+
+        Forwards in it must be given the inputs that were remembered. Raises RequestError on an unknown path, when
+        nothing is remembered, and (in the forward) when the first block meets other inputs.
+        """
+        block = self._graph.block(path)
+        order = [one.path for one in self._graph.blocks]
+        if len(self._outputs) < len(order):
+            raise RequestError(f"cannot skip '{path}': nothing is remembered; run one full forward first")
+        before = order[: order.index(path)]
+        forwards = {one: self._recall(one, first=one == order[0]) for one in before}
+        forwards[path] = identity(self._model.get_submodule(path), block)
+        recording, self._recording = self._recording, False
+        try:
+            with replaced_forwards(self._model, forwards):
+                yield
+        finally:
+            self._recording = recording
+
+    def _recall(self, path: str, *, first: bool) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if first:
+                given = _tensors((args, kwargs))
+                if len(given) != len(self._arguments) or not all(map(torch.equal, given, self._arguments)):
+                    raise RequestError(
+                        f"'{path}' was given other inputs than the remembered ones; give the same inputs"
+                    )
+            return _copy(self._outputs[path], detach=self._detach)
+
+        return forward
+
+    def _record(self, path: str, *, first: bool) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if self._recording:
+                self._outputs[path] = _copy(output, detach=self._detach)
+                if first:
+                    self._arguments = _tensors((args, kwargs))
+
+        return hook
+
+
+@contextmanager
+def remember(model: nn.Module, graph: BlockGraph, *, detach: bool = True) -> Iterator[PrefixMemory]:
+    """A memory that every full forward inside the `with` block fills anew; it costs one copy of the blocks' outputs.
+
+    `detach=False` keeps the autograd history of what is remembered.
+    """
+    memory = PrefixMemory(model, graph, detach=detach)
+    with ExitStack() as hooks:
+        for place, block in enumerate(graph.blocks):
+            module = model.get_submodule(block.path)
+            hook = memory._record(block.path, first=place == 0)
+            hooks.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+        yield memory
+
+
+def _copy(tree: Any, *, detach: bool) -> Any:
+    # Copies, because a model may go on to write into a block's output.
+    return tree_map_only(Tensor, lambda one: (one.detach() if detach else one).clone(), tree)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [one.detach() for one in tensors_of(tree)]

@@ -1,0 +1,94 @@
+"""Blocks that act as identities on their residual streams while a `with` block lasts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from flcompress.errors import NotRemovable, RequestError
+from flcompress.ir.block import Block
+from flcompress.ir.graph import BlockGraph
+from flcompress.trace.call import positional_names
+from flcompress.trace.tracer import trace
+
+_traced: WeakKeyDictionary[nn.Module, BlockGraph] = WeakKeyDictionary()
+
+
+@contextmanager
+def skip(model: nn.Module, paths: Iterable[str], *, graph: BlockGraph | None = None) -> Iterator[None]:
+    """While active, each block in `paths` returns its residual inputs, in the order and structure of its outputs.
+
+    With `graph` nothing is traced; without it the model is traced at its first skip and the graph kept. Gradients flow
+    through the skipped blocks' streams, skips may be nested, and on leaving every forward is what it was. Raises
+    RequestError on an unknown path and NotRemovable on a block that carries no stream.
+    """
+    known = graph if graph is not None else graph_of(model)
+    forwards = {path: identity(model.get_submodule(path), known.block(path)) for path in known_paths(known, paths)}
+    with replaced_forwards(model, forwards):
+        yield
+
+
+def known_paths(graph: BlockGraph, paths: Iterable[str]) -> tuple[str, ...]:
+    """The paths, each once, all of them blocks; RequestError on an unknown one."""
+    return tuple(dict.fromkeys(graph.block(path).path for path in paths))
+
+
+def graph_of(model: nn.Module) -> BlockGraph:
+    """The model's graph from its example inputs, traced again only when a list has changed its length."""
+    graph = _traced.get(model)
+    modules = dict(model.named_modules())
+    if graph is None or any(
+        not isinstance(found := modules.get(stack), nn.ModuleList) or len(found) != len(blocks)
+        for stack, blocks in graph.stacks.items()
+    ):
+        graph = _traced[model] = trace(model)
+    return graph
+
+
+def identity(module: nn.Module, block: Block) -> Callable[..., Any]:
+    """A forward that hands the residual inputs of `block` on; outputs that were None stay None."""
+    if not block.streams:
+        raise NotRemovable(f"'{block.path}' cannot be skipped: {block.reason or 'it carries no residual stream'}")
+    names = positional_names(type(module).forward)
+    places = [
+        (stream.output, stream.input, names.index(stream.input) if stream.input in names else stream.input)
+        for stream in block.streams
+    ]
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        outputs: list[Any] = [None] * max(block.outputs, 1)
+        for output, name, place in places:
+            outputs[output] = kwargs[name] if name in kwargs else args[int(place)]
+        return tuple(outputs) if block.outputs else outputs[0]
+
+    return forward
+
+
+@contextmanager
+def replaced_forwards(model: nn.Module, forwards: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """Give the modules at the paths another forward; hooks, parameters and the state dict stay as they are."""
+    modules = {path: model.get_submodule(path) for path in forwards}
+    before = {path: vars(module).get("forward") for path, module in modules.items()}
+    try:
+        for path, module in modules.items():
+            vars(module)["forward"] = forwards[path]
+        yield
+    finally:
+        for path, module in modules.items():
+            old = before[path]
+            if old is None:
+                vars(module).pop("forward", None)
+            else:
+                vars(module)["forward"] = old
+
+
+def require_blocks(graph: BlockGraph, paths: Iterable[str]) -> tuple[str, ...]:
+    """`known_paths`, and RequestError on an empty request."""
+    wanted = known_paths(graph, paths)
+    if not wanted:
+        raise RequestError(f"no block of {graph.model_class} was named; expected at least one path")
+    return wanted

@@ -1,0 +1,226 @@
+"""From a module to its block graph, by running it once with hooks; works on the meta device too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from flcompress.errors import RequestError
+from flcompress.ir.block import Block, Flow, TensorSpec
+from flcompress.ir.graph import INPUT, OUTPUT, BlockGraph, Edge
+from flcompress.trace.call import Call, blank, evaluating, named, outputs_of, spec_of, tensors_of
+from flcompress.trace.config_keys import count_keys
+from flcompress.trace.replay import Layout, layout_of, signature
+from flcompress.trace.taint import Source, Taint
+
+
+def trace(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> BlockGraph:
+    """The block graph of `model`, whose weights may be on the meta device.
+
+    `inputs` are the keyword arguments of one forward, batch axis first; without them the family's example inputs are
+    used. FLOPs are of one sample. Raises RequestError where no list of blocks can be found.
+    """
+    inputs = inputs_for(model, inputs)
+    with evaluating(model):
+        calls, flops = _record(model, inputs)
+        layouts = _layouts(model, calls)
+        stacks, config_keys = _stacks(model, calls, layouts)
+        order = [path for path in calls if path.rpartition(".")[0] in stacks]
+        if not order:
+            raise RequestError(
+                f"{type(model).__name__} has no list of residual blocks that each run once; "
+                "expected a transformer such as WanTransformer3DModel"
+            )
+        flows = _flows(model, inputs, {path: layouts[path] for path in order})
+    batch = _batch(inputs)
+    graph = BlockGraph(
+        model_class=type(model).__name__,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        flops=flops // batch,
+        blocks=[_block(model, path, calls[path].flops // batch, layouts[path]) for path in order],
+        flows=flows,
+        config_keys=config_keys,
+    )
+    graph.verify()
+    return graph
+
+
+def inputs_for(model: nn.Module, inputs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The given inputs, or the example inputs of the model's family."""
+    if inputs is not None:
+        return dict(inputs)
+    from flcompress.models import example_inputs  # late: it knows every family, and only few callers need it
+
+    return dict(example_inputs(model))
+
+
+def _batch(inputs: Mapping[str, Any]) -> int:
+    hidden_states = inputs.get("hidden_states")
+    return hidden_states.shape[0] if isinstance(hidden_states, Tensor) else 1
+
+
+def _block(model: nn.Module, path: str, flops: int, layout: Layout) -> Block:
+    module = model.get_submodule(path)
+    stack, _, index = path.rpartition(".")
+    return Block(
+        path=path,
+        stack=stack,
+        index=int(index),
+        kind=type(module).__name__,
+        streams=layout.streams,
+        parameters=sum(parameter.numel() for parameter in module.parameters()),
+        flops=flops,
+        outputs=layout.outputs,
+        removable=None if layout.streams else False,
+        reason=layout.reason,
+    )
+
+
+def _flash_on_cpu(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
+
+
+def _counter() -> FlopCounterMode:
+    # PyTorch counts every attention kernel but the CPU's.
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return FlopCounterMode(display=False, custom_mapping={kernel: _flash_on_cpu})
+
+
+def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, part in model.named_modules():
+        if isinstance(part, nn.ModuleList):
+            yield from ((f"{name}.{index}", child) for index, child in enumerate(part))
+
+
+def _record(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[dict[str, Call], int]:
+    """The calls of list entries that ran exactly once, in the order they started, and the FLOPs of everything."""
+    started: dict[str, int] = {}
+    calls: dict[str, Call | None] = {}
+    counter = _counter()
+
+    def before(path: str) -> Any:
+        def hook(module: nn.Module, args: Any) -> None:
+            calls[path] = None
+            started[path] = counter.get_total_flops() if path not in started else -1
+
+        return hook
+
+    def after(path: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if started[path] >= 0:
+                spent = counter.get_total_flops() - started[path]
+                calls[path] = Call(blank(args), blank(kwargs), blank(output), spent)
+
+        return hook
+
+    with ExitStack() as hooks:
+        for path, child in _candidates(model):
+            hooks.callback(child.register_forward_pre_hook(before(path)).remove)
+            hooks.callback(child.register_forward_hook(after(path), with_kwargs=True).remove)
+        with counter:
+            model(**inputs)
+    return {path: call for path, call in calls.items() if call is not None}, counter.get_total_flops()
+
+
+def _layouts(model: nn.Module, calls: Mapping[str, Call]) -> dict[str, Layout]:
+    """The streams of every recorded child; children that are built and called alike are replayed once."""
+    known: dict[str, Layout] = {}
+    found: dict[str, Layout] = {}
+    for path, call in calls.items():
+        child = model.get_submodule(path)
+        if not any(True for _ in child.parameters()):
+            found[path] = Layout((), 0, "it has no parameters")  # a dropout or an activation, not a block
+            continue
+        key = signature(child, call)
+        if key not in known:
+            known[key] = layout_of(child, call)
+        found[path] = known[key]
+    return found
+
+
+def _stacks(
+    model: nn.Module, calls: Mapping[str, Call], layouts: Mapping[str, Layout]
+) -> tuple[set[str], dict[str, str]]:
+    """The lists of blocks and the config keys that count them.
+
+    A list of blocks is one whose children each ran once and of which one carries a stream; the outermost are kept. A
+    list of one must also be counted by a config key: it may be what removals left, or just a wrapper.
+    """
+    lists: list[str] = []
+    for name, part in model.named_modules():  # parents come before their children
+        if isinstance(part, nn.ModuleList) and len(part):
+            children = [f"{name}.{index}" for index in range(len(part))]
+            if all(path in calls for path in children) and any(layouts[path].streams for path in children):
+                lists.append(name)
+    single = {name for name in lists if f"{name}.1" not in calls}
+    kept: list[str] = []
+    for name in (one for one in lists if one not in single):
+        if not name.startswith(tuple(f"{outer}." for outer in kept)):
+            kept.append(name)
+    apart = {
+        name
+        for name in single
+        if not any(f"{one}.".startswith(f"{name}.") or name.startswith(f"{one}.") for one in kept)
+    }
+    keys = count_keys(model, [*kept, *apart])
+    return {*kept, *(name for name in apart if name in keys)}, keys
+
+
+def _flows(model: nn.Module, inputs: Mapping[str, Any], layouts: Mapping[str, Layout]) -> dict[Edge, set[Flow]]:
+    """The data flow between blocks.
+
+    Every block needs the conditioning (timestep, prompt), so edges from "input" are kept for residual streams only.
+    """
+    taint = Taint()
+    specs: dict[Source, TensorSpec] = {}
+    flows: dict[Edge, set[Flow]] = {}
+
+    def give(path: str, name: str, tree: Any) -> None:
+        for tensor in tree_leaves(tree):
+            if isinstance(tensor, Tensor):
+                specs.setdefault((path, name), spec_of(tensor))
+                taint.mark(tensor, [(path, name)])
+
+    def take(path: str, name: str, tree: Any, *, stream: bool) -> None:
+        sources = taint.of(tree)
+        from_blocks = {source for source in sources if source[0] != INPUT}
+        if stream and not sources:  # a learned token: no input feeds it
+            specs[INPUT, "parameters"] = spec_of(tree)
+            sources = frozenset([(INPUT, "parameters")])
+        for source in from_blocks or (sources if stream else ()):
+            flow = Flow(source=source[1], target=name, spec=specs[source])
+            flows.setdefault((source[0], path), set()).add(flow)
+
+    def before(path: str) -> Any:
+        streams = {stream.input for stream in layouts[path].streams}
+
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            for name, value in named(module, args, kwargs).items():
+                take(path, name, value, stream=name in streams or not streams)
+
+        return hook
+
+    def after(path: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            for place, value in enumerate(outputs_of(output)):
+                give(path, str(place), value)
+
+        return hook
+
+    with ExitStack() as hooks:
+        for path in layouts:
+            child = model.get_submodule(path)
+            hooks.callback(child.register_forward_pre_hook(before(path), with_kwargs=True).remove)
+            hooks.callback(child.register_forward_hook(after(path)).remove)
+        with taint:
+            for name, value in inputs.items():
+                give(INPUT, name, value)
+            for place, leaf in enumerate(tensors_of(model(**inputs))):
+                take(OUTPUT, str(place), leaf, stream=True)
+    return flows
