@@ -74,6 +74,8 @@ class Pass(BaseModel, ABC):
     """Raise it when the pass's result changes for the same arguments: it is part of the cache key."""
     gives: ClassVar[frozenset[Fact]] = frozenset()
     voids: ClassVar[frozenset[Fact]] = frozenset()
+    needs_data: ClassVar[bool] = False
+    """Whether it reads clips: a recipe without `data:` is then refused before any work."""
 
     @property
     def needs(self) -> frozenset[Fact]:
@@ -96,6 +98,10 @@ class Pass(BaseModel, ABC):
     def remaining(self, parameters: float) -> float:
         """Expected share of the transformer's parameters that this pass leaves; for the plan."""
         return parameters
+
+    def evaluations(self, evaluations: int) -> int:
+        """Network evaluations for one sample after this pass, given those before; for the plan."""
+        return evaluations
 
     def cost(self, parameters: float, blocks: int) -> Cost:
         """What this pass will take on a transformer with so many parameters and blocks; for the plan."""

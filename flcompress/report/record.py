@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeGuard
 
 from flcompress.errors import FlcompressError
 
@@ -47,11 +47,15 @@ class Record:
 
     def text(self, key: str) -> str:
         value = self.values.get(key)
-        return value if isinstance(value, str) else self._refuse(key, "a text")
+        if not isinstance(value, str):
+            self._refuse(key, "a text")
+        return value
 
     def number(self, key: str) -> float:
         value = self.values.get(key)
-        return float(value) if _is_number(value) else self._refuse(key, "a number")
+        if not _is_number(value):
+            self._refuse(key, "a number")
+        return float(value)
 
     def numbers(self, key: str) -> list[float]:
         value = self.values.get(key)
@@ -67,7 +71,9 @@ class Record:
 
     def sub(self, key: str) -> Record:
         value = self.values.get(key)
-        return Record(self.file, value if isinstance(value, dict) else self._refuse(key, "an object"), self._at(key))
+        if not isinstance(value, dict):
+            self._refuse(key, "an object")
+        return Record(self.file, value, self._at(key))
 
     def each(self, key: str) -> list[Record]:
         value = self.values.get(key)
@@ -86,7 +92,7 @@ class Record:
     def _at(self, key: str) -> str:
         return f"{self.place}.{key}" if self.place else key
 
-    def _refuse(self, key: str, expected: str) -> Any:
+    def _refuse(self, key: str, expected: str) -> NoReturn:
         value = self.values.get(key)
         given = "nothing" if value is None else json.dumps(value, default=str)[:40]
         raise ReportError(f"{self.file}: {self._at(key)} is {given}, expected {expected}; make the file again")
@@ -130,5 +136,5 @@ def read_lines(file: Path) -> list[Record]:
     return found
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

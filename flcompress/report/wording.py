@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 
 from flcompress.report.record import Interval
 
@@ -39,8 +40,8 @@ def number(value: float) -> str:
     """Three significant digits, without an exponent where that stays readable."""
     if value == 0:
         return "0"
-    if 1e-3 <= abs(value) < 1:
-        return f"{value:.3f}"
+    if 1e-5 <= abs(value) < 1:
+        return f"{value:.{2 - math.floor(math.log10(abs(value)))}f}"
     if 1 <= abs(value) < 1e6:
         return f"{value:,.{max(0, 3 - len(str(int(abs(value)))))}f}"
     return f"{value:.2e}"
@@ -52,8 +53,8 @@ def share(value: float) -> str:
 
 
 def ratio(value: float) -> str:
-    """35.714 -> "35.71×"."""
-    return f"{value:.2f}×"
+    """35.714 -> "35.71x"."""
+    return f"{value:.2f}x"
 
 
 def interval(value: Interval) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from flcompress.errors import NotRemovable
 from flcompress.ir.block import Block
 from flcompress.ir.graph import BlockGraph
+from flcompress.trace.call import first_line
 from flcompress.trace.config_keys import BUILD_ERRORS, build_on_meta, followers, list_lengths
 
 Indices = frozenset[int]
@@ -110,11 +111,6 @@ def smaller(model: nn.Module, changes: Mapping[str, Any], removed: Mapping[str, 
             return f"rebuilt from its config, the smaller model {fault}: '{names[0]}' ({len(names)} in all)"
     built.load_state_dict(state, assign=True)
     return built
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message."""
-    return str(error).partition("\n")[0]
 
 
 def needs_streams(blocks: list[Block]) -> None:

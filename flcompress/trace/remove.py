@@ -12,10 +12,10 @@ from torch import nn
 
 from flcompress.errors import NotRemovable, RequestError
 from flcompress.ir.graph import BlockGraph
-from flcompress.trace.call import evaluating, tensors_of
+from flcompress.trace.call import evaluating, first_line, tensors_of
 from flcompress.trace.certificate import Certificate
 from flcompress.trace.config_keys import BUILD_ERRORS, has_config
-from flcompress.trace.rebuild import companions, config_candidates, first_line, needs_streams, removed_indices, smaller
+from flcompress.trace.rebuild import companions, config_candidates, needs_streams, removed_indices, smaller
 from flcompress.trace.skip import require_blocks, skip
 from flcompress.trace.tracer import inputs_for, trace
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from flcompress.ir.block import Stream
-from flcompress.trace.call import Blank, Call, fill, named, outputs_of, spec_of
+from flcompress.trace.call import Blank, Call, fill, first_line, named, outputs_of, spec_of
 
 # Largest input, in elements, that is replayed; above it a block of a video model would fill the memory.
 LARGEST_REPLAY = 2**26
@@ -49,7 +49,7 @@ def layout_of(block: nn.Module, call: Call) -> Layout:
     try:
         return _by_replay(block, call, inputs, count)
     except REPLAY_ERRORS as error:
-        why = f"the replay failed with {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        why = f"the replay failed with {type(error).__name__}: {first_line(error)}"
         return _by_shape(inputs, outputs, count, why)
 
 

@@ -14,9 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from flcompress.errors import RequestError
 from flcompress.ir.block import Block, Flow, TensorSpec
 from flcompress.ir.graph import INPUT, OUTPUT, BlockGraph, Edge
-from flcompress.trace.call import Call, blank, evaluating, named, outputs_of, spec_of, tensors_of
+from flcompress.trace.call import Call, blank, evaluating, first_line, named, outputs_of, spec_of, tensors_of
 from flcompress.trace.config_keys import count_keys
-from flcompress.trace.replay import Layout, layout_of, signature
+from flcompress.trace.replay import REPLAY_ERRORS, Layout, layout_of, signature
 from flcompress.trace.taint import Source, Taint
 
 
@@ -123,8 +123,14 @@ def _record(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[dict[str, Call
         for path, child in _candidates(model):
             hooks.callback(child.register_forward_pre_hook(before(path)).remove)
             hooks.callback(child.register_forward_hook(after(path), with_kwargs=True).remove)
-        with counter:
-            model(**inputs)
+        try:
+            with counter:
+                model(**inputs)
+        except REPLAY_ERRORS as error:
+            raise RequestError(
+                f"{type(model).__name__} cannot run on the inputs {', '.join(inputs) or 'none'}: {first_line(error)}; "
+                "give the keyword arguments of one forward"
+            ) from error
     return {path: call for path, call in calls.items() if call is not None}, counter.get_total_flops()
 
 

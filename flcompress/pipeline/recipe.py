@@ -1,0 +1,168 @@
+"""The recipe: what a user writes. Its fields are the keys of the file; docs/recipes.md is generated from them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, InstanceOf, field_validator, model_validator
+
+from flcompress.errors import DataError, ModelError
+from flcompress.pipeline.exporter import Exporter
+from flcompress.pipeline.passes import Pass
+
+_NAME = re.compile(r"[a-z0-9-]+")
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+
+class Model(_Part):
+    """The model to start from. `model: FOLDER` is short for `model: {path: FOLDER}`."""
+
+    path: Path = Field(
+        description="diffusers pipeline folder; looked for beside the recipe, then from the working directory"
+    )
+    weights: Literal["trained", "random"] = Field(
+        "trained", description="`random` starts from the folder's configurations alone, to train a model from nothing"
+    )
+
+
+class Sampling(_Part):
+    """How the model is meant to be sampled before compression; the reference of every comparison."""
+
+    num_inference_steps: int = Field(50, ge=1, le=1000, description="network calls along a path, guidance aside")
+    guidance_scale: float = Field(4.0, ge=0, description="text guidance, in the convention named below")
+    guidance_convention: Literal["unconditional", "conditional"] = Field(
+        "unconditional", description="`unconditional` is u + w (c - u); `conditional` is c + w (c - u)"
+    )
+    max_sequence_length: int = Field(512, ge=1, description="tokens a prompt is padded to")
+
+    @property
+    def scale(self) -> float:
+        """The guidance scale in the convention u + w (c - u)."""
+        if self.guidance_convention == "unconditional":
+            return self.guidance_scale
+        from flcompress.diffusion.guidance import from_conditional_convention
+
+        return from_conditional_convention(self.guidance_scale)
+
+
+class MovingDigits(_Part):
+    """Clips of the embedded benchmark, rendered when needed."""
+
+    clips: int = Field(gt=0, description="training clips to render")
+
+
+class Videos(_Part):
+    """Video files with captions; encoded once and remembered."""
+
+    folder: Path = Field(description="folder of video files of one size")
+    captions: Path = Field(description="captions of the videos, by file name")
+
+
+class Data(_Part):
+    """Where training clips come from: exactly one of the three."""
+
+    moving_digits: MovingDigits | None = Field(None, alias="moving-digits", description="the embedded benchmark")
+    latents: Path | None = Field(None, description="folder of already encoded latents")
+    videos: Videos | None = Field(None, description="video files with captions")
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Data:
+        given = [key for key, value in self.model_dump(by_alias=True).items() if value is not None]
+        if len(given) != 1:
+            raise ValueError(f"{' and '.join(given) or 'nothing'} given, expected one of moving-digits, latents, videos")
+        return self
+
+
+class Evaluation(_Part):
+    """How large `flcompress eval` makes its comparison."""
+
+    clips_per_prompt: int = Field(3, ge=1, description="clips sampled for each held-out prompt and seed")
+    seeds: int = Field(4, ge=2, description="independent repetitions; the confidence intervals come from them")
+
+
+class Recipe(_Part):
+    """What to do to which model.
+
+    `passes` and `exports` are lists of `name: {arguments}`; a name alone takes every default.
+    """
+
+    version: Literal[1] = Field(description="version of this file format")
+    name: str = Field("", description="names the run directory `runs/NAME`; the file's name where left out")
+    model: Model = Field(description="the model to start from")
+    sampling: Sampling = Field(Sampling(), description="how that model is sampled")
+    data: Data | None = Field(None, description="clips for passes that train or score")
+    seed: int = Field(0, ge=0, lt=2**31, description="decides every random draw")
+    passes: tuple[InstanceOf[Pass], ...] = Field((), description="what is done to the model, in order")
+    exports: tuple[InstanceOf[Exporter], ...] = Field((), description="what the result is written as, in order")
+    evaluation: Evaluation = Field(Evaluation(), description="size of the comparison that `flcompress eval` makes")
+
+    file: Path = Field(Path("recipe.yaml"), exclude=True)
+    """The recipe file; paths are looked for beside it first. Not a key of the file."""
+
+    origins: dict[str, str] = Field({}, exclude=True)
+    """Where "model", "data", "passes[0]", ... were written ("recipes/x.yaml:12"). Not a key of the file."""
+
+    @field_validator("name")
+    @classmethod
+    def _plain_name(cls, name: str) -> str:
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"{name} given, expected lower-case letters, digits and hyphens; set name: in the recipe")
+        return name
+
+    def where(self, key: str) -> str:
+        """"recipes/x.yaml:12: model", for error messages."""
+        return f"{self.origins.get(key, self.file)}: {key}"
+
+    def model_folder(self) -> Path:
+        """The model folder, absolute; ModelError, naming both places looked at, where there is none."""
+        found, tried = self._find(self.model.path)
+        if found is None or not found.is_dir():
+            raise ModelError(f"{self.where('model')}: no folder {tried}; give the path of a diffusers pipeline folder")
+        return found
+
+    def data_spec(self) -> dict[str, Any] | None:
+        """`data` as a plain mapping with its one key, its paths absolute.
+
+        Raises:
+            DataError: a path that does not exist, naming both places looked at.
+        """
+        if self.data is None:
+            return None
+        if self.data.moving_digits is not None:
+            return {"moving-digits": {"clips": self.data.moving_digits.clips}}
+        if self.data.videos is not None:
+            parts = {"folder": self.data.videos.folder, "captions": self.data.videos.captions}
+            return {"videos": {key: self._data_path(f"videos.{key}", path) for key, path in parts.items()}}
+        assert self.data.latents is not None
+        return {"latents": self._data_path("latents", self.data.latents)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every key with its value, defaults included, paths absolute where they exist: what RUN/recipe.yaml holds."""
+        plain = self.model_dump(mode="json", by_alias=True, exclude={"passes", "exports"}, exclude_none=True)
+        plain["model"]["path"] = str(self._find(self.model.path)[0] or self.model.path)
+        if self.data is not None and self.data.moving_digits is None:
+            plain["data"] = self.data_spec()
+        plain["passes"] = [{step.name: arguments(step)} for step in self.passes]
+        plain["exports"] = [{step.name: arguments(step)} for step in self.exports]
+        return plain
+
+    def _data_path(self, key: str, path: Path) -> str:
+        found, tried = self._find(path)
+        if found is None:
+            raise DataError(f"{self.where('data')}.{key}: no file or folder {tried}; give an existing path")
+        return str(found)
+
+    def _find(self, path: Path) -> tuple[Path | None, str]:
+        places = dict.fromkeys([(self.file.parent / path).resolve(), path.resolve()])
+        found = next((place for place in places if place.exists()), None)
+        return found, " nor ".join(map(str, places))
+
+
+def arguments(step: Pass | Exporter) -> dict[str, Any]:
+    """The arguments of a pass or exporter as plain data, defaults included; part of its cache key."""
+    return step.model_dump(mode="json", by_alias=True)

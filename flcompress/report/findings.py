@@ -1,0 +1,171 @@
+"""What a run did to its model: sizes, steps, the blocks and why they went. Numbers, not words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flcompress.ir.block import Block, Estimate
+from flcompress.ir.graph import BlockGraph
+from flcompress.report.reading import RunRecord
+from flcompress.report.record import Interval, Record, ReportError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How one model is sampled: the part of a sampling contract that decides its cost."""
+
+    steps: int
+    guidance: float
+    sigmas: tuple[float, ...]
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations for one sample: guidance doubles them."""
+        return self.steps * (2 if self.guidance != 1.0 else 1)
+
+    @classmethod
+    def read(cls, contract: Record) -> Sampling:
+        return cls(
+            steps=int(contract.number("num_inference_steps")),
+            guidance=contract.number("guidance_scale"),
+            sigmas=tuple(contract.numbers("sigmas")),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Headline:
+    """Model before and after. `work_ratio` counts evaluations times parameters; `measured` is a wall-clock ratio."""
+
+    parameters_before: int
+    parameters_after: int
+    blocks_before: int
+    blocks_after: int
+    before: Sampling
+    after: Sampling
+    measured: Interval | None = None
+    measured_on: str = ""
+
+    @property
+    def share(self) -> float:
+        return self.parameters_after / self.parameters_before
+
+    @property
+    def work_ratio(self) -> float:
+        return self.before.evaluations * self.parameters_before / (self.after.evaluations * self.parameters_after)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockFate:
+    """One block of the original model; `rank` counts from 1, the least important of those scored."""
+
+    block: Block
+    share: float
+    score: Estimate | None
+    rank: int | None
+    fate: str  # "kept", "removed", or "chosen": in the prune set of a model that is not cut
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """The original graph, what became of each block, and the edges (original paths) that data flows along now."""
+
+    graph: BlockGraph
+    fates: list[BlockFate]
+    edges: list[tuple[str, str]]
+    weighting: str = ""
+    draws: int | None = None
+    u_index: float | None = None
+    certificate: Record | None = None
+
+    @property
+    def scored(self) -> list[tuple[BlockFate, Estimate]]:
+        return [(fate, fate.score) for fate in self.fates if fate.score is not None]
+
+    @property
+    def gone(self) -> list[BlockFate]:
+        return [fate for fate in self.fates if fate.fate != "kept"]
+
+
+def headline(run: RunRecord) -> Headline | None:
+    """Before against after; None while the run has not stored its starting model."""
+    if not run.entries:
+        return None
+    first, last = run.entries[0], run.entries[-1]
+    before, after, program = first.graph(), last.graph(), last.program()
+    measured, measured_on = None, ""
+    rows = run.bench.each("rows") if run.bench is not None else []
+    preferred = [row for row in rows if "eager" in row.text("backend") and row.text("what") == "denoising"]
+    for row in (preferred or rows)[:1]:
+        measured, measured_on = row.interval("ratio", "median"), f"{row.text('backend')}, {row.text('what')}"
+    return Headline(
+        parameters_before=before.parameters,
+        parameters_after=after.parameters,
+        blocks_before=len(before.blocks),
+        blocks_after=len(after.blocks),
+        before=Sampling.read(program.sub("teacher_contract")),
+        after=Sampling.read(program.sub("contract")),
+        measured=measured,
+        measured_on=measured_on,
+    )
+
+
+def blocks(run: RunRecord) -> Blocks | None:
+    """What became of every block; None while the run has not stored its starting model."""
+    if not run.entries:
+        return None
+    graph = run.entries[0].graph()
+    importance, prune = run.result("importance"), run.result("prune")
+    scores = _scores(importance, graph)
+    reasons: dict[str, str] = {}
+    edges = list(graph.flows)
+    if prune is not None:
+        gone, fate = prune.texts("removed"), "removed"
+        reasons = {path: str(why) for path, why in (prune.values.get("reasons") or {}).items()}
+        cut = run.entry("prune")
+        kept = {str(new): str(old) for new, old in prune.sub("kept").values.items()}
+        edges = [(kept.get(a, a), kept.get(b, b)) for a, b in cut.graph().flows] if cut else edges
+    else:
+        depth = run.result("stochastic-depth")
+        gone, fate = (depth.texts("prune_set") if depth is not None else []), "chosen"
+    unknown = sorted(set(gone) - {block.path for block in graph.blocks})
+    if unknown:
+        raise ReportError(f"{run.path}: removed blocks name '{unknown[0]}', which the starting model has not")
+    ranked = sorted((path for path in scores), key=lambda path: scores[path].mean)
+    total = sum(block.parameters for block in graph.blocks)
+    return Blocks(
+        graph=graph,
+        fates=[
+            BlockFate(
+                block=block,
+                share=block.parameters / total if total else 0.0,
+                score=scores.get(block.path),
+                rank=ranked.index(block.path) + 1 if block.path in scores else None,
+                fate=fate if block.path in gone else "kept",
+                reason=reasons.get(block.path, "") or block.reason,
+            )
+            for block in graph.blocks
+        ],
+        edges=edges,
+        weighting=importance.text("weighting") if importance is not None and importance.has("weighting") else "",
+        draws=int(importance.number("draws")) if importance is not None and importance.has("draws") else None,
+        u_index=importance.number("u_index") if importance is not None and importance.has("u_index") else None,
+        certificate=prune.sub("certificate") if prune is not None and prune.has("certificate") else None,
+    )
+
+
+def _scores(importance: Record | None, graph: BlockGraph) -> dict[str, Estimate]:
+    """Scores of the importance pass, or those a graph already carries."""
+    if importance is None:
+        return {block.path: block.importance for block in graph.blocks if block.importance is not None}
+    found: dict[str, Estimate] = {}
+    for scored in importance.each("blocks"):
+        levels = scored.values.get("per_level") or []
+        if any(not isinstance(level, list) or len(level) != 4 for level in levels):
+            raise ReportError(f"{scored.file}: {scored.place}.per_level holds something else than four numbers a level")
+        found[scored.text("path")] = Estimate(
+            mean=scored.number("mean"),
+            standard_error=scored.number("standard_error"),
+            per_level=tuple((level[0], level[1], level[2], level[3]) for level in levels),
+        )
+    return found

@@ -1,0 +1,144 @@
+"""The page that `flcompress report RUN` writes: one file, nothing fetched."""
+
+from __future__ import annotations
+
+import base64
+import os
+import platform
+import tempfile
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from flcompress.report import drawing, plots, wording
+from flcompress.report.findings import blocks, headline
+from flcompress.report.quality import Quality, quality
+from flcompress.report.reading import RunRecord, read_run
+from flcompress.report.speed import speed
+from flcompress.report.stages import exports, flatten, steps
+from flcompress.report.training import panels
+
+WIDE_ROW, NARROW_ROW = 16, 6
+"""Most blocks in a row of the graph on a desk and on a phone."""
+
+LONGEST_JOURNAL = 200
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `RUN/report.html` and return its path; what was there stays whole until the new one is complete.
+
+    Raises:
+        RequestError: `run_dir` is no run directory.
+        ReportError: a file in it is damaged.
+    """
+    page = render(read_run(run_dir))
+    target = run_dir / "report.html"
+    descriptor, name = tempfile.mkstemp(dir=run_dir, prefix=".report-", suffix=".html")
+    temporary = Path(name)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(page)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)  # mkstemp's own mode hides the page from whoever it is shown to
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return target
+
+
+def render(run: RunRecord) -> str:
+    """The page as text."""
+    environment = Environment(
+        loader=PackageLoader("flcompress.report", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    for filter_ in (wording.count, wording.size, wording.duration, wording.number, wording.share, wording.ratio,
+                    wording.interval, wording.moment):  # fmt: skip
+        environment.filters[filter_.__name__] = filter_
+    style, _, _ = environment.loader.get_source(environment, "report.css")  # type: ignore[union-attr]
+    found = blocks(run)
+    measured = quality(run.evaluation) if run.evaluation is not None else None
+    return environment.get_template("report.html.j2").render(
+        style=Markup(style),
+        run=run,
+        name=str(run.info.values.get("name") or run.path.name),
+        top=headline(run),
+        blocks=found,
+        pictures=_pictures(found),
+        training=[
+            (entry, [Markup(plots.curves(title, lines, f"{entry.name}-{n}")) for n, (title, lines) in enumerate(shown)])
+            for entry in run.entries
+            if (shown := list(panels(entry).items()))
+        ],
+        quality=measured,
+        strips=_strips(run, measured),
+        comparison=_comparison(run),
+        speed=speed(run.bench) if run.bench is not None else None,
+        steps=steps(run),
+        exports=exports(run),
+        certificate=flatten(found.certificate) if found is not None and found.certificate is not None else {},
+        journal=run.journal[-LONGEST_JOURNAL:],
+        environment=_environment(run),
+    )
+
+
+def _pictures(found: Any) -> dict[str, Markup]:
+    """Each drawing twice, for a desk and for a phone; the style sheet shows one."""
+    if found is None:
+        return {}
+    pictures = {
+        "graph_wide": drawing.block_graph(found, columns=WIDE_ROW),
+        "graph_narrow": drawing.block_graph(found, columns=NARROW_ROW),
+    }
+    if found.scored:
+        for name, draw in (("importance", plots.importance), ("levels", plots.levels)):
+            pictures |= {f"{name}_wide": draw(found), f"{name}_narrow": draw(found, narrow=True)}
+    return {name: Markup(picture) for name, picture in pictures.items() if picture}
+
+
+def _strips(run: RunRecord, measured: Quality | None) -> list[tuple[str, str]]:
+    """(label, data address) of every contender's strip that is there, the teacher and the student first."""
+    found: list[tuple[str, str]] = []
+    named = [c for c in measured.contenders if c.strip] if measured is not None else []
+    for contender in sorted(named, key=lambda c: ("teacher-50", "student").index(c.name) if c.name in (
+        "teacher-50", "student") else 2):  # fmt: skip
+        file = run.inside(contender.strip or "")
+        if file is not None:
+            found.append((contender.label, _address(file)))
+    return found
+
+
+def _comparison(run: RunRecord) -> str | None:
+    for place in ("eval/comparison.gif", "eval/strips/comparison.gif"):
+        file = run.inside(place)
+        if file is not None:
+            return _address(file)
+    return None
+
+
+def _address(file: Path) -> str:
+    kind = {".png": "image/png", ".gif": "image/gif"}.get(file.suffix.lower(), "application/octet-stream")
+    return f"data:{kind};base64,{base64.b64encode(file.read_bytes()).decode()}"
+
+
+def _environment(run: RunRecord) -> dict[str, str]:
+    """Where the numbers come from, as far as the run's own files say, and what wrote this page."""
+    known = {key.replace("_", " "): value for key, value in flatten(run.info).items()}
+    if run.bench is not None and run.bench.has("machine"):
+        known |= {f"bench {key}": value for key, value in flatten(run.bench.sub("machine")).items()}
+    known["page written by"] = f"flcompress {_version()}, Python {platform.python_version()}"
+    return known
+
+
+def _version() -> str:
+    try:
+        return metadata.version("flcompress")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"

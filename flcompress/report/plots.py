@@ -1,0 +1,212 @@
+"""The curves, drawn with matplotlib as SVG that takes its colours and its font from the page it stands in."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from flcompress.report.findings import Blocks
+
+Points = Sequence[tuple[float, float]]
+
+# Stand-ins that the page's CSS variables replace, so that one drawing serves light and dark.
+INK, MUTED, RULE = "#010203", "#040506", "#070809"
+KEPT, GONE, SHADE, THIRD = "#0a0b0c", "#0d0e0f", "#101112", "#131415"
+VARIABLES = {
+    INK: "ink", MUTED: "muted", RULE: "rule", KEPT: "kept", GONE: "gone", SHADE: "shade", THIRD: "third"
+}  # fmt: skip
+LINES = (KEPT, GONE, THIRD, MUTED)
+
+STYLE = {
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "text.color": INK,
+    "axes.edgecolor": RULE,
+    "axes.labelcolor": MUTED,
+    "axes.titlecolor": INK,
+    "axes.titlesize": 9,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": RULE,
+    "grid.linewidth": 0.6,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "figure.constrained_layout.use": True,
+}
+
+LOG_SPREAD = 30.0
+"""Positive values that spread over more than this factor are drawn on a logarithmic axis."""
+
+DRAWN = 400
+"""Points a curve is drawn with: more would only make the page heavy."""
+
+
+def importance(found: Blocks, *, narrow: bool = False) -> str:
+    """Importance over depth with two standard errors, first and last quarter shaded, as SVG; needs scores."""
+    scored = found.scored
+
+    def draw(figure: Any) -> None:
+        axes = figure.add_subplot()
+        _quarters(axes, len(scored))
+        for colour, label, gone, fill in ((KEPT, "kept", False, KEPT), (GONE, "removed", True, "none")):
+            picked = [(x, score) for x, (fate, score) in enumerate(scored) if (fate.fate != "kept") == gone]
+            if picked:
+                if gone and scored[picked[0][0]][0].fate == "chosen":
+                    label = "chosen for removal"
+                axes.errorbar(
+                    [x for x, _ in picked], [s.mean for _, s in picked], [2 * s.standard_error for _, s in picked],
+                    fmt="o", color=colour, markerfacecolor=fill, markersize=_marker(len(scored)), capsize=2.5,
+                    elinewidth=1.1, label=label, linestyle="none",
+                )  # fmt: skip
+        _value_axis(axes, [score.mean for _, score in scored])
+        _depth_axis(axes, found, narrow)
+        axes.set_ylabel("ELBO lost without the block" if found.weighting == "elbo" else "importance")
+        axes.legend(loc="upper center", ncols=2, bbox_to_anchor=(0.5, 1.12))
+
+    return _svg(
+        draw, (4.4, 3.2) if narrow else (10.4, 3.5), f"importance-{narrow}", "Importance of each block over depth"
+    )
+
+
+def levels(found: Blocks, *, narrow: bool = False) -> str:
+    """The same, one small plot a noise level; "" where no block has levels."""
+    scored = found.scored
+    bands = [(low, high) for low, high, _, _ in scored[0][1].per_level] if scored else []
+    if not bands or any(len(score.per_level) != len(bands) for _, score in scored):
+        return ""
+    columns = 2 if narrow else min(4, len(bands))
+    rows = math.ceil(len(bands) / columns)
+
+    def draw(figure: Any) -> None:
+        grid = figure.subplots(rows, columns, squeeze=False, sharex=True)
+        for place, axes in enumerate(grid.flat):
+            if place >= len(bands):
+                axes.set_visible(False)
+                continue
+            _quarters(axes, len(scored))
+            for x, (fate, score) in enumerate(scored):
+                _, _, mean, error = score.per_level[place]
+                kept = fate.fate == "kept"
+                axes.errorbar(
+                    [x], [mean], [2 * error], fmt="o", color=KEPT if kept else GONE, elinewidth=0.9,
+                    markerfacecolor=KEPT if kept else "none", markersize=0.75 * _marker(len(scored)),
+                )  # fmt: skip
+            _value_axis(axes, [score.per_level[place][2] for _, score in scored])
+            _depth_axis(axes, found, True, label=place >= len(bands) - columns)
+            axes.set_title(f"noise level {bands[place][0]:.2f} to {bands[place][1]:.2f}")
+
+    size = (4.4, 1.9 * rows + 0.3) if narrow else (10.4, 2.2 * rows + 0.3)
+    return _svg(draw, size, f"levels-{narrow}", "Importance of each block over depth, one plot per noise level")
+
+
+def curves(title: str, lines: Mapping[str, Points], name: str) -> str:
+    """Curves over steps as SVG: raw points faint, a running mean over them; logarithmic where the values spread."""
+
+    def draw(figure: Any) -> None:
+        axes = figure.add_subplot()
+        smoothed: list[float] = []
+        for place, (label, points) in enumerate(lines.items()):
+            colour = LINES[place % len(LINES)]
+            x, raw = [p[0] for p in _thinned(points)], [p[1] for p in _thinned(points)]
+            mean = _running(points)
+            smoothed += [p[1] for p in mean]
+            few = len(points) < 20
+            if not few:
+                axes.plot(x, raw, color=colour, alpha=0.25, linewidth=0.8)
+            axes.plot(
+                [p[0] for p in mean], [p[1] for p in mean],
+                color=colour, linewidth=1.6, marker="o" if few else None, markersize=3, label=label,
+            )  # fmt: skip
+        _value_axis(axes, smoothed)
+        axes.set_title(title)
+        axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5, integer=True))
+        if len(lines) > 1:
+            axes.legend(loc="best")
+
+    return _svg(draw, (4.9, 2.7), name, f"{title} over steps")
+
+
+def _quarters(axes: Any, blocks: int) -> None:
+    """Shade the first and last quarter, whose mean the U-index sets against the middle half's."""
+    quarter = blocks / 4
+    for low, high in ((-0.5, quarter - 0.5), (blocks - quarter - 0.5, blocks - 0.5)):
+        axes.axvspan(low, high, color=SHADE, linewidth=0, zorder=0)
+
+
+def _value_axis(axes: Any, values: Sequence[float]) -> None:
+    if values and min(values) > 0 and max(values) / min(values) > LOG_SPREAD:
+        axes.set_yscale("log", nonpositive="clip")
+    else:
+        axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4), useMathText=False)
+
+
+def _depth_axis(axes: Any, found: Blocks, narrow: bool, label: bool = True) -> None:
+    scored = found.scored
+    every = max(1, math.ceil(len(scored) / (8 if narrow else 32)))
+    ticks = range(0, len(scored), every)
+    axes.set_xticks(list(ticks), [str(scored[x][0].block.index) for x in ticks])
+    axes.set_xlim(-0.5, len(scored) - 0.5)
+    stacks = [fate.block.stack for fate, _ in scored]
+    for x in range(1, len(stacks)):
+        if stacks[x] != stacks[x - 1]:
+            axes.axvline(x - 0.5, color=MUTED, linewidth=0.8, linestyle="--")
+    if label:
+        axes.set_xlabel("block, in the order they run")
+
+
+def _marker(blocks: int) -> float:
+    return 6.0 if blocks <= 24 else 4.2
+
+
+def _thinned(points: Points) -> Points:
+    every = math.ceil(len(points) / DRAWN)
+    return points[:: max(1, every)]
+
+
+def _running(points: Points) -> Points:
+    """Centred running mean over a twenty-fifth of the curve."""
+    half = len(points) // 50
+    centres = range(0, len(points), max(1, math.ceil(len(points) / DRAWN)))
+    return [
+        (points[n][0], statistics.fmean(y for _, y in points[max(0, n - half) : n + half + 1])) for n in centres
+    ]  # fmt: skip
+
+
+def _svg(draw: Callable[[Any], None], size: tuple[float, float], name: str, description: str) -> str:
+    # The salt keeps the ids of one drawing apart from another's on the same page, and equal from run to run.
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
+        figure = Figure(figsize=size)
+        draw(figure)
+        buffer = io.StringIO()
+        none = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=none)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
+    text = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", text)
+    for colour, variable in VARIABLES.items():
+        text = text.replace(colour, f"var(--{variable})")
+    return re.sub(
+        r"<svg [^>]*?viewBox=(\"[^\"]*\")[^>]*>",
+        rf'<svg viewBox=\1 role="img" aria-label="{description}">',
+        text,
+        count=1,
+    )

@@ -1,0 +1,136 @@
+"""The summary that `flcompress report RUN` prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from flcompress.report import wording
+from flcompress.report.findings import Blocks, Headline, blocks, headline
+from flcompress.report.quality import Cell, Quality, quality
+from flcompress.report.reading import read_run
+from flcompress.report.stages import Export, exports, steps
+
+PARITY_WORDS = ("difference", "error", "parity", "tolerance")
+"""What an exporter's summary calls the numbers that say how close the export is to the model."""
+
+MARKS = {"best": "*", "tied": "~", "": ""}
+
+
+def print_summary(run_dir: Path, console: Console) -> None:
+    """Print what a run gained and lost, and what has not been measured.
+
+    Raises:
+        RequestError: `run_dir` is no run directory.
+        ReportError: a file in it is damaged.
+    """
+    run = read_run(run_dir)
+    found, passes, results = blocks(run), steps(run), run.evaluation
+    # Everything is read before the first line is printed: an error does not follow half a summary.
+    top, made = headline(run), exports(run)
+    measured = quality(results) if results is not None else None
+    console.print(f"[bold]{escape(str(run.info.values.get('name') or run_dir.name))}[/bold]  {escape(str(run_dir))}")
+    if top is None:
+        console.print("Nothing is stored yet; run flcompress apply RECIPE", highlight=False)
+    else:
+        _headline(top, console, str(run_dir))
+    _quality(measured, console, str(run_dir))
+    if found is not None:
+        _removed(found, console)
+    if passes:
+        table = _table("Passes and exports", "step", "status", ">time", ">peak memory")
+        for step in passes:
+            table.add_row(
+                escape(step.name),
+                step.status,
+                wording.duration(step.seconds) if step.seconds is not None else "",
+                wording.size(step.peak_rss_mb * 1e6) if step.peak_rss_mb is not None else "",
+            )
+        console.print(table)
+    _exports(made, console)
+    page = run_dir / "report.html"
+    console.print(f"Report: {escape(str(page))}" if page.is_file() else "Report: not written yet", highlight=False)
+
+
+def _table(title: str, *columns: str) -> Table:
+    """A plain table; a column that starts with ">" is set to the right."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column.lstrip(">"), justify="right" if column.startswith(">") else "left", overflow="fold")
+    return table
+
+
+def _headline(top: Headline, console: Console, run_dir: str) -> None:
+    table = _table("", "", ">before", ">after", ">ratio")
+    table.add_row(
+        "parameters",
+        wording.count(top.parameters_before),
+        wording.count(top.parameters_after),
+        f"{wording.share(top.share)} kept",
+    )
+    table.add_row(
+        "blocks", str(top.blocks_before), str(top.blocks_after), f"{top.blocks_before - top.blocks_after} cut"
+    )
+    table.add_row("steps", str(top.before.steps), str(top.after.steps), "")
+    table.add_row("guidance", f"{top.before.guidance:g}", f"{top.after.guidance:g}", "")
+    table.add_row("network evaluations", str(top.before.evaluations), str(top.after.evaluations), "")
+    table.add_row("work (evaluations x parameters)", "", "", wording.ratio(top.work_ratio))
+    if top.measured is not None:
+        table.add_row(f"measured time ({escape(top.measured_on)})", "", "", wording.ratio(top.measured.mean))
+    console.print(table)
+    if top.measured is None:
+        console.print(f"speed: not measured; run flcompress bench {escape(run_dir)}", highlight=False)
+
+
+def _quality(found: Quality | None, console: Console, run_dir: str) -> None:
+    if found is None:
+        console.print(f"quality: not measured; run flcompress eval {escape(run_dir)}\n", highlight=False)
+        return
+    # Four columns fit a terminal; the page has them all.
+    shown = [
+        place for place, metric in enumerate(found.metrics) if metric.key in ("frechet", "prompt_accuracy", "average")
+    ]
+    table = _table(r"Quality, mean \[confidence interval]", "model", *(">" + found.metrics[n].label for n in shown))
+    for contender in found.contenders:
+        table.add_row(escape(contender.label), *(_cell(contender.cells[n]) for n in shown))
+    if found.floor is not None:
+        table.add_row("real against real (floor)", *(_cell(found.floor[n]) for n in shown))
+    console.print(table)
+    console.print("* best mean   ~ interval overlaps the best one's: not known to be worse\n", highlight=False)
+
+
+def _cell(cell: Cell) -> str:
+    return f"{escape(wording.interval(cell.value))} {MARKS[cell.mark]:1}" if cell.value is not None else ""
+
+
+def _removed(found: Blocks, console: Console) -> None:
+    if not found.gone:
+        console.print("removed: nothing\n", highlight=False)
+        return
+    done = found.gone[0].fate == "removed"
+    table = _table(
+        "Removed blocks" if done else "Blocks chosen for removal", "block", ">parameters", ">importance", "why"
+    )
+    for fate in found.gone:
+        score = f"{wording.number(fate.score.mean)} ± {wording.number(fate.score.standard_error)}" if fate.score else ""
+        table.add_row(escape(fate.block.path), wording.share(fate.share), score, escape(fate.reason))
+    console.print(table)
+
+
+def _exports(made: list[Export], console: Console) -> None:
+    if not made:
+        console.print("exports: none\n", highlight=False)
+        return
+    table = _table("Exports", "export", ">size", "parity")
+    for export in made:
+        parity = [f"{key} {value}" for key, value in export.summary.items() if any(w in key for w in PARITY_WORDS)]
+        table.add_row(
+            escape(export.name),
+            wording.size(export.octets) if export.octets is not None else "missing",
+            escape("; ".join(parity)),
+        )
+    console.print(table)

@@ -1,0 +1,91 @@
+"""Cut blocks out of the transformer, to a share of its parameters, with a certificate."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from flcompress.errors import PreconditionError
+from flcompress.ir.graph import BlockGraph
+from flcompress.ir.selection import By, choose
+from flcompress.models.inputs import example_inputs
+from flcompress.models.loading import load_transformer
+from flcompress.pipeline.passes import Cost, Pass, Work
+from flcompress.pipeline.program import Fact, Program
+from flcompress.trace.remove import remove
+
+
+class Prune(Pass):
+    """Remove blocks until the wanted share of the parameters is gone.
+
+    The removal is accepted only with a certificate: saved, and loaded by stock diffusers, the smaller model reproduces
+    the model with those blocks skipped, exactly. After stochastic depth only blocks of its prune set can go.
+
+    `- prune: {remove: 0.3}`
+    """
+
+    name: ClassVar[str] = "prune"
+    gives: ClassVar[frozenset[Fact]] = frozenset({Fact.PRUNED})
+    voids: ClassVar[frozenset[Fact]] = frozenset({Fact.ELASTIC})
+
+    remove: float = Field(gt=0, lt=1, description="share of the transformer's parameters to remove, at least")
+    by: By = Field("importance", description="which blocks go: the least important, random ones, or the middle")
+
+    @property
+    def needs(self) -> frozenset[Fact]:
+        return frozenset({Fact.SCORED} if self.by == "importance" else ())
+
+    def remaining(self, parameters: float) -> float:
+        return parameters * (1.0 - self.remove)
+
+    def cost(self, parameters: float, blocks: int) -> Cost:
+        return Cost(forwards=6.0, frozen=4.0 * parameters)
+
+    def apply(self, program: Program, work: Work) -> Program:
+        if Fact.PRUNED in program.facts:
+            raise PreconditionError("prune: the transformer is pruned already; put one prune pass in the recipe")
+        among = program.prune_set if Fact.ELASTIC in program.facts else None
+        graph = program.graph
+        paths = choose(graph, self.remove, self.by, seed=work.seed, among=among)
+        model = load_transformer(program.components["transformer"], work.device)
+        smaller: Any = remove(model, paths, example_inputs(model))
+        certificate = smaller.flcompress_certificate
+        target = work.directory / "transformer"
+        smaller.save_pretrained(str(target))
+        result = graph.without(paths)
+        record = {
+            "removed": list(paths),
+            "kept": {new: old for old, new in certificate.kept.items()},
+            "parameters_before": graph.parameters,
+            "parameters_after": result.parameters,
+            "share": result.parameters / graph.parameters,
+            "certificate": asdict(certificate),
+            "reasons": {path: self._reason(graph, path) for path in paths},
+        }
+        (work.directory / "result.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        return replace(
+            program.with_component("transformer", target),
+            graph=result,
+            prune_set=paths,
+            kept=_composed(certificate.kept, program.kept),
+        )
+
+    def _reason(self, graph: BlockGraph, path: str) -> str:
+        importance = graph.block(path).importance
+        if self.by != "importance" or importance is None:
+            return f"chosen by {self.by}"
+        ranked = sorted(block.importance.mean for block in graph.blocks if block.importance)
+        place = ranked.index(importance.mean) + 1
+        return (
+            f"importance {importance.mean:.3g} ± {importance.standard_error:.2g}, "
+            f"{place} of {len(ranked)} from the least important"
+        )
+
+
+def _composed(kept: Mapping[str, str], before: Mapping[str, str]) -> dict[str, str]:
+    """New path -> path in the original, from (old -> new) of this cut and (old -> original) before it."""
+    return {new: before[old] for old, new in kept.items()}
