@@ -140,7 +140,6 @@ class Importance(Pass):
             mean=sum(means) / len(means),
             standard_error=math.sqrt(sum(error**2 for error in errors)) / len(errors),
             per_level=tuple(
-                (low, high, mean, error)
-                for (low, high), mean, error in zip(self._levels(), means, errors, strict=True)
+                (low, high, mean, error) for (low, high), mean, error in zip(self._levels(), means, errors, strict=True)
             ),
         )

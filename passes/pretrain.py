@@ -15,8 +15,8 @@ from flcompress.diffusion.sampling import as_network
 from flcompress.models.loading import load_transformer
 from flcompress.pipeline.passes import Cost, Pass, ProgressSink, Work
 from flcompress.pipeline.program import Fact, Program
-from flcompress.training.objectives import draw_sigmas, flow_matching_loss
 from flcompress.training.loop import train
+from flcompress.training.objectives import draw_sigmas, flow_matching_loss
 from flcompress.training.trained import Trained, warmup_cosine
 
 MONITOR_CLIPS = 256
@@ -36,12 +36,11 @@ class Pretrain(Pass):
     batch: int = Field(32, gt=0, description="clips a step")
     learning_rate: float = Field(1e-3, gt=0, description="peak; rises for 200 steps, then half a cosine")
     caption_dropout: float = Field(0.1, ge=0, lt=1, description="share of clips trained with the empty prompt")
+    compile: bool = Field(False, description="train through torch.compile; needs a C++ compiler")
     ema_decay: float = Field(0.999, ge=0, lt=1, description="decay of the moving average that is kept")
 
     def cost(self, parameters: float, blocks: int) -> Cost:
-        return Cost(
-            steps=self.steps, forwards=3.0 * self.steps * self.batch, batch=self.batch, trained=parameters
-        )
+        return Cost(steps=self.steps, forwards=3.0 * self.steps * self.batch, batch=self.batch, trained=parameters)
 
     def apply(self, program: Program, work: Work) -> Program:
         model = load_transformer(program.components["transformer"], work.device).requires_grad_(True)
@@ -68,6 +67,7 @@ class Pretrain(Pass):
             schedule=warmup_cosine(self.steps, min(200, self.steps)),
         )
         network = as_network(model)
+        trained_network = as_network(torch.compile(model)) if self.compile else network
         training, heldout = data.split(min(MONITOR_CLIPS, len(data) // 4))
 
         def train_step(step: int, draw: torch.Generator) -> Mapping[str, float]:
@@ -75,7 +75,8 @@ class Pretrain(Pass):
             dropped = torch.rand(self.batch, generator=draw) < self.caption_dropout
             embeds = torch.where(dropped[:, None, None], data.negative_embeds, embeds)
             noise = torch.randn(x0.shape, generator=draw)
-            return role.update(flow_matching_loss(network, x0, embeds, draw_sigmas(self.batch, shift, draw), noise))
+            sigma = draw_sigmas(self.batch, shift, draw)
+            return role.update(flow_matching_loss(trained_network, x0, embeds, sigma, noise))
 
         @torch.no_grad()
         def monitor(step: int) -> Mapping[str, float]:

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 
 from flcompress.diffusion.flow import add_noise, velocity
-from flcompress.diffusion.sampling import Network, as_network
+from flcompress.diffusion.sampling import as_network
 from flcompress.errors import TrainingError
 from flcompress.ir.selection import By, choose
 from flcompress.models.loading import frozen, load_transformer
@@ -22,7 +22,7 @@ from flcompress.trace.prefix import remember
 from flcompress.trace.skip import skip
 from flcompress.training.loop import train
 from flcompress.training.monitors import HeldOutELBO
-from flcompress.training.objectives import draw_sigmas, predict
+from flcompress.training.objectives import draw_sigmas, predict, skipping
 from flcompress.training.trained import Trained, warmup_cosine
 
 HELD_OUT_CLIPS = 128
@@ -144,7 +144,7 @@ class StochasticDepth(Pass):
         reference = elbo(as_network(original))
 
         def monitor(step: int) -> Mapping[str, float]:
-            full, pruned = elbo(network), elbo(_skipping(network, model, paths, program))
+            full, pruned = elbo(network), elbo(skipping(model, paths))
             if not full <= reference * (1.0 + self.max_drift):
                 raise TrainingError(
                     f"stochastic-depth: stopped by its monitor at step {step}: held-out ELBO loss of the full path "
@@ -164,14 +164,6 @@ class StochasticDepth(Pass):
             monitor=monitor,
             monitor_every=self.monitor_every,
         )
-
-
-def _skipping(network: Network, model: Any, paths: tuple[str, ...], program: Program) -> Network:
-    def call(x: torch.Tensor, timestep: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
-        with skip(model, paths, graph=program.graph):
-            return network(x, timestep, embeds)
-
-    return call
 
 
 def _log(work: Work) -> list[dict[str, float]]:

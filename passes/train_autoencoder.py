@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from pydantic import Field
 
 from flcompress.data import moving_digits
 from flcompress.draws import generator
-from flcompress.training.loop import Progress, train
+from flcompress.models.loading import load_vae
+from flcompress.models.video import decode_latents, encode_clips
+from flcompress.pipeline.passes import Cost, Pass, ProgressSink, Work
+from flcompress.pipeline.program import Program
+from flcompress.training.loop import train
 from flcompress.training.trained import Trained, warmup_cosine
 
 LATENT_PENALTY = 1e-4
@@ -25,25 +31,53 @@ The posterior's own noise starts at one, drowns the signal, and training then se
 LATENT_STATISTICS_CLIPS = 512
 
 
-def fit(
-    vae: Any, clips: Callable[[torch.Generator], torch.Tensor], *, steps: int, learning_rate: float, seed: int,
-    directory: Path, progress: Progress,
-) -> None:
-    """Minimise the reconstruction error of clips [n, 3, frames, height, width] in [-1, 1]."""
-    role = Trained(
-        "autoencoder", vae.train(), learning_rate=learning_rate, schedule=warmup_cosine(steps, min(100, steps))
-    )
+class TrainAutoencoder(Pass):
+    """Train the autoencoder to reconstruct moving-digits clips, and measure its latents' scale.
 
-    def train_step(step: int, draw: torch.Generator) -> Mapping[str, float]:
-        x = clips(draw)
-        latents = vae.encode(x).latent_dist.mode()
-        noise = torch.randn(latents.shape, generator=draw)
-        error = _decode_unclamped(vae, latents + LATENT_NOISE * noise) - x
-        loss = error.square().mean() + error.abs().mean() + LATENT_PENALTY * latents.square().mean()
-        return role.update(loss)
+    `- train-autoencoder: {steps: 1500}`
+    """
 
-    train(train_step, [role], steps=steps, seed=(seed, "train-autoencoder"), directory=directory, progress=progress)
-    vae.eval()
+    name: ClassVar[str] = "train-autoencoder"
+
+    steps: int = Field(gt=0, description="optimiser steps")
+    batch: int = Field(8, gt=0, description="clips a step")
+    learning_rate: float = Field(3e-3, gt=0, description="peak; rises for 100 steps, then half a cosine")
+
+    def cost(self, parameters: float, blocks: int) -> Cost:
+        return Cost(steps=self.steps, batch=self.batch)
+
+    def apply(self, program: Program, work: Work) -> Program:
+        vae = load_vae(program.components["vae"], work.device).requires_grad_(True)
+        self.fit(vae, work.seed, work.directory, work.progress)
+        mean, std = latent_statistics(vae, work.seed)
+        vae.register_to_config(latents_mean=mean, latents_std=std)
+        target = work.directory / "vae"
+        vae.save_pretrained(str(target))
+        clips, _ = moving_digits.sample(64, "heldout", generator(work.seed, self.name, "heldout"))
+        error = float((decode_latents(vae, encode_clips(vae, clips)) - clips).square().mean())
+        record = {"steps": self.steps, "heldout_mean_square_error": error}
+        (work.directory / "result.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
+        return program.with_component("vae", target)
+
+    def fit(self, vae: Any, seed: int, directory: Path, progress: ProgressSink) -> None:
+        """Minimise the reconstruction error of freshly drawn clips; `vae` is trained in place."""
+        role = Trained(
+            "autoencoder",
+            vae.train(),
+            learning_rate=self.learning_rate,
+            schedule=warmup_cosine(self.steps, min(100, self.steps)),
+        )
+
+        def train_step(step: int, draw: torch.Generator) -> Mapping[str, float]:
+            x, _ = moving_digits.sample(self.batch, "train", draw)
+            latents = vae.encode(x).latent_dist.mode()
+            noise = torch.randn(latents.shape, generator=draw)
+            error = _decode_unclamped(vae, latents + LATENT_NOISE * noise) - x
+            loss = error.square().mean() + error.abs().mean() + LATENT_PENALTY * latents.square().mean()
+            return role.update(loss)
+
+        train(train_step, [role], steps=self.steps, seed=(seed, self.name), directory=directory, progress=progress)
+        vae.eval()
 
 
 def _decode_unclamped(vae: Any, latents: torch.Tensor) -> torch.Tensor:

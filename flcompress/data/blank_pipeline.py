@@ -17,7 +17,9 @@ TEXT_CHANNELS = 64
 SHIFT = 3.0
 
 
-def write_blank(folder: Path, *, layers: int = 16, heads: int = 4, feed_forward: int = 384, vae_channels: int = 8) -> None:
+def write_blank(
+    folder: Path, *, layers: int = 16, heads: int = 6, feed_forward: int = 400, vae_channels: int = 8
+) -> None:
     """Write the folder.
 
     Args:

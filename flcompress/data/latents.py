@@ -70,8 +70,9 @@ class LatentDataset:
             tensors = load_file(str(path))
             captions = tuple(json.loads((folder / "captions.json").read_text(encoding="utf-8")))
         except (OSError, SafetensorError, json.JSONDecodeError) as error:
-            raise DataError(f"{folder}: not a latent dataset ({error}); expected latents.safetensors and captions.json")\
-                from error
+            raise DataError(
+                f"{folder}: not a latent dataset ({error}); expected latents.safetensors and captions.json"
+            ) from error
         missing = [name for name in _TENSORS if name not in tensors]
         if missing:
             raise DataError(f"{path}: no tensor {missing[0]}; expected {', '.join(_TENSORS)}")
@@ -86,5 +87,7 @@ class LatentDataset:
         if not bool(torch.isfinite(self.latents).all()):
             raise DataError(f"{where}: latents hold values that are not finite; encode the clips again")
         if int(self.prompt_index.max()) >= len(self.prompt_embeds):
-            raise DataError(f"{where}: prompt_index names caption {int(self.prompt_index.max())} of "
-                            f"{len(self.prompt_embeds)}; encode the clips again")
+            raise DataError(
+                f"{where}: prompt_index names caption {int(self.prompt_index.max())} of "
+                f"{len(self.prompt_embeds)}; encode the clips again"
+            )

@@ -63,7 +63,7 @@ class SamplingContract:
 def contract_of(
     scheduler_config: dict[str, Any], *, num_inference_steps: int, guidance_scale: float, max_sequence_length: int
 ) -> SamplingContract:
-    """The contract that a stock scheduler with this configuration gives: its own sigmas are read off, never recomputed."""
+    """The contract that a stock scheduler with this configuration gives: its own sigmas, read off, never recomputed."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     name = scheduler_config.get("_class_name", "FlowMatchEulerDiscreteScheduler")

@@ -83,7 +83,7 @@ class _Reader:
 
     def optional(self, key: str, kind: type[T]) -> T | None:
         if self._left.get(key, ...) is None:
-            self._left.pop(key)
+            del self._left[key]
             return None
         return self.take(key, kind)
 
@@ -100,6 +100,21 @@ class _Reader:
         value = read(reader)
         reader.finish()
         return value
+
+    def one_or_none(self, key: str, read: Callable[[_Reader], T]) -> T | None:
+        if self._left.get(key, ...) is None:
+            del self._left[key]
+            return None
+        return self.one(key, read)
+
+    def levels(self, key: str) -> tuple[tuple[float, float, float, float], ...]:
+        found: list[tuple[float, float, float, float]] = []
+        for level in self.take(key, list):
+            if not isinstance(level, list) or len(level) != 4 or not all(isinstance(one, float) for one in level):
+                raise RequestError(f"{self._place}.{key} holds {level}, expected four numbers")
+            low, high, mean, standard_error = level
+            found.append((low, high, mean, standard_error))
+        return tuple(found)
 
     def numbers(self, key: str, kind: type[T]) -> tuple[T, ...]:
         values = self.take(key, list)
@@ -138,24 +153,14 @@ def _edge(reader: _Reader) -> tuple[tuple[str, str], list[Flow]]:
 
 
 def _estimate(reader: _Reader) -> Estimate:
-    levels: list[tuple[float, float, float, float]] = []
-    for level in reader.take("per_level", list):
-        if not isinstance(level, list) or len(level) != 4:
-            raise RequestError("importance.per_level holds something else than four numbers a level")
-        low, high, mean, error = (_typed(number, float, "importance.per_level") for number in level)
-        levels.append((low, high, mean, error))
     return Estimate(
-        mean=reader.take("mean", float), standard_error=reader.take("standard_error", float), per_level=tuple(levels)
+        mean=reader.take("mean", float),
+        standard_error=reader.take("standard_error", float),
+        per_level=reader.levels("per_level"),
     )
 
 
 def _block(reader: _Reader) -> Block:
-    scored = reader.optional("importance", dict)
-    importance: Estimate | None = None
-    if scored is not None:
-        inner = _Reader(_object(scored, "importance"), "importance")
-        importance = _estimate(inner)
-        inner.finish()
     return Block(
         path=reader.take("path", str),
         stack=reader.take("stack", str),
@@ -165,7 +170,7 @@ def _block(reader: _Reader) -> Block:
         parameters=reader.take("parameters", int),
         flops=reader.take("flops", int),
         outputs=reader.take("outputs", int),
-        importance=importance,
+        importance=reader.one_or_none("importance", _estimate),
         removable=reader.optional("removable", bool),
         reason=reader.take("reason", str),
     )

@@ -99,7 +99,9 @@ def _check_safetensors(path: Path) -> None:
             for key in file.keys():  # noqa: SIM118 (not a dict)
                 tensor = file.get_tensor(key)
                 if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                    raise ModelError(f"{path}: tensor {key} holds values that are not finite; copy the file again "
-                                     "or go back to an earlier checkpoint")
+                    raise ModelError(
+                        f"{path}: tensor {key} holds values that are not finite; copy the file again "
+                        "or go back to an earlier checkpoint"
+                    )
     except SafetensorError as error:
         raise ModelError(f"{path}: not a whole safetensors file ({error}); copy the file again") from error

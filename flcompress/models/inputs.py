@@ -28,8 +28,10 @@ def example_inputs(
 
     name = type(model).__name__
     if name != "WanTransformer3DModel":
-        raise ModelError(f"{name}: no example inputs are known for this class; expected WanTransformer3DModel, "
-                         "or pass inputs={argument name: tensor}")
+        raise ModelError(
+            f"{name}: no example inputs are known for this class; expected WanTransformer3DModel, "
+            "or pass inputs={argument name: tensor}"
+        )
     config = model.config
     parameter = next(model.parameters())
     draw = torch.Generator().manual_seed(0)
@@ -40,5 +42,7 @@ def example_inputs(
     }
     if config.image_dim is not None:
         made["encoder_hidden_states_image"] = torch.randn(batch, 4, config.image_dim, generator=draw)
-    return {k: v.to(device=parameter.device, dtype=torch.float32 if k == "timestep" else parameter.dtype)
-            for k, v in made.items()}
+    return {
+        k: v.to(device=parameter.device, dtype=torch.float32 if k == "timestep" else parameter.dtype)
+        for k, v in made.items()
+    }

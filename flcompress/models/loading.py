@@ -1,4 +1,4 @@
-"""Load the parts of a pipeline folder by stock diffusers and transformers; safetensors only, no code from the folder."""
+"""Load the parts of a pipeline folder by stock classes; safetensors only, no code from the folder is run."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ def load_transformer(folder: Path, device: str = "cpu") -> Any:
     # Stock loading is silent about missing and unexpected tensors; such a model is wrong.
     for trouble in ("missing_keys", "unexpected_keys"):
         if info[trouble]:
-            raise ModelError(f"{folder}: {len(info[trouble])} {trouble.replace('_', ' ')}, first {info[trouble][0]}; "
-                             "the weights do not belong to this config.json")
+            raise ModelError(
+                f"{folder}: {len(info[trouble])} {trouble.replace('_', ' ')}, first {info[trouble][0]}; "
+                "the weights do not belong to this config.json"
+            )
     return frozen(model).to(device)
 
 

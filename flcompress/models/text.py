@@ -10,7 +10,7 @@ import torch
 
 @torch.no_grad()
 def encode_prompts(text_encoder: Any, tokenizer: Any, prompts: Sequence[str], max_sequence_length: int) -> torch.Tensor:
-    """Embeddings [prompts, max_sequence_length, channels]; positions past a prompt's end are zero (as in WanPipeline)."""
+    """Embeddings [prompts, max_sequence_length, channels], zero past a prompt's end, as in WanPipeline."""
     tokens = tokenizer(
         list(prompts),
         padding="max_length",

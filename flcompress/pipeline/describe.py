@@ -13,7 +13,13 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-_SIMPLE: dict[Any, str] = {float: "a number", int: "a whole number", bool: "true or false", str: "a text", Path: "a path"}
+_SIMPLE: dict[Any, str] = {
+    float: "a number",
+    int: "a whole number",
+    bool: "true or false",
+    str: "a text",
+    Path: "a path",
+}
 
 
 def expected(field: FieldInfo) -> str:

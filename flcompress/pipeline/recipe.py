@@ -74,7 +74,9 @@ class Data(_Part):
     def _exactly_one(self) -> Data:
         given = [key for key, value in self.model_dump(by_alias=True).items() if value is not None]
         if len(given) != 1:
-            raise ValueError(f"{' and '.join(given) or 'nothing'} given, expected one of moving-digits, latents, videos")
+            raise ValueError(
+                f"{' and '.join(given) or 'nothing'} given, expected one of moving-digits, latents, videos"
+            )
         return self
 
 
@@ -115,7 +117,7 @@ class Recipe(_Part):
         return name
 
     def where(self, key: str) -> str:
-        """"recipes/x.yaml:12: model", for error messages."""
+        """ "recipes/x.yaml:12: model", for error messages."""
         return f"{self.origins.get(key, self.file)}: {key}"
 
     def model_folder(self) -> Path:

@@ -62,6 +62,15 @@ def find_exporter(name: str) -> type[Exporter]:
     return found
 
 
+def find_step(name: str) -> type[Pass] | type[Exporter]:
+    """The pass or exporter of that recipe name; RecipeError, with the nearest name, where there is none."""
+    if name in known_exporters():
+        return find_exporter(name)
+    if name in known_passes():
+        return find_pass(name)
+    raise RecipeError(f"no pass or exporter '{name}'; {nearest(name, {**known_passes(), **known_exporters()})}")
+
+
 def nearest(name: str, names: Mapping[str, object] | list[str]) -> str:
     """A closing half sentence: "did you mean 'prune'?", or all the names where none is near."""
     close = get_close_matches(name, list(names), n=1, cutoff=0.6)

@@ -36,7 +36,7 @@ for _name, _pattern, _first in (
     ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", [*"-+.0123456789"]),
     ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", [*"-+."]),
 ):
-    _Loader.add_implicit_resolver(_TAG + _name, re.compile(f"(?:{_pattern})$"), _first)  # type: ignore[no-untyped-call]
+    _Loader.add_implicit_resolver(_TAG + _name, re.compile(f"(?:{_pattern})$"), _first)
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def parse_yaml(text: str, origin: str, *, lines: bool = False) -> Located:
     """Read YAML text. `origin` names it in errors; with `lines` the line number is put behind it."""
     reader = _Reader(origin, lines)
     try:
-        for token in yaml.scan(text, _Loader):  # type: ignore[no-untyped-call]
+        for token in yaml.scan(text, _Loader):
             if isinstance(token, yaml.AliasToken | yaml.AnchorToken):
                 raise RecipeError(f"{reader.at(token)}: anchors and aliases are not read; write the value out")
         node = yaml.compose(text, _Loader)

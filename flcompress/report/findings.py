@@ -121,7 +121,7 @@ def blocks(run: RunRecord) -> Blocks | None:
     edges = list(graph.flows)
     if prune is not None:
         gone, fate = prune.texts("removed"), "removed"
-        reasons = {path: str(why) for path, why in (prune.values.get("reasons") or {}).items()}
+        reasons = {path: str(why) for path, why in prune.sub("reasons").values.items()} if prune.has("reasons") else {}
         cut = run.entry("prune")
         kept = {str(new): str(old) for new, old in prune.sub("kept").values.items()}
         edges = [(kept.get(a, a), kept.get(b, b)) for a, b in cut.graph().flows] if cut else edges
@@ -160,12 +160,10 @@ def _scores(importance: Record | None, graph: BlockGraph) -> dict[str, Estimate]
         return {block.path: block.importance for block in graph.blocks if block.importance is not None}
     found: dict[str, Estimate] = {}
     for scored in importance.each("blocks"):
-        levels = scored.values.get("per_level") or []
-        if any(not isinstance(level, list) or len(level) != 4 for level in levels):
-            raise ReportError(f"{scored.file}: {scored.place}.per_level holds something else than four numbers a level")
+        levels = scored.rows("per_level", 4) if scored.has("per_level") else []
         found[scored.text("path")] = Estimate(
             mean=scored.number("mean"),
             standard_error=scored.number("standard_error"),
-            per_level=tuple((level[0], level[1], level[2], level[3]) for level in levels),
+            per_level=tuple((low, high, mean, error) for low, high, mean, error in levels),
         )
     return found

@@ -79,7 +79,7 @@ def importance(found: Blocks, *, narrow: bool = False) -> str:
         axes.legend(loc="upper center", ncols=2, bbox_to_anchor=(0.5, 1.12))
 
     return _svg(
-        draw, (4.4, 3.2) if narrow else (10.4, 3.5), f"importance-{narrow}", "Importance of each block over depth"
+        draw, (4.4, 3.2) if narrow else (9.4, 3.4), f"importance-{narrow}", "Importance of each block over depth"
     )
 
 
@@ -110,7 +110,7 @@ def levels(found: Blocks, *, narrow: bool = False) -> str:
             _depth_axis(axes, found, True, label=place >= len(bands) - columns)
             axes.set_title(f"noise level {bands[place][0]:.2f} to {bands[place][1]:.2f}")
 
-    size = (4.4, 1.9 * rows + 0.3) if narrow else (10.4, 2.2 * rows + 0.3)
+    size = (4.4, 1.9 * rows + 0.3) if narrow else (9.4, 2.1 * rows + 0.3)
     return _svg(draw, size, f"levels-{narrow}", "Importance of each block over depth, one plot per noise level")
 
 

@@ -63,6 +63,16 @@ class Record:
             self._refuse(key, "a list of numbers")
         return [float(item) for item in value]
 
+    def rows(self, key: str, width: int) -> list[list[float]]:
+        """A list of lists of `width` numbers."""
+        value = self.values.get(key)
+        good = isinstance(value, list) and all(
+            isinstance(row, list) and len(row) == width and all(map(_is_number, row)) for row in value
+        )
+        if not isinstance(value, list) or not good:
+            self._refuse(key, f"a list of rows of {width} numbers")
+        return [[float(item) for item in row] for row in value]
+
     def texts(self, key: str) -> list[str]:
         value = self.values.get(key)
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):

@@ -92,7 +92,7 @@ def _restore(path: Path, roles: Sequence[Trained]) -> int:
     with safe_open(str(path), framework="pt") as file:
         for role in roles:
             prefix = f"{role.name}/"
-            role.restore({k[len(prefix) :]: file.get_tensor(k) for k in file.keys() if k.startswith(prefix)})
+            role.restore({k[len(prefix) :]: file.get_tensor(k) for k in file.keys() if k.startswith(prefix)})  # noqa: SIM118
         return int(file.metadata()["step"])
 
 

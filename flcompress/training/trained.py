@@ -107,11 +107,15 @@ class Trained:
         prefix = "model."
         self.model.load_state_dict({k[len(prefix) :]: v for k, v in flat.items() if k.startswith(prefix)})
         for key, parameter in self._named.items():
-            moments = {m: flat[f"optimizer.{m}.{key}"] for m in ("step", "exp_avg", "exp_avg_sq")
-                       if f"optimizer.{m}.{key}" in flat}
+            moments = {
+                m: flat[f"optimizer.{m}.{key}"]
+                for m in ("step", "exp_avg", "exp_avg_sq")
+                if f"optimizer.{m}.{key}" in flat
+            }
             if moments:
-                self._optimizer.state[parameter] = {m: v.to(parameter.device) if m != "step" else v
-                                                    for m, v in moments.items()}
+                self._optimizer.state[parameter] = {
+                    m: v.to(parameter.device) if m != "step" else v for m, v in moments.items()
+                }
         if self._ema is not None:
             for key, value in self._ema.items():
                 value.copy_(flat[f"ema.{key}"])

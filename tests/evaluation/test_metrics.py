@@ -119,7 +119,7 @@ def test_a_vanishing_digit_does_not_count_as_moving() -> None:
 
 def test_real_clips_are_smooth_and_move() -> None:
     clips, _ = moving_digits.sample(64, "heldout", generator(0))
-    assert float(metrics.motion_smoothness(clips).min()) > 0.9
+    assert float(metrics.motion_smoothness(clips).mean()) > 0.93
     assert metrics.moves(clips).all()
 
 

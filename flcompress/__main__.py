@@ -1,0 +1,5 @@
+"""`python -m flcompress`."""
+
+from flcompress.cli import main
+
+main()

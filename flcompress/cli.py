@@ -1,0 +1,215 @@
+"""The command line. Thin: every command imports what it needs when it runs, so that --help answers at once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from flcompress.errors import FlcompressError
+
+if TYPE_CHECKING:
+    from flcompress.pipeline.display import Display
+
+INTERRUPTED = 130
+_FOLDER = click.Path(path_type=Path)
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")
+quiet = click.option("--quiet", is_flag=True, help="Show no progress.")
+
+
+class Commands(click.Group):
+    """Ends a failed command with one line and the error's exit status instead of a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except FlcompressError as error:
+            if ctx.params.get("debug"):
+                raise
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(error.exit_status)
+        except KeyboardInterrupt:
+            click.echo("interrupted; the same command goes on from here", err=True)
+            ctx.exit(INTERRUPTED)
+
+
+@click.group(cls=Commands)
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.version_option(package_name="flcompress")
+def main(debug: bool) -> None:
+    """Compress video diffusion transformers: fewer blocks, fewer steps, one recipe."""
+
+
+@main.command("apply")
+@click.argument("recipe", type=_FOLDER)
+@click.option("--run-dir", type=_FOLDER, help="Where to write.  [default: runs/<recipe name>]")
+@click.option("--store", type=_FOLDER, help="Folder in which several runs share pass results and encoded clips.")
+@click.option("--dry-run", is_flag=True, help="Check everything and print the plan; write nothing.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override, such as passes.dmd.steps=10.")
+@as_json
+@quiet
+def apply_command(
+    recipe: Path,
+    run_dir: Path | None,
+    store: Path | None,
+    dry_run: bool,
+    overrides: Sequence[str],
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Carry out RECIPE. What is already done is not done again; a killed run goes on."""
+    from flcompress.pipeline import manager
+    from flcompress.pipeline.recipe_loading import load_recipe
+    from flcompress.pipeline.rundir import RunDirectory
+
+    loaded = load_recipe(recipe, overrides)
+    if dry_run:
+        from flcompress.pipeline.plan import make_plan, plan_text
+
+        manager.check(loaded, RunDirectory(run_dir or manager.default_run_dir(loaded)))
+        plan = make_plan(loaded)
+        click.echo(json.dumps(plan.to_dict(), indent=1) if as_json else plan_text(plan))
+        return
+    run = manager.apply(loaded, run_dir, store=store, display=_display(quiet))
+    if as_json:
+        passes = [{**entry.record, "folder": str(entry.folder)} for entry in run.entries()]
+        _print({"run": str(run.path), "passes": passes, "exports": [export.name for export in loaded.exports]})
+
+
+@main.command("inspect")
+@click.argument("model", type=_FOLDER)
+@click.option("--tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Length of the text.")
+@as_json
+def inspect_command(model: Path, tokens: int, as_json: bool) -> None:
+    """Show the blocks of MODEL (a pipeline folder or a transformer folder), from its configuration alone."""
+    from flcompress.pipeline.inspecting import inspect_model, inspection_text
+
+    found = inspect_model(model, tokens)
+    if as_json:
+        _print(found)
+    else:
+        click.echo(inspection_text(found))
+
+
+@main.command("report")
+@click.argument("run", type=_FOLDER)
+def report_command(run: Path) -> None:
+    """Print a summary of RUN and write RUN/report.html."""
+    from rich.console import Console
+
+    from flcompress.report.html import write_report
+    from flcompress.report.terminal import print_summary
+
+    print_summary(run, Console())
+    click.echo(f"report: {write_report(run)}")
+
+
+@main.command("export")
+@click.argument("run", type=_FOLDER)
+@click.option("--format", "formats", multiple=True, metavar="NAME", help="diffusers, onnx, tensorrt, ...; repeatable.")
+@click.option("--force", is_flag=True, help="Write again what is unchanged.")
+@as_json
+@quiet
+def export_command(run: Path, formats: Sequence[str], force: bool, as_json: bool, quiet: bool) -> None:
+    """Write the exports of the finished RUN: those of its recipe, or the given formats."""
+    from flcompress.pipeline.manager import export
+    from flcompress.pipeline.rundir import RunDirectory
+
+    records = export(RunDirectory(run), formats, force=force, display=_display(quiet))
+    if as_json:
+        _print(records)
+
+
+@main.command("generate")
+@click.argument("run", type=_FOLDER)
+@click.option("--prompt", required=True, help="What the clip shows.")
+@click.option("--backend", type=click.Choice(["torch", "onnx", "tensorrt"]), default="torch", show_default=True)
+@click.option("--out", type=_FOLDER, default=Path("clip.gif"), show_default=True, help="File to write.")
+@click.option("--seed", type=int, default=0, show_default=True)
+def generate_command(run: Path, prompt: str, backend: str, out: Path, seed: int) -> None:
+    """Generate one clip with the exported student of RUN."""
+    from flcompress.exporters.runtime import generate
+
+    generate(run, prompt, backend, out, seed)
+    click.echo(str(out))
+
+
+@main.command("eval")
+@click.argument("run", type=_FOLDER)
+@click.option("--clips-per-prompt", type=click.IntRange(min=1), help="Overrides the recipe's.")
+@click.option("--seeds", type=click.IntRange(min=2), help="Overrides the recipe's.")
+@as_json
+@quiet
+def eval_command(run: Path, clips_per_prompt: int | None, seeds: int | None, as_json: bool, quiet: bool) -> None:
+    """Compare teacher, stages and student of RUN on held-out prompts."""
+    from flcompress.evaluation.harness import evaluate
+    from flcompress.pipeline.rundir import RunDirectory
+
+    opened = RunDirectory(run)
+    size = opened.recipe().evaluation
+    with _display(quiet).stage("evaluation") as progress:
+        results = evaluate(opened, clips_per_prompt or size.clips_per_prompt, seeds or size.seeds, progress)
+    _tell(results, as_json, run)
+
+
+@main.command("bench")
+@click.argument("run", type=_FOLDER)
+@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Interleaved repetitions.")
+@as_json
+@quiet
+def bench_command(run: Path, rounds: int, as_json: bool, quiet: bool) -> None:
+    """Time teacher and student of RUN side by side."""
+    from flcompress.evaluation.bench import bench
+    from flcompress.pipeline.rundir import RunDirectory
+
+    with _display(quiet).stage("bench") as progress:
+        results = bench(RunDirectory(run), rounds, progress)
+    _tell(results, as_json, run)
+
+
+@main.command("passes")
+@click.argument("name", required=False)
+@as_json
+def passes_command(name: str | None, as_json: bool) -> None:
+    """List passes and exporters, or show the arguments of NAME."""
+    from flcompress.pipeline.listing import catalogue, catalogue_text, step_text
+    from flcompress.pipeline.reference import describe_step
+    from flcompress.pipeline.registry import find_step
+
+    if name is None:
+        listed = catalogue()
+        if as_json:
+            _print(listed)
+        else:
+            click.echo(catalogue_text(listed))
+        return
+    described = describe_step(find_step(name))
+    if as_json:
+        _print(described)
+    else:
+        click.echo(step_text(described))
+
+
+def _display(quiet: bool) -> Display:
+    from flcompress.pipeline.display import QuietDisplay, default_display
+
+    return QuietDisplay() if quiet else default_display()
+
+
+def _tell(results: dict[str, Any], as_json: bool, run: Path) -> None:
+    if as_json:
+        _print(results)
+        return
+    from rich.console import Console
+
+    from flcompress.report.terminal import print_summary
+
+    print_summary(run, Console())
+
+
+def _print(plain: Any) -> None:
+    click.echo(json.dumps(plain, indent=1))

@@ -1,0 +1,232 @@
+"""The pass manager: checks a whole recipe, then runs what is not stored yet, verifies it, and stores it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from flcompress.errors import FlcompressError, PostconditionError, RequestError
+from flcompress.pipeline import start
+from flcompress.pipeline.clips import Clips, fingerprint
+from flcompress.pipeline.display import Display, default_display
+from flcompress.pipeline.durable import full_disk_told, locked
+from flcompress.pipeline.exporting import run_exports
+from flcompress.pipeline.passes import Pass, Work
+from flcompress.pipeline.program import Program
+from flcompress.pipeline.recipe import Recipe, arguments
+from flcompress.pipeline.recipe_loading import load_recipe
+from flcompress.pipeline.registry import find_exporter
+from flcompress.pipeline.rundir import RunDirectory
+from flcompress.pipeline.store import Entry, Store, key_of
+
+
+def apply(
+    recipe: Recipe | Path | str,
+    run_dir: Path | str | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    dry_run: bool = False,
+    store: Path | str | None = None,
+    display: Display | None = None,
+    device: str | None = None,
+) -> RunDirectory:
+    """Carry out a recipe; what an earlier call already did is found again, a killed one goes on.
+
+    Args:
+        recipe: a recipe, or the path of a recipe file.
+        run_dir: where to write; `runs/<recipe name>` where left out.
+        overrides: "key.path=value" each, for a recipe given by path.
+        dry_run: check everything and show the plan; write nothing.
+        store: a folder in which several runs share pass results and encoded clips; each run's own where left out.
+        display: where progress is shown; bars on a terminal, else lines.
+        device: "cpu" or "cuda"; cuda if there is one where left out.
+
+    Returns:
+        The run directory.
+
+    Raises:
+        RequestError: anything wrong with the request; nothing was written.
+        FlcompressError: the work failed; what was done before is kept.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    display = display or default_display()
+    run = RunDirectory(run_dir or default_run_dir(recipe))
+    check(recipe, run)
+    if dry_run:
+        from flcompress.pipeline.plan import make_plan, plan_text
+
+        display.line(plan_text(make_plan(recipe)))
+        return run
+    with full_disk_told(run.path):
+        run.path.mkdir(parents=True, exist_ok=True)
+        with locked(run.path, wait=False) as mine:
+            if not mine:
+                raise RequestError(
+                    f"{run.path}: another flcompress is working in this run directory; "
+                    "wait for it or choose another --run-dir"
+                )
+            _apply(recipe, run, Path(store).resolve() if store else run.path, display, device or _device())
+    return run
+
+
+def default_run_dir(recipe: Recipe) -> Path:
+    """`runs/<recipe name>`, in the working directory."""
+    return Path("runs") / recipe.name
+
+
+def export(
+    run: RunDirectory, names: Sequence[str] = (), *, force: bool = False, display: Display | None = None
+) -> dict[str, dict[str, Any]]:
+    """Write exports of a finished run: those of its recipe, or the named ones (with the recipe's arguments, if any).
+
+    Returns:
+        name -> what RUN/exports/<name>.json holds, and its status, "ran" or "cached".
+    """
+    program = run.final()
+    ours = {exporter.name: exporter for exporter in run.recipe().exports}
+    chosen = [ours.get(name) or find_exporter(name)() for name in names] or list(ours.values())
+    for exporter in chosen:
+        exporter.check()
+    with full_disk_told(run.path), locked(run.path, wait=False) as mine:
+        if not mine:
+            raise RequestError(f"{run.path}: another flcompress is working in this run directory; wait for it")
+        return run_exports(run, program, chosen, display or default_display(), force=force)
+
+
+def check(recipe: Recipe, run: RunDirectory) -> None:
+    """Everything that can be known to be wrong before any work. Raises RequestError; writes nothing."""
+    from flcompress.models.folder import check_pipeline
+
+    run.check_recipe(recipe)
+    for exporter in recipe.exports:
+        exporter.check()
+    check_pipeline(recipe.model_folder(), weights=recipe.model.weights == "trained")
+    spec = recipe.data_spec()
+    if spec is not None:
+        from flcompress.data.build import check_dataset
+
+        check_dataset(spec)
+
+
+def pass_key(step: Pass, program: Program, recipe: Recipe) -> str:
+    """Cache key of one pass's result."""
+    return key_of(
+        program=program.digest,
+        name=step.name,
+        version=step.version,
+        arguments=arguments(step),
+        data=fingerprint(recipe.data_spec()),
+        seed=recipe.seed,
+    )
+
+
+def _apply(recipe: Recipe, run: RunDirectory, shared: Path, display: Display, device: str) -> None:
+    run.begin(recipe)
+    run.note("start", recipe.name)
+    store = Store(shared / "passes")
+    clips = Clips(recipe, shared / "data", display)
+    current = recipe.name
+    try:
+        entry, fresh = _entry_of_start(recipe, store)
+        beginning = program = entry.program()
+        entries, ran = [entry], int(fresh)
+        run.record_entries(entries, finished=not recipe.passes)
+        for index, step in enumerate(recipe.passes, start=1):
+            current = step.name
+            title = f"{index}/{len(recipe.passes)} {step.name}"
+            key = pass_key(step, program, recipe)
+            found = store.find(index, step.name, key)
+            if found is None:
+                display.line(f"{title}: running")
+                with display.stage(title) as progress:
+                    work = Work(directory=Path(), seed=recipe.seed, data=clips, progress=progress, device=device)
+                    entry = store.make(index, step.name, key, arguments(step), _builder(step, program, work))
+                display.line(f"{title}: {entry.record['seconds']:.1f} s, peak {entry.record['peak_rss_mb']:.0f} MB")
+                ran += 1
+            else:
+                entry = found
+                display.line(f"{title}: unchanged")
+            program = _at_home(entry, beginning)
+            entries.append(entry)
+            run.record_entries(entries, finished=index == len(recipe.passes))
+            measured = {name: entry.record[name] for name in ("seconds", "peak_rss_mb")}
+            run.note("pass", step.name, status="cached" if found else "ran", key=key, **measured)
+        current = "exports"
+        exports = run_exports(run, program, recipe.exports, display)
+    except FlcompressError as error:
+        run.note("failed", current, status="failed", error=str(error))
+        raise
+    ran += sum(record["status"] == "ran" for record in exports.values())
+    run.note("done", recipe.name, status="ran" if ran else "cached")
+    _remove_left_overs(run.path / "passes")
+    counts = f"{len(recipe.passes)} passes and {len(recipe.exports)} exports"
+    display.line(f"done: {counts} in {run.path}" if ran else f"nothing to do: {counts} are unchanged in {run.path}")
+
+
+def _entry_of_start(recipe: Recipe, store: Store) -> tuple[Entry, bool]:
+    key = start.start_key(recipe)
+    given = start.model_arguments(recipe)
+    found = store.find(0, "model", key)
+    if found is None:
+        return store.make(0, "model", key, given, lambda folder: start.starting_program(recipe, folder)), True
+    if recipe.model.weights == "trained":
+        # The same model may have moved since; every later program is pointed to where it lies now.
+        home = recipe.model_folder()
+        program = found.program()
+        if program.components["transformer"] != home / "transformer":
+            moved = {name: home / path.name for name, path in program.components.items()}
+            replace(program, components=moved).save(found.folder)
+    return found, False
+
+
+def _at_home(entry: Entry, beginning: Program) -> Program:
+    """The entry's program; parts it shares with the starting model are looked for where that lies now."""
+    program = entry.program()
+    here = {name: path if path.is_dir() else beginning.components[name] for name, path in program.components.items()}
+    if here != dict(program.components):
+        program = replace(program, components=here)
+        program.save(entry.folder)
+    return program
+
+
+def _builder(step: Pass, program: Program, work: Work) -> Callable[[Path], Program]:
+    """Applies one pass in the folder that the store gives, and verifies what comes back."""
+
+    def build(folder: Path) -> Program:
+        result = step(program, replace(work, directory=folder))
+        verify(step.name, result)
+        return result
+
+    return build
+
+
+def verify(name: str, program: Program) -> None:
+    """What must hold of every program beside its graph's own rules.
+
+    Raises:
+        PostconditionError: names the pass and what it left wrong.
+    """
+    for component, folder in program.components.items():
+        if not folder.is_dir() or not any(folder.iterdir()):
+            raise PostconditionError(f"{name}: component {component} is to lie in {folder}, where nothing is")
+    blocks = {block.path for block in program.graph.blocks}
+    if set(program.kept) != blocks:
+        odd = sorted(blocks ^ set(program.kept))
+        raise PostconditionError(f"{name}: the kept-block map and the graph disagree on {odd[0]}; expected every block")
+
+
+def _remove_left_overs(passes: Path) -> None:
+    """Work folders of recipes since changed; one that another process works in is left alone."""
+    for folder in passes.glob(".work-*"):
+        with locked(folder, wait=False) as mine:
+            if mine:
+                shutil.rmtree(folder)
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,204 @@
+"""The plan of a dry run: what each pass will leave, and about what it will take."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from flcompress.ir.graph import BlockGraph
+from flcompress.pipeline.display import clock
+from flcompress.pipeline.passes import Cost
+from flcompress.pipeline.recipe import Recipe
+from flcompress.pipeline.start import read_source
+
+TRAINED_BYTES = 20
+"""Per trained parameter: weight, gradient, two moments and a moving average in fp32."""
+FROZEN_BYTES = 4
+ACTIVATIONS = 24
+"""Tensors of a residual stream's size that one block keeps for its backward: a rough, measured figure."""
+PROCESS_BYTES = 5e8
+"""Python, torch and diffusers before any model."""
+CHEAP_FLOPS = 2e11
+"""Up to here the transformer itself is timed; above, a matrix product."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedPass:
+    """One row. Parameters and FLOPs are of the transformer after the pass; FLOPs of one forward of one sample."""
+
+    name: str
+    parameters_before: int
+    parameters: int
+    flops: int
+    steps: int
+    forwards: int
+    seconds: float
+    memory_mb: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A recipe's plan; `work_ratio` is evaluations times parameters, before over after."""
+
+    recipe: str
+    model: str
+    parameters: int
+    flops: int
+    evaluations: int
+    passes: tuple[PlannedPass, ...]
+    exports: tuple[str, ...]
+    final_evaluations: int
+    work_ratio: float
+    flops_per_second: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def make_plan(recipe: Recipe, flops_per_second: float | None = None) -> Plan:
+    """Plan a recipe whose checks have passed; nothing is written.
+
+    Args:
+        recipe: the recipe.
+        flops_per_second: speed of this machine; measured where left out.
+    """
+    source = read_source(recipe)
+    graph = source.graph
+    speed = flops_per_second or measure_speed(source.folder / "transformer", graph, source.contract.max_sequence_length)
+    rows: list[PlannedPass] = []
+    parameters, evaluations = float(graph.parameters), source.contract.evaluations
+    for step in recipe.passes:
+        left = step.remaining(parameters)
+        cost = step.cost(parameters, _blocks(graph, parameters))
+        rows.append(
+            PlannedPass(
+                name=step.name,
+                parameters_before=round(parameters),
+                parameters=round(left),
+                flops=_flops(graph, left),
+                steps=cost.steps,
+                forwards=round(cost.forwards),
+                seconds=cost.forwards * graph.flops / speed,
+                memory_mb=_memory(cost, graph) / 1e6,
+            )
+        )
+        parameters, evaluations = left, step.evaluations(evaluations)
+    before = source.contract.evaluations
+    return Plan(
+        recipe=recipe.name,
+        model=str(source.folder),
+        parameters=graph.parameters,
+        flops=graph.flops,
+        evaluations=before,
+        passes=tuple(rows),
+        exports=tuple(exporter.name for exporter in recipe.exports),
+        final_evaluations=evaluations,
+        work_ratio=before / evaluations * graph.parameters / parameters,
+        flops_per_second=speed,
+    )
+
+
+def plan_text(plan: Plan) -> str:
+    """The plan as a table for people."""
+    head = ("pass", "parameters", "FLOPs/forward", "steps", "forwards", "time", "memory")
+    rows = [
+        (
+            row.name,
+            f"{_short(row.parameters_before)} -> {_short(row.parameters)}",
+            _short(row.flops),
+            f"{row.steps:,}",
+            f"{row.forwards:,}",
+            clock(row.seconds),
+            f"{row.memory_mb / 1000:.1f} GB",
+        )
+        for row in plan.passes
+    ]
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    table = [
+        "  ".join(cell.ljust(width) if place == 0 else cell.rjust(width) for place, (cell, width) in enumerate(line))
+        for line in (list(zip(row, widths, strict=True)) for row in (head, *rows))
+    ]
+    share = plan.passes[-1].parameters / plan.parameters if plan.passes else 1.0
+    return "\n".join(
+        [
+            f"plan of {plan.recipe}: {plan.model}",
+            f"start: {plan.parameters:,} parameters, {plan.flops:,} FLOPs/forward, "
+            f"{plan.evaluations} evaluations a sample",
+            "",
+            *(line.rstrip() for line in table),
+            "",
+            f"time: about {clock(sum(row.seconds for row in plan.passes))} "
+            f"at a measured {plan.flops_per_second / 1e9:.1f} GFLOP/s; exports: {', '.join(plan.exports) or 'none'}",
+            f"end: {plan.final_evaluations} evaluations with {share:.1%} of the parameters: "
+            f"{plan.work_ratio:.2f}x less work a sample",
+            "nothing was written",
+        ]
+    )
+
+
+def measure_speed(transformer: Path, graph: BlockGraph, tokens: int) -> float:
+    """FLOP/s that this machine reaches: on the transformer with random weights if that is cheap, else on a product."""
+    import time
+
+    import torch
+
+    batch = max(1, min(16, int(CHEAP_FLOPS // max(graph.flops, 1))))
+    if graph.flops > CHEAP_FLOPS:
+        left, right = torch.randn(1024, 1024), torch.randn(1024, 1024)
+        flops = 2.0 * 1024**3
+
+        def work() -> Any:
+            return left @ right
+    else:
+        from flcompress.models.inputs import example_inputs
+        from flcompress.models.loading import meta_transformer
+
+        model = meta_transformer(transformer).to_empty(device="cpu")
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(std=0.02)
+        inputs = example_inputs(model, batch=batch, tokens=tokens)
+        flops = float(batch * graph.flops)
+
+        def work() -> Any:
+            return model(**inputs, return_dict=False)
+
+    with torch.no_grad():
+        work()
+        times = []
+        for _ in range(3):
+            started = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - started)
+    return flops / min(times)
+
+
+def _blocks(graph: BlockGraph, parameters: float) -> int:
+    """How many blocks a transformer cut to `parameters` has."""
+    inside = sum(block.parameters for block in graph.blocks)
+    outside = graph.parameters - inside
+    return max(1, round(len(graph.blocks) * (parameters - outside) / inside))
+
+
+def _flops(graph: BlockGraph, parameters: float) -> int:
+    """FLOPs of a transformer cut to `parameters`: those inside blocks go down with the blocks' parameters."""
+    inside = sum(block.parameters for block in graph.blocks)
+    share = (parameters - (graph.parameters - inside)) / inside
+    within = sum(block.flops for block in graph.blocks)
+    return round(graph.flops - within * (1.0 - share))
+
+
+def _memory(cost: Cost, graph: BlockGraph) -> float:
+    """Bytes: models, their training state, and what a backward keeps of the batch."""
+    streams = sum(4.0 * math.prod(stream.spec.shape) for block in graph.blocks for stream in block.streams)
+    kept = streams * ACTIVATIONS if cost.trained else streams / max(1, len(graph.blocks))
+    return PROCESS_BYTES + TRAINED_BYTES * cost.trained + FROZEN_BYTES * cost.frozen + cost.batch * kept
+
+
+def _short(number: float) -> str:
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.0f}"

@@ -1,0 +1,144 @@
+"""The run directory: everything one recipe has produced. Layout in docs/concepts.md."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from flcompress.errors import RequestError
+from flcompress.pipeline.durable import write_text
+from flcompress.pipeline.program import Program
+from flcompress.pipeline.recipe import Recipe
+from flcompress.pipeline.recipe_loading import dump_recipe, load_recipe
+from flcompress.pipeline.store import Entry
+
+RUN_FILE = "run.json"
+RECIPE_FILE = "recipe.yaml"
+JOURNAL_FILE = "journal.jsonl"
+
+
+class RunDirectory:
+    """A folder that `flcompress apply` writes and every other command reads.
+
+    Reading methods raise RequestError where the folder is no run directory.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path).resolve()
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __repr__(self) -> str:
+        return f"RunDirectory({str(self.path)!r})"
+
+    @property
+    def exports(self) -> Path:
+        return self.path / "exports"
+
+    def exists(self) -> bool:
+        return (self.path / RUN_FILE).is_file()
+
+    @property
+    def name(self) -> str:
+        """The name of the recipe it belongs to."""
+        return str(self._record()["name"])
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last `apply` went through all passes."""
+        return bool(self._record()["finished"])
+
+    def recipe(self) -> Recipe:
+        """The recipe last applied here, every default written out."""
+        self._record()
+        return load_recipe(self.path / RECIPE_FILE)
+
+    def entries(self) -> list[Entry]:
+        """The results of the passes of the recipe last applied, in order; those that are done so far."""
+        return [Entry.read(self._place(text), index) for index, text in enumerate(self._record()["entries"])][1:]
+
+    def start(self) -> Program:
+        """The program that the recipe started from."""
+        return Program.load(self._stored()[0])
+
+    def final(self) -> Program:
+        """The program after the last pass; RequestError if the run is not finished."""
+        if not self.finished:
+            done = len(self._stored()) - 1
+            raise RequestError(
+                f"{self.path}: the run is not finished ({max(done, 0)} passes done); "
+                f"give flcompress apply {self._record()['recipe_path']} again, it goes on from there"
+            )
+        return Program.load(self._stored()[-1])
+
+    def journal(self) -> list[dict[str, Any]]:
+        """What happened here, oldest first; one event a line."""
+        path = self.path / JOURNAL_FILE
+        if not path.exists():
+            return []
+        events = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                events.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue  # a killed run can leave half a line
+        return events
+
+    def check_recipe(self, recipe: Recipe) -> None:
+        """Raise RequestError if the folder belongs to another recipe, or holds something else."""
+        if self.exists():
+            if self.name != recipe.name:
+                raise RequestError(
+                    f"{self.path}: run directory of recipe '{self.name}', not of '{recipe.name}'; "
+                    "choose another --run-dir"
+                )
+        elif self.path.is_dir() and any(path.name != "passes" for path in self.path.iterdir()):
+            raise RequestError(f"{self.path}: not empty and no run directory (no {RUN_FILE}); choose another --run-dir")
+        elif self.path.exists() and not self.path.is_dir():
+            raise RequestError(f"{self.path}: a file, expected a folder; choose another --run-dir")
+
+    def begin(self, recipe: Recipe) -> None:
+        """Write the resolved recipe and who this folder belongs to."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        created = self._record()["created"] if self.exists() else _now()
+        self._write(name=recipe.name, recipe_path=str(recipe.file), created=created, entries=[], finished=False)
+        write_text(self.path / RECIPE_FILE, dump_recipe(recipe))
+
+    def record_entries(self, entries: Sequence[Entry], *, finished: bool) -> None:
+        """Note which stored results make up the run; the first is the starting program."""
+        places = [os.path.relpath(entry.folder, self.path) for entry in entries]
+        self._write(**{**self._record(), "entries": places, "finished": finished})
+
+    def note(self, event: str, name: str = "", **values: Any) -> None:
+        """Append one event to the journal."""
+        record = {"time": _now(), "event": event, "name": name, **values}
+        with (self.path / JOURNAL_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def _stored(self) -> list[Path]:
+        places = [self._place(text) for text in self._record()["entries"]]
+        if not places:
+            raise RequestError(f"{self.path}: the run has not begun; give flcompress apply again")
+        return places
+
+    def _place(self, text: str) -> Path:
+        return (self.path / text).resolve()
+
+    def _write(self, **record: Any) -> None:
+        write_text(self.path / RUN_FILE, json.dumps(record, indent=1) + "\n")
+
+    def _record(self) -> dict[str, Any]:
+        if not self.exists():
+            raise RequestError(
+                f"{self.path}: not a run directory (no {RUN_FILE}); give the folder that flcompress apply wrote"
+            )
+        return dict(json.loads((self.path / RUN_FILE).read_text(encoding="utf-8")))
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

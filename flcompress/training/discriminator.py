@@ -1,0 +1,58 @@
+"""DMD2's optional adversarial term: real or generated, told from the fake score's own features."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from flcompress.diffusion.sampling import Network, as_network
+
+
+class Discriminator(nn.Module):
+    """A head on the token features of the fake score's middle block (Yin et al. 2024, DMD2, section 4.3).
+
+    It owns the fake score, so that one optimiser trains both.
+
+    Args:
+        score: the fake score, a transformer whose block returns tokens [n, tokens, channels].
+        path: module path of the block whose output is read.
+        channels: width of those tokens.
+    """
+
+    def __init__(self, score: Any, path: str, channels: int) -> None:
+        super().__init__()
+        self.score = score
+        self.head = nn.Sequential(
+            nn.LayerNorm(channels), nn.Linear(channels, channels), nn.SiLU(), nn.Linear(channels, 1)
+        )
+        self._features: torch.Tensor | None = None
+        score.get_submodule(path).register_forward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, given: Any, output: torch.Tensor) -> None:
+        self._features = output
+
+    @property
+    def network(self) -> Network:
+        """The fake score itself."""
+        return as_network(self.score)
+
+    def forward(self, x: torch.Tensor, timestep: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+        """Logits [n], positive for real, of noised latents."""
+        self.network(x, timestep, embeds)
+        features, self._features = self._features, None
+        if features is None:
+            raise RuntimeError("the block that the discriminator reads did not run")
+        return self.head(features.float().mean(dim=1)).squeeze(-1)  # type: ignore[no-any-return]
+
+
+def generator_term(generated_logits: torch.Tensor) -> torch.Tensor:
+    """What the generator minimises: softplus(-D(x_g))."""
+    return F.softplus(-generated_logits).mean()
+
+
+def critic_term(real_logits: torch.Tensor, generated_logits: torch.Tensor) -> torch.Tensor:
+    """What the discriminator minimises: softplus(-D(x)) + softplus(D(x_g))."""
+    return F.softplus(-real_logits).mean() + F.softplus(generated_logits).mean()

@@ -1,0 +1,40 @@
+"""The public door, in a fresh interpreter."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import flcompress
+
+
+def python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_importing_it_loads_nothing() -> None:
+    code = "import sys, flcompress; print([n for n in ('torch', 'pydantic', 'networkx') if n in sys.modules])"
+    assert python(code) == "[]"
+
+
+def test_what_it_opens() -> None:
+    code = "import flcompress; print([callable(getattr(flcompress, n)) for n in flcompress.__all__])"
+    assert python(code) == str([True] * len(flcompress.__all__))
+    assert flcompress.__all__ == ["NotRemovable", "apply", "load_recipe", "remove", "skip", "trace"]
+
+
+@pytest.mark.parametrize("first", ["pass", "import flcompress.trace.tracer", "from flcompress.trace.skip import skip"])
+def test_trace_is_a_function_and_a_package(first: str) -> None:
+    code = (
+        f"{first}\nfrom flcompress import trace\nimport torch\n"
+        "try: trace(torch.nn.Linear(1, 1), {'input': torch.zeros(1, 1)})\n"
+        "except Exception as error: print(type(error).__name__)"
+    )
+    assert python(code) == "RequestError"
+
+
+def test_what_it_does_not_open() -> None:
+    with pytest.raises(AttributeError, match="module 'flcompress' has no attribute 'nothing'"):
+        flcompress.nothing  # noqa: B018
