@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from flcompress.trace.skip import skip as skip
     from flcompress.trace.tracer import trace as trace
 
+__version__ = "0.1.0"
+
 __all__ = ["NotRemovable", "apply", "load_recipe", "remove", "skip", "trace"]
 
 _DOOR = {

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from flcompress import __version__
 from flcompress.errors import FlcompressError
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class Commands(click.Group):
 
 @click.group(cls=Commands)
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-@click.version_option(package_name="flcompress")
+@click.version_option(__version__, prog_name="flcompress")
 def main(debug: bool) -> None:
     """Compress video diffusion transformers: fewer blocks, fewer steps, one recipe."""
 

@@ -12,6 +12,7 @@ met: 1 is a clean clip, 0 one damaged beyond use.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -95,6 +96,11 @@ def judge(classifier: Classifier, clips: torch.Tensor, batch: int = 128) -> Judg
     """Judge any number of clips, `batch` at a time."""
     parts = [classifier(part) for part in clips.split(batch)]
     return Judgement(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Judgement)})
+
+
+def labels(wanted: Sequence[moving_digits.Caption]) -> torch.Tensor:
+    """Digit, direction and speed of captions: [n, 3]."""
+    return torch.tensor([[c.digit, c.direction, c.speed] for c in wanted])
 
 
 def load_classifier(folder: Path = FOLDER) -> Classifier:

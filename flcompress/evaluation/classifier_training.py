@@ -25,9 +25,10 @@ from flcompress.evaluation.classifier import (
     Classifier,
     Judgement,
     judge,
+    labels,
 )
 from flcompress.evaluation.damage import damage
-from flcompress.evaluation.seeding import generator
+from flcompress.draws import generator
 from flcompress.pipeline.passes import ProgressSink
 
 STEPS = 1500
@@ -51,11 +52,6 @@ def real_clips(n: int, split: Split, draw: torch.Generator) -> tuple[torch.Tenso
     known = every_caption()
     wanted = tuple(known[int(i)] for i in torch.randint(len(known), (n,), generator=draw))
     return moving_digits.render(wanted, split, draw), wanted
-
-
-def labels(wanted: tuple[Caption, ...]) -> torch.Tensor:
-    """Digit, direction and speed of captions: [n, 3]."""
-    return torch.tensor([[c.digit, c.direction, c.speed] for c in wanted])
 
 
 def tilt(clips: torch.Tensor, draw: torch.Generator) -> torch.Tensor:

@@ -17,9 +17,10 @@ def first_fault(error: ValidationError, kind: type[BaseModel], given: dict[str, 
     """The place, within `given`, of the first fault, and what is wrong there."""
     fault = error.errors(include_url=False)[0]
     loc, field, owner = _follow(fault["loc"], kind, given)
-    if fault["type"] == "extra_forbidden":
+    whole = len(loc) == len(fault["loc"])
+    if whole and fault["type"] == "extra_forbidden":
         return loc, f"unknown key; {nearest(str(loc[-1]), _keys(owner))}"
-    if fault["type"] == "missing":
+    if whole and fault["type"] == "missing":
         return loc, f"missing, expected {expected(field)}" if field is not None else "missing"
     if fault["type"] in ("value_error", "assertion_error"):
         return loc, str(fault["ctx"]["error"])
@@ -61,4 +62,4 @@ def _model(field: FieldInfo) -> type[BaseModel] | None:
 
 
 def _keys(kind: type[BaseModel]) -> list[str]:
-    return [field.alias or name for name, field in kind.model_fields.items() if field.exclude is not True]
+    return [field.alias or name for name, field in kind.model_fields.items()]

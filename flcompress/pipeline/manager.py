@@ -162,8 +162,7 @@ def _apply(recipe: Recipe, run: RunDirectory, shared: Path, display: Display, de
     ran += sum(record["status"] == "ran" for record in exports.values())
     run.note("done", recipe.name, status="ran" if ran else "cached")
     _remove_left_overs(run.path / "passes")
-    counts = f"{len(recipe.passes)} passes and {len(recipe.exports)} exports"
-    display.line(f"done: {counts} in {run.path}" if ran else f"nothing to do: {counts} are unchanged in {run.path}")
+    display.line(f"done: {run.path}" if ran else f"nothing to do: every pass and export is unchanged in {run.path}")
 
 
 def _entry_of_start(recipe: Recipe, store: Store) -> tuple[Entry, bool]:

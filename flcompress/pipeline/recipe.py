@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, InstanceOf, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, InstanceOf, PrivateAttr, field_validator, model_validator
 
 from flcompress.errors import DataError, ModelError
 from flcompress.pipeline.exporter import Exporter
@@ -103,11 +103,24 @@ class Recipe(_Part):
     exports: tuple[InstanceOf[Exporter], ...] = Field((), description="what the result is written as, in order")
     evaluation: Evaluation = Field(Evaluation(), description="size of the comparison that `flcompress eval` makes")
 
-    file: Path = Field(Path("recipe.yaml"), exclude=True)
-    """The recipe file; paths are looked for beside it first. Not a key of the file."""
+    _file: Path = PrivateAttr(Path("recipe.yaml"))
+    _origins: dict[str, str] = PrivateAttr(default_factory=dict)
 
-    origins: dict[str, str] = Field({}, exclude=True)
-    """Where "model", "data", "passes[0]", ... were written ("recipes/x.yaml:12"). Not a key of the file."""
+    @property
+    def file(self) -> Path:
+        """The recipe file; paths are looked for beside it first."""
+        return self._file
+
+    def written_in(self, file: Path, origins: dict[str, str]) -> Recipe:
+        """The same recipe that knows where it stands.
+
+        Args:
+            file: the recipe file.
+            origins: where "model", "data", "passes[0]", ... were written, such as "recipes/x.yaml:12".
+        """
+        located = self.model_copy()
+        located._file, located._origins = file, origins
+        return located
 
     @field_validator("name")
     @classmethod
@@ -118,7 +131,7 @@ class Recipe(_Part):
 
     def where(self, key: str) -> str:
         """ "recipes/x.yaml:12: model", for error messages."""
-        return f"{self.origins.get(key, self.file)}: {key}"
+        return f"{self._origins.get(key, self.file)}: {key}"
 
     def model_folder(self) -> Path:
         """The model folder, absolute; ModelError, naming both places looked at, where there is none."""

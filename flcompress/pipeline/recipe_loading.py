@@ -50,14 +50,9 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     exports = [_step(located, ("exports", place), find_exporter) for place in range(len(top.get("exports", [])))]
     top.setdefault("name", path.stem)
     rest = {key: value for key, value in top.items() if key not in ("passes", "exports")}
-    recipe = _validate(Recipe, rest, located, ()).model_copy(
-        update={
-            "passes": tuple(passes),
-            "exports": tuple(exports),
-            "file": path,
-            "origins": {_key(loc): place for loc, place in located.origins.items() if 0 < len(loc) < 3},
-        }
-    )
+    recipe = _validate(Recipe, rest, located, ())
+    recipe = recipe.model_copy(update={"passes": tuple(passes), "exports": tuple(exports)})
+    recipe = recipe.written_in(path, {_key(loc): place for loc, place in located.origins.items() if 0 < len(loc) < 3})
     check_flow(recipe)
     return recipe
 

@@ -115,7 +115,7 @@ def summary(kind: type) -> str:
 
 
 def _fields(kind: type[BaseModel]) -> dict[str, FieldInfo]:
-    return {field.alias or name: field for name, field in kind.model_fields.items() if field.exclude is not True}
+    return {field.alias or name: field for name, field in kind.model_fields.items()}
 
 
 def _table(fields: Mapping[str, FieldInfo]) -> str:

@@ -108,6 +108,9 @@ class _Reader:
     def at(self, node: Any) -> str:
         return f"{self._origin}:{node.start_mark.line + 1}" if self._lines else self._origin
 
+    def place(self, node: Any, loc: Loc) -> str:
+        return f"{self.at(node)}: {dotted(loc)}" if loc else self.at(node)
+
     def value(self, node: yaml.Node, loc: Loc) -> Any:
         if isinstance(node, yaml.MappingNode) and node.tag == _TAG + "map":
             return self._mapping(node, loc)
@@ -119,18 +122,18 @@ class _Reader:
             return found
         if isinstance(node, yaml.ScalarNode):
             return self._scalar(node, loc)
-        raise RecipeError(f"{self.at(node)}: {dotted(loc)}: tag {node.tag} is not read; leave it out")
+        raise RecipeError(f"{self.place(node, loc)}: tag {node.tag} is not read; leave it out")
 
     def _mapping(self, node: yaml.MappingNode, loc: Loc) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for key_node, value_node in node.value:
             key = key_node.value
             if not isinstance(key, str):
-                raise RecipeError(f"{self.at(key_node)}: {dotted(loc)}: a list or mapping as a key, expected a name")
+                raise RecipeError(f"{self.place(key_node, loc)}: a list or mapping as a key, expected a name")
             here = (*loc, key)
             if key in found:
                 raise RecipeError(
-                    f"{self.at(key_node)}: {dotted(here)}: given twice, first at {self.origins[here]}; remove one"
+                    f"{self.place(key_node, here)}: given twice, first at {self.origins[here]}; remove one"
                 )
             self.origins[here] = self.at(key_node)
             found[key] = self.value(value_node, here)
@@ -147,8 +150,8 @@ class _Reader:
         if kind == "float":
             number = float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
             if not math.isfinite(number):
-                raise RecipeError(f"{self.at(node)}: {dotted(loc)}: {text} given, expected a finite number")
+                raise RecipeError(f"{self.place(node, loc)}: {text} given, expected a finite number")
             return number
         if kind == "str":
             return text
-        raise RecipeError(f"{self.at(node)}: {dotted(loc)}: tag {node.tag} is not read; leave it out")
+        raise RecipeError(f"{self.place(node, loc)}: tag {node.tag} is not read; leave it out")

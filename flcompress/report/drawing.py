@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 from html import escape
 
+from flcompress.ir.graph import INPUT, OUTPUT
 from flcompress.report import wording
 from flcompress.report.findings import BlockFate, Blocks
 from flcompress.report.plots import LOG_SPREAD
 
-PITCH, ROW, BOX = 62.0, 128.0, 42.0
-"""Distance of two blocks in a row, of two rows, and the side of the largest block's box, in SVG units."""
+PITCH, BOX = 62.0, 42.0
+"""Distance of two blocks in a row, and the side of the largest block's box, in SVG units."""
 
-DROP = 46.0
-"""How far a removed block lies below the line that data now takes."""
+ROW, DROP = 82.0, 46.0
+"""Height of a row, and how far a removed block lies below the line that data now takes (its row is that much higher)."""
+
+MARGIN = 28.0
 
 
 def block_graph(found: Blocks, *, columns: int) -> str:
@@ -22,56 +25,57 @@ def block_graph(found: Blocks, *, columns: int) -> str:
     A box's height is its share of the parameters (the largest fills the box), its shade its importance. Rows hold at
     most `columns` blocks and are as equal as they can be; data runs from left to right and row to row.
     """
-    rows = math.ceil(len(found.fates) / columns)
-    across = math.ceil(len(found.fates) / rows)
-    places = {fate.block.path: (n % across, n // across) for n, fate in enumerate(found.fates)}
+    layout = _Layout(found, columns)
     largest = max(fate.share for fate in found.fates) or 1.0
     shades = _shades(found)
-    width, height = across * PITCH + 56, rows * ROW
     parts = [
-        f'<svg class="graph" viewBox="0 0 {width:g} {height:g}" role="img" '
+        f'<svg class="graph" viewBox="0 0 {layout.width:g} {layout.height:g}" role="img" '
         f'aria-label="Block graph: {len(found.fates)} blocks, {len(found.gone)} removed">'
     ]
-    parts += [_edge(source, target, found, places, across, rows) for source, target in found.edges]
-    parts += [_box(fate, *_centre(places[fate.block.path]), largest, shades) for fate in found.fates]
-    parts.append(_end("in", *_in(places, rows)))
-    parts.append(_end("out", *_out(found, across, rows)))
-    parts.append("</svg>")
+    parts += [_edge(source, target, layout) for source, target in found.edges]
+    parts += [_box(fate, *layout.at(fate.block.path), largest, shades) for fate in found.fates]
+    parts += [_end("in", *layout.at(INPUT)), _end("out", *layout.at(OUTPUT)), "</svg>"]
     return "".join(parts)
 
 
-def _centre(place: tuple[int, int]) -> tuple[float, float]:
-    column, row = place
-    return 28 + (column + 0.5) * PITCH, row * ROW + 42
+class _Layout:
+    """Where every node of the graph lies."""
+
+    def __init__(self, found: Blocks, columns: int) -> None:
+        self.fates = found.fates
+        rows = math.ceil(len(self.fates) / columns)
+        across = math.ceil(len(self.fates) / rows)
+        self.order = {fate.block.path: n for n, fate in enumerate(self.fates)} | {INPUT: -1, OUTPUT: len(self.fates)}
+        self.right = MARGIN + across * PITCH
+        self.width, self.height = self.right + MARGIN, 0.0
+        self._places: dict[str, tuple[float, float]] = {}
+        for start in range(0, len(self.fates), across):
+            row = self.fates[start : start + across]
+            line = self.height + BOX
+            for column, fate in enumerate(row):
+                self._places[fate.block.path] = (MARGIN + (column + 0.5) * PITCH, line)
+            self._places.setdefault(INPUT, (12.0, line))
+            self._places[OUTPUT] = (MARGIN + len(row) * PITCH + 14, line)
+            self.height += ROW + (DROP if any(fate.fate == "removed" for fate in row) else 0.0)
+
+    def at(self, node: str) -> tuple[float, float]:
+        return self._places[node]
 
 
-def _in(places: dict[str, tuple[int, int]], rows: int) -> tuple[float, float]:
-    return 12.0, _centre((0, 0))[1]
-
-
-def _out(found: Blocks, across: int, rows: int) -> tuple[float, float]:
-    last = (len(found.fates) - 1) % across
-    return _centre((last, rows - 1))[0] + PITCH / 2 + 14, _centre((0, rows - 1))[1]
-
-
-def _edge(source: str, target: str, found: Blocks, places: dict[str, tuple[int, int]], across: int, rows: int) -> str:
-    order = {fate.block.path: n for n, fate in enumerate(found.fates)}
-    begin, end = order.get(source, -1), order.get(target, len(found.fates))
-    x1, y1 = _centre(places[source]) if source in places else _in(places, rows)
-    x2, y2 = _centre(places[target]) if target in places else _out(found, across, rows)
+def _edge(source: str, target: str, layout: _Layout) -> str:
+    begin, end = layout.order[source], layout.order[target]
+    (x1, y1), (x2, y2) = layout.at(source), layout.at(target)
     # Kept blocks in between mean that this edge goes past them: it is drawn as an arc, not along the line.
-    passed = any(fate.fate != "removed" for fate in found.fates[begin + 1 : end])
-    if passed and begin == -1:
+    passed = any(fate.fate != "removed" for fate in layout.fates[begin + 1 : end])
+    if passed and source == INPUT:
         return ""  # conditioning that every block is given would only cover the picture
-    if y1 == y2:
-        lift = min(34.0, 20 + abs(x2 - x1) / 40) if passed else 0.0
-        path = f"M{x1:g} {y1:g} C{x1:g} {y1 - lift:g} {x2:g} {y2 - lift:g} {x2:g} {y2:g}" if passed else (
-            f"M{x1:g} {y1:g}H{x2:g}"
-        )  # fmt: skip
+    if y1 == y2 and passed:
+        lift = y1 - min(34.0, 20 + abs(x2 - x1) / 40)
+        path = f"M{x1:g} {y1:g}C{x1:g} {lift:g} {x2:g} {lift:g} {x2:g} {y2:g}"
+    elif y1 == y2:
+        path = f"M{x1:g} {y1:g}H{x2:g}"
     else:
-        right, left = 28 + across * PITCH + 10, 14.0
-        between = y1 + ROW - 44 if y2 > y1 else y1 - 44
-        path = f"M{x1:g} {y1:g}H{right:g}V{between:g}H{left:g}V{y2:g}H{x2:g}"
+        path = f"M{x1:g} {y1:g}H{layout.right + 10:g}V{y2 - 40:g}H{MARGIN / 2:g}V{y2:g}H{x2:g}"
     return f'<path class="{"skip" if passed else "edge"}" d="{path}"/>'
 
 

@@ -7,6 +7,7 @@ import math
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from html import escape
 from typing import Any
 
 import matplotlib
@@ -130,10 +131,10 @@ def curves(title: str, lines: Mapping[str, Points], name: str) -> str:
                 axes.plot(x, raw, color=colour, alpha=0.25, linewidth=0.8)
             axes.plot(
                 [p[0] for p in mean], [p[1] for p in mean],
-                color=colour, linewidth=1.6, marker="o" if few else None, markersize=3, label=label,
+                color=colour, linewidth=1.6, marker="o" if few else None, markersize=3, label=_plain(label),
             )  # fmt: skip
         _value_axis(axes, smoothed)
-        axes.set_title(title)
+        axes.set_title(_plain(title))
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5, integer=True))
         if len(lines) > 1:
@@ -204,9 +205,12 @@ def _svg(draw: Callable[[Any], None], size: tuple[float, float], name: str, desc
     text = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", text)
     for colour, variable in VARIABLES.items():
         text = text.replace(colour, f"var(--{variable})")
-    return re.sub(
-        r"<svg [^>]*?viewBox=(\"[^\"]*\")[^>]*>",
-        rf'<svg viewBox=\1 role="img" aria-label="{description}">',
-        text,
-        count=1,
-    )
+    # The size in points gives way to the page's width; only the proportions stay.
+    box = re.search(r'viewBox="([^"]*)"', text)
+    opening = f'<svg viewBox="{box.group(1) if box else ""}" role="img" aria-label="{escape(description)}">'
+    return opening + text[text.index(">") + 1 :]
+
+
+def _plain(text: str) -> str:
+    """Keep matplotlib from reading a logged name as mathematics."""
+    return text.replace("$", r"\$")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -38,3 +40,8 @@ def test_trace_is_a_function_and_a_package(first: str) -> None:
 def test_what_it_does_not_open() -> None:
     with pytest.raises(AttributeError, match="module 'flcompress' has no attribute 'nothing'"):
         flcompress.nothing  # noqa: B018
+
+
+def test_one_version() -> None:
+    project = Path(__file__).parents[2] / "pyproject.toml"
+    assert tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"] == flcompress.__version__

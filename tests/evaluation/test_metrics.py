@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from flcompress.data import moving_digits
 from flcompress.errors import RequestError
 from flcompress.evaluation import metrics
-from flcompress.evaluation.seeding import generator
+from flcompress.draws import generator
 
 seeds = st.integers(0, 2**31)
 dimensions = st.integers(1, 12)

@@ -73,7 +73,7 @@ def test_a_second_apply_does_no_work_and_says_so(write: WriteRecipe, tmp_path: P
     CALLS.clear()
     run, said = run_recipe(path, tmp_path / "run")
     assert CALLS == []
-    assert said[-1] == f"nothing to do: 2 passes and 2 exports are unchanged in {run.path}"
+    assert said[-1] == f"nothing to do: every pass and export is unchanged in {run.path}"
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "run" / "passes").rglob("*")} == before
     assert {event["status"] for event in run.journal()[-5:]} == {"cached"}
 
@@ -190,7 +190,7 @@ def test_a_full_disk_leaves_what_was_there(write: WriteRecipe, tmp_path: Path) -
     ("how", "error", "message"),
     [
         ("training", TrainingError, "broken: the loss is nan at update 3"),
-        ("graph", PostconditionError, "broken: the kept-block map and the graph disagree on 'blocks.3'"),
+        ("graph", PostconditionError, "broken: the kept-block map and the graph disagree on blocks.3"),
         ("component", PostconditionError, "broken: component vae is to lie in .*nowhere, where nothing is"),
     ],
 )

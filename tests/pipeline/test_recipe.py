@@ -95,7 +95,8 @@ def test_what_is_dumped_is_read_back(tmp_path: Path) -> None:
         (("  - cut", "    cut"),
          "x.yaml:4: passes[0]: {score: {draws: 4, rate: 1e-05}, cut: {keep: 0.7}} given, expected one name with its "
          "arguments; start every step with its own '- '"),
-        (("passes:", "passes: all\nother:"), "x.yaml:3: passes: all given, expected a list such as - prune: {remove: 0.3}"),
+        (("passes:", "passes: all\nother:"),
+         "x.yaml:3: passes: all given, expected a list such as - prune: {remove: 0.3}"),
         (("seed: 0", "seed: -1"),
          "x.yaml:8: seed: -1 given, expected a whole number of at least 0 and below 2147483648; left out, it is 0"),
         (("seed: 0", "name: A b"),

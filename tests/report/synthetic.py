@@ -15,7 +15,7 @@ from flcompress.ir.block import Block, Flow, Stream, TensorSpec
 from flcompress.ir.graph import BlockGraph
 from flcompress.ir.serial import to_json
 
-RECIPE = 'version: 1\nmodel: teacher\npasses:\n  - importance: {draws: 256}\n  - prune: {remove: 0.3}\n'
+RECIPE = "version: 1\nmodel: teacher\npasses:\n  - importance: {draws: 256}\n  - prune: {remove: 0.3}\n"
 TEACHER = {"num_inference_steps": 50, "guidance_scale": 4.0, "sigmas": [1 - n / 50 for n in range(50)]}
 STUDENT = {"num_inference_steps": 4, "guidance_scale": 1.0, "sigmas": [1.0, 0.9, 0.75, 0.5]}
 CONTENDERS = {
@@ -52,9 +52,15 @@ def write_run(path: Path, *, blocks: int = 16, passes: bool = True, measured: bo
     """Write the run to `path`; without `passes` only the starting model, without `measured` no eval and no bench."""
     draw = random.Random(0)
     whole = graph(blocks)
-    _json(path / "run.json", {"name": "moving-digits", "recipe_path": "recipes/moving-digits.yaml", "created": "2026-01-02T03:04:05Z"})
+    _json(
+        path / "run.json",
+        {"name": "moving-digits", "recipe_path": "recipes/moving-digits.yaml", "created": "2026-01-02T03:04:05Z"},
+    )
     (path / "recipe.yaml").write_text(RECIPE)
-    scores = {b.path: 0.02 * (0.12 + abs(2 * n / (blocks - 1) - 1) ** 3) * draw.uniform(0.8, 1.2) for n, b in enumerate(whole.blocks)}
+    scores = {
+        b.path: 0.02 * (0.12 + abs(2 * n / (blocks - 1) - 1) ** 3) * draw.uniform(0.8, 1.2)
+        for n, b in enumerate(whole.blocks)
+    }
     gone = sorted(sorted(scores, key=lambda p: scores[p])[: round(0.3 * blocks)], key=lambda p: int(p.split(".")[1]))
     cut = whole.without(gone)
     kept = {new: old for old, new in whole.renamed(gone).items()}
@@ -94,7 +100,17 @@ def write_run(path: Path, *, blocks: int = 16, passes: bool = True, measured: bo
         key = f"{index:064x}"
         folder = path / "passes" / f"{index:02d}-{name}-{key[:12]}"
         arguments = {"draws": 256} if name == "importance" else {}
-        _json(folder / "entry.json", {"key": key, "name": name, "index": index, "arguments": arguments, "seconds": 20.0 * index, "peak_rss_mb": 900.0})
+        _json(
+            folder / "entry.json",
+            {
+                "key": key,
+                "name": name,
+                "index": index,
+                "arguments": arguments,
+                "seconds": 20.0 * index,
+                "peak_rss_mb": 900.0,
+            },
+        )
         _json(folder / "program.json", {"contract": contract, "teacher_contract": TEACHER})
         (folder / "graph.json").write_text(to_json(model))
         if result is not None:
@@ -109,7 +125,16 @@ def write_run(path: Path, *, blocks: int = 16, passes: bool = True, measured: bo
             (path / "exports" / name).mkdir(parents=True)
             (path / "exports" / name / "weights.bin").write_bytes(bytes(octets))
             _json(path / "exports" / f"{name}.json", {"key": "k", "largest_difference": 2.4e-6, "tolerance": 1e-4})
-            journal.append({"time": 1767323500.0, "event": "export", "name": name, "status": "ran", "seconds": 6.5, "peak_rss_mb": 1200.0})
+            journal.append(
+                {
+                    "time": 1767323500.0,
+                    "event": "export",
+                    "name": name,
+                    "status": "ran",
+                    "seconds": 6.5,
+                    "peak_rss_mb": 1200.0,
+                }
+            )
         journal.append({"time": 1767323600.0, "event": "done", "name": "moving-digits"})
     (path / "journal.jsonl").write_text("".join(json.dumps(event) + "\n" for event in journal))
     if measured:
@@ -139,7 +164,9 @@ def _measured(path: Path, before: int, after: int) -> None:
     for place, name in enumerate(CONTENDERS):
         strip = Image.new("RGB", (9 * 32, 2 * 32), (20, 20, 24))
         for frame in range(9):
-            strip.paste((230 - 30 * place, 200, 120 + 20 * place), (frame * 32 + 6 + frame, 8, frame * 32 + 16 + frame, 24))
+            strip.paste(
+                (230 - 30 * place, 200, 120 + 20 * place), (frame * 32 + 6 + frame, 8, frame * 32 + 16 + frame, 24)
+            )
         strip.save(path / "eval" / "strips" / f"{name}.png")
     frames = [Image.new("P", (128, 64), n * 20) for n in range(4)]
     frames[0].save(path / "eval" / "comparison.gif", save_all=True, append_images=frames[1:], duration=120, loop=0)

@@ -1,0 +1,36 @@
+# `make demo` shows what flcompress does; `make test` checks everything a reviewer would. Both set up .venv themselves.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3; do $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+RUN := runs/moving-digits
+
+.PHONY: demo test lint clean
+
+demo: .venv/.demo
+	$(BIN)/flcompress apply recipes/moving-digits.yaml
+	$(BIN)/flcompress eval $(RUN)
+	$(BIN)/flcompress bench $(RUN)
+	$(BIN)/flcompress report $(RUN)
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: .venv/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy flcompress tests
+	$(BIN)/lint-imports
+
+.venv/bin/python:
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 found; install one or run make PYTHON=/path/to/python3.11"; exit 2; }
+	$(PYTHON) -m venv .venv
+
+.venv/.demo: .venv/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[tensorrt-rtx]'
+	@touch $@
+
+.venv/.test: .venv/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,tensorrt-rtx]'
+	@touch $@
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,87 @@
+"""Write a clip as an animated GIF, an MP4 video or a PNG strip of its frames."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from flcompress.errors import RequestError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+FRAMES_PER_SECOND = 8
+SMALLEST_SIDE = 256
+"""Pixels; smaller clips are enlarged by a whole factor, pixels kept square and sharp."""
+
+
+def check_target(out: Path) -> None:
+    """RequestError unless `out` names a kind of file that `write_clip` writes, in a place where a file can be."""
+    if out.suffix.lower() not in WRITERS:
+        raise RequestError(f"{out}: extension '{out.suffix}' given, expected one of {', '.join(WRITERS)}")
+    if out.is_dir():
+        raise RequestError(f"{out}: is a folder, expected a file name")
+    above = next(parent for parent in (out.parent, *out.parent.parents) if parent.exists())
+    if not above.is_dir():
+        raise RequestError(f"{out}: {above} is a file, expected a folder")
+
+
+def write_clip(clip: torch.Tensor, out: Path) -> Path:
+    """Write a clip [3, frames, height, width] with values in [-1, 1]; the file appears whole or not at all."""
+    check_target(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.stem}.partial{out.suffix}")
+    try:
+        WRITERS[out.suffix.lower()](frames_of(clip), partial)
+        os.replace(partial, out)  # noqa: PTH105
+    finally:
+        partial.unlink(missing_ok=True)
+    return out
+
+
+def frames_of(clip: torch.Tensor) -> list[Image.Image]:
+    """RGB pictures, the shorter side at least `SMALLEST_SIDE` pixels."""
+    from PIL import Image
+
+    pixels = ((clip.float().clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
+    height, width = pixels.shape[-2:]
+    factor = -(-SMALLEST_SIDE // min(height, width))
+    size = (width * factor, height * factor)
+    frames = pixels.permute(1, 2, 3, 0).cpu().numpy()
+    return [Image.fromarray(frame).resize(size, Image.Resampling.NEAREST) for frame in frames]
+
+
+def _gif(frames: list[Image.Image], path: Path) -> None:
+    first, *others = frames
+    first.save(path, save_all=True, append_images=others, duration=1000 // FRAMES_PER_SECOND, loop=0)
+
+
+def _mp4(frames: list[Image.Image], path: Path) -> None:
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=FRAMES_PER_SECOND)
+        # 4:2:0 colour, the kind every player reads, wants even sides.
+        stream.width, stream.height = (side - side % 2 for side in frames[0].size)
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"crf": "12"}
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_image(frame.crop((0, 0, stream.width, stream.height)))))
+        container.mux(stream.encode())
+
+
+def _png(frames: list[Image.Image], path: Path) -> None:
+    from PIL import Image
+
+    width, height = frames[0].size
+    strip = Image.new("RGB", (width * len(frames), height))
+    for place, frame in enumerate(frames):
+        strip.paste(frame, (place * width, 0))
+    strip.save(path)
+
+
+WRITERS: dict[str, Callable[[list[Image.Image], Path], None]] = {".gif": _gif, ".mp4": _mp4, ".png": _png}

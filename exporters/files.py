@@ -1,0 +1,61 @@
+"""Files that exporters write and read: hashes, JSON, copied components."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from flcompress.errors import RequestError
+
+KEPT_SUFFIXES = (".json", ".safetensors", ".model", ".txt")
+"""What a component of a pipeline is made of; anything else (a pickle, an editor's leftover) is not exported."""
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON object; ValueError on a number that is not finite."""
+    path.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_manifest(path: Path, make_it: str) -> dict[str, Any]:
+    """The JSON object an exporter wrote.
+
+    Raises:
+        RequestError: missing or damaged; `make_it` is the command that writes it.
+    """
+    if not path.is_file():
+        raise RequestError(f"{path}: not exported yet; make it with: {make_it}")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RequestError(f"{path}: not valid JSON ({error}); make it again with: {make_it}") from error
+    if not isinstance(value, dict):
+        raise RequestError(f"{path}: a JSON {type(value).__name__} given, expected an object; make it with: {make_it}")
+    return value
+
+
+def require_hash(path: Path, expected: str, make_it: str) -> None:
+    """RequestError unless the file is there with the SHA-256 its manifest states."""
+    if not path.is_file():
+        raise RequestError(f"{path}: no such file, but its manifest names it; make it again with: {make_it}")
+    found = sha256(path)
+    if found != expected:
+        raise RequestError(
+            f"{path}: SHA-256 {found[:12]}... found, its manifest states {expected[:12]}...; make it again with: {make_it}"
+        )
+
+
+def copy_component(source: Path, target: Path) -> None:
+    """Copy a component's configuration and weights, at the top level of its folder, and nothing else."""
+    target.mkdir(parents=True)
+    for path in sorted(source.iterdir()):
+        if path.is_file() and path.suffix in KEPT_SUFFIXES:
+            shutil.copyfile(path, target / path.name)

@@ -1,0 +1,118 @@
+"""What an evaluation compares: the teacher, its shortcuts, each stage's output, and the student of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flcompress.diffusion.contract import SamplingContract, contract_of
+from flcompress.diffusion.sampling import Network, as_network
+from flcompress.ir.graph import BlockGraph
+from flcompress.models.loading import load_transformer, meta_transformer
+from flcompress.pipeline.program import Fact, Program, folder_digest
+from flcompress.pipeline.rundir import RunDirectory
+from flcompress.trace.skip import skip
+
+SHORTCUT_STEPS = 4
+"""Steps of the teacher's shortcut where the run has no few-step student to compare it with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """One model, sampled one way.
+
+    Attributes:
+        name: short name in tables and files.
+        label: the name a reader sees.
+        network: its velocity.
+        contract: how it is sampled.
+        parameters: parameters that take part in one network evaluation.
+        identity: whatever decides what `network` computes (a digest of weights), so that its clips can be remembered;
+            empty where they must not be.
+    """
+
+    name: str
+    label: str
+    network: Network
+    contract: SamplingContract
+    parameters: int
+    identity: str = ""
+
+
+def skipping(model: Any, paths: tuple[str, ...], graph: BlockGraph | None = None) -> Network:
+    """The model with the blocks at `paths` skipped, as a plain function."""
+    network = as_network(model)
+
+    def call(x: torch.Tensor, timestep: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+        with skip(model, paths, graph=graph):
+            return network(x, timestep, embeds)
+
+    return call
+
+
+def run_contenders(run: RunDirectory) -> list[Contender]:
+    """The contenders that a finished run has, in the order of the tables. Weights are loaded at the first use."""
+    start, final = run.start(), run.final()
+    parts = _Parts(final, start.graph)
+    teacher = final.teacher_contract
+    few = final.contract.num_inference_steps if Fact.FEW_STEP in final.facts else SHORTCUT_STEPS
+    guided = f"{teacher.num_inference_steps} steps" + (", guided" if teacher.guidance_scale != 1.0 else "")
+    found = [parts.contender(f"teacher-{teacher.num_inference_steps}", f"teacher, {guided}", "original", teacher)]
+    if few != teacher.num_inference_steps:
+        shortcut = contract_of(
+            {**dict(teacher.scheduler), "_class_name": "FlowMatchEulerDiscreteScheduler"},
+            num_inference_steps=few,
+            guidance_scale=teacher.guidance_scale,
+            max_sequence_length=teacher.max_sequence_length,
+        )
+        found.append(parts.contender(f"teacher-{few}", f"teacher, {few} steps", "original", shortcut))
+    cut = final.prune_set
+    if cut:
+        found.append(parts.contender("raw-pruned", f"teacher, pruned untrained, {guided}", "original", teacher, cut))
+    if parts.digest("elastic") != parts.digest("original"):
+        found.append(parts.contender("stochastic-depth-full", f"Stage II, full depth, {guided}", "elastic", teacher))
+        if cut:
+            label = f"Stage II, pruned, {guided}"
+            found.append(parts.contender("stochastic-depth-pruned", label, "elastic", teacher, cut))
+    if parts.digest("transformer") != parts.digest("original") or final.contract != teacher:
+        label = f"student, {final.contract.num_inference_steps} steps"
+        found.append(parts.contender("student", label, "transformer", final.contract))
+    return found
+
+
+class _Parts:
+    """Transformers of a program, each loaded once and only if it is sampled."""
+
+    def __init__(self, program: Program, unpruned: BlockGraph) -> None:
+        self._components = program.components
+        self._unpruned = unpruned
+        self._load: Callable[[Path], Any] = cache(load_transformer)
+
+    def digest(self, component: str) -> str:
+        return folder_digest(self._components[component])
+
+    def contender(
+        self, name: str, label: str, component: str, contract: SamplingContract, skipped: tuple[str, ...] = ()
+    ) -> Contender:
+        folder = self._components[component]
+        shape = meta_transformer(folder)
+        left_out = {id(p) for path in skipped for p in shape.get_submodule(path).parameters()}
+
+        def network(x: torch.Tensor, timestep: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+            model = self._load(folder)
+            run = skipping(model, skipped, self._unpruned) if skipped else as_network(model)
+            return run(x, timestep, embeds)
+
+        return Contender(
+            name=name,
+            label=label,
+            network=network,
+            contract=contract,
+            parameters=sum(p.numel() for p in shape.parameters() if id(p) not in left_out),
+            identity=" ".join((self.digest(component), *skipped)),
+        )

@@ -1,0 +1,106 @@
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from flcompress.report import html
+from flcompress.report.html import write_report
+from tests.report.synthetic import write_run
+
+SECTIONS = (
+    "headline", "quality", "samples", "speed", "graph", "importance", "removed", "training", "passes", "recipe",
+    "journal", "environment",
+)  # fmt: skip
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.mark.parametrize("blocks", [16, 60])
+def test_every_section_is_there_and_linked(blocks: int, tmp_path: Path) -> None:
+    page = write_report(write_run(tmp_path, blocks=blocks)).read_text(encoding="utf-8")
+    assert re.findall(r'<section id="(\w+)">', page) == list(SECTIONS)
+    assert re.findall(r'href="#(\w+)"', page) == list(SECTIONS)
+    assert page.count('class="block removed"') == 2 * round(0.3 * blocks)  # for a desk and for a phone
+    assert "U-index 4.20." in page
+    assert page.count("data:image/png;base64,") == 5
+    assert page.count("data:image/gif;base64,") == 1
+    assert 'class="todo"' not in page
+
+
+def test_nothing_is_fetched(tmp_path: Path) -> None:
+    page = write_report(write_run(tmp_path)).read_text(encoding="utf-8")
+    assert "http://" not in page
+    assert "https://" not in page
+    assert "<script" not in page
+    assert "@import" not in page
+    assert all(link.startswith(("#", "data:")) for link in re.findall(r'(?:src|href)="([^"]*)"', page))
+
+
+def test_the_best_and_those_not_known_to_be_worse_are_marked(tmp_path: Path) -> None:
+    page = write_report(write_run(tmp_path)).read_text(encoding="utf-8")
+    assert '<span class="best">420</span>' in page
+    assert '<span class="tied">431</span>' in page
+    assert '<span class="">980</span>' in page
+    assert '<td class="better">better</td>' in page
+    assert '<td class="not told apart">not told apart</td>' in page
+
+
+def test_odd_text_is_escaped(tmp_path: Path) -> None:
+    run = write_run(tmp_path, measured=False)
+    (run / "recipe.yaml").write_text("# </pre><script>alert('x')</script> & {{ 7 * 7 }}\n")
+    metrics = next(run.glob("passes/*-dmd-*/metrics.jsonl"))
+    metrics.write_text('{"step": 1, "<b>$x_loss": 0.5}\n{"step": 2, "<b>$x_loss": 0.4}\n')
+    page = write_report(run).read_text(encoding="utf-8")
+    assert "&lt;/pre&gt;&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt; &amp; {{ 7 * 7 }}" in page
+    assert "<script" not in page
+    assert "<b>" not in page
+
+
+def test_missing_parts_name_the_command_that_makes_them(tmp_path: Path) -> None:
+    run = write_run(tmp_path, passes=False, measured=False)
+    page = write_report(run).read_text(encoding="utf-8")
+    for command in ("eval", "bench", "export"):
+        assert f"<code>flcompress {command} {run}</code>" in page
+    assert "No block was scored." in page
+    assert "Nothing was removed." in page
+    assert "No pass of this run has trained anything." in page
+
+
+def test_the_same_run_gives_the_same_page(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    assert write_report(run).read_bytes() == write_report(run).read_bytes()
+
+
+def test_a_failed_write_leaves_the_old_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = write_run(tmp_path, measured=False)
+    before = write_report(run).read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(html.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_report(run)
+    assert (run / "report.html").read_bytes() == before
+    assert not list(run.glob(".report-*"))
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome on PATH")
+@pytest.mark.parametrize("width", [1200, 500])
+def test_a_browser_shows_it(width: int, tmp_path: Path) -> None:
+    page = write_report(write_run(tmp_path / "run"))
+    picture = tmp_path / "page.png"
+    subprocess.run(
+        [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+         "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
+         f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},5000", f"--screenshot={picture}",
+         page.as_uri()],
+        check=True, capture_output=True, timeout=120,
+    )  # fmt: skip
+    with Image.open(picture) as shown:
+        assert shown.width == width
+        colours = {colour for _, colour in shown.convert("RGB").getcolors(1 << 24) or []}
+    # The ground, a kept and a removed block's outline: the style sheet and the drawings took effect.
+    assert {(0xFA, 0xFA, 0xF8), (0x1C, 0x6A, 0x87), (0xB9, 0x57, 0x2A)} <= colours

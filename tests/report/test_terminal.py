@@ -1,0 +1,39 @@
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from flcompress.report.terminal import print_summary
+from tests.report.synthetic import write_run
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def summary(run: Path) -> str:
+    out = io.StringIO()
+    print_summary(run, Console(file=out, width=100, color_system=None))
+    return "".join(line.rstrip() + "\n" for line in out.getvalue().splitlines())
+
+
+@pytest.mark.parametrize(
+    ("name", "passes", "measured"), [("whole", True, True), ("unmeasured", True, False), ("untouched", False, False)]
+)
+def test_the_summary_reads_as_agreed(
+    name: str, passes: bool, measured: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_run(Path("run"), passes=passes, measured=measured)
+    assert summary(Path("run")) == (GOLDEN / f"{name}.txt").read_text(encoding="utf-8")
+
+
+def test_it_says_which_command_measures_what_is_missing(tmp_path: Path) -> None:
+    text = summary(write_run(tmp_path, measured=False)).replace("\n", " ")
+    assert "quality: not measured; run flcompress eval" in text
+    assert "speed: not measured; run flcompress bench" in text
+
+
+def test_markup_in_a_name_is_printed_as_it_is(tmp_path: Path) -> None:
+    run = write_run(tmp_path, measured=False)
+    (run / "run.json").write_text('{"name": "[red]odd[/red]"}')
+    assert "[red]odd[/red]" in summary(run)

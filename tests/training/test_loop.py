@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from flcompress.errors import TrainingError
+from flcompress.training import loop
+from flcompress.training.trained import Trained
+
+
+def silent(done: int, total: int, values: Mapping[str, float]) -> None:
+    pass
+
+
+def role() -> Trained:
+    torch.manual_seed(0)
+    return Trained("model", nn.Linear(3, 1), learning_rate=0.1, ema_decay=0.9)
+
+
+def run(trained: Trained, folder: Path, steps: int, fail_at: int | None = None) -> None:
+    def train_step(step: int, draw: torch.Generator) -> Mapping[str, float]:
+        if step == fail_at:
+            raise KeyboardInterrupt
+        x = torch.randn(8, 3, generator=draw)
+        return trained.update((trained.model(x) - x.sum(1, keepdim=True)).square().mean())
+
+    loop.train(train_step, [trained], steps=steps, seed=("test",), directory=folder, progress=silent)
+
+
+def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = role()
+    run(whole, tmp_path / "whole", 12)
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        run(role(), tmp_path / "broken", 12, fail_at=8)
+    again = role()
+    run(again, tmp_path / "broken", 12)
+    for key, value in whole.averaged_state().items():
+        assert torch.equal(value, again.averaged_state()[key])
+    assert (tmp_path / "whole/metrics.jsonl").read_text() == (tmp_path / "broken/metrics.jsonl").read_text()
+
+
+def test_a_log_line_cut_in_half_by_a_kill_is_dropped(tmp_path: Path) -> None:
+    run(role(), tmp_path, 2)
+    with (tmp_path / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 3, "los')
+    run(role(), tmp_path, 4)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_before_the_step(bad: float) -> None:
+    trained = role()
+    before = {key: value.clone() for key, value in trained.model.state_dict().items()}
+    with pytest.raises(TrainingError, match=r"model: the loss is (nan|-?inf) at update 1; expected a finite number"):
+        trained.update(trained.model(torch.ones(1, 3)).sum() * bad)
+    for key, value in trained.model.state_dict().items():
+        assert torch.equal(value, before[key])
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step() -> None:
+    trained = role()
+    before = {key: value.clone() for key, value in trained.model.state_dict().items()}
+    zero = trained.model(torch.ones(1, 3)).sum() * 0.0
+    with pytest.raises(TrainingError, match="model: the gradient norm is nan"):
+        trained.update(torch.sqrt(zero.abs()))
+    for key, value in trained.model.state_dict().items():
+        assert torch.equal(value, before[key])
+    assert all(parameter.grad is None for parameter in trained.model.parameters())
