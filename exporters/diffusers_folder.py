@@ -102,8 +102,9 @@ def check_folder(folder: Path, contract: SamplingContract) -> None:
     for what, expected in (("sigmas", contract.sigmas), ("timesteps", contract.timesteps)):
         if found[what] != expected:
             raise PostconditionError(
-                f"{folder / 'scheduler'}: a stock pipeline would use {what} {_few(found[what])}, the model was made for "
-                f"{_few(expected)}; install the diffusers of the pass that made it (here {version('diffusers')})"
+                f"{folder / 'scheduler'}: a stock pipeline would use {what} {_few(found[what])}, the model was "
+                f"made for {_few(expected)}; "
+                f"here is diffusers {version('diffusers')}, install the one that the recipe ran with"
             )
 
 

@@ -49,7 +49,8 @@ def require_hash(path: Path, expected: str, make_it: str) -> None:
     found = sha256(path)
     if found != expected:
         raise RequestError(
-            f"{path}: SHA-256 {found[:12]}... found, its manifest states {expected[:12]}...; make it again with: {make_it}"
+            f"{path}: SHA-256 {found[:12]}... found, its manifest states {expected[:12]}...; "
+            f"make it again with: {make_it}"
         )
 
 

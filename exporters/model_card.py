@@ -32,7 +32,8 @@ export_to_video(clip, "clip.mp4", fps=8)
 Give all of these arguments: the pipeline's own defaults are for an uncompressed model. {seed}
 
 The scheduler's noise levels are the ones the model was made for: sigmas {sigmas} (shift {shift:g}).
-`transformer/kept_blocks.json` maps every block to its place in the original; `flcompress.json` holds the sampling contract.
+`transformer/kept_blocks.json` maps every block to its place in the original; `flcompress.json` holds the sampling
+contract.
 """
 
 STOCHASTIC = (

@@ -54,13 +54,11 @@ class OnnxExporter(Exporter):
         """Write and check the model; see `Exporter.export`."""
         shapes = shapes_of(program)
         given = cases(shapes, program.contract.timesteps)
-        transformer = load_transformer(program.components["transformer"])
-        # The reference is taken from the stock model, before the same instance is rewritten: one copy in memory.
-        reference = outputs(lambda inputs: transformer(**inputs, return_dict=False)[0], given)
-        progress(1, 3, {})
         model = folder / MODEL_FILE
-        write_onnx(adapted(transformer, shapes), shapes, model)
-        del transformer
+        # Each loads the weights and lets go of them: at most one copy in memory beside ONNX Runtime's.
+        reference = outputs(Denoiser(load_transformer(program.components["transformer"])).on, given)
+        progress(1, 3, {})
+        write_onnx(adapted(load_transformer(program.components["transformer"]), shapes), shapes, model)
         progress(2, 3, {})
         found = compare(reference, outputs(OnnxSession(model), given), self.tolerance)
         found.require(
@@ -99,7 +97,7 @@ def write_onnx(denoiser: Denoiser, shapes: Shapes, path: Path) -> None:
     import onnx
 
     example = cases(shapes, [500.0], batches=(2,))[0]  # two samples: torch.export takes an axis of one for a constant
-    # One name for the axis; torch warns of a second use of the same name, and finds out itself that all three are equal.
+    # Named once: torch warns of a second use of the name, and finds out itself that the three axes are equal.
     dynamic = {name: {0: "batch" if name == "hidden_states" else torch.export.Dim.DYNAMIC} for name in example}
     with _quiet():
         program = torch.onnx.export(

@@ -88,8 +88,8 @@ def _denoiser(run_dir: Path, backend: Backend, facts: dict[str, Any]) -> Network
     manifest = read_manifest(folder / MANIFEST_FILE, _make(run_dir, backend))
     if manifest["contract"] != facts["contract"]:
         raise RequestError(
-            f"{folder / MANIFEST_FILE}: its sampling contract is not that of the diffusers export; make both again with: "
-            f"{_make(run_dir, 'diffusers')} {backend}"
+            f"{folder / MANIFEST_FILE}: its sampling contract is not that of the diffusers export; make both again "
+            f"with: {_make(run_dir, 'diffusers')} --format {backend}"
         )
     hashes = manifest["sha256"] if backend == "onnx" else {manifest["file"]: manifest["sha256"]}
     for name, expected in hashes.items():
@@ -128,4 +128,4 @@ def _counted(network: Network, total: int, progress: ProgressSink) -> Network:
 
 
 def _make(run_dir: Path, export: str) -> str:
-    return f"flcompress export {run_dir} {export}"
+    return f"flcompress export {run_dir} --format {export}"

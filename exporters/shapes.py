@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from flcompress.errors import PostconditionError
 from flcompress.ir.graph import INPUT
@@ -25,12 +26,12 @@ class Shapes:
     def bindings(self) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
         """Inputs and outputs of the denoiser, as a manifest states them."""
         latents, text = list(self.latents), list(self.text)
-        inputs = {
+        inputs: dict[str, list[Any]] = {
             "hidden_states": ["batch", *latents],
             "timestep": ["batch"],
             "encoder_hidden_states": ["batch", *text],
         }
-        outputs = {"velocity": ["batch", *latents]}
+        outputs: dict[str, list[Any]] = {"velocity": ["batch", *latents]}
         return _described(inputs), _described(outputs)
 
 
@@ -62,8 +63,8 @@ def shapes_of(program: Program) -> Shapes:
                 text=(program.contract.max_sequence_length, int(config["text_dim"])),
             )
     raise PostconditionError(
-        f"block graph of {program.graph.model_class}: no edge from input hidden_states [batch, channels, frames, height, "
-        "width]; trace it with video latents"
+        f"block graph of {program.graph.model_class}: no edge from input hidden_states [batch, channels, frames, "
+        "height, width]; trace it with video latents"
     )
 
 
@@ -75,5 +76,5 @@ def clip_of(program: Program, shapes: Shapes) -> Clip:
     return Clip(height=height * space, width=width * space, num_frames=(frames - 1) * time + 1)
 
 
-def _described(tensors: dict[str, list[object]]) -> list[dict[str, object]]:
+def _described(tensors: dict[str, list[Any]]) -> list[dict[str, object]]:
     return [{"name": name, "shape": shape, "dtype": "float32"} for name, shape in tensors.items()]

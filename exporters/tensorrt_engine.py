@@ -14,7 +14,8 @@ from flcompress.exporters.parity import Parity, cases, compare, outputs
 from flcompress.exporters.shapes import shapes_of
 from flcompress.exporters.tensorrt_api import builds_for_others, cuda_driver, load_tensorrt
 from flcompress.exporters.tensorrt_build import build_engine
-from flcompress.exporters.tensorrt_session import TensorRTSession
+from flcompress.exporters.tensorrt_session import TensorRTSession, runs_here
+from flcompress.exporters.wan_onnx import Denoiser
 from flcompress.models.loading import load_transformer
 from flcompress.pipeline.exporter import Exporter
 from flcompress.pipeline.passes import ProgressSink
@@ -29,7 +30,7 @@ Target = Literal["sm75", "sm80", "sm86", "sm89", "sm120", "current"]
 
 
 class TensorRTExporter(Exporter):
-    """`tensorrt: {precision: fp32, targets: [sm89], max_batch: 1}`: RUN/exports/tensorrt/model.engine and manifest.json.
+    """`tensorrt: {targets: [sm89], max_batch: 1}`: RUN/exports/tensorrt/model.engine and manifest.json.
 
     Attributes:
         precision: what the engine computes in.
@@ -60,8 +61,9 @@ class TensorRTExporter(Exporter):
         trt = load_tensorrt()
         if not builds_for_others(trt) and self.targets != ("current",):
             raise UnavailableError(
-                f"tensorrt.targets: {', '.join(self.targets)} given, but tensorrt {trt.__version__} builds for the GPU of "
-                "this machine only; set targets: [current], or uninstall it and pip install 'flcompress[tensorrt-rtx]'"
+                f"tensorrt.targets: {', '.join(self.targets)} given, but tensorrt {trt.__version__} builds for the GPU "
+                "of this machine only; set targets: [current], or uninstall it and "
+                "pip install 'flcompress[tensorrt-rtx]'"
             )
         if self.targets == ("current",) and not cuda_driver():
             raise UnavailableError(
@@ -87,7 +89,7 @@ class TensorRTExporter(Exporter):
                 f"{engine}: {engine.stat().st_size} bytes on disk, {len(built)} built, expected > 0"
             )
         progress(1, 2, {})
-        found = self._run(program, engine) if cuda_driver() else None
+        found = self._run(program, engine) if runs_here(self.targets) else None
         contract = program.contract
         manifest = {
             "file": ENGINE_FILE,
@@ -124,7 +126,8 @@ class TensorRTExporter(Exporter):
         # Through from_dict, since JSON has lists where the contract has tuples.
         if type(program.contract).from_dict(manifest["contract"]) != program.contract:
             raise PostconditionError(
-                f"{folder / MANIFEST_FILE}: its sampling contract is not this program's; remove the folder, export again"
+                f"{folder / MANIFEST_FILE}: its sampling contract is not this program's; remove the folder, "
+                "then export again"
             )
         return folder / str(manifest["file"]), manifest
 
@@ -132,7 +135,6 @@ class TensorRTExporter(Exporter):
         """Compare with torch on the GPU of this machine."""
         batches = tuple(batch for batch in (1, 3) if batch <= self.max_batch)
         given = cases(shapes_of(program), program.contract.timesteps, batches)
-        transformer = load_transformer(program.components["transformer"])
-        reference = outputs(lambda inputs: transformer(**inputs, return_dict=False)[0], given)
+        reference = outputs(Denoiser(load_transformer(program.components["transformer"])).on, given)
         found = compare(reference, outputs(TensorRTSession(engine), given), GPU_TOLERANCE)
         return found.require(str(engine), "please report it with the engine's manifest.json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -25,6 +26,14 @@ def require_gpu() -> None:
             f"backend tensorrt: torch {torch.__version__} is built without CUDA, which holds the engine's tensors; "
             "install a CUDA build of torch"
         )
+
+
+def runs_here(targets: Sequence[str]) -> bool:
+    """Whether an engine built for `targets` can be run, and so checked, on this machine."""
+    if not (cuda_driver() and torch.cuda.is_available()):
+        return False
+    major, minor = torch.cuda.get_device_capability()
+    return "current" in targets or f"sm{major}{minor}" in targets
 
 
 class TensorRTSession:
@@ -59,7 +68,7 @@ class TensorRTSession:
             self.context.set_tensor_address(name, tensor.data_ptr())
         velocity = torch.empty(tuple(self.context.get_tensor_shape(OUTPUT)), device="cuda")
         self.context.set_tensor_address(OUTPUT, velocity.data_ptr())
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())  # the copies above
         if not self.context.execute_async_v3(stream.cuda_stream):
             raise FlcompressError(f"engine: it did not run: {self.errors[-1] if self.errors else 'no reason given'}")

@@ -1,9 +1,10 @@
 """A Wan transformer rewritten, on its own instance, into what ONNX and TensorRT express well.
 
-The numbers stay the same. Two things change:
+The numbers stay the same. Three things change:
 - the rotary tables become two fp32 constants of the exported size (stock code slices and expands them at every call);
 - queries and keys are turned pairwise by stack and flatten (stock code writes every second channel in place, which
-  becomes ScatterND with index tensors: a third more nodes, and no fused kernel).
+  becomes ScatterND with index tensors: a third more nodes, and no fused kernel);
+- the patch embedding becomes a matrix product (TensorRT has no fp32 3D convolution for Turing, sm75).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from flcompress.errors import ModelError
+from flcompress.exporters.parity import Inputs
 from flcompress.exporters.shapes import Shapes
 
 
@@ -33,6 +35,10 @@ class Denoiser(nn.Module):
             return_dict=False,
         )[0]
 
+    def on(self, inputs: Inputs) -> Tensor:
+        """The same, as a `flcompress.exporters.parity.Denoiser`."""
+        return self(**inputs)  # type: ignore[no-any-return]
+
 
 class ConstantRotary(nn.Module):
     """In place of `WanRotaryPosEmbed`: cos and sin [1, tokens, 1, head channels / 2] of one latent size."""
@@ -47,6 +53,24 @@ class ConstantRotary(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         return self.cos, self.sin
+
+
+class PatchProduct(nn.Module):
+    """In place of a 3D convolution whose stride is its kernel: every patch is one row of a matrix product."""
+
+    def __init__(self, convolution: nn.Conv3d) -> None:
+        super().__init__()
+        self.patch = convolution.kernel_size
+        self.weight = nn.Parameter(convolution.weight.flatten(1), requires_grad=False)  # [width, C * patch]
+        self.bias = convolution.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[n, C, frames, height, width] to [n, width, frames', height', width']."""
+        t, h, w = self.patch
+        n, channels, frames, height, width = x.shape
+        patches = x.reshape(n, channels, frames // t, t, height // h, h, width // w, w)
+        rows = patches.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)
+        return nn.functional.linear(rows, self.weight, self.bias).permute(0, 4, 1, 2, 3)
 
 
 class PairwiseRotation:
@@ -79,7 +103,7 @@ class PairwiseRotation:
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Each pair of channels of x [n, tokens, heads, channels] rotated: (a, b) -> (a cos - b sin, a sin + b cos)."""
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    a, b = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
 
 
@@ -96,10 +120,11 @@ def adapted(transformer: Any, shapes: Shapes) -> Denoiser:
     cos, sin = transformer.rope(torch.zeros(1, *shapes.latents))
     # The stock tables hold every angle twice, once for each channel of a pair.
     transformer.rope = ConstantRotary(cos[..., 0::2].float().contiguous(), sin[..., 1::2].float().contiguous())
+    transformer.patch_embedding = PatchProduct(transformer.patch_embedding)
     for block in transformer.blocks:
         block.attn1.set_processor(PairwiseRotation(block.attn1.processor))
     return Denoiser(transformer)
 
 
 def _heads(attn: Any, x: Tensor) -> Tensor:
-    return x.unflatten(2, (attn.heads, -1))
+    return x.reshape(*x.shape[:2], attn.heads, -1)

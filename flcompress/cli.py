@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import click
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from flcompress.pipeline.display import Display
 
 INTERRUPTED = 130
+Backend = Literal["torch", "onnx", "tensorrt"]
 _FOLDER = click.Path(path_type=Path)
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")
@@ -43,6 +45,8 @@ class Commands(click.Group):
 @click.version_option(__version__, prog_name="flcompress")
 def main(debug: bool) -> None:
     """Compress video diffusion transformers: fewer blocks, fewer steps, one recipe."""
+    # Loading a model draws a bar of its own in the libraries below; what is shown here is ours to say.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 @main.command("apply")
@@ -105,8 +109,9 @@ def report_command(run: Path) -> None:
     from flcompress.report.html import write_report
     from flcompress.report.terminal import print_summary
 
+    written = write_report(run)
     print_summary(run, Console())
-    click.echo(f"report: {write_report(run)}")
+    click.echo(str(written))
 
 
 @main.command("export")
@@ -128,10 +133,10 @@ def export_command(run: Path, formats: Sequence[str], force: bool, as_json: bool
 @main.command("generate")
 @click.argument("run", type=_FOLDER)
 @click.option("--prompt", required=True, help="What the clip shows.")
-@click.option("--backend", type=click.Choice(["torch", "onnx", "tensorrt"]), default="torch", show_default=True)
+@click.option("--backend", type=click.Choice(get_args(Backend)), default="torch", show_default=True)
 @click.option("--out", type=_FOLDER, default=Path("clip.gif"), show_default=True, help="File to write.")
 @click.option("--seed", type=int, default=0, show_default=True)
-def generate_command(run: Path, prompt: str, backend: str, out: Path, seed: int) -> None:
+def generate_command(run: Path, prompt: str, backend: Backend, out: Path, seed: int) -> None:
     """Generate one clip with the exported student of RUN."""
     from flcompress.exporters.runtime import generate
 

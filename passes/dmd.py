@@ -49,6 +49,7 @@ class DistributionMatching(Pass):
     """
 
     name: ClassVar[str] = "dmd"
+    needs_data: ClassVar[bool] = True
     gives: ClassVar[frozenset[Fact]] = frozenset({Fact.FEW_STEP})
     voids: ClassVar[frozenset[Fact]] = frozenset({Fact.ELASTIC})
 
@@ -70,6 +71,9 @@ class DistributionMatching(Pass):
     )
     ema_decay: float = Field(0.98, ge=0, lt=1, description="decay of the generator's moving average, which is kept")
     gan_weight: float = Field(0.0, ge=0, description="weight of the adversarial term; 0 is none")
+
+    def evaluations(self, evaluations: int) -> int:
+        return self.student_steps
 
     @property
     def needs(self) -> frozenset[Fact]:

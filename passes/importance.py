@@ -35,6 +35,7 @@ class Importance(Pass):
     """
 
     name: ClassVar[str] = "importance"
+    needs_data: ClassVar[bool] = True
     gives: ClassVar[frozenset[Fact]] = frozenset({Fact.SCORED})
 
     draws: int = Field(256, ge=8, description="clips drawn, each with its own noise and noise level")

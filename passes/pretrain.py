@@ -29,6 +29,7 @@ class Pretrain(Pass):
     """
 
     name: ClassVar[str] = "pretrain"
+    needs_data: ClassVar[bool] = True
     gives: ClassVar[frozenset[Fact]] = frozenset({Fact.TRAINED})
     voids: ClassVar[frozenset[Fact]] = frozenset({Fact.SCORED, Fact.ELASTIC})
 

@@ -44,6 +44,7 @@ class StochasticDepth(Pass):
     """
 
     name: ClassVar[str] = "stochastic-depth"
+    needs_data: ClassVar[bool] = True
     gives: ClassVar[frozenset[Fact]] = frozenset({Fact.ELASTIC})
 
     remove: float = Field(gt=0, lt=1, description="share of the parameters that the prune set holds, at least")
@@ -115,7 +116,7 @@ class StochasticDepth(Pass):
                 # Both share the weights, so what lies before the first skipped block is computed once.
                 with remember(model, graph, detach=False) as memory:
                     full = predict(network, x, sigma, embeds)
-                    with skip(model, skipped[1:], graph=graph), memory.skipping(skipped[0]):
+                    with memory.skipping(*skipped):
                         return predict(network, x, sigma, embeds), full.detach()
             with skip(model, skipped, graph=graph):
                 pruned = predict(network, x, sigma, embeds)
@@ -144,7 +145,7 @@ class StochasticDepth(Pass):
         reference = elbo(as_network(original))
 
         def monitor(step: int) -> Mapping[str, float]:
-            full, pruned = elbo(network), elbo(skipping(model, paths))
+            full, pruned = elbo(network), elbo(skipping(model, paths, graph))
             if not full <= reference * (1.0 + self.max_drift):
                 raise TrainingError(
                     f"stochastic-depth: stopped by its monitor at step {step}: held-out ELBO loss of the full path "

@@ -1,12 +1,12 @@
 """The fixed judge of the moving-digits benchmark: a small video network that says what a clip shows and how well.
 
-One trunk, four heads: digit, direction, speed, and imaging quality. The trunk's last vector is what the Frechet distance
-compares. It was trained once, on real clips only (`classifier_training`), is stored beside this file, and knows nothing
-of any generator.
+One trunk, four heads: digit, direction, speed, and imaging quality. The trunk's last vector is what the Frechet
+distance compares. It was trained once, on real clips only (`classifier_training`), is stored beside this file, and
+knows nothing of any generator.
 
 Imaging quality stands for VBench's (Huang et al. 2024), which asks MUSIQ, a no-reference quality predictor trained on
-rated pictures. No ratings exist here, so the head was trained to regress how much synthetic damage (`damage`) a clip has
-met: 1 is a clean clip, 0 one damaged beyond use.
+rated pictures. No ratings exist here, so the head was trained to regress how much synthetic damage (`damage`) a clip
+has met: 1 is a clean clip, 0 one damaged beyond use.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ FOLDER = Path(__file__).parent / "classifier"
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 WIDTHS = (16, 32, 48, 64)
+KERNELS = (5, 3, 3, 3)
+STRIDES = ((1, 2, 2), (2, 2, 2), (2, 1, 1), (1, 2, 2))
 FEATURES = 48
 
 
@@ -62,11 +64,12 @@ class Classifier(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         width_in = 3
-        for width, kernel, stride in zip(
-            WIDTHS, ((3, 5, 5), (3, 3, 3), (3, 3, 3), (3, 3, 3)), ((1, 2, 2), (2, 2, 2), (2, 1, 1), (1, 2, 2)), strict=True
-        ):
-            padding = tuple(k // 2 for k in kernel)
-            layers += [nn.Conv3d(width_in, width, kernel, stride, padding, bias=False), nn.BatchNorm3d(width), nn.ReLU()]
+        for width, kernel, stride in zip(WIDTHS, KERNELS, STRIDES, strict=True):
+            layers += [
+                nn.Conv3d(width_in, width, (3, kernel, kernel), stride, (1, kernel // 2, kernel // 2), bias=False),
+                nn.BatchNorm3d(width),
+                nn.ReLU(),
+            ]
             width_in = width
         self.trunk = nn.Sequential(*layers)
         self.project = nn.Linear(2 * width_in, FEATURES)
@@ -94,7 +97,7 @@ class Classifier(nn.Module):
 @torch.no_grad()
 def judge(classifier: Classifier, clips: torch.Tensor, batch: int = 128) -> Judgement:
     """Judge any number of clips, `batch` at a time."""
-    parts = [classifier(part) for part in clips.split(batch)]
+    parts = [classifier(part) for part in torch.split(clips, batch)]
     return Judgement(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Judgement)})
 
 
@@ -113,7 +116,7 @@ def load_classifier(folder: Path = FOLDER) -> Classifier:
     if not path.exists():
         raise ModelError(
             f"{path}: missing; expected the stored classifier; restore it or train one with "
-            "`python -m flcompress.evaluation.classifier_training --out FOLDER`"
+            "python -m flcompress.evaluation.classifier_training --out FOLDER"
         )
     classifier = Classifier()
     stored, expected = load_file(path), classifier.state_dict()

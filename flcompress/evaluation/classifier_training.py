@@ -1,6 +1,6 @@
 """Train the benchmark's classifier from real clips and store it with its accuracy on held-out handwriting.
 
-    python -m flcompress.evaluation.classifier_training --out flcompress/evaluation/classifier
+python -m flcompress.evaluation.classifier_training --out flcompress/evaluation/classifier
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from flcompress.data import moving_digits
 from flcompress.data.moving_digits import Caption, Split
+from flcompress.draws import generator
 from flcompress.evaluation.classifier import (
     CONFIG_FILE,
     FEATURES,
@@ -28,7 +29,6 @@ from flcompress.evaluation.classifier import (
     labels,
 )
 from flcompress.evaluation.damage import damage
-from flcompress.draws import generator
 from flcompress.pipeline.passes import ProgressSink
 
 STEPS = 1500
@@ -77,8 +77,8 @@ def loss(judged: Judgement, wanted: torch.Tensor, quality: torch.Tensor) -> torc
 def accuracy(classifier: Classifier, clips: int, seed: int) -> dict[str, float]:
     """How often the classifier is right on real clips of held-out handwriting, and what it says of their quality.
 
-    `quality_correlation` is Pearson's, over damaged clips, between true and predicted quality; `clean_quality` is what it
-    gives undamaged ones.
+    `quality_correlation` is Pearson's, over damaged clips, between true and predicted quality; `clean_quality` is what
+    it gives undamaged ones.
     """
     draw = generator(seed, "classifier-heldout")
     real, wanted = real_clips(clips, "heldout", draw)

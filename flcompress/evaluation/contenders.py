@@ -73,7 +73,7 @@ def run_contenders(run: RunDirectory) -> list[Contender]:
         found.append(parts.contender(f"teacher-{few}", f"teacher, {few} steps", "original", shortcut))
     cut = final.prune_set
     if cut:
-        found.append(parts.contender("raw-pruned", f"teacher, pruned untrained, {guided}", "original", teacher, cut))
+        found.append(parts.contender("raw-pruned", f"raw-pruned, {guided}", "original", teacher, cut))
     if parts.digest("elastic") != parts.digest("original"):
         found.append(parts.contender("stochastic-depth-full", f"Stage II, full depth, {guided}", "elastic", teacher))
         if cut:

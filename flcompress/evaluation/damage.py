@@ -1,11 +1,12 @@
 """Synthetic damage of clips, of known strength: what the classifier's imaging-quality head learns to see.
 
-Every damage takes clips [n, 3, frames, height, width] in [-1, 1], strengths [n] in [0, 1] (0 changes nothing, 1 is as bad
-as it gets) and a generator, and returns clips of the same shape.
+Every damage takes clips [n, 3, frames, height, width] in [-1, 1], strengths [n] in [0, 1] (0 changes nothing, 1 is as
+bad as it gets) and a generator, and returns clips of the same shape.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -50,11 +51,11 @@ def noise(clips: torch.Tensor, strength: torch.Tensor, generator: torch.Generato
     n, colours, *rest = clips.shape
     grey = torch.randn(n, 1, *rest, generator=generator)
     own = torch.randn(n, colours, *rest, generator=generator)
-    return clips + NOISE * _spread(strength) * (grey + own) * 0.5**0.5
+    return clips + NOISE * math.sqrt(0.5) * _spread(strength) * (grey + own)
 
 
 def ghost(clips: torch.Tensor, strength: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Double exposure with another clip, and as much ink lost."""
+    """Double exposure with another of the clips, and as much ink lost."""
     other = clips.roll(1, dims=0)
     return clips + GHOST_SHARE * _spread(strength) * (other - clips)
 

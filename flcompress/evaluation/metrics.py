@@ -49,16 +49,18 @@ def frechet_distance(a: torch.Tensor, b: torch.Tensor) -> float:
                 f"features {name}: shape {tuple(given.shape)} given, expected [n >= 2, D], the same D for both sets"
             )
     a, b = a.double(), b.double()
-    root_a, root_b = _root(torch.cov(a.T, correction=1)), _root(torch.cov(b.T, correction=1))
+    root_a, root_b = _root(a), _root(b)
     apart = (a.mean(dim=0) - b.mean(dim=0)).square().sum()
     spread = root_a.square().sum() + root_b.square().sum()
     return max(0.0, float(apart + spread - 2.0 * torch.linalg.matrix_norm(root_a @ root_b, ord="nuc")))
 
 
-def _root(covariance: torch.Tensor) -> torch.Tensor:
-    """The symmetric square root of a positive semi-definite matrix; rounding below zero is cut off."""
-    values, vectors = torch.linalg.eigh(torch.atleast_2d(covariance))
-    return (vectors * values.clamp(min=0.0).sqrt()) @ vectors.T
+def _root(features: torch.Tensor) -> torch.Tensor:
+    """The symmetric square root of the features' covariance; rounding below zero is cut off."""
+    centred = features - features.mean(dim=0)
+    values, vectors = torch.linalg.eigh(centred.T @ centred / (len(features) - 1))
+    root: torch.Tensor = (vectors * values.clamp(min=0.0).sqrt()) @ vectors.T
+    return root
 
 
 def centroids(clips: torch.Tensor) -> torch.Tensor:
@@ -89,14 +91,15 @@ def motion_smoothness(clips: torch.Tensor) -> torch.Tensor:
     places = centroids(clips)
     if places.shape[1] < 3:
         return torch.ones(len(clips), dtype=torch.float64)
-    acceleration = (places[:, 2:] - 2.0 * places[:, 1:-1] + places[:, :-2]).norm(dim=2)
+    acceleration = torch.linalg.vector_norm(places[:, 2:] - 2.0 * places[:, 1:-1] + places[:, :-2], dim=2)
     return torch.exp(-acceleration.mean(dim=1) / SMOOTHNESS_PIXELS)
 
 
 def moves(clips: torch.Tensor) -> torch.Tensor:
     """Whether the centroid's last place is more than `DYNAMIC_PIXELS` from its first: bool [n]."""
     places = centroids(clips)
-    return (places[:, -1] - places[:, 0]).norm(dim=1) > DYNAMIC_PIXELS
+    distance: torch.Tensor = torch.linalg.vector_norm(places[:, -1] - places[:, 0], dim=1)
+    return distance > DYNAMIC_PIXELS
 
 
 def figures(judged: Mapping[str, torch.Tensor], reference: torch.Tensor) -> dict[str, float]:

@@ -102,9 +102,9 @@ def _limits(metadata: Iterable[Any]) -> str:
             case _:
                 pattern = getattr(item, "pattern", None) or pattern
     if at_least is not None and at_most is not None:
-        return f"between {at_least} and {at_most}"
+        return f"between {shown(at_least)} and {shown(at_most)}"
     parts = [
-        f"{words} {limit}"
+        f"{words} {shown(limit)}"
         for words, limit in (("of at least", at_least), ("above", above), ("of at most", at_most), ("below", below))
         if limit is not None
     ]

@@ -26,7 +26,8 @@ def run_exports(
     """Write the exports that are not there yet; `force` writes all again.
 
     Returns:
-        name -> the record of RUN/exports/<name>.json: key, seconds, status ("ran" or "cached"), summary.
+        name -> the record of RUN/exports/<name>.json: the exporter's summary, key, seconds, peak_rss_mb; and
+        status, "ran" or "cached".
 
     Raises:
         PreconditionError: an exporter reads the output of another that is not there.
@@ -69,11 +70,10 @@ def _export(run: RunDirectory, program: Program, exporter: Exporter, key: str, d
     with display.stage(f"export {exporter.name}") as progress:
         summary = exporter.export(program, work, run.exports, progress)
     record = {
+        **summary,
         "key": key,
-        "arguments": arguments(exporter),
         "seconds": round(time.monotonic() - started, 3),
         "peak_rss_mb": peak_mb(),
-        "summary": summary,
     }
     # The record goes first and comes last: whatever is interrupted here is exported again, never trusted.
     record_file(run, exporter.name).unlink(missing_ok=True)

@@ -14,7 +14,7 @@ PITCH, BOX = 62.0, 42.0
 """Distance of two blocks in a row, and the side of the largest block's box, in SVG units."""
 
 ROW, DROP = 82.0, 46.0
-"""Height of a row, and how far a removed block lies below the line that data now takes (its row is that much higher)."""
+"""Height of a row, and how far a removed block lies below the line that data now takes (the row grows by it)."""
 
 MARGIN = 28.0
 
@@ -30,6 +30,7 @@ def block_graph(found: Blocks, *, columns: int) -> str:
     shades = _shades(found)
     parts = [
         f'<svg class="graph" viewBox="0 0 {layout.width:g} {layout.height:g}" role="img" '
+        f'style="max-width: {1.3 * layout.width:.0f}px" '
         f'aria-label="Block graph: {len(found.fates)} blocks, {len(found.gone)} removed">'
     ]
     parts += [_edge(source, target, layout) for source, target in found.edges]

@@ -8,13 +8,12 @@ import platform
 import tempfile
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from flcompress.report import drawing, plots, wording
-from flcompress.report.findings import blocks, headline
+from flcompress.report.findings import Blocks, blocks, headline
 from flcompress.report.quality import Quality, quality
 from flcompress.report.reading import RunRecord, read_run
 from flcompress.report.speed import speed
@@ -83,13 +82,13 @@ def render(run: RunRecord) -> str:
         speed=speed(run.bench) if run.bench is not None else None,
         steps=steps(run),
         exports=exports(run),
-        certificate=flatten(found.certificate) if found is not None and found.certificate is not None else {},
+        certificate=_certificate(found),
         journal=run.journal[-LONGEST_JOURNAL:],
         environment=_environment(run),
     )
 
 
-def _pictures(found: Any) -> dict[str, Markup]:
+def _pictures(found: Blocks | None) -> dict[str, Markup]:
     """Each drawing twice, for a desk and for a phone; the style sheet shows one."""
     if found is None:
         return {}
@@ -103,8 +102,17 @@ def _pictures(found: Any) -> dict[str, Markup]:
     return {name: Markup(picture) for name, picture in pictures.items() if picture}
 
 
+def _certificate(found: Blocks | None) -> dict[str, str]:
+    """What the check of the cut found; which blocks went is in the table above it."""
+    facts = flatten(found.certificate) if found is not None and found.certificate is not None else {}
+    return {key: value for key, value in facts.items() if key != "removed" and not key.startswith("kept.")}
+
+
 def _strips(run: RunRecord, measured: Quality | None) -> list[tuple[str, str]]:
-    """(label, data address) of every contender's strip that is there, the teacher and the student first."""
+    """(label, data address): the picture that has all contenders, or else theirs, the teacher and the student first."""
+    together = run.inside("eval/strips/comparison.png")
+    if together is not None:
+        return [("Teacher beside student, prompt by prompt", _address(together))]
     found: list[tuple[str, str]] = []
     named = [c for c in measured.contenders if c.strip] if measured is not None else []
     for contender in sorted(named, key=lambda c: ("teacher-50", "student").index(c.name) if c.name in (
@@ -130,7 +138,7 @@ def _address(file: Path) -> str:
 
 def _environment(run: RunRecord) -> dict[str, str]:
     """Where the numbers come from, as far as the run's own files say, and what wrote this page."""
-    known = {key.replace("_", " "): value for key, value in flatten(run.info).items()}
+    known = {key.replace("_", " "): value for key, value in flatten(run.info).items() if key != "entries"}
     if run.bench is not None and run.bench.has("machine"):
         known |= {f"bench {key}": value for key, value in flatten(run.bench.sub("machine")).items()}
     known["page written by"] = f"flcompress {_version()}, Python {platform.python_version()}"

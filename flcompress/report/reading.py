@@ -14,7 +14,7 @@ from flcompress.report.record import Record, ReportError, read_lines, read_objec
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One stored pass: its folder below `RUN/passes` and what `entry.json` says. Index 0 is the starting model."""
+    """One stored pass: its folder and what `entry.json` says. Index 0 is the starting model."""
 
     folder: Path
     index: int
@@ -54,7 +54,7 @@ class RunRecord:
         info: `run.json`.
         recipe: text of `recipe.yaml`, or "" where there is none yet.
         journal: every event, oldest first.
-        entries: the passes of the latest attempt, in order; the starting model comes first.
+        entries: the stored results that make up the run, as `run.json` lists them; the starting model comes first.
         exports: name -> summary, in the order of the journal.
         evaluation: `eval/results.json`, or None.
         bench: `bench/results.json`, or None.
@@ -102,57 +102,31 @@ def read_run(run_dir: Path) -> RunRecord:
         raise RequestError(f"{run_dir}: no such folder, expected a run directory; flcompress apply RECIPE makes one")
     if not (run_dir / "run.json").is_file():
         raise RequestError(f"{run_dir}: has no run.json, expected a run directory; flcompress apply RECIPE makes one")
-    journal = read_lines(run_dir / "journal.jsonl")
-    run = RunRecord(
+    info = read_object(run_dir / "run.json")
+    return RunRecord(
         path=run_dir,
-        info=read_object(run_dir / "run.json"),
+        info=info,
         recipe=_text(run_dir / "recipe.yaml"),
-        journal=journal,
-        entries=[],
+        journal=read_lines(run_dir / "journal.jsonl"),
+        # Results of earlier versions of a recipe stay beside these; a folder being there does not mean that it counts.
+        entries=[_entry(run_dir / place, index) for index, place in enumerate(info.texts("entries"))],
         exports={file.stem: read_object(file) for file in sorted((run_dir / "exports").glob("*.json"))},
         evaluation=_optional(run_dir / "eval" / "results.json"),
         bench=_optional(run_dir / "bench" / "results.json"),
     )
-    run.entries.extend(_current(_entries(run_dir), run.latest))
-    return run
 
 
-def _entries(run_dir: Path) -> list[Entry]:
-    found: list[Entry] = []
-    for file in sorted((run_dir / "passes").glob("*/entry.json")):
-        record = read_object(file)
-        found.append(
-            Entry(
-                folder=file.parent,
-                index=int(record.number("index")),
-                name=record.text("name"),
-                key=record.text("key"),
-                arguments=_arguments(record),
-                seconds=record.number("seconds") if record.has("seconds") else 0.0,
-                peak_rss_mb=record.number("peak_rss_mb") if record.has("peak_rss_mb") else None,
-            )
-        )
-    return sorted(found, key=lambda entry: (entry.index, entry.folder.name))
-
-
-def _current(entries: list[Entry], events: list[Record]) -> list[Entry]:
-    """Of several results for one place in the recipe, the one the latest attempt used.
-
-    Results of earlier versions of the recipe stay in the cache, so a folder being there does not mean it counts.
-    """
-    keys = {event.values["key"] for event in events if event.has("key")}
-    chosen: dict[int, Entry] = {}
-    for entry in entries:
-        others = chosen.get(entry.index)
-        if others is None or entry.key in keys or (others.key not in keys and _age(entry) > _age(others)):
-            chosen[entry.index] = entry
-    # The starting model may not be in the journal; a pass that the latest attempt did not reach does not count.
-    passes = {event.values["key"] for event in events if event.values.get("event") == "pass" and event.has("key")}
-    return [entry for index, entry in sorted(chosen.items()) if index == 0 or not passes or entry.key in passes]
-
-
-def _age(entry: Entry) -> float:
-    return (entry.folder / "entry.json").stat().st_mtime
+def _entry(folder: Path, index: int) -> Entry:
+    record = read_object(folder / "entry.json")
+    return Entry(
+        folder=folder,
+        index=index,
+        name=record.text("name"),
+        key=record.text("key"),
+        arguments=_arguments(record),
+        seconds=record.number("seconds") if record.has("seconds") else 0.0,
+        peak_rss_mb=record.number("peak_rss_mb") if record.has("peak_rss_mb") else None,
+    )
 
 
 def _arguments(record: Record) -> str:

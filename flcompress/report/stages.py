@@ -18,7 +18,7 @@ class Step:
     status: str
     seconds: float | None
     peak_rss_mb: float | None
-    arguments: str = ""
+    arguments: str = ""  # of a failed step: the error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ def steps(run: RunRecord) -> list[Step]:
             status=event.text("status") if event.has("status") else "",
             seconds=event.number("seconds") if event.has("seconds") else None,
             peak_rss_mb=event.number("peak_rss_mb") if event.has("peak_rss_mb") else None,
-            arguments=arguments.get(str(event.values.get("key")), ""),
+            arguments=arguments.get(str(event.values.get("key")), "") or str(event.values.get("error") or ""),
         )
         for event in run.latest
         if event.values.get("event") in ("pass", "export", "failed")

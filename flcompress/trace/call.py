@@ -57,7 +57,7 @@ def fill(tree: Any, device: torch.device, generator: torch.Generator) -> Any:
     def one(leaf: Any) -> Any:
         if isinstance(leaf, Blank):
             wide = torch.complex64 if leaf.dtype.is_complex else torch.float32
-            return torch.randn(leaf.shape, generator=generator, dtype=wide).to(device, leaf.dtype)
+            return torch.randn(leaf.shape, generator=generator, dtype=wide, device="cpu").to(device, leaf.dtype)
         if isinstance(leaf, Tensor):
             return torch.zeros_like(leaf, device=device) if leaf.is_meta else leaf.to(device)
         return leaf

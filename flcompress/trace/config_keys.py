@@ -46,12 +46,15 @@ def build_on_meta(model: nn.Module, changes: Mapping[str, Any]) -> nn.Module:
 def followers(model: nn.Module, key: str) -> set[str]:
     """The lists whose length follows the config value at `key`, entry by entry."""
     config: Any = model.config
-    step = -1 if config[key] > 1 else 1  # many models cannot be built with nothing in a list
-    try:
-        changed = list_lengths(build_on_meta(model, {key: config[key] + step}))
-    except BUILD_ERRORS:
-        return set()
-    return {name for name, length in list_lengths(model).items() if changed.get(name, 0) == length + step}
+    lengths = list_lengths(model)
+    # Down first; up where that cannot be built: nothing left in a list, or an index list that names the last block.
+    for step in (-1, 1) if config[key] > 1 else (1,):
+        try:
+            changed = list_lengths(build_on_meta(model, {key: config[key] + step}))
+        except BUILD_ERRORS:
+            continue
+        return {name for name, length in lengths.items() if changed.get(name, 0) == length + step}
+    return set()
 
 
 def count_keys(model: nn.Module, stacks: Iterable[str]) -> dict[str, str]:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 from flcompress.errors import RequestError
 from flcompress.ir.graph import BlockGraph
 from flcompress.trace.call import tensors_of
-from flcompress.trace.skip import identity, replaced_forwards
+from flcompress.trace.skip import Identity, replaced_forwards, require_blocks
 
 
 class PrefixMemory:
@@ -28,19 +28,24 @@ class PrefixMemory:
         self._arguments: list[Tensor] = []  # of the first block: what tells one forward's inputs from another's
 
     @contextmanager
-    def skipping(self, path: str) -> Iterator[None]:
-        """While active, blocks before `path` return what they returned before, `path` is an identity, the rest runs.
+    def skipping(self, *paths: str) -> Iterator[None]:
+        """While active, blocks before the first of `paths` return what they returned before and compute nothing.
 
-        Forwards in it must be given the inputs that were remembered. Raises RequestError on an unknown path, when
-        nothing is remembered, and (in the forward) when the first block meets other inputs.
+        Those at `paths` are identities, the rest runs. Forwards in it must be given the inputs that were remembered.
+        Raises RequestError on an unknown path, when nothing is remembered, when an earlier block is skipped by an
+        enclosing `skip`, and (in the forward) when the first block meets other inputs.
         """
-        block = self._graph.block(path)
+        skipped = require_blocks(self._graph, paths)
         order = [one.path for one in self._graph.blocks]
+        first = min(skipped, key=order.index)
         if len(self._outputs) < len(order):
-            raise RequestError(f"cannot skip '{path}': nothing is remembered; run one full forward first")
-        before = order[: order.index(path)]
-        forwards = {one: self._recall(one, first=one == order[0]) for one in before}
-        forwards[path] = identity(self._model.get_submodule(path), block)
+            raise RequestError(f"cannot skip '{first}': nothing is remembered; run one full forward first")
+        forwards: dict[str, Callable[..., Any]] = {}
+        for path in order[: order.index(first)]:
+            if isinstance(vars(self._model.get_submodule(path)).get("forward"), Identity):
+                raise RequestError(f"'{path}' is skipped already and lies before '{first}'; name both in one call")
+            forwards[path] = self._recall(path, first=path == order[0])
+        forwards |= {path: Identity(self._model.get_submodule(path), self._graph.block(path)) for path in skipped}
         recording, self._recording = self._recording, False
         try:
             with replaced_forwards(self._model, forwards):

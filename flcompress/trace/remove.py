@@ -145,9 +145,9 @@ def _reloaded(built: Any, like: nn.Module) -> nn.Module | str:
 
 def _randomise(probe: nn.Module) -> None:
     """Make every parameter random, so that no branch is silent and no two blocks are alike."""
-    generator = torch.Generator().manual_seed(RANDOM_SEED)
+    generator = torch.Generator("cpu").manual_seed(RANDOM_SEED)
     for name, parameter in probe.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
+        noise = torch.randn(parameter.shape, generator=generator, device="cpu")
         if parameter.dim() > 1:
             noise *= max(parameter[0].numel(), 1) ** -0.5
         else:

@@ -46,17 +46,18 @@ def layout_of(block: nn.Module, call: Call) -> Layout:
     if size > LARGEST_REPLAY:
         why = f"an input has {size:,} elements, more than the {LARGEST_REPLAY:,} that are replayed"
         return _by_shape(inputs, outputs, count, why)
+    tensor = next(block.parameters())
+    device = torch.device("cpu") if tensor.is_meta else tensor.device
     try:
-        return _by_replay(block, call, inputs, count)
+        with device:  # whatever default device the caller has set
+            return _by_replay(block, call, inputs, count, device)
     except REPLAY_ERRORS as error:
         why = f"the replay failed with {type(error).__name__}: {first_line(error)}"
         return _by_shape(inputs, outputs, count, why)
 
 
-def _by_replay(block: nn.Module, call: Call, inputs: Mapping[str, Blank], count: int) -> Layout:
-    tensor = next(block.parameters())
-    device = torch.device("cpu") if tensor.is_meta else tensor.device
-    generator = torch.Generator().manual_seed(0)
+def _by_replay(block: nn.Module, call: Call, inputs: Mapping[str, Blank], count: int, device: torch.device) -> Layout:
+    generator = torch.Generator("cpu").manual_seed(0)
     args, kwargs = fill((call.args, dict(call.kwargs)), device, generator)
     values: dict[str, Tensor] = {name: value for name, value in named(block, args, kwargs).items() if name in inputs}
     base = outputs_of(_zeroed(block, device, args, kwargs))
@@ -82,7 +83,7 @@ def _shifter(
     """Says whether shifting one input shifts output `place` by as much."""
 
     def shifted(value: Tensor, output: Tensor) -> bool:
-        shift = torch.randn(value.shape, generator=torch.Generator().manual_seed(1)).to(value)
+        shift = torch.randn(value.shape, generator=torch.Generator("cpu").manual_seed(1), device="cpu").to(value)
         new_args = tuple(one + shift if one is value else one for one in args)
         new_kwargs = {name: one + shift if one is value else one for name, one in kwargs.items()}
         moved: Tensor = outputs_of(_zeroed(block, device, new_args, new_kwargs))[place]

@@ -27,7 +27,7 @@ def skip(model: nn.Module, paths: Iterable[str], *, graph: BlockGraph | None = N
     RequestError on an unknown path and NotRemovable on a block that carries no stream.
     """
     known = graph if graph is not None else graph_of(model)
-    forwards = {path: identity(model.get_submodule(path), known.block(path)) for path in known_paths(known, paths)}
+    forwards = {path: Identity(model.get_submodule(path), known.block(path)) for path in known_paths(known, paths)}
     with replaced_forwards(model, forwards):
         yield
 
@@ -49,23 +49,24 @@ def graph_of(model: nn.Module) -> BlockGraph:
     return graph
 
 
-def identity(module: nn.Module, block: Block) -> Callable[..., Any]:
+class Identity:
     """A forward that hands the residual inputs of `block` on; outputs that were None stay None."""
-    if not block.streams:
-        raise NotRemovable(f"'{block.path}' cannot be skipped: {block.reason or 'it carries no residual stream'}")
-    names = positional_names(type(module).forward)
-    places = [
-        (stream.output, stream.input, names.index(stream.input) if stream.input in names else stream.input)
-        for stream in block.streams
-    ]
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        outputs: list[Any] = [None] * max(block.outputs, 1)
-        for output, name, place in places:
+    def __init__(self, module: nn.Module, block: Block) -> None:
+        if not block.streams:
+            raise NotRemovable(f"'{block.path}' cannot be skipped: {block.reason or 'it carries no residual stream'}")
+        names = positional_names(type(module).forward)
+        self._outputs = block.outputs
+        self._places = [
+            (stream.output, stream.input, names.index(stream.input) if stream.input in names else stream.input)
+            for stream in block.streams
+        ]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        outputs: list[Any] = [None] * max(self._outputs, 1)
+        for output, name, place in self._places:
             outputs[output] = kwargs[name] if name in kwargs else args[int(place)]
-        return tuple(outputs) if block.outputs else outputs[0]
-
-    return forward
+        return tuple(outputs) if self._outputs else outputs[0]
 
 
 @contextmanager

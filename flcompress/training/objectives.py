@@ -8,6 +8,7 @@ import torch
 
 from flcompress.diffusion.flow import add_noise, shift, velocity
 from flcompress.diffusion.sampling import Network, as_network
+from flcompress.ir.graph import BlockGraph
 from flcompress.trace.skip import skip
 
 NUM_TRAIN_TIMESTEPS = 1000.0
@@ -35,12 +36,12 @@ def flow_matching_loss(
     return (v.float() - velocity(x0, noise)).square().mean()
 
 
-def skipping(transformer: torch.nn.Module, paths: Iterable[str]) -> Network:
-    """The transformer as a network in which the blocks at `paths` are identities."""
+def skipping(transformer: torch.nn.Module, paths: Iterable[str], graph: BlockGraph | None = None) -> Network:
+    """The transformer as a network in which the blocks at `paths` are identities; traced once where `graph` is None."""
     network, skipped = as_network(transformer), tuple(paths)
 
     def call(x: torch.Tensor, timestep: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
-        with skip(transformer, skipped):
+        with skip(transformer, skipped, graph=graph):
             return network(x, timestep, embeds)
 
     return call

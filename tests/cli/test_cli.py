@@ -1,14 +1,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
 
 from flcompress.cli import main
+from flcompress.pipeline import manager
 from tests.pipeline.conftest import WriteRecipe
 
 
@@ -116,3 +121,44 @@ def test_commands_on_no_run(tmp_path: Path) -> None:
         failed = cli(command, tmp_path)
         assert failed.exit_code == 2, failed.output
         assert failed.stderr.startswith(f"error: {tmp_path}")
+
+
+def test_an_interruption_says_how_to_go_on(write: WriteRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*given: object, **named: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(manager, "apply", interrupted)
+    stopped = cli("apply", write("passes: [score]\n"))
+    assert stopped.exit_code == 130
+    assert stopped.stderr == "interrupted; the same command goes on from here\n"
+
+
+def truncate(weights: Path) -> None:
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+def poison(weights: Path) -> None:
+    tensors = load_file(weights)
+    first = min(tensors)
+    save_file({**tensors, first: torch.full_like(tensors[first], torch.nan)}, weights)
+
+
+def pickle(weights: Path) -> None:
+    weights.with_suffix(".bin").write_bytes(weights.read_bytes())
+    weights.unlink()
+
+
+@pytest.mark.parametrize("dry_run", [(), ("--dry-run",)])
+@pytest.mark.parametrize("damage", [truncate, poison, pickle])
+def test_a_damaged_model_is_refused(
+    write: WriteRecipe, tmp_path: Path, model: Path, damage: Callable[[Path], None], dry_run: tuple[str, ...]
+) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(model, damaged)
+    damage(damaged / "transformer" / "diffusion_pytorch_model.safetensors")
+    run = tmp_path / "run"
+    failed = cli("apply", write("passes: [score]\n"), "--set", f"model.path={damaged}", "--run-dir", run, *dry_run)
+    assert failed.exit_code == 2
+    assert failed.stderr.startswith(f"error: {damaged}/transformer/")
+    assert failed.stderr.count("\n") == 1
+    assert not run.exists()

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flcompress.data import moving_digits
+from flcompress.draws import generator
 from flcompress.errors import RequestError
 from flcompress.evaluation import metrics
-from flcompress.draws import generator
 
 seeds = st.integers(0, 2**31)
 dimensions = st.integers(1, 12)

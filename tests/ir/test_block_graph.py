@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -98,8 +99,14 @@ def test_a_block_without_a_stream_stays() -> None:
 def _chain(blocks: list[Block], **changes: Any) -> BlockGraph:
     places = ["input", *(one.path for one in blocks), "output"]
     flow = Flow(source="0", target="hidden_states", spec=SPEC)
-    whole: dict[str, Any] = {"flows": {(a, b): [flow] for a, b in zip(places, places[1:], strict=False)}}
-    return BlockGraph(**({"model_class": "M", "parameters": 1000, "flops": 1000, "blocks": blocks} | whole | changes))
+    arguments: dict[str, Any] = {
+        "model_class": "M",
+        "parameters": 1000,
+        "flops": 1000,
+        "blocks": blocks,
+        "flows": {edge: [flow] for edge in pairwise(places)},
+    }
+    return BlockGraph(**(arguments | changes))
 
 
 FLOW = Flow(source="0", target="hidden_states", spec=SPEC)

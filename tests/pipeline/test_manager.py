@@ -58,7 +58,7 @@ def test_a_run_and_what_it_leaves(write: WriteRecipe, tmp_path: Path, model: Pat
     assert run.start().contract.evaluations == 100
     assert final.facts == {"trained", "scored", "pruned"}
     assert (run.path / "exports" / "copy" / "copy.txt").read_text() == "hello"
-    assert json.loads((run.path / "exports" / "text.json").read_text())["summary"] == {"characters": 5}
+    assert json.loads((run.path / "exports" / "text.json").read_text())["characters"] == 5
     assert [(event["event"], event["name"]) for event in run.journal()] == [
         ("start", "tiny"), ("pass", "score"), ("pass", "cut"), ("export", "text"), ("export", "copy"), ("done", "tiny"),
     ]  # fmt: skip

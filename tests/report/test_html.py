@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from flcompress.report import html
 from flcompress.report.html import write_report
 from tests.report.synthetic import write_run
 
@@ -21,12 +20,20 @@ BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 def test_every_section_is_there_and_linked(blocks: int, tmp_path: Path) -> None:
     page = write_report(write_run(tmp_path, blocks=blocks)).read_text(encoding="utf-8")
     assert re.findall(r'<section id="(\w+)">', page) == list(SECTIONS)
-    assert re.findall(r'href="#(\w+)"', page) == list(SECTIONS)
+    assert re.findall(r'<a href="#(\w+)"', page) == list(SECTIONS)
     assert page.count('class="block removed"') == 2 * round(0.3 * blocks)  # for a desk and for a phone
     assert "U-index 4.20." in page
     assert page.count("data:image/png;base64,") == 5
     assert page.count("data:image/gif;base64,") == 1
     assert 'class="todo"' not in page
+
+
+def test_one_picture_of_all_contenders_stands_for_their_own(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    (run / "eval/strips/teacher-4.png").rename(run / "eval/strips/comparison.png")
+    page = write_report(run).read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == 1
+    assert "Teacher beside student, prompt by prompt" in page
 
 
 def test_nothing_is_fetched(tmp_path: Path) -> None:
@@ -80,7 +87,7 @@ def test_a_failed_write_leaves_the_old_page(tmp_path: Path, monkeypatch: pytest.
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(html.os, "fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
         write_report(run)
     assert (run / "report.html").read_bytes() == before

@@ -73,7 +73,7 @@ def test_a_last_line_cut_in_half_is_left_out(tmp_path: Path) -> None:
     assert len(entry.metrics()) == whole
 
 
-def test_results_of_an_earlier_recipe_do_not_count(tmp_path: Path) -> None:
+def test_only_the_results_that_make_up_the_run_count(tmp_path: Path) -> None:
     run = write_run(tmp_path)
     old = run / "passes" / "04-dmd-0ld"
     old.mkdir()
@@ -81,12 +81,11 @@ def test_results_of_an_earlier_recipe_do_not_count(tmp_path: Path) -> None:
     assert [entry.key for entry in read_run(run).entries] == [f"{index:064x}" for index in range(5)]
 
 
-def test_a_pass_that_the_latest_attempt_did_not_reach_does_not_count(tmp_path: Path) -> None:
+def test_a_listed_result_that_is_gone_is_named(tmp_path: Path) -> None:
     run = write_run(tmp_path)
-    events = [{"event": "start"}, {"event": "pass", "name": "importance", "status": "cached", "key": f"{1:064x}"}]
-    with (run / "journal.jsonl").open("a") as journal:
-        journal.writelines(json.dumps(event) + "\n" for event in events)
-    assert [entry.name for entry in read_run(run).entries] == ["model", "importance"]
+    next(run.glob("passes/*-dmd-*/entry.json")).unlink()
+    with pytest.raises(ReportError, match=r"04-dmd-000000000004/entry.json: cannot be read as JSON"):
+        read_run(run)
 
 
 def test_a_file_outside_the_run_is_not_shown(tmp_path: Path) -> None:
@@ -99,11 +98,19 @@ def test_a_file_outside_the_run_is_not_shown(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("said", "expected"),
     [
-        (wording.count(1_234_567), "1.23 M"), (wording.count(999), "999"), (wording.size(15_300_000), "15.3 MB"),
-        (wording.duration(0.064), "64 ms"), (wording.duration(59.97), "1 min 00 s"), (wording.duration(7300), "2 h 01 min"),
-        (wording.number(0.00302), "0.00302"), (wording.number(0.91), "0.910"), (wording.number(1600), "1,600"),
-        (wording.number(-0.00051), "-0.000510"), (wording.number(0), "0"), (wording.moment(0), "1970-01-01 00:00:00 UTC"),
+        (wording.count(1_234_567), "1.23 M"),
+        (wording.count(999), "999"),
+        (wording.size(15_300_000), "15.3 MB"),
+        (wording.duration(0.064), "64 ms"),
+        (wording.duration(59.97), "1 min 00 s"),
+        (wording.duration(7300), "2 h 01 min"),
+        (wording.number(0.00302), "0.00302"),
+        (wording.number(0.91), "0.910"),
+        (wording.number(1600), "1,600"),
+        (wording.number(-0.00051), "-0.000510"),
+        (wording.number(0), "0"),
+        (wording.moment(0), "1970-01-01 00:00:00 UTC"),
     ],
-)  # fmt: skip
+)
 def test_numbers_are_written_for_people(said: str, expected: str) -> None:
     assert said == expected

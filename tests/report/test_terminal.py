@@ -35,5 +35,5 @@ def test_it_says_which_command_measures_what_is_missing(tmp_path: Path) -> None:
 
 def test_markup_in_a_name_is_printed_as_it_is(tmp_path: Path) -> None:
     run = write_run(tmp_path, measured=False)
-    (run / "run.json").write_text('{"name": "[red]odd[/red]"}')
+    (run / "run.json").write_text('{"name": "[red]odd[/red]", "entries": []}')
     assert "[red]odd[/red]" in summary(run)

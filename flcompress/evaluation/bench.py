@@ -1,0 +1,208 @@
+"""Wall clock and counted work: the teacher, guided, at all its steps beside the student, in one process."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flcompress.data import moving_digits
+from flcompress.diffusion.contract import SamplingContract
+from flcompress.diffusion.sampling import Network, as_network, sample
+from flcompress.draws import generator
+from flcompress.evaluation.backends import BACKENDS, EAGER, Unusable, available_cores, compiled, cpu_name, onnx_network
+from flcompress.models.loading import load_text, load_transformer, load_vae
+from flcompress.models.text import encode_prompts
+from flcompress.models.video import decode_latents, encode_clips
+from flcompress.pipeline.durable import write_text
+from flcompress.pipeline.passes import ProgressSink
+from flcompress.pipeline.program import Program
+from flcompress.pipeline.rundir import RunDirectory
+
+DENOISING, PIPELINE = "denoising", "pipeline"
+
+
+@dataclass
+class Sampler:
+    """One model behind one backend, as it is timed.
+
+    Attributes:
+        network: the velocity.
+        contract: how it is sampled.
+        evaluations: network evaluations of the last clip, counted as they happen.
+        seconds: what each round took, by what was timed.
+    """
+
+    network: Network
+    contract: SamplingContract
+    evaluations: int = 0
+    seconds: dict[str, list[float]] = field(default_factory=lambda: {DENOISING: [], PIPELINE: []})
+
+    def counted(self, x: torch.Tensor, timestep: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+        self.evaluations += 1
+        return self.network(x, timestep, embeds)
+
+
+class _Stage:
+    """What both models share: text encoder and autoencoder, one prompt, one noise."""
+
+    def __init__(self, components: Mapping[str, Path]) -> None:
+        self._texts = load_text(components["text_encoder"], components["tokenizer"])
+        self._vae = load_vae(components["vae"])
+        self._prompt = moving_digits.captions("heldout")[0].text
+        clip = torch.zeros(1, 3, moving_digits.FRAMES, moving_digits.HEIGHT, moving_digits.WIDTH)
+        self.noise = torch.randn(encode_clips(self._vae, clip).shape, generator=generator("bench", "noise"))
+
+    def embeds(self, contract: SamplingContract) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The prompt's embedding and, only where the contract guides, the empty prompt's, as in the stock pipeline."""
+        prompts = [self._prompt, ""] if contract.guidance_scale != 1.0 else [self._prompt]
+        made = encode_prompts(*self._texts, prompts, contract.max_sequence_length)
+        return made[:1], made[1] if len(made) == 2 else None
+
+    @torch.no_grad()
+    def generate(self, sampler: Sampler) -> tuple[float, float]:
+        """Make one clip; the seconds of the denoising loop, and of the whole pipeline (text, denoising, decoding)."""
+        sampler.evaluations = 0
+        started = time.perf_counter()
+        prompt, negative = self.embeds(sampler.contract)
+        encoded = time.perf_counter()
+        again = generator("bench", "noise again")
+        latents = sample(sampler.counted, sampler.contract, self.noise, prompt, negative, again)
+        denoised = time.perf_counter()
+        decode_latents(self._vae, latents)
+        return denoised - encoded, time.perf_counter() - started
+
+    def flops(self, sampler: Sampler) -> int:
+        """Floating point operations of one network evaluation, counted by torch."""
+        from torch.utils.flop_counter import FlopCounterMode
+
+        prompt, _ = self.embeds(sampler.contract)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            sampler.network(self.noise, torch.full((1,), sampler.contract.timesteps[0]), prompt)
+        return int(counter.get_total_flops())
+
+
+def bench(
+    run: RunDirectory,
+    rounds: int = 5,
+    progress: ProgressSink | None = None,
+    backends: Sequence[str] = BACKENDS,
+) -> dict[str, Any]:
+    """Time the teacher, guided, against the student, one clip at a time, and write RUN/bench/results.json.
+
+    Every round runs each backend's teacher and then its student, so that a busy moment of the machine meets both.
+    Before the first round each is run once untimed. `ratio` is that of the two times of a round.
+
+    Args:
+        run: a finished run.
+        rounds: interleaved repetitions.
+        progress: told after every clip.
+        backends: which of `BACKENDS` to time; "torch eager" always is.
+
+    Returns:
+        What the file holds. A time or ratio is {"median", "low", "high"}, low and high being the extremes over rounds;
+        a backend that cannot run here is in "skipped" with the reason.
+    """
+    program = run.final()
+    stage = _Stage(program.components)
+    teacher_model = load_transformer(program.components["original"])
+    student_model = load_transformer(program.components["transformer"])
+    pairs = {EAGER: (as_network(teacher_model), as_network(student_model))}
+    makers: dict[str, Callable[[], tuple[Network, Network]]] = {
+        "torch.compile": lambda: _compiled(program),
+        # The teacher is not exported: its eager time is what the student's is held against.
+        "ONNX Runtime": lambda: (pairs[EAGER][0], onnx_network(run.exports / "onnx" / "model.onnx")),
+    }
+    skipped = []
+    for name, make in makers.items():
+        if name in backends:
+            try:
+                pairs[name] = make()
+            except Unusable as reason:
+                skipped.append({"backend": name, "reason": str(reason)})
+    samplers = {
+        name: (Sampler(teacher, program.teacher_contract), Sampler(student, program.contract))
+        for name, (teacher, student) in pairs.items()
+    }
+    if "ONNX Runtime" in samplers:  # one teacher stands in both rows and is timed once a round
+        samplers["ONNX Runtime"] = (samplers[EAGER][0], samplers["ONNX Runtime"][1])
+    _time(stage, list({id(s): s for pair in samplers.values() for s in pair}.values()), rounds, progress)
+    sides = {
+        "teacher": _work(stage, samplers[EAGER][0], teacher_model),
+        "student": _work(stage, samplers[EAGER][1], student_model),
+    }
+    work = {side: counted["evaluations"] * counted["parameters"] for side, counted in sides.items()}
+    results = {
+        "machine": _machine(),
+        "rounds": rounds,
+        "batch": 1,
+        "work_ratio": work["teacher"] / work["student"],
+        **sides,
+        "rows": [_row(name, what, *samplers[name]) for name in samplers for what in (DENOISING, PIPELINE)],
+        "skipped": skipped,
+    }
+    folder = run.path / "bench"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
+    return results
+
+
+def _compiled(program: Program) -> tuple[Network, Network]:
+    # Compiling changes a model in place, so these are loaded anew.
+    teacher, student = (load_transformer(program.components[name]) for name in ("original", "transformer"))
+    return compiled(teacher), compiled(student)
+
+
+def _time(stage: _Stage, samplers: Sequence[Sampler], rounds: int, progress: ProgressSink | None) -> None:
+    total = (rounds + 1) * len(samplers)
+    for number in range(rounds + 1):
+        for place, sampler in enumerate(samplers):
+            denoising, pipeline = stage.generate(sampler)
+            if number > 0:  # the first one warms up: threads, caches, compilation
+                sampler.seconds[DENOISING].append(denoising)
+                sampler.seconds[PIPELINE].append(pipeline)
+            if progress is not None:
+                progress(number * len(samplers) + place + 1, total, {"seconds": pipeline})
+
+
+def _work(stage: _Stage, sampler: Sampler, model: Any) -> dict[str, int]:
+    """Counted, not assumed: evaluations of the last clip, parameters of the module, operations of a forward."""
+    evaluations = sampler.evaluations
+    return {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "evaluations": evaluations,
+        "flops": evaluations * stage.flops(sampler),
+    }
+
+
+def _row(backend: str, what: str, teacher: Sampler, student: Sampler) -> dict[str, Any]:
+    slow, fast = teacher.seconds[what], student.seconds[what]
+    return {
+        "backend": backend if backend != "ONNX Runtime" else "ONNX Runtime (teacher: torch eager)",
+        "what": what,
+        "teacher_seconds": _spread(slow),
+        "student_seconds": _spread(fast),
+        "ratio": _spread([a / b for a, b in zip(slow, fast, strict=True)]),
+    }
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "cpu": cpu_name(),
+        "cores": available_cores(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "system": platform.platform(),
+    }

@@ -1,0 +1,100 @@
+"""Pictures of an evaluation: strips of frames, and one animated comparison of all contenders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from flcompress.data import moving_digits
+
+SHOWN = (2, 9, 21, 26)
+"""The held-out prompts whose clips are kept for pictures: four digits, four directions."""
+
+STRIP_SCALE, GIF_SCALE = 2, 4
+GAP = 4
+MARGIN = 12
+ROW_LABEL, HEADER = 150, 44
+FRAME_MILLISECONDS, LAST_FRAME_MILLISECONDS = 110, 500
+GROUND, INK, QUIET = (17, 20, 26), (236, 238, 242), (150, 156, 168)
+
+
+def draw_strips(clips: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write one picture: all frames of every contender, prompt by prompt.
+
+    Args:
+        clips: label of a contender -> its clips of the prompts `SHOWN` [4, 3, frames, height, width] in [-1, 1].
+    """
+    _strips(clips).save(path)
+
+
+def draw_animation(clips: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write an animated GIF: a row for each prompt, a column for each contender; `clips` as in `draw_strips`."""
+    frames = [_grid(clips, frame) for frame in range(moving_digits.FRAMES)]
+    # Almost all of it is grey: few colours will do, and the file stays small.
+    still = [frame.quantize(64, dither=Image.Dither.NONE) for frame in frames]
+    times = [FRAME_MILLISECONDS] * (len(still) - 1) + [LAST_FRAME_MILLISECONDS]
+    still[0].save(path, save_all=True, append_images=still[1:], duration=times, loop=0, optimize=True)
+
+
+def shown_prompts() -> tuple[str, ...]:
+    """The texts of the prompts `SHOWN`."""
+    known = moving_digits.captions("heldout")
+    return tuple(known[number].text for number in SHOWN)
+
+
+def _strips(clips: Mapping[str, torch.Tensor]) -> Image.Image:
+    """Prompt by prompt, one row of frames for each contender; the prompt stands above, the contender at the right."""
+    frames = moving_digits.FRAMES
+    cell = moving_digits.HEIGHT * STRIP_SCALE
+    line = 18
+    width = frames * (cell + GAP) + MARGIN + (190 if any(clips) else 0)
+    block = line + len(clips) * (cell + GAP) + GAP
+    canvas = Image.new("RGB", (width, len(SHOWN) * block + GAP), GROUND)
+    draw = ImageDraw.Draw(canvas)
+    for row, prompt in enumerate(shown_prompts()):
+        top = GAP + row * block
+        draw.text((GAP, top), prompt, QUIET, _font(13))
+        for place, (label, given) in enumerate(clips.items()):
+            y = top + line + place * (cell + GAP)
+            for frame in range(frames):
+                canvas.paste(_picture(given[row, :, frame], STRIP_SCALE), (GAP + frame * (cell + GAP), y))
+            draw.text((GAP + frames * (cell + GAP) + MARGIN, y + cell // 2), label, INK, _font(12), anchor="lm")
+    return canvas
+
+
+def _grid(clips: Mapping[str, torch.Tensor], frame: int) -> Image.Image:
+    """One moment of every clip: a row a prompt, a column a contender."""
+    cell = moving_digits.HEIGHT * GIF_SCALE + GAP
+    canvas = Image.new("RGB", (ROW_LABEL + len(clips) * cell + MARGIN, HEADER + len(SHOWN) * cell + MARGIN), GROUND)
+    draw = ImageDraw.Draw(canvas)
+    for column, (label, given) in enumerate(clips.items()):
+        x = ROW_LABEL + column * cell
+        middle = (x + cell // 2, HEADER // 2)
+        draw.multiline_text(middle, label.replace(", ", "\n", 1), INK, _font(13), anchor="mm", align="center")
+        for row in range(len(SHOWN)):
+            canvas.paste(_picture(given[row, :, frame], GIF_SCALE), (x, HEADER + row * cell))
+    for row, prompt in enumerate(shown_prompts()):
+        y = HEADER + row * cell + cell // 2
+        draw.multiline_text((MARGIN, y), _wrapped(prompt), QUIET, _font(14), anchor="lm", spacing=6)
+    return canvas
+
+
+def _wrapped(prompt: str) -> str:
+    """ "a two drifting down and right, fast" on three short lines."""
+    head, _, speed = prompt.partition(", ")
+    digit, _, direction = head.partition(" drifting ")
+    return f"{digit} drifting\n{direction},\n{speed}"
+
+
+def _picture(frame: torch.Tensor, scale: int) -> Image.Image:
+    """A frame [3, height, width] in [-1, 1], enlarged."""
+    values = ((frame.clamp(-1.0, 1.0) + 1.0) * 127.5).round().byte().permute(1, 2, 0).contiguous().numpy()
+    picture = Image.fromarray(values)
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.BICUBIC)
+
+
+def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size)

@@ -1,0 +1,130 @@
+"""The exported folder is a stock pipeline: diffusers loads it, and samples it as the contract says."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from flcompress.diffusion.sampling import as_network
+from flcompress.errors import ModelError, PostconditionError
+from flcompress.exporters.diffusers_folder import DiffusersExporter, check_folder
+from flcompress.exporters.runtime import denoise
+from flcompress.models.loading import load_transformer
+from flcompress.pipeline.program import Program
+from tests.exporters.conftest import silent
+
+PROMPT = "a three drifting up and left, fast"
+
+
+@pytest.fixture
+def folder(run: Path, tmp_path: Path) -> Path:
+    """A copy of the exported folder, to damage."""
+    return Path(shutil.copytree(run / "exports" / "diffusers", tmp_path / "pipeline"))
+
+
+def test_a_stock_call_makes_the_clip_that_the_runtime_makes(run: Path) -> None:
+    from diffusers import WanPipeline
+
+    folder = run / "exports" / "diffusers"
+    facts = json.loads((folder / "flcompress.json").read_text())
+    pipeline = WanPipeline.from_pretrained(str(folder))
+    pipeline.set_progress_bar_config(disable=True)
+    torch.manual_seed(5)
+    stock = pipeline(PROMPT, **facts["call"], output_type="latent").frames
+    ours = denoise(as_network(load_transformer(folder / "transformer")), folder, facts, PROMPT, seed=5)
+    assert stock.shape == (1, 16, 3, 8, 8)
+    torch.testing.assert_close(ours, stock, rtol=0.0, atol=1e-5)
+
+
+def test_a_guided_contract_is_sampled_as_stock_diffusers_samples_it(guided: Program, tmp_path: Path) -> None:
+    from diffusers import WanPipeline
+
+    folder = tmp_path / "teacher"
+    folder.mkdir()
+    DiffusersExporter().export(guided, folder, tmp_path, silent)
+    facts = json.loads((folder / "flcompress.json").read_text())
+    assert facts["call"]["guidance_scale"] == 4.0
+    pipeline = WanPipeline.from_pretrained(str(folder))
+    pipeline.set_progress_bar_config(disable=True)
+    torch.manual_seed(2)
+    stock = pipeline(PROMPT, **facts["call"], output_type="latent").frames
+    ours = denoise(as_network(load_transformer(folder / "transformer")), folder, facts, PROMPT, seed=2)
+    torch.testing.assert_close(ours, stock, rtol=0.0, atol=1e-4)
+    assert "The seed decides the\nstarting noise" in (folder / "README.md").read_text()
+
+
+def test_what_lies_in_the_folder(run: Path, program: Program) -> None:
+    folder = run / "exports" / "diffusers"
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert {path for path in files if not path.endswith((".json", ".safetensors", "README.md"))} == set()
+    assert json.loads((folder / "transformer" / "kept_blocks.json").read_text()) == {
+        "blocks.0": "blocks.0",
+        "blocks.1": "blocks.2",
+    }
+    facts = json.loads((folder / "flcompress.json").read_text())
+    assert facts["contract"] == json.loads(json.dumps(program.contract.to_dict()))
+    assert facts["call"] == {
+        "num_inference_steps": 4,
+        "guidance_scale": 1.0,
+        "max_sequence_length": 16,
+        "height": 32,
+        "width": 32,
+        "num_frames": 9,
+    }
+    assert facts["parameters"] == program.graph.parameters
+    for path in folder.rglob("*.json"):
+        assert "/tmp/" not in path.read_text(), path
+
+
+def test_the_snippet_of_the_model_card_runs(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = (run / "exports" / "diffusers" / "README.md").read_text()
+    found = re.search(r"```python\n(.*?)```", card, re.DOTALL)
+    assert found is not None
+    written: list[object] = []
+    # export_to_video wants an extra package; everything before it is run as printed.
+    monkeypatch.setattr("diffusers.utils.export_to_video", lambda clip, path, fps: written.append(clip.shape))
+    monkeypatch.chdir(run / "exports" / "diffusers")
+    exec(compile(found.group(1), "README.md", "exec"), {})
+    assert written == [(9, 32, 32, 3)]
+
+
+def test_another_schedule_is_found_out(folder: Path, program: Program) -> None:
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "shift": 3.0}))
+    with pytest.raises(
+        PostconditionError, match=r"scheduler: a stock pipeline would use sigmas \[1, 0\.9.*\], the model"
+    ):
+        check_folder(folder, program.contract)
+
+
+def test_a_missing_tensor_is_found_out(folder: Path, program: Program) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    del tensors["blocks.1.attn1.to_q.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(
+        PostconditionError, match=r"transformer: 1 tensors missing, first blocks\.1\.attn1\.to_q\.weight"
+    ):
+        check_folder(folder, program.contract)
+
+
+def test_a_tensor_without_a_place_is_found_out(folder: Path, program: Program) -> None:
+    path = folder / "transformer" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_layers": 1}))
+    with pytest.raises(PostconditionError, match=r"stock diffusers has no place for tensor blocks\.1\."):
+        check_folder(folder, program.contract)
+
+
+def test_a_pipeline_without_its_index_is_refused(program: Program, tmp_path: Path) -> None:
+    tokenizer = Path(shutil.copytree(program.components["tokenizer"], tmp_path / "lone" / "tokenizer"))
+    with pytest.raises(
+        ModelError, match=r"lone/model_index\.json: no such file; the tokenizer of a diffusers pipeline"
+    ):
+        DiffusersExporter().export(program.with_component("tokenizer", tokenizer), tmp_path, tmp_path, silent)

@@ -1,0 +1,133 @@
+"""Prompt in, file out, by any backend; the same seed gives the same clip."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from flcompress.errors import RequestError, UnavailableError
+from flcompress.exporters.clip_files import frames_of, write_clip
+from flcompress.exporters.runtime import generate
+from flcompress.exporters.tensorrt_api import cuda_driver
+
+PROMPT = "a three drifting up and left, fast"
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB")).astype(int)
+
+
+def test_torch_and_onnx_make_the_same_clip(run: Path, tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+
+    def progress(done: int, total: int, values: Mapping[str, float]) -> None:
+        told.append((done, total))
+
+    first = generate(run, PROMPT, "torch", tmp_path / "a.png", seed=3, progress=progress)
+    second = generate(run, PROMPT, "onnx", tmp_path / "b.png", seed=3)
+    other = generate(run, PROMPT, "onnx", tmp_path / "c.png", seed=4)
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert pixels(first).shape == (256, 9 * 256, 3)
+    assert np.abs(pixels(first) - pixels(second)).max() <= 1  # one step of 255, where a value lies on the edge
+    assert np.abs(pixels(first) - pixels(other)).max() > 1
+
+
+def test_a_gif_and_a_video(tmp_path: Path) -> None:
+    clip = torch.linspace(-1, 1, 3 * 9 * 32 * 48).reshape(3, 9, 32, 48)
+    with Image.open(write_clip(clip, tmp_path / "new" / "clip.gif")) as gif:
+        assert (gif.size, getattr(gif, "n_frames", 0)) == ((384, 256), 9)
+    with av.open(str(write_clip(clip, tmp_path / "clip.mp4"))) as video:
+        frames = list(video.decode(video=0))
+    assert (len(frames), frames[0].width, frames[0].height) == (9, 384, 256)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clip.mp4", "new"]
+
+
+def test_large_clips_keep_their_size_and_every_pixel_its_place() -> None:
+    clip = torch.full((3, 2, 300, 280), -1.0)
+    clip[:, 1, 0, 0] = 1.0
+    frames = frames_of(clip)
+    assert [frame.size for frame in frames] == [(280, 300), (280, 300)]
+    assert frames[1].getpixel((0, 0)) == (255, 255, 255)
+    assert frames[0].getpixel((0, 0)) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("clip.webm", r"clip\.webm: extension '\.webm' given, expected one of \.gif, \.mp4, \.png$"),
+        ("clip", r"clip: extension '' given, expected one of"),
+        ("taken/clip.gif", r"taken/clip\.gif: .*taken is a file, expected a folder$"),
+        ("folder.gif", r"folder\.gif: is a folder, expected a file name$"),
+    ],
+)
+def test_where_no_clip_can_be_written(tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "taken").write_text("")
+    (tmp_path / "folder.gif").mkdir()
+    with pytest.raises(RequestError, match=message):
+        generate(tmp_path, PROMPT, "torch", tmp_path / name)
+
+
+def test_tensorrt_without_a_driver_says_so_before_any_work(tmp_path: Path) -> None:
+    if cuda_driver():
+        pytest.skip("this machine has a CUDA driver")
+    with pytest.raises(UnavailableError) as caught:
+        generate(tmp_path / "nowhere", PROMPT, "tensorrt", tmp_path / "clip.gif")
+    assert str(caught.value) == (
+        "backend tensorrt: no CUDA driver here, and an engine runs on an NVIDIA GPU only; use --backend onnx or "
+        "--backend torch, or run it on a machine with one"
+    )
+
+
+def test_a_missing_export_names_its_command(tmp_path: Path) -> None:
+    with pytest.raises(RequestError) as caught:
+        generate(tmp_path, PROMPT, "torch", tmp_path / "clip.gif")
+    assert str(caught.value) == (
+        f"{tmp_path}/exports/diffusers/flcompress.json: not exported yet; make it with: "
+        f"flcompress export {tmp_path} --format diffusers"
+    )
+
+
+def test_a_missing_onnx_export_names_its_command(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run / "exports" / "diffusers", tmp_path / "exports" / "diffusers")
+    with pytest.raises(RequestError, match=r"onnx/manifest\.json: not exported yet; .*--format onnx$"):
+        generate(tmp_path, PROMPT, "onnx", tmp_path / "clip.gif")
+
+
+@pytest.fixture
+def copy(run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(run, tmp_path / "run"))
+
+
+def test_a_damaged_export_is_refused(copy: Path, tmp_path: Path) -> None:
+    (copy / "exports" / "onnx" / "model.onnx").write_bytes(b"half")
+    with pytest.raises(
+        RequestError, match=r"model\.onnx: SHA-256 .*make it again with: flcompress export .*--format onnx$"
+    ):
+        generate(copy, PROMPT, "onnx", tmp_path / "clip.gif")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "not valid JSON"), ("[]", "a JSON list given, expected an object")]
+)
+def test_a_damaged_manifest_is_refused(copy: Path, tmp_path: Path, text: str, message: str) -> None:
+    (copy / "exports" / "onnx" / "manifest.json").write_text(text)
+    with pytest.raises(RequestError, match=message):
+        generate(copy, PROMPT, "onnx", tmp_path / "clip.gif")
+
+
+def test_exports_of_two_contracts_are_refused(copy: Path, tmp_path: Path) -> None:
+    path = copy / "exports" / "onnx" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["contract"]["guidance_scale"] = 2.0
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(RequestError, match="is not that of the diffusers export; make both again"):
+        generate(copy, PROMPT, "onnx", tmp_path / "clip.gif")

@@ -1,0 +1,193 @@
+"""A real engine is built here without a GPU; where one cannot be built or run, one line says why."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import onnx
+import pytest
+from pydantic import ValidationError
+
+from flcompress.errors import FlcompressError, PostconditionError, RequestError, UnavailableError
+from flcompress.exporters import tensorrt_api, tensorrt_engine
+from flcompress.exporters.files import sha256
+from flcompress.exporters.tensorrt_api import cuda_driver, load_tensorrt
+from flcompress.exporters.tensorrt_build import build_engine
+from flcompress.exporters.tensorrt_engine import TensorRTExporter
+from flcompress.exporters.tensorrt_session import TensorRTSession
+from flcompress.pipeline.program import Program
+from tests.exporters.conftest import silent
+
+
+def builder() -> Any:
+    try:
+        return load_tensorrt()
+    except UnavailableError as error:
+        pytest.skip(str(error))
+
+
+def without_gpu() -> None:
+    if cuda_driver():
+        pytest.skip("this machine has a CUDA driver")
+
+
+def test_a_real_engine_with_its_manifest(run: Path, program: Program, tmp_path: Path) -> None:
+    trt = builder()
+    exporter = TensorRTExporter(targets=("sm80", "sm89"), max_batch=2)
+    exporter.check()
+    summary = exporter.export(program, tmp_path, run / "exports", silent)
+    engine = tmp_path / "model.engine"
+    assert engine.stat().st_size == summary["bytes"] > 100_000
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["sha256"] == sha256(engine) == summary["sha256"]
+    assert manifest["source"] == {
+        "file": "../onnx/model.onnx",
+        "sha256": sha256(run / "exports" / "onnx" / "model.onnx"),
+    }
+    assert manifest["builder"] == {"name": trt.__name__, "version": trt.__version__}
+    assert manifest["targets"] == ["sm80", "sm89"]
+    assert manifest["precision"] == "fp32"
+    assert manifest["batch"] == {"min": 1, "opt": 1, "max": 2}
+    assert manifest["timesteps"] == list(program.contract.timesteps)
+    assert manifest["sigmas"] == list(program.contract.sigmas)
+    assert manifest["shift"] == program.contract.shift
+    assert manifest["guidance_scale"] == 1.0
+    assert manifest["kept"] == dict(program.kept)
+    assert [tensor["name"] for tensor in manifest["inputs"]] == ["hidden_states", "timestep", "encoder_hidden_states"]
+    assert exporter.fingerprint() == f"{trt.__name__} {trt.__version__}"
+
+
+@pytest.mark.gpu
+def test_the_engine_agrees_with_torch(run: Path, program: Program, tmp_path: Path) -> None:
+    builder()
+    if not cuda_driver():
+        pytest.skip("no CUDA driver")
+    TensorRTExporter(targets=("current",), max_batch=3).export(program, tmp_path, run / "exports", silent)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["checked_on_gpu"]
+    assert manifest["difference"] < 1e-3
+
+
+def test_a_node_that_the_parser_does_not_know_is_named(tmp_path: Path) -> None:
+    trt = builder()
+    value = onnx.helper.make_tensor_value_info
+    node = onnx.helper.make_node("Unheard", ["x"], ["y"], name="the_odd_one", domain="elsewhere")
+    graph = onnx.helper.make_graph(
+        [node], "g", [value("x", onnx.TensorProto.FLOAT, ["n", 2])], [value("y", onnx.TensorProto.FLOAT, ["n", 2])]
+    )
+    opsets = [onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid("elsewhere", 1)]
+    path = tmp_path / "odd.onnx"
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=9), str(path))
+    with pytest.raises(
+        FlcompressError, match=r"odd\.onnx: node 'the_odd_one' \(Unheard\): .*cannot read this graph$"
+    ) as caught:
+        build_engine(trt, path, targets=("sm89",), max_batch=1)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_target_that_this_tensorrt_lacks_is_named(run: Path) -> None:
+    trt = builder()
+    if not hasattr(trt, "ComputeCapability"):
+        pytest.skip("this TensorRT builds for the GPU of this machine only")
+    with pytest.raises(UnavailableError, match=r"^tensorrt\.targets: sm12 given, TensorRT .* knows .*sm89"):
+        build_engine(trt, run / "exports" / "onnx" / "model.onnx", targets=("sm12",), max_batch=1)
+
+
+def test_a_build_that_fails_gives_its_reason(run: Path) -> None:
+    trt = builder()
+    without_gpu()
+    with pytest.raises(FlcompressError, match=r"built no engine for current at a batch of up to 1: .*CUDA") as caught:
+        build_engine(trt, run / "exports" / "onnx" / "model.onnx", targets=("current",), max_batch=1)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_builder_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt_api, "find_spec", lambda name: None)
+    with pytest.raises(UnavailableError) as caught:
+        TensorRTExporter().check()
+    assert str(caught.value) == (
+        "tensorrt: neither tensorrt nor tensorrt_rtx is installed; pip install 'flcompress[tensorrt-rtx]' (258 MB, "
+        "builds engines without a GPU), or take 'tensorrt' out of the recipe's exports"
+    )
+
+
+def test_a_builder_whose_libraries_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> None:
+        raise ImportError("libnvinfer.so.10: cannot open shared object file\nmore")
+
+    monkeypatch.setattr(tensorrt_api, "find_spec", lambda name: object())
+    monkeypatch.setattr(tensorrt_api, "importlib", SimpleNamespace(import_module=broken))
+    with pytest.raises(
+        UnavailableError, match=r"^tensorrt: tensorrt is installed but does not import \(libnvinfer.*file\)"
+    ):
+        load_tensorrt()
+
+
+def test_current_without_a_gpu_is_refused_before_any_work() -> None:
+    builder()
+    without_gpu()
+    with pytest.raises(UnavailableError) as caught:
+        TensorRTExporter(targets=("current",)).check()
+    assert str(caught.value) == (
+        "tensorrt.targets: current given, but this machine has no CUDA driver; name the GPU that the engine is for, "
+        "such as targets: [sm89]"
+    )
+
+
+def test_a_tensorrt_for_this_gpu_only_refuses_other_targets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt_engine, "load_tensorrt", lambda: SimpleNamespace(__version__="10.9"))
+    with pytest.raises(
+        UnavailableError, match=r"^tensorrt\.targets: sm89 given, but tensorrt 10\.9 builds for the GPU of"
+    ):
+        TensorRTExporter().check()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"targets": ["sm89", "sm89"]}, "a target is given twice: sm89, sm89"),
+        ({"targets": ["current", "sm89"]}, "'current' must stand alone"),
+        ({"targets": []}, "at least 1 item"),
+        ({"targets": ["sm90"]}, "'sm75', 'sm80', 'sm86', 'sm89', 'sm120' or 'current'"),
+        ({"max_batch": 0}, "greater than or equal to 1"),
+        ({"precision": "int3"}, "'fp32'"),
+    ],
+)
+def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        TensorRTExporter(**arguments)
+
+
+def test_a_damaged_source_is_refused(run: Path, program: Program, tmp_path: Path) -> None:
+    builder()
+    exports = tmp_path / "exports"
+    shutil.copytree(run / "exports" / "onnx", exports / "onnx")
+    (exports / "onnx" / "model.onnx").write_bytes(b"half")
+    with pytest.raises(RequestError, match=r"onnx/model\.onnx: SHA-256 [0-9a-f]{12}\.\.\. found, its manifest states"):
+        TensorRTExporter().export(program, tmp_path, exports, silent)
+
+
+def test_a_source_of_another_contract_is_refused(run: Path, program: Program, tmp_path: Path) -> None:
+    builder()
+    other = replace(program, contract=program.teacher_contract)
+    with pytest.raises(PostconditionError, match="its sampling contract is not this program's"):
+        TensorRTExporter().export(other, tmp_path, run / "exports", silent)
+
+
+def test_no_source(program: Program, tmp_path: Path) -> None:
+    builder()
+    with pytest.raises(
+        RequestError, match=r"onnx/manifest\.json: not exported yet; make it with: 'onnx' under exports:"
+    ):
+        TensorRTExporter().export(program, tmp_path, tmp_path, silent)
+
+
+def test_running_an_engine_without_a_gpu_says_so(tmp_path: Path) -> None:
+    without_gpu()
+    with pytest.raises(UnavailableError, match=r"^backend tensorrt: no CUDA driver here"):
+        TensorRTSession(tmp_path / "model.engine")
