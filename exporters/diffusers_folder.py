@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,6 +12,7 @@ from flcompress.diffusion.contract import SamplingContract
 from flcompress.errors import ModelError, PostconditionError
 from flcompress.exporters.files import copy_component, write_json
 from flcompress.exporters.model_card import model_card
+from flcompress.exporters.quiet import no_progress_bars
 from flcompress.exporters.shapes import clip_of, shapes_of
 from flcompress.models.folder import check_weights, read_json
 from flcompress.pipeline.exporter import Exporter
@@ -90,7 +89,7 @@ def check_folder(folder: Path, contract: SamplingContract) -> None:
     """
     from diffusers import WanPipeline
 
-    with _no_progress_bars():
+    with no_progress_bars():
         pipeline = WanPipeline.from_pretrained(str(folder), use_safetensors=True)
     for name in ("transformer", "vae"):
         _same_tensors(getattr(pipeline, name), folder / name)
@@ -137,19 +136,3 @@ def _source_index(program: Program) -> dict[str, Any]:
 def _few(numbers: tuple[float, ...]) -> str:
     shown = ", ".join(f"{number:g}" for number in numbers[:4])
     return f"[{shown}{', ...' if len(numbers) > 4 else ''}]"
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Stock loading draws bars on stderr, over those of the command."""
-    from diffusers.utils import logging as of_diffusers
-    from transformers.utils import logging as of_transformers
-
-    libraries = [one for one in (of_diffusers, of_transformers) if one.is_progress_bar_enabled()]
-    for library in libraries:
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library in libraries:
-            library.enable_progress_bar()

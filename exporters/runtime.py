@@ -16,6 +16,7 @@ from flcompress.exporters.files import read_manifest, require_hash
 from flcompress.exporters.onnx_model import MANIFEST_FILE
 from flcompress.exporters.onnx_session import PROVIDERS, OnnxSession
 from flcompress.exporters.parity import Denoiser
+from flcompress.exporters.quiet import no_progress_bars
 from flcompress.exporters.tensorrt_api import cuda_driver
 from flcompress.exporters.tensorrt_session import TensorRTSession, require_gpu
 from flcompress.models.loading import load_text, load_transformer, load_vae
@@ -71,7 +72,8 @@ def denoise(
     Starting noise and every re-noising come from one generator in the order a stock pipeline draws them.
     """
     contract = SamplingContract.from_dict(facts["contract"])
-    encoder, tokenizer = load_text(pipeline / "text_encoder", pipeline / "tokenizer")
+    with no_progress_bars():
+        encoder, tokenizer = load_text(pipeline / "text_encoder", pipeline / "tokenizer")
     embeds = encode_prompts(encoder, tokenizer, [prompt, ""], contract.max_sequence_length)
     draw = torch.Generator().manual_seed(seed)
     noise = torch.randn(1, *facts["latents"], generator=draw)

@@ -26,7 +26,8 @@ SAME_RECIPE = "'onnx' under exports: of the same recipe"
 GPU_TOLERANCE = 1e-3
 """Largest absolute difference from torch on a GPU; another order of sums in fp32 stays well below it."""
 
-Target = Literal["sm75", "sm80", "sm86", "sm89", "sm120", "current"]
+Target = Literal["sm80", "sm86", "sm89", "sm120", "current"]
+"""TensorRT has no fp32 matrix product for Turing (sm75)."""
 
 
 class TensorRTExporter(Exporter):

@@ -1,10 +1,9 @@
 """A Wan transformer rewritten, on its own instance, into what ONNX and TensorRT express well.
 
-The numbers stay the same. Three things change:
+The numbers stay the same. Two things change:
 - the rotary tables become two fp32 constants of the exported size (stock code slices and expands them at every call);
 - queries and keys are turned pairwise by stack and flatten (stock code writes every second channel in place, which
-  becomes ScatterND with index tensors: a third more nodes, and no fused kernel);
-- the patch embedding becomes a matrix product (TensorRT has no fp32 3D convolution for Turing, sm75).
+  becomes ScatterND with index tensors: a third more nodes, and no fused kernel).
 """
 
 from __future__ import annotations
@@ -55,24 +54,6 @@ class ConstantRotary(nn.Module):
         return self.cos, self.sin
 
 
-class PatchProduct(nn.Module):
-    """In place of a 3D convolution whose stride is its kernel: every patch is one row of a matrix product."""
-
-    def __init__(self, convolution: nn.Conv3d) -> None:
-        super().__init__()
-        self.patch = convolution.kernel_size
-        self.weight = nn.Parameter(convolution.weight.flatten(1), requires_grad=False)  # [width, C * patch]
-        self.bias = convolution.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[n, C, frames, height, width] to [n, width, frames', height', width']."""
-        t, h, w = self.patch
-        n, channels, frames, height, width = x.shape
-        patches = x.reshape(n, channels, frames // t, t, height // h, h, width // w, w)
-        rows = patches.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)
-        return nn.functional.linear(rows, self.weight, self.bias).permute(0, 4, 1, 2, 3)
-
-
 class PairwiseRotation:
     """Attention processor: self-attention with rotary positions; everything else is left to the stock processor."""
 
@@ -120,7 +101,6 @@ def adapted(transformer: Any, shapes: Shapes) -> Denoiser:
     cos, sin = transformer.rope(torch.zeros(1, *shapes.latents))
     # The stock tables hold every angle twice, once for each channel of a pair.
     transformer.rope = ConstantRotary(cos[..., 0::2].float().contiguous(), sin[..., 1::2].float().contiguous())
-    transformer.patch_embedding = PatchProduct(transformer.patch_embedding)
     for block in transformer.blocks:
         block.attn1.set_processor(PairwiseRotation(block.attn1.processor))
     return Denoiser(transformer)

@@ -68,7 +68,8 @@ class Pretrain(Pass):
             schedule=warmup_cosine(self.steps, min(200, self.steps)),
         )
         network = as_network(model)
-        trained_network = as_network(torch.compile(model)) if self.compile else network
+        compiled: Any = torch.compile(model) if self.compile else model
+        trained_network = as_network(compiled)
         training, heldout = data.split(min(MONITOR_CLIPS, len(data) // 4))
 
         def train_step(step: int, draw: torch.Generator) -> Mapping[str, float]:

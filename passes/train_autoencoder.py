@@ -99,5 +99,5 @@ def _decode_unclamped(vae: Any, latents: torch.Tensor) -> torch.Tensor:
 def latent_statistics(vae: Any, seed: int) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each latent channel over training clips, as Wan stores them."""
     clips, _ = moving_digits.sample(LATENT_STATISTICS_CLIPS, "train", generator(seed, "latent-statistics"))
-    latents = torch.cat([vae.encode(part).latent_dist.mode() for part in clips.split(64)])
+    latents = torch.cat([vae.encode(part).latent_dist.mode() for part in torch.split(clips, 64)])
     return latents.mean(dim=(0, 2, 3, 4)).tolist(), latents.std(dim=(0, 2, 3, 4)).tolist()

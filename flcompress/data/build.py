@@ -87,7 +87,7 @@ def encode_dataset(
     """Encode clips [n, 3, frames, height, width] in [-1, 1] and their captions with a pipeline's own parts."""
     vae = load_vae(components["vae"])
     latents = []
-    for part in clips.split(_BATCH):
+    for part in torch.split(clips, _BATCH):
         latents.append(encode_clips(vae, part))
         progress(sum(map(len, latents)), len(clips), {})
     embeds = embed_captions([*captions, ""], components, max_sequence_length)

@@ -76,7 +76,7 @@ class LatentDataset:
         missing = [name for name in _TENSORS if name not in tensors]
         if missing:
             raise DataError(f"{path}: no tensor {missing[0]}; expected {', '.join(_TENSORS)}")
-        made = cls(*(tensors[name] for name in _TENSORS), captions)
+        made = cls(captions=captions, **{name: tensors[name] for name in _TENSORS})
         made.check(str(path))
         return made
 

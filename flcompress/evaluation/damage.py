@@ -51,7 +51,7 @@ def noise(clips: torch.Tensor, strength: torch.Tensor, generator: torch.Generato
     n, colours, *rest = clips.shape
     grey = torch.randn(n, 1, *rest, generator=generator)
     own = torch.randn(n, colours, *rest, generator=generator)
-    return clips + NOISE * math.sqrt(0.5) * _spread(strength) * (grey + own)
+    return clips + NOISE * _spread(strength) * (grey + own) * math.sqrt(0.5)
 
 
 def ghost(clips: torch.Tensor, strength: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -6,13 +6,13 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from flcompress.draws import generator
+from flcompress.pipeline.passes import ProgressSink
 from flcompress.training.trained import Trained
 
 CHECKPOINT_SECONDS = 60.0
@@ -22,12 +22,6 @@ TrainStep = Callable[[int, torch.Generator], Mapping[str, float]]
 Monitor = Callable[[int], Mapping[str, float]]
 
 
-class Progress(Protocol):
-    """Where a long work reports to: a progress bar, a log line, or nothing."""
-
-    def __call__(self, done: int, total: int, values: Mapping[str, float]) -> None: ...
-
-
 def train(
     train_step: TrainStep,
     roles: Sequence[Trained],
@@ -35,7 +29,7 @@ def train(
     steps: int,
     seed: tuple[object, ...],
     directory: Path,
-    progress: Progress,
+    progress: ProgressSink,
     monitor: Monitor | None = None,
     monitor_every: int = 0,
 ) -> None:

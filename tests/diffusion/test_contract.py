@@ -42,9 +42,7 @@ def test_evaluations_count_guidance_twice() -> None:
 
 def test_another_scheduler_is_refused_by_name() -> None:
     with pytest.raises(ModelError, match="scheduler: DDIMScheduler given, expected FlowMatchEulerDiscreteScheduler"):
-        contract_of(
-            {"_class_name": "DDIMScheduler"}, num_inference_steps=4, guidance_scale=1.0, max_sequence_length=16
-        )
+        contract_of({"_class_name": "DDIMScheduler"}, num_inference_steps=4, guidance_scale=1.0, max_sequence_length=16)
 
 
 def test_euler_sampling_of_a_known_flow_equals_the_stock_schedulers() -> None:

@@ -39,7 +39,7 @@ def test_work_is_counted_and_rounds_are_timed(run: RunDirectory) -> None:
 
 def test_no_compiler_is_a_stated_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(backends.Unusable, match="no C\\+\\+ compiler \\(no-such-compiler\\) for torch.compile"):
+    with pytest.raises(backends.Unusable, match=r"no C\+\+ compiler \(no-such-compiler\) for torch\.compile"):
         backends.compiled(None)
 
 

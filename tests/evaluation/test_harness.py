@@ -96,7 +96,7 @@ def test_a_run_without_stages_has_the_teacher_alone(model: Path, tmp_path: Path)
 
 
 def test_unknown_contender_is_named(run: RunDirectory) -> None:
-    with pytest.raises(RequestError, match="contender 'studnet': .* has teacher-3, teacher-2, .*student"):
+    with pytest.raises(RequestError, match=r"contender 'studnet': .* has teacher-3, teacher-2, .*student"):
         evaluate(run, 1, 2, None, ["studnet"])
 
 

@@ -131,3 +131,8 @@ def test_exports_of_two_contracts_are_refused(copy: Path, tmp_path: Path) -> Non
     path.write_text(json.dumps(manifest))
     with pytest.raises(RequestError, match="is not that of the diffusers export; make both again"):
         generate(copy, PROMPT, "onnx", tmp_path / "clip.gif")
+
+
+def test_nothing_is_drawn_over_the_command(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    generate(run, PROMPT, "torch", tmp_path / "clip.gif")
+    assert capfd.readouterr() == ("", "")

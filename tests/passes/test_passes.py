@@ -85,7 +85,8 @@ def test_scores_equal_plain_skipping(folder: Path, run: RunDirectory) -> None:
         with torch.no_grad():
             v = model(x, sigma * 1000, embeds, return_dict=False)[0]
         error = (noise - x0 - v) * sigma.reshape(-1, 1, 1, 1, 1)
-        return ((1 - sigma) / sigma**3) * error.double().square().mean(dim=(1, 2, 3, 4))
+        weighted: torch.Tensor = ((1 - sigma) / sigma**3) * error.double().square().mean(dim=(1, 2, 3, 4))
+        return weighted
 
     full = loss()
     for block in program.graph.blocks:
@@ -156,5 +157,7 @@ def test_choices_hold_the_share(run: RunDirectory, by: Any) -> None:
 
 
 def test_more_than_the_blocks_hold_is_refused(run: RunDirectory) -> None:
-    with pytest.raises(PreconditionError, match=r"remove: 0.99 of the parameters asked for; the blocks that may go hold"):
+    with pytest.raises(
+        PreconditionError, match=r"remove: 0.99 of the parameters asked for; the blocks that may go hold"
+    ):
         choose(at(run, "importance")[0].graph, 0.99, "importance")
