@@ -1,4 +1,4 @@
-"""Cost of importance scoring against L + 1 full forwards, interleaved in one run: python docs/measure_importance.py MODEL.
+"""Cost of importance scoring against L + 1 full forwards, interleaved: python docs/measure_importance.py TRANSFORMER.
 
 Prints the median ratio of the times with its spread over rounds, and the largest difference between the scores.
 """

@@ -42,7 +42,7 @@ class PostconditionError(FlcompressError):
     """A pass or an exporter produced something that fails its own check."""
 
 
-class NotRemovable(FlcompressError):
+class NotRemovable(FlcompressError):  # noqa: N818 (the name that users catch)
     """Blocks whose removal could not be certified; names the block and the cause."""
 
 

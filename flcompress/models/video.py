@@ -17,7 +17,7 @@ def _statistics(vae: Any, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 @torch.no_grad()
 def encode_clips(vae: Any, clips: torch.Tensor) -> torch.Tensor:
     """Clips [n, 3, frames, height, width] in [-1, 1] to unit-scale latents [n, channels, frames', height', width']."""
-    latents = vae.encode(clips.to(vae.dtype)).latent_dist.mode()
+    latents: torch.Tensor = vae.encode(clips.to(vae.dtype)).latent_dist.mode()
     mean, std = _statistics(vae, latents)
     return (latents - mean) / std
 
