@@ -36,6 +36,7 @@ class Pretrain(Pass):
     steps: int = Field(gt=0, description="optimiser steps")
     batch: int = Field(32, gt=0, description="clips a step")
     learning_rate: float = Field(1e-3, gt=0, description="peak; rises for 200 steps, then half a cosine")
+    shift: float = Field(3.0, gt=0, description="noise levels are drawn evenly, then shifted by this toward noise")
     caption_dropout: float = Field(0.1, ge=0, lt=1, description="share of clips trained with the empty prompt")
     compile: bool = Field(False, description="train through torch.compile; needs a C++ compiler")
     ema_decay: float = Field(0.999, ge=0, lt=1, description="decay of the moving average that is kept")
@@ -45,7 +46,7 @@ class Pretrain(Pass):
 
     def apply(self, program: Program, work: Work) -> Program:
         model = load_transformer(program.components["transformer"], work.device).requires_grad_(True)
-        trained = self.fit(model, work.data(program), program.contract.shift, work.seed, work.directory, work.progress)
+        trained = self.fit(model, work.data(program), work.seed, work.directory, work.progress)
         model.load_state_dict(trained)
         target = work.directory / "transformer"
         model.save_pretrained(str(target))
@@ -57,7 +58,7 @@ class Pretrain(Pass):
         )
 
     def fit(
-        self, model: Any, data: LatentDataset, shift: float, seed: int, directory: Path, progress: ProgressSink
+        self, model: Any, data: LatentDataset, seed: int, directory: Path, progress: ProgressSink
     ) -> dict[str, torch.Tensor]:
         """Train `model` in place and return the state dict of its moving average."""
         role = Trained(
@@ -77,7 +78,7 @@ class Pretrain(Pass):
             dropped = torch.rand(self.batch, generator=draw) < self.caption_dropout
             embeds = torch.where(dropped[:, None, None], data.negative_embeds, embeds)
             noise = torch.randn(x0.shape, generator=draw)
-            sigma = draw_sigmas(self.batch, shift, draw)
+            sigma = draw_sigmas(self.batch, self.shift, draw)
             return role.update(flow_matching_loss(trained_network, x0, embeds, sigma, noise))
 
         @torch.no_grad()
@@ -85,7 +86,7 @@ class Pretrain(Pass):
             draw = torch.Generator().manual_seed(0)
             x0, embeds = heldout.batch(MONITOR_CLIPS, draw)
             noise = torch.randn(x0.shape, generator=draw)
-            sigma = draw_sigmas(MONITOR_CLIPS, shift, draw)
+            sigma = draw_sigmas(MONITOR_CLIPS, self.shift, draw)
             return {"heldout_loss": float(flow_matching_loss(network, x0, embeds, sigma, noise))}
 
         train(

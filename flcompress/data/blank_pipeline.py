@@ -15,7 +15,6 @@ import torch
 from flcompress.data import moving_digits
 
 TEXT_CHANNELS = 64
-SHIFT = 3.0
 
 
 def write_blank(
@@ -78,7 +77,7 @@ def write_blank(
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     ).save_pretrained(str(folder / "text_encoder"))
-    FlowMatchEulerDiscreteScheduler(shift=SHIFT).save_pretrained(str(folder / "scheduler"))
+    FlowMatchEulerDiscreteScheduler().save_pretrained(str(folder / "scheduler"))
     index = {
         "_class_name": "WanPipeline",
         "_diffusers_version": "0.39.0",
