@@ -17,7 +17,7 @@ TRAINED_BYTES = 20
 """Per trained parameter: weight, gradient, two moments and a moving average in fp32."""
 FROZEN_BYTES = 4
 ACTIVATIONS = 24
-"""Tensors of a residual stream's size that one block keeps for its backward: a rough, measured figure."""
+"""Tensors of a residual stream's size that one block keeps for its backward; a rough figure, for the plan only."""
 PROCESS_BYTES = 5e8
 """Python, torch and diffusers before any model."""
 CHEAP_FLOPS = 2e11
