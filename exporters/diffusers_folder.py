@@ -12,9 +12,9 @@ from flcompress.diffusion.contract import SamplingContract
 from flcompress.errors import ModelError, PostconditionError
 from flcompress.exporters.files import copy_component, write_json
 from flcompress.exporters.model_card import model_card
-from flcompress.exporters.quiet import no_progress_bars
 from flcompress.exporters.shapes import clip_of, shapes_of
 from flcompress.models.folder import check_weights, read_json
+from flcompress.models.quiet import no_progress_bars
 from flcompress.pipeline.exporter import Exporter
 from flcompress.pipeline.passes import ProgressSink
 from flcompress.pipeline.program import Program

@@ -16,10 +16,10 @@ from flcompress.exporters.files import read_manifest, require_hash
 from flcompress.exporters.onnx_model import MANIFEST_FILE
 from flcompress.exporters.onnx_session import PROVIDERS, OnnxSession
 from flcompress.exporters.parity import Denoiser
-from flcompress.exporters.quiet import no_progress_bars
 from flcompress.exporters.tensorrt_api import cuda_driver
 from flcompress.exporters.tensorrt_session import TensorRTSession, require_gpu
 from flcompress.models.loading import load_text, load_transformer, load_vae
+from flcompress.models.quiet import no_progress_bars
 from flcompress.models.text import encode_prompts
 from flcompress.models.video import decode_latents
 from flcompress.pipeline.passes import ProgressSink

@@ -11,8 +11,10 @@ import torch
 
 from flcompress.errors import ModelError
 from flcompress.models.folder import check_transformer_config
+from flcompress.models.quiet import no_progress_bars
 
 
+@no_progress_bars()
 def load_transformer(folder: Path, device: str = "cpu") -> Any:
     """The transformer, in evaluation mode, without gradients."""
     from diffusers import WanTransformer3DModel
@@ -38,6 +40,7 @@ def meta_transformer(folder: Path) -> Any:
         return WanTransformer3DModel.from_config(config).eval()
 
 
+@no_progress_bars()
 def load_vae(folder: Path, device: str = "cpu") -> Any:
     """The video autoencoder, in evaluation mode, without gradients."""
     from diffusers import AutoencoderKLWan
@@ -45,6 +48,7 @@ def load_vae(folder: Path, device: str = "cpu") -> Any:
     return frozen(AutoencoderKLWan.from_pretrained(str(folder), use_safetensors=True)).to(device)
 
 
+@no_progress_bars()
 def load_text(text_encoder: Path, tokenizer: Path, device: str = "cpu") -> tuple[Any, Any]:
     """Text encoder and tokenizer."""
     from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
@@ -58,6 +62,7 @@ def frozen(model: Any) -> Any:
     return model.eval().requires_grad_(False)
 
 
+@no_progress_bars()
 def initialise_pipeline(source: Path, target: Path, seed: int) -> None:
     """Write to `target` the pipeline whose configurations lie in `source`, with random weights drawn from `seed`.
 
