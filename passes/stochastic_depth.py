@@ -54,10 +54,10 @@ class StochasticDepth(Pass):
     target: Literal["frozen", "ema", "self"] = Field("frozen", description="whose full-depth output is the target")
     steps: int = Field(gt=0, description="optimiser steps")
     batch: int = Field(16, gt=0, description="clips a step")
-    learning_rate: float = Field(3e-4, gt=0, description="peak; rises for 20 steps, then half a cosine")
+    learning_rate: float = Field(5e-4, gt=0, description="peak; rises for 20 steps, then half a cosine")
     caption_dropout: float = Field(0.1, ge=0, lt=1, description="share of clips with the empty prompt")
     max_drift: float = Field(
-        0.25, gt=0, description="stop when the full path's held-out ELBO is worse than the original's by this share"
+        1.0, gt=0, description="stop when the full path's held-out ELBO is worse than the original's by this share"
     )
     monitor_every: int = Field(50, gt=0, description="steps between two looks at the held-out ELBO")
 
