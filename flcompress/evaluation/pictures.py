@@ -16,7 +16,7 @@ SHOWN = (2, 9, 21, 26)
 STRIP_SCALE, GIF_SCALE = 2, 4
 GAP = 4
 MARGIN = 12
-ROW_LABEL, HEADER = 150, 44
+ROW_LABEL, STRIP_LABEL, HEADER = 150, 270, 44
 FRAME_MILLISECONDS, LAST_FRAME_MILLISECONDS = 110, 500
 GROUND, INK, QUIET = (17, 20, 26), (236, 238, 242), (150, 156, 168)
 
@@ -50,7 +50,7 @@ def _strips(clips: Mapping[str, torch.Tensor]) -> Image.Image:
     frames = moving_digits.FRAMES
     cell = moving_digits.HEIGHT * STRIP_SCALE
     line = 18
-    width = frames * (cell + GAP) + MARGIN + (190 if any(clips) else 0)
+    width = frames * (cell + GAP) + MARGIN + (STRIP_LABEL if any(clips) else 0)
     block = line + len(clips) * (cell + GAP) + GAP
     canvas = Image.new("RGB", (width, len(SHOWN) * block + GAP), GROUND)
     draw = ImageDraw.Draw(canvas)
