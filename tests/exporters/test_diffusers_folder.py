@@ -97,7 +97,7 @@ def test_another_schedule_is_found_out(folder: Path, program: Program) -> None:
     path = folder / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "shift": 3.0}))
     with pytest.raises(
-        PostconditionError, match=r"scheduler: a stock pipeline would use sigmas \[1, 0\.9.*\], the model"
+        PostconditionError, match=r"scheduler: a stock pipeline would use sigmas \[1, 0\.89.*\], the model"
     ):
         check_folder(folder, program.contract)
 
