@@ -20,9 +20,10 @@ from flcompress.diffusion.sampling import as_network
 from flcompress.models.loading import load_transformer
 from flcompress.pipeline.passes import Cost, Pass, Work
 from flcompress.pipeline.program import Fact, Program
+from flcompress.trace.network import skipping
 from flcompress.training.discriminator import Discriminator, critic_term, generator_term
 from flcompress.training.loop import train
-from flcompress.training.objectives import NUM_TRAIN_TIMESTEPS, draw_sigmas, predict, skipping
+from flcompress.training.objectives import NUM_TRAIN_TIMESTEPS, draw_sigmas, predict
 from flcompress.training.trained import Trained
 
 

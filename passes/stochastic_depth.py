@@ -18,11 +18,12 @@ from flcompress.ir.selection import By, choose
 from flcompress.models.loading import frozen, load_transformer
 from flcompress.pipeline.passes import Cost, Pass, Work
 from flcompress.pipeline.program import Fact, Program
+from flcompress.trace.network import skipping
 from flcompress.trace.prefix import remember
 from flcompress.trace.skip import skip
 from flcompress.training.loop import train
 from flcompress.training.monitors import HeldOutELBO
-from flcompress.training.objectives import draw_sigmas, predict, skipping
+from flcompress.training.objectives import draw_sigmas, predict
 from flcompress.training.trained import Trained, warmup_cosine
 
 HELD_OUT_CLIPS = 128

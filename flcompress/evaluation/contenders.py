@@ -16,7 +16,7 @@ from flcompress.ir.graph import BlockGraph
 from flcompress.models.loading import load_transformer, meta_transformer
 from flcompress.pipeline.program import Fact, Program, folder_digest
 from flcompress.pipeline.rundir import RunDirectory
-from flcompress.trace.skip import skip
+from flcompress.trace.network import skipping
 
 SHORTCUT_STEPS = 4
 """Steps of the teacher's shortcut where the run has no few-step student to compare it with."""
@@ -42,17 +42,6 @@ class Contender:
     contract: SamplingContract
     parameters: int
     identity: str = ""
-
-
-def skipping(model: Any, paths: tuple[str, ...], graph: BlockGraph | None = None) -> Network:
-    """The model with the blocks at `paths` skipped, as a plain function."""
-    network = as_network(model)
-
-    def call(x: torch.Tensor, timestep: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
-        with skip(model, paths, graph=graph):
-            return network(x, timestep, embeds)
-
-    return call
 
 
 def run_contenders(run: RunDirectory) -> list[Contender]:

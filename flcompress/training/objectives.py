@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 
 from flcompress.diffusion.flow import add_noise, shift, velocity
-from flcompress.diffusion.sampling import Network, as_network
-from flcompress.ir.graph import BlockGraph
-from flcompress.trace.skip import skip
+from flcompress.diffusion.sampling import Network
 
 NUM_TRAIN_TIMESTEPS = 1000.0
 
@@ -34,14 +30,3 @@ def flow_matching_loss(
     """E |v(x_s, s) - (e - x0)|^2 (Lipman et al. 2023)."""
     v = predict(network, add_noise(x0, noise, sigma), sigma, embeds)
     return (v.float() - velocity(x0, noise)).square().mean()
-
-
-def skipping(transformer: torch.nn.Module, paths: Iterable[str], graph: BlockGraph | None = None) -> Network:
-    """The transformer as a network in which the blocks at `paths` are identities; traced once where `graph` is None."""
-    network, skipped = as_network(transformer), tuple(paths)
-
-    def call(x: torch.Tensor, timestep: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
-        with skip(transformer, skipped, graph=graph):
-            return network(x, timestep, embeds)
-
-    return call
