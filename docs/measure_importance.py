@@ -12,14 +12,14 @@ from pathlib import Path
 
 import torch
 
-from flcompress.diffusion.flow import add_noise, elbo_weight, tweedie
-from flcompress.diffusion.sampling import as_network
+from flcompress.diffusion.contract import contract_of
+from flcompress.diffusion.process import FLOW
 from flcompress.models.inputs import example_inputs
 from flcompress.models.loading import load_transformer
+from flcompress.models.network import as_network
 from flcompress.passes.importance import Importance
 from flcompress.trace.skip import skip
 from flcompress.trace.tracer import trace
-from flcompress.training.objectives import predict
 
 BATCH, ROUNDS = 32, 7
 
@@ -32,15 +32,16 @@ def main(folder: Path) -> None:
     draw = torch.Generator().manual_seed(0)
     channels = model.config.in_channels
     x0, noise = (torch.randn(BATCH, channels, 3, 8, 8, generator=draw) for _ in range(2))
-    embeds = torch.randn(BATCH, 16, model.config.text_dim, generator=draw)
+    given = {"encoder_hidden_states": torch.randn(BATCH, 16, model.config.text_dim, generator=draw)}
+    contract = contract_of({}, num_inference_steps=50, guidance_scale=4.0, max_sequence_length=16)
     sigma = 0.05 + 0.9 * torch.rand(BATCH, generator=draw)
     step = Importance(draws=BATCH, noise_levels=1, batch=BATCH)
-    x = add_noise(x0, noise, sigma)
+    x = FLOW.add_noise(x0, noise, sigma)
 
     @torch.no_grad()
     def loss() -> torch.Tensor:
-        error = (x0 - tweedie(x, predict(network, x, sigma, embeds), sigma)).double()
-        return elbo_weight(sigma) * error.square().mean(dim=tuple(range(1, x.ndim)))
+        error = (x0 - FLOW.tweedie(x, network(x, FLOW.timestep(sigma), given), sigma)).double()
+        return FLOW.elbo_weight(sigma) * error.square().mean(dim=tuple(range(1, x.ndim)))
 
     def naive() -> dict[str, torch.Tensor]:
         full = loss()
@@ -51,7 +52,7 @@ def main(folder: Path) -> None:
         return scores
 
     def reused() -> dict[str, torch.Tensor]:
-        return step._differences(model, graph, x0, embeds, noise, sigma)
+        return step._differences(model, graph, contract, x0, given, noise, sigma)
 
     plain, fast = naive(), reused()
     difference = max(float((plain[path] - fast[path]).abs().max()) for path in plain)

@@ -55,6 +55,23 @@ def frames_of(clip: torch.Tensor) -> list[Image.Image]:
     return [Image.fromarray(frame).resize(size, Image.Resampling.NEAREST) for frame in frames]
 
 
+def read_picture(path: Path, height: int, width: int) -> torch.Tensor:
+    """A picture file, scaled to cover the size and cropped to its centre: [3, height, width] in [-1, 1].
+
+    Raises:
+        RequestError: no picture that can be read.
+    """
+    import numpy as np
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as file:
+            fitted = ImageOps.fit(file.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
+    except (OSError, UnidentifiedImageError) as error:
+        raise RequestError(f"{path}: not a picture that can be read ({error}); give a PNG or JPEG file") from error
+    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 127.5 - 1.0
+
+
 def _gif(frames: list[Image.Image], path: Path) -> None:
     first, *others = frames
     first.save(path, save_all=True, append_images=others, duration=1000 // FRAMES_PER_SECOND, loop=0)

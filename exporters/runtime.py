@@ -7,10 +7,11 @@ from typing import Any, Literal
 
 import torch
 
+from flcompress.diffusion.conditioning import Conditioning, on, taken
 from flcompress.diffusion.contract import SamplingContract
-from flcompress.diffusion.sampling import Network, as_network, sample
+from flcompress.diffusion.sampling import Network, sample
 from flcompress.errors import RequestError
-from flcompress.exporters.clip_files import check_target, write_clip
+from flcompress.exporters.clip_files import check_target, read_picture, write_clip
 from flcompress.exporters.diffusers_folder import FACTS_FILE
 from flcompress.exporters.files import read_manifest, require_hash
 from flcompress.exporters.onnx_model import MANIFEST_FILE
@@ -18,17 +19,24 @@ from flcompress.exporters.onnx_session import PROVIDERS, OnnxSession
 from flcompress.exporters.parity import Denoiser
 from flcompress.exporters.tensorrt_api import cuda_driver
 from flcompress.exporters.tensorrt_session import TensorRTSession, require_gpu
-from flcompress.models.loading import load_text, load_transformer, load_vae
-from flcompress.models.quiet import no_progress_bars
-from flcompress.models.text import encode_prompts
-from flcompress.models.video import decode_latents
+from flcompress.models.families import family_of
+from flcompress.models.folder import check_transformer_config
+from flcompress.models.loading import load_transformer
+from flcompress.models.network import as_network
+from flcompress.models.parts import Parts, open_parts
 from flcompress.pipeline.passes import ProgressSink
 
 Backend = Literal["torch", "onnx", "tensorrt"]
 
 
 def generate(
-    run_dir: Path, prompt: str, backend: Backend, out: Path, seed: int = 0, progress: ProgressSink | None = None
+    run_dir: Path,
+    prompt: str,
+    backend: Backend,
+    out: Path,
+    seed: int = 0,
+    image: Path | None = None,
+    progress: ProgressSink | None = None,
 ) -> Path:
     """Run the whole pipeline of `run_dir/exports` and write the clip.
 
@@ -39,6 +47,7 @@ def generate(
         out: .gif, .mp4 or .png (a strip of the frames).
         seed: of all noise; the same seed gives the same clip on every backend, within the export's tolerance, and the
             same as `torch.manual_seed(seed)` before a stock pipeline's call.
+        image: the first frame, for image-to-video models; scaled and cropped to the clip's size.
         progress: told of each denoising step.
 
     Returns:
@@ -53,18 +62,19 @@ def generate(
         require_gpu()
     pipeline = run_dir / "exports" / "diffusers"
     facts = read_manifest(pipeline / FACTS_FILE, _make(run_dir, "diffusers"))
-    denoiser = _denoiser(run_dir, backend, facts)
-    latents = denoise(denoiser, pipeline, facts, prompt, seed, progress)
-    clip = decode_latents(load_vae(pipeline / "vae"), latents)[0]
-    return write_clip(clip, out)
+    parts = open_parts(pipeline)
+    first = _first_frame(parts, facts, image)
+    latents = denoise(_denoiser(run_dir, backend, facts), parts, facts, prompt, seed, first, progress)
+    return write_clip(parts.decode_latents(latents)[0], out)
 
 
 def denoise(
     network: Network,
-    pipeline: Path,
+    parts: Parts,
     facts: dict[str, Any],
     prompt: str,
     seed: int,
+    first_frame: Conditioning | None = None,
     progress: ProgressSink | None = None,
 ) -> torch.Tensor:
     """Latents [1, channels, frames, height, width] for a prompt, on the CPU.
@@ -72,20 +82,33 @@ def denoise(
     Starting noise and every re-noising come from one generator in the order a stock pipeline draws them.
     """
     contract = SamplingContract.from_dict(facts["contract"])
-    with no_progress_bars():
-        encoder, tokenizer = load_text(pipeline / "text_encoder", pipeline / "tokenizer")
-    embeds = encode_prompts(encoder, tokenizer, [prompt, ""], contract.max_sequence_length)
+    prompts = parts.encode_prompts([prompt, ""], contract.max_sequence_length)
+    given = taken(prompts, slice(0, 1)) | dict(first_frame or {})
     draw = torch.Generator().manual_seed(seed)
-    noise = torch.randn(1, *facts["latents"], generator=draw)
+    noise = parts.family.noise(facts["latents"], draw)
     told = _counted(network, contract.evaluations, progress) if progress else network
-    return sample(told, contract, noise, embeds[:1], embeds[1], draw)
+    return sample(told, contract, noise, given, taken(prompts, slice(1, 2)), draw)
+
+
+def _first_frame(parts: Parts, facts: dict[str, Any], image: Path | None) -> Conditioning:
+    """Conditioning by a picture; RequestError where a model needs one and none is given, or the other way round."""
+    if not parts.from_image:
+        if image is not None:
+            raise RequestError(f"--image: {image} given, but a {facts['pipeline_class']} takes none; leave it out")
+        return {}
+    if image is None:
+        raise RequestError(f"{facts['pipeline_class']}: no --image given; this model makes a clip from its first frame")
+    call = facts["call"]
+    picture = read_picture(image, call["height"], call["width"])
+    return parts.encode_clips(picture[None, :, None].expand(1, -1, call["num_frames"], -1, -1))[1]
 
 
 def _denoiser(run_dir: Path, backend: Backend, facts: dict[str, Any]) -> Network:
+    transformer = run_dir / "exports" / "diffusers" / "transformer"
     if backend == "torch":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        network = as_network(load_transformer(run_dir / "exports" / "diffusers" / "transformer", device))
-        return lambda x, timestep, embeds: network(x.to(device), timestep.to(device), embeds.to(device)).to(x.device)
+        network = as_network(load_transformer(transformer, device), facts["contract"]["embedded_guidance"])
+        return lambda x, timestep, given: network(x.to(device), timestep.to(device), on(given, device)).to(x.device)
     folder = run_dir / "exports" / backend
     manifest = read_manifest(folder / MANIFEST_FILE, _make(run_dir, backend))
     if manifest["contract"] != facts["contract"]:
@@ -97,7 +120,8 @@ def _denoiser(run_dir: Path, backend: Backend, facts: dict[str, Any]) -> Network
     for name, expected in hashes.items():
         require_hash(folder / name, expected, _make(run_dir, backend))
     model = folder / str(manifest["file"])
-    return _as_network(_onnx_session(model) if backend == "onnx" else TensorRTSession(model))
+    session = _onnx_session(model) if backend == "onnx" else TensorRTSession(model)
+    return _as_network(session, check_transformer_config(transformer), facts["contract"]["embedded_guidance"])
 
 
 def _onnx_session(model: Path) -> OnnxSession:
@@ -108,10 +132,14 @@ def _onnx_session(model: Path) -> OnnxSession:
     return OnnxSession(model, "cuda" if gpu else "cpu")
 
 
-def _as_network(denoiser: Denoiser) -> Network:
-    def call(x: torch.Tensor, timestep: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
-        inputs = {"hidden_states": x, "timestep": timestep, "encoder_hidden_states": embeds.expand(len(x), -1, -1)}
-        return denoiser(inputs).to(x.device)
+def _as_network(denoiser: Denoiser, config: dict[str, Any], guidance: float | None) -> Network:
+    """An exported transformer behind its family's adapter: the graph's inputs are the forward's tensors."""
+    family = family_of(config["_class_name"])
+
+    def call(x: torch.Tensor, timestep: torch.Tensor, given: Conditioning) -> torch.Tensor:
+        arguments = family.arguments(config, x, timestep, given, guidance)
+        output = denoiser({name: one for name, one in arguments.items() if isinstance(one, torch.Tensor)})
+        return family.prediction(config, output.to(x.device), x, timestep, given)
 
     return call
 
@@ -119,9 +147,9 @@ def _as_network(denoiser: Denoiser) -> Network:
 def _counted(network: Network, total: int, progress: ProgressSink) -> Network:
     done = 0
 
-    def call(x: torch.Tensor, timestep: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+    def call(x: torch.Tensor, timestep: torch.Tensor, given: Conditioning) -> torch.Tensor:
         nonlocal done
-        velocity = network(x, timestep, embeds)
+        velocity = network(x, timestep, given)
         done += 1
         progress(done, total, {})
         return velocity

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from flcompress.errors import PostconditionError
-from flcompress.ir.graph import INPUT
+from flcompress.models.compression import clip_size
 from flcompress.models.folder import check_transformer_config, read_json
 from flcompress.pipeline.program import Program
 
@@ -48,32 +47,16 @@ class Clip:
 
 
 def shapes_of(program: Program) -> Shapes:
-    """The shapes the program was traced with.
-
-    Raises:
-        PostconditionError: no edge of its graph leads from the latents.
-    """
-    flows = (flow for (source, _), tensors in program.graph.flows.items() if source == INPUT for flow in tensors)
-    for flow in flows:
-        if flow.source == "hidden_states" and len(flow.spec.shape) == 5:
-            _, channels, frames, height, width = flow.spec.shape
-            config = check_transformer_config(program.components["transformer"])
-            return Shapes(
-                latents=(channels, frames, height, width),
-                text=(program.contract.max_sequence_length, int(config["text_dim"])),
-            )
-    raise PostconditionError(
-        f"block graph of {program.graph.model_class}: no edge from input hidden_states [batch, channels, frames, "
-        "height, width]; trace it with video latents"
-    )
+    """The shapes the program is sampled with."""
+    config = check_transformer_config(program.components["transformer"])
+    return Shapes(latents=program.latents, text=(program.contract.max_sequence_length, int(config["text_dim"])))
 
 
-def clip_of(program: Program, shapes: Shapes) -> Clip:
-    """Clip size by the autoencoder's scale factors; its first frame is coded alone (81 frames are 21 of latents)."""
+def clip_of(program: Program) -> Clip:
+    """Size of the clip that the program's latents decode to."""
     config = read_json(program.components["vae"] / "config.json", "a diffusers autoencoder has one")
-    space, time = int(config["scale_factor_spatial"]), int(config["scale_factor_temporal"])
-    _, frames, height, width = shapes.latents
-    return Clip(height=height * space, width=width * space, num_frames=(frames - 1) * time + 1)
+    frames, height, width = clip_size(config, program.latents[1:])
+    return Clip(height=height, width=width, num_frames=frames)
 
 
 def _described(tensors: dict[str, list[Any]]) -> list[dict[str, object]]:

@@ -136,11 +136,12 @@ def export_command(run: Path, formats: Sequence[str], force: bool, as_json: bool
 @click.option("--backend", type=click.Choice(get_args(Backend)), default="torch", show_default=True)
 @click.option("--out", type=_FOLDER, default=Path("clip.gif"), show_default=True, help="File to write.")
 @click.option("--seed", type=int, default=0, show_default=True)
-def generate_command(run: Path, prompt: str, backend: Backend, out: Path, seed: int) -> None:
+@click.option("--image", type=_FOLDER, help="First frame, for image-to-video models.")
+def generate_command(run: Path, prompt: str, backend: Backend, out: Path, seed: int, image: Path | None) -> None:
     """Generate one clip with the exported student of RUN."""
     from flcompress.exporters.runtime import generate
 
-    generate(run, prompt, backend, out, seed)
+    generate(run, prompt, backend, out, seed, image)
     click.echo(str(out))
 
 

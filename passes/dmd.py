@@ -13,17 +13,18 @@ from pydantic import AfterValidator, Field
 
 from flcompress.data.latents import LatentDataset
 from flcompress.diffusion import matching
+from flcompress.diffusion.conditioning import Conditioning, on, without_prompt
 from flcompress.diffusion.contract import SamplingContract, student_contract
-from flcompress.diffusion.flow import add_noise, tweedie, velocity
 from flcompress.diffusion.guidance import well_guided
-from flcompress.diffusion.sampling import as_network
+from flcompress.diffusion.sampling import advance
 from flcompress.models.loading import load_transformer
+from flcompress.models.network import as_network
 from flcompress.pipeline.passes import Cost, Pass, Work
 from flcompress.pipeline.program import Fact, Program
 from flcompress.trace.network import skipping
 from flcompress.training.discriminator import Discriminator, critic_term, generator_term
 from flcompress.training.loop import train
-from flcompress.training.objectives import NUM_TRAIN_TIMESTEPS, draw_sigmas, predict
+from flcompress.training.objectives import denoising_loss, draw_levels
 from flcompress.training.trained import Trained
 
 
@@ -97,7 +98,7 @@ class DistributionMatching(Pass):
 
     def apply(self, program: Program, work: Work) -> Program:
         data = work.data(program)
-        contract = student_contract(program.teacher_contract, self.student_steps)
+        contract = student_contract(program.teacher_contract, self.student_steps, program.family.sigmas)
         generator = load_transformer(program.components["transformer"], work.device).requires_grad_(True)
         real = load_transformer(program.components[self.real_score], work.device)
         fake = load_transformer(program.components["elastic"], work.device).requires_grad_(True)
@@ -139,10 +140,11 @@ class _Matcher:
         device: str,
     ) -> None:
         self._settings, self._contract, self._data, self._device = settings, contract, data, device
-        self._shift = program.teacher_contract.shift
-        self._generator, self._real = as_network(generator), as_network(real)
-        self._real_pruned = skipping(real, program.prune_set)
-        self._negative = data.negative_embeds.to(device)
+        teacher, guidance = program.teacher_contract, contract.embedded_guidance
+        self._shift, self._process = teacher.shift, contract.process
+        self._generator, self._real = as_network(generator, guidance), as_network(real, guidance)
+        self._real_pruned = skipping(real, program.prune_set, guidance=guidance)
+        self._negative = on(data.negative, device)
         self.generator_role = Trained(
             "generator",
             generator,
@@ -150,16 +152,16 @@ class _Matcher:
             betas=(0.0, 0.999),
             ema_decay=settings.ema_decay,
         )
+        self._fake = as_network(fake, guidance)
         self._discriminator: Discriminator | None = None
         critic = fake
         if settings.gan_weight:
-            blocks = list(fake.blocks)
+            middle = program.graph.blocks[len(program.graph.blocks) // 2]
+            width = middle.streams[0].spec.shape[-1]
             with torch.random.fork_rng():
                 torch.manual_seed(0)
-                width = fake.config.num_attention_heads * fake.config.attention_head_dim
-                critic = self._discriminator = Discriminator(fake, f"blocks.{len(blocks) // 2}", width).to(device)
+                critic = self._discriminator = Discriminator(fake, self._fake, middle.path, width).to(device)
         self._critic_model = critic
-        self._fake = as_network(fake)
         self._fake_role = Trained("fake_score", critic, learning_rate=settings.critic_learning_rate, betas=(0.0, 0.999))
         self.roles = (self.generator_role, self._fake_role)
 
@@ -171,58 +173,58 @@ class _Matcher:
         values.update(self._update_generator(draw))
         return values
 
-    def _generate(self, draw: torch.Generator, *, grad: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def _generate(self, draw: torch.Generator, *, grad: bool) -> tuple[torch.Tensor, Conditioning]:
         """Backward simulation: reach a random one of the student's levels by its own steps, then predict x0 there.
 
-        Only the last prediction carries gradient. Returns x_g [n, ...] and prompt embeddings [n, tokens, channels].
+        Only the last prediction carries gradient. Returns x_g [n, ...] and its conditioning.
         """
         n = self._settings.batch
-        like, embeds = self._data.batch(n, draw)
-        embeds = embeds.to(self._device)
+        like, given = self._data.batch(n, draw)
+        given = on(given, self._device)
         sigmas, timesteps = self._contract.sigmas, self._contract.timesteps
         last = int(torch.randint(len(sigmas), (), generator=draw))
         x = torch.randn(like.shape, generator=draw).to(self._device)
         for place in range(last + 1):
-            level = torch.full((n,), sigmas[place], device=self._device)
             timestep = torch.full((n,), timesteps[place], device=self._device)
             with torch.set_grad_enabled(grad and place == last):
-                x0 = tweedie(x, self._generator(x, timestep, embeds), level)
+                prediction = self._generator(x, timestep, given)
             if place < last:
-                again = torch.randn(like.shape, generator=draw).to(self._device)
-                x = add_noise(x0, again, torch.full((n,), sigmas[place + 1], device=self._device))
-        return x0, embeds
+                x = advance(self._contract, x, prediction, place, draw)
+        return self._process.tweedie(x, prediction, torch.full((n,), sigmas[last], device=self._device)), given
 
     def _noised(self, x: torch.Tensor, draw: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(x_s, s, noise) at levels drawn from the score range and shifted."""
         low, high = self._settings.score_range
-        sigma = draw_sigmas(len(x), self._shift, draw, low=low, high=high).to(self._device)
+        level = draw_levels(len(x), self._shift, draw, low=low, high=high).to(self._device)
         noise = torch.randn(x.shape, generator=draw).to(self._device)
-        return add_noise(x, noise, sigma), sigma, noise
+        return self._process.add_noise(x, noise, level), level, noise
 
     def _update_critic(self, draw: torch.Generator) -> dict[str, float]:
-        x, embeds = self._generate(draw, grad=False)
-        noised, sigma, noise = self._noised(x, draw)
-        loss = (predict(self._fake, noised, sigma, embeds).float() - velocity(x, noise)).square().mean()
+        x, given = self._generate(draw, grad=False)
+        noised, level, noise = self._noised(x, draw)
+        loss = denoising_loss(self._fake, self._process, x, given, level, noise)
         if self._discriminator is not None:
-            x_real, embeds_real = self._data.batch(len(x), draw)
-            real, real_sigma, _ = self._noised(x_real.to(self._device), draw)
-            t_real, t = real_sigma * NUM_TRAIN_TIMESTEPS, sigma * NUM_TRAIN_TIMESTEPS
-            logits = self._discriminator(real, t_real, embeds_real.to(self._device))
-            loss = loss + self._settings.gan_weight * critic_term(logits, self._discriminator(noised, t, embeds))
+            x_real, given_real = self._data.batch(len(x), draw)
+            real, real_level, _ = self._noised(x_real.to(self._device), draw)
+            t_real, t = self._process.timestep(real_level), self._process.timestep(level)
+            logits = self._discriminator(real, t_real, on(given_real, self._device))
+            loss = loss + self._settings.gan_weight * critic_term(logits, self._discriminator(noised, t, given))
         return self._fake_role.update(loss)
 
     def _update_generator(self, draw: torch.Generator) -> dict[str, float]:
-        x, embeds = self._generate(draw, grad=True)
-        noised, sigma, _ = self._noised(x, draw)
+        x, given = self._generate(draw, grad=True)
+        noised, level, _ = self._noised(x, draw)
+        timestep = self._process.timestep(level)
         with torch.no_grad():
-            fake = tweedie(noised, predict(self._fake, noised, sigma, embeds), sigma)
-            real = self._well_guided(noised.detach(), sigma, embeds, draw)
+            fake = self._process.tweedie(noised, self._fake(noised, timestep, given), level)
+            guided = self._well_guided(noised.detach(), timestep, given, draw)
+            real = self._process.tweedie(noised, guided, level)
             g = matching.gradient(x, fake, real)
         loss = matching.loss(x, g)
         if self._discriminator is not None:
             # The critic only lends its judgement: its own gradients of this term are thrown away.
             self._critic_model.requires_grad_(False)
-            logits = self._discriminator(noised, sigma * NUM_TRAIN_TIMESTEPS, embeds)
+            logits = self._discriminator(noised, timestep, given)
             loss = loss + self._settings.gan_weight * generator_term(logits)
         values = self.generator_role.update(loss)
         self._critic_model.requires_grad_(True)
@@ -235,9 +237,12 @@ class _Matcher:
         }
 
     def _well_guided(
-        self, x: torch.Tensor, sigma: torch.Tensor, embeds: torch.Tensor, draw: torch.Generator
+        self, x: torch.Tensor, timestep: torch.Tensor, given: Conditioning, draw: torch.Generator
     ) -> torch.Tensor:
-        """x_real, the clean prediction of the guided teacher."""
+        """The prediction of the guided teacher.
+
+        Tweedie's formula is affine in the prediction and guidance weights sum to one: guiding either is the same.
+        """
         n = len(x)
 
         def between(limits: tuple[float, float]) -> torch.Tensor:
@@ -246,8 +251,9 @@ class _Matcher:
             return drawn.reshape(n, *([1] * (x.ndim - 1))).to(self._device)
 
         inter, intra = between(self._settings.inter_cfg), between(self._settings.intra_cfg)
-        conditional = predict(self._real, x, sigma, embeds)
-        unconditional = predict(self._real, x, sigma, self._negative.expand(n, -1, -1))
-        pruned = predict(self._real_pruned, x, sigma, embeds) if self._settings.intra_cfg != (0.0, 0.0) else conditional
-        # x0_hat = x_s - s v is affine in v, and guidance weights sum to one: guiding v guides x0_hat.
-        return tweedie(x, well_guided(unconditional, conditional, pruned, inter, intra), sigma)
+        conditional = unconditional = pruned = self._real(x, timestep, given)
+        if self._settings.inter_cfg != (1.0, 1.0):
+            unconditional = self._real(x, timestep, without_prompt(given, self._negative))
+        if self._settings.intra_cfg != (0.0, 0.0):
+            pruned = self._real_pruned(x, timestep, given)
+        return well_guided(unconditional, conditional, pruned, inter, intra)

@@ -12,17 +12,17 @@ import torch
 from pydantic import Field
 
 from flcompress.data.latents import LatentDataset
-from flcompress.diffusion.flow import add_noise, elbo_weight, tweedie
-from flcompress.diffusion.sampling import as_network
+from flcompress.diffusion.conditioning import Conditioning, on
+from flcompress.diffusion.contract import SamplingContract
 from flcompress.draws import generator
 from flcompress.ir.block import Estimate
 from flcompress.ir.graph import BlockGraph
 from flcompress.ir.selection import u_index
 from flcompress.models.loading import load_transformer
+from flcompress.models.network import as_network
 from flcompress.pipeline.passes import Cost, Pass, ProgressSink, Work
 from flcompress.pipeline.program import Fact, Program
 from flcompress.trace.prefix import remember
-from flcompress.training.objectives import predict
 
 
 class Importance(Pass):
@@ -53,7 +53,8 @@ class Importance(Pass):
     def apply(self, program: Program, work: Work) -> Program:
         model = load_transformer(program.components["transformer"], work.device)
         started = time.monotonic()
-        estimates = self.score(model, program.graph, work.data(program), work.seed, work.progress)
+        data = work.data(program)
+        estimates = self.score(model, program.graph, program.teacher_contract, data, work.seed, work.progress)
         graph = program.graph.with_importance(estimates)
         means = [estimates[block.path].mean for block in graph.blocks]
         result = {
@@ -83,9 +84,15 @@ class Importance(Pass):
         ]
 
     def score(
-        self, model: Any, graph: BlockGraph, data: LatentDataset, seed: int, progress: ProgressSink
+        self,
+        model: Any,
+        graph: BlockGraph,
+        contract: SamplingContract,
+        data: LatentDataset,
+        seed: int,
+        progress: ProgressSink,
     ) -> dict[str, Estimate]:
-        """Importance of every block, by path."""
+        """Importance of every block, by path; the contract names the noising process and the embedded guidance."""
         losses: dict[str, list[torch.Tensor]] = {block.path: [] for block in graph.blocks}
         per_level = math.ceil(self.draws / self.noise_levels)
         done, total = 0, per_level * self.noise_levels
@@ -94,10 +101,11 @@ class Importance(Pass):
             level: dict[str, list[torch.Tensor]] = {path: [] for path in losses}
             for start in range(0, per_level, self.batch):
                 n = min(self.batch, per_level - start)
-                x0, embeds = data.batch(n, draw)
+                x0, conditioning = data.batch(n, draw)
                 noise = torch.randn(x0.shape, generator=draw)
                 sigma = low + (high - low) * torch.rand(n, generator=draw)
-                for path, difference in self._differences(model, graph, x0, embeds, noise, sigma).items():
+                found = self._differences(model, graph, contract, x0, conditioning, noise, sigma)
+                for path, difference in found.items():
                     level[path].append(difference)
                 done += n
                 progress(done, total, {})
@@ -110,19 +118,21 @@ class Importance(Pass):
         self,
         model: Any,
         graph: BlockGraph,
+        contract: SamplingContract,
         x0: torch.Tensor,
-        embeds: torch.Tensor,
+        conditioning: Conditioning,
         noise: torch.Tensor,
         sigma: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
         """w(s) (loss without block - loss with all) of each draw: path -> [n], in float64."""
         device = next(model.parameters()).device
-        x0, embeds, noise, sigma = (tensor.to(device) for tensor in (x0, embeds, noise, sigma))
-        weight = elbo_weight(sigma) if self.weighting == "elbo" else torch.ones_like(sigma)
-        x, network = add_noise(x0, noise, sigma), as_network(model)
+        x0, noise, sigma = (tensor.to(device) for tensor in (x0, noise, sigma))
+        given, process = on(conditioning, device), contract.process
+        weight = process.elbo_weight(sigma) if self.weighting == "elbo" else torch.ones_like(sigma)
+        x, network = process.add_noise(x0, noise, sigma), as_network(model, contract.embedded_guidance)
 
         def loss() -> torch.Tensor:
-            error = (x0 - tweedie(x, predict(network, x, sigma, embeds), sigma)).double()
+            error = (x0 - process.tweedie(x, network(x, process.timestep(sigma), given), sigma)).double()
             return (weight * error.square().mean(dim=tuple(range(1, x.ndim)))).cpu()
 
         with remember(model, graph) as memory:

@@ -11,12 +11,14 @@ import torch
 from pydantic import Field
 
 from flcompress.data.latents import LatentDataset
-from flcompress.diffusion.sampling import as_network
+from flcompress.diffusion.conditioning import dropped
+from flcompress.diffusion.contract import SamplingContract
 from flcompress.models.loading import load_transformer
+from flcompress.models.network import as_network
 from flcompress.pipeline.passes import Cost, Pass, ProgressSink, Work
 from flcompress.pipeline.program import Fact, Program
 from flcompress.training.loop import train
-from flcompress.training.objectives import draw_sigmas, flow_matching_loss
+from flcompress.training.objectives import denoising_loss, draw_levels
 from flcompress.training.trained import Trained, warmup_cosine
 
 MONITOR_CLIPS = 256
@@ -46,7 +48,8 @@ class Pretrain(Pass):
 
     def apply(self, program: Program, work: Work) -> Program:
         model = load_transformer(program.components["transformer"], work.device).requires_grad_(True)
-        trained = self.fit(model, work.data(program), work.seed, work.directory, work.progress)
+        data = work.data(program)
+        trained = self.fit(model, program.contract, data, work.seed, work.directory, work.progress)
         model.load_state_dict(trained)
         target = work.directory / "transformer"
         model.save_pretrained(str(target))
@@ -58,7 +61,13 @@ class Pretrain(Pass):
         )
 
     def fit(
-        self, model: Any, data: LatentDataset, seed: int, directory: Path, progress: ProgressSink
+        self,
+        model: Any,
+        contract: SamplingContract,
+        data: LatentDataset,
+        seed: int,
+        directory: Path,
+        progress: ProgressSink,
     ) -> dict[str, torch.Tensor]:
         """Train `model` in place and return the state dict of its moving average."""
         role = Trained(
@@ -68,26 +77,25 @@ class Pretrain(Pass):
             ema_decay=self.ema_decay,
             schedule=warmup_cosine(self.steps, min(200, self.steps)),
         )
-        network = as_network(model)
+        network, process = as_network(model, contract.embedded_guidance), contract.process
         compiled: Any = torch.compile(model) if self.compile else model
-        trained_network = as_network(compiled)
+        trained_network = as_network(compiled, contract.embedded_guidance)
         training, heldout = data.split(min(MONITOR_CLIPS, len(data) // 4))
 
         def train_step(step: int, draw: torch.Generator) -> Mapping[str, float]:
-            x0, embeds = training.batch(self.batch, draw)
-            dropped = torch.rand(self.batch, generator=draw) < self.caption_dropout
-            embeds = torch.where(dropped[:, None, None], data.negative_embeds, embeds)
+            x0, given = training.batch(self.batch, draw)
+            given = dropped(given, data.negative, torch.rand(self.batch, generator=draw) < self.caption_dropout)
             noise = torch.randn(x0.shape, generator=draw)
-            sigma = draw_sigmas(self.batch, self.shift, draw)
-            return role.update(flow_matching_loss(trained_network, x0, embeds, sigma, noise))
+            level = draw_levels(self.batch, self.shift, draw)
+            return role.update(denoising_loss(trained_network, process, x0, given, level, noise))
 
         @torch.no_grad()
         def monitor(step: int) -> Mapping[str, float]:
             draw = torch.Generator().manual_seed(0)
-            x0, embeds = heldout.batch(MONITOR_CLIPS, draw)
+            x0, given = heldout.batch(MONITOR_CLIPS, draw)
             noise = torch.randn(x0.shape, generator=draw)
-            sigma = draw_sigmas(MONITOR_CLIPS, self.shift, draw)
-            return {"heldout_loss": float(flow_matching_loss(network, x0, embeds, sigma, noise))}
+            level = draw_levels(MONITOR_CLIPS, self.shift, draw)
+            return {"heldout_loss": float(denoising_loss(network, process, x0, given, level, noise))}
 
         train(
             train_step,

@@ -11,11 +11,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from flcompress.diffusion.flow import add_noise, velocity
-from flcompress.diffusion.sampling import as_network
+from flcompress.diffusion.conditioning import Conditioning, dropped, on
 from flcompress.errors import TrainingError
 from flcompress.ir.selection import By, choose
 from flcompress.models.loading import frozen, load_transformer
+from flcompress.models.network import as_network
 from flcompress.pipeline.passes import Cost, Pass, Work
 from flcompress.pipeline.program import Fact, Program
 from flcompress.trace.network import skipping
@@ -23,7 +23,7 @@ from flcompress.trace.prefix import remember
 from flcompress.trace.skip import skip
 from flcompress.training.loop import train
 from flcompress.training.monitors import HeldOutELBO
-from flcompress.training.objectives import draw_sigmas, predict
+from flcompress.training.objectives import draw_levels
 from flcompress.training.trained import Trained, warmup_cosine
 
 HELD_OUT_CLIPS = 128
@@ -107,46 +107,48 @@ class StochasticDepth(Pass):
             schedule=warmup_cosine(self.steps, min(20, self.steps)),
         )
         averaged = frozen(copy.deepcopy(model)) if self.target == "ema" else None
-        network, shift, graph = as_network(model), program.contract.shift, program.graph
+        contract, graph = program.contract, program.graph
+        process, guidance = contract.process, contract.embedded_guidance
+        network = as_network(model, guidance)
 
         def both_paths(
-            skipped: list[str], x: torch.Tensor, sigma: torch.Tensor, embeds: torch.Tensor
+            skipped: list[str], x: torch.Tensor, timestep: torch.Tensor, given: Conditioning
         ) -> tuple[torch.Tensor, torch.Tensor]:
             """(pruned output with gradient, target without)."""
             if self.target == "self" and skipped:
                 # Both share the weights, so what lies before the first skipped block is computed once.
                 with remember(model, graph, detach=False) as memory:
-                    full = predict(network, x, sigma, embeds)
+                    full = network(x, timestep, given)
                     with memory.skipping(*skipped):
-                        return predict(network, x, sigma, embeds), full.detach()
+                        return network(x, timestep, given), full.detach()
             with skip(model, skipped, graph=graph):
-                pruned = predict(network, x, sigma, embeds)
+                pruned = network(x, timestep, given)
             with torch.no_grad():
                 if averaged is not None:
                     averaged.load_state_dict(role.averaged_state())
                 source = original if self.target == "frozen" else averaged if averaged is not None else model
-                return pruned, predict(as_network(source), x, sigma, embeds)
+                return pruned, as_network(source, guidance)(x, timestep, given)
 
         def train_step(step: int, draw: torch.Generator) -> Mapping[str, float]:
-            x0, embeds = training.batch(self.batch, draw)
-            dropped = torch.rand(self.batch, generator=draw) < self.caption_dropout
-            embeds = torch.where(dropped[:, None, None], training.negative_embeds, embeds)
+            x0, given = training.batch(self.batch, draw)
+            given = dropped(given, training.negative, torch.rand(self.batch, generator=draw) < self.caption_dropout)
             noise = torch.randn(x0.shape, generator=draw)
-            sigma = draw_sigmas(self.batch, shift, draw)
+            level = draw_levels(self.batch, contract.shift, draw)
             mask = torch.rand(len(paths), generator=draw) < self.skip_probability
             skipped = [path for path, gone in zip(paths, mask.tolist(), strict=True) if gone]
-            x0, embeds, noise, sigma = (t.to(work.device) for t in (x0, embeds, noise, sigma))
-            pruned, full = both_paths(skipped, add_noise(x0, noise, sigma), sigma, embeds)
+            x0, noise, level = (t.to(work.device) for t in (x0, noise, level))
+            x = process.add_noise(x0, noise, level)
+            pruned, full = both_paths(skipped, x, process.timestep(level), on(given, work.device))
             loss = self.alpha * (pruned - full).square().mean()
             if self.alpha < 1.0:
-                loss = loss + (1.0 - self.alpha) * (pruned - velocity(x0, noise)).square().mean()
+                loss = loss + (1.0 - self.alpha) * (pruned - process.target(x0, noise, level)).square().mean()
             return role.update(loss)
 
-        elbo = HeldOutELBO(heldout, HELD_OUT_CLIPS, work.seed, work.device)
-        reference = elbo(as_network(original))
+        elbo = HeldOutELBO(heldout, process, HELD_OUT_CLIPS, work.seed, work.device)
+        reference = elbo(as_network(original, guidance))
 
         def monitor(step: int) -> Mapping[str, float]:
-            full, pruned = elbo(network), elbo(skipping(model, paths, graph))
+            full, pruned = elbo(network), elbo(skipping(model, paths, graph, guidance))
             if not full <= reference * (1.0 + self.max_drift):
                 raise TrainingError(
                     f"stochastic-depth: stopped by its monitor at step {step}: held-out ELBO loss of the full path "

@@ -11,11 +11,10 @@ import torch
 from flcompress.data import moving_digits
 from flcompress.data.latents import LatentDataset
 from flcompress.data.videos import check_sizes, decode_video, list_videos
+from flcompress.diffusion.conditioning import taken
 from flcompress.diffusion.contract import SamplingContract
 from flcompress.draws import generator
-from flcompress.models.loading import load_text, load_vae
-from flcompress.models.text import encode_prompts
-from flcompress.models.video import encode_clips
+from flcompress.models.parts import Parts
 
 _BATCH = 64
 
@@ -33,7 +32,7 @@ def check_dataset(spec: Mapping[str, Any]) -> None:
 
 def build_dataset(
     spec: Mapping[str, Any],
-    components: Mapping[str, Path],
+    parts: Parts,
     contract: SamplingContract,
     seed: int,
     progress: ProgressSink,
@@ -42,7 +41,7 @@ def build_dataset(
 
     Args:
         spec: one of {"moving-digits": {"clips": n}}, {"latents": folder}, {"videos": {"folder", "captions"}}.
-        components: folders of the autoencoder, the text encoder and the tokenizer.
+        parts: autoencoder and text encoders of the pipeline.
         contract: says how long prompts are padded.
         seed: of the rendered clips.
         progress: told how many clips are encoded.
@@ -55,16 +54,16 @@ def build_dataset(
     if kind == "latents":
         return LatentDataset.load(Path(given))
     if kind == "moving-digits":
-        return build_moving_digits(given["clips"], components, length, seed, progress)
+        return build_moving_digits(given["clips"], parts, length, seed, progress)
     videos = list_videos(Path(given["folder"]), Path(given["captions"]))
     check_sizes(videos)
     texts = sorted({video.caption for video in videos})
     clips = torch.stack([decode_video(video.path) for video in videos])
-    return encode_dataset(clips, [texts.index(video.caption) for video in videos], texts, components, length, progress)
+    return encode_dataset(clips, [texts.index(video.caption) for video in videos], texts, parts, length, progress)
 
 
 def build_moving_digits(
-    clips: int, components: Mapping[str, Path], max_sequence_length: int, seed: int, progress: ProgressSink
+    clips: int, parts: Parts, max_sequence_length: int, seed: int, progress: ProgressSink
 ) -> LatentDataset:
     """Render `clips` training clips of the embedded benchmark and encode them."""
     known = moving_digits.captions("train")
@@ -73,32 +72,32 @@ def build_moving_digits(
     rendered, wanted = moving_digits.sample(clips, "train", draw)
     texts = [caption.text for caption in known]
     index = [place[caption] for caption in wanted]
-    return encode_dataset(rendered, index, texts, components, max_sequence_length, progress)
+    return encode_dataset(rendered, index, texts, parts, max_sequence_length, progress)
 
 
 def encode_dataset(
     clips: torch.Tensor,
     prompt_index: Sequence[int],
     captions: Sequence[str],
-    components: Mapping[str, Path],
+    parts: Parts,
     max_sequence_length: int,
     progress: ProgressSink,
 ) -> LatentDataset:
     """Encode clips [n, 3, frames, height, width] in [-1, 1] and their captions with a pipeline's own parts."""
-    vae = load_vae(components["vae"])
-    latents = []
-    for part in torch.split(clips, _BATCH):
-        latents.append(encode_clips(vae, part))
+    latents, frames = [], []
+    for some in torch.split(clips, _BATCH):
+        made, first = parts.encode_clips(some)
+        latents.append(made)
+        frames.append(first)
         progress(sum(map(len, latents)), len(clips), {})
-    embeds = embed_captions([*captions, ""], components, max_sequence_length)
-    made = LatentDataset(
-        torch.cat(latents), torch.tensor(prompt_index), embeds[:-1].clone(), embeds[-1].clone(), tuple(captions)
+    prompts = parts.encode_prompts([*captions, ""], max_sequence_length)
+    dataset = LatentDataset(
+        torch.cat(latents),
+        torch.tensor(prompt_index),
+        {name: one.clone() for name, one in taken(prompts, slice(0, -1)).items()},
+        {name: one.clone() for name, one in taken(prompts, slice(-1, None)).items()},
+        tuple(captions),
+        {name: torch.cat([one[name] for one in frames]) for name in frames[0]},
     )
-    made.check("data")
-    return made
-
-
-def embed_captions(captions: Sequence[str], components: Mapping[str, Path], max_sequence_length: int) -> torch.Tensor:
-    """Prompt embeddings [captions, tokens, channels]."""
-    encoder, tokenizer = load_text(components["text_encoder"], components["tokenizer"])
-    return encode_prompts(encoder, tokenizer, captions, max_sequence_length)
+    dataset.check("data")
+    return dataset

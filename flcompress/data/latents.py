@@ -1,18 +1,20 @@
-"""Clips and captions as a network sees them: normalised latents and prompt embeddings."""
+"""Clips and captions as a network sees them: unit-scale latents and conditioning."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from flcompress.diffusion.conditioning import Conditioning, taken
 from flcompress.errors import DataError
 
-_TENSORS = ("latents", "prompt_index", "prompt_embeds", "negative_embeds")
+_PROMPTS, _NEGATIVE, _CLIPS = "prompts.", "negative.", "clips."
+"""Prefixes of the conditioning's tensors in a file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,24 +24,26 @@ class LatentDataset:
     Attributes:
         latents: [n, channels, frames, height, width], unit scale.
         prompt_index: [n] caption of each clip.
-        prompt_embeds: [captions, tokens, channels].
-        negative_embeds: [tokens, channels] of the empty prompt.
+        prompts: conditioning by each caption, [captions, ...].
+        negative: conditioning by the empty prompt, [1, ...].
         captions: the texts.
+        clips: conditioning by each clip itself (its first frame), [n, ...]; empty for most models.
     """
 
     latents: torch.Tensor
     prompt_index: torch.Tensor
-    prompt_embeds: torch.Tensor
-    negative_embeds: torch.Tensor
+    prompts: Conditioning
+    negative: Conditioning
     captions: tuple[str, ...]
+    clips: Conditioning = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.latents)
 
-    def batch(self, n: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """`n` clips drawn with replacement: latents [n, ...] and their prompt embeddings [n, tokens, channels]."""
+    def batch(self, n: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """`n` clips drawn with replacement: latents [n, ...] and their conditioning."""
         chosen = torch.randint(len(self), (n,), generator=generator)
-        return self.latents[chosen], self.prompt_embeds[self.prompt_index[chosen]]
+        return self.latents[chosen], taken(self.prompts, self.prompt_index[chosen]) | taken(self.clips, chosen)
 
     def split(self, heldout: int) -> tuple[LatentDataset, LatentDataset]:
         """(training part, the last `heldout` clips): monitors must not be read off the clips that are trained on."""
@@ -48,14 +52,20 @@ class LatentDataset:
         return self._part(slice(0, -heldout)), self._part(slice(-heldout, None))
 
     def _part(self, chosen: slice) -> LatentDataset:
-        return LatentDataset(
-            self.latents[chosen], self.prompt_index[chosen], self.prompt_embeds, self.negative_embeds, self.captions
+        return replace(
+            self,
+            latents=self.latents[chosen],
+            prompt_index=self.prompt_index[chosen],
+            clips=taken(self.clips, chosen),
         )
 
     def save(self, folder: Path) -> None:
         """Write `latents.safetensors` and `captions.json`."""
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: getattr(self, name).contiguous() for name in _TENSORS}, str(folder / "latents.safetensors"))
+        tensors = {"latents": self.latents, "prompt_index": self.prompt_index}
+        for prefix, given in ((_PROMPTS, self.prompts), (_NEGATIVE, self.negative), (_CLIPS, self.clips)):
+            tensors |= {f"{prefix}{name}": tensor for name, tensor in given.items()}
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(folder / "latents.safetensors"))
         (folder / "captions.json").write_text(json.dumps(list(self.captions), indent=0) + "\n", encoding="utf-8")
 
     @classmethod
@@ -73,10 +83,20 @@ class LatentDataset:
             raise DataError(
                 f"{folder}: not a latent dataset ({error}); expected latents.safetensors and captions.json"
             ) from error
-        missing = [name for name in _TENSORS if name not in tensors]
-        if missing:
-            raise DataError(f"{path}: no tensor {missing[0]}; expected {', '.join(_TENSORS)}")
-        made = cls(captions=captions, **{name: tensors[name] for name in _TENSORS})
+
+        def part(prefix: str) -> dict[str, torch.Tensor]:
+            return {name.removeprefix(prefix): one for name, one in tensors.items() if name.startswith(prefix)}
+
+        prompts, negative = part(_PROMPTS), part(_NEGATIVE)
+        for wanted, found in (
+            ("latents", "latents" in tensors),
+            ("prompt_index", "prompt_index" in tensors),
+            (f"{_PROMPTS}*", prompts),
+            (f"{_NEGATIVE}*", set(negative) == set(prompts)),
+        ):
+            if not found:
+                raise DataError(f"{path}: no tensor {wanted}; encode the clips again")
+        made = cls(tensors["latents"], tensors["prompt_index"], prompts, negative, captions, part(_CLIPS))
         made.check(str(path))
         return made
 
@@ -86,8 +106,8 @@ class LatentDataset:
             raise DataError(f"{where}: no clips; expected at least one")
         if not bool(torch.isfinite(self.latents).all()):
             raise DataError(f"{where}: latents hold values that are not finite; encode the clips again")
-        if int(self.prompt_index.max()) >= len(self.prompt_embeds):
+        known = min(map(len, self.prompts.values()))
+        if int(self.prompt_index.max()) >= known:
             raise DataError(
-                f"{where}: prompt_index names caption {int(self.prompt_index.max())} of "
-                f"{len(self.prompt_embeds)}; encode the clips again"
+                f"{where}: prompt_index names caption {int(self.prompt_index.max())} of {known}; encode the clips again"
             )

@@ -6,10 +6,22 @@ apart, and a student sampled at other noise levels than it was trained on is wor
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from typing import Any
 
+from flcompress.diffusion.process import FLOW, Discrete, Process
 from flcompress.errors import ModelError
+
+FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+DISCRETE_SCHEDULER = "CogVideoXDDIMScheduler"
+DISCRETE_ALIKE = (DISCRETE_SCHEDULER, "CogVideoXDPMScheduler")
+"""Stock schedulers of one and the same process; the first is the one that follows its ODE step by step."""
+
+PipelineSigmas = Callable[[int], Sequence[float] | None]
+"""Steps -> the sigmas that a stock pipeline hands to its scheduler; None where the scheduler spaces its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,22 +29,33 @@ class SamplingContract:
     """Scheduler, steps and guidance of one model.
 
     Attributes:
-        prediction: what the network predicts; "flow" is the velocity e - x0.
-        scheduler: configuration of diffusers' `FlowMatchEulerDiscreteScheduler`, the one that is saved with the model.
+        prediction: what the network predicts: "flow" (the velocity e - x0), "v_prediction" or "epsilon".
+        scheduler_class: of diffusers, the one that is saved with the model.
+        scheduler: its configuration.
+        given_sigmas: what the stock pipeline hands to the scheduler; None where the scheduler spaces its own.
         num_inference_steps: network calls along a sampling path.
         sigmas: the noise level of each call, in order, as that scheduler gives them (without the final 0).
         timesteps: what the network is told at each call: sigma times the number of training timesteps.
         guidance_scale: w in u + w (c - u); 1 is none.
         max_sequence_length: tokens that a prompt is padded to.
+        embedded_guidance: the scale that a guidance-distilled network (HunyuanVideo, FLUX.1-dev) is told as an input.
     """
 
     prediction: str = "flow"
+    scheduler_class: str = FLOW_SCHEDULER
     scheduler: tuple[tuple[str, Any], ...]
     num_inference_steps: int
     sigmas: tuple[float, ...]
     timesteps: tuple[float, ...]
     guidance_scale: float
     max_sequence_length: int
+    given_sigmas: tuple[float, ...] | None = None
+    embedded_guidance: float | None = None
+
+    @property
+    def process(self) -> Process:
+        """What a noise level means to this model."""
+        return _process(self.scheduler_class, self.prediction, self.scheduler)
 
     @property
     def stochastic(self) -> bool:
@@ -41,7 +64,8 @@ class SamplingContract:
 
     @property
     def shift(self) -> float:
-        return float(dict(self.scheduler).get("shift", 1.0))
+        """Timestep shift of a flow model; 1 where the levels are not shifted."""
+        return float(dict(self.scheduler).get("shift", 1.0)) if self.prediction == "flow" else 1.0
 
     @property
     def evaluations(self) -> int:
@@ -54,58 +78,171 @@ class SamplingContract:
     @classmethod
     def from_dict(cls, given: dict[str, Any]) -> SamplingContract:
         fields = {key: value for key, value in given.items() if key != "guidance_convention"}
-        fields["scheduler"] = tuple(sorted(fields["scheduler"].items()))
-        fields["sigmas"] = tuple(fields["sigmas"])
-        fields["timesteps"] = tuple(fields["timesteps"])
+        fields["scheduler"] = _frozen(fields["scheduler"])
+        for name in ("sigmas", "timesteps", "given_sigmas"):
+            if fields.get(name) is not None:
+                fields[name] = tuple(fields[name])
         return cls(**fields)
 
 
 def contract_of(
-    scheduler_config: dict[str, Any], *, num_inference_steps: int, guidance_scale: float, max_sequence_length: int
+    scheduler_config: dict[str, Any],
+    *,
+    num_inference_steps: int,
+    guidance_scale: float,
+    max_sequence_length: int,
+    embedded_guidance: float | None = None,
+    pipeline_sigmas: PipelineSigmas | None = None,
+    mu: float | None = None,
 ) -> SamplingContract:
-    """The contract that a stock scheduler with this configuration gives: its own sigmas, read off, never recomputed."""
-    from diffusers import FlowMatchEulerDiscreteScheduler
+    """The contract that a stock scheduler with this configuration gives: its own levels, read off, never recomputed.
 
-    name = scheduler_config.get("_class_name", "FlowMatchEulerDiscreteScheduler")
-    if name != "FlowMatchEulerDiscreteScheduler":
-        raise ModelError(
-            f"scheduler: {name} given, expected FlowMatchEulerDiscreteScheduler; "
-            "save the pipeline with FlowMatchEulerDiscreteScheduler(shift=...) as its scheduler"
-        )
-    scheduler = FlowMatchEulerDiscreteScheduler.from_config(scheduler_config)
-    scheduler.set_timesteps(num_inference_steps)
-    saved = {k: v for k, v in dict(scheduler.config).items() if not k.startswith("_")}
-    return SamplingContract(
-        scheduler=tuple(sorted(saved.items())),
+    Args:
+        scheduler_config: of a pipeline folder. A multistep solver of the same process is replaced by the one-step
+            scheduler (Euler, DDIM) whose path it approximates.
+        pipeline_sigmas: the sigmas that the stock pipeline hands over.
+        mu: of a scheduler with dynamic shifting, at the size that is sampled; fixed from here on.
+
+    Raises:
+        ModelError: a scheduler of another process.
+    """
+    name, config = _one_step(scheduler_config, mu)
+    given = pipeline_sigmas(num_inference_steps) if pipeline_sigmas else None
+    contract = SamplingContract(
+        prediction="flow" if name == FLOW_SCHEDULER else str(config.get("prediction_type", "epsilon")),
+        scheduler_class=name,
+        scheduler=_frozen(config),
         num_inference_steps=num_inference_steps,
-        sigmas=tuple(float(s) for s in scheduler.sigmas[:-1]),
-        timesteps=tuple(float(t) for t in scheduler.timesteps),
+        sigmas=(),
+        timesteps=(),
         guidance_scale=guidance_scale,
         max_sequence_length=max_sequence_length,
+        given_sigmas=tuple(map(float, given)) if given is not None else None,
+        embedded_guidance=embedded_guidance,
+    )
+    scheduler = scheduler_of(contract)
+    saved = {key: value for key, value in dict(scheduler.config).items() if not key.startswith("_")}
+    sigmas, timesteps = levels_of(scheduler)
+    return replace(contract, scheduler=_frozen(saved), sigmas=sigmas, timesteps=timesteps)
+
+
+def scheduler_of(contract: SamplingContract) -> Any:
+    """The stock scheduler, its timesteps set as the stock pipeline of the model sets them."""
+    import diffusers
+
+    scheduler = getattr(diffusers, contract.scheduler_class).from_config(dict(contract.scheduler))
+    set_levels(scheduler, contract)
+    return scheduler
+
+
+def set_levels(scheduler: Any, contract: SamplingContract) -> None:
+    """Set a scheduler's timesteps as the stock pipeline of the model does."""
+    if contract.given_sigmas is None:
+        scheduler.set_timesteps(contract.num_inference_steps)
+    else:
+        scheduler.set_timesteps(sigmas=list(contract.given_sigmas))
+
+
+def levels_of(scheduler: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(noise levels, timesteps) of a stock scheduler whose timesteps are set, 1 or T being pure noise."""
+    timesteps = tuple(float(t) for t in scheduler.timesteps)
+    if not hasattr(scheduler, "sigmas"):
+        count = scheduler.config.num_train_timesteps
+        return tuple((t + 1.0) / count for t in timesteps), timesteps
+    sigmas = tuple(float(s) for s in scheduler.sigmas[:-1])
+    if scheduler.config.get("invert_sigmas"):  # Mochi counts from noise to data
+        sigmas = tuple(1.0 - s for s in sigmas)
+        timesteps = tuple(s * scheduler.config.num_train_timesteps for s in sigmas)
+    return sigmas, timesteps
+
+
+def resampled(
+    contract: SamplingContract, num_inference_steps: int, pipeline_sigmas: PipelineSigmas | None = None
+) -> SamplingContract:
+    """The same scheduler and guidance in another number of steps."""
+    return contract_of(
+        {**dict(contract.scheduler), "_class_name": contract.scheduler_class},
+        num_inference_steps=num_inference_steps,
+        guidance_scale=contract.guidance_scale,
+        max_sequence_length=contract.max_sequence_length,
+        embedded_guidance=contract.embedded_guidance,
+        pipeline_sigmas=pipeline_sigmas,
     )
 
 
-def student_contract(teacher: SamplingContract, num_inference_steps: int) -> SamplingContract:
-    """The few-step contract: levels 1, (N-1)/N ... 1/N under the teacher's shift, no guidance, re-noising sampler.
+def student_contract(
+    teacher: SamplingContract, num_inference_steps: int, pipeline_sigmas: PipelineSigmas | None = None
+) -> SamplingContract:
+    """The few-step contract: levels 1, (N-1)/N ... 1/N under the teacher's shift, no guidance.
 
-    A stock scheduler spaces its own levels from 1 down to almost 0 and would all but waste the last call. Stretched to
-    `shift_terminal` = T it gives the wanted ones exactly: both maps are Moebius maps fixed at 1, so matching the value
-    at 0 and one shift is enough (docs/decisions/0003-student-schedule.md). With N steps, shift K and a = 1/N:
+    A flow student noises its prediction again at every step, a discrete one, and one whose scheduler counts backwards,
+    follows the ODE: those stock schedulers know no other way. A stock flow scheduler spaces its own levels from 1 down
+    to almost 0 and would all but waste the last call. Stretched to `shift_terminal` = T it gives the wanted ones
+    exactly: both maps are Moebius maps fixed at 1, so matching the value at 0 and one shift is enough
+    (docs/decisions/0003-student-schedule.md). With N steps, shift K and a = 1/N:
 
         T = K a / (1 + (K - 1) a)        k = 1 + (1 - a) (K - 1) / (1 + a (K - 1))
+
+    Where the pipeline hands over the sigmas, they are the wanted ones (or, Mochi's, fixed), and K alone is left.
+
+    Raises:
+        ModelError: steps that do not divide the timesteps of a discrete process.
     """
-    k, a = teacher.shift, 1.0 / num_inference_steps
-    config = {
-        **dict(teacher.scheduler),
-        "shift": 1.0 + (1.0 - a) * (k - 1.0) / (1.0 + a * (k - 1.0)),
-        "shift_terminal": k * a / (1.0 + (k - 1.0) * a),
-        "stochastic_sampling": True,
-    }
-    if num_inference_steps == 1:
-        config["shift_terminal"] = None  # one call starts, and ends, at pure noise
-    return contract_of(
-        config,
-        num_inference_steps=num_inference_steps,
-        guidance_scale=1.0,
-        max_sequence_length=teacher.max_sequence_length,
-    )
+    config = dict(teacher.scheduler)
+    given = teacher.given_sigmas
+    if teacher.prediction != "flow":
+        if config["num_train_timesteps"] % num_inference_steps:
+            raise ModelError(
+                f"dmd.student_steps: {num_inference_steps} given, expected a divisor of the scheduler's "
+                f"{config['num_train_timesteps']} timesteps, such as 4"
+            )
+    elif given is None:
+        k, a = teacher.shift, 1.0 / num_inference_steps
+        config |= {
+            "shift": 1.0 + (1.0 - a) * (k - 1.0) / (1.0 + a * (k - 1.0)),
+            # One call starts, and ends, at pure noise.
+            "shift_terminal": k * a / (1.0 + (k - 1.0) * a) if num_inference_steps > 1 else None,
+            "stochastic_sampling": True,
+        }
+    else:
+        config |= {"shift_terminal": None, "stochastic_sampling": not config.get("invert_sigmas")}
+    unguided = replace(teacher, scheduler=_frozen(config), guidance_scale=1.0)
+    return resampled(unguided, num_inference_steps, pipeline_sigmas)
+
+
+def _one_step(given: dict[str, Any], mu: float | None) -> tuple[str, dict[str, Any]]:
+    """(class, configuration) of the one-step scheduler of the same process, with a fixed shift."""
+    name = given.get("_class_name", FLOW_SCHEDULER)
+    config = {key: value for key, value in given.items() if not key.startswith("_")}
+    if name in DISCRETE_ALIKE:
+        # From pure noise on, evenly: the other spacings never see the last timestep.
+        return DISCRETE_SCHEDULER, {**config, "timestep_spacing": "trailing"}
+    if config.get("use_flow_sigmas") and config.get("prediction_type") == "flow_prediction":
+        return FLOW_SCHEDULER, {"shift": config.get("flow_shift", 1.0)}
+    if name != FLOW_SCHEDULER:
+        raise ModelError(
+            f"scheduler: {name} given, expected {FLOW_SCHEDULER}, a solver with flow sigmas, or "
+            f"{' or '.join(DISCRETE_ALIKE)}; save the pipeline with one of them as its scheduler"
+        )
+    if config.get("use_dynamic_shifting"):
+        if mu is None:
+            raise ModelError(
+                "scheduler: use_dynamic_shifting is set, but this pipeline gives it no mu; set shift instead"
+            )
+        exponential = config.get("time_shift_type", "exponential") == "exponential"
+        config |= {"use_dynamic_shifting": False, "shift": math.exp(mu) if exponential else mu}
+    return FLOW_SCHEDULER, config
+
+
+def _frozen(config: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    return tuple((key, tuple(one) if isinstance(one, list) else one) for key, one in sorted(config.items()))
+
+
+@lru_cache(maxsize=32)
+def _process(scheduler_class: str, prediction: str, config: tuple[tuple[str, Any], ...]) -> Process:
+    if prediction == "flow":
+        return FLOW
+    import diffusers
+
+    scheduler = getattr(diffusers, scheduler_class).from_config(dict(config))
+    return Discrete(scheduler.alphas_cumprod, prediction)

@@ -6,21 +6,12 @@ from collections.abc import Callable
 
 import torch
 
+from flcompress.diffusion.conditioning import Conditioning, without_prompt
 from flcompress.diffusion.contract import SamplingContract
-from flcompress.diffusion.flow import add_noise, tweedie
 from flcompress.diffusion.guidance import guide
 
-Network = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""(latents [n, ...], timestep [n], prompt embeddings [n, tokens, channels]) -> velocity [n, ...]."""
-
-
-def as_network(transformer: torch.nn.Module) -> Network:
-    """A diffusers transformer as a plain function."""
-
-    def call(x: torch.Tensor, timestep: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
-        return transformer(hidden_states=x, timestep=timestep, encoder_hidden_states=embeds, return_dict=False)[0]  # type: ignore[no-any-return]
-
-    return call
+Network = Callable[[torch.Tensor, torch.Tensor, Conditioning], torch.Tensor]
+"""(latents [n, channels, frames, height, width], timestep [n], conditioning) -> prediction, shaped as the latents."""
 
 
 @torch.no_grad()
@@ -28,38 +19,49 @@ def sample(
     network: Network,
     contract: SamplingContract,
     noise: torch.Tensor,
-    prompt_embeds: torch.Tensor,
-    negative_embeds: torch.Tensor | None = None,
+    conditioning: Conditioning,
+    negative: Conditioning | None = None,
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
     """Walk the contract's noise levels from `noise` to clean latents.
 
     Args:
-        network: the velocity.
+        network: what predicts.
         contract: levels, guidance and whether each step follows the ODE (Euler) or predicts x0 and noises it again.
         noise: starting latents [n, channels, frames, height, width].
-        prompt_embeds: [n, tokens, channels].
-        negative_embeds: the empty prompt [tokens, channels]; needed where the contract guides.
+        conditioning: of the n samples.
+        negative: of the empty prompt, [1, ...]; needed where the contract guides.
         generator: source of the re-noising of a stochastic contract.
 
     Returns:
         Clean latents, shaped as `noise`.
     """
-    x, n = noise, len(noise)
+    x = noise
     guided = contract.guidance_scale != 1.0
-    if guided and negative_embeds is None:
-        raise ValueError("negative_embeds: None given, but the contract guides; pass the empty prompt's embedding")
-    for sigma, following, timestep in zip(
-        contract.sigmas, (*contract.sigmas[1:], 0.0), contract.timesteps, strict=True
-    ):
-        t = torch.full((n,), timestep, device=x.device)
-        v = network(x, t, prompt_embeds)
-        if guided and negative_embeds is not None:
-            v = guide(network(x, t, negative_embeds.expand(n, -1, -1)), v, contract.guidance_scale)
-        if contract.stochastic:
-            x0 = tweedie(x, v, torch.full((n,), sigma, device=x.device))
-            again = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
-            x = add_noise(x0, again, torch.full((n,), following, device=x.device))
-        else:
-            x = x + (following - sigma) * v
+    if guided and negative is None:
+        raise ValueError("negative: None given, but the contract guides; pass the empty prompt's conditioning")
+    for place, timestep in enumerate(contract.timesteps):
+        t = torch.full((len(x),), timestep, device=x.device)
+        prediction = network(x, t, conditioning)
+        if guided and negative is not None:
+            unconditional = network(x, t, without_prompt(conditioning, negative))
+            prediction = guide(unconditional, prediction, contract.guidance_scale)
+        x = advance(contract, x, prediction, place, generator)
     return x
+
+
+def advance(
+    contract: SamplingContract,
+    x: torch.Tensor,
+    prediction: torch.Tensor,
+    place: int,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """From the contract's level number `place` to the next one (0 after the last), as its stock scheduler steps."""
+    following = (*contract.sigmas, 0.0)[place + 1]
+    level, target = (torch.full((len(x),), s, device=x.device) for s in (contract.sigmas[place], following))
+    if not contract.stochastic:
+        return contract.process.step(x, prediction, level, target)
+    x0 = contract.process.tweedie(x, prediction, level)
+    again = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
+    return contract.process.add_noise(x0, again, target)

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
-from flcompress.diffusion.sampling import Network, as_network
+from flcompress.diffusion.conditioning import Conditioning
+from flcompress.diffusion.sampling import Network
+from flcompress.models.network import as_network
 
 EAGER = "torch eager"
 BACKENDS = (EAGER, "torch.compile", "ONNX Runtime")
@@ -56,9 +58,9 @@ def onnx_network(path: Path) -> Network:
     if inputs != set(names):
         raise Unusable(f"{path}: inputs {', '.join(sorted(inputs))}, expected {', '.join(names)}; export it again")
 
-    def call(x: torch.Tensor, timestep: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
-        given = zip(names, (x, timestep, embeds), strict=True)
-        return torch.from_numpy(session.run(None, {name: tensor.numpy() for name, tensor in given})[0])
+    def call(x: torch.Tensor, timestep: torch.Tensor, given: Conditioning) -> torch.Tensor:
+        tensors = {"hidden_states": x, "timestep": timestep, **given}
+        return torch.from_numpy(session.run(None, {name: tensors[name].numpy() for name in names})[0])
 
     return call
 

@@ -6,21 +6,21 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from flcompress.data import moving_digits
+from flcompress.diffusion.conditioning import Conditioning, taken
 from flcompress.diffusion.contract import SamplingContract
-from flcompress.diffusion.sampling import Network, as_network, sample
+from flcompress.diffusion.sampling import Network, sample
 from flcompress.draws import generator
 from flcompress.evaluation.backends import BACKENDS, EAGER, Unusable, available_cores, compiled, cpu_name, onnx_network
-from flcompress.models.loading import load_text, load_transformer, load_vae
-from flcompress.models.text import encode_prompts
-from flcompress.models.video import decode_latents, encode_clips
+from flcompress.models.loading import load_transformer
+from flcompress.models.network import as_network
+from flcompress.models.parts import Parts
 from flcompress.pipeline.durable import write_text
 from flcompress.pipeline.passes import ProgressSink
 from flcompress.pipeline.program import Program
@@ -45,45 +45,44 @@ class Sampler:
     evaluations: int = 0
     seconds: dict[str, list[float]] = field(default_factory=lambda: {DENOISING: [], PIPELINE: []})
 
-    def counted(self, x: torch.Tensor, timestep: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+    def counted(self, x: torch.Tensor, timestep: torch.Tensor, given: Conditioning) -> torch.Tensor:
         self.evaluations += 1
-        return self.network(x, timestep, embeds)
+        return self.network(x, timestep, given)
 
 
 class _Stage:
     """What both models share: text encoder and autoencoder, one prompt, one noise."""
 
-    def __init__(self, components: Mapping[str, Path]) -> None:
-        self._texts = load_text(components["text_encoder"], components["tokenizer"])
-        self._vae = load_vae(components["vae"])
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
         self._prompt = moving_digits.captions("heldout")[0].text
         clip = torch.zeros(1, 3, moving_digits.FRAMES, moving_digits.HEIGHT, moving_digits.WIDTH)
-        self.noise = torch.randn(encode_clips(self._vae, clip).shape, generator=generator("bench", "noise"))
+        self.noise = torch.randn(parts.encode_clips(clip)[0].shape, generator=generator("bench", "noise"))
 
-    def embeds(self, contract: SamplingContract) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The prompt's embedding and, only where the contract guides, the empty prompt's, as in the stock pipeline."""
+    def conditioning(self, contract: SamplingContract) -> tuple[Conditioning, Conditioning | None]:
+        """The prompt's conditioning and, only where the contract guides, the empty prompt's, as in a stock pipeline."""
         prompts = [self._prompt, ""] if contract.guidance_scale != 1.0 else [self._prompt]
-        made = encode_prompts(*self._texts, prompts, contract.max_sequence_length)
-        return made[:1], made[1] if len(made) == 2 else None
+        made = self._parts.encode_prompts(prompts, contract.max_sequence_length)
+        return taken(made, slice(0, 1)), taken(made, slice(1, 2)) if len(prompts) == 2 else None
 
     @torch.no_grad()
     def generate(self, sampler: Sampler) -> tuple[float, float]:
         """Make one clip; the seconds of the denoising loop, and of the whole pipeline (text, denoising, decoding)."""
         sampler.evaluations = 0
         started = time.perf_counter()
-        prompt, negative = self.embeds(sampler.contract)
+        prompt, negative = self.conditioning(sampler.contract)
         encoded = time.perf_counter()
         again = generator("bench", "noise again")
         latents = sample(sampler.counted, sampler.contract, self.noise, prompt, negative, again)
         denoised = time.perf_counter()
-        decode_latents(self._vae, latents)
+        self._parts.decode_latents(latents)
         return denoised - encoded, time.perf_counter() - started
 
     def flops(self, sampler: Sampler) -> int:
         """Floating point operations of one network evaluation, counted by torch."""
         from torch.utils.flop_counter import FlopCounterMode
 
-        prompt, _ = self.embeds(sampler.contract)
+        prompt, _ = self.conditioning(sampler.contract)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             sampler.network(self.noise, torch.full((1,), sampler.contract.timesteps[0]), prompt)
         return int(counter.get_total_flops())
@@ -111,7 +110,7 @@ def bench(
         a backend that cannot run here is in "skipped" with the reason.
     """
     program = run.final()
-    stage = _Stage(program.components)
+    stage = _Stage(program.parts())
     teacher_model = load_transformer(program.components["original"])
     student_model = load_transformer(program.components["transformer"])
     pairs = {EAGER: (as_network(teacher_model), as_network(student_model))}

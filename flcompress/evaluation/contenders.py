@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 
-from flcompress.diffusion.contract import SamplingContract, contract_of
-from flcompress.diffusion.sampling import Network, as_network
+from flcompress.diffusion.conditioning import Conditioning
+from flcompress.diffusion.contract import SamplingContract, resampled
+from flcompress.diffusion.sampling import Network
 from flcompress.ir.graph import BlockGraph
 from flcompress.models.loading import load_transformer, meta_transformer
+from flcompress.models.network import as_network
 from flcompress.pipeline.program import Fact, Program, folder_digest
 from flcompress.pipeline.rundir import RunDirectory
 from flcompress.trace.network import skipping
@@ -53,12 +55,7 @@ def run_contenders(run: RunDirectory) -> list[Contender]:
     guided = f"{teacher.num_inference_steps} steps" + (", guided" if teacher.guidance_scale != 1.0 else "")
     found = [parts.contender(f"teacher-{teacher.num_inference_steps}", f"teacher, {guided}", "original", teacher)]
     if few != teacher.num_inference_steps:
-        shortcut = contract_of(
-            {**dict(teacher.scheduler), "_class_name": "FlowMatchEulerDiscreteScheduler"},
-            num_inference_steps=few,
-            guidance_scale=teacher.guidance_scale,
-            max_sequence_length=teacher.max_sequence_length,
-        )
+        shortcut = resampled(teacher, few, final.family.sigmas)
         found.append(parts.contender(f"teacher-{few}", f"teacher, {few} steps", "original", shortcut))
     cut = final.prune_set
     if cut:
@@ -92,10 +89,12 @@ class _Parts:
         shape = meta_transformer(folder)
         left_out = {id(p) for path in skipped for p in shape.get_submodule(path).parameters()}
 
-        def network(x: torch.Tensor, timestep: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+        guidance = contract.embedded_guidance
+
+        def network(x: torch.Tensor, timestep: torch.Tensor, given: Conditioning) -> torch.Tensor:
             model = self._load(folder)
-            run = skipping(model, skipped, self._unpruned) if skipped else as_network(model)
-            return run(x, timestep, embeds)
+            run = skipping(model, skipped, self._unpruned, guidance) if skipped else as_network(model, guidance)
+            return run(x, timestep, given)
 
         return Contender(
             name=name,

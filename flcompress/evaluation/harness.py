@@ -18,6 +18,7 @@ from flcompress.evaluation.classifier import classifier_record
 from flcompress.evaluation.contenders import Contender, run_contenders
 from flcompress.evaluation.pictures import draw_animation, draw_strips
 from flcompress.evaluation.studio import Counter, Studio, judged_reality
+from flcompress.models.parts import Parts
 from flcompress.pipeline.durable import write_text
 from flcompress.pipeline.passes import ProgressSink
 from flcompress.pipeline.rundir import RunDirectory
@@ -65,7 +66,7 @@ def evaluate(
     folder = run.path / "eval"
     results, shown = evaluate_contenders(
         chosen,
-        components=run.final().components,
+        parts=run.final().parts(),
         clips_per_prompt=clips_per_prompt,
         seeds=seeds,
         progress=progress,
@@ -80,7 +81,7 @@ def evaluate(
 def evaluate_contenders(
     contenders: Sequence[Contender],
     *,
-    components: Mapping[str, Path],
+    parts: Parts,
     clips_per_prompt: int,
     seeds: int,
     progress: ProgressSink | None = None,
@@ -90,7 +91,7 @@ def evaluate_contenders(
 
     Args:
         contenders: what to compare; paired differences are of each with those before it.
-        components: folders of "vae", "text_encoder" and "tokenizer".
+        parts: autoencoder and text encoders.
         clips_per_prompt, seeds, progress: as in `evaluate`.
         cache_folder: where judgements are remembered, by everything that decides them.
 
@@ -108,7 +109,7 @@ def evaluate_contenders(
             f"seeds: {seeds} given, expected at least 2; the confidence interval comes from their spread"
         )
     captions = moving_digits.captions("heldout") * clips_per_prompt
-    studio = Studio(components, captions, cache_folder)
+    studio = Studio(parts, captions, cache_folder)
     wanted = [(contender, seed) for contender in contenders for seed in range(seeds)]
     missing = [(c, seed) for c, seed in wanted if not studio.remembers(c, seed)]
     counter = Counter(progress, sum(studio.batches * c.contract.evaluations for c, _ in missing))

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from flcompress.data import moving_digits
 from flcompress.data.moving_digits import Caption
+from flcompress.diffusion.conditioning import Conditioning, taken
 from flcompress.diffusion.sampling import Network, sample
 from flcompress.draws import generator
 from flcompress.errors import FlcompressError
@@ -20,9 +19,7 @@ from flcompress.evaluation.classifier import FOLDER, Classifier, judge, labels, 
 from flcompress.evaluation.contenders import Contender
 from flcompress.evaluation.metrics import motion_smoothness, moves
 from flcompress.evaluation.pictures import SHOWN
-from flcompress.models.loading import load_text, load_vae
-from flcompress.models.text import encode_prompts
-from flcompress.models.video import decode_latents, encode_clips
+from flcompress.models.parts import Parts
 from flcompress.pipeline.passes import ProgressSink
 from flcompress.pipeline.program import folder_digest
 from flcompress.pipeline.store import key_of
@@ -45,8 +42,8 @@ class Counter:
     done: int = 0
 
     def around(self, network: Network) -> Network:
-        def call(x: torch.Tensor, timestep: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
-            v = network(x, timestep, embeds)
+        def call(x: torch.Tensor, timestep: torch.Tensor, given: Conditioning) -> torch.Tensor:
+            v = network(x, timestep, given)
             self.done += 1
             if self.progress is not None:
                 self.progress(self.done, self.total, {})
@@ -58,10 +55,8 @@ class Counter:
 class Studio:
     """Samples a contender on the prompts of the benchmark, or remembers what it gave."""
 
-    def __init__(
-        self, components: Mapping[str, Path], captions: tuple[Caption, ...], cache_folder: Path | None
-    ) -> None:
-        self._components = components
+    def __init__(self, parts: Parts, captions: tuple[Caption, ...], cache_folder: Path | None) -> None:
+        self._parts = parts
         self._captions = captions
         self._cache = cache_folder
         self._loaded = cache(self._load)
@@ -70,7 +65,7 @@ class Studio:
             "version": VERSION,
             "prompts": [caption.text for caption in captions],
             "classifier": folder_digest(FOLDER),
-            **{name: folder_digest(components[name]) for name in ("vae", "text_encoder", "tokenizer")},
+            **{name: folder_digest(folder) for name, folder in parts.folders.items()},
         }
 
     def remembers(self, contender: Contender, seed: int) -> bool:
@@ -99,33 +94,30 @@ class Studio:
         key = key_of(**self._decided_by, identity=contender.identity, contract=contract, seed=seed)
         return self._cache / f"{key}.safetensors"
 
-    def _load(self, length: int) -> tuple[Any, torch.Tensor, torch.Tensor, torch.Size]:
-        """Autoencoder, prompt embeddings [n, T, D], the empty prompt's [T, D], shape of one clip's latents."""
-        vae = load_vae(self._components["vae"])
-        texts = load_text(self._components["text_encoder"], self._components["tokenizer"])
+    def _load(self, length: int) -> tuple[Conditioning, Conditioning, torch.Size]:
+        """The prompts' conditioning [n, ...], the empty prompt's [1, ...], the shape of one clip's latents."""
         prompts = moving_digits.captions("heldout")
-        embeds = encode_prompts(*texts, [*(caption.text for caption in prompts), ""], length)
+        given = self._parts.encode_prompts([*(caption.text for caption in prompts), ""], length)
+        every = torch.arange(len(prompts)).repeat(len(self._captions) // len(prompts))
         one = torch.zeros(1, 3, moving_digits.FRAMES, moving_digits.HEIGHT, moving_digits.WIDTH)
-        repeated = embeds[:-1].repeat(len(self._captions) // len(prompts), 1, 1)
-        return vae, repeated, embeds[-1], encode_clips(vae, one).shape[1:]
+        return taken(given, every), taken(given, slice(-1, None)), self._parts.encode_clips(one)[0].shape[1:]
 
     @torch.no_grad()
     def _clips(self, contender: Contender, seed: int, counter: Counter) -> torch.Tensor:
-        vae, embeds, negative, shape = self._loaded(contender.contract.max_sequence_length)
-        noise = torch.randn(len(embeds), *shape, generator=generator("evaluation", "noise", seed))
+        prompts, negative, shape = self._loaded(contender.contract.max_sequence_length)
+        noise = torch.randn(len(self._captions), *shape, generator=generator("evaluation", "noise", seed))
         network = counter.around(contender.network)
         clips = []
-        for number, (start, prompt) in enumerate(
-            zip(torch.split(noise, BATCH), torch.split(embeds, BATCH), strict=True)
-        ):
+        for number, first in enumerate(range(0, len(noise), BATCH)):
+            some = slice(first, first + BATCH)
             again = generator("evaluation", "noise again", seed, number)
-            latents = sample(network, contender.contract, start, prompt, negative, again)
+            latents = sample(network, contender.contract, noise[some], taken(prompts, some), negative, again)
             if not bool(torch.isfinite(latents).all()):
                 raise FlcompressError(
                     f"{contender.name}: its latents are not finite at seed {seed}; expected numbers. Its training went "
                     "wrong: look at the losses in the report and lower learning_rate"
                 )
-            clips.append(decode_latents(vae, latents).float())
+            clips.append(self._parts.decode_latents(latents).float())
         return torch.cat(clips)
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from flcompress.errors import ModelError
+from flcompress.models.families import FAMILIES
 
-PIPELINES = ("WanPipeline",)
-TRANSFORMERS = ("WanTransformer3DModel",)
+PIPELINES = tuple(name for family in FAMILIES for name in family.pipelines)
+TRANSFORMERS = tuple(name for family in FAMILIES for name in family.transformers)
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -30,13 +31,15 @@ def check_pipeline(folder: Path, *, weights: bool = True) -> dict[str, Any]:
     name = index.get("_class_name")
     if name not in PIPELINES:
         raise ModelError(f"{folder / 'model_index.json'}: _class_name is {name!r}, expected {' or '.join(PIPELINES)}")
-    for component in ("transformer", "vae", "text_encoder", "tokenizer", "scheduler"):
+    parts = [part for part, kind in index.items() if isinstance(kind, list) and kind[0] is not None]
+    for component in parts:
         if not (folder / component).is_dir():
             raise ModelError(f"{folder / component}: no such folder; model_index.json of a {name} names it")
     check_transformer_config(folder / "transformer")
     if weights:
-        for component in ("transformer", "vae", "text_encoder"):
-            check_weights(folder / component)
+        for component in parts:
+            if component.startswith(("transformer", "vae", "text_encoder", "image_encoder")):
+                check_weights(folder / component)
     return index
 
 

@@ -2,47 +2,53 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from flcompress.errors import ModelError
-
-if TYPE_CHECKING:
-    import torch
+from flcompress.models.families import FAMILIES, family_of
+from flcompress.models.families.family import LatentShape
 
 
 def example_inputs(
-    model: Any, *, batch: int = 1, latent_shape: tuple[int, int, int] = (3, 8, 8), tokens: int = 16
-) -> dict[str, torch.Tensor]:
+    model: Any, *, batch: int = 1, latent_shape: LatentShape = (3, 8, 8), tokens: int = 16
+) -> dict[str, Any]:
     """Random inputs on the model's own device (meta for a meta model).
 
     Args:
-        model: a `WanTransformer3DModel`.
+        model: a transformer of a known family.
         batch: samples.
-        latent_shape: (frames, height, width) of the latents.
+        latent_shape: (frames, height, width) of the latents; image models take one frame of it.
         tokens: length of the text.
 
     Raises:
         ModelError: a class for which no example inputs are known; pass `inputs` instead.
     """
-    import torch
-
     name = type(model).__name__
-    if name != "WanTransformer3DModel":
+    if not any(name in family.transformers for family in FAMILIES):
+        known = ", ".join(name for family in FAMILIES for name in family.transformers)
         raise ModelError(
-            f"{name}: no example inputs are known for this class; expected WanTransformer3DModel, "
+            f"{name}: no example inputs are known for this class; expected {known}, "
             "or pass inputs={argument name: tensor}"
         )
-    config = model.config
+    family, config = family_of(name), model.config
     parameter = next(model.parameters())
+    shape = (1, *latent_shape[1:]) if family.image else latent_shape
     draw = torch.Generator().manual_seed(0)
-    made = {
-        "hidden_states": torch.randn(batch, config.in_channels, *latent_shape, generator=draw),
-        "timestep": torch.linspace(900.0, 100.0, batch),
-        "encoder_hidden_states": torch.randn(batch, tokens, config.text_dim, generator=draw),
-    }
-    if config.image_dim is not None:
-        made["encoder_hidden_states_image"] = torch.randn(batch, 4, config.image_dim, generator=draw)
+    x = torch.randn(batch, family.channels(config), *shape, generator=draw)
+    given = family.example_conditioning(config, batch, shape, tokens, draw)
+    timestep = torch.linspace(900.0, 100.0, batch)
     return {
-        k: v.to(device=parameter.device, dtype=torch.float32 if k == "timestep" else parameter.dtype)
-        for k, v in made.items()
+        key: _placed(key, one, parameter) for key, one in family.arguments(config, x, timestep, given, None).items()
     }
+
+
+def _placed(name: str, value: Any, like: torch.Tensor) -> Any:
+    """On the model's device and, the numbers that must not be rounded aside, in its dtype."""
+    if isinstance(value, tuple | list):
+        return type(value)(_placed(name, one, like) for one in value)
+    if not isinstance(value, torch.Tensor):
+        return value
+    kept = name in ("timestep", "guidance", "image_rotary_emb", "img_ids", "txt_ids")
+    return value.to(device=like.device, dtype=like.dtype if value.is_floating_point() and not kept else value.dtype)

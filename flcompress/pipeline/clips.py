@@ -27,10 +27,12 @@ class Clips:
         self._loaded: dict[str, LatentDataset] = {}
 
     def __call__(self, program: Program) -> LatentDataset:
+        from flcompress.models.parts import part_names
+
         spec = self._recipe.data_spec()
         if spec is None:
             raise DataError(f"{self._recipe.file}: no data: given, but a pass reads clips; add data: to the recipe")
-        parts = {name: folder_digest(program.components[name]) for name in ("vae", "text_encoder", "tokenizer")}
+        parts = {name: folder_digest(program.components[name]) for name in part_names(program.index)}
         length = program.contract.max_sequence_length
         key = key_of(data=fingerprint(spec), parts=parts, seed=self._recipe.seed, max_sequence_length=length)
         if key not in self._loaded:
@@ -50,7 +52,7 @@ class Clips:
                     for left in work.iterdir():
                         left.unlink()
                     with self._display.stage("encoding clips") as progress:
-                        made = build_dataset(spec, program.components, program.contract, self._recipe.seed, progress)
+                        made = build_dataset(spec, program.parts(), program.contract, self._recipe.seed, progress)
                     made.save(work)
                     move_in_place(work, final)
         return LatentDataset.load(final)

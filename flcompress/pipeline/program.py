@@ -10,11 +10,15 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flcompress.diffusion.contract import SamplingContract
 from flcompress.ir.graph import BlockGraph
 from flcompress.ir.serial import content_hash, from_json, to_json
+
+if TYPE_CHECKING:
+    from flcompress.models.families.family import Family
+    from flcompress.models.parts import Parts
 
 PROGRAM_FILE = "program.json"
 GRAPH_FILE = "graph.json"
@@ -41,25 +45,45 @@ class Program:
 
     Attributes:
         graph: block graph of the current transformer.
+        index: the model folder's `model_index.json`: the pipeline class and the class of each part.
+        latents: (channels, frames, height, width) of what is sampled.
         components: component name -> folder, as in a diffusers pipeline ("transformer", "vae", "text_encoder",
-            "tokenizer"), and two more: "original", the transformer the recipe started from, and "elastic", the unpruned
-            transformer that "transformer" was cut from (the original, or what stochastic depth made of it).
+            "tokenizer", ...), and two more: "original", the transformer the recipe started from, and "elastic", the
+            unpruned transformer that "transformer" was cut from (the original, or what stochastic depth made of it).
         contract: how the current transformer is sampled.
         teacher_contract: how "original" is sampled.
         facts: what holds.
         prune_set: paths, in the unpruned transformer, of the blocks chosen for removal.
         kept: path in the current transformer -> path in the original, for every block.
-        pipeline_class: the diffusers pipeline class named by the model folder.
     """
 
     graph: BlockGraph
+    index: Mapping[str, Any]
+    latents: tuple[int, int, int, int]
     components: Mapping[str, Path]
     contract: SamplingContract
     teacher_contract: SamplingContract
     facts: frozenset[Fact] = frozenset()
     prune_set: tuple[str, ...] = ()
     kept: Mapping[str, str] = field(default_factory=dict)
-    pipeline_class: str = "WanPipeline"
+
+    @property
+    def pipeline_class(self) -> str:
+        """The stock pipeline class."""
+        return str(self.index["_class_name"])
+
+    @property
+    def family(self) -> Family:
+        """What tracing cannot find out about the model."""
+        from flcompress.models.families import family_of
+
+        return family_of(self.pipeline_class)
+
+    def parts(self, device: str = "cpu") -> Parts:
+        """Text encoders and autoencoder, each loaded when first used."""
+        from flcompress.models.parts import Parts
+
+        return Parts(self.index, self.components, device)
 
     def with_component(self, name: str, folder: Path) -> Program:
         """The same program with one component replaced."""
@@ -82,7 +106,8 @@ class Program:
             "facts": sorted(self.facts),
             "prune_set": list(self.prune_set),
             "kept": dict(self.kept),
-            "pipeline_class": self.pipeline_class,
+            "index": dict(self.index),
+            "latents": list(self.latents),
         }
 
     def save(self, folder: Path) -> None:
@@ -105,7 +130,8 @@ class Program:
             facts=frozenset(map(Fact, record["facts"])),
             prune_set=tuple(record["prune_set"]),
             kept=record["kept"],
-            pipeline_class=record["pipeline_class"],
+            index=record["index"],
+            latents=tuple(record["latents"]),
         )
 
 

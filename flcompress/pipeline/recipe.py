@@ -39,6 +39,29 @@ class Sampling(_Part):
         "unconditional", description="`unconditional` is u + w (c - u); `conditional` is c + w (c - u)"
     )
     max_sequence_length: int = Field(512, ge=1, description="tokens a prompt is padded to")
+    embedded_guidance: float | None = Field(
+        None, gt=0, description="scale that a guidance-distilled network is told; the family's usual one where left out"
+    )
+    num_frames: int | None = Field(None, ge=1, description="frames of the clips that are sampled; 1 for images")
+    height: int | None = Field(None, ge=1, description="their height in pixels")
+    width: int | None = Field(None, ge=1, description="their width in pixels")
+
+    @model_validator(mode="after")
+    def _whole_size(self) -> Sampling:
+        given = {name: getattr(self, name) for name in ("num_frames", "height", "width")}
+        missing = [name for name, value in given.items() if value is None]
+        if 0 < len(missing) < 3:
+            raise ValueError(
+                f"nothing given for {' and '.join(missing)}, expected num_frames, height and width together"
+            )
+        return self
+
+    @property
+    def size(self) -> tuple[int, int, int] | None:
+        """(frames, height, width) in pixels of what is sampled; None where the recipe does not say."""
+        if self.num_frames is None or self.height is None or self.width is None:
+            return None
+        return self.num_frames, self.height, self.width
 
     @property
     def scale(self) -> float:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flcompress.diffusion.contract import SamplingContract
+from flcompress.errors import RecipeError, RequestError
 from flcompress.ir.graph import BlockGraph
 from flcompress.pipeline.program import Fact, Program, folder_digest
 from flcompress.pipeline.recipe import Recipe
 from flcompress.pipeline.store import key_of
 
-COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer")
-VERSION = 1
+if TYPE_CHECKING:
+    from flcompress.models.families.family import Family, LatentShape
+
+SMALL_LATENTS = (3, 8, 8)
+"""(frames, height, width) of latents where a recipe names no size: the embedded benchmark's."""
+
+VERSION = 2
 """Raise it when tracing gives another graph for the same model: it is part of the key."""
 
 
@@ -26,41 +31,77 @@ class Source:
         folder: the model folder.
         graph: the transformer's block graph.
         contract: how the model is sampled.
-        pipeline_class: as `model_index.json` names it.
+        index: its `model_index.json`.
+        latents: (channels, frames, height, width) of the latents that are sampled.
     """
 
     folder: Path
     graph: BlockGraph
     contract: SamplingContract
-    pipeline_class: str
+    index: dict[str, Any]
+    latents: tuple[int, int, int, int]
 
 
 def read_source(recipe: Recipe) -> Source:
     """Trace the recipe's model and read its scheduler; no weights are loaded."""
     from flcompress.diffusion.contract import contract_of
-    from flcompress.models.folder import read_json
+    from flcompress.models.families import family_of
+    from flcompress.models.folder import check_transformer_config, read_json
 
-    folder = recipe.model_folder()
+    folder, sampling = recipe.model_folder(), recipe.sampling
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json", "a diffusers pipeline folder has one")
+    index = read_json(folder / "model_index.json", "a diffusers pipeline folder has one")
+    family, config = family_of(index["_class_name"]), check_transformer_config(folder / "transformer")
+    shape = _latent_shape(recipe, family)
     contract = contract_of(
         scheduler,
-        num_inference_steps=recipe.sampling.num_inference_steps,
-        guidance_scale=recipe.sampling.scale,
-        max_sequence_length=recipe.sampling.max_sequence_length,
+        num_inference_steps=sampling.num_inference_steps,
+        guidance_scale=sampling.scale,
+        max_sequence_length=sampling.max_sequence_length,
+        embedded_guidance=_embedded_guidance(recipe, family, config),
+        pipeline_sigmas=family.sigmas,
+        mu=family.mu(scheduler, config, shape),
     )
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    graph = trace_folder(folder / "transformer", contract.max_sequence_length)
-    return Source(folder, graph, contract, index["_class_name"])
+    graph = trace_folder(folder / "transformer", contract.max_sequence_length, shape)
+    return Source(folder, graph, contract, index, (family.channels(config), *shape))
 
 
-def trace_folder(transformer: Path, tokens: int) -> BlockGraph:
+def _latent_shape(recipe: Recipe, family: Family) -> LatentShape:
+    """(frames, height, width) of the latents at the size that the recipe samples."""
+    from flcompress.models.compression import latent_shape
+    from flcompress.models.folder import read_json
+
+    size = recipe.sampling.size
+    if size is None:
+        return (1, *SMALL_LATENTS[1:]) if family.image else SMALL_LATENTS
+    config = read_json(recipe.model_folder() / "vae" / "config.json", "a diffusers model folder has one")
+    try:
+        return latent_shape(config, *size)
+    except RequestError as error:
+        raise RecipeError(f"{recipe.where('sampling')}.{error}") from error
+
+
+def _embedded_guidance(recipe: Recipe, family: Family, config: dict[str, Any]) -> float | None:
+    """The scale a guidance-distilled network is told; RequestError where one is given to a network that takes none."""
+    given = recipe.sampling.embedded_guidance
+    if config.get("guidance_embeds"):
+        return family.embedded_guidance if given is None else given
+    if given is not None:
+        raise RecipeError(
+            f"{recipe.file}: sampling.embedded_guidance: {given:g} given, but the {family.name} transformer takes no "
+            "guidance as an input; use guidance_scale"
+        )
+    return None
+
+
+def trace_folder(transformer: Path, tokens: int, shape: LatentShape = SMALL_LATENTS) -> BlockGraph:
     """The block graph of a transformer folder, from its configuration, for prompts of `tokens` tokens."""
     from flcompress.models.inputs import example_inputs
     from flcompress.models.loading import meta_transformer
     from flcompress.trace.tracer import trace
 
     model = meta_transformer(transformer)
-    return trace(model, example_inputs(model, tokens=tokens))
+    return trace(model, example_inputs(model, latent_shape=shape, tokens=tokens))
 
 
 def start_key(recipe: Recipe) -> str:
@@ -76,6 +117,8 @@ def start_key(recipe: Recipe) -> str:
 
 def starting_program(recipe: Recipe, folder: Path) -> Program:
     """The program before the first pass; random weights, where the recipe starts from them, are written to `folder`."""
+    from flcompress.models.parts import part_names
+
     source = read_source(recipe)
     home = source.folder
     if recipe.model.weights == "random":
@@ -83,16 +126,17 @@ def starting_program(recipe: Recipe, folder: Path) -> Program:
 
         home = folder / "model"
         initialise_pipeline(source.folder, home, recipe.seed)
-    components = {name: home / name for name in COMPONENTS}
+    components = {name: home / name for name in ("transformer", *part_names(source.index))}
     components |= {"original": home / "transformer", "elastic": home / "transformer"}
     return Program(
         graph=source.graph,
+        index=source.index,
+        latents=source.latents,
         components=components,
         contract=source.contract,
         teacher_contract=source.contract,
         facts=frozenset({Fact.TRAINED}) if recipe.model.weights == "trained" else frozenset(),
         kept={block.path: block.path for block in source.graph.blocks},
-        pipeline_class=source.pipeline_class,
     )
 
 

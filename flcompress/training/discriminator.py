@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from flcompress.diffusion.sampling import Network, as_network
+from flcompress.diffusion.conditioning import Conditioning
+from flcompress.diffusion.sampling import Network
 
 
 class Discriminator(nn.Module):
@@ -18,30 +19,27 @@ class Discriminator(nn.Module):
 
     Args:
         score: the fake score, a transformer whose block returns tokens [n, tokens, channels].
-        path: module path of the block whose output is read.
+        network: the same transformer as a network.
+        path: module path of the block whose (first) output is read.
         channels: width of those tokens.
     """
 
-    def __init__(self, score: Any, path: str, channels: int) -> None:
+    def __init__(self, score: Any, network: Network, path: str, channels: int) -> None:
         super().__init__()
         self.score = score
+        self._network = network
         self.head = nn.Sequential(
             nn.LayerNorm(channels), nn.Linear(channels, channels), nn.SiLU(), nn.Linear(channels, 1)
         )
         self._features: torch.Tensor | None = None
         score.get_submodule(path).register_forward_hook(self._keep)
 
-    def _keep(self, module: nn.Module, given: Any, output: torch.Tensor) -> None:
-        self._features = output
+    def _keep(self, module: nn.Module, given: Any, output: Any) -> None:
+        self._features = output[0] if isinstance(output, tuple) else output
 
-    @property
-    def network(self) -> Network:
-        """The fake score itself."""
-        return as_network(self.score)
-
-    def forward(self, x: torch.Tensor, timestep: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """Logits [n], positive for real, of noised latents."""
-        self.network(x, timestep, embeds)
+        self._network(x, timestep, conditioning)
         features, self._features = self._features, None
         if features is None:
             raise RuntimeError("the block that the discriminator reads did not run")

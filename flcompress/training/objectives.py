@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from flcompress.diffusion.flow import add_noise, shift, velocity
+from flcompress.diffusion.conditioning import Conditioning
+from flcompress.diffusion.flow import shift
+from flcompress.diffusion.process import Process
 from flcompress.diffusion.sampling import Network
 
-NUM_TRAIN_TIMESTEPS = 1000.0
 
-
-def draw_sigmas(n: int, by: float, generator: torch.Generator, *, low: float = 0.0, high: float = 1.0) -> torch.Tensor:
+def draw_levels(n: int, by: float, generator: torch.Generator, *, low: float = 0.0, high: float = 1.0) -> torch.Tensor:
     """`n` noise levels: uniform in [low, high], one in each of n equal strata, then shifted by `by`.
 
     Strata cost nothing and take most of the variance over noise levels out of a batch.
@@ -19,14 +19,14 @@ def draw_sigmas(n: int, by: float, generator: torch.Generator, *, low: float = 0
     return shift(low + (high - low) * u, by)
 
 
-def predict(network: Network, x: torch.Tensor, sigma: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
-    """The network's velocity at noise levels sigma [n]."""
-    return network(x, sigma * NUM_TRAIN_TIMESTEPS, embeds)
-
-
-def flow_matching_loss(
-    network: Network, x0: torch.Tensor, embeds: torch.Tensor, sigma: torch.Tensor, noise: torch.Tensor
+def denoising_loss(
+    network: Network,
+    process: Process,
+    x0: torch.Tensor,
+    conditioning: Conditioning,
+    level: torch.Tensor,
+    noise: torch.Tensor,
 ) -> torch.Tensor:
-    """E |v(x_s, s) - (e - x0)|^2 (Lipman et al. 2023)."""
-    v = predict(network, add_noise(x0, noise, sigma), sigma, embeds)
-    return (v.float() - velocity(x0, noise)).square().mean()
+    """E |prediction - target|^2: flow matching (Lipman et al. 2023), or the v or epsilon loss of a discrete process."""
+    prediction = network(process.add_noise(x0, noise, level), process.timestep(level), conditioning)
+    return (prediction.float() - process.target(x0, noise, level)).square().mean()

@@ -11,7 +11,10 @@ from flcompress.data.build import build_dataset, check_dataset
 from flcompress.data.latents import LatentDataset
 from flcompress.diffusion.contract import contract_of
 from flcompress.errors import DataError
+from flcompress.models.parts import open_parts
 from tests.tiny import tiny_pipeline
+
+PROMPTS = {"encoder_hidden_states": torch.zeros(1, 4, 8)}
 
 
 def gif(path: Path, frames: int = 9, size: int = 32) -> None:
@@ -38,9 +41,8 @@ def test_videos_become_latents(tmp_path: Path) -> None:
     captions(tmp_path, "a.gif", "b.gif")
     check_dataset(spec(tmp_path))
     model = tiny_pipeline(tmp_path / "model", layers=1)
-    parts = {name: model / name for name in ("vae", "text_encoder", "tokenizer")}
     contract = contract_of({}, num_inference_steps=4, guidance_scale=1.0, max_sequence_length=16)
-    made = build_dataset(spec(tmp_path), parts, contract, 0, silent)
+    made = build_dataset(spec(tmp_path), open_parts(model), contract, 0, silent)
     assert made.latents.shape == (2, 16, 3, 8, 8)
     assert made.captions == ("a two",)
     made.save(tmp_path / "latents")
@@ -73,13 +75,13 @@ def test_a_missing_video_and_a_bad_line_are_named(tmp_path: Path) -> None:
 def test_an_empty_or_damaged_latent_dataset_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not a latent dataset"):
         check_dataset({"latents": str(tmp_path)})
-    empty = LatentDataset(torch.zeros(0, 4, 1, 2, 2), torch.zeros(0, dtype=torch.long), torch.zeros(1, 4, 8),
-                          torch.zeros(4, 8), ("",))  # fmt: skip
+    empty = LatentDataset(torch.zeros(0, 4, 1, 2, 2), torch.zeros(0, dtype=torch.long), PROMPTS,
+                          PROMPTS, ("",))  # fmt: skip
     empty.save(tmp_path / "empty")
     with pytest.raises(DataError, match="no clips; expected at least one"):
         check_dataset({"latents": str(tmp_path / "empty")})
     broken = LatentDataset(torch.full((1, 4, 1, 2, 2), torch.nan), torch.zeros(1, dtype=torch.long),
-                           torch.zeros(1, 4, 8), torch.zeros(4, 8), ("",))  # fmt: skip
+                           PROMPTS, PROMPTS, ("",))  # fmt: skip
     broken.save(tmp_path / "broken")
     with pytest.raises(DataError, match="latents hold values that are not finite"):
         check_dataset({"latents": str(tmp_path / "broken")})

@@ -50,10 +50,10 @@ def test_euler_sampling_of_a_known_flow_equals_the_stock_schedulers() -> None:
     noise = torch.randn(2, 3, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     target = torch.full_like(noise, 0.3)
 
-    def network(x: torch.Tensor, t: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+    def network(x: torch.Tensor, t: torch.Tensor, given: object) -> torch.Tensor:
         return (x - target) / (t / 1000.0).reshape(-1, 1, 1, 1, 1)
 
-    ours = sample(network, contract, noise, torch.zeros(2, 4, 8))
+    ours = sample(network, contract, noise, {})
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.set_timesteps(7)
     x = noise

@@ -14,6 +14,7 @@ from flcompress.errors import FlcompressError, RequestError
 from flcompress.evaluation.contenders import Contender, run_contenders
 from flcompress.evaluation.harness import evaluate, evaluate_contenders
 from flcompress.evaluation.metrics import AVERAGED
+from flcompress.models.parts import open_parts
 from flcompress.pipeline.rundir import RunDirectory
 from tests.evaluation.conftest import make_run
 
@@ -116,21 +117,17 @@ def test_another_dataset_has_no_classifier(model: Path, tmp_path: Path) -> None:
         evaluate(other, 1, 2)
 
 
-def components(model: Path) -> dict[str, Path]:
-    return {name: model / name for name in ("vae", "text_encoder", "tokenizer")}
-
-
 def test_contenders_meet_the_same_noises(run: RunDirectory, model: Path) -> None:
     """Also the same again noises: two names for one network give one set of clips."""
     contract = student_contract(run.final().teacher_contract, 2)
     seen: list[torch.Tensor] = []
 
-    def network(x: torch.Tensor, timestep: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+    def network(x: torch.Tensor, timestep: torch.Tensor, given: object) -> torch.Tensor:
         seen.append(x)
         return 0.5 * x
 
     pair = [Contender(name=n, label=n, network=network, contract=contract, parameters=1) for n in "ab"]
-    results, shown = evaluate_contenders(pair, components=components(model), clips_per_prompt=1, seeds=2)
+    results, shown = evaluate_contenders(pair, parts=open_parts(model), clips_per_prompt=1, seeds=2)
     assert len(seen) == 8
     assert all(torch.equal(a, b) for a, b in zip(seen[:4], seen[4:], strict=True))
     assert not torch.equal(seen[0], seen[2])
@@ -142,9 +139,9 @@ def test_values_that_are_not_finite_name_the_contender(run: RunDirectory, model:
     broken = Contender(
         name="broken",
         label="broken",
-        network=lambda x, timestep, embeds: x * float("nan"),
+        network=lambda x, timestep, given: x * float("nan"),
         contract=run.final().contract,
         parameters=1,
     )
     with pytest.raises(FlcompressError, match="broken: its latents are not finite at seed 0"):
-        evaluate_contenders([broken], components=components(model), clips_per_prompt=1, seeds=2)
+        evaluate_contenders([broken], parts=open_parts(model), clips_per_prompt=1, seeds=2)

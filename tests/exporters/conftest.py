@@ -35,6 +35,8 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Program:
     )
     return Program(
         graph=trace(transformer, example_inputs(transformer)),
+        index=read_json(folder / "model_index.json", ""),
+        latents=(16, 3, 8, 8),
         components={name: folder / name for name in parts} | {"original": folder / "transformer"},
         contract=student_contract(teacher, 4),
         teacher_contract=teacher,

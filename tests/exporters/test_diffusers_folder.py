@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from flcompress.diffusion.sampling import as_network
-from flcompress.errors import ModelError, PostconditionError
+from flcompress.errors import PostconditionError
 from flcompress.exporters.diffusers_folder import DiffusersExporter, check_folder
 from flcompress.exporters.runtime import denoise
 from flcompress.models.loading import load_transformer
+from flcompress.models.network import as_network
+from flcompress.models.parts import open_parts
 from flcompress.pipeline.program import Program
 from tests.exporters.conftest import silent
 
@@ -36,7 +37,7 @@ def test_a_stock_call_makes_the_clip_that_the_runtime_makes(run: Path) -> None:
     pipeline.set_progress_bar_config(disable=True)
     torch.manual_seed(5)
     stock = pipeline(PROMPT, **facts["call"], output_type="latent").frames
-    ours = denoise(as_network(load_transformer(folder / "transformer")), folder, facts, PROMPT, seed=5)
+    ours = denoise(as_network(load_transformer(folder / "transformer")), open_parts(folder), facts, PROMPT, seed=5)
     assert stock.shape == (1, 16, 3, 8, 8)
     torch.testing.assert_close(ours, stock, rtol=0.0, atol=1e-5)
 
@@ -53,7 +54,7 @@ def test_a_guided_contract_is_sampled_as_stock_diffusers_samples_it(guided: Prog
     pipeline.set_progress_bar_config(disable=True)
     torch.manual_seed(2)
     stock = pipeline(PROMPT, **facts["call"], output_type="latent").frames
-    ours = denoise(as_network(load_transformer(folder / "transformer")), folder, facts, PROMPT, seed=2)
+    ours = denoise(as_network(load_transformer(folder / "transformer")), open_parts(folder), facts, PROMPT, seed=2)
     torch.testing.assert_close(ours, stock, rtol=0.0, atol=1e-4)
     assert "The seed decides the\nstarting noise" in (folder / "README.md").read_text()
 
@@ -99,7 +100,7 @@ def test_another_schedule_is_found_out(folder: Path, program: Program) -> None:
     with pytest.raises(
         PostconditionError, match=r"scheduler: a stock pipeline would use sigmas \[1, 0\.89.*\], the model"
     ):
-        check_folder(folder, program.contract)
+        check_folder(folder, program.pipeline_class, program.contract)
 
 
 def test_a_missing_tensor_is_found_out(folder: Path, program: Program) -> None:
@@ -112,19 +113,11 @@ def test_a_missing_tensor_is_found_out(folder: Path, program: Program) -> None:
     with pytest.raises(
         PostconditionError, match=r"transformer: 1 tensors missing, first blocks\.1\.attn1\.to_q\.weight"
     ):
-        check_folder(folder, program.contract)
+        check_folder(folder, program.pipeline_class, program.contract)
 
 
 def test_a_tensor_without_a_place_is_found_out(folder: Path, program: Program) -> None:
     path = folder / "transformer" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "num_layers": 1}))
     with pytest.raises(PostconditionError, match=r"stock diffusers has no place for tensor blocks\.1\."):
-        check_folder(folder, program.contract)
-
-
-def test_a_pipeline_without_its_index_is_refused(program: Program, tmp_path: Path) -> None:
-    tokenizer = Path(shutil.copytree(program.components["tokenizer"], tmp_path / "lone" / "tokenizer"))
-    with pytest.raises(
-        ModelError, match=r"lone/model_index\.json: no such file; the tokenizer of a diffusers pipeline"
-    ):
-        DiffusersExporter().export(program.with_component("tokenizer", tokenizer), tmp_path, tmp_path, silent)
+        check_folder(folder, program.pipeline_class, program.contract)

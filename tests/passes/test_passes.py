@@ -78,7 +78,8 @@ def test_scores_equal_plain_skipping(folder: Path, run: RunDirectory) -> None:
     draw = torch.Generator().manual_seed(1)
     x0, noise = torch.randn(4, 16, 3, 8, 8, generator=draw), torch.randn(4, 16, 3, 8, 8, generator=draw)
     embeds, sigma = torch.randn(4, 16, 64, generator=draw), torch.tensor([0.1, 0.4, 0.6, 0.9])
-    found = step._differences(model, program.graph, x0, embeds, noise, sigma)
+    contract, given = program.teacher_contract, {"encoder_hidden_states": embeds}
+    found = step._differences(model, program.graph, contract, x0, given, noise, sigma)
     x = (1 - sigma.reshape(-1, 1, 1, 1, 1)) * x0 + sigma.reshape(-1, 1, 1, 1, 1) * noise
 
     def loss() -> torch.Tensor:

@@ -1,0 +1,133 @@
+"""The parts of a pipeline beside its transformer, run by the stock pipeline's own code."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flcompress.errors import ModelError
+from flcompress.models.families import family_of
+from flcompress.models.folder import read_json
+from flcompress.models.quiet import no_progress_bars
+from flcompress.models.video import decode_latents, encode_clips
+
+LIBRARIES = ("diffusers", "transformers")
+"""A part of any other library would be code from the model folder, which is never run."""
+
+NOT_HERE = ("transformer", "transformer_2", "scheduler")
+
+
+class Parts:
+    """Text encoders, tokenizers and autoencoder of one pipeline; each is loaded when it is first used.
+
+    Args:
+        index: the folder's `model_index.json`.
+        components: component name -> folder; it may point into several places.
+        device: where they run.
+
+    Attributes:
+        family: what tracing cannot find out about the model.
+        folders: component name -> folder, of the parts alone.
+    """
+
+    def __init__(self, index: Mapping[str, Any], components: Mapping[str, Path], device: str = "cpu") -> None:
+        self._index, self._device = index, device
+        self.family = family_of(index["_class_name"])
+        self.folders = {name: components[name] for name in part_names(index)}
+
+    @cached_property
+    def vae(self) -> Any:
+        """The autoencoder, in evaluation mode, without gradients."""
+        return self._loaded("vae")
+
+    @cached_property
+    def _pipeline(self) -> Any:
+        """The stock pipeline with all but the transformers and the autoencoder."""
+        import diffusers
+
+        found = {name: self._loaded(name) for name in self.folders if name != "vae"}
+        vae = self.vae if self._index["_class_name"] in NEED_VAE else None
+        missing = {name: None for name in self._index if _is_part(self._index[name]) and name not in found}
+        options = {name: one for name, one in self._index.items() if not name.startswith("_") and not _is_part(one)}
+        factory = getattr(diffusers, self._index["_class_name"])
+        return factory(**{**missing, **found, **options, "vae": vae})
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str], max_sequence_length: int) -> dict[str, torch.Tensor]:
+        """Conditioning of prompts, [prompts, ...] each, as the stock pipeline makes it."""
+        with no_progress_bars():
+            made = self.family.encode_prompts(self._pipeline, prompts, max_sequence_length)
+        return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in made.items()}
+
+    @torch.no_grad()
+    def encode_clips(self, clips: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Latents of clips [n, 3, frames, height, width] in [-1, 1], and their conditioning by the first frame."""
+        clips = clips.to(self._device)
+        latents = encode_clips(self.vae, clips)
+        if not self.from_image:
+            return latents, {}
+        return latents, self.family.image_conditioning(self._pipeline, clips, latents)
+
+    @property
+    def from_image(self) -> bool:
+        """Whether the pipeline makes a clip from its first frame."""
+        return self._index["_class_name"] in self.family.from_image
+
+    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Clips [n, 3, frames, height, width] in [-1, 1]."""
+        return decode_latents(self.vae, latents.to(self._device))
+
+    @no_progress_bars()
+    def _loaded(self, name: str) -> Any:
+        return load_part(self.folders[name], self._index[name], self._device)
+
+
+NEED_VAE = ("WanImageToVideoPipeline", "LTXPipeline")
+"""Pipelines that ask the autoencoder for more than its code of a clip: a condition, compression ratios."""
+
+
+def open_parts(folder: Path, device: str = "cpu") -> Parts:
+    """The parts of a pipeline folder."""
+    index = read_json(folder / "model_index.json", "a diffusers pipeline folder has one")
+    return Parts(index, {name: folder / name for name in part_names(index)}, device)
+
+
+def part_names(index: Mapping[str, Any]) -> tuple[str, ...]:
+    """Components that `model_index.json` names and that have a folder, transformers and scheduler aside."""
+    return tuple(name for name, one in index.items() if _is_part(one) and one[0] and name not in NOT_HERE)
+
+
+def load_part(folder: Path, kind: Sequence[str], device: str = "cpu") -> Any:
+    """A component by its stock class, in evaluation mode, without gradients; safetensors only.
+
+    Args:
+        folder: the component's.
+        kind: (library, class name), as `model_index.json` has it.
+
+    Raises:
+        ModelError: a library other than diffusers and transformers, or a class it does not have.
+    """
+    library, name = kind
+    if library not in LIBRARIES:
+        raise ModelError(
+            f"{folder.parent / 'model_index.json'}: {folder.name} is of library {library!r}, expected "
+            f"{' or '.join(LIBRARIES)}; code of a model folder is not run"
+        )
+    factory = getattr(importlib.import_module(library), name, None)
+    if factory is None:
+        raise ModelError(
+            f"{folder.parent / 'model_index.json'}: {folder.name} is a {name}, which this {library} does not have; "
+            "install the version the model was saved with"
+        )
+    if not issubclass(factory, torch.nn.Module):
+        return factory.from_pretrained(str(folder))
+    return factory.from_pretrained(str(folder), use_safetensors=True).eval().requires_grad_(False).to(device)
+
+
+def _is_part(one: Any) -> bool:
+    return isinstance(one, list | tuple) and len(one) == 2
