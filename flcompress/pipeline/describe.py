@@ -47,7 +47,7 @@ def shown(value: Any) -> str:
         case str():
             return repr(value) if not value or value != value.strip() or ": " in value else value
         case BaseModel():
-            return shown(value.model_dump(by_alias=True))
+            return shown(value.model_dump(by_alias=True, exclude_none=True))
         case Mapping():
             return "{" + ", ".join(f"{key}: {shown(item)}" for key, item in value.items()) + "}"
         case list() | tuple() | set() | frozenset():

@@ -15,6 +15,7 @@ from flcompress.models.parts import open_parts
 from tests.tiny import tiny_pipeline
 
 PROMPTS = {"encoder_hidden_states": torch.zeros(1, 4, 8)}
+NEGATIVE = {"encoder_hidden_states": torch.zeros(1, 4, 8)}
 
 
 def gif(path: Path, frames: int = 9, size: int = 32) -> None:
@@ -76,12 +77,12 @@ def test_an_empty_or_damaged_latent_dataset_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not a latent dataset"):
         check_dataset({"latents": str(tmp_path)})
     empty = LatentDataset(torch.zeros(0, 4, 1, 2, 2), torch.zeros(0, dtype=torch.long), PROMPTS,
-                          PROMPTS, ("",))  # fmt: skip
+                          NEGATIVE, ("",))  # fmt: skip
     empty.save(tmp_path / "empty")
     with pytest.raises(DataError, match="no clips; expected at least one"):
         check_dataset({"latents": str(tmp_path / "empty")})
     broken = LatentDataset(torch.full((1, 4, 1, 2, 2), torch.nan), torch.zeros(1, dtype=torch.long),
-                           PROMPTS, PROMPTS, ("",))  # fmt: skip
+                           PROMPTS, NEGATIVE, ("",))  # fmt: skip
     broken.save(tmp_path / "broken")
     with pytest.raises(DataError, match="latents hold values that are not finite"):
         check_dataset({"latents": str(tmp_path / "broken")})

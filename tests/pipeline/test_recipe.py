@@ -111,7 +111,8 @@ def test_what_is_dumped_is_read_back(tmp_path: Path) -> None:
          "left out, it is unconditional"),
         (("seed: 0", "sampling: 3"),
          "x.yaml:8: sampling: 3 given, expected a mapping with num_inference_steps, guidance_scale, "
-         "guidance_convention, max_sequence_length; left out, it is {num_inference_steps: 50, guidance_scale: 4, "
+         "guidance_convention, max_sequence_length, embedded_guidance, num_frames, height, width; left out, it is "
+         "{num_inference_steps: 50, guidance_scale: 4, "
          "guidance_convention: unconditional, max_sequence_length: 512}"),
     ],
 )  # fmt: skip
