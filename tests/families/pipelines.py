@@ -1,0 +1,363 @@
+"""A tiny random pipeline of every family, of stock classes only, as `save_pretrained` writes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.families import encoders
+from tests.families.encoders import WIDTH, clip, llama, qwen, t5, tokenizer, umt5
+
+Size = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """How to build one, and what it samples.
+
+    Attributes:
+        build: the whole pipeline.
+        size: (frames, height, width) of its clips in pixels.
+        blocks: main blocks of its transformer.
+        guidance: its teacher's guidance scale.
+    """
+
+    build: Callable[[], Any]
+    size: Size
+    blocks: int
+    guidance: float = 3.0
+    embedded: float | None = None
+
+
+def save(name: str, folder: Path) -> Path:
+    """Write the pipeline to `folder`."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        TINY[name].build().save_pretrained(str(folder), safe_serialization=True)
+    return folder
+
+
+def _wan_vae() -> Any:
+    from diffusers import AutoencoderKLWan
+
+    return AutoencoderKLWan(
+        base_dim=4,
+        z_dim=16,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        scale_factor_spatial=8,
+        scale_factor_temporal=4,
+    ).eval()
+
+
+def _wan_transformer(**more: Any) -> Any:
+    from diffusers import WanTransformer3DModel
+
+    settings: dict[str, Any] = {
+        "patch_size": (1, 2, 2),
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "in_channels": 16,
+        "out_channels": 16,
+        "text_dim": WIDTH,
+        "freq_dim": 32,
+        "ffn_dim": 32,
+        "num_layers": 4,
+        "cross_attn_norm": True,
+        "qk_norm": "rms_norm_across_heads",
+        "rope_max_seq_len": 32,
+    }
+    return WanTransformer3DModel(**(settings | more)).eval()
+
+
+def wan() -> Any:
+    """As the real ones are saved: with a multistep solver of flow sigmas."""
+    from diffusers import UniPCMultistepScheduler, WanPipeline
+
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    return WanPipeline(tokenizer(), umt5(), _wan_vae(), scheduler, _wan_transformer())
+
+
+def wan_i2v() -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline
+    from transformers import CLIPImageProcessor
+
+    return WanImageToVideoPipeline(
+        tokenizer=tokenizer(),
+        text_encoder=umt5(),
+        vae=_wan_vae(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        image_processor=CLIPImageProcessor(crop_size=32, size=32),
+        image_encoder=encoders.clip_vision(),
+        transformer=_wan_transformer(in_channels=36, image_dim=4, added_kv_proj_dim=24),
+    )
+
+
+def wan_ti2v() -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline
+
+    return WanImageToVideoPipeline(
+        tokenizer=tokenizer(),
+        text_encoder=umt5(),
+        vae=_wan_vae(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+        transformer=_wan_transformer(),
+        expand_timesteps=True,
+    )
+
+
+def hunyuan_video() -> Any:
+    from diffusers import (
+        AutoencoderKLHunyuanVideo,
+        FlowMatchEulerDiscreteScheduler,
+        HunyuanVideoPipeline,
+        HunyuanVideoTransformer3DModel,
+    )
+
+    transformer = HunyuanVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=10,
+        num_layers=2,
+        num_single_layers=2,
+        num_refiner_layers=1,
+        patch_size=2,
+        patch_size_t=1,
+        guidance_embeds=True,
+        text_embed_dim=WIDTH,
+        pooled_projection_dim=WIDTH,
+        rope_axes_dim=(2, 4, 4),
+    ).eval()
+    vae = AutoencoderKLHunyuanVideo(
+        latent_channels=4,
+        down_block_types=("HunyuanVideoDownBlock3D",) * 4,
+        up_block_types=("HunyuanVideoUpBlock3D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+    ).eval()
+    return HunyuanVideoPipeline(
+        llama(), tokenizer(), transformer, vae, FlowMatchEulerDiscreteScheduler(shift=7.0), clip(), tokenizer()
+    )
+
+
+def _cogvideox(pipeline: str, in_channels: int) -> Any:
+    import diffusers
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXDPMScheduler, CogVideoXTransformer3DModel
+
+    transformer = CogVideoXTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=in_channels,
+        out_channels=4,
+        time_embed_dim=2,
+        text_embed_dim=WIDTH,
+        num_layers=4,
+        sample_width=4,
+        sample_height=4,
+        sample_frames=9,
+        patch_size=2,
+        temporal_compression_ratio=4,
+        max_text_seq_length=16,
+        use_rotary_positional_embeddings=True,
+    ).eval()
+    vae = AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * 4,
+        up_block_types=("CogVideoXUpBlock3D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        temporal_compression_ratio=4,
+    ).eval()
+    scheduler = CogVideoXDPMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        snr_shift_scale=1.0,
+        timestep_spacing="trailing",
+    )
+    return getattr(diffusers, pipeline)(tokenizer(), t5(), vae, transformer, scheduler)
+
+
+def ltx() -> Any:
+    from diffusers import (
+        AutoencoderKLLTXVideo,
+        FlowMatchEulerDiscreteScheduler,
+        LTXPipeline,
+        LTXVideoTransformer3DModel,
+    )
+
+    transformer = LTXVideoTransformer3DModel(
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        cross_attention_dim=32,
+        num_layers=4,
+        caption_channels=WIDTH,
+    ).eval()
+    vae = AutoencoderKLLTXVideo(
+        latent_channels=8,
+        block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1, 1),
+        spatio_temporal_scaling=(True, True, False, False),
+        decoder_spatio_temporal_scaling=(True, True, False, False),
+        decoder_inject_noise=(False, False, False, False, False),
+        upsample_residual=(False, False, False, False),
+        upsample_factor=(1, 1, 1, 1),
+        patch_size=1,
+        patch_size_t=1,
+    ).eval()
+    vae.use_framewise_encoding = vae.use_framewise_decoding = False
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05, base_image_seq_len=1024, shift_terminal=0.1
+    )
+    return LTXPipeline(scheduler, vae, t5(), tokenizer(), transformer)
+
+
+def mochi() -> Any:
+    from diffusers import AutoencoderKLMochi, FlowMatchEulerDiscreteScheduler, MochiPipeline, MochiTransformer3DModel
+
+    transformer = MochiTransformer3DModel(
+        patch_size=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=4,
+        pooled_projection_dim=16,
+        in_channels=12,
+        text_embed_dim=WIDTH,
+        time_embed_dim=4,
+        max_sequence_length=16,
+    ).eval()
+    vae = AutoencoderKLMochi(
+        latent_channels=12,
+        encoder_block_out_channels=(32, 32, 32, 32),
+        decoder_block_out_channels=(32, 32, 32, 32),
+        layers_per_block=(1, 1, 1, 1, 1),
+    ).eval()
+    return MochiPipeline(FlowMatchEulerDiscreteScheduler(invert_sigmas=True), vae, t5(), tokenizer(), transformer)
+
+
+def _image_vae(channels: int, **more: Any) -> Any:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        sample_size=32,
+        block_out_channels=(4, 4),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=channels,
+        norm_num_groups=1,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        shift_factor=0.0609,
+        scaling_factor=1.5035,
+        **more,
+    ).eval()
+
+
+def flux() -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    transformer = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        pooled_projection_dim=WIDTH,
+        axes_dims_rope=[4, 4, 8],
+        guidance_embeds=True,
+    ).eval()
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, shift=3.0)
+    return FluxPipeline(scheduler, _image_vae(4), clip(), tokenizer(), t5(), tokenizer(), transformer)
+
+
+def sd3() -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+
+    transformer = SD3Transformer2DModel(
+        sample_size=32,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=5,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        caption_projection_dim=32,
+        joint_attention_dim=WIDTH,
+        pooled_projection_dim=64,
+        pos_embed_max_size=32,
+    ).eval()
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=_image_vae(4),
+        text_encoder=clip(projection=True, width=16),
+        tokenizer=tokenizer(77),
+        text_encoder_2=clip(projection=True, width=16),
+        tokenizer_2=tokenizer(77),
+        text_encoder_3=t5(),
+        tokenizer_3=tokenizer(),
+    )
+
+
+def qwen_image() -> Any:
+    from diffusers import (
+        AutoencoderKLQwenImage,
+        FlowMatchEulerDiscreteScheduler,
+        QwenImagePipeline,
+        QwenImageTransformer2DModel,
+    )
+
+    transformer = QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=4,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(8, 4, 4),
+    ).eval()
+    vae = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 2, 4],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    ).eval()
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+    )
+    return QwenImagePipeline(scheduler, vae, qwen(), tokenizer(), transformer)
+
+
+TINY: dict[str, Tiny] = {
+    "wan": Tiny(wan, (9, 32, 32), 4),
+    "wan-i2v": Tiny(wan_i2v, (9, 32, 32), 4),
+    "wan-ti2v": Tiny(wan_ti2v, (9, 32, 32), 4),
+    "hunyuan-video": Tiny(hunyuan_video, (9, 32, 32), 4, guidance=1.0, embedded=6.0),
+    "cogvideox": Tiny(lambda: _cogvideox("CogVideoXPipeline", 4), (9, 32, 32), 4),
+    "cogvideox-i2v": Tiny(lambda: _cogvideox("CogVideoXImageToVideoPipeline", 8), (9, 32, 32), 4),
+    "ltx": Tiny(ltx, (9, 32, 32), 4),
+    "mochi": Tiny(mochi, (7, 32, 32), 4),
+    "flux": Tiny(flux, (1, 16, 16), 4, guidance=1.0, embedded=3.5),
+    "sd3": Tiny(sd3, (1, 16, 16), 5),
+    "qwen-image": Tiny(qwen_image, (1, 32, 32), 4),
+}
