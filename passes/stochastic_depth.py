@@ -98,7 +98,8 @@ class StochasticDepth(Pass):
         return replace(program, prune_set=paths)
 
     def _train(self, model: Any, original: Any, paths: tuple[str, ...], program: Program, work: Work) -> None:
-        training, heldout = work.data(program).split(HELD_OUT_CLIPS)
+        data = work.data(program)
+        training, heldout = data.split(min(HELD_OUT_CLIPS, max(1, len(data) // 4)))
         role = Trained(
             "stochastic_depth",
             model,
@@ -144,7 +145,7 @@ class StochasticDepth(Pass):
                 loss = loss + (1.0 - self.alpha) * (pruned - process.target(x0, noise, level)).square().mean()
             return role.update(loss)
 
-        elbo = HeldOutELBO(heldout, process, HELD_OUT_CLIPS, work.seed, work.device)
+        elbo = HeldOutELBO(heldout, process, len(heldout), work.seed, work.device, self.batch)
         reference = elbo(as_network(original, guidance))
 
         def monitor(step: int) -> Mapping[str, float]:

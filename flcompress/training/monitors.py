@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from flcompress.data.latents import LatentDataset
-from flcompress.diffusion.conditioning import on
+from flcompress.diffusion.conditioning import on, taken
 from flcompress.diffusion.process import Process
 from flcompress.diffusion.sampling import Network
 
@@ -21,23 +21,30 @@ class HeldOutELBO:
         draws: how many are scored.
         seed: of the draws.
         device: the networks' device.
+        at_once: draws in one forward.
     """
 
     LEVEL_RANGE = (0.02, 0.98)
 
-    def __init__(self, data: LatentDataset, process: Process, draws: int, seed: int, device: str) -> None:
+    def __init__(self, data: LatentDataset, process: Process, draws: int, seed: int, device: str, at_once: int) -> None:
         draw = torch.Generator().manual_seed(seed)
         x0, conditioning = data.batch(draws, draw)
         noise = torch.randn(x0.shape, generator=draw)
         low, high = self.LEVEL_RANGE
         level = low + (high - low) * (torch.arange(draws) + 0.5) / draws
-        self._process, self._conditioning = process, on(conditioning, device)
-        self._x0, self._level = x0.to(device), level.to(device)
-        self._x = process.add_noise(self._x0, noise.to(device), self._level)
+        self._process, self._device = process, device
+        whole = process.add_noise(x0, noise, level)
+        parts = [slice(start, start + at_once) for start in range(0, draws, at_once)]
+        self._batches = [(x0[part], whole[part], level[part], taken(conditioning, part)) for part in parts]
 
     @torch.no_grad()
     def __call__(self, network: Network) -> float:
-        prediction = network(self._x, self._process.timestep(self._level), self._conditioning)
-        error = self._x0 - self._process.tweedie(self._x, prediction, self._level)
-        per_draw = error.double().square().mean(dim=tuple(range(1, error.ndim)))
-        return float((self._process.elbo_weight(self._level) * per_draw).mean())
+        total, draws = 0.0, 0
+        for batch in self._batches:
+            x0, x, level = (tensor.to(self._device) for tensor in batch[:3])
+            prediction = network(x, self._process.timestep(level), on(batch[3], self._device))
+            error = x0 - self._process.tweedie(x, prediction, level)
+            per_draw = error.double().square().mean(dim=tuple(range(1, error.ndim)))
+            total += float((self._process.elbo_weight(level) * per_draw).sum())
+            draws += len(x0)
+        return total / draws

@@ -68,7 +68,7 @@ def stock(folder: Path, contract: SamplingContract, name: str, noise: torch.Tens
     if name == "qwen-image":
         # The stock pipeline rescales guided predictions, which we do not follow; a student is not guided.
         given["negative_prompt"] = ""
-    found = pipeline(
+    found: torch.Tensor = pipeline(
         prompt=PROMPT,
         negative_prompt=given.pop("negative_prompt", "" if TINY[name].guidance != 1.0 else None),
         num_inference_steps=contract.num_inference_steps,
