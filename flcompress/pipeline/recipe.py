@@ -25,6 +25,11 @@ class Model(_Part):
     path: Path = Field(
         description="diffusers pipeline folder; looked for beside the recipe, then from the working directory"
     )
+    pipeline: str | None = Field(
+        None,
+        description="stock pipeline class to use it with, where not the one its model_index.json names: "
+        "WanImageToVideoPipeline makes Wan 2.2 TI2V-5B start from a first frame",
+    )
     weights: Literal["trained", "random"] = Field(
         "trained", description="`random` starts from the folder's configurations alone, to train a model from nothing"
     )

@@ -51,7 +51,10 @@ def read_source(recipe: Recipe) -> Source:
     folder, sampling = recipe.model_folder(), recipe.sampling
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json", "a diffusers pipeline folder has one")
     index = read_json(folder / "model_index.json", "a diffusers pipeline folder has one")
-    family, config = family_of(index["_class_name"]), check_transformer_config(folder / "transformer")
+    family = family_of(index["_class_name"])
+    if recipe.model.pipeline is not None:
+        index["_class_name"] = _other_pipeline(recipe, family)
+    config = check_transformer_config(folder / "transformer")
     shape = _latent_shape(recipe, family)
     contract = contract_of(
         scheduler,
@@ -64,6 +67,16 @@ def read_source(recipe: Recipe) -> Source:
     )
     graph = trace_folder(folder / "transformer", contract.max_sequence_length, shape)
     return Source(folder, graph, contract, index, (family.channels(config), *shape))
+
+
+def _other_pipeline(recipe: Recipe, family: Family) -> str:
+    """The pipeline class that the recipe names, which must be of the model's family."""
+    name = str(recipe.model.pipeline)
+    if name not in family.pipelines:
+        raise RecipeError(
+            f"{recipe.where('model')}.pipeline: {name} given, expected {' or '.join(family.pipelines)} for this model"
+        )
+    return name
 
 
 def _latent_shape(recipe: Recipe, family: Family) -> LatentShape:
@@ -110,6 +123,7 @@ def start_key(recipe: Recipe) -> str:
         start=VERSION,
         folder=folder_digest(recipe.model_folder()),
         weights=recipe.model.weights,
+        pipeline=recipe.model.pipeline,
         seed=recipe.seed if recipe.model.weights == "random" else None,
         sampling=recipe.sampling.model_dump(mode="json"),
     )

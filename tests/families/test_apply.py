@@ -11,10 +11,13 @@ import pytest
 import torch
 
 from flcompress.data.build import encode_dataset
+from flcompress.errors import RecipeError
 from flcompress.models.parts import open_parts
 from flcompress.pipeline.display import QuietDisplay
 from flcompress.pipeline.manager import apply
 from flcompress.pipeline.program import Fact
+from flcompress.pipeline.recipe_loading import load_recipe
+from flcompress.pipeline.start import read_source
 from tests.families.pipelines import TINY
 
 CAPTIONS = ("a three drifting up", "a two drifting left")
@@ -72,3 +75,39 @@ def generated(folder: Path, name: str, tmp_path: Path) -> None:
     assert made.shape[-2:] == (height, width)
     assert made.numel() == frames * 3 * height * width
     assert bool(torch.isfinite(made).all())
+
+
+def test_a_recipe_may_name_another_pipeline_of_the_family(
+    pipeline_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Wan 2.2 TI2V-5B is published as a WanPipeline and starts from a first frame in the other one."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"version: 1\nmodel: {{path: {pipeline_folder('wan')}, pipeline: WanImageToVideoPipeline}}\n")
+    assert read_source(load_recipe(recipe)).index["_class_name"] == "WanImageToVideoPipeline"
+    with pytest.raises(
+        RecipeError,
+        match=r"recipe\.yaml:2: model\.pipeline: FluxPipeline given, expected WanPipeline or WanImageToVideoPipeline",
+    ):
+        read_source(load_recipe(recipe, ["model.pipeline=FluxPipeline"]))
+
+
+def test_embedded_guidance_is_refused_where_the_network_takes_none(
+    pipeline_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"version: 1\nmodel: {pipeline_folder('wan')}\nsampling: {{embedded_guidance: 6.0}}\n")
+    with pytest.raises(RecipeError, match=r"sampling\.embedded_guidance: 6 given, but the Wan transformer takes no"):
+        read_source(load_recipe(recipe))
+
+
+def test_a_size_that_the_autoencoder_cannot_code_is_named(
+    pipeline_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    size = "{num_frames: 10, height: 32, width: 32}"
+    recipe.write_text(f"version: 1\nmodel: {pipeline_folder('wan')}\nsampling: {size}\n")
+    with pytest.raises(
+        RecipeError,
+        match=r"sampling\.num_frames: 10 given, expected 1 plus a multiple of 4 for this autoencoder, such as 9",
+    ):
+        read_source(load_recipe(recipe))
