@@ -100,7 +100,14 @@ def _quality(found: Quality | None, console: Console, run_dir: str) -> None:
     if found.floor is not None:
         table.add_row("real against real (floor)", *(_cell(found.floor[n]) for n in shown))
     console.print(table)
-    console.print("* best mean   ~ interval overlaps the best one's: not known to be worse\n", highlight=False)
+    console.print("* best mean   ~ paired difference from the best may be 0: not known to be worse\n", highlight=False)
+    if found.comparisons:
+        table = _table(
+            r"Student minus other, paired by seed \[confidence interval]", "against", "metric", ">difference", "verdict"
+        )
+        for seen in found.comparisons:
+            table.add_row(escape(seen.other), seen.metric, escape(wording.interval(seen.difference)), seen.verdict)
+        console.print(table)
 
 
 def _cell(cell: Cell) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ def write_measured(path: Path, before: int, after: int) -> None:
                 "joint_accuracy": 0.966,
             },
             "contenders": contenders,
+            "paired": _paired(contenders),
         },
     )
     (path / "eval" / "strips").mkdir(parents=True)
@@ -91,6 +93,17 @@ def write_measured(path: Path, before: int, after: int) -> None:
             ],
         },
     )
+
+
+def _paired(contenders: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Differences with four fifths of the means' intervals: where two of those overlap, this may tell them apart."""
+    return [
+        {"a": a["name"], "b": b["name"], "metric": metric, **_around(a[metric]["mean"] - b[metric]["mean"], half)}
+        for b, a in itertools.combinations(contenders, 2)
+        for metric, value in a.items()
+        if isinstance(value, dict)
+        for half in [0.4 * (value["high"] - value["low"])]
+    ]
 
 
 def _around(mean: float, half: float) -> dict[str, Any]:

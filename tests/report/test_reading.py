@@ -36,6 +36,10 @@ def _levels(file: Path) -> None:
     file.write_text(json.dumps(value))
 
 
+def _lone(file: Path) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), "paired": []}))
+
+
 def _middle(file: Path) -> None:
     file.write_text('{"step": 1}\n{"step"\n{"step": 3}\n')
 
@@ -46,6 +50,8 @@ def _middle(file: Path) -> None:
         ("run.json", _cut, "run.json: cannot be read as JSON"),
         ("eval/results.json", _cut, "results.json: cannot be read as JSON"),
         ("eval/results.json", _without("contenders"), "contenders is nothing, expected a list of objects"),
+        ("eval/results.json", _without("paired"), "results.json: paired is nothing, expected a list of objects"),
+        ("eval/results.json", _lone, "paired has no frechet of teacher-4 and teacher-50; make the file again"),
         ("bench/results.json", _without("work_ratio"), "work_ratio is nothing, expected a number"),
         ("passes/*-importance-*/result.json", _levels, r"blocks\[2\].per_level is .*expected a list of rows of 4"),
         ("passes/*-prune-*/result.json", _without("kept"), "result.json: kept is nothing, expected an object"),
