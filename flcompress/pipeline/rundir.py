@@ -76,6 +76,11 @@ class RunDirectory:
             )
         return Program.load(self._stored()[-1])
 
+    @property
+    def key(self) -> str:
+        """Key of the last result, which says all that it was made from: what is measured notes it."""
+        return Entry.read(self._stored()[-1]).key
+
     def journal(self) -> list[dict[str, Any]]:
         """What happened here, oldest first; one event a line."""
         path = self.path / JOURNAL_FILE

@@ -59,7 +59,7 @@ def render(run: RunRecord) -> str:
         lstrip_blocks=True,
     )
     for filter_ in (wording.count, wording.size, wording.duration, wording.number, wording.share, wording.ratio,
-                    wording.interval, wording.moment):  # fmt: skip
+                    wording.moment):  # fmt: skip
         environment.filters[filter_.__name__] = filter_
     style, _, _ = environment.loader.get_source(environment, "report.css")  # type: ignore[union-attr]
     found = blocks(run)
@@ -110,11 +110,13 @@ def _certificate(found: Blocks | None) -> dict[str, str]:
 
 def _strips(run: RunRecord, measured: Quality | None) -> list[tuple[str, str]]:
     """(label, data address): the picture that has all contenders, or else theirs, the teacher and the student first."""
+    if measured is None:
+        return []
     together = run.inside("eval/strips/comparison.png")
     if together is not None:
         return [("Teacher beside student, prompt by prompt", _address(together))]
     found: list[tuple[str, str]] = []
-    named = [c for c in measured.contenders if c.strip] if measured is not None else []
+    named = [c for c in measured.contenders if c.strip]
     for contender in sorted(named, key=lambda c: ("teacher-50", "student").index(c.name) if c.name in (
         "teacher-50", "student") else 2):  # fmt: skip
         file = run.inside(contender.strip or "")
@@ -124,11 +126,8 @@ def _strips(run: RunRecord, measured: Quality | None) -> list[tuple[str, str]]:
 
 
 def _comparison(run: RunRecord) -> str | None:
-    for place in ("eval/comparison.gif", "eval/strips/comparison.gif"):
-        file = run.inside(place)
-        if file is not None:
-            return _address(file)
-    return None
+    file = run.inside("eval/comparison.gif") if run.evaluation is not None else None
+    return _address(file) if file is not None else None
 
 
 def _address(file: Path) -> str:

@@ -18,8 +18,8 @@ CONTENDERS = {
 }
 
 
-def write_measured(path: Path, before: int, after: int) -> None:
-    """Write `eval/` and `bench/` of a run whose model went from `before` to `after` parameters."""
+def write_measured(path: Path, program: str, before: int, after: int) -> None:
+    """Write `eval/` and `bench/` of a run whose model went from `before` to `after` parameters, its last key `program`."""
     contenders = [
         {
             "name": name,
@@ -44,6 +44,7 @@ def write_measured(path: Path, before: int, after: int) -> None:
     write_json(
         path / "eval" / "results.json",
         {
+            "program": program,
             "benchmark": "moving-digits",
             "clips": 1536,
             "seeds": 3,
@@ -73,6 +74,7 @@ def write_measured(path: Path, before: int, after: int) -> None:
     write_json(
         path / "bench" / "results.json",
         {
+            "program": program,
             "machine": {"cpu": "Example CPU", "cores": 2, "gpu": None, "torch": "2.11.0"},
             "rounds": 5,
             "batch": 1,
