@@ -133,15 +133,26 @@ def export_command(run: Path, formats: Sequence[str], force: bool, as_json: bool
 @main.command("generate")
 @click.argument("run", type=_FOLDER)
 @click.option("--prompt", required=True, help="What the clip shows.")
-@click.option("--backend", type=click.Choice(get_args(Backend)), default="torch", show_default=True)
+@click.option(
+    "--backend",
+    type=click.Choice(get_args(Backend)),
+    default="torch",
+    show_default=True,
+    help="What runs the denoiser.",
+)
 @click.option("--out", type=_FOLDER, default=Path("clip.gif"), show_default=True, help="File to write.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of all noise; the same seed, the same clip.")
 @click.option("--image", type=_FOLDER, help="First frame, for image-to-video models.")
-def generate_command(run: Path, prompt: str, backend: Backend, out: Path, seed: int, image: Path | None) -> None:
+@quiet
+def generate_command(
+    run: Path, prompt: str, backend: Backend, out: Path, seed: int, image: Path | None, quiet: bool
+) -> None:
     """Generate one clip with the exported student of RUN."""
     from flcompress.exporters.runtime import generate
+    from flcompress.pipeline.durable import full_disk_told
 
-    generate(run, prompt, backend, out, seed, image)
+    with full_disk_told(out), _display(quiet).stage("generate") as progress:
+        generate(run, prompt, backend, out, seed, image, progress)
     click.echo(str(out))
 
 
@@ -154,11 +165,12 @@ def generate_command(run: Path, prompt: str, backend: Backend, out: Path, seed: 
 def eval_command(run: Path, clips_per_prompt: int | None, seeds: int | None, as_json: bool, quiet: bool) -> None:
     """Compare teacher, stages and student of RUN on held-out prompts."""
     from flcompress.evaluation.harness import evaluate
+    from flcompress.pipeline.durable import full_disk_told
     from flcompress.pipeline.rundir import RunDirectory
 
     opened = RunDirectory(run)
     size = opened.recipe().evaluation
-    with _display(quiet).stage("evaluation") as progress:
+    with full_disk_told(run), _display(quiet).stage("evaluation") as progress:
         results = evaluate(opened, clips_per_prompt or size.clips_per_prompt, seeds or size.seeds, progress)
     _tell(results, as_json, run)
 
@@ -171,9 +183,10 @@ def eval_command(run: Path, clips_per_prompt: int | None, seeds: int | None, as_
 def bench_command(run: Path, rounds: int, as_json: bool, quiet: bool) -> None:
     """Time teacher and student of RUN side by side."""
     from flcompress.evaluation.bench import bench
+    from flcompress.pipeline.durable import full_disk_told
     from flcompress.pipeline.rundir import RunDirectory
 
-    with _display(quiet).stage("bench") as progress:
+    with full_disk_told(run), _display(quiet).stage("bench") as progress:
         results = bench(RunDirectory(run), rounds, progress)
     _tell(results, as_json, run)
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import base64
-import os
 import platform
-import tempfile
 from importlib import metadata
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from flcompress.pipeline.durable import full_disk_told, write_text
 from flcompress.report import drawing, plots, wording
 from flcompress.report.findings import Blocks, blocks, headline
 from flcompress.report.quality import Quality, quality
@@ -32,20 +31,12 @@ def write_report(run_dir: Path) -> Path:
     Raises:
         RequestError: `run_dir` is no run directory.
         ReportError: a file in it is damaged.
+        FlcompressError: the disk is full.
     """
     page = render(read_run(run_dir))
     target = run_dir / "report.html"
-    descriptor, name = tempfile.mkstemp(dir=run_dir, prefix=".report-", suffix=".html")
-    temporary = Path(name)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(page)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)  # mkstemp's own mode hides the page from whoever it is shown to
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with full_disk_told(run_dir):
+        write_text(target, page)
     return target
 
 

@@ -19,7 +19,7 @@ CONTENDERS = {
 
 
 def write_measured(path: Path, program: str, before: int, after: int) -> None:
-    """Write `eval/` and `bench/` of a run whose model went from `before` to `after` parameters, its last key `program`."""
+    """Write `eval/` and `bench/` of a run whose last key is `program`, cut from `before` to `after` parameters."""
     contenders = [
         {
             "name": name,
