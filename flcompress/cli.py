@@ -54,7 +54,9 @@ def main(debug: bool) -> None:
 @click.option("--run-dir", type=_FOLDER, help="Where to write.  [default: runs/<recipe name>]")
 @click.option("--store", type=_FOLDER, help="Folder in which several runs share pass results and encoded clips.")
 @click.option("--dry-run", is_flag=True, help="Check everything and print the plan; write nothing.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override, such as passes.dmd.steps=10.")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override, such as passes.dmd.steps=10; repeatable."
+)
 @as_json
 @quiet
 def apply_command(
@@ -90,7 +92,7 @@ def apply_command(
 @click.option("--tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Length of the text.")
 @as_json
 def inspect_command(model: Path, tokens: int, as_json: bool) -> None:
-    """Show the blocks of MODEL (a pipeline folder or a transformer folder), from its configuration alone."""
+    """Show the blocks of MODEL. A pipeline folder or a transformer folder; its configuration is enough."""
     from flcompress.pipeline.inspecting import inspect_model, inspection_text
 
     found = inspect_model(model, tokens)
@@ -116,12 +118,12 @@ def report_command(run: Path) -> None:
 
 @main.command("export")
 @click.argument("run", type=_FOLDER)
-@click.option("--format", "formats", multiple=True, metavar="NAME", help="diffusers, onnx, tensorrt, ...; repeatable.")
+@click.option("--format", "formats", multiple=True, metavar="NAME", help="diffusers, onnx or tensorrt; repeatable.")
 @click.option("--force", is_flag=True, help="Write again what is unchanged.")
 @as_json
 @quiet
 def export_command(run: Path, formats: Sequence[str], force: bool, as_json: bool, quiet: bool) -> None:
-    """Write the exports of the finished RUN: those of its recipe, or the given formats."""
+    """Write the exports of the finished RUN. Those of its recipe, or the given formats."""
     from flcompress.pipeline.manager import export
     from flcompress.pipeline.rundir import RunDirectory
 
@@ -140,8 +142,12 @@ def export_command(run: Path, formats: Sequence[str], force: bool, as_json: bool
     show_default=True,
     help="What runs the denoiser.",
 )
-@click.option("--out", type=_FOLDER, default=Path("clip.gif"), show_default=True, help="File to write.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of all noise; the same seed, the same clip.")
+@click.option(
+    "--out", type=_FOLDER, default=Path("clip.gif"), show_default=True, help=".gif, .mp4 or .png (frames in a row)."
+)
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Seed of all noise; the same one gives the same clip."
+)
 @click.option("--image", type=_FOLDER, help="First frame, for image-to-video models.")
 @quiet
 def generate_command(
@@ -158,12 +164,20 @@ def generate_command(
 
 @main.command("eval")
 @click.argument("run", type=_FOLDER)
-@click.option("--clips-per-prompt", type=click.IntRange(min=1), help="Overrides the recipe's.")
-@click.option("--seeds", type=click.IntRange(min=2), help="Overrides the recipe's.")
+@click.option(
+    "--clips-per-prompt",
+    type=click.IntRange(min=1),
+    help="Clips of each prompt for each seed; the recipe's evaluation.clips_per_prompt where left out.",
+)
+@click.option(
+    "--seeds",
+    type=click.IntRange(min=2),
+    help="Repetitions, from which the intervals come; the recipe's evaluation.seeds where left out.",
+)
 @as_json
 @quiet
 def eval_command(run: Path, clips_per_prompt: int | None, seeds: int | None, as_json: bool, quiet: bool) -> None:
-    """Compare teacher, stages and student of RUN on held-out prompts."""
+    """Compare teacher, stages and student of RUN on held-out prompts. Writes RUN/eval."""
     from flcompress.evaluation.harness import evaluate
     from flcompress.pipeline.durable import full_disk_told
     from flcompress.pipeline.rundir import RunDirectory
@@ -181,7 +195,7 @@ def eval_command(run: Path, clips_per_prompt: int | None, seeds: int | None, as_
 @as_json
 @quiet
 def bench_command(run: Path, rounds: int, as_json: bool, quiet: bool) -> None:
-    """Time teacher and student of RUN side by side."""
+    """Time teacher and student of RUN side by side. Writes RUN/bench."""
     from flcompress.evaluation.bench import bench
     from flcompress.pipeline.durable import full_disk_told
     from flcompress.pipeline.rundir import RunDirectory

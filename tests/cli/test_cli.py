@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import click
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -162,3 +163,11 @@ def test_a_damaged_model_is_refused(
     assert failed.stderr.startswith(f"error: {damaged}/transformer/")
     assert failed.stderr.count("\n") == 1
     assert not run.exists()
+
+
+def test_every_command_and_option_is_explained() -> None:
+    for name, command in main.commands.items():
+        assert not command.get_short_help_str(60).endswith("..."), name
+        for parameter in command.params:
+            if isinstance(parameter, click.Option):
+                assert parameter.help, f"{name} {parameter.opts[0]}"
