@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from flcompress.ir.graph import BlockGraph
 from flcompress.pipeline.display import clock
-from flcompress.pipeline.passes import Cost
+from flcompress.pipeline.planned_memory import PlannedMemory, kept_for_backward, planned_memory
 from flcompress.pipeline.recipe import Recipe
 from flcompress.pipeline.start import read_source
 
-TRAINED_BYTES = 20
-"""Per trained parameter: weight, gradient, two moments and a moving average in fp32."""
-FROZEN_BYTES = 4
-ACTIVATIONS = 24
-"""Tensors of a residual stream's size that one block keeps for its backward; a rough figure, for the plan only."""
-PROCESS_BYTES = 5e8
-"""Python, torch and diffusers before any model."""
 CHEAP_FLOPS = 2e11
 """Up to here the transformer itself is timed; above, a matrix product."""
 
@@ -35,7 +27,7 @@ class PlannedPass:
     steps: int
     forwards: int
     seconds: float
-    memory_mb: float
+    memory: PlannedMemory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +59,7 @@ def make_plan(recipe: Recipe, flops_per_second: float | None = None) -> Plan:
     source = read_source(recipe)
     graph = source.graph
     speed = flops_per_second or measure_speed(source.folder / "transformer", graph, source.contract.max_sequence_length)
+    kept = kept_for_backward(source.folder / "transformer", source.contract.max_sequence_length)
     rows: list[PlannedPass] = []
     parameters, evaluations = float(graph.parameters), source.contract.evaluations
     for step in recipe.passes:
@@ -81,7 +74,7 @@ def make_plan(recipe: Recipe, flops_per_second: float | None = None) -> Plan:
                 steps=cost.steps,
                 forwards=round(cost.forwards),
                 seconds=cost.forwards * graph.flops / speed,
-                memory_mb=_memory(cost, graph) / 1e6,
+                memory=planned_memory(cost, kept, len(graph.blocks)),
             )
         )
         parameters, evaluations = left, step.evaluations(evaluations)
@@ -111,7 +104,7 @@ def plan_text(plan: Plan) -> str:
             f"{row.steps:,}",
             f"{row.forwards:,}",
             clock(row.seconds),
-            f"{row.memory_mb / 1000:.1f} GB",
+            f"{row.memory.total / 1e9:.2f} GB",
         )
         for row in plan.passes
     ]
@@ -129,6 +122,7 @@ def plan_text(plan: Plan) -> str:
             "",
             *(line.rstrip() for line in table),
             "",
+            *_memory_lines(plan.passes),
             f"time: about {clock(sum(row.seconds for row in plan.passes))} "
             f"at a measured {plan.flops_per_second / 1e9:.1f} GFLOP/s; exports: {', '.join(plan.exports) or 'none'}",
             f"end: {plan.final_evaluations} evaluations with {share:.1%} of the parameters: "
@@ -136,6 +130,15 @@ def plan_text(plan: Plan) -> str:
             "nothing was written",
         ]
     )
+
+
+def _memory_lines(passes: tuple[PlannedPass, ...]) -> list[str]:
+    """Of what the memory of the fullest pass is made up."""
+    if not passes:
+        return []
+    fullest = max(passes, key=lambda row: row.memory.total)
+    parts = ", ".join(f"{name} {value / 1e6:,.0f}" for name, value in asdict(fullest.memory).items())
+    return [f"memory: {fullest.name} takes most, in MB: {parts}"]
 
 
 def measure_speed(transformer: Path, graph: BlockGraph, tokens: int) -> float:
@@ -188,13 +191,6 @@ def _flops(graph: BlockGraph, parameters: float) -> int:
     share = (parameters - (graph.parameters - inside)) / inside
     within = sum(block.flops for block in graph.blocks)
     return round(graph.flops - within * (1.0 - share))
-
-
-def _memory(cost: Cost, graph: BlockGraph) -> float:
-    """Bytes: models, their training state, and what a backward keeps of the batch."""
-    streams = sum(4.0 * math.prod(stream.spec.shape) for block in graph.blocks for stream in block.streams)
-    kept = streams * ACTIVATIONS if cost.trained else streams / max(1, len(graph.blocks))
-    return PROCESS_BYTES + TRAINED_BYTES * cost.trained + FROZEN_BYTES * cost.frozen + cost.batch * kept
 
 
 def _short(number: float) -> str:
