@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flcompress.ir.graph import BlockGraph
 from flcompress.pipeline.display import clock
 from flcompress.pipeline.planned_memory import PlannedMemory, kept_for_backward, planned_memory
+from flcompress.pipeline.planned_size import latents
 from flcompress.pipeline.recipe import Recipe
-from flcompress.pipeline.start import read_source
+from flcompress.pipeline.start import read_source, trace_folder
+
+if TYPE_CHECKING:
+    from flcompress.models.families.family import LatentShape
 
 CHEAP_FLOPS = 2e11
 """Up to here the transformer itself is timed; above, a matrix product."""
@@ -32,10 +37,16 @@ class PlannedPass:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A recipe's plan; `work_ratio` is evaluations times parameters, before over after."""
+    """A recipe's plan.
+
+    Attributes:
+        latents: (frames, height, width) that FLOPs and memory are counted for.
+        work_ratio: evaluations times parameters, before over after.
+    """
 
     recipe: str
     model: str
+    latents: LatentShape
     parameters: int
     flops: int
     evaluations: int
@@ -57,13 +68,15 @@ def make_plan(recipe: Recipe, flops_per_second: float | None = None) -> Plan:
         flops_per_second: speed of this machine; measured where left out.
     """
     source = read_source(recipe)
-    graph = source.graph
-    speed = flops_per_second or measure_speed(source.folder / "transformer", graph, source.contract.max_sequence_length)
-    kept = kept_for_backward(source.folder / "transformer", source.contract.max_sequence_length)
+    transformer, tokens, shape = source.folder / "transformer", source.contract.max_sequence_length, latents(recipe)
+    shape = shape or source.latents[1:]
+    graph = source.graph if shape == source.latents[1:] else trace_folder(transformer, tokens, shape)
+    speed = flops_per_second or measure_speed(transformer, graph, tokens, shape)
+    kept = kept_for_backward(transformer, tokens, shape)
     rows: list[PlannedPass] = []
     parameters, evaluations = float(graph.parameters), source.contract.evaluations
     for step in recipe.passes:
-        left = step.remaining(parameters)
+        left = _whole_blocks(graph, parameters, step.remaining(parameters))
         cost = step.cost(parameters, _blocks(graph, parameters))
         rows.append(
             PlannedPass(
@@ -82,6 +95,7 @@ def make_plan(recipe: Recipe, flops_per_second: float | None = None) -> Plan:
     return Plan(
         recipe=recipe.name,
         model=str(source.folder),
+        latents=shape,
         parameters=graph.parameters,
         flops=graph.flops,
         evaluations=before,
@@ -118,7 +132,7 @@ def plan_text(plan: Plan) -> str:
         [
             f"plan of {plan.recipe}: {plan.model}",
             f"start: {plan.parameters:,} parameters, {plan.flops:,} FLOPs/forward, "
-            f"{plan.evaluations} evaluations a sample",
+            f"{plan.evaluations} evaluations a sample, latents {' x '.join(map(str, plan.latents))}",
             "",
             *(line.rstrip() for line in table),
             "",
@@ -141,7 +155,7 @@ def _memory_lines(passes: tuple[PlannedPass, ...]) -> list[str]:
     return [f"memory: {fullest.name} takes most, in MB: {parts}"]
 
 
-def measure_speed(transformer: Path, graph: BlockGraph, tokens: int) -> float:
+def measure_speed(transformer: Path, graph: BlockGraph, tokens: int, shape: LatentShape) -> float:
     """FLOP/s that this machine reaches: on the transformer with random weights if that is cheap, else on a product."""
     import time
 
@@ -162,7 +176,7 @@ def measure_speed(transformer: Path, graph: BlockGraph, tokens: int) -> float:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.normal_(std=0.02)
-        inputs = example_inputs(model, batch=batch, tokens=tokens)
+        inputs = example_inputs(model, batch=batch, latent_shape=shape, tokens=tokens)
         flops = float(batch * graph.flops)
 
         def work() -> Any:
@@ -176,6 +190,13 @@ def measure_speed(transformer: Path, graph: BlockGraph, tokens: int) -> float:
             work()
             times.append(time.perf_counter() - started)
     return flops / min(times)
+
+
+def _whole_blocks(graph: BlockGraph, before: float, wanted: float) -> float:
+    """Parameters left when whole blocks of mean size go until at most `wanted` are left."""
+    size = sum(block.parameters for block in graph.blocks) / len(graph.blocks)
+    # Not one block more for the last digit of a float.
+    return before - math.ceil((before - wanted) / size - 1e-9) * size
 
 
 def _blocks(graph: BlockGraph, parameters: float) -> int:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flcompress.pipeline.passes import Cost
+
+if TYPE_CHECKING:
+    from flcompress.models.families.family import LatentShape
 
 FLOAT = 4
 """Bytes of a number: everything is trained in fp32."""
@@ -57,8 +61,8 @@ def planned_memory(cost: Cost, kept: int, blocks: int) -> PlannedMemory:
     )
 
 
-def kept_for_backward(transformer: Path, tokens: int) -> int:
-    """Bytes that autograd keeps of one sample's forward: each tensor it saves, once, weights aside.
+def kept_for_backward(transformer: Path, tokens: int, shape: LatentShape) -> int:
+    """Bytes that autograd keeps of a forward of one sample [1, channels, *shape]: each saved tensor once, no weights.
 
     Counted on fake tensors, which choose the same kernels as real ones on the CPU and hold no memory.
     """
@@ -71,7 +75,7 @@ def kept_for_backward(transformer: Path, tokens: int) -> int:
     from flcompress.models.loading import meta_transformer
 
     model = meta_transformer(transformer)
-    inputs = example_inputs(model, tokens=tokens)
+    inputs = example_inputs(model, latent_shape=shape, tokens=tokens)
 
     def fake(like: torch.Tensor) -> torch.Tensor:
         return torch.empty(like.shape, dtype=like.dtype, requires_grad=like.requires_grad)
