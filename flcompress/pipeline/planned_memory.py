@@ -73,6 +73,7 @@ def kept_for_backward(transformer: Path, tokens: int, shape: LatentShape) -> int
 
     from flcompress.models.inputs import example_inputs
     from flcompress.models.loading import meta_transformer
+    from flcompress.trace.call import AllTrueMasks
 
     model = meta_transformer(transformer)
     inputs = example_inputs(model, latent_shape=shape, tokens=tokens)
@@ -88,7 +89,8 @@ def kept_for_backward(transformer: Path, tokens: int, shape: LatentShape) -> int
         saved[storage._cdata] = storage
         return tensor
 
-    with FakeTensorMode():
+    # Some models keep plain tensors beside their weights; those may stay on the meta device.
+    with FakeTensorMode(allow_non_fake_inputs=True), AllTrueMasks():
         state = {name: fake(value) for name, value in [*model.named_parameters(), *model.named_buffers()]}
         inputs = tree_map_only(torch.Tensor, fake, inputs)
         with saved_tensors_hooks(note, lambda tensor: tensor):
