@@ -54,7 +54,9 @@ def main(debug: bool) -> None:
 @click.option("--run-dir", type=_FOLDER, help="Where to write.  [default: runs/<recipe name>]")
 @click.option("--store", type=_FOLDER, help="Folder in which several runs share pass results and encoded clips.")
 @click.option("--dry-run", is_flag=True, help="Check everything and print the plan; write nothing.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override, such as passes.dmd.steps=10.")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override, such as passes.dmd.steps=10; repeatable."
+)
 @as_json
 @quiet
 def apply_command(
@@ -90,7 +92,7 @@ def apply_command(
 @click.option("--tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Length of the text.")
 @as_json
 def inspect_command(model: Path, tokens: int, as_json: bool) -> None:
-    """Show the blocks of MODEL (a pipeline folder or a transformer folder), from its configuration alone."""
+    """Show the blocks of MODEL. A pipeline folder or a transformer folder; its configuration is enough."""
     from flcompress.pipeline.inspecting import inspect_model, inspection_text
 
     found = inspect_model(model, tokens)
@@ -116,12 +118,12 @@ def report_command(run: Path) -> None:
 
 @main.command("export")
 @click.argument("run", type=_FOLDER)
-@click.option("--format", "formats", multiple=True, metavar="NAME", help="diffusers, onnx, tensorrt, ...; repeatable.")
+@click.option("--format", "formats", multiple=True, metavar="NAME", help="diffusers, onnx or tensorrt; repeatable.")
 @click.option("--force", is_flag=True, help="Write again what is unchanged.")
 @as_json
 @quiet
 def export_command(run: Path, formats: Sequence[str], force: bool, as_json: bool, quiet: bool) -> None:
-    """Write the exports of the finished RUN: those of its recipe, or the given formats."""
+    """Write the exports of the finished RUN. Those of its recipe, or the given formats."""
     from flcompress.pipeline.manager import export
     from flcompress.pipeline.rundir import RunDirectory
 
@@ -133,32 +135,56 @@ def export_command(run: Path, formats: Sequence[str], force: bool, as_json: bool
 @main.command("generate")
 @click.argument("run", type=_FOLDER)
 @click.option("--prompt", required=True, help="What the clip shows.")
-@click.option("--backend", type=click.Choice(get_args(Backend)), default="torch", show_default=True)
-@click.option("--out", type=_FOLDER, default=Path("clip.gif"), show_default=True, help="File to write.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--backend",
+    type=click.Choice(get_args(Backend)),
+    default="torch",
+    show_default=True,
+    help="What runs the denoiser.",
+)
+@click.option(
+    "--out", type=_FOLDER, default=Path("clip.gif"), show_default=True, help=".gif, .mp4 or .png (frames in a row)."
+)
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Seed of all noise; the same one gives the same clip."
+)
 @click.option("--image", type=_FOLDER, help="First frame, for image-to-video models.")
-def generate_command(run: Path, prompt: str, backend: Backend, out: Path, seed: int, image: Path | None) -> None:
+@quiet
+def generate_command(
+    run: Path, prompt: str, backend: Backend, out: Path, seed: int, image: Path | None, quiet: bool
+) -> None:
     """Generate one clip with the exported student of RUN."""
     from flcompress.exporters.runtime import generate
+    from flcompress.pipeline.durable import full_disk_told
 
-    generate(run, prompt, backend, out, seed, image)
+    with full_disk_told(out), _display(quiet).stage("generate") as progress:
+        generate(run, prompt, backend, out, seed, image, progress)
     click.echo(str(out))
 
 
 @main.command("eval")
 @click.argument("run", type=_FOLDER)
-@click.option("--clips-per-prompt", type=click.IntRange(min=1), help="Overrides the recipe's.")
-@click.option("--seeds", type=click.IntRange(min=2), help="Overrides the recipe's.")
+@click.option(
+    "--clips-per-prompt",
+    type=click.IntRange(min=1),
+    help="Clips of each prompt for each seed; the recipe's evaluation.clips_per_prompt where left out.",
+)
+@click.option(
+    "--seeds",
+    type=click.IntRange(min=2),
+    help="Repetitions, from which the intervals come; the recipe's evaluation.seeds where left out.",
+)
 @as_json
 @quiet
 def eval_command(run: Path, clips_per_prompt: int | None, seeds: int | None, as_json: bool, quiet: bool) -> None:
-    """Compare teacher, stages and student of RUN on held-out prompts."""
+    """Compare teacher, stages and student of RUN on held-out prompts. Writes RUN/eval."""
     from flcompress.evaluation.harness import evaluate
+    from flcompress.pipeline.durable import full_disk_told
     from flcompress.pipeline.rundir import RunDirectory
 
     opened = RunDirectory(run)
     size = opened.recipe().evaluation
-    with _display(quiet).stage("evaluation") as progress:
+    with full_disk_told(run), _display(quiet).stage("evaluation") as progress:
         results = evaluate(opened, clips_per_prompt or size.clips_per_prompt, seeds or size.seeds, progress)
     _tell(results, as_json, run)
 
@@ -169,11 +195,12 @@ def eval_command(run: Path, clips_per_prompt: int | None, seeds: int | None, as_
 @as_json
 @quiet
 def bench_command(run: Path, rounds: int, as_json: bool, quiet: bool) -> None:
-    """Time teacher and student of RUN side by side."""
+    """Time teacher and student of RUN side by side. Writes RUN/bench."""
     from flcompress.evaluation.bench import bench
+    from flcompress.pipeline.durable import full_disk_told
     from flcompress.pipeline.rundir import RunDirectory
 
-    with _display(quiet).stage("bench") as progress:
+    with full_disk_told(run), _display(quiet).stage("bench") as progress:
         results = bench(RunDirectory(run), rounds, progress)
     _tell(results, as_json, run)
 

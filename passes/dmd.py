@@ -93,6 +93,7 @@ class DistributionMatching(Pass):
             forwards=self.steps * self.batch * (generator + self.critic_updates * critic),
             batch=self.batch,
             trained=2.0 * parameters,
+            averaged=parameters,
             frozen=parameters,
         )
 

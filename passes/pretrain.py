@@ -44,7 +44,13 @@ class Pretrain(Pass):
     ema_decay: float = Field(0.999, ge=0, lt=1, description="decay of the moving average that is kept")
 
     def cost(self, parameters: float, blocks: int) -> Cost:
-        return Cost(steps=self.steps, forwards=3.0 * self.steps * self.batch, batch=self.batch, trained=parameters)
+        return Cost(
+            steps=self.steps,
+            forwards=3.0 * self.steps * self.batch,
+            batch=self.batch,
+            trained=parameters,
+            averaged=parameters,
+        )
 
     def apply(self, program: Program, work: Work) -> Program:
         model = load_transformer(program.components["transformer"], work.device).requires_grad_(True)

@@ -73,6 +73,7 @@ class StochasticDepth(Pass):
             forwards=self.steps * self.batch * (1.0 + 3.0 * (1.0 - self.remove * self.skip_probability)),
             batch=self.batch,
             trained=parameters,
+            averaged=parameters if self.target == "ema" else 0.0,
             frozen=parameters * targets,
         )
 

@@ -109,7 +109,7 @@ def bench(
         What the file holds. A time or ratio is {"median", "low", "high"}, low and high being the extremes over rounds;
         a backend that cannot run here is in "skipped" with the reason.
     """
-    program = run.final()
+    program, key = run.final(), run.key
     stage = _Stage(program.parts())
     teacher_model = load_transformer(program.components["original"])
     student_model = load_transformer(program.components["transformer"])
@@ -139,6 +139,7 @@ def bench(
     }
     work = {side: counted["evaluations"] * counted["parameters"] for side, counted in sides.items()}
     results = {
+        "program": key,
         "machine": _machine(),
         "rounds": rounds,
         "batch": 1,

@@ -63,7 +63,7 @@ def evaluate(
         if name not in known:
             raise RequestError(f"contender {name!r}: {run.path} has {', '.join(known)}")
     chosen = [known[name] for name in contenders] if contenders is not None else list(known.values())
-    folder = run.path / "eval"
+    folder, program = run.path / "eval", run.key
     results, shown = evaluate_contenders(
         chosen,
         parts=run.final().parts(),
@@ -72,6 +72,7 @@ def evaluate(
         progress=progress,
         cache_folder=folder / "cache",
     )
+    results = {"program": program, **results}
     if contenders is None:
         _draw(results, shown, folder)
         write_text(folder / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")

@@ -13,10 +13,12 @@ from flcompress.data import moving_digits
 SHOWN = (2, 9, 21, 26)
 """The held-out prompts whose clips are kept for pictures: four digits, four directions."""
 
-STRIP_SCALE, GIF_SCALE = 2, 4
+STRIP_SCALE, GIF_SCALE = 3, 4
 GAP = 4
 MARGIN = 12
-ROW_LABEL, STRIP_LABEL, HEADER = 150, 270, 44
+ROW_LABEL, HEADER = 150, 44
+STRIP_PROMPT, STRIP_LABEL = 34, 24
+"""Heights of the line that a prompt, or a contender's label, takes in a strip."""
 FRAME_MILLISECONDS, LAST_FRAME_MILLISECONDS = 110, 500
 GROUND, INK, QUIET = (17, 20, 26), (236, 238, 242), (150, 156, 168)
 
@@ -46,22 +48,23 @@ def shown_prompts() -> tuple[str, ...]:
 
 
 def _strips(clips: Mapping[str, torch.Tensor]) -> Image.Image:
-    """Prompt by prompt, one row of frames for each contender; the prompt stands above, the contender at the right."""
+    """Prompt by prompt, one row of frames for each contender, its label above it: also seen where a page is narrow."""
     frames = moving_digits.FRAMES
     cell = moving_digits.HEIGHT * STRIP_SCALE
-    line = 18
-    width = frames * (cell + GAP) + MARGIN + (STRIP_LABEL if any(clips) else 0)
-    block = line + len(clips) * (cell + GAP) + GAP
-    canvas = Image.new("RGB", (width, len(SHOWN) * block + GAP), GROUND)
+    label_height = STRIP_LABEL if any(clips) else 0
+    line = label_height + cell + GAP
+    block = STRIP_PROMPT + len(clips) * line + MARGIN
+    canvas = Image.new("RGB", (GAP + frames * (cell + GAP), len(SHOWN) * block), GROUND)
     draw = ImageDraw.Draw(canvas)
     for row, prompt in enumerate(shown_prompts()):
-        top = GAP + row * block
-        draw.text((GAP, top), prompt, QUIET, _font(13))
+        top = row * block
+        draw.text((GAP, top + STRIP_PROMPT // 2), prompt, INK, _font(18), anchor="lm")
         for place, (label, given) in enumerate(clips.items()):
-            y = top + line + place * (cell + GAP)
+            y = top + STRIP_PROMPT + place * line
+            draw.text((GAP, y + label_height // 2), label, QUIET, _font(15), anchor="lm")
             for frame in range(frames):
-                canvas.paste(_picture(given[row, :, frame], STRIP_SCALE), (GAP + frame * (cell + GAP), y))
-            draw.text((GAP + frames * (cell + GAP) + MARGIN, y + cell // 2), label, INK, _font(12), anchor="lm")
+                picture = _picture(given[row, :, frame], STRIP_SCALE)
+                canvas.paste(picture, (GAP + frame * (cell + GAP), y + label_height))
     return canvas
 
 

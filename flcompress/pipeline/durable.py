@@ -17,12 +17,28 @@ from flcompress.errors import FlcompressError
 def write_text(path: Path, text: str) -> None:
     """Write a file in one piece: to a temporary one, which then takes its place."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file; where the disk is full, the file is left as it was, without half a line."""
+    added = line.encode() + b"\n"
+    with path.open("ab", buffering=0) as file:
+        before = file.tell()
+        try:
+            if file.write(added) != len(added):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        except OSError:
+            file.truncate(before)
+            raise
 
 
 def move_in_place(work: Path, final: Path) -> None:
@@ -78,5 +94,6 @@ def full_disk_told(where: Path) -> Iterator[None]:
 
 def _full(where: Path) -> FlcompressError:
     return FlcompressError(
-        f"{where}: no space left on the disk; finished passes are kept: free some space and give the same command again"
+        f"{where}: no space left on the disk; what was stored before is kept: "
+        "free some space and give the same command again"
     )

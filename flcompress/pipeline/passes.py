@@ -50,7 +50,8 @@ class Cost:
         steps: training steps, or 0.
         forwards: forwards of one sample through the full transformer, in total; a backward counts as two.
         batch: samples that are in memory at once.
-        trained: parameters of trained models held at once (weights, gradients, two moments, perhaps an average).
+        trained: parameters of trained models held at once (weights, gradients, two moments).
+        averaged: parameters of which a moving average is held.
         frozen: parameters of frozen models held at once.
     """
 
@@ -58,6 +59,7 @@ class Cost:
     forwards: float = 0.0
     batch: int = 1
     trained: float = 0.0
+    averaged: float = 0.0
     frozen: float = 0.0
 
 

@@ -5,21 +5,18 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flcompress.ir.graph import BlockGraph
 from flcompress.pipeline.display import clock
-from flcompress.pipeline.passes import Cost
+from flcompress.pipeline.planned_memory import PlannedMemory, kept_for_backward, planned_memory
+from flcompress.pipeline.planned_size import latents
 from flcompress.pipeline.recipe import Recipe
-from flcompress.pipeline.start import read_source
+from flcompress.pipeline.start import read_source, trace_folder
 
-TRAINED_BYTES = 20
-"""Per trained parameter: weight, gradient, two moments and a moving average in fp32."""
-FROZEN_BYTES = 4
-ACTIVATIONS = 24
-"""Tensors of a residual stream's size that one block keeps for its backward; a rough figure, for the plan only."""
-PROCESS_BYTES = 5e8
-"""Python, torch and diffusers before any model."""
+if TYPE_CHECKING:
+    from flcompress.models.families.family import LatentShape
+
 CHEAP_FLOPS = 2e11
 """Up to here the transformer itself is timed; above, a matrix product."""
 
@@ -35,15 +32,21 @@ class PlannedPass:
     steps: int
     forwards: int
     seconds: float
-    memory_mb: float
+    memory: PlannedMemory
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A recipe's plan; `work_ratio` is evaluations times parameters, before over after."""
+    """A recipe's plan.
+
+    Attributes:
+        latents: (frames, height, width) that FLOPs and memory are counted for.
+        work_ratio: evaluations times parameters, before over after.
+    """
 
     recipe: str
     model: str
+    latents: LatentShape
     parameters: int
     flops: int
     evaluations: int
@@ -65,12 +68,15 @@ def make_plan(recipe: Recipe, flops_per_second: float | None = None) -> Plan:
         flops_per_second: speed of this machine; measured where left out.
     """
     source = read_source(recipe)
-    graph = source.graph
-    speed = flops_per_second or measure_speed(source.folder / "transformer", graph, source.contract.max_sequence_length)
+    transformer, tokens, shape = source.folder / "transformer", source.contract.max_sequence_length, latents(recipe)
+    shape = shape or source.latents[1:]
+    graph = source.graph if shape == source.latents[1:] else trace_folder(transformer, tokens, shape)
+    speed = flops_per_second or measure_speed(transformer, graph, tokens, shape)
+    kept = kept_for_backward(transformer, tokens, shape)
     rows: list[PlannedPass] = []
     parameters, evaluations = float(graph.parameters), source.contract.evaluations
     for step in recipe.passes:
-        left = step.remaining(parameters)
+        left = _whole_blocks(graph, parameters, step.remaining(parameters))
         cost = step.cost(parameters, _blocks(graph, parameters))
         rows.append(
             PlannedPass(
@@ -81,7 +87,7 @@ def make_plan(recipe: Recipe, flops_per_second: float | None = None) -> Plan:
                 steps=cost.steps,
                 forwards=round(cost.forwards),
                 seconds=cost.forwards * graph.flops / speed,
-                memory_mb=_memory(cost, graph) / 1e6,
+                memory=planned_memory(cost, kept, len(graph.blocks)),
             )
         )
         parameters, evaluations = left, step.evaluations(evaluations)
@@ -89,6 +95,7 @@ def make_plan(recipe: Recipe, flops_per_second: float | None = None) -> Plan:
     return Plan(
         recipe=recipe.name,
         model=str(source.folder),
+        latents=shape,
         parameters=graph.parameters,
         flops=graph.flops,
         evaluations=before,
@@ -111,7 +118,7 @@ def plan_text(plan: Plan) -> str:
             f"{row.steps:,}",
             f"{row.forwards:,}",
             clock(row.seconds),
-            f"{row.memory_mb / 1000:.1f} GB",
+            f"{row.memory.total / 1e9:.2f} GB",
         )
         for row in plan.passes
     ]
@@ -125,10 +132,11 @@ def plan_text(plan: Plan) -> str:
         [
             f"plan of {plan.recipe}: {plan.model}",
             f"start: {plan.parameters:,} parameters, {plan.flops:,} FLOPs/forward, "
-            f"{plan.evaluations} evaluations a sample",
+            f"{plan.evaluations} evaluations a sample, latents {' x '.join(map(str, plan.latents))}",
             "",
             *(line.rstrip() for line in table),
             "",
+            *_memory_lines(plan.passes),
             f"time: about {clock(sum(row.seconds for row in plan.passes))} "
             f"at a measured {plan.flops_per_second / 1e9:.1f} GFLOP/s; exports: {', '.join(plan.exports) or 'none'}",
             f"end: {plan.final_evaluations} evaluations with {share:.1%} of the parameters: "
@@ -138,7 +146,16 @@ def plan_text(plan: Plan) -> str:
     )
 
 
-def measure_speed(transformer: Path, graph: BlockGraph, tokens: int) -> float:
+def _memory_lines(passes: tuple[PlannedPass, ...]) -> list[str]:
+    """Of what the memory of the fullest pass is made up."""
+    if not passes:
+        return []
+    fullest = max(passes, key=lambda row: row.memory.total)
+    parts = ", ".join(f"{name} {value / 1e6:,.0f}" for name, value in asdict(fullest.memory).items())
+    return [f"memory: {fullest.name} takes most, in MB: {parts}"]
+
+
+def measure_speed(transformer: Path, graph: BlockGraph, tokens: int, shape: LatentShape) -> float:
     """FLOP/s that this machine reaches: on the transformer with random weights if that is cheap, else on a product."""
     import time
 
@@ -159,7 +176,7 @@ def measure_speed(transformer: Path, graph: BlockGraph, tokens: int) -> float:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.normal_(std=0.02)
-        inputs = example_inputs(model, batch=batch, tokens=tokens)
+        inputs = example_inputs(model, batch=batch, latent_shape=shape, tokens=tokens)
         flops = float(batch * graph.flops)
 
         def work() -> Any:
@@ -175,6 +192,13 @@ def measure_speed(transformer: Path, graph: BlockGraph, tokens: int) -> float:
     return flops / min(times)
 
 
+def _whole_blocks(graph: BlockGraph, before: float, wanted: float) -> float:
+    """Parameters left when whole blocks of mean size go until at most `wanted` are left."""
+    size = sum(block.parameters for block in graph.blocks) / len(graph.blocks)
+    # Not one block more for the last digit of a float.
+    return before - math.ceil((before - wanted) / size - 1e-9) * size
+
+
 def _blocks(graph: BlockGraph, parameters: float) -> int:
     """How many blocks a transformer cut to `parameters` has."""
     inside = sum(block.parameters for block in graph.blocks)
@@ -188,13 +212,6 @@ def _flops(graph: BlockGraph, parameters: float) -> int:
     share = (parameters - (graph.parameters - inside)) / inside
     within = sum(block.flops for block in graph.blocks)
     return round(graph.flops - within * (1.0 - share))
-
-
-def _memory(cost: Cost, graph: BlockGraph) -> float:
-    """Bytes: models, their training state, and what a backward keeps of the batch."""
-    streams = sum(4.0 * math.prod(stream.spec.shape) for block in graph.blocks for stream in block.streams)
-    kept = streams * ACTIVATIONS if cost.trained else streams / max(1, len(graph.blocks))
-    return PROCESS_BYTES + TRAINED_BYTES * cost.trained + FROZEN_BYTES * cost.frozen + cost.batch * kept
 
 
 def _short(number: float) -> str:

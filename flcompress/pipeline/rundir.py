@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flcompress.errors import RequestError
-from flcompress.pipeline.durable import write_text
+from flcompress.pipeline.durable import append_line, write_text
 from flcompress.pipeline.program import Program
 from flcompress.pipeline.recipe import Recipe
 from flcompress.pipeline.recipe_loading import dump_recipe, load_recipe
@@ -76,6 +76,11 @@ class RunDirectory:
             )
         return Program.load(self._stored()[-1])
 
+    @property
+    def key(self) -> str:
+        """Key of the last result, which says all that it was made from: what is measured notes it."""
+        return Entry.read(self._stored()[-1]).key
+
     def journal(self) -> list[dict[str, Any]]:
         """What happened here, oldest first; one event a line."""
         path = self.path / JOURNAL_FILE
@@ -117,8 +122,7 @@ class RunDirectory:
     def note(self, event: str, name: str = "", **values: Any) -> None:
         """Append one event to the journal."""
         record = {"time": _now(), "event": event, "name": name, **values}
-        with (self.path / JOURNAL_FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        append_line(self.path / JOURNAL_FILE, json.dumps(record))
 
     def _stored(self) -> list[Path]:
         places = [self._place(text) for text in self._record()["entries"]]

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import base64
-import os
 import platform
-import tempfile
 from importlib import metadata
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from flcompress.pipeline.durable import full_disk_told, write_text
 from flcompress.report import drawing, plots, wording
 from flcompress.report.findings import Blocks, blocks, headline
 from flcompress.report.quality import Quality, quality
@@ -32,20 +31,12 @@ def write_report(run_dir: Path) -> Path:
     Raises:
         RequestError: `run_dir` is no run directory.
         ReportError: a file in it is damaged.
+        FlcompressError: the disk is full.
     """
     page = render(read_run(run_dir))
     target = run_dir / "report.html"
-    descriptor, name = tempfile.mkstemp(dir=run_dir, prefix=".report-", suffix=".html")
-    temporary = Path(name)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(page)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)  # mkstemp's own mode hides the page from whoever it is shown to
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with full_disk_told(run_dir):
+        write_text(target, page)
     return target
 
 
@@ -59,7 +50,7 @@ def render(run: RunRecord) -> str:
         lstrip_blocks=True,
     )
     for filter_ in (wording.count, wording.size, wording.duration, wording.number, wording.share, wording.ratio,
-                    wording.interval, wording.moment):  # fmt: skip
+                    wording.moment):  # fmt: skip
         environment.filters[filter_.__name__] = filter_
     style, _, _ = environment.loader.get_source(environment, "report.css")  # type: ignore[union-attr]
     found = blocks(run)
@@ -110,11 +101,13 @@ def _certificate(found: Blocks | None) -> dict[str, str]:
 
 def _strips(run: RunRecord, measured: Quality | None) -> list[tuple[str, str]]:
     """(label, data address): the picture that has all contenders, or else theirs, the teacher and the student first."""
+    if measured is None:
+        return []
     together = run.inside("eval/strips/comparison.png")
     if together is not None:
         return [("Teacher beside student, prompt by prompt", _address(together))]
     found: list[tuple[str, str]] = []
-    named = [c for c in measured.contenders if c.strip] if measured is not None else []
+    named = [c for c in measured.contenders if c.strip]
     for contender in sorted(named, key=lambda c: ("teacher-50", "student").index(c.name) if c.name in (
         "teacher-50", "student") else 2):  # fmt: skip
         file = run.inside(contender.strip or "")
@@ -124,11 +117,8 @@ def _strips(run: RunRecord, measured: Quality | None) -> list[tuple[str, str]]:
 
 
 def _comparison(run: RunRecord) -> str | None:
-    for place in ("eval/comparison.gif", "eval/strips/comparison.gif"):
-        file = run.inside(place)
-        if file is not None:
-            return _address(file)
-    return None
+    file = run.inside("eval/comparison.gif") if run.evaluation is not None else None
+    return _address(file) if file is not None else None
 
 
 def _address(file: Path) -> str:

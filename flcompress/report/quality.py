@@ -1,11 +1,16 @@
-"""The quality table: what was measured, and which differences the intervals allow one to speak of."""
+"""The quality table: what was measured, and which differences one may speak of.
+
+Every contender met the same prompts and noises, so a difference is judged by its own interval, paired seed by seed. It
+is narrower than what two intervals that overlap, or do not, can tell.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from flcompress.report.record import Interval, Record
+from flcompress.report.record import Interval, Record, ReportError
 
 Mark = Literal["best", "tied", ""]
 
@@ -32,8 +37,31 @@ METRICS = (
 
 
 @dataclass(frozen=True, kw_only=True)
+class Differences:
+    """What `results` hold of pairs: (contender, other, metric) -> contender minus other, both ways round."""
+
+    results: Record
+    found: Mapping[tuple[str, str, str], Interval]
+
+    @classmethod
+    def read(cls, results: Record) -> Differences:
+        found: dict[tuple[str, str, str], Interval] = {}
+        for row in results.each("paired"):
+            a, b, metric = row.text("a"), row.text("b"), row.text("metric")
+            mean, low, high = row.number("mean"), row.number("low"), row.number("high")
+            found[a, b, metric] = Interval(mean, low, high)
+            found[b, a, metric] = Interval(-mean, -high, -low)
+        return cls(results=results, found=found)
+
+    def of(self, name: str, other: str, metric: str) -> Interval:
+        if (name, other, metric) not in self.found:
+            raise ReportError(f"{self.results.file}: paired has no {metric} of {name} and {other}; make the file again")
+        return self.found[name, other, metric]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One measurement. "best": the best mean of its column; "tied": its interval overlaps the best one's."""
+    """One measurement. "best": the best mean of its column; "tied": its paired difference from that one may be 0."""
 
     value: Interval | None
     mark: Mark = ""
@@ -51,12 +79,18 @@ class Contender:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """The student beside another contender on one metric, in words: "better", "worse" or "not told apart"."""
+    """The student beside another contender on one metric.
+
+    Attributes:
+        difference: student minus other, paired by seed.
+        verdict: "better" or "worse" where the interval of `difference` excludes 0, else "not told apart".
+    """
 
     metric: str
     other: str
     student: Interval
     against: Interval
+    difference: Interval
     verdict: str
 
 
@@ -80,11 +114,16 @@ def quality(results: Record) -> Quality:
     rows = results.each("contenders")
     floor = results.sub("floor") if results.has("floor") else None
     metrics = [metric for metric in METRICS if any(row.has(metric.key) for row in rows)]
-    columns = [_marked(metric, [_value(row, metric.key) for row in rows]) for metric in metrics]
+    differences = Differences.read(results)
+    names = [row.text("name") for row in rows]
+    columns = [
+        _marked(metric, {name: _value(row, metric.key) for name, row in zip(names, rows, strict=True)}, differences)
+        for metric in metrics
+    ]
     contenders = [
         Contender(
-            name=row.text("name"),
-            label=row.text("label") if row.has("label") else row.text("name"),
+            name=names[place],
+            label=row.text("label") if row.has("label") else names[place],
             evaluations=_whole(row, "evaluations"),
             parameters=_whole(row, "parameters"),
             cells=[column[place] for column in columns],
@@ -102,7 +141,7 @@ def quality(results: Record) -> Quality:
         contenders=contenders,
         floor=[Cell(value=_value(floor, metric.key)) for metric in metrics] if floor is not None else None,
         classifier={key: float(value) for key, value in accuracies.items() if isinstance(value, int | float)},
-        comparisons=_comparisons(metrics, contenders),
+        comparisons=_comparisons(metrics, contenders, differences),
     )
 
 
@@ -114,20 +153,24 @@ def _whole(row: Record, key: str) -> int | None:
     return int(row.number(key)) if row.has(key) else None
 
 
-def _marked(metric: Metric, values: list[Interval | None]) -> list[Cell]:
-    """Mark the best mean, and every value whose interval overlaps it: those are not known to be worse."""
-    present = [value for value in values if value is not None]
+def _marked(metric: Metric, values: Mapping[str, Interval | None], differences: Differences) -> list[Cell]:
+    """Mark the best mean, and every value whose difference from it may be 0: those are not known to be worse."""
+    present = {name: value for name, value in values.items() if value is not None}
     if not metric.better or len(present) < 2:
-        return [Cell(value=value) for value in values]
-    best = max(present, key=lambda value: metric.better * value.mean)
-    marks: list[Mark] = [
-        "" if value is None else "best" if value.mean == best.mean else "tied" if value.overlaps(best) else ""
-        for value in values
-    ]
-    return [Cell(value=value, mark=mark) for value, mark in zip(values, marks, strict=True)]
+        return [Cell(value=value) for value in values.values()]
+    best = max(present, key=lambda name: metric.better * present[name].mean)
+
+    def mark(name: str) -> Mark:
+        if name not in present:
+            return ""
+        if present[name].mean == present[best].mean:
+            return "best"
+        return "tied" if differences.of(name, best, metric.key).holds(0.0) else ""
+
+    return [Cell(value=value, mark=mark(name)) for name, value in values.items()]
 
 
-def _comparisons(metrics: list[Metric], contenders: list[Contender]) -> list[Comparison]:
+def _comparisons(metrics: list[Metric], contenders: list[Contender], differences: Differences) -> list[Comparison]:
     """The claims a reader looks for: the student against every other model on distance and prompt accuracy."""
     student = next((contender for contender in contenders if contender.name == "student"), None)
     if student is None:
@@ -140,9 +183,16 @@ def _comparisons(metrics: list[Metric], contenders: list[Contender]) -> list[Com
             ours, theirs = student.cells[place].value, other.cells[place].value
             if other is student or ours is None or theirs is None:
                 continue
-            ahead = metric.better * (ours.mean - theirs.mean) > 0
-            verdict = "not told apart" if ours.overlaps(theirs) else "better" if ahead else "worse"
+            difference = differences.of(student.name, other.name, metric.key)
+            ahead = metric.better * difference.mean > 0
             found.append(
-                Comparison(metric=metric.label, other=other.label, student=ours, against=theirs, verdict=verdict)
+                Comparison(
+                    metric=metric.label,
+                    other=other.label,
+                    student=ours,
+                    against=theirs,
+                    difference=difference,
+                    verdict="not told apart" if difference.holds(0.0) else "better" if ahead else "worse",
+                )
             )
     return found

@@ -56,8 +56,10 @@ class RunRecord:
         journal: every event, oldest first.
         entries: the stored results that make up the run, as `run.json` lists them; the starting model comes first.
         exports: name -> summary, in the order of the journal.
-        evaluation: `eval/results.json`, or None.
-        bench: `bench/results.json`, or None.
+        evaluation: `eval/results.json`; None where there is none, or it is of an earlier student.
+        bench: `bench/results.json`, likewise.
+        outdated: the commands ("eval", "bench") whose results are of an earlier student: the recipe has been changed
+            and applied since, so they say nothing of this one.
     """
 
     path: Path
@@ -68,6 +70,7 @@ class RunRecord:
     exports: dict[str, Record]
     evaluation: Record | None
     bench: Record | None
+    outdated: frozenset[str]
 
     @property
     def latest(self) -> list[Record]:
@@ -103,16 +106,20 @@ def read_run(run_dir: Path) -> RunRecord:
     if not (run_dir / "run.json").is_file():
         raise RequestError(f"{run_dir}: has no run.json, expected a run directory; flcompress apply RECIPE makes one")
     info = read_object(run_dir / "run.json")
+    # Results of earlier versions of a recipe stay beside these; a folder being there does not mean that it counts.
+    entries = [_entry(run_dir / place, index) for index, place in enumerate(info.texts("entries"))]
+    measured = {name: _optional(run_dir / name / "results.json") for name in ("eval", "bench")}
+    current = {name: found for name, found in measured.items() if found is not None and _is_of(found, entries)}
     return RunRecord(
         path=run_dir,
         info=info,
         recipe=_text(run_dir / "recipe.yaml"),
         journal=read_lines(run_dir / "journal.jsonl"),
-        # Results of earlier versions of a recipe stay beside these; a folder being there does not mean that it counts.
-        entries=[_entry(run_dir / place, index) for index, place in enumerate(info.texts("entries"))],
+        entries=entries,
         exports={file.stem: read_object(file) for file in sorted((run_dir / "exports").glob("*.json"))},
-        evaluation=_optional(run_dir / "eval" / "results.json"),
-        bench=_optional(run_dir / "bench" / "results.json"),
+        evaluation=current.get("eval"),
+        bench=current.get("bench"),
+        outdated=frozenset(name for name, found in measured.items() if found is not None and name not in current),
     )
 
 
@@ -134,6 +141,11 @@ def _arguments(record: Record) -> str:
     if not isinstance(given, dict):
         return str(given)
     return ", ".join(f"{key}: {value if isinstance(value, str) else json.dumps(value)}" for key, value in given.items())
+
+
+def _is_of(measured: Record, entries: list[Entry]) -> bool:
+    """Whether a result was measured on the last of the entries, by its whole key."""
+    return bool(entries) and measured.values.get("program") == entries[-1].key
 
 
 def _optional(file: Path) -> Record | None:

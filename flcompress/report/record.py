@@ -29,8 +29,8 @@ class Interval:
         """Whether there is an interval, and not only a number."""
         return self.high > self.low
 
-    def overlaps(self, other: Interval) -> bool:
-        return self.low <= other.high and other.low <= self.high
+    def holds(self, value: float) -> bool:
+        return self.low <= value <= self.high
 
 
 @dataclass(frozen=True, slots=True)

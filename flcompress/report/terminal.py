@@ -12,7 +12,7 @@ from rich.table import Table
 from flcompress.report import wording
 from flcompress.report.findings import Blocks, Headline, blocks, headline
 from flcompress.report.quality import Cell, Quality, quality
-from flcompress.report.reading import read_run
+from flcompress.report.reading import RunRecord, read_run
 from flcompress.report.stages import Export, exports, steps
 
 PARITY_WORDS = ("difference", "error", "parity", "tolerance")
@@ -29,16 +29,21 @@ def print_summary(run_dir: Path, console: Console) -> None:
         ReportError: a file in it is damaged.
     """
     run = read_run(run_dir)
-    found, passes, results = blocks(run), steps(run), run.evaluation
+    found, passes = blocks(run), steps(run)
     # Everything is read before the first line is printed: an error does not follow half a summary.
     top, made = headline(run), exports(run)
-    measured = quality(results) if results is not None else None
+    measured = quality(run.evaluation) if run.evaluation is not None else None
     console.print(f"[bold]{escape(str(run.info.values.get('name') or run_dir.name))}[/bold]  {escape(str(run_dir))}")
     if top is None:
         console.print("Nothing is stored yet; run flcompress apply RECIPE", highlight=False)
     else:
-        _headline(top, console, str(run_dir))
-    _quality(measured, console, str(run_dir))
+        _headline(top, console)
+    if run.bench is None:
+        console.print(_unmeasured("speed", "bench", run), highlight=False)
+    if measured is None:
+        console.print(_unmeasured("quality", "eval", run), end="\n\n", highlight=False)
+    else:
+        _quality(measured, console)
     if found is not None:
         _removed(found, console)
     if passes:
@@ -64,7 +69,7 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _headline(top: Headline, console: Console, run_dir: str) -> None:
+def _headline(top: Headline, console: Console) -> None:
     table = _table("", "", ">before", ">after", ">ratio")
     table.add_row(
         "parameters",
@@ -82,29 +87,41 @@ def _headline(top: Headline, console: Console, run_dir: str) -> None:
     if top.measured is not None:
         table.add_row(f"measured time ({escape(top.measured_on)})", "", "", wording.ratio(top.measured.mean))
     console.print(table)
-    if top.measured is None:
-        console.print(f"speed: not measured; run flcompress bench {escape(run_dir)}", highlight=False)
 
 
-def _quality(found: Quality | None, console: Console, run_dir: str) -> None:
-    if found is None:
-        console.print(f"quality: not measured; run flcompress eval {escape(run_dir)}\n", highlight=False)
-        return
+def _unmeasured(what: str, command: str, run: RunRecord) -> str:
+    if command in run.outdated:
+        return f"{what}: measured on an earlier student; run flcompress {command} {escape(str(run.path))} again"
+    return f"{what}: not measured; run flcompress {command} {escape(str(run.path))}"
+
+
+def _quality(found: Quality, console: Console) -> None:
     # Four columns fit a terminal; the page has them all.
     shown = [
         place for place, metric in enumerate(found.metrics) if metric.key in ("frechet", "prompt_accuracy", "average")
     ]
-    table = _table(r"Quality, mean \[confidence interval]", "model", *(">" + found.metrics[n].label for n in shown))
+    table = _table("Quality, with 95 % confidence intervals", "model", *(">" + found.metrics[n].label for n in shown))
     for contender in found.contenders:
         table.add_row(escape(contender.label), *(_cell(contender.cells[n]) for n in shown))
     if found.floor is not None:
         table.add_row("real against real (floor)", *(_cell(found.floor[n]) for n in shown))
     console.print(table)
-    console.print("* best mean   ~ interval overlaps the best one's: not known to be worse\n", highlight=False)
+    console.print("* best mean   ~ paired difference from the best may be 0: not known to be worse\n", highlight=False)
+    if found.comparisons:
+        table = _table(
+            "Student minus other, paired by seed, with 95 % confidence intervals",
+            "against",
+            "metric",
+            ">difference",
+            "verdict",
+        )
+        for seen in found.comparisons:
+            table.add_row(escape(seen.other), seen.metric, wording.around(seen.difference), seen.verdict)
+        console.print(table)
 
 
 def _cell(cell: Cell) -> str:
-    return f"{escape(wording.interval(cell.value))} {MARKS[cell.mark]:1}" if cell.value is not None else ""
+    return f"{wording.around(cell.value)} {MARKS[cell.mark]:1}" if cell.value is not None else ""
 
 
 def _removed(found: Blocks, console: Console) -> None:

@@ -57,11 +57,11 @@ def ratio(value: float) -> str:
     return f"{value:.2f}x"
 
 
-def interval(value: Interval) -> str:
-    """Mean with its interval, or the bare number."""
+def around(value: Interval) -> str:
+    """Mean and half the width of its interval, or the bare number."""
     if not value.measured:
         return number(value.mean)
-    return f"{number(value.mean)} [{number(value.low)}, {number(value.high)}]"
+    return f"{number(value.mean)} ± {number((value.high - value.low) / 2)}"
 
 
 def moment(value: object) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -104,7 +105,7 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
     try:
         for module in modules:
             module.eval()
-        with torch.no_grad(), _autocast_on_meta(), _NonzeroOnMeta():
+        with torch.no_grad(), _autocast_on_meta(), AllTrueMasks():
             yield
     finally:
         for part, mode in modes:
@@ -126,13 +127,14 @@ def _autocast_on_meta() -> Iterator[None]:
         torch.autocast = stock  # type: ignore[misc]
 
 
-class _NonzeroOnMeta(TorchFunctionMode):
-    """On the meta device no number is known: a mask counts as all true, as where nothing is padded.
+class AllTrueMasks(TorchFunctionMode):
+    """Of meta and fake tensors no number is known: a mask counts as all true, as where nothing is padded.
 
     Mochi picks the valid tokens of a prompt this way.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.nonzero, Tensor.nonzero) and args[0].is_meta and not (kwargs or {}).get("as_tuple"):
-            return torch.empty(args[0].numel(), args[0].ndim, dtype=torch.long, device="meta")
+        unknown = func in (torch.nonzero, Tensor.nonzero) and (args[0].is_meta or isinstance(args[0], FakeTensor))
+        if unknown and not (kwargs or {}).get("as_tuple"):
+            return torch.empty(args[0].numel(), args[0].ndim, dtype=torch.long, device=args[0].device)
         return func(*args, **(kwargs or {}))

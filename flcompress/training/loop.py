@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from flcompress.draws import generator
+from flcompress.pipeline.durable import write_text
 from flcompress.pipeline.passes import ProgressSink
 from flcompress.training.trained import Trained
 
@@ -94,7 +95,7 @@ def _truncate(log: Path, step: int) -> None:
     """Drop what was logged after the checkpoint: those steps will be done, and logged, again."""
     if log.exists():
         kept = [line for line in log.read_text(encoding="utf-8").splitlines() if line and _step(line) <= step]
-        log.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        write_text(log, "".join(line + "\n" for line in kept))
 
 
 def _step(line: str) -> int:

@@ -14,6 +14,7 @@ from flcompress.pipeline.rundir import RunDirectory
 def test_work_is_counted_and_rounds_are_timed(run: RunDirectory) -> None:
     told: list[tuple[int, int]] = []
     results = bench(run, 2, lambda done, total, values: told.append((done, total)), ["ONNX Runtime"])
+    assert results["program"] == run.entries()[-1].key
     teacher, student = results["teacher"], results["student"]
     assert (teacher["evaluations"], student["evaluations"]) == (6, 2)
     sizes = [

@@ -69,6 +69,7 @@ def test_differences_are_paired_by_seed(first: tuple[dict[str, Any], Count]) -> 
 
 def test_results_and_pictures_are_written(run: RunDirectory, first: tuple[dict[str, Any], Count]) -> None:
     results, _ = first
+    assert results["program"] == run.entries()[-1].key
     assert json.loads((run.path / "eval" / "results.json").read_text(encoding="utf-8")) == results
     for row in results["contenders"]:
         assert (run.path / row["strip"]).stat().st_size > 0

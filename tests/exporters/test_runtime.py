@@ -11,8 +11,10 @@ import av
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
 
+from flcompress.cli import main
 from flcompress.errors import RequestError, UnavailableError
 from flcompress.exporters.clip_files import frames_of, write_clip
 from flcompress.exporters.runtime import generate
@@ -136,3 +138,14 @@ def test_exports_of_two_contracts_are_refused(copy: Path, tmp_path: Path) -> Non
 def test_nothing_is_drawn_over_the_command(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     generate(run, PROMPT, "torch", tmp_path / "clip.gif")
     assert capfd.readouterr() == ("", "")
+
+
+def test_the_command_shows_each_network_call(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flcompress.pipeline.display.PLAIN_SECONDS", 0.0)
+    given = ["generate", str(run), "--prompt", PROMPT, "--out", str(tmp_path / "clip.gif")]
+    told = CliRunner().invoke(main, given)
+    assert told.exit_code == 0, told.output
+    assert [line.strip().split(",")[0] for line in told.stderr.splitlines()] == [
+        f"generate: {n}/4" for n in range(1, 5)
+    ]
+    assert CliRunner().invoke(main, [*given, "--quiet"]).stderr == ""

@@ -180,7 +180,7 @@ def test_a_full_disk_leaves_what_was_there(write: WriteRecipe, tmp_path: Path) -
         run_recipe(write("passes: [score, {broken: {how: full disk}}]\n"), tmp_path / "run")
     assert caught.value.exit_status == 1
     assert str(caught.value) == (
-        f"{tmp_path}/run: no space left on the disk; finished passes are kept: "
+        f"{tmp_path}/run: no space left on the disk; what was stored before is kept: "
         "free some space and give the same command again"
     )
     assert {file: file.read_bytes() for file in stored} == stored

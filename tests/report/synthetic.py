@@ -196,5 +196,5 @@ def write_run(path: Path, *, blocks: int = 16, passes: bool = True, measured: bo
     )
     (path / "journal.jsonl").write_text("".join(json.dumps(event) + "\n" for event in journal))
     if measured:
-        write_measured(path, whole.parameters, cut.parameters)
+        write_measured(path, key, whole.parameters, cut.parameters)
     return path

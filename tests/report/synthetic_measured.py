@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ CONTENDERS = {
 }
 
 
-def write_measured(path: Path, before: int, after: int) -> None:
-    """Write `eval/` and `bench/` of a run whose model went from `before` to `after` parameters."""
+def write_measured(path: Path, program: str, before: int, after: int) -> None:
+    """Write `eval/` and `bench/` of a run whose last key is `program`, cut from `before` to `after` parameters."""
     contenders = [
         {
             "name": name,
@@ -43,6 +44,7 @@ def write_measured(path: Path, before: int, after: int) -> None:
     write_json(
         path / "eval" / "results.json",
         {
+            "program": program,
             "benchmark": "moving-digits",
             "clips": 1536,
             "seeds": 3,
@@ -55,6 +57,7 @@ def write_measured(path: Path, before: int, after: int) -> None:
                 "joint_accuracy": 0.966,
             },
             "contenders": contenders,
+            "paired": _paired(contenders),
         },
     )
     (path / "eval" / "strips").mkdir(parents=True)
@@ -71,6 +74,7 @@ def write_measured(path: Path, before: int, after: int) -> None:
     write_json(
         path / "bench" / "results.json",
         {
+            "program": program,
             "machine": {"cpu": "Example CPU", "cores": 2, "gpu": None, "torch": "2.11.0"},
             "rounds": 5,
             "batch": 1,
@@ -91,6 +95,17 @@ def write_measured(path: Path, before: int, after: int) -> None:
             ],
         },
     )
+
+
+def _paired(contenders: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Differences with four fifths of the means' intervals: where two of those overlap, this may tell them apart."""
+    return [
+        {"a": a["name"], "b": b["name"], "metric": metric, **_around(a[metric]["mean"] - b[metric]["mean"], half)}
+        for b, a in itertools.combinations(contenders, 2)
+        for metric, value in a.items()
+        if isinstance(value, dict)
+        for half in [0.4 * (value["high"] - value["low"])]
+    ]
 
 
 def _around(mean: float, half: float) -> dict[str, Any]:

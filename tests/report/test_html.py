@@ -1,3 +1,4 @@
+import json
 import re
 import shutil
 import subprocess
@@ -6,7 +7,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from flcompress.errors import FlcompressError
 from flcompress.report.html import write_report
+from flcompress.report.quality import quality
+from flcompress.report.record import read_object
 from tests.report.synthetic import write_run
 
 SECTIONS = (
@@ -54,6 +58,30 @@ def test_the_best_and_those_not_known_to_be_worse_are_marked(tmp_path: Path) -> 
     assert '<td class="not told apart">not told apart</td>' in page
 
 
+def test_paired_differences_decide_where_intervals_overlap(tmp_path: Path) -> None:
+    """0.900 and 0.910 are known to 0.012 each, their difference to less than its size."""
+    run = write_run(tmp_path)
+    found = {(c.other, c.metric): c for c in quality(read_object(run / "eval/results.json")).comparisons}
+    accuracy = found["teacher, 50 steps, guided", "Prompt accuracy"]
+    assert accuracy.student.high > accuracy.against.low
+    assert accuracy.difference.mean == pytest.approx(-0.01)
+    assert accuracy.verdict == "worse"
+    assert found["teacher, 50 steps, guided", "Fréchet distance"].verdict == "not told apart"
+    assert found["teacher, 4 steps", "Fréchet distance"].verdict == "better"
+    assert found["teacher, 4 steps", "Fréchet distance"].difference.mean == pytest.approx(431 - 980)
+
+
+def test_a_pair_is_read_from_both_sides(tmp_path: Path) -> None:
+    file = write_run(tmp_path) / "eval/results.json"
+    before = quality(read_object(file)).comparisons
+    results = json.loads(file.read_text())
+    for pair in results["paired"]:
+        a, b, low, high = pair["a"], pair["b"], pair["low"], pair["high"]
+        pair |= {"a": b, "b": a, "mean": -pair["mean"], "low": -high, "high": -low}
+    file.write_text(json.dumps(results))
+    assert quality(read_object(file)).comparisons == before
+
+
 def test_odd_text_is_escaped(tmp_path: Path) -> None:
     run = write_run(tmp_path, measured=False)
     (run / "recipe.yaml").write_text("# </pre><script>alert('x')</script> & {{ 7 * 7 }}\n")
@@ -88,10 +116,10 @@ def test_a_failed_write_leaves_the_old_page(tmp_path: Path, monkeypatch: pytest.
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(FlcompressError, match="no space left on the disk; what was stored before is kept"):
         write_report(run)
     assert (run / "report.html").read_bytes() == before
-    assert not list(run.glob(".report-*"))
+    assert not list(run.glob("report.html?*"))
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome on PATH")

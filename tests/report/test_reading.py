@@ -36,6 +36,10 @@ def _levels(file: Path) -> None:
     file.write_text(json.dumps(value))
 
 
+def _lone(file: Path) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), "paired": []}))
+
+
 def _middle(file: Path) -> None:
     file.write_text('{"step": 1}\n{"step"\n{"step": 3}\n')
 
@@ -46,6 +50,8 @@ def _middle(file: Path) -> None:
         ("run.json", _cut, "run.json: cannot be read as JSON"),
         ("eval/results.json", _cut, "results.json: cannot be read as JSON"),
         ("eval/results.json", _without("contenders"), "contenders is nothing, expected a list of objects"),
+        ("eval/results.json", _without("paired"), "results.json: paired is nothing, expected a list of objects"),
+        ("eval/results.json", _lone, "paired has no frechet of teacher-4 and teacher-50; make the file again"),
         ("bench/results.json", _without("work_ratio"), "work_ratio is nothing, expected a number"),
         ("passes/*-importance-*/result.json", _levels, r"blocks\[2\].per_level is .*expected a list of rows of 4"),
         ("passes/*-prune-*/result.json", _without("kept"), "result.json: kept is nothing, expected an object"),
@@ -79,6 +85,29 @@ def test_only_the_results_that_make_up_the_run_count(tmp_path: Path) -> None:
     old.mkdir()
     (old / "entry.json").write_text('{"key": "0ld", "name": "dmd", "index": 4, "arguments": {}, "seconds": 1}')
     assert [entry.key for entry in read_run(run).entries] == [f"{index:064x}" for index in range(5)]
+
+
+def test_what_was_measured_on_an_earlier_student_does_not_count(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    entry = next(run.glob("passes/*-dmd-*/entry.json"))
+    entry.write_text(json.dumps({**json.loads(entry.read_text()), "key": "f" * 64}))  # as another recipe would have
+    found = read_run(run)
+    assert found.outdated == {"eval", "bench"}
+    assert found.evaluation is None
+    assert found.bench is None
+    page = write_report(run).read_text(encoding="utf-8")
+    assert page.count("was measured on an earlier student: the recipe has been changed and applied since.") == 2
+    assert "The samples are of an earlier student." in page
+    assert "data:image" not in page
+    assert "33.00x" not in page
+
+
+def test_what_does_not_say_its_student_does_not_count(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    _without("program")(run / "bench/results.json")
+    found = read_run(run)
+    assert found.outdated == {"bench"}
+    assert found.evaluation is not None
 
 
 def test_a_listed_result_that_is_gone_is_named(tmp_path: Path) -> None:

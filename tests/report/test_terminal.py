@@ -1,4 +1,5 @@
 import io
+import json
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,16 @@ def test_it_says_which_command_measures_what_is_missing(tmp_path: Path) -> None:
     text = summary(write_run(tmp_path, measured=False)).replace("\n", " ")
     assert "quality: not measured; run flcompress eval" in text
     assert "speed: not measured; run flcompress bench" in text
+
+
+def test_it_says_what_was_measured_on_an_earlier_student(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    for command in ("eval", "bench"):
+        file = run / command / "results.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "program": "f" * 64}))
+    text = summary(run).replace("\n", " ")
+    assert f"speed: measured on an earlier student; run flcompress bench {run} again" in text
+    assert f"quality: measured on an earlier student; run flcompress eval {run} again" in text
 
 
 def test_markup_in_a_name_is_printed_as_it_is(tmp_path: Path) -> None:
