@@ -105,9 +105,10 @@ def _first_frame(parts: Parts, facts: dict[str, Any], image: Path | None) -> Con
 
 def _denoiser(run_dir: Path, backend: Backend, facts: dict[str, Any]) -> Network:
     transformer = run_dir / "exports" / "diffusers" / "transformer"
+    guidance = SamplingContract.from_dict(facts["contract"]).embedded_guidance
     if backend == "torch":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        network = as_network(load_transformer(transformer, device), facts["contract"]["embedded_guidance"])
+        network = as_network(load_transformer(transformer, device), guidance)
         return lambda x, timestep, given: network(x.to(device), timestep.to(device), on(given, device)).to(x.device)
     folder = run_dir / "exports" / backend
     manifest = read_manifest(folder / MANIFEST_FILE, _make(run_dir, backend))
@@ -121,7 +122,7 @@ def _denoiser(run_dir: Path, backend: Backend, facts: dict[str, Any]) -> Network
         require_hash(folder / name, expected, _make(run_dir, backend))
     model = folder / str(manifest["file"])
     session = _onnx_session(model) if backend == "onnx" else TensorRTSession(model)
-    return _as_network(session, check_transformer_config(transformer), facts["contract"]["embedded_guidance"])
+    return _as_network(session, check_transformer_config(transformer), guidance)
 
 
 def _onnx_session(model: Path) -> OnnxSession:

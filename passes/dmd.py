@@ -84,17 +84,19 @@ class DistributionMatching(Pass):
             needed.add(Fact.PRUNED)
         return frozenset(needed)
 
-    def cost(self, parameters: float, blocks: int) -> Cost:
-        simulate = (self.student_steps - 1) / 2.0
-        generator = simulate + 3.0 + 1.0 + 2.0 + (1.0 if self.intra_cfg != (0.0, 0.0) else 0.0)
-        critic = simulate + 1.0 + 3.0
+    def cost(self, parameters: float, blocks: int, original: float) -> Cost:
+        # The generator is pruned; the scores are as deep as the original.
+        pruned = parameters / original
+        simulate = pruned * (self.student_steps - 1) / 2.0
+        generator = simulate + pruned * 3.0 + 1.0 + 2.0 + (pruned if self.intra_cfg != (0.0, 0.0) else 0.0)
+        critic = simulate + pruned + 3.0
         return Cost(
             steps=self.steps,
             forwards=self.steps * self.batch * (generator + self.critic_updates * critic),
             batch=self.batch,
-            trained=2.0 * parameters,
+            trained=parameters + original,
             averaged=parameters,
-            frozen=parameters,
+            frozen=original,
         )
 
     def apply(self, program: Program, work: Work) -> Program:

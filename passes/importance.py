@@ -47,7 +47,7 @@ class Importance(Pass):
     sigma_max: float = Field(0.98, gt=0, le=1, description="highest noise level")
     batch: int = Field(32, gt=0, description="draws computed at once")
 
-    def cost(self, parameters: float, blocks: int) -> Cost:
+    def cost(self, parameters: float, blocks: int, original: float) -> Cost:
         return Cost(forwards=self.draws * (blocks + 3) / 2.0, batch=self.batch, frozen=parameters)
 
     def apply(self, program: Program, work: Work) -> Program:

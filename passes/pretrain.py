@@ -43,7 +43,7 @@ class Pretrain(Pass):
     compile: bool = Field(False, description="train through torch.compile; needs a C++ compiler")
     ema_decay: float = Field(0.999, ge=0, lt=1, description="decay of the moving average that is kept")
 
-    def cost(self, parameters: float, blocks: int) -> Cost:
+    def cost(self, parameters: float, blocks: int, original: float) -> Cost:
         return Cost(
             steps=self.steps,
             forwards=3.0 * self.steps * self.batch,

@@ -42,7 +42,7 @@ class Prune(Pass):
     def remaining(self, parameters: float) -> float:
         return parameters * (1.0 - self.remove)
 
-    def cost(self, parameters: float, blocks: int) -> Cost:
+    def cost(self, parameters: float, blocks: int, original: float) -> Cost:
         return Cost(forwards=6.0, frozen=4.0 * parameters)
 
     def apply(self, program: Program, work: Work) -> Program:

@@ -66,7 +66,7 @@ class StochasticDepth(Pass):
     def needs(self) -> frozenset[Fact]:
         return frozenset({Fact.SCORED} if self.by == "importance" else ())
 
-    def cost(self, parameters: float, blocks: int) -> Cost:
+    def cost(self, parameters: float, blocks: int, original: float) -> Cost:
         targets = 0 if self.target == "self" else 1
         return Cost(
             steps=self.steps,

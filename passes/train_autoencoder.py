@@ -43,7 +43,7 @@ class TrainAutoencoder(Pass):
     batch: int = Field(8, gt=0, description="clips a step")
     learning_rate: float = Field(3e-3, gt=0, description="peak; rises for 100 steps, then half a cosine")
 
-    def cost(self, parameters: float, blocks: int) -> Cost:
+    def cost(self, parameters: float, blocks: int, original: float) -> Cost:
         return Cost(steps=self.steps, batch=self.batch)
 
     def apply(self, program: Program, work: Work) -> Program:

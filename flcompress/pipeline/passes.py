@@ -105,8 +105,14 @@ class Pass(BaseModel, ABC):
         """Network evaluations for one sample after this pass, given those before; for the plan."""
         return evaluations
 
-    def cost(self, parameters: float, blocks: int) -> Cost:
-        """What this pass will take on a transformer with so many parameters and blocks; for the plan."""
+    def cost(self, parameters: float, blocks: int, original: float) -> Cost:
+        """What this pass will take, for the plan.
+
+        Args:
+            parameters: of the transformer as the pass meets it.
+            blocks: of the same.
+            original: parameters of the transformer that the recipe started from.
+        """
         return Cost()
 
     @abstractmethod

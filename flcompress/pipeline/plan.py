@@ -77,7 +77,7 @@ def make_plan(recipe: Recipe, flops_per_second: float | None = None) -> Plan:
     parameters, evaluations = float(graph.parameters), source.contract.evaluations
     for step in recipe.passes:
         left = _whole_blocks(graph, parameters, step.remaining(parameters))
-        cost = step.cost(parameters, _blocks(graph, parameters))
+        cost = step.cost(parameters, _blocks(graph, parameters), float(graph.parameters))
         rows.append(
             PlannedPass(
                 name=step.name,

@@ -35,7 +35,7 @@ class Score(Pass):
     kind: Literal["one", "other"] = Field("one", description="which way")
     span: tuple[float, float] = Field((0.0, 1.0), description="from, to")
 
-    def cost(self, parameters: float, blocks: int) -> Cost:
+    def cost(self, parameters: float, blocks: int, original: float) -> Cost:
         return Cost(forwards=self.draws)
 
     def apply(self, program: Program, work: Work) -> Program:
@@ -66,7 +66,7 @@ class Cut(Pass):
     def evaluations(self, evaluations: int) -> int:
         return self.steps
 
-    def cost(self, parameters: float, blocks: int) -> Cost:
+    def cost(self, parameters: float, blocks: int, original: float) -> Cost:
         return Cost(steps=10, forwards=3000, batch=2, trained=parameters, frozen=2 * parameters)
 
     def apply(self, program: Program, work: Work) -> Program:
