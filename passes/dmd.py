@@ -17,9 +17,8 @@ from flcompress.diffusion.conditioning import Conditioning, on, without_prompt
 from flcompress.diffusion.contract import SamplingContract, student_contract
 from flcompress.diffusion.guidance import well_guided
 from flcompress.diffusion.sampling import advance
-from flcompress.models.loading import load_transformer
 from flcompress.models.network import as_network
-from flcompress.pipeline.passes import Cost, Pass, Work
+from flcompress.pipeline.passes import Cost, Pass, Role, Work
 from flcompress.pipeline.program import Fact, Program
 from flcompress.trace.network import skipping
 from flcompress.training.discriminator import Discriminator, critic_term, generator_term
@@ -94,17 +93,18 @@ class DistributionMatching(Pass):
             steps=self.steps,
             forwards=self.steps * self.batch * (generator + self.critic_updates * critic),
             batch=self.batch,
-            trained=parameters + original,
-            averaged=parameters,
-            frozen=original,
+            roles=(
+                Role("generator", parameters, trained=True, averaged=True),
+                Role("fake score", original, trained=True),
+                Role("real score", original),
+            ),
         )
 
     def apply(self, program: Program, work: Work) -> Program:
         data = work.data(program)
         contract = student_contract(program.teacher_contract, self.student_steps, program.family.sigmas)
-        generator = load_transformer(program.components["transformer"], work.device).requires_grad_(True)
-        real = load_transformer(program.components[self.real_score], work.device)
-        fake = load_transformer(program.components["elastic"], work.device).requires_grad_(True)
+        generator, fake = work.trained(program.components["transformer"]), work.trained(program.components["elastic"])
+        real = work.frozen(program.components[self.real_score])
         started = time.monotonic()
         matcher = _Matcher(self, program, contract, data, generator, fake, real, work.device)
         train(
@@ -114,6 +114,7 @@ class DistributionMatching(Pass):
             seed=(work.seed, self.name),
             directory=work.directory,
             progress=work.progress,
+            precision=work.precision,
         )
         generator.load_state_dict(matcher.generator_role.averaged_state())
         target = work.directory / "transformer"

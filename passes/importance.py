@@ -20,7 +20,7 @@ from flcompress.ir.graph import BlockGraph
 from flcompress.ir.selection import u_index
 from flcompress.models.loading import load_transformer
 from flcompress.models.network import as_network
-from flcompress.pipeline.passes import Cost, Pass, ProgressSink, Work
+from flcompress.pipeline.passes import Cost, Pass, ProgressSink, Role, Work
 from flcompress.pipeline.program import Fact, Program
 from flcompress.trace.prefix import remember
 
@@ -48,7 +48,9 @@ class Importance(Pass):
     batch: int = Field(32, gt=0, description="draws computed at once")
 
     def cost(self, parameters: float, blocks: int, original: float) -> Cost:
-        return Cost(forwards=self.draws * (blocks + 3) / 2.0, batch=self.batch, frozen=parameters)
+        return Cost(
+            forwards=self.draws * (blocks + 3) / 2.0, batch=self.batch, roles=(Role("transformer", parameters),)
+        )
 
     def apply(self, program: Program, work: Work) -> Program:
         model = load_transformer(program.components["transformer"], work.device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -13,9 +12,8 @@ from pydantic import Field
 from flcompress.data.latents import LatentDataset
 from flcompress.diffusion.conditioning import dropped
 from flcompress.diffusion.contract import SamplingContract
-from flcompress.models.loading import load_transformer
 from flcompress.models.network import as_network
-from flcompress.pipeline.passes import Cost, Pass, ProgressSink, Work
+from flcompress.pipeline.passes import Cost, Pass, Role, Work
 from flcompress.pipeline.program import Fact, Program
 from flcompress.training.loop import train
 from flcompress.training.objectives import denoising_loss, draw_levels
@@ -48,14 +46,13 @@ class Pretrain(Pass):
             steps=self.steps,
             forwards=3.0 * self.steps * self.batch,
             batch=self.batch,
-            trained=parameters,
-            averaged=parameters,
+            roles=(Role("model", parameters, trained=True, averaged=True),),
         )
 
     def apply(self, program: Program, work: Work) -> Program:
-        model = load_transformer(program.components["transformer"], work.device).requires_grad_(True)
+        model = work.trained(program.components["transformer"])
         data = work.data(program)
-        trained = self.fit(model, program.contract, data, work.seed, work.directory, work.progress)
+        trained = self.fit(model, program.contract, data, work)
         model.load_state_dict(trained)
         target = work.directory / "transformer"
         model.save_pretrained(str(target))
@@ -71,9 +68,7 @@ class Pretrain(Pass):
         model: Any,
         contract: SamplingContract,
         data: LatentDataset,
-        seed: int,
-        directory: Path,
-        progress: ProgressSink,
+        work: Work,
     ) -> dict[str, torch.Tensor]:
         """Train `model` in place and return the state dict of its moving average."""
         role = Trained(
@@ -107,9 +102,10 @@ class Pretrain(Pass):
             train_step,
             [role],
             steps=self.steps,
-            seed=(seed, self.name),
-            directory=directory,
-            progress=progress,
+            seed=(work.seed, self.name),
+            directory=work.directory,
+            progress=work.progress,
+            precision=work.precision,
             monitor=monitor,
             monitor_every=250,
         )

@@ -14,7 +14,7 @@ from flcompress.ir.graph import BlockGraph
 from flcompress.ir.selection import By, choose
 from flcompress.models.inputs import example_inputs
 from flcompress.models.loading import load_transformer
-from flcompress.pipeline.passes import Cost, Pass, Work
+from flcompress.pipeline.passes import Cost, Pass, Role, Work
 from flcompress.pipeline.program import Fact, Program
 from flcompress.trace.remove import remove
 
@@ -43,7 +43,7 @@ class Prune(Pass):
         return parameters * (1.0 - self.remove)
 
     def cost(self, parameters: float, blocks: int, original: float) -> Cost:
-        return Cost(forwards=6.0, frozen=4.0 * parameters)
+        return Cost(forwards=6.0, roles=(Role("transformer and its certificate's copies", 4.0 * parameters),))
 
     def apply(self, program: Program, work: Work) -> Program:
         if Fact.PRUNED in program.facts:

@@ -14,9 +14,9 @@ from pydantic import Field
 from flcompress.diffusion.conditioning import Conditioning, dropped, on
 from flcompress.errors import TrainingError
 from flcompress.ir.selection import By, choose
-from flcompress.models.loading import frozen, load_transformer
+from flcompress.models.loading import frozen
 from flcompress.models.network import as_network
-from flcompress.pipeline.passes import Cost, Pass, Work
+from flcompress.pipeline.passes import Cost, Pass, Role, Work
 from flcompress.pipeline.program import Fact, Program
 from flcompress.trace.network import skipping
 from flcompress.trace.prefix import remember
@@ -67,21 +67,20 @@ class StochasticDepth(Pass):
         return frozenset({Fact.SCORED} if self.by == "importance" else ())
 
     def cost(self, parameters: float, blocks: int, original: float) -> Cost:
-        targets = 0 if self.target == "self" else 1
+        roles = [Role("model", parameters, trained=True, averaged=self.target == "ema"), Role("original", parameters)]
+        if self.target == "ema":
+            roles.append(Role("averaged target", parameters))
         return Cost(
             steps=self.steps,
             forwards=self.steps * self.batch * (1.0 + 3.0 * (1.0 - self.remove * self.skip_probability)),
             batch=self.batch,
-            trained=parameters,
-            averaged=parameters if self.target == "ema" else 0.0,
-            frozen=parameters * targets,
+            roles=tuple(roles),
         )
 
     def apply(self, program: Program, work: Work) -> Program:
         paths = choose(program.graph, self.remove, self.by, seed=work.seed)
         source = program.components["transformer"]
-        model = load_transformer(source, work.device).requires_grad_(True)
-        original = load_transformer(source, work.device)
+        model, original = work.trained(source), work.frozen(source)
         self._train(model, original, paths, program, work)
         target = work.directory / "transformer"
         model.save_pretrained(str(target))
@@ -113,23 +112,12 @@ class StochasticDepth(Pass):
         process, guidance = contract.process, contract.embedded_guidance
         network = as_network(model, guidance)
 
-        def both_paths(
-            skipped: list[str], x: torch.Tensor, timestep: torch.Tensor, given: Conditioning
-        ) -> tuple[torch.Tensor, torch.Tensor]:
-            """(pruned output with gradient, target without)."""
-            if self.target == "self" and skipped:
-                # Both share the weights, so what lies before the first skipped block is computed once.
-                with remember(model, graph, detach=False) as memory:
-                    full = network(x, timestep, given)
-                    with memory.skipping(*skipped):
-                        return network(x, timestep, given), full.detach()
-            with skip(model, skipped, graph=graph):
-                pruned = network(x, timestep, given)
-            with torch.no_grad():
-                if averaged is not None:
-                    averaged.load_state_dict(role.averaged_state())
-                source = original if self.target == "frozen" else averaged if averaged is not None else model
-                return pruned, as_network(source, guidance)(x, timestep, given)
+        @torch.no_grad()
+        def target(x: torch.Tensor, timestep: torch.Tensor, given: Conditioning) -> torch.Tensor:
+            if averaged is not None:
+                averaged.load_state_dict(role.averaged_state())
+            source = original if self.target == "frozen" else averaged if averaged is not None else model
+            return as_network(source, guidance)(x, timestep, given)
 
         def train_step(step: int, draw: torch.Generator) -> Mapping[str, float]:
             x0, given = training.batch(self.batch, draw)
@@ -140,11 +128,24 @@ class StochasticDepth(Pass):
             skipped = [path for path, gone in zip(paths, mask.tolist(), strict=True) if gone]
             x0, noise, level = (t.to(work.device) for t in (x0, noise, level))
             x = process.add_noise(x0, noise, level)
-            pruned, full = both_paths(skipped, x, process.timestep(level), on(given, work.device))
-            loss = self.alpha * (pruned - full).square().mean()
-            if self.alpha < 1.0:
-                loss = loss + (1.0 - self.alpha) * (pruned - process.target(x0, noise, level)).square().mean()
-            return role.update(loss)
+            timestep, given = process.timestep(level), on(given, work.device)
+
+            def update(pruned: torch.Tensor, full: torch.Tensor) -> Mapping[str, float]:
+                loss = self.alpha * (pruned - full).square().mean()
+                if self.alpha < 1.0:
+                    loss = loss + (1.0 - self.alpha) * (pruned - process.target(x0, noise, level)).square().mean()
+                return role.update(loss)
+
+            if self.target == "self" and skipped and not work.gradient_checkpointing:
+                # Both paths share the weights, so what lies before the first skipped block is computed once.
+                with remember(model, graph, detach=False) as memory:
+                    full = network(x, timestep, given)
+                    with memory.skipping(*skipped):
+                        return update(network(x, timestep, given), full.detach())
+            full = target(x, timestep, given)
+            with skip(model, skipped, graph=graph):
+                # The backward too: under gradient checkpointing it computes blocks again, and must skip the same ones.
+                return update(network(x, timestep, given), full)
 
         elbo = HeldOutELBO(heldout, process, len(heldout), work.seed, work.device, self.batch)
         reference = elbo(as_network(original, guidance))
@@ -167,6 +168,7 @@ class StochasticDepth(Pass):
             seed=(work.seed, self.name),
             directory=work.directory,
             progress=work.progress,
+            precision=work.precision,
             monitor=monitor,
             monitor_every=self.monitor_every,
         )

@@ -15,10 +15,10 @@ from flcompress.models.quiet import no_progress_bars
 
 
 @no_progress_bars()
-def load_transformer(folder: Path, device: str = "cpu") -> Any:
-    """The transformer, in evaluation mode, without gradients."""
-    factory = transformer_class(folder)
-    model, info = factory.from_pretrained(str(folder), use_safetensors=True, output_loading_info=True)
+def load_transformer(folder: Path, device: str = "cpu", dtype: torch.dtype | None = None) -> Any:
+    """The transformer, in evaluation mode, without gradients; in fp32 where no dtype is given."""
+    factory, kept = transformer_class(folder), {} if dtype is None else {"torch_dtype": dtype}
+    model, info = factory.from_pretrained(str(folder), use_safetensors=True, output_loading_info=True, **kept)
     # Stock loading is silent about missing and unexpected tensors; such a model is wrong.
     for trouble in ("missing_keys", "unexpected_keys"):
         if info[trouble]:

@@ -120,6 +120,7 @@ def pass_key(step: Pass, program: Program, recipe: Recipe) -> str:
         arguments=arguments(step),
         data=fingerprint(recipe.data_spec()),
         seed=recipe.seed,
+        training=recipe.training.model_dump(mode="json"),
     )
 
 
@@ -142,7 +143,14 @@ def _apply(recipe: Recipe, run: RunDirectory, shared: Path, display: Display, de
             if found is None:
                 display.line(f"{title}: running")
                 with display.stage(title) as progress:
-                    work = Work(directory=Path(), seed=recipe.seed, data=clips, progress=progress, device=device)
+                    work = Work(
+                        directory=Path(),
+                        seed=recipe.seed,
+                        data=clips,
+                        progress=progress,
+                        device=device,
+                        **recipe.training.model_dump(),
+                    )
                     entry = store.make(index, step.name, key, arguments(step), _builder(step, program, work))
                 display.line(f"{title}: {entry.record['seconds']:.1f} s, peak {entry.record['peak_rss_mb']:.0f} MB")
                 ran += 1

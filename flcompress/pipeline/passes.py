@@ -6,15 +6,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from flcompress.errors import PreconditionError
+from flcompress.errors import PreconditionError, RequestError
 from flcompress.pipeline.program import Fact, Program
 
 if TYPE_CHECKING:
     from flcompress.data.latents import LatentDataset
+
+Precision = Literal["fp32", "bf16"]
 
 ProgressSink = Callable[[int, int, Mapping[str, float]], None]
 """Called with (done, total, values to show)."""
@@ -33,6 +35,8 @@ class Work:
             (cached). Raises DataError where the recipe has no data.
         progress: told how far the work is.
         device: "cpu" or "cuda".
+        precision: of forwards and backwards in training: "fp32", or "bf16" (autocast over fp32 weights).
+        gradient_checkpointing: whether trained models compute their blocks again in the backward.
     """
 
     directory: Path
@@ -40,27 +44,68 @@ class Work:
     data: Callable[[Program], LatentDataset]
     progress: ProgressSink
     device: str = "cpu"
+    precision: Precision = "fp32"
+    gradient_checkpointing: bool = False
+
+    def trained(self, folder: Path) -> Any:
+        """A transformer to be trained: fp32 weights.
+
+        Raises:
+            RequestError: gradient checkpointing is asked of a class that has none.
+        """
+        from flcompress.models.loading import load_transformer
+
+        model = load_transformer(folder, self.device).requires_grad_(True)
+        if self.gradient_checkpointing:
+            if not model._supports_gradient_checkpointing:
+                raise RequestError(
+                    f"training.gradient_checkpointing: {type(model).__name__} has none in this diffusers; "
+                    "set it to false"
+                )
+            model.enable_gradient_checkpointing()
+        return model
+
+    def frozen(self, folder: Path) -> Any:
+        """A transformer that only judges: weights in the training's precision."""
+        import torch
+
+        from flcompress.models.loading import load_transformer
+
+        return load_transformer(folder, self.device, torch.bfloat16 if self.precision == "bf16" else None)
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """One model that a pass holds in memory.
+
+    Attributes:
+        name: what it is for: "generator", "real score", ...
+        parameters: how many.
+        trained: whether it has gradients and optimiser moments.
+        averaged: whether a moving average of it is kept.
+    """
+
+    name: str
+    parameters: float
+    trained: bool = False
+    averaged: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What a pass will take, for the plan of a dry run.
+    """What a pass will take, for the plan.
 
     Attributes:
         steps: training steps, or 0.
         forwards: forwards of one sample through the full transformer, in total; a backward counts as two.
         batch: samples that are in memory at once.
-        trained: parameters of trained models held at once (weights, gradients, two moments).
-        averaged: parameters of which a moving average is held.
-        frozen: parameters of frozen models held at once.
+        roles: the models that are in memory at once.
     """
 
     steps: int = 0
     forwards: float = 0.0
     batch: int = 1
-    trained: float = 0.0
-    averaged: float = 0.0
-    frozen: float = 0.0
+    roles: tuple[Role, ...] = ()
 
 
 class Pass(BaseModel, ABC):

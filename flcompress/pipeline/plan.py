@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from flcompress.ir.graph import BlockGraph
 from flcompress.pipeline.display import clock
-from flcompress.pipeline.planned_memory import PlannedMemory, kept_for_backward, planned_memory
+from flcompress.pipeline.planned_memory import PlannedMemory, kept_alive, planned_memory
 from flcompress.pipeline.planned_size import latents
 from flcompress.pipeline.recipe import Recipe
 from flcompress.pipeline.start import read_source, trace_folder
@@ -72,7 +72,7 @@ def make_plan(recipe: Recipe, flops_per_second: float | None = None) -> Plan:
     shape = shape or source.latents[1:]
     graph = source.graph if shape == source.latents[1:] else trace_folder(transformer, tokens, shape)
     speed = flops_per_second or measure_speed(transformer, graph, tokens, shape)
-    kept = kept_for_backward(transformer, tokens, shape)
+    kept = kept_alive(transformer, graph, tokens, shape, recipe.training.precision)
     rows: list[PlannedPass] = []
     parameters, evaluations = float(graph.parameters), source.contract.evaluations
     for step in recipe.passes:
@@ -87,7 +87,7 @@ def make_plan(recipe: Recipe, flops_per_second: float | None = None) -> Plan:
                 steps=cost.steps,
                 forwards=round(cost.forwards),
                 seconds=cost.forwards * graph.flops / speed,
-                memory=planned_memory(cost, kept, len(graph.blocks)),
+                memory=planned_memory(cost, kept, recipe.training),
             )
         )
         parameters, evaluations = left, step.evaluations(evaluations)
@@ -151,8 +151,8 @@ def _memory_lines(passes: tuple[PlannedPass, ...]) -> list[str]:
     if not passes:
         return []
     fullest = max(passes, key=lambda row: row.memory.total)
-    parts = ", ".join(f"{name} {value / 1e6:,.0f}" for name, value in asdict(fullest.memory).items())
-    return [f"memory: {fullest.name} takes most, in MB: {parts}"]
+    parts = ", ".join(f"{name} {_short(value)}B" for name, value in fullest.memory.parts().items())
+    return [f"memory: {fullest.name} takes most, {_short(fullest.memory.total)}B: {parts}"]
 
 
 def measure_speed(transformer: Path, graph: BlockGraph, tokens: int, shape: LatentShape) -> float:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flcompress.pipeline.passes import Cost
+from flcompress.ir.graph import BlockGraph
+from flcompress.pipeline.passes import Cost, Precision, Role
+from flcompress.pipeline.recipe import Training
 
 if TYPE_CHECKING:
     from flcompress.models.families.family import LatentShape
 
-FLOAT = 4
-"""Bytes of a number: everything is trained in fp32."""
+FLOAT, HALF = 4, 2
+"""Bytes of a number. Trained weights are fp32; frozen ones and activations are of the training's precision."""
 MOMENTS = 2
 """AdamW keeps two per trained parameter."""
 PROCESS = 450_000_000
@@ -25,43 +29,70 @@ class PlannedMemory:
 
     Attributes:
         process: the interpreter and its libraries.
-        weights: of all models held at once, trained or not.
-        gradients, moments: of the trained ones.
-        average: moving averages of trained ones.
+        roles: of each model: weights, and where it is trained gradients, moments and moving average.
         activations: what autograd keeps of a batch; without training, what one block of it takes.
     """
 
     process: float
-    weights: float
-    gradients: float
-    moments: float
-    average: float
+    roles: Mapping[str, float]
     activations: float
 
     @property
     def total(self) -> float:
-        return self.process + self.weights + self.gradients + self.moments + self.average + self.activations
+        return self.process + sum(self.roles.values()) + self.activations
+
+    def parts(self) -> dict[str, float]:
+        """Every part by its name, the largest first."""
+        parts = {"process": self.process, **self.roles, "activations": self.activations}
+        return dict(sorted(parts.items(), key=lambda part: -part[1]))
 
 
-def planned_memory(cost: Cost, kept: int, blocks: int) -> PlannedMemory:
+def planned_memory(cost: Cost, kept: Kept, training: Training) -> PlannedMemory:
     """Memory of a pass.
 
     Args:
         cost: what the pass says it holds.
-        kept: bytes that autograd keeps of one sample, by `kept_for_backward`.
-        blocks: of the transformer; without a backward only one block's share of `kept` is alive at a time.
+        kept: what one sample keeps alive.
+        training: precision and gradient checkpointing.
     """
+    frozen = HALF if training.precision == "bf16" and cost.steps else FLOAT
+
+    def held(role: Role) -> float:
+        if not role.trained:
+            return frozen * role.parameters
+        return FLOAT * role.parameters * (2 + MOMENTS + role.averaged)  # weights and gradients, moments, average
+
+    trained = any(role.trained for role in cost.roles)
+    of_one = kept.block if not trained else kept.checkpointed if training.gradient_checkpointing else kept.whole
     return PlannedMemory(
-        process=PROCESS,
-        weights=FLOAT * (cost.trained + cost.frozen),
-        gradients=FLOAT * cost.trained,
-        moments=FLOAT * MOMENTS * cost.trained,
-        average=FLOAT * cost.averaged,
-        activations=cost.batch * kept / (1 if cost.trained else max(1, blocks)),
+        process=PROCESS, roles={role.name: held(role) for role in cost.roles}, activations=cost.batch * of_one
     )
 
 
-def kept_for_backward(transformer: Path, tokens: int, shape: LatentShape) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """Bytes that one sample keeps alive.
+
+    Attributes:
+        whole: what autograd keeps of a forward.
+        block: of one block of it.
+        checkpointed: the blocks' inputs, and one block while its backward computes it again.
+    """
+
+    whole: float
+    block: float
+    checkpointed: float
+
+
+def kept_alive(transformer: Path, graph: BlockGraph, tokens: int, shape: LatentShape, precision: Precision) -> Kept:
+    """Count what one sample [1, channels, *shape] keeps alive."""
+    whole = kept_for_backward(transformer, tokens, shape, precision)
+    block = whole / max(1, len(graph.blocks))
+    inputs = sum(math.prod(stream.spec.shape) for each in graph.blocks for stream in each.streams)
+    return Kept(whole=whole, block=block, checkpointed=FLOAT * inputs + block)
+
+
+def kept_for_backward(transformer: Path, tokens: int, shape: LatentShape, precision: Precision = "fp32") -> int:
     """Bytes that autograd keeps of a forward of one sample [1, channels, *shape]: each saved tensor once, no weights.
 
     Counted on fake tensors, which choose the same kernels as real ones on the CPU and hold no memory.
@@ -93,7 +124,8 @@ def kept_for_backward(transformer: Path, tokens: int, shape: LatentShape) -> int
     with FakeTensorMode(allow_non_fake_inputs=True), AllTrueMasks():
         state = {name: fake(value) for name, value in [*model.named_parameters(), *model.named_buffers()]}
         inputs = tree_map_only(torch.Tensor, fake, inputs)
-        with saved_tensors_hooks(note, lambda tensor: tensor):
+        cast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
+        with cast, saved_tensors_hooks(note, lambda tensor: tensor):
             torch.func.functional_call(model, state, (), inputs)
     for value in state.values():
         saved.pop(value.untyped_storage()._cdata, None)

@@ -115,6 +115,17 @@ class Evaluation(_Part):
     seeds: int = Field(4, ge=2, description="independent repetitions; the confidence intervals come from them")
 
 
+class Training(_Part):
+    """How passes that train compute; decides memory and speed."""
+
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="bf16: autocast over fp32 weights, and frozen models held in bf16"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="compute blocks again in the backward instead of keeping what they did; a third more work"
+    )
+
+
 class Recipe(_Part):
     """What to do to which model.
 
@@ -129,6 +140,7 @@ class Recipe(_Part):
     seed: int = Field(0, ge=0, lt=2**31, description="decides every random draw")
     passes: tuple[InstanceOf[Pass], ...] = Field((), description="what is done to the model, in order")
     exports: tuple[InstanceOf[Exporter], ...] = Field((), description="what the result is written as, in order")
+    training: Training = Field(Training(), description="how passes that train compute")
     evaluation: Evaluation = Field(Evaluation(), description="size of the comparison that `flcompress eval` makes")
 
     _file: Path = PrivateAttr(Path("recipe.yaml"))

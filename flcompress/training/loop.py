@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from flcompress.draws import generator
 from flcompress.pipeline.durable import write_text
-from flcompress.pipeline.passes import ProgressSink
+from flcompress.pipeline.passes import Precision, ProgressSink
 from flcompress.training.trained import Trained
 
 CHECKPOINT_SECONDS = 60.0
@@ -31,6 +31,7 @@ def train(
     seed: tuple[object, ...],
     directory: Path,
     progress: ProgressSink,
+    precision: Precision = "fp32",
     monitor: Monitor | None = None,
     monitor_every: int = 0,
 ) -> None:
@@ -43,6 +44,7 @@ def train(
         seed: the generator of step n is `draws.generator(*seed, n)`, so a resumed run draws the same.
         directory: holds `metrics.jsonl`, one object a step, and `checkpoint.safetensors`.
         progress: told after every step.
+        precision: "bf16" computes under autocast; weights, losses and moments stay in fp32.
         monitor: called before the first step, then every `monitor_every` steps and after the last; what it returns is
             logged as its own line. It may raise TrainingError to stop.
 
@@ -62,16 +64,25 @@ def train(
             lines.flush()
 
         if monitor is not None and start == 0:
-            write({"step": 0, **monitor(0)})
+            with _autocast(roles, precision):
+                write({"step": 0, **monitor(0)})
         for step in range(start + 1, steps + 1):
-            values = dict(train_step(step, generator(*seed, step)))
+            with _autocast(roles, precision):
+                values = dict(train_step(step, generator(*seed, step)))
             write({"step": step, **values})
             progress(step, steps, values)
             if monitor is not None and (step == steps or (monitor_every and step % monitor_every == 0)):
-                write({"step": step, **monitor(step)})
+                with _autocast(roles, precision):
+                    write({"step": step, **monitor(step)})
             if step == steps or time.monotonic() - saved > CHECKPOINT_SECONDS:
                 _save(checkpoint, roles, step)
                 saved = time.monotonic()
+
+
+def _autocast(roles: Sequence[Trained], precision: Precision) -> torch.autocast:
+    # Without the cache: a step updates weights several times, and the cache would go on with their old bf16 copies.
+    kind = next(roles[0].model.parameters()).device.type
+    return torch.autocast(kind, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
 
 
 def _save(path: Path, roles: Sequence[Trained], step: int) -> None:

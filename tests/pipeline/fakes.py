@@ -15,7 +15,7 @@ from pydantic import Field
 from flcompress.errors import TrainingError
 from flcompress.pipeline import registry
 from flcompress.pipeline.exporter import Exporter
-from flcompress.pipeline.passes import Cost, Pass, ProgressSink, Work
+from flcompress.pipeline.passes import Cost, Pass, ProgressSink, Role, Work
 from flcompress.pipeline.program import Fact, Program
 
 CALLS: list[str] = []
@@ -67,7 +67,12 @@ class Cut(Pass):
         return self.steps
 
     def cost(self, parameters: float, blocks: int, original: float) -> Cost:
-        return Cost(steps=10, forwards=3000, batch=2, trained=parameters, frozen=2 * parameters)
+        return Cost(
+            steps=10,
+            forwards=3000,
+            batch=2,
+            roles=(Role("model", parameters, trained=True), Role("teachers", 2 * parameters)),
+        )
 
     def apply(self, program: Program, work: Work) -> Program:
         CALLS.append(f"cut {self.keep}")

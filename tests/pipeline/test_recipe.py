@@ -56,10 +56,10 @@ def test_what_is_dumped_is_read_back(tmp_path: Path) -> None:
         (("draws: 4", "drawz: 4"), "x.yaml:4: passes[0].score.drawz: unknown key; did you mean 'draws'?"),
         (("seed: 0", "sed: 0"), "x.yaml:8: sed: unknown key; did you mean 'seed'?"),
         (("seed: 0", "file: x"), "x.yaml:8: file: unknown key; known: data, evaluation, exports, model, name, passes, "
-         "sampling, seed, version"),
+         "sampling, seed, training, version"),
         (("version: 1\n", ""), "x.yaml: version: missing, expected 1"),
         (("version: 1", "version: 2"), "x.yaml:1: version: 2 given, expected 1"),
-        (("model: teacher\n", ""), "x.yaml: model: missing, expected a mapping with path, weights"),
+        (("model: teacher\n", ""), "x.yaml: model: missing, expected a mapping with path, pipeline, weights"),
         (("teacher", "{path: t, weights: some}"),
          "x.yaml:2: model.weights: some given, expected one of trained, random; left out, it is trained"),
         (("keep: 0.7", ""), "x.yaml:5: passes[1].cut.keep: missing, expected a number above 0 and of at most 1"),
