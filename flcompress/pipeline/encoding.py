@@ -1,0 +1,322 @@
+"""`flcompress encode`: plan a latent dataset, make its shards, go on after a kill, mend what is damaged."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from flcompress.data.captions import read_captions, read_prompts, without_caption
+from flcompress.data.encoder import ClipTask, Encoder, Made, PromptTask, Skipped
+from flcompress.data.grid import grid_of
+from flcompress.data.planning import Plan, plan_clips, plan_prompts
+from flcompress.data.shards import INDEX_FILE, SKIPPED_FILE, ClipShard, Index, PromptShard, damaged
+from flcompress.data.sizes import Size, Target
+from flcompress.data.workers import Run, workers
+from flcompress.errors import DataError, RequestError
+from flcompress.models.parts import part_names
+from flcompress.pipeline.display import Display
+from flcompress.pipeline.durable import full_disk_told, locked, write_text
+from flcompress.pipeline.program import folder_digest
+
+WORK = ".encoding"
+"""In the folder of an unfinished dataset: its plan, and what of it is done."""
+
+_Task = PromptTask | ClipTask
+_PLAN, _MADE = TypeAdapter(Plan), TypeAdapter(Made)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to encode.
+
+    Attributes:
+        index: `model_index.json` of the pipeline whose text encoders and autoencoder are used.
+        components: folders of its parts, and of its transformer.
+        captions: captions of the videos, or prompts.
+        out: folder of the dataset.
+        videos: folder of the videos; None for prompts only.
+        target: size of the clips.
+        max_sequence_length: tokens a prompt is padded to.
+        processes: how many encode.
+        device: "cpu" or "cuda".
+    """
+
+    index: Mapping[str, Any]
+    components: Mapping[str, Path]
+    captions: Path
+    out: Path
+    videos: Path | None = None
+    target: Target = Target()
+    max_sequence_length: int = 512
+    processes: int = 1
+    device: str = "cpu"
+
+    def identity(self, files: Sequence[str]) -> dict[str, Any]:
+        """What decides the dataset's contents, without where anything lies."""
+        videos = None
+        if self.videos is not None:
+            listed = [(file, (self.videos / file).stat().st_size) for file in sorted(files)]
+            videos = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+        return {
+            "pipeline": self.index["_class_name"],
+            "parts": {name: folder_digest(self.components[name]) for name in part_names(self.index)},
+            "captions": hashlib.sha256(self.captions.read_bytes()).hexdigest(),
+            "videos": videos,
+            "target": asdict(self.target),
+            "max_sequence_length": self.max_sequence_length,
+        }
+
+
+def folder_request(
+    pipeline: Path,
+    captions: Path,
+    out: Path,
+    videos: Path | None = None,
+    target: Target = Target(),
+    max_sequence_length: int = 512,
+    processes: int = 1,
+) -> Request:
+    """A request to encode with the parts of a pipeline folder, on a GPU if there is one."""
+    import torch
+
+    from flcompress.models.folder import check_pipeline
+
+    index = check_pipeline(pipeline)
+    components = {name: pipeline / name for name in ("transformer", *part_names(index))}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Request(
+        index=index,
+        components=components,
+        captions=captions,
+        out=out,
+        videos=videos,
+        target=target,
+        max_sequence_length=max_sequence_length,
+        processes=processes,
+        device=device,
+    )
+
+
+def encode(request: Request, display: Display) -> dict[str, Any]:
+    """Make the dataset, or what is missing of it.
+
+    Returns:
+        A summary: clips, prompts, buckets, skipped videos, shards, bytes, and how many shards were made now.
+
+    Raises:
+        DataError: captions, videos or sizes that cannot be; a folder that holds something else.
+        FlcompressError: a worker was ended from outside, or the disk is full; the same command goes on.
+    """
+    if request.videos is None:
+        if request.target != Target():
+            raise DataError("encode: a size is given, but no --videos; prompts have none: the recipe's sampling decides")
+        captioned, uncaptioned, prompts = [], [], read_prompts(request.captions)
+    else:
+        grid = grid_of(request.index["_class_name"], request.components)
+        request.target.check(grid)
+        captioned, prompts = read_captions(request.captions, request.videos), []
+        uncaptioned = without_caption(request.videos, captioned)
+    identity = request.identity([*(one.file for one in captioned), *uncaptioned])
+    _check_out(request.out, identity)
+    encoder = Encoder(
+        index=request.index,
+        components=request.components,
+        device=request.device,
+        max_sequence_length=request.max_sequence_length,
+        out=request.out,
+        videos=request.videos or Path(),
+        resize=request.target.height is not None,
+    )
+    request.out.mkdir(parents=True, exist_ok=True)
+    with full_disk_told(request.out), _alone(request.out), workers(encoder, request.processes) as run:
+        if (request.out / INDEX_FILE).exists():
+            made = _mend(request.out, run, display)
+        else:
+            plan = _stored_plan(request.out)
+            if plan is None:
+                if request.videos is None:
+                    plan = plan_prompts(prompts)
+                else:
+                    measured = _measure([one.file for one in captioned], run, display)
+                    plan = plan_clips(captioned, measured, uncaptioned, request.target, grid)
+                stored = {"request": identity, "plan": _PLAN.dump_python(plan, mode="json")}
+                (request.out / WORK).mkdir(exist_ok=True)
+                write_text(request.out / WORK / "plan.json", json.dumps(stored) + "\n")
+            made = _make(request.out, plan, run, display)
+            _finish(request.out, plan, identity)
+    _clean(request.out)
+    return summary(request.out, made)
+
+
+def summary(out: Path, made: int) -> dict[str, Any]:
+    """What a dataset holds; `made` is how many of its shards were made now."""
+    index = Index.read(out)
+    buckets: dict[Size, int] = {}
+    for shard in index.clip_shards:
+        buckets[shard.size] = buckets.get(shard.size, 0) + len(shard.clips)
+    skipped = out / SKIPPED_FILE
+    return {
+        "out": str(out),
+        "clips": index.clips,
+        "prompts": len(index.prompts) - 1,
+        "skipped": len(skipped.read_text(encoding="utf-8").splitlines()) if skipped.exists() else 0,
+        "buckets": [{"frames": f, "height": h, "width": w, "clips": n} for (f, h, w), n in sorted(buckets.items())],
+        "shards": len(index.shards),
+        "bytes": sum(shard.bytes for shard in index.shards),
+        "made": made,
+    }
+
+
+def summary_text(made: dict[str, Any]) -> str:
+    """A summary for people."""
+    what = f"{made['clips']:,} clips, " if made["clips"] else ""
+    lines = [f"{made['out']}: {what}{made['prompts']:,} prompts, {made['shards']:,} shards, {made['bytes'] / 1e6:,.1f} MB"]
+    lines += [f"  {b['frames']} x {b['height']} x {b['width']}: {b['clips']:,} clips" for b in made["buckets"]]
+    if made["skipped"]:
+        lines.append(f"{made['skipped']:,} videos skipped: {Path(made['out']) / SKIPPED_FILE} says why")
+    if not made["made"]:
+        lines.append("nothing to do: every shard is there and whole")
+    return "\n".join(lines)
+
+
+def _check_out(out: Path, identity: dict[str, Any]) -> None:
+    """Raise DataError where `out` holds another dataset, or something else."""
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out}: a file, expected a folder; choose another --out")
+    plan = out / WORK / "plan.json"
+    if (out / INDEX_FILE).exists():
+        found = Index.read(out).request
+    elif plan.exists():
+        found = json.loads(plan.read_text(encoding="utf-8"))["request"]
+    elif out.is_dir() and any(path.name != WORK for path in out.iterdir()):
+        raise DataError(f"{out}: not empty and no latent dataset (no {INDEX_FILE}); choose another --out")
+    else:
+        return
+    for key, value in identity.items():
+        if found.get(key) != value:
+            told = f"{found.get(key)} there, {value} given" if key == "max_sequence_length" else f"other {key}"
+            raise DataError(f"{out}: holds a dataset made from another request ({told}); choose another --out")
+
+
+def _measure(files: Sequence[str], run: Run, display: Display) -> dict[str, Size | Skipped]:
+    measured = {}
+    with display.stage("measuring videos") as progress:
+        for file, size in run(Encoder.measure, files):
+            measured[file] = size
+            progress(len(measured), len(files), {})
+    return measured
+
+
+def _stored_plan(out: Path) -> Plan | None:
+    path = out / WORK / "plan.json"
+    if not path.exists():
+        return None
+    return _PLAN.validate_python(json.loads(path.read_text(encoding="utf-8"))["plan"])
+
+
+def _done(out: Path) -> dict[str, Made]:
+    """What earlier attempts made, by task."""
+    path = out / WORK / "done.jsonl"
+    found = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            made = _MADE.validate_json(line)
+        except ValidationError:
+            continue  # a killed attempt can leave half a line
+        found[made.task] = made
+    return found
+
+
+def _make(out: Path, plan: Plan, run: Run, display: Display) -> int:
+    """Make the plan's shards that are not done yet; returns how many."""
+    done = _done(out)
+    left = [task for task in plan.tasks if task.file not in done]
+    total = sum(task.size for task in plan.tasks)
+    sizes = {task.file: task.size for task in plan.tasks}
+    ready, skipped = total - sum(task.size for task in left), sum(len(made.skipped) for made in done.values())
+    # The first line after a kill may have to end the half one before.
+    with (out / WORK / "done.jsonl").open("a", encoding="utf-8") as file, display.stage("encoding") as progress:
+        file.write("\n" if done else "")
+        for made in run(Encoder.make, left):
+            file.write(_MADE.dump_json(made).decode() + "\n")
+            file.flush()
+            ready, skipped = ready + sizes[made.task], skipped + len(made.skipped)
+            progress(ready, total, {"skipped": skipped})
+    return len(left)
+
+
+def _finish(out: Path, plan: Plan, identity: dict[str, Any]) -> None:
+    """Write the list of skipped videos and the index, the last thing of a dataset."""
+    done = _done(out)
+    made = [done[task.file] for task in plan.tasks]
+    skipped = sorted([*plan.skipped, *(one for part in made for one in part.skipped)], key=lambda one: one.file)
+    clips = tuple(part.shard for part in made if isinstance(part.shard, ClipShard))
+    if identity["videos"]:
+        _write_skipped(out, skipped)
+        if not clips:
+            raise DataError(f"{out}: no clip could be encoded; {out / SKIPPED_FILE} says why, video by video")
+    Index(
+        request=identity,
+        prompts=plan.prompts,
+        prompt_shards=tuple(part.shard for part in made if isinstance(part.shard, PromptShard)),
+        clip_shards=clips,
+    ).write(out)
+
+
+def _write_skipped(out: Path, skipped: Sequence[Skipped]) -> None:
+    write_text(out / SKIPPED_FILE, "".join(json.dumps(asdict(one)) + "\n" for one in skipped))
+
+
+def _mend(out: Path, run: Run, display: Display) -> int:
+    """Make the damaged shards of a finished dataset again; returns how many."""
+    index = Index.read(out)
+    tasks: list[_Task] = []
+    first = 0
+    for shard in index.prompt_shards:
+        tasks.append(PromptTask(shard.file, index.prompts[first : first + shard.prompts]))
+        first += shard.prompts
+    tasks += [ClipTask(shard.file, shard.size, shard.clips) for shard in index.clip_shards]
+    broken = {shard.file for shard in damaged(out, index.shards)}
+    left = [task for task in tasks if task.file in broken]
+    again: dict[str, PromptShard | ClipShard] = {}
+    with display.stage("encoding damaged shards again") as progress:
+        for made in run(Encoder.make, left):
+            if made.skipped or made.shard is None:
+                worst = made.skipped[0]
+                raise DataError(
+                    f"{out / made.task}: cannot be made again: {worst.file}: {worst.reason}, though it was encoded "
+                    "once; put the same video back, or encode into a new folder"
+                )
+            again[made.task] = made.shard
+            progress(len(again), len(left), {})
+    if again:
+        update = {
+            "prompt_shards": tuple(again.get(shard.file, shard) for shard in index.prompt_shards),
+            "clip_shards": tuple(again.get(shard.file, shard) for shard in index.clip_shards),
+        }
+        index.model_copy(update=update).write(out)
+    return len(again)
+
+
+def _clean(out: Path) -> None:
+    """Remove what only an unfinished dataset needs, and what a killed attempt left."""
+    shutil.rmtree(out / WORK, ignore_errors=True)
+    for path in out.glob(".*.tmp"):
+        path.unlink()
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    with locked(out, wait=False) as mine:
+        if not mine:
+            raise RequestError(f"{out}: another flcompress is encoding into this folder; wait for it")
+        yield
+
