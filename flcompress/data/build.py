@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ ProgressSink = Callable[[int, int, Mapping[str, float]], None]
 
 
 def build_moving_digits(
-    folder: Path, clips: int, parts: Parts, max_sequence_length: int, seed: int, progress: ProgressSink
+    folder: Path, clips: int, parts: Parts, request: Mapping[str, Any], seed: int, progress: ProgressSink
 ) -> None:
     """Render `clips` training clips of the embedded benchmark and encode them.
 
@@ -27,7 +28,7 @@ def build_moving_digits(
         folder: where the dataset is written.
         clips: how many.
         parts: autoencoder and text encoders of the pipeline.
-        max_sequence_length: tokens a prompt is padded to.
+        request: what the index says it was made from; "max_sequence_length" is the tokens a prompt is padded to.
         seed: of the clips.
         progress: told how many clips are encoded.
     """
@@ -44,8 +45,7 @@ def build_moving_digits(
     shown = tuple(Clip(file=f"{number}", prompt=place[caption]) for number, caption in enumerate(wanted))
     bucket = (moving_digits.FRAMES, moving_digits.HEIGHT, moving_digits.WIDTH)
     held = ClipShard(file="clips-00000.safetensors", sha256=digest, bytes=size, size=bucket, clips=shown)
-    digest, size = write_shard(
-        folder / "prompts-00000.safetensors", parts.encode_prompts(prompts, max_sequence_length)
-    )
+    embeds = parts.encode_prompts(prompts, request["max_sequence_length"])
+    digest, size = write_shard(folder / "prompts-00000.safetensors", embeds)
     texts = PromptShard(file="prompts-00000.safetensors", sha256=digest, bytes=size, prompts=len(prompts))
-    Index(prompts=prompts, prompt_shards=(texts,), clip_shards=(held,)).write(folder)
+    Index(request=dict(request), prompts=prompts, prompt_shards=(texts,), clip_shards=(held,)).write(folder)

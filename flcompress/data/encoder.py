@@ -128,7 +128,11 @@ class Encoder:
         finite = tensors[LATENTS].flatten(1).isfinite().all(dim=1)
         if not bool(finite.all()):
             flags = finite.tolist()
-            skipped += [Skipped(one.file, "its latents are not finite") for one, fine in zip(kept, flags, strict=True) if not fine]
+            skipped += [
+                Skipped(one.file, "its latents are not finite")
+                for one, fine in zip(kept, flags, strict=True)
+                if not fine
+            ]
             kept = [one for one, fine in zip(kept, flags, strict=True) if fine]
             tensors = {name: value[finite] for name, value in tensors.items()}
         if not kept:

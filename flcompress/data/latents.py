@@ -85,10 +85,12 @@ class LatentDataset:
     Attributes:
         folder: where it lies.
         captions: the texts; the first is the empty prompt.
+        negative: conditioning by the empty prompt, [1, ...] each.
     """
 
     folder: Path
     captions: tuple[str, ...]
+    negative: dict[str, torch.Tensor]
     _reader: _Reader
     _buckets: tuple[_Bucket, ...]
 
@@ -105,7 +107,8 @@ class LatentDataset:
         for number, shard in enumerate(index.clip_shards):
             places.setdefault(shard.size, []).extend((number, row, clip.prompt) for row, clip in enumerate(shard.clips))
         buckets = tuple(_Bucket(size, torch.tensor(places[size])) for size in sorted(places))
-        return cls(folder, index.prompts, _Reader(folder, index), buckets)
+        reader = _Reader(folder, index)
+        return cls(folder, index.prompts, reader.prompts([EMPTY]), reader, buckets)
 
     def __len__(self) -> int:
         return sum(len(bucket.places) for bucket in self._buckets)
@@ -119,11 +122,6 @@ class LatentDataset:
     def sizes(self) -> tuple[Size, ...]:
         """(frames, height, width), in pixels, of its clips."""
         return tuple(bucket.size for bucket in self._buckets)
-
-    @property
-    def negative(self) -> dict[str, torch.Tensor]:
-        """Conditioning by the empty prompt, [1, ...] each."""
-        return self._reader.prompts([EMPTY])
 
     def batch(self, n: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """`n` clips of one size, drawn with replacement: latents [n, channels, frames, height, width], conditioning.

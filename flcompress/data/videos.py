@@ -79,12 +79,14 @@ def _picture(frame: Any, height: int, width: int, resize: bool) -> np.ndarray[An
     top, left = (picture.shape[0] - height) // 2, (picture.shape[1] - width) // 2
     if top < 0 or left < 0:
         raise BrokenVideo("its picture changes size")
-    return picture[top : top + height, left : left + width]
+    centre: np.ndarray[Any, np.dtype[np.uint8]] = picture[top : top + height, left : left + width]
+    return centre
 
 
 def _quarter_turns(frame: Any) -> int:
     """Counterclockwise quarter turns that set a frame upright, as phones note them in the file."""
-    return round(frame.rotation / 90) % 4
+    turns: int = round(frame.rotation / 90) % 4
+    return turns
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from flcompress.data.shards import INDEX_FILE, SKIPPED_FILE, ClipShard, Index, P
 from flcompress.data.sizes import Size, Target
 from flcompress.data.workers import Run, workers
 from flcompress.errors import DataError, RequestError
+from flcompress.models.families import family_of
 from flcompress.models.parts import part_names
 from flcompress.pipeline.display import Display
 from flcompress.pipeline.durable import full_disk_told, locked, write_text
@@ -67,12 +68,17 @@ class Request:
             videos = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
         return {
             "pipeline": self.index["_class_name"],
-            "parts": {name: folder_digest(self.components[name]) for name in part_names(self.index)},
+            "parts": parts_digests(self.index, self.components),
             "captions": hashlib.sha256(self.captions.read_bytes()).hexdigest(),
             "videos": videos,
             "target": asdict(self.target),
             "max_sequence_length": self.max_sequence_length,
         }
+
+
+def parts_digests(index: Mapping[str, Any], components: Mapping[str, Path]) -> dict[str, str]:
+    """SHA-256 of every part of a pipeline that encodes, by name."""
+    return {name: folder_digest(components[name]) for name in part_names(index)}
 
 
 def folder_request(
@@ -105,8 +111,13 @@ def folder_request(
     )
 
 
-def encode(request: Request, display: Display) -> dict[str, Any]:
+def encode(request: Request, display: Display, *, wait: bool = False) -> dict[str, Any]:
     """Make the dataset, or what is missing of it.
+
+    Args:
+        request: what to encode.
+        display: where progress is shown.
+        wait: let another process that works on the same folder finish first; else it is refused.
 
     Returns:
         A summary: clips, prompts, buckets, skipped videos, shards, bytes, and how many shards were made now.
@@ -117,10 +128,17 @@ def encode(request: Request, display: Display) -> dict[str, Any]:
     """
     if request.videos is None:
         if request.target != Target():
-            raise DataError("encode: a size is given, but no --videos; prompts have none: the recipe's sampling decides")
+            raise DataError(
+                "encode: a size is given, but no --videos; prompts have none: the recipe's sampling decides"
+            )
+        if request.index["_class_name"] in family_of(request.index["_class_name"]).from_image:
+            raise DataError(
+                f"encode: {request.index['_class_name']} starts from a first frame, which prompts alone do not have; "
+                "give --videos"
+            )
         captioned, uncaptioned, prompts = [], [], read_prompts(request.captions)
     else:
-        grid = grid_of(request.index["_class_name"], request.components)
+        grid = grid_of(request.index["_class_name"], request.components["vae"], request.components["transformer"])
         request.target.check(grid)
         captioned, prompts = read_captions(request.captions, request.videos), []
         uncaptioned = without_caption(request.videos, captioned)
@@ -136,7 +154,7 @@ def encode(request: Request, display: Display) -> dict[str, Any]:
         resize=request.target.height is not None,
     )
     request.out.mkdir(parents=True, exist_ok=True)
-    with full_disk_told(request.out), _alone(request.out), workers(encoder, request.processes) as run:
+    with full_disk_told(request.out), _alone(request.out, wait), workers(encoder, request.processes) as run:
         if (request.out / INDEX_FILE).exists():
             made = _mend(request.out, run, display)
         else:
@@ -178,7 +196,9 @@ def summary(out: Path, made: int) -> dict[str, Any]:
 def summary_text(made: dict[str, Any]) -> str:
     """A summary for people."""
     what = f"{made['clips']:,} clips, " if made["clips"] else ""
-    lines = [f"{made['out']}: {what}{made['prompts']:,} prompts, {made['shards']:,} shards, {made['bytes'] / 1e6:,.1f} MB"]
+    lines = [
+        f"{made['out']}: {what}{made['prompts']:,} prompts, {made['shards']:,} shards, {made['bytes'] / 1e6:,.1f} MB"
+    ]
     lines += [f"  {b['frames']} x {b['height']} x {b['width']}: {b['clips']:,} clips" for b in made["buckets"]]
     if made["skipped"]:
         lines.append(f"{made['skipped']:,} videos skipped: {Path(made['out']) / SKIPPED_FILE} says why")
@@ -314,9 +334,8 @@ def _clean(out: Path) -> None:
 
 
 @contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    with locked(out, wait=False) as mine:
+def _alone(out: Path, wait: bool) -> Iterator[None]:
+    with locked(out, wait=wait) as mine:
         if not mine:
             raise RequestError(f"{out}: another flcompress is encoding into this folder; wait for it")
         yield
-

@@ -63,7 +63,9 @@ def test_every_clip_is_drawn_equally_often(tmp_path: Path) -> None:
 
 @settings(deadline=None, max_examples=40)  # each example writes files
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=3), st.integers(1, 26))
-def test_a_split_keeps_every_clip_once(tmp_path_factory: pytest.TempPathFactory, counts: list[int], wanted: int) -> None:
+def test_a_split_keeps_every_clip_once(
+    tmp_path_factory: pytest.TempPathFactory, counts: list[int], wanted: int
+) -> None:
     folder = tmp_path_factory.mktemp("split") / "d"
     data = LatentDataset.load(write_dataset(folder, dict(zip((SMALL, WIDE, LONG), counts, strict=False)), a_shard=4))
     if wanted >= sum(counts):

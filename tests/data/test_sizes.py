@@ -63,7 +63,9 @@ clips = st.lists(st.tuples(st.sampled_from("abc"), st.none() | st.sampled_from([
 
 
 @given(clips)
-def test_every_video_is_in_one_shard_of_its_size_or_skipped(given_clips: list[tuple[str, tuple[int, int, int] | None]]) -> None:
+def test_every_video_is_in_one_shard_of_its_size_or_skipped(
+    given_clips: list[tuple[str, tuple[int, int, int] | None]],
+) -> None:
     captioned = [Captioned(f"{n}.mp4", text) for n, (text, _) in enumerate(given_clips)]
     measured = {
         f"{n}.mp4": Skipped(f"{n}.mp4", "broken") if size is None else size for n, (_, size) in enumerate(given_clips)
