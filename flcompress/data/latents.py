@@ -1,4 +1,4 @@
-"""Clips and captions as a network sees them: unit-scale latents and conditioning, read from shards as they are drawn."""
+"""Clips and captions as a network sees them: unit-scale latents and conditioning, read as they are drawn."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class _Reader:
             shard = bisect_right(self._ends, number)
             start = self._ends[shard - 1] if shard else 0
             places.append((self._index.prompt_shards[shard].file, number - start))
-        return self._rows(places, list(self._shard(places[0][0]).keys()))
+        return self._rows(places, self._names(places[0][0]))
 
     def latents(self, places: Sequence[tuple[int, int]]) -> torch.Tensor:
         """Latents [clips, ...] of (shard, row) each, fp32."""
@@ -43,13 +43,16 @@ class _Reader:
 
     def own(self, places: Sequence[tuple[int, int]]) -> dict[str, torch.Tensor]:
         """What else conditions those clips, such as their first frames, [clips, ...] each; nothing for most models."""
-        names = [name for name in self._shard(self._files(places)[0][0]).keys() if name.startswith(PER_CLIP)]
+        names = [name for name in self._names(self._files(places)[0][0]) if name.startswith(PER_CLIP)]
         return {name.removeprefix(PER_CLIP): value for name, value in self._rows(self._files(places), names).items()}
 
     def shape(self, shard: int) -> tuple[int, ...]:
         """(channels, frames, height, width) of a shard's latents."""
         file = self._shard(self._index.clip_shards[shard].file)
         return tuple(file.get_slice(LATENTS).get_shape()[1:])
+
+    def _names(self, file: str) -> list[str]:
+        return list(self._shard(file).keys())
 
     def _files(self, places: Sequence[tuple[int, int]]) -> list[tuple[str, int]]:
         return [(self._index.clip_shards[shard].file, row) for shard, row in places]

@@ -72,3 +72,7 @@ class Target:
             return frames, self.height, self.width
         height, width = grid.fit_pixels(height), grid.fit_pixels(width)
         return (frames, height, width) if height and width else None
+
+
+OWN_SIZE = Target()
+"""Each clip at its own size, cropped to the grid."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from flcompress.errors import DataError
 from flcompress.pipeline.display import Display
 from flcompress.pipeline.durable import locked, move_in_place
-from flcompress.pipeline.program import Program, folder_digest
+from flcompress.pipeline.program import Program
 from flcompress.pipeline.recipe import Recipe
 from flcompress.pipeline.store import key_of
 
@@ -94,9 +94,9 @@ class Clips:
 
 def target_of(recipe: Recipe) -> Target:
     """The size that a recipe's videos are encoded at: the one it samples, or their own."""
-    from flcompress.data.sizes import Target
+    from flcompress.data.sizes import OWN_SIZE, Target
 
-    return Target(*recipe.sampling.size) if recipe.sampling.size else Target()
+    return Target(*recipe.sampling.size) if recipe.sampling.size else OWN_SIZE
 
 
 def fingerprint(spec: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -18,7 +18,7 @@ from flcompress.data.encoder import ClipTask, Encoder, Made, PromptTask, Skipped
 from flcompress.data.grid import grid_of
 from flcompress.data.planning import Plan, plan_clips, plan_prompts
 from flcompress.data.shards import INDEX_FILE, SKIPPED_FILE, ClipShard, Index, PromptShard, damaged
-from flcompress.data.sizes import Size, Target
+from flcompress.data.sizes import OWN_SIZE, Size, Target
 from flcompress.data.workers import Run, workers
 from flcompress.errors import DataError, RequestError
 from flcompress.models.families import family_of
@@ -55,7 +55,7 @@ class Request:
     captions: Path
     out: Path
     videos: Path | None = None
-    target: Target = Target()
+    target: Target = OWN_SIZE
     max_sequence_length: int = 512
     processes: int = 1
     device: str = "cpu"
@@ -86,7 +86,7 @@ def folder_request(
     captions: Path,
     out: Path,
     videos: Path | None = None,
-    target: Target = Target(),
+    target: Target = OWN_SIZE,
     max_sequence_length: int = 512,
     processes: int = 1,
 ) -> Request:
@@ -127,7 +127,7 @@ def encode(request: Request, display: Display, *, wait: bool = False) -> dict[st
         FlcompressError: a worker was ended from outside, or the disk is full; the same command goes on.
     """
     if request.videos is None:
-        if request.target != Target():
+        if request.target != OWN_SIZE:
             raise DataError(
                 "encode: a size is given, but no --videos; prompts have none: the recipe's sampling decides"
             )

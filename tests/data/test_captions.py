@@ -23,16 +23,16 @@ def written(tmp_path: Path, name: str, text: str) -> Path:
     return path
 
 
-EXPECTED = [Captioned("a.mp4", 'a "two", slowly'), Captioned("deep/b.MOV", "zwei – drei")]
+EXPECTED = [Captioned("a.mp4", 'a "two", slowly'), Captioned("deep/b.MOV", "zwei - drei")]
 
 
 @pytest.mark.parametrize(
     ("name", "text"),
     [
         ("c.jsonl", '{"file": "a.mp4", "caption": "a \\"two\\", slowly"}\n\n'
-                    '{"caption": "zwei – drei", "file": "deep/b.MOV"}\n'),
-        ("c.csv", '\ufefffile,caption\na.mp4,"a ""two"", slowly"\ndeep/b.MOV,zwei – drei\n'),
-        ("c.csv", 'caption,file\n"a ""two"", slowly",a.mp4\nzwei – drei,deep/b.MOV\n'),
+                    '{"caption": "zwei - drei", "file": "deep/b.MOV"}\n'),
+        ("c.csv", '\ufefffile,caption\na.mp4,"a ""two"", slowly"\ndeep/b.MOV,zwei - drei\n'),
+        ("c.csv", 'caption,file\n"a ""two"", slowly",a.mp4\nzwei - drei,deep/b.MOV\n'),
     ],
 )  # fmt: skip
 def test_both_formats_say_the_same(tmp_path: Path, videos: Path, name: str, text: str) -> None:
@@ -60,7 +60,8 @@ LINE = 'expected {"file": "clip.mp4", "caption": "..."}'
          "{path}:2: a.mp4 is named twice; a video has one caption"),
         ("c.csv", "video,text\na.mp4,x\n", "{path}:1: header 'video,text' given, expected file,caption"),
         ("c.csv", "file,caption\na.mp4\n", '{path}:2: {"file": "a.mp4"} given, ' + LINE),
-        ("c.csv", "file,caption\na.mp4,x,y\n", "{path}:2: 3 columns given, expected file,caption; quote a caption with commas"),
+        ("c.csv", "file,caption\na.mp4,x,y\n", 
+         "{path}:2: 3 columns given, expected file,caption; quote a caption with commas"),
         ("c.txt", "a prompt", "{path}: .txt given, expected .jsonl or .csv with file and caption; "
          "a .txt holds prompts only, without --videos"),
         ("c", "", "{path}: no suffix given, expected .jsonl or .csv with file and caption"),

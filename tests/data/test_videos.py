@@ -116,7 +116,7 @@ def test_sound_alone_is_no_video(tmp_path: Path) -> None:
         sound.setsampwidth(2)
         sound.setframerate(8000)
         sound.writeframes(bytes(16000))
-    with pytest.raises(BrokenVideo, match="^no video in it$"):
+    with pytest.raises(BrokenVideo, match=r"^no video in it$"):
         video_size(tmp_path / "a.wav")
 
 
