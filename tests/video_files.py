@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 
 
-def write_video(path: Path, *, frames: int = 9, height: int = 32, width: int = 32, seed: int = 0) -> Path:
+def write_video(
+    path: Path, *, frames: int = 9, height: int = 32, width: int = 32, seed: int = 0, title: str = ""
+) -> Path:
     """A bright square that drifts over a dim picture, as H.264 in `path`'s container."""
     import av
 
@@ -16,6 +18,7 @@ def write_video(path: Path, *, frames: int = 9, height: int = 32, width: int = 3
     ground = draw.integers(0, 80, (height // 8, width // 8, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
+        container.metadata["title"] = title
         stream = container.add_stream("libx264", rate=Fraction(8))
         stream.width, stream.height, stream.pix_fmt = ground.shape[1], ground.shape[0], "yuv420p"
         for number in range(frames):

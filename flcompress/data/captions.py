@@ -85,7 +85,7 @@ def _records(path: Path) -> list[tuple[int, Any]]:
         header = next(rows, [])
         if sorted(header) != sorted(_COLUMNS):
             raise DataError(f"{path}:1: header {','.join(header)!r} given, expected file,caption")
-        return [(rows.line_num, dict(zip(header, row, strict=False))) for row in rows if row]
+        return [(rows.line_num, _columns(path, rows.line_num, header, row)) for row in rows if row]
     raise DataError(
         f"{path}: {path.suffix or 'no suffix'} given, expected .jsonl or .csv with file and caption"
         + ("; a .txt holds prompts only, without --videos" if path.suffix == ".txt" else "")
@@ -99,6 +99,12 @@ def _json(path: Path, number: int, line: str) -> Any:
         raise DataError(
             f'{path}:{number}: {line.strip()[:60]!r} given, expected {{"file": "clip.mp4", "caption": "..."}}'
         ) from error
+
+
+def _columns(path: Path, line: int, header: list[str], row: list[str]) -> dict[str, str]:
+    if len(row) > len(header):
+        raise DataError(f"{path}:{line}: {len(row)} columns given, expected file,caption; quote a caption with commas")
+    return dict(zip(header, row, strict=False))
 
 
 def _text(path: Path) -> str:

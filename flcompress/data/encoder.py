@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +61,7 @@ class Made:
     skipped: tuple[Skipped, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Encoder:
     """Encodes with the parts of one pipeline on one device; they are loaded when first needed.
 
@@ -84,28 +83,34 @@ class Encoder:
     videos: Path
     resize: bool
 
-    @cached_property
-    def parts(self) -> Parts:
-        return Parts(self.index, self.components, self.device)
+    _open: tuple[type, Parts] | None = field(default=None, init=False)
 
     def make(self, task: PromptTask | ClipTask) -> Made:
-        """Make one shard; the same bytes wherever and whenever it is made on the same kind of machine."""
-        return self._prompts(task) if isinstance(task, PromptTask) else self._clips(task)
+        """Make one shard; the same bytes whichever process makes it, and whenever."""
+        if self._open is None or self._open[0] is not type(task):
+            # What prompts needed is let go before clips are encoded: a text encoder can fill a GPU.
+            self._open = None
+            self._open = (type(task), Parts(self.index, self.components, self.device))
+        parts = self._open[1]
+        return self._prompts(task, parts) if isinstance(task, PromptTask) else self._clips(task, parts)
 
-    def measure(self, file: str) -> tuple[str, Size | Skipped]:
-        """A video and its own size, or why it has none."""
-        try:
-            return file, video_size(self.videos / file)
-        except BrokenVideo as error:
-            return file, Skipped(file, str(error))
+    def measure(self, files: Sequence[str]) -> dict[str, Size | Skipped]:
+        """Each video's own size, or why it has none."""
+        found: dict[str, Size | Skipped] = {}
+        for file in files:
+            try:
+                found[file] = video_size(self.videos / file)
+            except BrokenVideo as error:
+                found[file] = Skipped(file, str(error))
+        return found
 
-    def _prompts(self, task: PromptTask) -> Made:
+    def _prompts(self, task: PromptTask, parts: Parts) -> Made:
         groups = [task.texts[n : n + PROMPTS_AT_ONCE] for n in range(0, len(task.texts), PROMPTS_AT_ONCE)]
-        tensors = joined([self.parts.encode_prompts(group, self.max_sequence_length) for group in groups])
+        tensors = joined([parts.encode_prompts(group, self.max_sequence_length) for group in groups])
         digest, size = write_shard(self.out / task.file, tensors)
         return Made(task.file, PromptShard(file=task.file, sha256=digest, bytes=size, prompts=len(task.texts)))
 
-    def _clips(self, task: ClipTask) -> Made:
+    def _clips(self, task: ClipTask, parts: Parts) -> Made:
         frames, height, width = task.bucket
         together = max(1, PIXELS_AT_ONCE // (frames * height * width))
         kept: list[Clip] = []
@@ -120,10 +125,10 @@ class Encoder:
                 continue
             kept.append(clip)
             if len(waiting) == together:
-                encoded.append(self._encode(torch.stack(waiting)))
+                encoded.append(self._encode(torch.stack(waiting), parts))
                 waiting.clear()
         if waiting:
-            encoded.append(self._encode(torch.stack(waiting)))
+            encoded.append(self._encode(torch.stack(waiting), parts))
         tensors = joined(encoded) if kept else {LATENTS: torch.zeros(0, 1)}
         finite = tensors[LATENTS].flatten(1).isfinite().all(dim=1)
         if not bool(finite.all()):
@@ -141,9 +146,10 @@ class Encoder:
         shard = ClipShard(file=task.file, sha256=digest, bytes=size, size=task.bucket, clips=tuple(kept))
         return Made(task.file, shard, tuple(skipped))
 
-    def _encode(self, clips: torch.Tensor) -> dict[str, torch.Tensor]:
+    @staticmethod
+    def _encode(clips: torch.Tensor, parts: Parts) -> dict[str, torch.Tensor]:
         """A shard's tensors for clips [n, 3, frames, height, width] in [-1, 1]."""
-        latents, first_frame = self.parts.encode_clips(clips)
+        latents, first_frame = parts.encode_clips(clips)
         return {LATENTS: latents, **{PER_CLIP + name: value for name, value in first_frame.items()}}
 
 

@@ -11,13 +11,15 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from flcompress.data.sizes import Size
 from flcompress.errors import DataError
 
 INDEX_FILE = "index.json"
 SKIPPED_FILE = "skipped.jsonl"
+WORK = ".encoding"
+"""In the folder of an unfinished dataset: its plan, and what of it is done."""
 LATENTS = "latents"
 PER_CLIP = "conditioning."
 """Prefix, in a shard of clips, of what else conditions each clip, such as its first frame."""
@@ -101,8 +103,12 @@ class Index(_Part):
         try:
             made = cls.model_validate_json(path.read_bytes())
         except OSError as error:
+            if (folder / WORK).is_dir():
+                raise DataError(
+                    f"{folder}: an unfinished latent dataset; give the same flcompress encode again, it goes on"
+                ) from error
             raise DataError(
-                f"{folder}: not a latent dataset (no {INDEX_FILE}); expected what flcompress encode wrote, to its end"
+                f"{folder}: not a latent dataset (no {INDEX_FILE}); expected a folder that flcompress encode wrote"
             ) from error
         except ValidationError as error:
             first = error.errors()[0]
@@ -116,14 +122,14 @@ class Index(_Part):
 
 def write_shard(path: Path, tensors: Mapping[str, torch.Tensor]) -> tuple[str, int]:
     """Write a shard in one piece; returns (SHA-256, bytes)."""
+    data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
     temporary = path.with_name(f".{path.name}.tmp")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(temporary))
-    with temporary.open("rb") as file:
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
         os.fsync(file.fileno())
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    size = temporary.stat().st_size
     temporary.replace(path)
-    return digest, size
+    return hashlib.sha256(data).hexdigest(), len(data)
 
 
 def check_sizes(folder: Path, index: Index) -> None:

@@ -93,12 +93,14 @@ def _quarter_turns(frame: Any) -> int:
 def _opened(path: Path) -> Iterator[Any]:
     import av
 
-    if path.stat().st_size == 0:
-        raise BrokenVideo("an empty file")
     try:
-        with av.open(str(path)) as container:
+        if path.stat().st_size == 0:
+            raise BrokenVideo("an empty file")
+        with av.open(str(path), metadata_errors="ignore") as container:
             if not container.streams.video:
                 raise BrokenVideo("no video in it")
             yield container
     except av.FFmpegError as error:
         raise BrokenVideo(f"cannot be decoded ({error.strerror})") from error
+    except OSError as error:
+        raise BrokenVideo(f"cannot be read ({error.strerror})") from error

@@ -1,37 +1,32 @@
-"""`flcompress encode`: plan a latent dataset, make its shards, go on after a kill, mend what is damaged."""
+"""`flcompress encode`: what is asked for, checked, planned and made."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
 from flcompress.data.captions import read_captions, read_prompts, without_caption
-from flcompress.data.encoder import ClipTask, Encoder, Made, PromptTask, Skipped
+from flcompress.data.encoder import Encoder, Skipped
 from flcompress.data.grid import grid_of
-from flcompress.data.planning import Plan, plan_clips, plan_prompts
-from flcompress.data.shards import INDEX_FILE, SKIPPED_FILE, ClipShard, Index, PromptShard, damaged
+from flcompress.data.planning import plan_clips, plan_prompts
+from flcompress.data.shards import INDEX_FILE, SKIPPED_FILE, WORK, Index
 from flcompress.data.sizes import OWN_SIZE, Size, Target
 from flcompress.data.workers import Run, workers
 from flcompress.errors import DataError, RequestError
 from flcompress.models.families import family_of
 from flcompress.models.parts import part_names
+from flcompress.pipeline.dataset_making import clean, make, mend, store_plan, stored_plan, stored_request
 from flcompress.pipeline.display import Display
-from flcompress.pipeline.durable import full_disk_told, locked, write_text
+from flcompress.pipeline.durable import full_disk_told, locked
 from flcompress.pipeline.program import folder_digest
 
-WORK = ".encoding"
-"""In the folder of an unfinished dataset: its plan, and what of it is done."""
-
-_Task = PromptTask | ClipTask
-_PLAN, _MADE = TypeAdapter(Plan), TypeAdapter(Made)
+_TOGETHER = 32
+"""Videos that a process measures at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,21 +151,18 @@ def encode(request: Request, display: Display, *, wait: bool = False) -> dict[st
     request.out.mkdir(parents=True, exist_ok=True)
     with full_disk_told(request.out), _alone(request.out, wait), workers(encoder, request.processes) as run:
         if (request.out / INDEX_FILE).exists():
-            made = _mend(request.out, run, display)
+            made = mend(request.out, run, display)
         else:
-            plan = _stored_plan(request.out)
+            plan = stored_plan(request.out)
             if plan is None:
                 if request.videos is None:
                     plan = plan_prompts(prompts)
                 else:
                     measured = _measure([one.file for one in captioned], run, display)
                     plan = plan_clips(captioned, measured, uncaptioned, request.target, grid)
-                stored = {"request": identity, "plan": _PLAN.dump_python(plan, mode="json")}
-                (request.out / WORK).mkdir(exist_ok=True)
-                write_text(request.out / WORK / "plan.json", json.dumps(stored) + "\n")
-            made = _make(request.out, plan, run, display)
-            _finish(request.out, plan, identity)
-    _clean(request.out)
+                store_plan(request.out, plan, identity)
+            made = make(request.out, plan, identity, run, display)
+    clean(request.out)
     return summary(request.out, made)
 
 
@@ -211,14 +203,10 @@ def _check_out(out: Path, identity: dict[str, Any]) -> None:
     """Raise DataError where `out` holds another dataset, or something else."""
     if out.exists() and not out.is_dir():
         raise DataError(f"{out}: a file, expected a folder; choose another --out")
-    plan = out / WORK / "plan.json"
-    if (out / INDEX_FILE).exists():
-        found = Index.read(out).request
-    elif plan.exists():
-        found = json.loads(plan.read_text(encoding="utf-8"))["request"]
-    elif out.is_dir() and any(path.name != WORK for path in out.iterdir()):
-        raise DataError(f"{out}: not empty and no latent dataset (no {INDEX_FILE}); choose another --out")
-    else:
+    found = stored_request(out)
+    if found is None:
+        if out.is_dir() and any(path.name != WORK for path in out.iterdir()):
+            raise DataError(f"{out}: not empty and no latent dataset (no {INDEX_FILE}); choose another --out")
         return
     for key, value in identity.items():
         if found.get(key) != value:
@@ -227,110 +215,13 @@ def _check_out(out: Path, identity: dict[str, Any]) -> None:
 
 
 def _measure(files: Sequence[str], run: Run, display: Display) -> dict[str, Size | Skipped]:
-    measured = {}
+    measured: dict[str, Size | Skipped] = {}
+    groups = [tuple(files[start : start + _TOGETHER]) for start in range(0, len(files), _TOGETHER)]
     with display.stage("measuring videos") as progress:
-        for file, size in run(Encoder.measure, files):
-            measured[file] = size
+        for some in run(Encoder.measure, groups):
+            measured |= some
             progress(len(measured), len(files), {})
     return measured
-
-
-def _stored_plan(out: Path) -> Plan | None:
-    path = out / WORK / "plan.json"
-    if not path.exists():
-        return None
-    return _PLAN.validate_python(json.loads(path.read_text(encoding="utf-8"))["plan"])
-
-
-def _done(out: Path) -> dict[str, Made]:
-    """What earlier attempts made, by task."""
-    path = out / WORK / "done.jsonl"
-    found = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            made = _MADE.validate_json(line)
-        except ValidationError:
-            continue  # a killed attempt can leave half a line
-        found[made.task] = made
-    return found
-
-
-def _make(out: Path, plan: Plan, run: Run, display: Display) -> int:
-    """Make the plan's shards that are not done yet; returns how many."""
-    done = _done(out)
-    left = [task for task in plan.tasks if task.file not in done]
-    total = sum(task.size for task in plan.tasks)
-    sizes = {task.file: task.size for task in plan.tasks}
-    ready, skipped = total - sum(task.size for task in left), sum(len(made.skipped) for made in done.values())
-    # The first line after a kill may have to end the half one before.
-    with (out / WORK / "done.jsonl").open("a", encoding="utf-8") as file, display.stage("encoding") as progress:
-        file.write("\n" if done else "")
-        for made in run(Encoder.make, left):
-            file.write(_MADE.dump_json(made).decode() + "\n")
-            file.flush()
-            ready, skipped = ready + sizes[made.task], skipped + len(made.skipped)
-            progress(ready, total, {"skipped": skipped})
-    return len(left)
-
-
-def _finish(out: Path, plan: Plan, identity: dict[str, Any]) -> None:
-    """Write the list of skipped videos and the index, the last thing of a dataset."""
-    done = _done(out)
-    made = [done[task.file] for task in plan.tasks]
-    skipped = sorted([*plan.skipped, *(one for part in made for one in part.skipped)], key=lambda one: one.file)
-    clips = tuple(part.shard for part in made if isinstance(part.shard, ClipShard))
-    if identity["videos"]:
-        _write_skipped(out, skipped)
-        if not clips:
-            raise DataError(f"{out}: no clip could be encoded; {out / SKIPPED_FILE} says why, video by video")
-    Index(
-        request=identity,
-        prompts=plan.prompts,
-        prompt_shards=tuple(part.shard for part in made if isinstance(part.shard, PromptShard)),
-        clip_shards=clips,
-    ).write(out)
-
-
-def _write_skipped(out: Path, skipped: Sequence[Skipped]) -> None:
-    write_text(out / SKIPPED_FILE, "".join(json.dumps(asdict(one)) + "\n" for one in skipped))
-
-
-def _mend(out: Path, run: Run, display: Display) -> int:
-    """Make the damaged shards of a finished dataset again; returns how many."""
-    index = Index.read(out)
-    tasks: list[_Task] = []
-    first = 0
-    for shard in index.prompt_shards:
-        tasks.append(PromptTask(shard.file, index.prompts[first : first + shard.prompts]))
-        first += shard.prompts
-    tasks += [ClipTask(shard.file, shard.size, shard.clips) for shard in index.clip_shards]
-    broken = {shard.file for shard in damaged(out, index.shards)}
-    left = [task for task in tasks if task.file in broken]
-    again: dict[str, PromptShard | ClipShard] = {}
-    with display.stage("encoding damaged shards again") as progress:
-        for made in run(Encoder.make, left):
-            if made.skipped or made.shard is None:
-                worst = made.skipped[0]
-                raise DataError(
-                    f"{out / made.task}: cannot be made again: {worst.file}: {worst.reason}, though it was encoded "
-                    "once; put the same video back, or encode into a new folder"
-                )
-            again[made.task] = made.shard
-            progress(len(again), len(left), {})
-    if again:
-        update = {
-            "prompt_shards": tuple(again.get(shard.file, shard) for shard in index.prompt_shards),
-            "clip_shards": tuple(again.get(shard.file, shard) for shard in index.clip_shards),
-        }
-        index.model_copy(update=update).write(out)
-    return len(again)
-
-
-def _clean(out: Path) -> None:
-    """Remove what only an unfinished dataset needs, and what a killed attempt left."""
-    shutil.rmtree(out / WORK, ignore_errors=True)
-    for path in out.glob(".*.tmp"):
-        path.unlink()
 
 
 @contextmanager

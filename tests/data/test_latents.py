@@ -148,7 +148,7 @@ def test_a_damaged_shard_is_named(tmp_path: Path, damage: Callable[[Path], None]
 
 
 def test_what_is_no_dataset_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"not a latent dataset \(no index\.json\); expected what flcompress encode"):
+    with pytest.raises(DataError, match=r"not a latent dataset \(no index\.json\); expected a folder that flcompress"):
         LatentDataset.load(tmp_path)
     path = tmp_path / INDEX_FILE
     path.write_text("{")

@@ -108,6 +108,12 @@ def test_a_file_whose_header_promises_more_than_there_is(tmp_path: Path) -> None
         read_clip(path, (37, 48, 64), resize=False)
 
 
+def test_a_title_that_is_no_text_does_not_matter(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mkv", frames=5, title="TITLETITLE")
+    path.write_bytes(path.read_bytes().replace(b"TITLETITLE", b"\xff\xfe\xfd\xfc\xff\xfe\xfd\xfc\xff\xfe"))
+    assert video_size(path) == (5, 32, 32)
+
+
 def test_sound_alone_is_no_video(tmp_path: Path) -> None:
     import wave
 

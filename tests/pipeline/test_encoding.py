@@ -19,8 +19,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from flcompress.cli import main
+from flcompress.data.encoder import ClipTask, Encoder, Made, PromptTask
+from flcompress.data.latents import LatentDataset
 from flcompress.data.shards import Index
 from flcompress.data.videos import read_clip
+from flcompress.data.workers import workers
+from flcompress.errors import DataError, FlcompressError
 from flcompress.models.parts import open_parts
 from tests.video_files import write_video
 
@@ -154,6 +158,39 @@ def test_a_wanted_size(model: Path, videos: Path, tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_an_interrupted_command_goes_on(
+    encoded: tuple[Path, dict[str, Any]], model: Path, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, real = tmp_path / "out", Encoder.make
+    made: list[str] = []
+
+    def make_two(self: Encoder, task: PromptTask | ClipTask) -> Made:
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(task.file)
+        return real(self, task)
+
+    monkeypatch.setattr(Encoder, "make", make_two)
+    stopped = encode(model, videos, out, "--quiet")
+    assert stopped.exit_code == 130
+    assert stopped.stderr == "interrupted; the same command goes on from here\n"
+    with pytest.raises(DataError, match="an unfinished latent dataset; give the same flcompress encode again"):
+        LatentDataset.load(out)
+    refused = encode(model, videos, out, "--frames", 5)
+    assert "holds a dataset made from another request (other target)" in refused.stderr
+
+    monkeypatch.undo()
+    # What a power cut can leave beside: half a line, a shard that never reached the disk, a file half written.
+    with (out / ".encoding" / "done.jsonl").open("a") as file:
+        file.write('{"task": "clips-0000')
+    (out / made[0]).unlink()
+    (out / ".clips-00001.safetensors.tmp").write_bytes(b"half")
+    done = encode(model, videos, out, "--json", "--quiet")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["made"] == 2
+    assert contents(out) == contents(encoded[0])
+
+
 @pytest.mark.slow
 def test_two_processes_killed_and_one_that_goes_on_give_the_same_bytes(model: Path, tmp_path: Path) -> None:
     folder = tmp_path / "videos"
@@ -270,10 +307,6 @@ def test_two_at_once_are_refused(encoded: tuple[Path, dict[str, Any]], model: Pa
 
 
 def test_a_worker_that_dies_ends_the_command(model: Path, videos: Path, tmp_path: Path) -> None:
-    from flcompress.data.encoder import Encoder
-    from flcompress.data.workers import workers
-    from flcompress.errors import FlcompressError
-
     encoder = Encoder({"_class_name": "WanPipeline"}, {}, "cpu", 16, tmp_path, videos, False)
     with (
         pytest.raises(FlcompressError, match=r"a worker process was ended from outside \(out of memory\?\)"),
