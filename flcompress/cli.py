@@ -104,6 +104,7 @@ def inspect_command(model: Path, tokens: int, as_json: bool) -> None:
 
 @main.command("encode")
 @click.option("--pipeline", type=_FOLDER, required=True, help="Diffusers pipeline folder that encodes.")
+@click.option("--pipeline-class", metavar="NAME", help="Stock class to use it with, as model.pipeline of a recipe.")
 @click.option("--videos", type=_FOLDER, help="Folder of videos; left out, a dataset of prompts only is made.")
 @click.option("--captions", type=_FOLDER, required=True, help=".jsonl or .csv with file and caption; prompts: .txt.")
 @click.option("--out", type=_FOLDER, required=True, help="Folder of the dataset.")
@@ -117,6 +118,7 @@ def inspect_command(model: Path, tokens: int, as_json: bool) -> None:
 @quiet
 def encode_command(
     pipeline: Path,
+    pipeline_class: str | None,
     videos: Path | None,
     captions: Path,
     out: Path,
@@ -133,7 +135,7 @@ def encode_command(
     from flcompress.pipeline.encoding import encode, folder_request, summary_text
 
     target = Target(frames, height, width)
-    request = folder_request(pipeline, captions, out, videos, target, max_sequence_length, workers)
+    request = folder_request(pipeline, captions, out, videos, target, max_sequence_length, workers, pipeline_class)
     made = encode(request, _display(quiet))
     if as_json:
         _print(made)

@@ -36,6 +36,7 @@ class Clips:
         if spec is None:
             raise DataError(f"{self._recipe.file}: no data: given, but a pass reads clips; add data: to the recipe")
         request = {
+            "pipeline": program.pipeline_class,
             "parts": parts_digests(program.index, program.components),
             "max_sequence_length": program.contract.max_sequence_length,
         }

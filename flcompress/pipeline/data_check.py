@@ -57,6 +57,13 @@ def _check_origin(recipe: Recipe, folder: Path, request: dict[str, Any]) -> None
     from flcompress.pipeline.encoding import parts_digests
 
     where = f"{recipe.where('data')}.latents: {folder}"
+    model = recipe.model_folder()
+    index = read_json(model / "model_index.json", "a diffusers pipeline folder has one")
+    if request.get("pipeline") != index["_class_name"]:
+        raise DataError(
+            f"{where}: encoded for {request.get('pipeline')}, expected {index['_class_name']}; "
+            f"encode with --pipeline-class {index['_class_name']}"
+        )
     length, wanted = request.get("max_sequence_length"), recipe.sampling.max_sequence_length
     if length != wanted:
         raise DataError(
@@ -65,8 +72,6 @@ def _check_origin(recipe: Recipe, folder: Path, request: dict[str, Any]) -> None
         )
     if recipe.model.weights == "random":
         return  # its parts do not exist yet
-    model = recipe.model_folder()
-    index = read_json(model / "model_index.json", "a diffusers pipeline folder has one")
     ours = parts_digests(index, {name: model / name for name in part_names(index)})
     theirs = request.get("parts", {})
     differing = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))

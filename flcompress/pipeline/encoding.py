@@ -84,13 +84,24 @@ def folder_request(
     target: Target = OWN_SIZE,
     max_sequence_length: int = 512,
     processes: int = 1,
+    pipeline_class: str | None = None,
 ) -> Request:
-    """A request to encode with the parts of a pipeline folder, on a GPU if there is one."""
+    """A request to encode with the parts of a pipeline folder, on a GPU if there is one.
+
+    Args:
+        pipeline: the folder.
+        captions: see `Request`, as for those that follow.
+        pipeline_class: another stock pipeline class of the model's family, where not the one the folder names.
+    """
     import torch
 
     from flcompress.models.folder import check_pipeline
 
     index = check_pipeline(pipeline)
+    known = family_of(index["_class_name"]).pipelines
+    if pipeline_class is not None and pipeline_class not in known:
+        raise DataError(f"--pipeline-class {pipeline_class}: expected {' or '.join(known)} for this model")
+    index["_class_name"] = pipeline_class or index["_class_name"]
     components = {name: pipeline / name for name in ("transformer", *part_names(index))}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Request(

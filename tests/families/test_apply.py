@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from flcompress.errors import RecipeError
+from flcompress.errors import DataError, RecipeError
 from flcompress.models.parts import open_parts
 from flcompress.pipeline.display import QuietDisplay
 from flcompress.pipeline.encoding import encode, folder_request
@@ -119,3 +119,14 @@ def test_a_size_that_the_autoencoder_cannot_code_is_named(
         match=r"sampling\.num_frames: 10 given, expected 1 plus a multiple of 4 for this autoencoder, such as 9",
     ):
         read_source(load_recipe(recipe))
+
+
+def test_a_dataset_is_made_for_one_pipeline_class(pipeline_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """Wan 2.2 TI2V-5B as WanImageToVideoPipeline needs first frames, which a dataset for WanPipeline lacks."""
+    folder, prompts = pipeline_folder("wan"), tmp_path / "prompts.txt"
+    prompts.write_text("a two\n")
+    with pytest.raises(DataError, match=r"--pipeline-class FluxPipeline: expected WanPipeline or WanImageToVideoPipel"):
+        folder_request(folder, prompts, tmp_path / "data", pipeline_class="FluxPipeline")
+    request = folder_request(folder, prompts, tmp_path / "data", pipeline_class="WanImageToVideoPipeline")
+    with pytest.raises(DataError, match=r"WanImageToVideoPipeline starts from a first frame, which prompts alone do"):
+        encode(request, QuietDisplay())

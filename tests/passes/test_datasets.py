@@ -133,6 +133,19 @@ def test_a_dataset_of_another_model_or_length_is_refused(folder: Path, tmp_path:
     )
 
 
+def test_a_dataset_for_another_pipeline_class_is_refused(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "clips", folder / "first-frames")
+    index = folder / "first-frames" / "index.json"
+    index.write_text(index.read_text().replace('"WanPipeline"', '"WanImageToVideoPipeline"'))
+    path = recipe(folder, "first-frames", {"latents": "first-frames"}, [IMPORTANCE])
+    with pytest.raises(DataError) as refused:
+        apply(path, tmp_path / "run", dry_run=True)
+    assert str(refused.value) == (
+        f"{path}:1: data.latents: {folder}/first-frames: encoded for WanImageToVideoPipeline, expected WanPipeline; "
+        "encode with --pipeline-class WanPipeline"
+    )
+
+
 def test_a_damaged_shard_is_found_before_any_work(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "clips", folder / "damaged")
     shard = folder / "damaged" / "clips-00001.safetensors"
