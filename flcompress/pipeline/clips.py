@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flcompress.data.shards import INDEX_FILE
 from flcompress.errors import DataError
 from flcompress.pipeline.display import Display
 from flcompress.pipeline.durable import locked, move_in_place
@@ -58,7 +59,6 @@ class Clips:
         return final
 
     def _encode(self, given: dict[str, str], program: Program, final: Path) -> None:
-        from flcompress.data.shards import INDEX_FILE
         from flcompress.pipeline.encoding import Request, encode, summary_text
 
         if (final / INDEX_FILE).exists():
@@ -101,15 +101,14 @@ def target_of(recipe: Recipe) -> Target:
 
 
 def fingerprint(spec: dict[str, Any] | None) -> dict[str, Any] | None:
-    """What identifies the clips: the specification, and for files on disk their names, sizes and times.
-
-    Contents are not read: a folder of videos can be larger than memory, and this runs at every `apply`.
+    """What identifies the clips: the specification; a dataset's index, which holds the checksums of its shards; for
+    videos their names, sizes and times, since reading them all at every `apply` would take too long.
     """
     if spec is None:
         return None
     ((kind, given),) = spec.items()
     if kind == "latents":
-        return {kind: _files(Path(given))}
+        return {kind: hashlib.sha256((Path(given) / INDEX_FILE).read_bytes()).hexdigest()}
     if kind == "videos":
         return {kind: {name: _files(Path(path)) for name, path in given.items()}}
     return spec

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flcompress.data.captions import Captioned
@@ -16,6 +16,7 @@ grids = st.builds(Grid, frames=st.sampled_from([0, 1, 4, 6, 8]), pixels=st.sampl
 sizes = st.tuples(st.integers(1, 200), st.integers(1, 2000), st.integers(1, 2000))
 
 
+@settings(deadline=None)
 @given(sizes, grids, st.none() | st.integers(1, 200))
 def test_without_a_wanted_size_a_clip_only_loses(size: tuple[int, int, int], grid: Grid, most: int | None) -> None:
     bucket = Target(frames=most).bucket(size, grid)
@@ -33,6 +34,7 @@ def test_without_a_wanted_size_a_clip_only_loses(size: tuple[int, int, int], gri
     assert Target(frames=most).bucket(bucket, grid) == bucket
 
 
+@settings(deadline=None)
 @given(sizes, grids, st.integers(1, 20), st.integers(1, 20))
 def test_with_a_wanted_size_every_clip_gets_it(size: tuple[int, int, int], grid: Grid, h: int, w: int) -> None:
     target = Target(height=h * grid.pixels, width=w * grid.pixels)
@@ -62,6 +64,7 @@ def test_a_size_the_model_does_not_take_is_refused(target: Target, grid: Grid, m
 clips = st.lists(st.tuples(st.sampled_from("abc"), st.none() | st.sampled_from([(9, 32, 32), (5, 32, 48), (9, 4, 4)])))
 
 
+@settings(deadline=None)
 @given(clips)
 def test_every_video_is_in_one_shard_of_its_size_or_skipped(
     given_clips: list[tuple[str, tuple[int, int, int] | None]],
@@ -82,6 +85,7 @@ def test_every_video_is_in_one_shard_of_its_size_or_skipped(
     assert len({task.file for task in plan.tasks}) == len(plan.tasks)
 
 
+@settings(deadline=None)
 @given(st.lists(st.text()))
 def test_each_prompt_is_in_one_shard(texts: list[str]) -> None:
     plan = plan_prompts(texts)

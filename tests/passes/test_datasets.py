@@ -73,6 +73,10 @@ def test_clips_of_two_sizes(folder: Path) -> None:
     assert all(block.importance is not None for block in scored.blocks)
     student_is_new_and_finite(run)
     assert not (run.path / "data").exists()  # the dataset is read where it lies
+    for shard in (folder / "clips").iterdir():
+        shard.touch()  # what it holds decides, not when it was copied there
+    again = apply(folder / "clips.yaml", folder / "run", display=QuietDisplay())
+    assert again.journal()[-1]["status"] == "cached"
 
 
 def test_prompts_alone_suffice_for_distillation(folder: Path) -> None:
