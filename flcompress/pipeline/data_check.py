@@ -59,10 +59,11 @@ def _check_origin(recipe: Recipe, folder: Path, request: dict[str, Any]) -> None
     where = f"{recipe.where('data')}.latents: {folder}"
     model = recipe.model_folder()
     index = read_json(model / "model_index.json", "a diffusers pipeline folder has one")
-    if request.get("pipeline") != index["_class_name"]:
+    pipeline = recipe.model.pipeline or index["_class_name"]
+    if request.get("pipeline") != pipeline:
         raise DataError(
-            f"{where}: encoded for {request.get('pipeline')}, expected {index['_class_name']}; "
-            f"encode with --pipeline-class {index['_class_name']}"
+            f"{where}: encoded for {request.get('pipeline')}, expected {pipeline}; "
+            f"encode with --pipeline-class {pipeline}"
         )
     length, wanted = request.get("max_sequence_length"), recipe.sampling.max_sequence_length
     if length != wanted:
