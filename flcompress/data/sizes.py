@@ -42,19 +42,19 @@ class Target:
     def check(self, grid: Grid) -> None:
         """Raise DataError for a size that the model does not take, naming the nearest that it does."""
         if (self.height is None) != (self.width is None):
-            raise DataError("--height and --width: one of them given, expected both or neither")
-        for name, given in (("--height", self.height), ("--width", self.width)):
+            raise DataError("height and width: one of them given, expected both or neither")
+        for name, given in (("height", self.height), ("width", self.width)):
             if given is not None and given % grid.pixels:
                 below = max(grid.fit_pixels(given), grid.pixels)
                 raise DataError(
-                    f"{name} {given}: expected a multiple of {grid.pixels} for this model, "
+                    f"{name}: {given} given, expected a multiple of {grid.pixels} for this model, "
                     f"such as {below} or {below + grid.pixels}"
                 )
         if self.frames is not None and grid.fit_frames(self.frames) != self.frames:
             below = grid.fit_frames(self.frames)
             wanted = f"1 + a multiple of {grid.frames}" if grid.frames else "1, as this model makes images"
             raise DataError(
-                f"--frames {self.frames}: expected {wanted}"
+                f"frames: {self.frames} given, expected {wanted}"
                 + (f" for this model, such as {below} or {below + grid.frames}" if grid.frames else "")
             )
 

@@ -16,7 +16,7 @@ from flcompress.pipeline.store import key_of
 
 if TYPE_CHECKING:
     from flcompress.data.latents import LatentDataset
-    from flcompress.data.sizes import Target
+    from flcompress.data.sizes import Grid, Target
 
 
 class Clips:
@@ -98,6 +98,21 @@ def target_of(recipe: Recipe) -> Target:
     from flcompress.data.sizes import OWN_SIZE, Target
 
     return Target(*recipe.sampling.size) if recipe.sampling.size else OWN_SIZE
+
+
+def grid_and_target(recipe: Recipe) -> tuple[Grid, Target]:
+    """The sizes that a recipe's model takes, and the one that its videos are encoded at; DataError if that is none."""
+    from flcompress.data.grid import grid_of
+    from flcompress.models.folder import read_json
+
+    model, target = recipe.model_folder(), target_of(recipe)
+    index = read_json(model / "model_index.json", "a diffusers pipeline folder has one")
+    grid = grid_of(index["_class_name"], model / "vae", model / "transformer")
+    try:
+        target.check(grid)
+    except DataError as error:
+        raise DataError(f"{recipe.where('sampling')}: {error}") from error
+    return grid, target
 
 
 def fingerprint(spec: dict[str, Any] | None) -> dict[str, Any] | None:

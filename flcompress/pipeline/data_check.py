@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flcompress.errors import DataError
-from flcompress.pipeline.clips import target_of
+from flcompress.pipeline.clips import grid_and_target
 from flcompress.pipeline.recipe import Recipe
 
 
@@ -20,13 +20,9 @@ def check_data(recipe: Recipe) -> None:
         _check_latents(recipe, Path(given))
     elif kind == "videos":
         from flcompress.data.captions import read_captions
-        from flcompress.data.grid import grid_of
-        from flcompress.models.folder import read_json
 
         read_captions(Path(given["captions"]), Path(given["folder"]))
-        model = recipe.model_folder()
-        index = read_json(model / "model_index.json", "a diffusers pipeline folder has one")
-        target_of(recipe).check(grid_of(index["_class_name"], model / "vae", model / "transformer"))
+        grid_and_target(recipe)
 
 
 def _check_latents(recipe: Recipe, folder: Path) -> None:

@@ -46,13 +46,13 @@ def test_with_a_wanted_size_every_clip_gets_it(size: tuple[int, int, int], grid:
     ("target", "grid", "message"),
     [
         (Target(frames=80), Grid(4, 16),
-         "--frames 80: expected 1 + a multiple of 4 for this model, such as 77 or 81"),
-        (Target(frames=9), Grid(0, 16), "--frames 9: expected 1, as this model makes images"),
+         "frames: 80 given, expected 1 + a multiple of 4 for this model, such as 77 or 81"),
+        (Target(frames=9), Grid(0, 16), "frames: 9 given, expected 1, as this model makes images"),
         (Target(height=500, width=832), Grid(4, 16),
-         "--height 500: expected a multiple of 16 for this model, such as 496 or 512"),
+         "height: 500 given, expected a multiple of 16 for this model, such as 496 or 512"),
         (Target(height=480, width=8), Grid(4, 16),
-         "--width 8: expected a multiple of 16 for this model, such as 16 or 32"),
-        (Target(height=480), Grid(4, 16), "--height and --width: one of them given, expected both or neither"),
+         "width: 8 given, expected a multiple of 16 for this model, such as 16 or 32"),
+        (Target(height=480), Grid(4, 16), "height and width: one of them given, expected both or neither"),
     ],
 )  # fmt: skip
 def test_a_size_the_model_does_not_take_is_refused(target: Target, grid: Grid, message: str) -> None:
