@@ -130,7 +130,10 @@ def encode_command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Encode videos and captions, or prompts alone, for `data: {latents: OUT}`. A killed command goes on."""
+    """Encode videos and captions, or prompts, into a dataset.
+
+    A recipe reads it with `data: {latents: OUT}`. A killed command goes on. See docs/data.md.
+    """
     from flcompress.data.sizes import Target
     from flcompress.pipeline.encoding import encode, folder_request, summary_text
 
