@@ -102,6 +102,50 @@ def inspect_command(model: Path, tokens: int, as_json: bool) -> None:
         click.echo(inspection_text(found))
 
 
+@main.command("encode")
+@click.option("--pipeline", type=_FOLDER, required=True, help="Diffusers pipeline folder that encodes.")
+@click.option("--pipeline-class", metavar="NAME", help="Stock class to use it with, as model.pipeline of a recipe.")
+@click.option("--videos", type=_FOLDER, help="Folder of videos; left out, a dataset of prompts only is made.")
+@click.option("--captions", type=_FOLDER, required=True, help=".jsonl or .csv with file and caption; prompts: .txt.")
+@click.option("--out", type=_FOLDER, required=True, help="Folder of the dataset.")
+@click.option("--frames", type=click.IntRange(min=1), help="Trim longer clips.  [default: each clip's own]")
+@click.option("--height", type=click.IntRange(min=1), help="Resize and crop, with --width.  [default: own, cropped]")
+@click.option("--width", type=click.IntRange(min=1), help="See --height.")
+@click.option("--max-sequence-length", type=click.IntRange(min=1), default=512, show_default=True,
+              help="Tokens a prompt is padded to; the recipe's sampling names the same.")  # fmt: skip
+@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes; one a GPU.")
+@as_json
+@quiet
+def encode_command(
+    pipeline: Path,
+    pipeline_class: str | None,
+    videos: Path | None,
+    captions: Path,
+    out: Path,
+    frames: int | None,
+    height: int | None,
+    width: int | None,
+    max_sequence_length: int,
+    workers: int,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Encode videos and captions, or prompts, into a dataset.
+
+    A recipe reads it with `data: {latents: OUT}`. A killed command goes on. See docs/data.md.
+    """
+    from flcompress.data.sizes import Target
+    from flcompress.pipeline.encoding import encode, folder_request, summary_text
+
+    target = Target(frames, height, width)
+    request = folder_request(pipeline, captions, out, videos, target, max_sequence_length, workers, pipeline_class)
+    made = encode(request, _display(quiet))
+    if as_json:
+        _print(made)
+    else:
+        click.echo(summary_text(made))
+
+
 @main.command("report")
 @click.argument("run", type=_FOLDER)
 def report_command(run: Path) -> None:

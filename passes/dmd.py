@@ -83,6 +83,10 @@ class DistributionMatching(Pass):
             needed.add(Fact.PRUNED)
         return frozenset(needed)
 
+    @property
+    def needs_clips(self) -> bool:
+        return self.gan_weight > 0
+
     def cost(self, parameters: float, blocks: int, original: float) -> Cost:
         # The generator is pruned; the scores are as deep as the original.
         pruned = parameters / original
@@ -145,6 +149,7 @@ class _Matcher:
     ) -> None:
         self._settings, self._contract, self._data, self._device = settings, contract, data, device
         teacher, guidance = program.teacher_contract, contract.embedded_guidance
+        self._latents = program.latents
         self._shift, self._process = teacher.shift, contract.process
         self._generator, self._real = as_network(generator, guidance), as_network(real, guidance)
         self._real_pruned = skipping(real, program.prune_set, guidance=guidance)
@@ -183,11 +188,11 @@ class _Matcher:
         Only the last prediction carries gradient. Returns x_g [n, ...] and its conditioning.
         """
         n = self._settings.batch
-        like, given = self._data.batch(n, draw)
+        shape, given = self._data.conditions(n, draw, self._latents)
         given = on(given, self._device)
         sigmas, timesteps = self._contract.sigmas, self._contract.timesteps
         last = int(torch.randint(len(sigmas), (), generator=draw))
-        x = torch.randn(like.shape, generator=draw).to(self._device)
+        x = torch.randn(shape, generator=draw).to(self._device)
         for place in range(last + 1):
             timestep = torch.full((n,), timesteps[place], device=self._device)
             with torch.set_grad_enabled(grad and place == last):

@@ -1,113 +1,188 @@
-"""Clips and captions as a network sees them: unit-scale latents and conditioning."""
+"""Clips and captions as a network sees them: unit-scale latents and conditioning, read as they are drawn."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field, replace
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
 
-from flcompress.diffusion.conditioning import Conditioning, taken
+from flcompress.data.shards import EMPTY, LATENTS, PER_CLIP, Index, check_sizes
+from flcompress.data.sizes import Size
 from flcompress.errors import DataError
 
-_PROMPTS, _NEGATIVE, _CLIPS = "prompts.", "negative.", "clips."
-"""Prefixes of the conditioning's tensors in a file."""
+_OPEN_SHARDS = 64
+
+
+class _Reader:
+    """Rows of a dataset's shards, mapped into memory: only what is read is loaded."""
+
+    def __init__(self, folder: Path, index: Index) -> None:
+        self._folder, self._index = folder, index
+        self._ends = list(accumulate(shard.prompts for shard in index.prompt_shards))
+        self._shard = lru_cache(_OPEN_SHARDS)(self._opened)
+
+    def prompts(self, numbers: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Conditioning of prompts, [prompts, ...]."""
+        places = []
+        for number in numbers:
+            shard = bisect_right(self._ends, number)
+            start = self._ends[shard - 1] if shard else 0
+            places.append((self._index.prompt_shards[shard].file, number - start))
+        return self._rows(places, self._names(places[0][0]))
+
+    def latents(self, places: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """Latents [clips, ...] of (shard, row) each, fp32."""
+        return self._rows(self._files(places), [LATENTS])[LATENTS].float()
+
+    def own(self, places: Sequence[tuple[int, int]]) -> dict[str, torch.Tensor]:
+        """What else conditions those clips, such as their first frames, [clips, ...] each; nothing for most models."""
+        names = [name for name in self._names(self._files(places)[0][0]) if name.startswith(PER_CLIP)]
+        return {name.removeprefix(PER_CLIP): value for name, value in self._rows(self._files(places), names).items()}
+
+    def shape(self, shard: int) -> tuple[int, ...]:
+        """(channels, frames, height, width) of a shard's latents."""
+        file = self._shard(self._index.clip_shards[shard].file)
+        return tuple(file.get_slice(LATENTS).get_shape()[1:])
+
+    def _names(self, file: str) -> list[str]:
+        return list(self._shard(file).keys())
+
+    def _files(self, places: Sequence[tuple[int, int]]) -> list[tuple[str, int]]:
+        return [(self._index.clip_shards[shard].file, row) for shard, row in places]
+
+    def _rows(self, places: Sequence[tuple[str, int]], names: Sequence[str]) -> dict[str, torch.Tensor]:
+        return {
+            name: torch.cat([self._shard(file).get_slice(name)[row : row + 1] for file, row in places])
+            for name in names
+        }
+
+    def _opened(self, file: str) -> Any:
+        try:
+            return safe_open(str(self._folder / file), framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise DataError(
+                f"{self._folder / file}: not a whole shard ({error}); "
+                "encode again with the same command: only the damaged shard is redone"
+            ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Bucket:
+    """Clips of one size: `places` [clips, 3] is the shard, the row in it and the prompt of each."""
+
+    size: Size
+    places: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class LatentDataset:
-    """Encoded clips. Each distinct caption is embedded once.
+    """A dataset that `flcompress encode` wrote; it may be larger than memory. See docs/data.md.
 
     Attributes:
-        latents: [n, channels, frames, height, width], unit scale.
-        prompt_index: [n] caption of each clip.
-        prompts: conditioning by each caption, [captions, ...].
-        negative: conditioning by the empty prompt, [1, ...].
-        captions: the texts.
-        clips: conditioning by each clip itself (its first frame), [n, ...]; empty for most models.
+        folder: where it lies.
+        captions: the texts; the first is the empty prompt.
+        negative: conditioning by the empty prompt, [1, ...] each.
     """
 
-    latents: torch.Tensor
-    prompt_index: torch.Tensor
-    prompts: Conditioning
-    negative: Conditioning
+    folder: Path
     captions: tuple[str, ...]
-    clips: Conditioning = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.latents)
-
-    def batch(self, n: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """`n` clips drawn with replacement: latents [n, ...] and their conditioning."""
-        chosen = torch.randint(len(self), (n,), generator=generator)
-        return self.latents[chosen], taken(self.prompts, self.prompt_index[chosen]) | taken(self.clips, chosen)
-
-    def split(self, heldout: int) -> tuple[LatentDataset, LatentDataset]:
-        """(training part, the last `heldout` clips): monitors must not be read off the clips that are trained on."""
-        if not 0 < heldout < len(self):
-            raise DataError(f"data: {len(self)} clips given, expected more than the {heldout} that monitors hold out")
-        return self._part(slice(0, -heldout)), self._part(slice(-heldout, None))
-
-    def _part(self, chosen: slice) -> LatentDataset:
-        return replace(
-            self,
-            latents=self.latents[chosen],
-            prompt_index=self.prompt_index[chosen],
-            clips=taken(self.clips, chosen),
-        )
-
-    def save(self, folder: Path) -> None:
-        """Write `latents.safetensors` and `captions.json`."""
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {"latents": self.latents, "prompt_index": self.prompt_index}
-        for prefix, given in ((_PROMPTS, self.prompts), (_NEGATIVE, self.negative), (_CLIPS, self.clips)):
-            tensors |= {f"{prefix}{name}": tensor for name, tensor in given.items()}
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(folder / "latents.safetensors"))
-        (folder / "captions.json").write_text(json.dumps(list(self.captions), indent=0) + "\n", encoding="utf-8")
+    negative: dict[str, torch.Tensor]
+    _reader: _Reader
+    _buckets: tuple[_Bucket, ...]
 
     @classmethod
     def load(cls, folder: Path) -> LatentDataset:
-        """Read what `save` wrote.
+        """Open a dataset; its index and the sizes of its files are checked, its contents read when they are drawn.
 
         Raises:
-            DataError: missing, damaged, not finite, or empty.
+            DataError: no dataset, or a shard that is missing or short.
         """
-        path = folder / "latents.safetensors"
-        try:
-            tensors = load_file(str(path))
-            captions = tuple(json.loads((folder / "captions.json").read_text(encoding="utf-8")))
-        except (OSError, SafetensorError, json.JSONDecodeError) as error:
-            raise DataError(
-                f"{folder}: not a latent dataset ({error}); expected latents.safetensors and captions.json"
-            ) from error
+        index = Index.read(folder)
+        check_sizes(folder, index)
+        places: dict[Size, list[tuple[int, int, int]]] = {}
+        for number, shard in enumerate(index.clip_shards):
+            places.setdefault(shard.size, []).extend((number, row, clip.prompt) for row, clip in enumerate(shard.clips))
+        buckets = tuple(_Bucket(size, torch.tensor(places[size])) for size in sorted(places))
+        reader = _Reader(folder, index)
+        return cls(folder, index.prompts, reader.prompts([EMPTY]), reader, buckets)
 
-        def part(prefix: str) -> dict[str, torch.Tensor]:
-            return {name.removeprefix(prefix): one for name, one in tensors.items() if name.startswith(prefix)}
+    def __len__(self) -> int:
+        return sum(len(bucket.places) for bucket in self._buckets)
 
-        prompts, negative = part(_PROMPTS), part(_NEGATIVE)
-        for wanted, found in (
-            ("latents", "latents" in tensors),
-            ("prompt_index", "prompt_index" in tensors),
-            (f"{_PROMPTS}*", prompts),
-            (f"{_NEGATIVE}*", set(negative) == set(prompts)),
-        ):
-            if not found:
-                raise DataError(f"{path}: no tensor {wanted}; encode the clips again")
-        made = cls(tensors["latents"], tensors["prompt_index"], prompts, negative, captions, part(_CLIPS))
-        made.check(str(path))
-        return made
+    @property
+    def prompts_only(self) -> bool:
+        """Whether it holds no clips."""
+        return not self._buckets
 
-    def check(self, where: str) -> None:
-        """Raise DataError, naming `where`, unless there are clips and all numbers are finite."""
-        if len(self) == 0:
-            raise DataError(f"{where}: no clips; expected at least one")
-        if not bool(torch.isfinite(self.latents).all()):
-            raise DataError(f"{where}: latents hold values that are not finite; encode the clips again")
-        known = min(map(len, self.prompts.values()))
-        if int(self.prompt_index.max()) >= known:
-            raise DataError(
-                f"{where}: prompt_index names caption {int(self.prompt_index.max())} of {known}; encode the clips again"
-            )
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """(frames, height, width), in pixels, of its clips."""
+        return tuple(bucket.size for bucket in self._buckets)
+
+    def batch(self, n: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """`n` clips of one size, drawn with replacement: latents [n, channels, frames, height, width], conditioning.
+
+        The size is drawn first, each as often as it has clips.
+
+        Raises:
+            DataError: a dataset of prompts only.
+        """
+        places, prompts = self._draw(n, generator)
+        return self._reader.latents(places), self._reader.prompts(prompts) | self._reader.own(places)
+
+    def conditions(
+        self, n: int, generator: torch.Generator, latents: tuple[int, int, int, int]
+    ) -> tuple[tuple[int, ...], dict[str, torch.Tensor]]:
+        """What `n` samples are generated from: the shape [n, ...] of their latents and their conditioning.
+
+        Those of drawn clips; of prompts alone, each drawn with replacement, where there are no clips.
+
+        Args:
+            n: samples.
+            generator: of the draws.
+            latents: (channels, frames, height, width) for prompts that have no clips.
+        """
+        if self.prompts_only:
+            chosen = torch.randint(1, len(self.captions), (n,), generator=generator)
+            return (n, *latents), self._reader.prompts(chosen.tolist())
+        places, prompts = self._draw(n, generator)
+        return (n, *self._reader.shape(places[0][0])), self._reader.prompts(prompts) | self._reader.own(places)
+
+    def split(self, heldout: int) -> tuple[LatentDataset, LatentDataset]:
+        """(training part, the last `heldout` clips): monitors must not be read off the clips that are trained on.
+
+        Of several sizes each gives its share.
+        """
+        total = len(self)
+        if not 0 < heldout < total:
+            raise DataError(f"data: {total} clips given, expected more than the {heldout} that monitors hold out")
+        training, held, seen = [], [], 0
+        for bucket in self._buckets:
+            size = len(bucket.places)
+            share = heldout * (seen + size) // total - heldout * seen // total
+            seen += size
+            training.append(replace(bucket, places=bucket.places[: size - share]))
+            held.append(replace(bucket, places=bucket.places[size - share :]))
+        return self._with(training), self._with(held)
+
+    def _with(self, buckets: Sequence[_Bucket]) -> LatentDataset:
+        return replace(self, _buckets=tuple(bucket for bucket in buckets if len(bucket.places)))
+
+    def _draw(self, n: int, generator: torch.Generator) -> tuple[list[tuple[int, int]], list[int]]:
+        """(shard, row) of `n` clips of one size, and their prompts."""
+        if self.prompts_only:
+            raise DataError(f"{self.folder}: this dataset holds prompts only, no clips; encode one with --videos")
+        bucket = self._buckets[0]
+        if len(self._buckets) > 1:
+            weights = torch.tensor([float(len(bucket.places)) for bucket in self._buckets])
+            bucket = self._buckets[int(torch.multinomial(weights, 1, generator=generator))]
+        chosen = torch.randint(len(bucket.places), (n,), generator=generator)
+        places = bucket.places[chosen].tolist()
+        return [(shard, row) for shard, row, _ in places], [prompt for *_, prompt in places]

@@ -1,83 +1,106 @@
-"""Video files with captions: found, checked and decoded with PyAV."""
+"""Video files: measured and decoded with PyAV."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
-from flcompress.errors import DataError
+from flcompress.data.sizes import Size
+from flcompress.errors import FlcompressError
 
 
-@dataclass(frozen=True, slots=True)
-class VideoFile:
-    """One clip on disk."""
-
-    path: Path
-    caption: str
+class BrokenVideo(FlcompressError):  # noqa: N818 (what it is, not what went wrong here)
+    """A file that cannot be decoded; the message is the reason alone."""
 
 
-def list_videos(folder: Path, captions: Path) -> list[VideoFile]:
-    """The videos that a captions file names.
-
-    Args:
-        folder: where the files lie.
-        captions: JSON lines, one `{"file": "clip.mp4", "caption": "..."}` a video.
+def video_size(path: Path) -> Size:
+    """(frames, height, width) as it is shown: the first frame is decoded, the others counted.
 
     Raises:
-        DataError: not JSON lines, a key missing, a file missing, or no line at all.
+        BrokenVideo: no video, or a damaged one.
     """
-    found = []
-    for number, line in enumerate(captions.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            file, caption = record["file"], record["caption"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise DataError(
-                f'{captions}:{number}: {line.strip()[:60]!r} given, expected {{"file": ..., "caption": ...}}'
-            ) from error
-        if not (folder / file).is_file():
-            raise DataError(f"{captions}:{number}: {folder / file}: no such video; expected a file in {folder}")
-        found.append(VideoFile(folder / file, str(caption)))
-    if not found:
-        raise DataError(f"{captions}: no clips; expected at least one line")
-    return found
+    with _opened(path) as container:
+        frames = container.streams.video[0].frames
+        first = next(container.decode(video=0), None)
+    if first is None:
+        raise BrokenVideo("no frame can be decoded")
+    if not frames:  # some containers do not tell
+        with _opened(path) as container:
+            frames = sum(packet.size > 0 for packet in container.demux(video=0))
+    turned = _quarter_turns(first) % 2
+    height, width = (first.width, first.height) if turned else (first.height, first.width)
+    return frames, height, width
 
 
-def video_size(path: Path) -> tuple[int, int, int]:
-    """(frames, height, width) of a video, by decoding its packets' headers only where the container counts frames."""
+def read_clip(path: Path, bucket: Size, *, resize: bool) -> torch.Tensor:
+    """The first frames of a video, centred.
+
+    Args:
+        path: the file.
+        bucket: (frames, height, width) of the result.
+        resize: scale the picture until it just covers the bucket before it is cropped; else only crop.
+
+    Returns:
+        [3, frames, height, width] in [-1, 1].
+
+    Raises:
+        BrokenVideo: it cannot be decoded that far.
+    """
+    frames, height, width = bucket
+    with _opened(path) as container:
+        pictures = [_picture(frame, height, width, resize) for frame in islice(container.decode(video=0), frames)]
+    if len(pictures) < frames:
+        raise BrokenVideo(f"{len(pictures)} frames can be decoded, {frames} expected from its header")
+    return torch.from_numpy(np.stack(pictures)).permute(3, 0, 1, 2).float() / 127.5 - 1.0
+
+
+def _picture(frame: Any, height: int, width: int, resize: bool) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """[height, width, 3] of one frame, upright, its centre."""
+    if frame.is_corrupt:
+        raise BrokenVideo("a damaged frame")
+    turns = _quarter_turns(frame)
+    if resize:
+        h, w = (width, height) if turns % 2 else (height, width)
+        scale = max(h / frame.height, w / frame.width)
+        frame = frame.reformat(
+            width=max(w, math.floor(frame.width * scale)),
+            height=max(h, math.floor(frame.height * scale)),
+            format="rgb24",
+            interpolation="BICUBIC",
+        )
+    picture = np.rot90(frame.to_ndarray(format="rgb24"), turns)
+    top, left = (picture.shape[0] - height) // 2, (picture.shape[1] - width) // 2
+    if top < 0 or left < 0:
+        raise BrokenVideo("its picture changes size")
+    centre: np.ndarray[Any, np.dtype[np.uint8]] = picture[top : top + height, left : left + width]
+    return centre
+
+
+def _quarter_turns(frame: Any) -> int:
+    """Counterclockwise quarter turns that set a frame upright, as phones note them in the file."""
+    turns: int = round(frame.rotation / 90) % 4
+    return turns
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     import av
 
     try:
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            frames = stream.frames or sum(1 for _ in container.decode(stream))
-            return frames, stream.codec_context.height, stream.codec_context.width
-    except (av.FFmpegError, IndexError) as error:
-        raise DataError(f"{path}: not a video that can be decoded ({error}); remove its line or replace it") from error
-
-
-def check_sizes(videos: list[VideoFile]) -> tuple[int, int, int]:
-    """The one size that all videos have; DataError names the first that differs."""
-    first = video_size(videos[0].path)
-    for video in videos[1:]:
-        size = video_size(video.path)
-        if size != first:
-            raise DataError(
-                f"{video.path}: {size[0]} x {size[1]} x {size[2]} (frames, height, width) given, expected "
-                f"{first[0]} x {first[1]} x {first[2]} as {videos[0].path.name}; a dataset has one size"
-            )
-    return first
-
-
-def decode_video(path: Path) -> torch.Tensor:
-    """All frames: [3, frames, height, width] in [-1, 1]."""
-    import av
-
-    with av.open(str(path)) as container:
-        frames = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
-    return torch.stack(frames).permute(3, 0, 1, 2).float() / 127.5 - 1.0
+        if path.stat().st_size == 0:
+            raise BrokenVideo("an empty file")
+        with av.open(str(path), metadata_errors="ignore") as container:
+            if not container.streams.video:
+                raise BrokenVideo("no video in it")
+            yield container
+    except av.FFmpegError as error:
+        raise BrokenVideo(f"cannot be decoded ({error.strerror})") from error
+    except OSError as error:
+        raise BrokenVideo(f"cannot be read ({error.strerror})") from error

@@ -6,68 +6,124 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flcompress.data.shards import INDEX_FILE
 from flcompress.errors import DataError
 from flcompress.pipeline.display import Display
 from flcompress.pipeline.durable import locked, move_in_place
-from flcompress.pipeline.program import Program, folder_digest
+from flcompress.pipeline.program import Program
 from flcompress.pipeline.recipe import Recipe
 from flcompress.pipeline.store import key_of
 
 if TYPE_CHECKING:
     from flcompress.data.latents import LatentDataset
+    from flcompress.data.sizes import Grid, Target
 
 
 class Clips:
     """Calling it with a program gives the recipe's clips, encoded with that program's own parts."""
 
-    def __init__(self, recipe: Recipe, folder: Path, display: Display) -> None:
+    def __init__(self, recipe: Recipe, folder: Path, display: Display, device: str) -> None:
         self._recipe = recipe
         self._folder = folder
         self._display = display
+        self._device = device
         self._loaded: dict[str, LatentDataset] = {}
 
     def __call__(self, program: Program) -> LatentDataset:
-        from flcompress.models.parts import part_names
+        from flcompress.data.latents import LatentDataset
+        from flcompress.pipeline.encoding import parts_digests
 
         spec = self._recipe.data_spec()
         if spec is None:
             raise DataError(f"{self._recipe.file}: no data: given, but a pass reads clips; add data: to the recipe")
-        parts = {name: folder_digest(program.components[name]) for name in part_names(program.index)}
-        length = program.contract.max_sequence_length
-        key = key_of(data=fingerprint(spec), parts=parts, seed=self._recipe.seed, max_sequence_length=length)
+        request = {
+            "pipeline": program.pipeline_class,
+            "parts": parts_digests(program.index, program.components),
+            "max_sequence_length": program.contract.max_sequence_length,
+        }
+        size = self._recipe.sampling.size if "videos" in spec else None
+        key = key_of(data=fingerprint(spec), seed=self._recipe.seed, size=size, **request)
         if key not in self._loaded:
-            self._loaded[key] = self._from_disk(spec, program, key)
+            self._loaded[key] = LatentDataset.load(self._place(spec, program, request, self._folder / key))
         return self._loaded[key]
 
-    def _from_disk(self, spec: dict[str, Any], program: Program, key: str) -> LatentDataset:
-        from flcompress.data.build import build_dataset
-        from flcompress.data.latents import LatentDataset
+    def _place(self, spec: dict[str, Any], program: Program, request: dict[str, Any], final: Path) -> Path:
+        """Where the dataset lies; it is made in `final` if it is not there yet."""
+        ((kind, given),) = spec.items()
+        if kind == "latents":
+            return Path(given)
+        if kind == "videos":
+            self._encode(given, program, final)
+        else:
+            self._render(given["clips"], program, request, final)
+        return final
 
-        final, work = self._folder / key, self._folder / f".work-{key}"
-        if not final.exists():
-            work.mkdir(parents=True, exist_ok=True)
-            with locked(work, wait=True):
-                if not final.exists():
-                    # The lock is on the folder itself, so it is emptied, not replaced.
-                    for left in work.iterdir():
-                        left.unlink()
-                    with self._display.stage("encoding clips") as progress:
-                        made = build_dataset(spec, program.parts(), program.contract, self._recipe.seed, progress)
-                    made.save(work)
-                    move_in_place(work, final)
-        return LatentDataset.load(final)
+    def _encode(self, given: dict[str, str], program: Program, final: Path) -> None:
+        from flcompress.pipeline.encoding import Request, encode, summary_text
+
+        if (final / INDEX_FILE).exists():
+            return
+        request = Request(
+            index=program.index,
+            components=program.components,
+            captions=Path(given["captions"]),
+            out=final,
+            videos=Path(given["folder"]),
+            target=target_of(self._recipe),
+            max_sequence_length=program.contract.max_sequence_length,
+            device=self._device,
+        )
+        self._display.line(summary_text(encode(request, self._display, wait=True)))
+
+    def _render(self, clips: int, program: Program, request: dict[str, Any], final: Path) -> None:
+        from flcompress.data.build import build_moving_digits
+
+        work = final.with_name(f".work-{final.name}")
+        if final.exists():
+            return
+        work.mkdir(parents=True, exist_ok=True)
+        with locked(work, wait=True):
+            if final.exists():
+                return
+            # The lock is on the folder itself, so it is emptied, not replaced.
+            for left in work.iterdir():
+                left.unlink()
+            with self._display.stage("encoding clips") as progress:
+                build_moving_digits(work, clips, program.parts(self._device), request, self._recipe.seed, progress)
+            move_in_place(work, final)
+
+
+def target_of(recipe: Recipe) -> Target:
+    """The size that a recipe's videos are encoded at: the one it samples, or their own."""
+    from flcompress.data.sizes import OWN_SIZE, Target
+
+    return Target(*recipe.sampling.size) if recipe.sampling.size else OWN_SIZE
+
+
+def grid_and_target(recipe: Recipe) -> tuple[Grid, Target]:
+    """The sizes that a recipe's model takes, and the one that its videos are encoded at; DataError if that is none."""
+    from flcompress.data.grid import grid_of
+    from flcompress.models.folder import read_json
+
+    model, target = recipe.model_folder(), target_of(recipe)
+    index = read_json(model / "model_index.json", "a diffusers pipeline folder has one")
+    grid = grid_of(index["_class_name"], model / "vae", model / "transformer")
+    try:
+        target.check(grid)
+    except DataError as error:
+        raise DataError(f"{recipe.where('sampling')}: {error}") from error
+    return grid, target
 
 
 def fingerprint(spec: dict[str, Any] | None) -> dict[str, Any] | None:
-    """What identifies the clips: the specification, and for files on disk their names, sizes and times.
-
-    Contents are not read: a folder of videos can be larger than memory, and this runs at every `apply`.
+    """What identifies the clips: the specification; a dataset's index, which holds the checksums of its shards; for
+    videos their names, sizes and times, since reading them all at every `apply` would take too long.
     """
     if spec is None:
         return None
     ((kind, given),) = spec.items()
     if kind == "latents":
-        return {kind: _files(Path(given))}
+        return {kind: hashlib.sha256((Path(given) / INDEX_FILE).read_bytes()).hexdigest()}
     if kind == "videos":
         return {kind: {name: _files(Path(path)) for name, path in given.items()}}
     return spec

@@ -11,6 +11,7 @@ from typing import Any
 from flcompress.errors import FlcompressError, PostconditionError, RequestError
 from flcompress.pipeline import start
 from flcompress.pipeline.clips import Clips, fingerprint
+from flcompress.pipeline.data_check import check_data
 from flcompress.pipeline.display import Display, default_display
 from flcompress.pipeline.durable import full_disk_told, locked
 from flcompress.pipeline.exporting import run_exports
@@ -104,11 +105,7 @@ def check(recipe: Recipe, run: RunDirectory) -> None:
     for exporter in recipe.exports:
         exporter.check()
     check_pipeline(recipe.model_folder(), weights=recipe.model.weights == "trained")
-    spec = recipe.data_spec()
-    if spec is not None:
-        from flcompress.data.build import check_dataset
-
-        check_dataset(spec)
+    check_data(recipe)
 
 
 def pass_key(step: Pass, program: Program, recipe: Recipe) -> str:
@@ -128,7 +125,7 @@ def _apply(recipe: Recipe, run: RunDirectory, shared: Path, display: Display, de
     run.begin(recipe)
     run.note("start", recipe.name)
     store = Store(shared / "passes")
-    clips = Clips(recipe, shared / "data", display)
+    clips = Clips(recipe, shared / "data", display, device)
     current = recipe.name
     try:
         entry, fresh = _entry_of_start(recipe, store)

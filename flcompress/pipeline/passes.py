@@ -122,12 +122,17 @@ class Pass(BaseModel, ABC):
     gives: ClassVar[frozenset[Fact]] = frozenset()
     voids: ClassVar[frozenset[Fact]] = frozenset()
     needs_data: ClassVar[bool] = False
-    """Whether it reads clips: a recipe without `data:` is then refused before any work."""
+    """Whether it reads clips or prompts: a recipe without `data:` is then refused before any work."""
 
     @property
     def needs(self) -> frozenset[Fact]:
         """Facts that must hold before. A property, since it may depend on the arguments."""
         return frozenset()
+
+    @property
+    def needs_clips(self) -> bool:
+        """Whether prompts alone do not do. A property, since it may depend on the arguments."""
+        return self.needs_data
 
     def flow(self, facts: frozenset[Fact]) -> frozenset[Fact]:
         """The facts after this pass. Used to check a whole recipe before any work.

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from flcompress.errors import DataError, RequestError
 from flcompress.pipeline.recipe import Recipe
 
 if TYPE_CHECKING:
+    from flcompress.data.sizes import Size
     from flcompress.models.families.family import LatentShape
 
 
 def latents(recipe: Recipe) -> LatentShape | None:
-    """(frames, height, width) of the latents of a recipe's data; None where it has none.
+    """(frames, height, width) of the latents of a recipe's data; None where it has none, or prompts only.
 
-    Raises:
-        DataError: clips of a size that the autoencoder cannot code evenly.
+    Of a dataset of several sizes the largest counts; of videos the first that can be read.
     """
     from flcompress.data import moving_digits
-    from flcompress.data.latents import LatentDataset
-    from flcompress.data.videos import list_videos, video_size
+    from flcompress.data.shards import Index
     from flcompress.models.compression import latent_shape
     from flcompress.models.folder import read_json
 
@@ -28,17 +26,28 @@ def latents(recipe: Recipe) -> LatentShape | None:
     if spec is None:
         return None
     ((kind, given),) = spec.items()
+    size: Size | None = moving_digits.FRAMES, moving_digits.HEIGHT, moving_digits.WIDTH
     if kind == "latents":
-        frames, height, width = LatentDataset.load(Path(given)).latents.shape[2:]
-        return frames, height, width
-    if kind == "videos":
-        video = list_videos(Path(given["folder"]), Path(given["captions"]))[0].path
-        where, size = str(video), video_size(video)
-    else:
-        where = "moving-digits"
-        size = moving_digits.FRAMES, moving_digits.HEIGHT, moving_digits.WIDTH
+        sizes = (shard.size for shard in Index.read(Path(given)).clip_shards)
+        size = max(sizes, key=lambda one: one[0] * one[1] * one[2], default=None)
+    elif kind == "videos":
+        size = _first(recipe, given)
     autoencoder = read_json(recipe.model_folder() / "vae" / "config.json", "a diffusers pipeline folder has one")
-    try:
-        return latent_shape(autoencoder, *size)
-    except RequestError as error:
-        raise DataError(f"{where}: {error}") from error
+    return latent_shape(autoencoder, *size) if size else None
+
+
+def _first(recipe: Recipe, given: dict[str, Any]) -> Size | None:
+    """(frames, height, width) at which the first readable video of a recipe is encoded."""
+    from flcompress.data.captions import read_captions
+    from flcompress.data.videos import BrokenVideo, video_size
+    from flcompress.pipeline.clips import grid_and_target
+
+    grid, target = grid_and_target(recipe)
+    for one in read_captions(Path(given["captions"]), Path(given["folder"])):
+        try:
+            bucket = target.bucket(video_size(Path(given["folder"]) / one.file), grid)
+        except BrokenVideo:
+            continue
+        if bucket:
+            return bucket
+    return None

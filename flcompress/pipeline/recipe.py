@@ -85,17 +85,17 @@ class MovingDigits(_Part):
 
 
 class Videos(_Part):
-    """Video files with captions; encoded once and remembered."""
+    """Video files with captions; encoded once, at the size that `sampling` names or their own, and remembered."""
 
-    folder: Path = Field(description="folder of video files of one size")
-    captions: Path = Field(description="captions of the videos, by file name")
+    folder: Path = Field(description="folder of video files; see docs/data.md")
+    captions: Path = Field(description="captions of the videos: .jsonl or .csv with file and caption")
 
 
 class Data(_Part):
     """Where training clips come from: exactly one of the three."""
 
     moving_digits: MovingDigits | None = Field(None, alias="moving-digits", description="the embedded benchmark")
-    latents: Path | None = Field(None, description="folder of already encoded latents")
+    latents: Path | None = Field(None, description="folder that `flcompress encode` wrote")
     videos: Videos | None = Field(None, description="video files with captions")
 
     @model_validator(mode="after")

@@ -1,3 +1,5 @@
+"""Reading real video files."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -7,82 +9,129 @@ import pytest
 import torch
 from PIL import Image
 
-from flcompress.data.build import build_dataset, check_dataset
-from flcompress.data.latents import LatentDataset
-from flcompress.diffusion.contract import contract_of
-from flcompress.errors import DataError
-from flcompress.models.parts import open_parts
-from tests.tiny import tiny_pipeline
+from flcompress.data.videos import BrokenVideo, read_clip, video_size
+from tests.video_files import write_video
 
-PROMPTS = {"encoder_hidden_states": torch.zeros(1, 4, 8)}
-NEGATIVE = {"encoder_hidden_states": torch.zeros(1, 4, 8)}
+QUARTER_TURN = (0, 0x10000, 0, -0x10000, 0, 0, 0, 0, 0x40000000)
+UPRIGHT = (0x10000, 0, 0, 0, 0x10000, 0, 0, 0, 0x40000000)
 
 
-def gif(path: Path, frames: int = 9, size: int = 32) -> None:
+def matrix(numbers: tuple[int, ...]) -> bytes:
+    return b"".join(number.to_bytes(4, "big", signed=True) for number in numbers)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".mov", ".avi"])
+def test_sizes_and_frames_in_every_container(tmp_path: Path, suffix: str) -> None:
+    path = write_video(tmp_path / f"clip{suffix}", frames=7, height=32, width=48)
+    assert video_size(path) == (7, 32, 48)
+    clip = read_clip(path, (5, 32, 48), resize=False)
+    assert clip.shape == (3, 5, 32, 48)
+    assert clip.min() >= -1.0
+    assert clip.max() <= 1.0
+    # The bright square is where it was drawn, one pixel further right in each frame.
+    bright = clip.mean(dim=0) > 0.5
+    assert [int(frame.nonzero()[:, 1].float().mean().round()) for frame in bright] == pytest.approx(range(6, 11), abs=1)
+
+
+def test_an_animated_picture_is_a_video(tmp_path: Path) -> None:
     draw = np.random.default_rng(0)
-    images = [Image.fromarray(draw.integers(0, 255, (size, size, 3), dtype=np.uint8)) for _ in range(frames)]
-    images[0].save(path, save_all=True, append_images=images[1:], duration=100, loop=0)
+    images = [Image.fromarray(draw.integers(0, 255, (32, 40, 3), dtype=np.uint8)) for _ in range(6)]
+    images[0].save(tmp_path / "a.gif", save_all=True, append_images=images[1:], duration=100, loop=0)
+    assert video_size(tmp_path / "a.gif") == (6, 32, 40)
+    assert read_clip(tmp_path / "a.gif", (5, 32, 40), resize=False).shape == (3, 5, 32, 40)
 
 
-def spec(folder: Path) -> dict[str, dict[str, str]]:
-    return {"videos": {"folder": str(folder), "captions": str(folder / "captions.jsonl")}}
+def test_cropping_keeps_the_centre(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", frames=1, height=48, width=64)
+    whole = read_clip(path, (1, 48, 64), resize=False)
+    assert torch.equal(read_clip(path, (1, 32, 32), resize=False), whole[:, :, 8:40, 16:48])
 
 
-def captions(folder: Path, *files: str) -> None:
-    (folder / "captions.jsonl").write_text("".join(f'{{"file": "{file}", "caption": "a two"}}\n' for file in files))
+@pytest.mark.parametrize("bucket", [(1, 24, 24), (1, 24, 40), (1, 96, 96)])
+def test_resizing_covers_the_size_and_keeps_the_shape_of_things(tmp_path: Path, bucket: tuple[int, int, int]) -> None:
+    path = write_video(tmp_path / "a.mp4", frames=1, height=48, width=64)
+    clip = read_clip(path, bucket, resize=True)
+    assert clip.shape == (3, *bucket)
+    rows, columns = (clip[:, 0].mean(dim=0) > 0.4).nonzero().T
+    if bucket == (1, 24, 40):  # 5/8 of the width covers it: the square of 8 becomes one of 5
+        assert int(columns.max() - columns.min()) == pytest.approx(4, abs=1)
+        assert int(columns.min()) == pytest.approx(2 * 5 / 8, abs=1)
+    if bucket == (1, 96, 96):  # twice as large, 16 columns cut on each side
+        assert int(rows.max() - rows.min()) == pytest.approx(15, abs=2)
+        assert int(rows.min()) == pytest.approx(8, abs=2)
 
 
-def silent(done: int, total: int, values: object) -> None:
-    pass
+def test_a_video_that_a_phone_marked_as_turned_is_set_upright(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", frames=1, height=32, width=48)
+    upright = read_clip(path, (1, 32, 48), resize=False)
+    data = path.read_bytes()
+    header = data.index(b"tkhd")
+    place = data.index(matrix(UPRIGHT), header)
+    path.write_bytes(data[:place] + matrix(QUARTER_TURN) + data[place + 36 :])
+    assert video_size(path) == (1, 48, 32)
+    turned = read_clip(path, (1, 48, 32), resize=False)
+    # Shown turned clockwise by a quarter: what was the left edge is on top.
+    assert torch.equal(turned, torch.rot90(upright, -1, dims=(2, 3)))
+    assert read_clip(path, (1, 24, 16), resize=True).shape == (3, 1, 24, 16)
 
 
-def test_videos_become_latents(tmp_path: Path) -> None:
-    gif(tmp_path / "a.gif")
-    gif(tmp_path / "b.gif")
-    captions(tmp_path, "a.gif", "b.gif")
-    check_dataset(spec(tmp_path))
-    model = tiny_pipeline(tmp_path / "model", layers=1)
-    contract = contract_of({}, num_inference_steps=4, guidance_scale=1.0, max_sequence_length=16)
-    made = build_dataset(spec(tmp_path), open_parts(model), contract, 0, silent)
-    assert made.latents.shape == (2, 16, 3, 8, 8)
-    assert made.captions == ("a two",)
-    made.save(tmp_path / "latents")
-    assert torch.equal(LatentDataset.load(tmp_path / "latents").latents, made.latents)
+def broken(tmp_path: Path) -> dict[str, Path]:
+    whole = write_video(tmp_path / "whole.mp4", frames=20, height=48, width=64).read_bytes()
+    contents = {"cut": whole[: len(whole) // 2], "text": b"this is no video\n", "empty": b""}
+    for name, data in contents.items():
+        (tmp_path / f"{name}.mp4").write_bytes(data)
+    return {name: tmp_path / f"{name}.mp4" for name in contents}
 
 
-def test_a_captions_file_without_lines_is_refused(tmp_path: Path) -> None:
-    captions(tmp_path)
-    with pytest.raises(DataError, match=r"captions\.jsonl: no clips; expected at least one line"):
-        check_dataset(spec(tmp_path))
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("cut", r"cannot be decoded \(Invalid data found when processing input\)"),
+        ("text", r"cannot be decoded \(Invalid data found when processing input\)"),
+        ("empty", "an empty file"),
+    ],
+)
+def test_a_broken_file_says_why(tmp_path: Path, name: str, reason: str) -> None:
+    path = broken(tmp_path)[name]
+    with pytest.raises(BrokenVideo, match=f"^{reason}$"):
+        video_size(path)
+    with pytest.raises(BrokenVideo, match=f"^{reason}$"):
+        read_clip(path, (5, 32, 32), resize=False)
 
 
-def test_mixed_sizes_are_refused_by_name(tmp_path: Path) -> None:
-    gif(tmp_path / "a.gif")
-    gif(tmp_path / "b.gif", size=48)
-    captions(tmp_path, "a.gif", "b.gif")
-    with pytest.raises(DataError, match=r"b\.gif: 9 x 48 x 48 \(frames, height, width\) given, expected 9 x 32 x 32"):
-        check_dataset(spec(tmp_path))
+def test_a_file_whose_header_promises_more_than_there_is(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mkv", frames=40, height=48, width=64)
+    data = path.read_bytes()
+    assert video_size(path)[0] == 40
+    path.write_bytes(data[: len(data) * 2 // 3])
+    with pytest.raises(BrokenVideo, match=r"^\d+ frames can be decoded, 37 expected from its header$"):
+        read_clip(path, (37, 48, 64), resize=False)
 
 
-def test_a_missing_video_and_a_bad_line_are_named(tmp_path: Path) -> None:
-    captions(tmp_path, "gone.gif")
-    with pytest.raises(DataError, match=r"captions\.jsonl:1: .*gone\.gif: no such video"):
-        check_dataset(spec(tmp_path))
-    (tmp_path / "captions.jsonl").write_text("not json\n")
-    with pytest.raises(DataError, match=r"captions\.jsonl:1: 'not json' given, expected"):
-        check_dataset(spec(tmp_path))
+def test_a_title_that_is_no_text_does_not_matter(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mkv", frames=5, title="TITLETITLE")
+    path.write_bytes(path.read_bytes().replace(b"TITLETITLE", b"\xff\xfe\xfd\xfc\xff\xfe\xfd\xfc\xff\xfe"))
+    assert video_size(path) == (5, 32, 32)
 
 
-def test_an_empty_or_damaged_latent_dataset_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="not a latent dataset"):
-        check_dataset({"latents": str(tmp_path)})
-    empty = LatentDataset(torch.zeros(0, 4, 1, 2, 2), torch.zeros(0, dtype=torch.long), PROMPTS,
-                          NEGATIVE, ("",))  # fmt: skip
-    empty.save(tmp_path / "empty")
-    with pytest.raises(DataError, match="no clips; expected at least one"):
-        check_dataset({"latents": str(tmp_path / "empty")})
-    broken = LatentDataset(torch.full((1, 4, 1, 2, 2), torch.nan), torch.zeros(1, dtype=torch.long),
-                           PROMPTS, NEGATIVE, ("",))  # fmt: skip
-    broken.save(tmp_path / "broken")
-    with pytest.raises(DataError, match="latents hold values that are not finite"):
-        check_dataset({"latents": str(tmp_path / "broken")})
+def test_sound_alone_is_no_video(tmp_path: Path) -> None:
+    import wave
+
+    with wave.open(str(tmp_path / "a.wav"), "wb") as sound:
+        sound.setnchannels(1)
+        sound.setsampwidth(2)
+        sound.setframerate(8000)
+        sound.writeframes(bytes(16000))
+    with pytest.raises(BrokenVideo, match=r"^no video in it$"):
+        video_size(tmp_path / "a.wav")
+
+
+def test_damage_in_the_middle_is_not_hidden(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", frames=60, height=96, width=128)
+    data = bytearray(path.read_bytes())
+    start = data.index(b"mdat")
+    size = int.from_bytes(data[start - 4 : start], "big")
+    data[start + size // 4 : start + size // 2] = bytes(size // 2 - size // 4)
+    path.write_bytes(data)
+    with pytest.raises(BrokenVideo):  # a decoder fills such frames in from their neighbours
+        read_clip(path, (57, 96, 128), resize=False)

@@ -1,17 +1,25 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
-import torch
 
-from flcompress.data.latents import LatentDataset
 from flcompress.errors import DataError
+from flcompress.pipeline.data_check import check_data
 from flcompress.pipeline.plan import make_plan
 from flcompress.pipeline.planned_size import latents
 from flcompress.pipeline.recipe_loading import load_recipe
-from tests.data.test_videos import captions, gif
+from tests.data.datasets import write_dataset
 from tests.pipeline.conftest import WriteRecipe
+from tests.video_files import write_video
+
+
+def videos(folder: Path, *files: str) -> str:
+    """A recipe's data with these files."""
+    captions = folder / "captions.jsonl"
+    captions.write_text("\n".join(json.dumps({"file": file, "caption": "a two"}) for file in files))
+    return f"data: {{videos: {{folder: {folder}, captions: {captions}}}}}\n"
 
 
 def test_no_data(write: WriteRecipe) -> None:
@@ -23,9 +31,9 @@ def test_moving_digits(write: WriteRecipe) -> None:
 
 
 def test_videos_are_measured_and_shrunk_as_the_autoencoder_does(write: WriteRecipe, tmp_path: Path) -> None:
-    gif(tmp_path / "a.gif", frames=17, size=64)
-    captions(tmp_path, "a.gif")
-    path = write(f"passes: [score]\ndata: {{videos: {{folder: {tmp_path}, captions: {tmp_path}/captions.jsonl}}}}\n")
+    write_video(tmp_path / "a.mp4", frames=17, height=64, width=64)
+    (tmp_path / "broken.mp4").write_text("no video")
+    path = write("passes: [score]\n" + videos(tmp_path, "broken.mp4", "a.mp4"))
     large = make_plan(load_recipe(path), flops_per_second=1e9)
     small = make_plan(load_recipe(write("passes: [score]\n")), flops_per_second=1e9)
     assert (large.latents, small.latents) == ((5, 16, 16), (3, 8, 8))
@@ -33,19 +41,25 @@ def test_videos_are_measured_and_shrunk_as_the_autoencoder_does(write: WriteReci
     assert large.passes[0].memory.activations > 5 * small.passes[0].memory.activations
 
 
-def test_encoded_latents(write: WriteRecipe, tmp_path: Path) -> None:
-    prompts, negative = ({"encoder_hidden_states": torch.zeros(1, 4, 8)} for _ in range(2))
-    made = LatentDataset(torch.zeros(2, 16, 2, 4, 6), torch.zeros(2, dtype=torch.long), prompts, negative, ("a",))
-    made.save(tmp_path / "encoded")
-    assert latents(load_recipe(write(f"data: {{latents: {tmp_path}/encoded}}\n"))) == (2, 4, 6)
+def test_videos_are_cut_to_what_the_model_takes(write: WriteRecipe, tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4", frames=10, height=32, width=40)
+    assert latents(load_recipe(write(videos(tmp_path, "a.mp4")))) == (3, 8, 10)
 
 
-def test_a_size_that_the_autoencoder_cannot_code_is_told_before_encoding(write: WriteRecipe, tmp_path: Path) -> None:
-    gif(tmp_path / "a.gif", frames=10)
-    captions(tmp_path, "a.gif")
-    path = write(f"data: {{videos: {{folder: {tmp_path}, captions: {tmp_path}/captions.jsonl}}}}\n")
-    with pytest.raises(DataError) as caught:
-        make_plan(load_recipe(path), flops_per_second=1e9)
-    assert str(caught.value) == (
-        f"{tmp_path}/a.gif: num_frames: 10 given, expected 1 plus a multiple of 4 for this autoencoder, such as 9"
-    )
+def test_the_largest_size_of_a_dataset_counts(write: WriteRecipe, tmp_path: Path) -> None:
+    write_dataset(tmp_path / "encoded", {(5, 16, 24): 2, (17, 16, 16): 1, (9, 16, 16): 2})
+    assert latents(load_recipe(write(f"data: {{latents: {tmp_path}/encoded}}\n"))) == (5, 4, 4)
+    write_dataset(tmp_path / "prompts", {})
+    assert latents(load_recipe(write(f"data: {{latents: {tmp_path}/prompts}}\n"))) is None
+
+
+def test_a_sampled_size_that_the_model_does_not_take_is_told_before_encoding(
+    write: WriteRecipe, tmp_path: Path
+) -> None:
+    write_video(tmp_path / "a.mp4", frames=10)
+    path = write(videos(tmp_path, "a.mp4"))
+    size = [f"sampling.{name}={value}" for name, value in (("num_frames", 9), ("height", 36), ("width", 32))]
+    with pytest.raises(
+        DataError, match="sampling: height: 36 given, expected a multiple of 8 for this model, such as 32 or 40"
+    ):
+        check_data(load_recipe(path, size))
