@@ -18,7 +18,9 @@ from flcompress.errors import ModelError
 SIZES = re.compile(r"(num|n)_(\w+_)?(layers|heads|blocks)|nlayers|(dit_)?depth|(attention_)?head_dim|hidden_size")
 """Keys that say how large a model is. Older files may lack other keys, whose defaults then stand for what was."""
 
-LARGEST_SIZE = 1_000_000
+LARGEST_COUNT, LARGEST_WIDTH = 1_000, 1_000_000
+"""More layers than that would take minutes to build before anything could be said of them."""
+
 UNRELATED = ("quantization_config",)
 """Keys of stock files beside the constructor's arguments."""
 
@@ -47,7 +49,9 @@ def transformer_class(config: Mapping[str, Any], path: Path) -> Any:
 
     name = config.get("_class_name")
     if not isinstance(name, str):
-        raise ModelError(f"{path}: names no _class_name; expected a diffusers transformer such as WanTransformer3DModel")
+        raise ModelError(
+            f"{path}: names no _class_name; expected a diffusers transformer such as WanTransformer3DModel"
+        )
     found = getattr(stock, name, None)
     if _is_model(found):
         return found
@@ -98,8 +102,9 @@ def build_error(error: Exception, name: str, path: Path) -> ModelError:
 
 def _check_value(value: Any, default: Any, key: str, path: Path) -> None:
     if type(default) is int and SIZES.fullmatch(key):
-        if type(value) is not int or not 1 <= value <= LARGEST_SIZE:
-            raise ModelError(f"{path}: {key} is {value!r}, expected a whole number from 1 to {LARGEST_SIZE:,}")
+        largest = LARGEST_COUNT if re.search("layers|blocks|depth", key) else LARGEST_WIDTH
+        if type(value) is not int or not 1 <= value <= largest:
+            raise ModelError(f"{path}: {key} is {value!r}, expected a whole number from 1 to {largest:,}")
         return
     if value is None:
         return

@@ -82,7 +82,9 @@ def _transformers(index: Mapping[str, Any], path: Path) -> tuple[tuple[str, ...]
             found.append(name)
     if not found:
         told = ", ".join(f"{name} ({part})" for name, part in parts.items()) or "no part of diffusers"
-        raise ModelError(f"{path}: a {pipeline} has no diffusion transformer, only {told}; only transformers are handled")
+        raise ModelError(
+            f"{path}: a {pipeline} has no diffusion transformer, only {told}; only transformers are handled"
+        )
     return tuple(sorted(found, key=lambda name: (name != "transformer", name))), pipeline
 
 

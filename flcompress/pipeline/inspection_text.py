@@ -38,7 +38,10 @@ def inspection_text(found: Inspection) -> str:
     rows.append(("outside blocks", "", *_figures(others)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        cells = [cell.ljust(wide) if n < 2 else cell.rjust(wide) for n, (cell, wide) in enumerate(zip(row, widths, strict=True))]
+        cells = [
+            cell.ljust(wide) if n < 2 else cell.rjust(wide)
+            for n, (cell, wide) in enumerate(zip(row, widths, strict=True))
+        ]
         lines.append("  ".join(cells).rstrip())
     lines += ["", f"what removals would leave ({CHOICE}):"]
     lines += [f"  {_removal_text(removal, graph)}" for removal in found.removals]

@@ -77,7 +77,11 @@ def _blocks(axes: Any, found: Inspection) -> None:
         elif y1 != y2 and order[target] == order[source] + 1:
             right, between = COLUMNS - 0.4, y1 - 0.65
             axes.plot(
-                [x1, right, right, -0.6, -0.6, x2], [y1, y1, between, between, y2, y2], color="#9aa0a8", lw=0.9, zorder=0
+                [x1, right, right, -0.6, -0.6, x2],
+                [y1, y1, between, between, y2, y2],
+                color="#9aa0a8",
+                lw=0.9,
+                zorder=0,
             )
         else:
             bend = "arc3,rad=-0.35" if y1 == y2 else "arc3,rad=0.1"
@@ -124,7 +128,9 @@ def _stacks(axes: Any, found: Inspection) -> None:
         axes.text(parameters / graph.parameters, place - 0.2, text, va="center", fontsize=7)
         if not found.unknown_flops:
             axes.barh(place + 0.2, flops / graph.flops, 0.36, color=colour, alpha=0.5)
-            axes.text(flops / graph.flops, place + 0.2, f" {flops / graph.flops:.1%} of the FLOPs", va="center", fontsize=7)
+            axes.text(
+                flops / graph.flops, place + 0.2, f" {flops / graph.flops:.1%} of the FLOPs", va="center", fontsize=7
+            )
     lefts = [one for one in found.removals if not one.problem]
     told = "; ".join(f"{one.share:.0%} removed: {one.blocks} blocks, {one.parameters:,} parameters" for one in lefts)
     if told:
