@@ -1,7 +1,7 @@
 """Time and peak memory of cutting a large checkpoint on disk, and whether every kept byte is the same.
 
-`python docs/measure_prune.py [FOLDER]` writes a random bfloat16 Wan of about 5 GB to a temporary folder (in FOLDER), removes
-30 % of it in a process of its own, compares, and deletes everything again.
+`python docs/measure_prune.py [FOLDER]` writes a random bfloat16 Wan of about 5 GB to a temporary folder
+(in FOLDER), removes 30 % of it in a process of its own, compares, and deletes everything again.
 """
 
 from __future__ import annotations

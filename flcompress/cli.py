@@ -124,6 +124,22 @@ def inspect_command(
         click.echo(str(out), err=as_json)
 
 
+@main.command("remap-lora")
+@click.argument("lora", type=_FOLDER)
+@click.argument("pruned", type=_FOLDER)
+@click.option("--out", type=_FOLDER, required=True, help="File to write.")
+@as_json
+def remap_lora_command(lora: Path, pruned: Path, out: Path, as_json: bool) -> None:
+    """Rewrite LORA, made for the teacher, for PRUNED: a run, an exported folder, or its kept_blocks.json."""
+    from flcompress.pipeline.remapping import remap_lora, remapping_text
+
+    done = remap_lora(lora, pruned, out)
+    if as_json:
+        _print(done)
+    else:
+        click.echo(remapping_text(done))
+
+
 @main.command("report")
 @click.argument("run", type=_FOLDER)
 def report_command(run: Path) -> None:

@@ -23,7 +23,8 @@ class Prune(Pass):
 
     The removal is accepted only with a certificate: saved, and loaded by stock diffusers, the smaller model reproduces
     the model with those blocks skipped, exactly. The weights are copied on disk, tensor by tensor and byte by byte; a
-    model too large to be tried in memory is certified on a narrow one of its class and depth. After stochastic depth only blocks of its prune set can go.
+    model too large to be tried in memory is certified on a narrow one of its class and depth. After stochastic depth
+    only blocks of its prune set can go.
 
     `- prune: {remove: 0.3}`
     """

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from flcompress.errors import ModelError
 
@@ -66,9 +66,7 @@ def file_tensors(path: Path) -> dict[str, StoredTensor]:
             pass
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path}: not a whole safetensors file ({error}); copy the file again") from error
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header: dict[str, Any] = json.loads(file.read(length))
+    length, header = _header(path)
     header.pop("__metadata__", None)
     found = {
         name: StoredTensor(path, one["dtype"], tuple(one["shape"]), 8 + length + begin, end - begin)
@@ -76,6 +74,11 @@ def file_tensors(path: Path) -> dict[str, StoredTensor]:
         for begin, end in [one["data_offsets"]]
     }
     return dict(sorted(found.items(), key=lambda item: item[1].start))
+
+
+def file_metadata(path: Path) -> dict[str, str]:
+    """What a whole safetensors file says beside its tensors."""
+    return dict(_header(path)[1].get("__metadata__") or {})
 
 
 def folder_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -150,18 +153,18 @@ def write_tensors(folder: Path, tensors: Mapping[str, StoredTensor], largest: in
         if len(shards) > 1:
             file = f"{_NAME}-{number:05d}-of-{len(shards):05d}.safetensors"
         places |= dict.fromkeys(shard, file)
-        with (folder / file).open("wb") as out:
-            _write_shard(out, shard)
+        write_file(folder / file, shard)
     if len(shards) > 1:
         total = sum(tensor.size for tensor in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
         (folder / f"{_NAME}{_INDEX}").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_shard(out: BinaryIO, shard: Mapping[str, StoredTensor]) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def write_file(path: Path, tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Copy tensors, byte by byte and under new names, into one file."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     # The widest numbers first, so that every tensor starts at a multiple of its numbers' width.
-    ordered = sorted(shard.items(), key=lambda item: -_width(item[1]))
+    ordered = sorted(tensors.items(), key=lambda item: -_width(item[1]))
     place = 0
     for name, tensor in ordered:
         header[name] = {
@@ -172,10 +175,18 @@ def _write_shard(out: BinaryIO, shard: Mapping[str, StoredTensor]) -> None:
         place += tensor.size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors start at a multiple of eight bytes
-    out.write(len(text).to_bytes(8, "little") + text)
-    for _, tensor in ordered:
-        for piece in tensor.pieces():
-            out.write(piece)
+    with path.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in ordered:
+            for piece in tensor.pieces():
+                out.write(piece)
+
+
+def _header(path: Path) -> tuple[int, dict[str, Any]]:
+    """Its length in bytes, and what it says."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return length, dict(json.loads(file.read(length)))
 
 
 def _width(tensor: StoredTensor) -> int:

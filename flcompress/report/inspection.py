@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,7 @@ def _blocks(axes: Any, found: Inspection) -> None:
 def _in_order(found: Inspection) -> list[tuple[str, str]]:
     """The lists' own order, where nothing was traced."""
     paths = [block.path for block in found.graph.blocks]
-    return list(zip(paths, paths[1:], strict=False))
+    return list(itertools.pairwise(paths))
 
 
 def _stacks(axes: Any, found: Inspection) -> None:

@@ -47,7 +47,7 @@ def test_what_is_copied_is_byte_identical(
         source.mkdir()
         target.mkdir()
         parts = [dict(list(stored.items())[start::cut]) for start in range(min(cut, len(stored)))]
-        places = {}
+        places: dict[str, str] = {}
         for number, part in enumerate(parts):
             save_file(part, str(source / f"{number}.safetensors"), metadata={"format": "pt"})
             places |= dict.fromkeys(part, f"{number}.safetensors")
