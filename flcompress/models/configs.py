@@ -1,7 +1,7 @@
 """Which transformer a `config.json` describes, and whether its values can be meant; checked before anything is built.
 
-Stock diffusers fills a missing key with its default and ignores one it does not know, so a misspelt `num_layers` gives
-another model without a word. Here both are errors.
+Stock diffusers fills a missing key with its default and ignores one that it does not know, so a misspelt `num_layers`
+gives another model without a word. Here that is an error.
 """
 
 from __future__ import annotations
@@ -20,9 +20,6 @@ SIZES = re.compile(r"(num|n)_(\w+_)?(layers|heads|blocks)|nlayers|(dit_)?depth|(
 
 LARGEST_COUNT, LARGEST_WIDTH = 1_000, 1_000_000
 """More layers than that would take minutes to build before anything could be said of them."""
-
-UNRELATED = ("quantization_config",)
-"""Keys of stock files beside the constructor's arguments."""
 
 # What a constructor may raise on a configuration that makes no sense.
 BUILD_ERRORS = (
@@ -78,13 +75,12 @@ def check_config(config: Mapping[str, Any], path: Path) -> type[Any]:
         for name, parameter in list(inspect.signature(found.__init__).parameters.items())[1:]
         if parameter.kind is not inspect.Parameter.VAR_KEYWORD
     }
+    absent = [key for key in arguments if key not in config]
     for key in config:
-        if key not in arguments and not key.startswith("_") and key not in UNRELATED:
-            nearest = get_close_matches(key, arguments, n=1, cutoff=0.0)[0]
-            raise ModelError(
-                f"{path}: {found.__name__} has no setting {key!r}; nearest: {nearest}; "
-                "mend the key, or take it out where it has no meaning"
-            )
+        # Files of released models hold keys that mean nothing any more; one that is nearly another is misspelt.
+        meant = get_close_matches(key, absent, n=1, cutoff=0.8) if key not in arguments else []
+        if meant:
+            raise ModelError(f"{path}: {found.__name__} has no setting {key!r}; did you mean {meant[0]!r}?")
     for key, default in arguments.items():
         if key not in config:
             if default is inspect.Parameter.empty or (type(default) is int and SIZES.fullmatch(key)):

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from flcompress.ir.graph import BlockGraph
+from flcompress.trace.on_meta import runnable_on_meta
 
 
 def flop_counter() -> FlopCounterMode:
@@ -41,7 +42,7 @@ def count_flops(model: nn.Module, paths: Iterable[str], inputs: Mapping[str, Any
 
         return hook
 
-    with ExitStack() as hooks, torch.no_grad():
+    with ExitStack() as hooks, torch.no_grad(), runnable_on_meta():
         for path in spent:
             module = model.get_submodule(path)
             hooks.callback(module.register_forward_pre_hook(before(path)).remove)

@@ -15,6 +15,7 @@ from flcompress.ir.graph import INPUT, OUTPUT, BlockGraph, Edge
 from flcompress.trace.call import Call, blank, evaluating, first_line, named, outputs_of, spec_of, tensors_of
 from flcompress.trace.config_keys import count_keys
 from flcompress.trace.flops import flop_counter
+from flcompress.trace.on_meta import runnable_on_meta
 from flcompress.trace.replay import REPLAY_ERRORS, Layout, layout_of, signature
 from flcompress.trace.taint import Source, Taint
 
@@ -26,7 +27,7 @@ def trace(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> BlockGra
     used. FLOPs are of one sample. Raises RequestError where no list of blocks can be found.
     """
     inputs = inputs_for(model, inputs)
-    with evaluating(model):
+    with evaluating(model), runnable_on_meta():
         calls, flops = _record(model, inputs)
         layouts = _layouts(model, calls)
         stacks, config_keys = _stacks(model, calls, layouts)

@@ -118,9 +118,12 @@ def test_a_pipeline_without_a_transformer(tmp_path: Path) -> None:
         ({"eps": "small"}, "eps is 'small', expected a number"),
         ({"patch_size": "big"}, "patch_size is 'big', expected a list"),
         (
-            {"num_layer": 3},
-            "WanTransformer3DModel has no setting 'num_layer'; nearest: num_layers; "
-            "mend the key, or take it out where it has no meaning",
+            {"num_layers": ..., "num_layer": 3},
+            "WanTransformer3DModel has no setting 'num_layer'; did you mean 'num_layers'?",
+        ),
+        (
+            {"ffn_dim": ..., "fnn_dim": 3},
+            "WanTransformer3DModel has no setting 'fnn_dim'; did you mean 'ffn_dim'?",
         ),
     ],
 )
@@ -137,8 +140,9 @@ def test_values_that_build_nothing(tmp_path: Path) -> None:
     assert refused(tmp_path).endswith("); mend them")
 
 
-def test_what_older_files_lack_is_filled_in() -> None:
-    assert check_config({key: WAN[key] for key in WAN if key != "freq_dim"}, Path("x")).__name__ == WAN["_class_name"]
+def test_what_older_files_lack_or_have_too_much_is_let_be() -> None:
+    old = {key: WAN[key] for key in WAN if key != "freq_dim"} | {"pooled_projection_dim": 768}
+    assert check_config(old, Path("x")).__name__ == WAN["_class_name"]
 
 
 def test_a_hub_id_without_network_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
