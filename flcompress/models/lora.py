@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,28 +23,28 @@ _FLAT = "lora_unet_"
 _ELSEWHERE = ("text_encoder", "lora_te")
 """What begins so is for another part of the pipeline, which keeps all it has."""
 
-_WAN_ORIGINAL = (
-    (r"self_attn\.(q|k|v)$", r"attn1.to_\1"),
-    (r"self_attn\.o$", "attn1.to_out.0"),
-    (r"cross_attn\.(q|k|v)$", r"attn2.to_\1"),
-    (r"cross_attn\.o$", "attn2.to_out.0"),
-    (r"cross_attn\.(k|v)_img$", r"attn2.add_\1_proj"),
-    (r"self_attn\.norm_(q|k)$", r"attn1.norm_\1"),
-    (r"cross_attn\.norm_(q|k)$", r"attn2.norm_\1"),
-    (r"cross_attn\.norm_k_img$", "attn2.norm_added_k"),
-    (r"ffn\.0$", "ffn.net.0.proj"),
-    (r"ffn\.2$", "ffn.net.2"),
-    (r"norm3$", "norm2"),
-    (r"modulation$", "scale_shift_table"),
-    (r"^head\.head$", "proj_out"),
-    (r"^head\.modulation$", "scale_shift_table"),
-    (r"^text_embedding\.0$", "condition_embedder.text_embedder.linear_1"),
-    (r"^text_embedding\.2$", "condition_embedder.text_embedder.linear_2"),
-    (r"^time_embedding\.0$", "condition_embedder.time_embedder.linear_1"),
-    (r"^time_embedding\.2$", "condition_embedder.time_embedder.linear_2"),
-    (r"^time_projection\.1$", "condition_embedder.time_proj"),
-)
-"""Names of Wan's own code, which many of its LoRAs use; what stock diffusers turns them into when it loads one."""
+_WAN_ORIGINAL = {
+    **{f"self_attn.{one}": f"attn1.to_{one}" for one in "qkv"},
+    **{f"cross_attn.{one}": f"attn2.to_{one}" for one in "qkv"},
+    **{f"self_attn.norm_{one}": f"attn1.norm_{one}" for one in "qk"},
+    **{f"cross_attn.norm_{one}": f"attn2.norm_{one}" for one in "qk"},
+    **{f"cross_attn.{one}_img": f"attn2.add_{one}_proj" for one in "kv"},
+    "self_attn.o": "attn1.to_out.0",
+    "cross_attn.o": "attn2.to_out.0",
+    "cross_attn.norm_k_img": "attn2.norm_added_k",
+    "ffn.0": "ffn.net.0.proj",
+    "ffn.2": "ffn.net.2",
+    "norm3": "norm2",
+    "modulation": "scale_shift_table",
+    "head.head": "proj_out",
+    "head.modulation": "scale_shift_table",
+    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+}
+"""Names of Wan's own code, which many of its LoRAs use -> those of stock diffusers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +106,8 @@ class _Model:
         blocks = tuple(f"{path}." for path in self.model.kept)
         inside = {name.removeprefix(path) for path in blocks for name in self.model.shapes if name.startswith(path)}
         outside = {name for name in self.model.shapes if not name.startswith(blocks)}
-        self._flat = {_flat(_owner(name)): _owner(name) for name in inside | outside}
+        names = {*map(_owner, inside | outside), *_WAN_ORIGINAL}
+        self._flat = {_flat(name): name for name in names}
 
     def place(self, module: str) -> _Place:
         """Where a module, named as in the uncut model, lies."""
@@ -237,18 +238,11 @@ def _misfit(ending: re.Match[str], shape: Shape, weight: Shape, ranks: dict[str,
 
 
 def _weight(shapes: Mapping[str, Shape], prefix: str, rest: str) -> Shape | None:
-    for name in _names(rest):
+    for name in (rest, _WAN_ORIGINAL.get(rest, rest)):
         for found in (f"{prefix}{name}.weight", f"{prefix}{name}"):
             if found in shapes:
                 return shapes[found]
     return None
-
-
-def _names(rest: str) -> Iterable[str]:
-    yield rest
-    for pattern, diffusers_name in _WAN_ORIGINAL:
-        if re.search(pattern, rest):
-            yield re.sub(pattern, diffusers_name, rest)
 
 
 def _plain(module: str) -> str:

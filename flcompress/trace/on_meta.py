@@ -24,7 +24,7 @@ def runnable_on_meta() -> Iterator[None]:
 
     torch.autocast = autocast  # type: ignore[assignment,misc]
     try:
-        with meta_masks.patch(meta_nonzero_assume_all_nonzero=True):
+        with meta_masks.patch(meta_nonzero_assume_all_nonzero=True):  # type: ignore[attr-defined]
             yield
     finally:
         torch.autocast = stock  # type: ignore[misc]
