@@ -70,11 +70,7 @@ def check_config(config: Mapping[str, Any], path: Path) -> type[Any]:
         ModelError: names the key, what was given and what was expected.
     """
     found: type[Any] = transformer_class(config, path)
-    arguments = {
-        name: parameter.default
-        for name, parameter in list(inspect.signature(found.__init__).parameters.items())[1:]
-        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
-    }
+    arguments = _arguments(found)
     absent = [key for key in arguments if key not in config]
     for key in config:
         # Files of released models hold keys that mean nothing any more; one that is nearly another is misspelt.
@@ -90,10 +86,22 @@ def check_config(config: Mapping[str, Any], path: Path) -> type[Any]:
     return found
 
 
+def settings(config: Mapping[str, Any], stock: type[Any]) -> dict[str, Any]:
+    """What of a configuration the class has a meaning for; stock diffusers warns of the rest at every build."""
+    known = _arguments(stock)
+    return {key: value for key, value in config.items() if key in known or key.startswith("_")}
+
+
 def build_error(error: Exception, name: str, path: Path) -> ModelError:
     """What to tell of a configuration from which stock diffusers cannot build a model."""
     first = str(error).partition("\n")[0]
     return ModelError(f"{path}: no {name} can be built from these values ({type(error).__name__}: {first}); mend them")
+
+
+def _arguments(stock: type[Any]) -> dict[str, Any]:
+    """{name: default} of what its constructor takes."""
+    parameters = list(inspect.signature(stock.__init__).parameters.values())[1:]
+    return {one.name: one.default for one in parameters if one.kind is not inspect.Parameter.VAR_KEYWORD}
 
 
 def _check_value(value: Any, default: Any, key: str, path: Path) -> None:

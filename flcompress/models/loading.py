@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from flcompress.errors import ModelError
-from flcompress.models.configs import BUILD_ERRORS, build_error, check_config
+from flcompress.models.configs import BUILD_ERRORS, build_error, check_config, settings
 from flcompress.models.folder import read_json
 from flcompress.models.parts import load_part
 from flcompress.models.quiet import no_progress_bars
@@ -38,7 +38,7 @@ def meta_transformer(config_path: Path) -> Any:
     stock = check_config(config, path)
     try:
         with torch.device("meta"):
-            return stock.from_config(config).eval()
+            return stock.from_config(settings(config, stock)).eval()
     except BUILD_ERRORS as error:
         raise build_error(error, stock.__name__, path) from error
 

@@ -149,7 +149,7 @@ def inspect_model(
 def _graph(transformer: Any, clip: ClipSize | None, latents: tuple[int, int, int] | None) -> tuple[BlockGraph, str]:
     """The block graph with the FLOPs of the clip; where the class cannot be run, its lists of blocks, and why."""
     from flcompress.models import example_inputs
-    from flcompress.trace.flops import with_flops
+    from flcompress.trace.counting import with_flops
     from flcompress.trace.lists import listed_blocks
     from flcompress.trace.tracer import trace
 

@@ -18,7 +18,7 @@ from flcompress.errors import RequestError
 from flcompress.models import example_inputs
 from flcompress.pipeline.inspecting import inspect_model
 from flcompress.report.inspection import draw_inspection
-from flcompress.trace.flops import count_flops
+from flcompress.trace.counting import count_flops
 
 WAN = {
     "_class_name": "WanTransformer3DModel", "added_kv_proj_dim": None, "attention_head_dim": 128,
