@@ -13,9 +13,6 @@ from flcompress.ir.selection import choose
 from flcompress.models.latent_size import ClipSize, compression_of, latent_shape
 
 SHARES = (0.3, 0.5)
-SMALL = (4, 8, 8)
-"""Latents (frames, height, width) that every family can be traced at."""
-
 CHOICE = "the middle blocks, by parameters: there are no importance scores"
 """What the removals stand for."""
 
@@ -158,8 +155,7 @@ def _graph(transformer: Any, clip: ClipSize | None, latents: tuple[int, int, int
         return listed_blocks(transformer), f"no example inputs are known for {name}, so it was not run"
     try:
         # At a small size first: there the streams are found by running blocks, which takes memory.
-        small = example_inputs(transformer, latent_shape=SMALL, tokens=min(clip.tokens, 64))
-        graph = trace(transformer, small)
+        graph = trace(transformer, example_inputs(transformer, tokens=min(clip.tokens, 64)))
     except FlcompressError as error:
         return listed_blocks(transformer), str(error)
     inputs = example_inputs(transformer, latent_shape=latents, tokens=clip.tokens)

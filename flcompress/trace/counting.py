@@ -52,7 +52,7 @@ def count_flops(model: nn.Module, paths: Iterable[str], inputs: Mapping[str, Any
 
         return forward
 
-    with torch.no_grad(), runnable_on_meta(), replaced_forwards(model, {path: counting(path) for path in spent}):
+    with torch.no_grad(), runnable_on_meta(model), replaced_forwards(model, {path: counting(path) for path in spent}):
         with counter:
             model(**inputs)
         return counter.get_total_flops() + saved, spent

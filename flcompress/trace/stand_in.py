@@ -8,12 +8,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from flcompress.errors import FlcompressError
+from flcompress.errors import FlcompressError, NotRemovable
 from flcompress.models import example_inputs
 from flcompress.trace.config_keys import BUILD_ERRORS, build_on_meta, list_lengths
+from flcompress.trace.on_meta import runnable_on_meta
 
 HEADS, WIDTH = 2, 128
 """Attention heads, and largest width of anything else, that a stand-in is given where its class allows it."""
+
+LARGEST = 300_000_000
+"""Parameters that a stand-in may have: certifying takes several copies."""
 
 _HEADS = ("num_attention_heads", "num_heads", "n_heads")
 _CHANNELS = ("attention_head_dim", "head_dim")
@@ -24,6 +28,9 @@ def stand_in(model: nn.Module) -> tuple[nn.Module, dict[str, tuple[Any, Any]]]:
 
     Also returns what was changed in the config, {key: (before, after)}: widths alone. Every list of modules keeps its
     length, and no tensor is like another, so that each can be told by its values.
+
+    Raises:
+        NotRemovable: what is left is still too large.
     """
     config: Any = model.config
     lengths = list_lengths(model)
@@ -34,12 +41,18 @@ def stand_in(model: nn.Module) -> tuple[nn.Module, dict[str, tuple[Any, Any]]]:
             built = build_on_meta(model, tried)
             fits = list_lengths(built) == lengths and _count(built) < _count(build_on_meta(model, changes))
             if fits:
-                with torch.no_grad():
+                with torch.no_grad(), runnable_on_meta(built):
                     built.eval()(**example_inputs(built))
         except (*BUILD_ERRORS, FlcompressError):
             continue
         if fits:
             changes = tried
+    count = _count(build_on_meta(model, changes))
+    if count > LARGEST:
+        raise NotRemovable(
+            f"{type(model).__name__}: no narrow model of this class and depth can be built to certify removals on: the "
+            f"narrowest has {count:,} parameters, expected at most {LARGEST:,}"
+        )
     factory: Any = type(model)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)

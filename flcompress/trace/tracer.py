@@ -27,7 +27,7 @@ def trace(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> BlockGra
     used. FLOPs are of one sample. Raises RequestError where no list of blocks can be found.
     """
     inputs = inputs_for(model, inputs)
-    with evaluating(model), runnable_on_meta():
+    with evaluating(model), runnable_on_meta(model):
         calls, flops = _record(model, inputs)
         layouts = _layouts(model, calls)
         stacks, config_keys = _stacks(model, calls, layouts)

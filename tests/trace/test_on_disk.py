@@ -128,3 +128,16 @@ def test_nothing_is_written_without_a_certificate(folder: Path, tmp_path: Path) 
         with pytest.raises((RequestError, NotRemovable)):
             remove_on_disk(folder, paths, tmp_path / "small", own_weights=0)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_stand_in_that_stays_large_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.device("meta"):
+        large = wan()
+    narrowest = sum(parameter.numel() for parameter in stand_in(large)[0].parameters())
+    monkeypatch.setattr("flcompress.trace.stand_in.LARGEST", 1000)
+    with pytest.raises(NotRemovable) as caught:
+        stand_in(large)
+    assert str(caught.value) == (
+        "WanTransformer3DModel: no narrow model of this class and depth can be built to certify removals on: the "
+        f"narrowest has {narrowest:,} parameters, expected at most 1,000"
+    )
