@@ -64,7 +64,7 @@ class Prune(Pass):
             "parameters_after": result.parameters,
             "share": result.parameters / graph.parameters,
             "certificate": asdict(certificate),
-            "certified_on": {"stand_in": dict(removal.stand_in)} if removal.stand_in else "its own weights",
+            "certified_on": "its own weights" if removal.stand_in is None else {"stand_in": dict(removal.stand_in)},
             "reasons": {path: self._reason(graph, path) for path in paths},
         }
         (work.directory / "result.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -153,13 +153,17 @@ def _graph(transformer: Any, clip: ClipSize | None, latents: tuple[int, int, int
     name = type(transformer).__name__
     if clip is None or latents is None:
         return listed_blocks(transformer), f"no example inputs are known for {name}, so it was not run"
-    try:
-        # At a small size first: there the streams are found by running blocks, which takes memory.
-        graph = trace(transformer, example_inputs(transformer, tokens=min(clip.tokens, 64)))
-    except FlcompressError as error:
-        return listed_blocks(transformer), str(error)
     inputs = example_inputs(transformer, latent_shape=latents, tokens=clip.tokens)
-    return with_flops(graph, transformer, inputs), ""
+    # At a small size first: there the streams are found by running blocks, which takes memory. Learned positions fix
+    # the size.
+    small = example_inputs(transformer, tokens=min(clip.tokens, 64))
+    problem = ""
+    for tried in (small, inputs):
+        try:
+            return with_flops(trace(transformer, tried), transformer, inputs), ""
+        except FlcompressError as error:
+            problem = str(error)
+    return listed_blocks(transformer), problem
 
 
 def _removal(graph: BlockGraph, share: float, *, counted: bool) -> Removal:

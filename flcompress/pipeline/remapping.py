@@ -7,7 +7,8 @@ from typing import Any
 
 from flcompress.errors import RequestError
 from flcompress.models.folder import read_json
-from flcompress.models.lora import PrunedModel, remap, remap_settings
+from flcompress.models.lora import remap, remap_settings
+from flcompress.models.lora_names import PrunedModel
 from flcompress.models.shards import file_metadata, file_tensors, folder_tensors, write_file
 from flcompress.pipeline.durable import sync
 from flcompress.pipeline.rundir import RUN_FILE, RunDirectory

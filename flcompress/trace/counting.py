@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from flcompress.errors import RequestError
 from flcompress.ir.graph import BlockGraph
-from flcompress.trace.call import Call, blank
+from flcompress.trace.call import Call, blank, first_line
 from flcompress.trace.flops import flop_counter
 from flcompress.trace.on_meta import runnable_on_meta
-from flcompress.trace.replay import signature
+from flcompress.trace.replay import REPLAY_ERRORS, signature
 from flcompress.trace.skip import replaced_forwards
 
 
@@ -22,7 +23,10 @@ def count_flops(model: nn.Module, paths: Iterable[str], inputs: Mapping[str, Any
     """FLOPs of one forward on `inputs`, whole batch: of everything, and of each module at `paths` (its calls added up).
 
     On the meta device nothing is computed, no activation takes memory, and of modules that are built and called alike
-    one stands for all. Raises what the forward raises.
+    one stands for all.
+
+    Raises:
+        RequestError: the model cannot run on these inputs.
     """
     counter = flop_counter()
     spent = dict.fromkeys(paths, 0)
@@ -53,8 +57,11 @@ def count_flops(model: nn.Module, paths: Iterable[str], inputs: Mapping[str, Any
         return forward
 
     with torch.no_grad(), runnable_on_meta(model), replaced_forwards(model, {path: counting(path) for path in spent}):
-        with counter:
-            model(**inputs)
+        try:
+            with counter:
+                model(**inputs)
+        except REPLAY_ERRORS as error:
+            raise RequestError(f"{type(model).__name__} cannot run on these inputs: {first_line(error)}") from error
         return counter.get_total_flops() + saved, spent
 
 

@@ -34,12 +34,12 @@ class DiskRemoval:
 
     Attributes:
         certificate: of the removal, on the model's own weights or on a stand-in.
-        stand_in: {config key: (the model's value, the stand-in's)}; empty for the model's own weights.
+        stand_in: {config key: (the model's value, the stand-in's)}; None for the model's own weights.
         names: {name of a tensor in the new checkpoint: name in the old one}.
     """
 
     certificate: Certificate
-    stand_in: Mapping[str, tuple[Any, Any]]
+    stand_in: Mapping[str, tuple[Any, Any]] | None
     names: Mapping[str, str]
 
 
@@ -68,7 +68,7 @@ def remove_on_disk(
     large = meta_transformer(folder)
     stored = _matching(folder, large)
     count = sum(parameter.numel() for parameter in large.parameters())
-    changed: dict[str, tuple[Any, Any]] = {}
+    changed: dict[str, tuple[Any, Any]] | None = None
     if count <= own_weights:
         model = load_transformer(folder, device)
     else:
@@ -76,9 +76,9 @@ def remove_on_disk(
         model.to(device)
     small: Any = remove(model, paths, example_inputs(model))
     certificate: Certificate = small.flcompress_certificate
-    names = _observed(model, small, certificate.kept, exact=not changed)
+    names = _observed(model, small, certificate.kept, exact=changed is None)
     changes = {key: after for key, (_, after) in certificate.config_changes.items()}
-    both = sorted(set(changes) & set(changed))
+    both = sorted(set(changes) & set(changed or ()))
     if both:
         raise NotRemovable(
             f"{folder}: the removal changes the config value {both[0]!r}, which also decides the width: it can only be "

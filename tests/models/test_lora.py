@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flcompress.errors import RequestError
-from flcompress.models.lora import PrunedModel, remap, remap_settings
+from flcompress.models.lora import remap, remap_settings
+from flcompress.models.lora_names import PrunedModel
 
 Shapes = dict[str, tuple[int, ...]]
 
