@@ -66,11 +66,11 @@ def count_flops(model: nn.Module, paths: Iterable[str], inputs: Mapping[str, Any
 
 
 def with_flops(graph: BlockGraph, model: nn.Module, inputs: Mapping[str, Any]) -> BlockGraph:
-    """The graph of `model` with the FLOPs of a forward on `inputs`, which hold one sample."""
+    """The graph with the parameters of `model`, which has its blocks, and the FLOPs of a forward on one sample."""
     total, spent = count_flops(model, [block.path for block in graph.blocks], inputs)
     return BlockGraph(
         model_class=graph.model_class,
-        parameters=graph.parameters,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
         flops=total,
         blocks=[replace(block, flops=spent[block.path]) for block in graph.blocks],
         flows=graph.flows,

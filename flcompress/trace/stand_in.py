@@ -10,7 +10,7 @@ from torch import nn
 
 from flcompress.errors import FlcompressError, NotRemovable
 from flcompress.models import example_inputs
-from flcompress.trace.config_keys import BUILD_ERRORS, build_on_meta, list_lengths
+from flcompress.trace.config_keys import BUILD_ERRORS, build_on_meta, changed_config, list_lengths
 from flcompress.trace.on_meta import runnable_on_meta
 
 HEADS, WIDTH = 2, 128
@@ -34,7 +34,7 @@ def stand_in(model: nn.Module) -> tuple[nn.Module, dict[str, tuple[Any, Any]]]:
     """
     config: Any = model.config
     lengths = list_lengths(model)
-    changes: dict[str, Any] = {}
+    changes = small_positions(config)
     for step in _steps(config):
         tried = changes | step
         try:
@@ -56,11 +56,18 @@ def stand_in(model: nn.Module) -> tuple[nn.Module, dict[str, tuple[Any, Any]]]:
     factory: Any = type(model)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        made: nn.Module = factory.from_config({**config, **changes}).eval().requires_grad_(False)
+        made: nn.Module = factory.from_config(changed_config(config, changes)).eval().requires_grad_(False)
         for parameter in made.parameters():
             # The scale of a linear layer's weight: outputs stay finite through any number of blocks.
             parameter.normal_(std=max(parameter[0].numel(), 1) ** -0.5 if parameter.dim() > 1 else 0.1)
     return made, {key: (config[key], value) for key, value in changes.items()}
+
+
+def small_positions(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Config changes with which a model of learned positions, which fix the size, takes the usual example inputs."""
+    if not config.get("use_learned_positional_embeddings"):
+        return {}
+    return {"sample_height": 8, "sample_width": 8, "sample_frames": 9, "max_text_seq_length": 16}
 
 
 def _steps(config: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -45,6 +45,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], list[int]]] = {
     ),
     "CogVideoX": (COG, [13, 60, 90]),
     "CogVideoX 1.5": (COG | {"patch_size_t": 2, "sample_height": 300, "sample_width": 300}, [14, 60, 90]),
+    "CogVideoX I2V": (COG | {"in_channels": 32, "use_learned_positional_embeddings": True}, [13, 60, 90]),
     "LTX": (
         {
             "_class_name": "LTXVideoTransformer3DModel", "num_attention_heads": 32, "attention_head_dim": 64,

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import CogVideoXTransformer3DModel, WanTransformer3DModel
 
 from flcompress.errors import ModelError, NotRemovable, RequestError
 from flcompress.models import example_inputs
 from flcompress.models.shards import folder_tensors
+from flcompress.trace.config_keys import build_on_meta
 from flcompress.trace.on_disk import remove_on_disk
 from flcompress.trace.remove import remove
 from flcompress.trace.skip import skip
@@ -130,6 +131,22 @@ def test_nothing_is_written_without_a_certificate(folder: Path, tmp_path: Path) 
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_learned_positions_keep_their_size(tmp_path: Path) -> None:
+    model = CogVideoXTransformer3DModel(
+        num_attention_heads=4, attention_head_dim=16, num_layers=3, in_channels=8, out_channels=4, text_embed_dim=300,
+        time_embed_dim=16, sample_height=10, sample_width=12, sample_frames=17, max_text_seq_length=20,
+        use_rotary_positional_embeddings=True, use_learned_positional_embeddings=True,
+    )  # fmt: skip
+    model.save_pretrained(str(tmp_path / "model"))
+    done = remove_on_disk(tmp_path / "model", ["transformer_blocks.1"], tmp_path / "small", own_weights=0)
+    assert done.stand_in is not None
+    assert done.stand_in["sample_height"] == (10, 8)
+    small, info = CogVideoXTransformer3DModel.from_pretrained(str(tmp_path / "small"), output_loading_info=True)
+    assert not any(info.values())
+    assert torch.equal(small.patch_embed.pos_embedding, model.patch_embed.pos_embedding)
+    assert small.config.sample_height == 10
+
+
 def test_a_stand_in_that_stays_large_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.device("meta"):
         large = wan()
@@ -141,3 +158,10 @@ def test_a_stand_in_that_stays_large_is_refused(monkeypatch: pytest.MonkeyPatch)
         "WanTransformer3DModel: no narrow model of this class and depth can be built to certify removals on: the "
         f"narrowest has {narrowest:,} parameters, expected at most 1,000"
     )
+
+
+def test_a_setting_that_was_a_default_can_be_changed() -> None:
+    with torch.device("meta"):
+        model = CogVideoXTransformer3DModel(num_attention_heads=1, attention_head_dim=16)
+    assert model.config.num_layers == 30
+    assert len(build_on_meta(model, {"num_layers": 2}).transformer_blocks) == 2  # type: ignore[arg-type]
