@@ -130,7 +130,7 @@ def inspect_command(
 @click.option("--out", type=_FOLDER, required=True, help="File to write.")
 @as_json
 def remap_lora_command(lora: Path, pruned: Path, out: Path, as_json: bool) -> None:
-    """Rewrite LORA, made for the teacher, for PRUNED: a run, an exported folder, or its kept_blocks.json."""
+    """Fit a LORA of the teacher to the PRUNED model. A run, an exported folder, or its kept_blocks.json."""
     from flcompress.pipeline.remapping import remap_lora, remapping_text
 
     done = remap_lora(lora, pruned, out)
