@@ -88,18 +88,56 @@ def apply_command(
 
 
 @main.command("inspect")
-@click.argument("model", type=_FOLDER)
-@click.option("--tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Length of the text.")
+@click.argument("model")
+@click.option("--height", type=click.IntRange(min=1), help="Of the clip, in pixels.  [default: the family's usual]")
+@click.option("--width", type=click.IntRange(min=1), help="In pixels.")
+@click.option("--frames", type=click.IntRange(min=1), help="Of the clip.")
+@click.option("--tokens", type=click.IntRange(min=1), help="Length of the text.")
+@click.option("--out", type=_FOLDER, help="Draw the block graph to this file (.svg, .png or .pdf).")
 @as_json
-def inspect_command(model: Path, tokens: int, as_json: bool) -> None:
-    """Show the blocks of MODEL. A pipeline folder or a transformer folder; its configuration is enough."""
-    from flcompress.pipeline.inspecting import inspect_model, inspection_text
+def inspect_command(
+    model: str,
+    height: int | None,
+    width: int | None,
+    frames: int | None,
+    tokens: int | None,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Show the blocks of MODEL. A model folder, a config.json, or a Hub id; its configuration is enough."""
+    from flcompress.pipeline.inspecting import inspect_model
+    from flcompress.pipeline.inspection_text import inspection_text
 
-    found = inspect_model(model, tokens)
+    if out is not None:
+        from flcompress.report.inspection import check_picture
+
+        check_picture(out)
+    found = inspect_model(model, height=height, width=width, frames=frames, tokens=tokens)
     if as_json:
-        _print(found)
+        _print(found.to_dict())
     else:
         click.echo(inspection_text(found))
+    if out is not None:
+        from flcompress.report.inspection import draw_inspection
+
+        draw_inspection(found, out)
+        click.echo(str(out), err=as_json)
+
+
+@main.command("remap-lora")
+@click.argument("lora", type=_FOLDER)
+@click.argument("pruned", type=_FOLDER)
+@click.option("--out", type=_FOLDER, required=True, help="File to write.")
+@as_json
+def remap_lora_command(lora: Path, pruned: Path, out: Path, as_json: bool) -> None:
+    """Fit a LORA of the teacher to the PRUNED model. A run, an exported folder, or its kept_blocks.json."""
+    from flcompress.pipeline.remapping import remap_lora, remapping_text
+
+    done = remap_lora(lora, pruned, out)
+    if as_json:
+        _print(done)
+    else:
+        click.echo(remapping_text(done))
 
 
 @main.command("encode")

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 
 from flcompress.errors import PreconditionError
 from flcompress.ir.graph import BlockGraph
 from flcompress.ir.selection import By, choose
-from flcompress.models.inputs import example_inputs
-from flcompress.models.loading import load_transformer
 from flcompress.pipeline.passes import Cost, Pass, Role, Work
 from flcompress.pipeline.program import Fact, Program
-from flcompress.trace.remove import remove
+from flcompress.trace.on_disk import OWN_WEIGHTS, remove_on_disk
 
 
 class Prune(Pass):
     """Remove blocks until the wanted share of the parameters is gone.
 
     The removal is accepted only with a certificate: saved, and loaded by stock diffusers, the smaller model reproduces
-    the model with those blocks skipped, exactly. After stochastic depth only blocks of its prune set can go.
+    the model with those blocks skipped, exactly. The weights are copied on disk, tensor by tensor and byte by byte; a
+    model too large to be tried in memory is certified on a narrow one of its class and depth. After stochastic depth
+    only blocks of its prune set can go.
 
     `- prune: {remove: 0.3}`
     """
@@ -43,7 +44,7 @@ class Prune(Pass):
         return parameters * (1.0 - self.remove)
 
     def cost(self, parameters: float, blocks: int, original: float) -> Cost:
-        return Cost(forwards=6.0, roles=(Role("transformer and its certificate's copies", 4.0 * parameters),))
+        return Cost(forwards=6.0, roles=(Role("certificate's copies", 4.0 * min(parameters, OWN_WEIGHTS)),))
 
     def apply(self, program: Program, work: Work) -> Program:
         if Fact.PRUNED in program.facts:
@@ -51,11 +52,10 @@ class Prune(Pass):
         among = program.prune_set if Fact.ELASTIC in program.facts else None
         graph = program.graph
         paths = choose(graph, self.remove, self.by, seed=work.seed, among=among)
-        model = load_transformer(program.components["transformer"], work.device)
-        smaller: Any = remove(model, paths, example_inputs(model))
-        certificate = smaller.flcompress_certificate
         target = work.directory / "transformer"
-        smaller.save_pretrained(str(target))
+        shutil.rmtree(target, ignore_errors=True)  # of an attempt that was killed
+        removal = remove_on_disk(program.components["transformer"], paths, target, device=work.device)
+        certificate = removal.certificate
         result = graph.without(paths)
         record = {
             "removed": list(paths),
@@ -64,6 +64,7 @@ class Prune(Pass):
             "parameters_after": result.parameters,
             "share": result.parameters / graph.parameters,
             "certificate": asdict(certificate),
+            "certified_on": "its own weights" if removal.stand_in is None else {"stand_in": dict(removal.stand_in)},
             "reasons": {path: self._reason(graph, path) for path in paths},
         }
         (work.directory / "result.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

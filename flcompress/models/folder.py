@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from flcompress.errors import ModelError
-from flcompress.models.families import FAMILIES
+from flcompress.models.configs import check_config
+from flcompress.models.families import FAMILIES, family_of
+from flcompress.models.shards import check_finite, index_places
 
 PIPELINES = tuple(name for family in FAMILIES for name in family.pipelines)
-TRANSFORMERS = tuple(name for family in FAMILIES for name in family.transformers)
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -35,7 +36,10 @@ def check_pipeline(folder: Path, *, weights: bool = True) -> dict[str, Any]:
     for component in parts:
         if not (folder / component).is_dir():
             raise ModelError(f"{folder / component}: no such folder; model_index.json of a {name} names it")
-    check_transformer_config(folder / "transformer")
+    found, expected = check_transformer_config(folder / "transformer")["_class_name"], family_of(name).transformers
+    if found not in expected:
+        path = folder / "transformer" / "config.json"
+        raise ModelError(f"{path}: _class_name is {found!r}, expected {' or '.join(expected)} in a {name}")
     if weights:
         for component in parts:
             if component.startswith(("transformer", "vae", "text_encoder", "image_encoder")):
@@ -44,14 +48,9 @@ def check_pipeline(folder: Path, *, weights: bool = True) -> dict[str, Any]:
 
 
 def check_transformer_config(folder: Path) -> dict[str, Any]:
-    """Check a transformer's `config.json` and return it."""
+    """Check a transformer's `config.json`, keys and values, and return it."""
     config = read_json(folder / "config.json", "a diffusers model folder has one")
-    name = config.get("_class_name")
-    if name not in TRANSFORMERS:
-        raise ModelError(
-            f"{folder / 'config.json'}: _class_name is {name!r}, expected {' or '.join(TRANSFORMERS)}; "
-            "only these diffusion transformers are handled so far"
-        )
+    check_config(config, folder / "config.json")
     return config
 
 
@@ -70,14 +69,10 @@ def check_weights(folder: Path) -> None:
                 "save the model again with save_pretrained(..., safe_serialization=True)"
             )
         raise ModelError(f"{folder}: no weights; expected *.safetensors")
-    shards = folder.glob("*.safetensors.index.json")
-    for index in shards:
-        wanted = set(read_json(index, "").get("weight_map", {}).values())
-        missing = sorted(wanted - {path.name for path in files})
-        if missing:
-            raise ModelError(f"{folder / missing[0]}: missing; {index.name} names it; copy the shard again")
+    for index in folder.glob("*.safetensors.index.json"):
+        index_places(index)
     for path in files:
-        _check_safetensors(path)
+        check_finite(path)
 
 
 def read_json(path: Path, why: str) -> dict[str, Any]:
@@ -91,20 +86,3 @@ def read_json(path: Path, why: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ModelError(f"{path}: a JSON {type(value).__name__} given, expected an object")
     return value
-
-
-def _check_safetensors(path: Path) -> None:
-    import torch
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 (not a dict)
-                tensor = file.get_tensor(key)
-                if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                    raise ModelError(
-                        f"{path}: tensor {key} holds values that are not finite; copy the file again "
-                        "or go back to an earlier checkpoint"
-                    )
-    except SafetensorError as error:
-        raise ModelError(f"{path}: not a whole safetensors file ({error}); copy the file again") from error

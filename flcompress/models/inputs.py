@@ -34,7 +34,8 @@ def example_inputs(
         )
     family, config = family_of(name), model.config
     parameter = next(model.parameters())
-    shape = (1, *latent_shape[1:]) if family.image else latent_shape
+    frames = latent_shape[0] + -latent_shape[0] % (config.get("patch_size_t") or 1)  # as pipelines pad
+    shape = (1 if family.image else frames, *latent_shape[1:])
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(batch, family.channels(config), *shape, generator=draw)
     given = family.example_conditioning(config, batch, shape, tokens, draw)

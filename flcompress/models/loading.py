@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from flcompress.errors import ModelError
-from flcompress.models.folder import check_transformer_config, read_json
+from flcompress.models.configs import BUILD_ERRORS, build_error, check_config, settings
+from flcompress.models.folder import read_json
 from flcompress.models.parts import load_part
 from flcompress.models.quiet import no_progress_bars
 
@@ -17,8 +18,10 @@ from flcompress.models.quiet import no_progress_bars
 @no_progress_bars()
 def load_transformer(folder: Path, device: str = "cpu", dtype: torch.dtype | None = None) -> Any:
     """The transformer, in evaluation mode, without gradients; in fp32 where no dtype is given."""
-    factory, kept = transformer_class(folder), {} if dtype is None else {"torch_dtype": dtype}
-    model, info = factory.from_pretrained(str(folder), use_safetensors=True, output_loading_info=True, **kept)
+    path = folder / "config.json"
+    stock = check_config(read_json(path, "a diffusers model folder has one"), path)
+    kept = {} if dtype is None else {"torch_dtype": dtype}
+    model, info = stock.from_pretrained(str(folder), use_safetensors=True, output_loading_info=True, **kept)
     # Stock loading is silent about missing and unexpected tensors; such a model is wrong.
     for trouble in ("missing_keys", "unexpected_keys"):
         if info[trouble]:
@@ -29,18 +32,16 @@ def load_transformer(folder: Path, device: str = "cpu", dtype: torch.dtype | Non
     return frozen(model).to(device)
 
 
-def transformer_class(folder: Path) -> Any:
-    """The stock class that a transformer folder's configuration names."""
-    import diffusers
-
-    return getattr(diffusers, check_transformer_config(folder)["_class_name"])
-
-
-def meta_transformer(folder: Path) -> Any:
-    """The transformer from its configuration alone, on the meta device: no weights, no memory."""
-    config = check_transformer_config(folder)
-    with torch.device("meta"):
-        return transformer_class(folder).from_config(config).eval()
+def meta_transformer(config_path: Path) -> Any:
+    """The transformer of a folder or a `config.json`, from it alone, on the meta device: no weights, no memory."""
+    path = config_path / "config.json" if config_path.is_dir() else config_path
+    config = read_json(path, "a diffusers model folder has one")
+    stock = check_config(config, path)
+    try:
+        with torch.device("meta"):
+            return stock.from_config(settings(config, stock)).eval()
+    except BUILD_ERRORS as error:
+        raise build_error(error, stock.__name__, path) from error
 
 
 @no_progress_bars()

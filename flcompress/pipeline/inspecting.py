@@ -2,90 +2,178 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from flcompress.errors import FlcompressError, PreconditionError
+from flcompress.ir.block import Block
 from flcompress.ir.graph import BlockGraph
-from flcompress.pipeline.start import trace_folder
+from flcompress.ir.selection import choose
+from flcompress.models.latent_size import ClipSize, compression_of, latent_shape
 
 SHARES = (0.3, 0.5)
-TOKENS = 512
+CHOICE = "the middle blocks, by parameters: there are no importance scores"
+"""What the removals stand for."""
 
 
-def inspect_model(path: Path, tokens: int = TOKENS) -> dict[str, Any]:
-    """Blocks of a pipeline folder or transformer folder, and what removals would leave; plain data.
+@dataclass(frozen=True, kw_only=True)
+class Removal:
+    """What removing `share` of the parameters would leave; `problem` says why it cannot be."""
+
+    share: float
+    removed: tuple[str, ...] = ()
+    blocks: int = 0
+    parameters: int = 0
+    flops: int | None = None
+    problem: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """Attributes:
+    model: as it was asked for.
+    graph: its FLOPs are those of `clip`; 0 where `unknown_flops` says why nothing was counted.
+    clip: size in pixels and tokens; None where it has no meaning.
+    latents: (frames, height, width); None likewise.
+    others: further transformers of the pipeline.
+    """
+
+    model: str
+    graph: BlockGraph
+    clip: ClipSize | None
+    latents: tuple[int, int, int] | None
+    unknown_flops: str
+    others: tuple[str, ...]
+    removals: tuple[Removal, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; `flops` are null where they could not be counted."""
+        graph, known = self.graph, not self.unknown_flops
+
+        def held(blocks: Sequence[Block]) -> dict[str, Any]:
+            parameters = sum(block.parameters for block in blocks)
+            flops = sum(block.flops for block in blocks)
+            return {
+                "parameters": parameters,
+                "share": parameters / graph.parameters,
+                "flops": flops if known else None,
+                "flops_share": flops / graph.flops if known else None,
+            }
+
+        return {
+            "model": self.model,
+            "class": graph.model_class,
+            "parameters": graph.parameters,
+            "flops": graph.flops if known else None,
+            "no_flops_because": self.unknown_flops,
+            "clip": asdict(self.clip) if self.clip else None,
+            "latents": list(self.latents) if self.latents else None,
+            "other_transformers": list(self.others),
+            "stacks": [
+                {
+                    "path": stack,
+                    "blocks": len(blocks),
+                    "config_key": graph.config_keys.get(stack),
+                    "kind": blocks[0].kind,
+                    **held(blocks),
+                }
+                for stack, blocks in graph.stacks.items()
+            ],
+            "blocks": [
+                {
+                    "path": block.path,
+                    "stack": block.stack,
+                    "kind": block.kind,
+                    **held([block]),
+                    "streams": [str(stream) for stream in block.streams],
+                    "removable": block.removable,
+                    "reason": block.reason,
+                }
+                for block in graph.blocks
+            ],
+            "edges": sorted([source, target] for source, target in graph.flows),
+            "removals_choose": CHOICE,
+            "removals": [asdict(removal) for removal in self.removals],
+        }
+
+
+def inspect_model(
+    model: str,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    frames: int | None = None,
+    tokens: int | None = None,
+) -> Inspection:
+    """The blocks of a model's transformer, what each holds, and what removals would leave.
+
+    Args:
+        model: pipeline folder, transformer folder, `config.json`, or Hub id (only configurations are downloaded).
+        height: of the clip, in pixels; as the other three, the family's usual one where left out.
+        width: in pixels.
+        frames: of the clip.
+        tokens: length of the prompt.
 
     Raises:
-        ModelError: neither.
+        ModelError: nothing that can be inspected.
+        RequestError: a size that the model cannot make.
     """
-    from flcompress.models.folder import check_pipeline, check_transformer_config
+    from flcompress.models.loading import meta_transformer
+    from flcompress.models.source import find_source
 
-    if (path / "config.json").is_file():
-        transformer = path
-        check_transformer_config(path)
-    else:
-        check_pipeline(path, weights=False)
-        transformer = path / "transformer"
-    graph = trace_folder(transformer, tokens)
-    return {
-        "model": str(path),
-        "class": graph.model_class,
-        "parameters": graph.parameters,
-        "flops": graph.flops,
-        "tokens": tokens,
-        "blocks": [
-            {
-                "path": block.path,
-                "stack": block.stack,
-                "kind": block.kind,
-                "parameters": block.parameters,
-                "share": block.parameters / graph.parameters,
-                "flops": block.flops,
-            }
-            for block in graph.blocks
-        ],
-        "removals": [_removal(graph, share) for share in SHARES],
-    }
-
-
-def inspection_text(found: dict[str, Any]) -> str:
-    """What `inspect_model` found, as text for people."""
-    width = max(len(block["path"]) for block in found["blocks"])
-    lines = [
-        f"{found['model']}: {found['class']}, {len(found['blocks'])} blocks, {found['parameters']:,} parameters, "
-        f"{found['flops']:,} FLOPs/forward at {found['tokens']} tokens",
-        *(
-            f"  {block['path']:<{width}}  {block['kind']}  "
-            f"{block['parameters']:>14,} parameters ({block['share']:.1%})  {block['flops']:>18,} FLOPs"
-            for block in found["blocks"]
-        ),
-        *(
-            f"removing {left['share']:.0%} leaves {left['blocks']} blocks, {left['parameters']:,} parameters, "
-            f"{left['flops']:,} FLOPs/forward"
-            for left in found["removals"]
-        ),
-    ]
-    return "\n".join(lines)
-
-
-def _removal(graph: BlockGraph, share: float) -> dict[str, Any]:
-    """What is left when middle blocks go until `share` of the parameters is gone (which ones is for scores to say)."""
-    middle = (len(graph.blocks) - 1) / 2
-    order = sorted(
-        (block for block in graph.blocks if block.streams),
-        key=lambda block: abs(graph.blocks.index(block) - middle),
+    source = find_source(model)
+    transformer = meta_transformer(source.config)
+    name = type(transformer).__name__
+    known = compression_of(name, transformer.config)
+    clip, latents = None, None
+    if known is not None:
+        given = {"height": height, "width": width, "frames": frames, "tokens": tokens}
+        clip = replace(known.usual, **{key: value for key, value in given.items() if value is not None})
+        latents = latent_shape(name, transformer.config, clip)
+    graph, problem = _graph(transformer, clip, latents)
+    return Inspection(
+        model=model,
+        graph=graph,
+        clip=clip,
+        latents=latents,
+        unknown_flops=problem,
+        others=source.others,
+        removals=tuple(_removal(graph, share, counted=not problem) for share in SHARES),
     )
-    gone: list[str] = []
-    parameters = flops = 0
-    for block in order[: len(graph.blocks) - 1]:
-        if parameters >= share * graph.parameters:
-            break
-        gone.append(block.path)
-        parameters += block.parameters
-        flops += block.flops
-    return {
-        "share": share,
-        "blocks": len(graph.blocks) - len(gone),
-        "parameters": graph.parameters - parameters,
-        "flops": graph.flops - flops,
-    }
+
+
+def _graph(transformer: Any, clip: ClipSize | None, latents: tuple[int, int, int] | None) -> tuple[BlockGraph, str]:
+    """The block graph with the FLOPs of the clip; where the class cannot be run, its lists of blocks, and why."""
+    from flcompress.models import example_inputs
+    from flcompress.trace.config_keys import build_on_meta
+    from flcompress.trace.counting import with_flops
+    from flcompress.trace.lists import listed_blocks
+    from flcompress.trace.stand_in import small_positions
+    from flcompress.trace.tracer import trace
+
+    name = type(transformer).__name__
+    if clip is None or latents is None:
+        return listed_blocks(transformer), f"no example inputs are known for {name}, so it was not run"
+    inputs = example_inputs(transformer, latent_shape=latents, tokens=clip.tokens)
+    # The streams are found by running blocks, which takes memory: so at a small size.
+    small = build_on_meta(transformer, small_positions(transformer.config)).eval()
+    try:
+        return with_flops(trace(small, example_inputs(small)), transformer, inputs), ""
+    except FlcompressError as error:
+        return listed_blocks(transformer), str(error)
+
+
+def _removal(graph: BlockGraph, share: float, *, counted: bool) -> Removal:
+    try:
+        removed = choose(graph, share, "middle")
+    except PreconditionError as error:
+        return Removal(share=share, problem=str(error))
+    gone = [graph.block(path) for path in removed]
+    return Removal(
+        share=share,
+        removed=removed,
+        blocks=len(graph.blocks) - len(gone),
+        parameters=graph.parameters - sum(block.parameters for block in gone),
+        flops=graph.flops - sum(block.flops for block in gone) if counted else None,
+    )

@@ -39,8 +39,13 @@ def build_on_meta(model: nn.Module, changes: Mapping[str, Any]) -> nn.Module:
     factory: Any = type(model)
     config: Any = model.config
     with torch.device("meta"):
-        built: nn.Module = factory.from_config({**config, **changes})
+        built: nn.Module = factory.from_config(changed_config(config, changes))
     return built
+
+
+def changed_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with some values changed, for `from_config`, which ignores those that were defaults before."""
+    return {key: value for key, value in {**config, **changes}.items() if key != "_use_default_values"}
 
 
 def followers(model: nn.Module, key: str) -> set[str]:

@@ -6,16 +6,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from flcompress.errors import RequestError
 from flcompress.ir.block import Block, Flow, TensorSpec
 from flcompress.ir.graph import INPUT, OUTPUT, BlockGraph, Edge
 from flcompress.trace.call import Call, blank, evaluating, first_line, named, outputs_of, spec_of, tensors_of
 from flcompress.trace.config_keys import count_keys
+from flcompress.trace.flops import flop_counter
+from flcompress.trace.on_meta import runnable_on_meta
 from flcompress.trace.replay import REPLAY_ERRORS, Layout, layout_of, signature
 from flcompress.trace.taint import Source, Taint
 
@@ -27,7 +27,7 @@ def trace(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> BlockGra
     used. FLOPs are of one sample. Raises RequestError where no list of blocks can be found.
     """
     inputs = inputs_for(model, inputs)
-    with evaluating(model):
+    with evaluating(model), runnable_on_meta(model):
         calls, flops = _record(model, inputs)
         layouts = _layouts(model, calls)
         stacks, config_keys = _stacks(model, calls, layouts)
@@ -82,16 +82,6 @@ def _block(model: nn.Module, path: str, flops: int, layout: Layout) -> Block:
     )
 
 
-def _flash_on_cpu(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
-
-
-def _counter() -> FlopCounterMode:
-    # PyTorch counts every attention kernel but the CPU's.
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return FlopCounterMode(display=False, custom_mapping={kernel: _flash_on_cpu})
-
-
 def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, part in model.named_modules():
         if isinstance(part, nn.ModuleList):
@@ -102,7 +92,7 @@ def _record(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[dict[str, Call
     """The calls of list entries that ran exactly once, in the order they started, and the FLOPs of everything."""
     started: dict[str, int] = {}
     calls: dict[str, Call | None] = {}
-    counter = _counter()
+    counter = flop_counter()
 
     def before(path: str) -> Any:
         def hook(module: nn.Module, args: Any) -> None:

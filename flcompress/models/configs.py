@@ -1,0 +1,131 @@
+"""Which transformer a `config.json` describes, and whether its values can be meant; checked before anything is built.
+
+Stock diffusers fills a missing key with its default and ignores one that it does not know, so a misspelt `num_layers`
+gives another model without a word. Here that is an error.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from flcompress.errors import ModelError
+
+SIZES = re.compile(r"(num|n)_(\w+_)?(layers|heads|blocks)|nlayers|(dit_)?depth|(attention_)?head_dim|hidden_size")
+"""Keys that say how large a model is. Older files may lack other keys, whose defaults then stand for what was."""
+
+LARGEST_COUNT, LARGEST_WIDTH = 1_000, 1_000_000
+"""More layers than that would take minutes to build before anything could be said of them."""
+
+# What a constructor may raise on a configuration that makes no sense.
+BUILD_ERRORS = (
+    ValueError,
+    TypeError,
+    RuntimeError,
+    IndexError,
+    KeyError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
+    NotImplementedError,
+)
+
+
+def transformer_class(config: Mapping[str, Any], path: Path) -> Any:
+    """The stock class that `config`, read from `path`, names.
+
+    Raises:
+        ModelError: no class named, one of another kind (a U-Net, an autoencoder), or an unknown one.
+    """
+    import diffusers
+    from diffusers.models import transformers as stock
+
+    name = config.get("_class_name")
+    if not isinstance(name, str):
+        raise ModelError(
+            f"{path}: names no _class_name; expected a diffusers transformer such as WanTransformer3DModel"
+        )
+    found = getattr(stock, name, None)
+    if _is_model(found):
+        return found
+    if name.startswith("UNet") or "UNet" in name:
+        raise ModelError(f"{path}: {name} is a U-Net; only diffusion transformers are handled")
+    if _is_model(getattr(diffusers, name, None)):
+        raise ModelError(f"{path}: {name} is no diffusion transformer; only those are handled")
+    known = sorted(one for one in vars(stock) if _is_model(getattr(stock, one)))
+    nearest = ", ".join(get_close_matches(name, known, n=3, cutoff=0.0))
+    raise ModelError(
+        f"{path}: _class_name {name!r} is no transformer of diffusers {diffusers.__version__}; nearest: {nearest}"
+    )
+
+
+def check_config(config: Mapping[str, Any], path: Path) -> type[Any]:
+    """Check the keys and the values of a transformer's configuration; returns its class.
+
+    Raises:
+        ModelError: names the key, what was given and what was expected.
+    """
+    found: type[Any] = transformer_class(config, path)
+    arguments = _arguments(found)
+    absent = [key for key in arguments if key not in config]
+    for key in config:
+        # Files of released models hold keys that mean nothing any more; one that is nearly another is misspelt.
+        meant = get_close_matches(key, absent, n=1, cutoff=0.8) if key not in arguments else []
+        if meant:
+            raise ModelError(f"{path}: {found.__name__} has no setting {key!r}; did you mean {meant[0]!r}?")
+    for key, default in arguments.items():
+        if key not in config:
+            if default is inspect.Parameter.empty or (type(default) is int and SIZES.fullmatch(key)):
+                raise ModelError(f"{path}: lacks {key!r}, which decides the size of a {found.__name__}; copy it again")
+        else:
+            _check_value(config[key], default, key, path)
+    return found
+
+
+def settings(config: Mapping[str, Any], stock: type[Any]) -> dict[str, Any]:
+    """What of a configuration the class has a meaning for; stock diffusers warns of the rest at every build."""
+    known = _arguments(stock)
+    return {key: value for key, value in config.items() if key in known or key.startswith("_")}
+
+
+def build_error(error: Exception, name: str, path: Path) -> ModelError:
+    """What to tell of a configuration from which stock diffusers cannot build a model."""
+    first = str(error).partition("\n")[0]
+    return ModelError(f"{path}: no {name} can be built from these values ({type(error).__name__}: {first}); mend them")
+
+
+def _arguments(stock: type[Any]) -> dict[str, Any]:
+    """{name: default} of what its constructor takes."""
+    parameters = list(inspect.signature(stock.__init__).parameters.values())[1:]
+    return {one.name: one.default for one in parameters if one.kind is not inspect.Parameter.VAR_KEYWORD}
+
+
+def _check_value(value: Any, default: Any, key: str, path: Path) -> None:
+    if type(default) is int and SIZES.fullmatch(key):
+        largest = LARGEST_COUNT if re.search("layers|blocks|depth", key) else LARGEST_WIDTH
+        if type(value) is not int or not 1 <= value <= largest:
+            raise ModelError(f"{path}: {key} is {value!r}, expected a whole number from 1 to {largest:,}")
+        return
+    if value is None:
+        return
+    for kinds, given, wanted in (
+        ((bool,), (bool,), "true or false"),
+        ((int,), (int, list, tuple), "a whole number"),
+        ((float,), (int, float), "a number"),
+        ((str,), (str, list, tuple), "text"),
+        ((list, tuple), (list, tuple, int), "a list"),
+    ):
+        if type(default) in kinds:
+            if type(value) not in given:
+                raise ModelError(f"{path}: {key} is {value!r}, expected {wanted}")
+            return
+
+
+def _is_model(found: Any) -> bool:
+    from diffusers import ModelMixin
+
+    return isinstance(found, type) and issubclass(found, ModelMixin)

@@ -1,0 +1,127 @@
+"""LoRAs made for a model, renumbered for the same model without some of its blocks: names and shapes alone."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flcompress.errors import RequestError
+from flcompress.models.lora_names import Modules, Place, PrunedModel, Shape, renamed
+
+_ENDING = re.compile(
+    r"\.(?P<part>lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up)(\.[\w-]+)?\.(?P<what>weight|bias)$"
+    r"|\.(?P<other>alpha|diff|diff_b|dora_scale|lora_magnitude_vector(\.[\w-]+)?(\.weight)?)$"
+)
+_ELSEWHERE = ("text_encoder", "lora_te")
+"""What begins so is for another part of the pipeline, which keeps all it has."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remapped:
+    """Attributes:
+    keys: {key in the LoRA: its new key}, for all that is kept.
+    dropped: {removed block: its modules that the LoRA touched}.
+    modules: modules of the transformer that are kept.
+    renumbered: those of them whose block has another number now.
+    """
+
+    keys: Mapping[str, str]
+    dropped: Mapping[str, tuple[str, ...]]
+    modules: int
+    renumbered: int
+
+
+def remap(lora: Mapping[str, Shape], model: PrunedModel) -> Remapped:
+    """The keys of a LoRA for the uncut model, renamed for the cut one.
+
+    Args:
+        lora: shapes of the LoRA's tensors, by key.
+        model: what it is to fit.
+
+    Raises:
+        RequestError: no LoRA, one for another model, or one that is for removed blocks alone.
+    """
+    known = Modules(model)
+    keys: dict[str, str] = {}
+    kept: dict[str, Place] = {}
+    gone: dict[str, dict[str, None]] = {}
+    ranks: dict[str, dict[str, int]] = {}
+    for key, shape in lora.items():
+        if key.startswith(_ELSEWHERE):
+            keys[key] = key
+            continue
+        ending = _ENDING.search(key)
+        if ending is None:
+            raise RequestError(f"{key}: no tensor of a LoRA; expected names such as blocks.0.attn1.to_q.lora_A.weight")
+        module = key[: ending.start()]
+        place = known.place(module)
+        weight = known.shape(place)
+        if weight is None:
+            where = f"'{place.block}.{place.rest}'" if place.stack else f"'{place.rest}'"
+            raise RequestError(f"{key}: {model.name} has no module {where}; this LoRA is for another model")
+        wrong = _misfit(ending, shape, weight, ranks.setdefault(module, {}))
+        if wrong:
+            raise RequestError(f"{key}: has shape {list(shape)}, {wrong}; this LoRA is for another model")
+        if place.stack and place.block not in known.new:
+            gone.setdefault(place.block, {})[place.rest] = None
+            continue
+        keys[key] = renamed(key, place, known.new)
+        kept[module] = place
+    if not kept:
+        if gone:
+            raise RequestError(
+                f"all {sum(map(len, gone.values()))} modules of this LoRA are in blocks that were removed "
+                f"({', '.join(sorted(gone, key=_numbered))}); nothing of it is left"
+            )
+        raise RequestError("no tensor of this file is for the transformer; expected a LoRA of the uncut model")
+    return Remapped(
+        keys=keys,
+        dropped={block: tuple(sorted(gone[block])) for block in sorted(gone, key=_numbered)},
+        modules=len(kept),
+        renumbered=sum(bool(one.stack) and known.new[one.block] != one.block for one in kept.values()),
+    )
+
+
+def remap_settings(text: str, model: PrunedModel) -> str:
+    """PEFT's settings, which diffusers keeps as JSON beside a LoRA, with the module names of the cut model."""
+    known = Modules(model)
+
+    def one(name: str) -> str | None:
+        place = known.place(name)
+        if not place.stack:
+            return name
+        return renamed(name, place, known.new) if place.block in known.new else None
+
+    def walk(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {new: walk(inner) for key, inner in value.items() if (new := one(key)) is not None}
+        if isinstance(value, list):
+            names = [one(item) if isinstance(item, str) else item for item in value]
+            return [name for name in names if name is not None]
+        return value
+
+    return json.dumps(walk(json.loads(text)), indent=2, sort_keys=True)
+
+
+def _misfit(ending: re.Match[str], shape: Shape, weight: Shape, ranks: dict[str, int]) -> str:
+    """What is wrong with a tensor of a LoRA for a weight [out, in, ...]; nothing where it fits."""
+    part, other = ending["part"], ending["other"]
+    if part is None:
+        expected = {"alpha": (), "diff": weight, "diff_b": weight[:1]}.get(other, shape)
+        return "" if shape == expected or (other == "alpha" and shape == (1,)) else f"expected {list(expected)}"
+    down = part in ("lora_A", "lora_down", "lora.down")
+    if ending["what"] == "bias":
+        return "" if shape == weight[:1] else f"expected {list(weight[:1])}"
+    if len(shape) != len(weight) or (shape[1:] != weight[1:] if down else shape[0] != weight[0]):
+        wanted = ["rank", *weight[1:]] if down else [weight[0], "rank", *([1] * (len(weight) - 2))]
+        return f"expected [{', '.join(map(str, wanted))}] for a weight {list(weight)}"
+    rank = ranks.setdefault("rank", shape[0] if down else shape[1])
+    return "" if rank == (shape[0] if down else shape[1]) else f"its other half has rank {rank}"
+
+
+def _numbered(block: str) -> tuple[str, int]:
+    stack, _, index = block.rpartition(".")
+    return stack, int(index)

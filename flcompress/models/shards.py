@@ -1,0 +1,194 @@
+"""Weights on disk, tensor by tensor: read, checked and written again in pieces, never a whole file in memory.
+
+A safetensors file is eight bytes (the header's length, little-endian), a JSON header with every tensor's dtype, shape
+and place, and the tensors' bytes. The library maps whole files, which a process is charged for page by page; so the
+header is checked by the library and the bytes are read here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flcompress.errors import ModelError
+
+PIECE = 1 << 24
+"""Bytes read at once."""
+
+LARGEST_SHARD = 5 * 10**9
+"""Bytes of tensors in one written file, unless a single tensor is larger."""
+
+_INDEX = ".safetensors.index.json"
+_NAME = "diffusion_pytorch_model"
+_FLOATS = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor in a safetensors file: `size` bytes from byte `start` on; `dtype` as the file names it (BF16)."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+    def pieces(self) -> Iterator[bytes]:
+        """The tensor's bytes, at most `PIECE` at once; ModelError if the file has become shorter."""
+        with self.file.open("rb") as file:
+            file.seek(self.start)
+            left = self.size
+            while left:
+                piece = file.read(min(PIECE, left))
+                if not piece:
+                    raise ModelError(f"{self.file}: ends before its last tensor; copy the file again")
+                left -= len(piece)
+                yield piece
+
+
+def file_tensors(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file, in the order they lie in it; ModelError unless it is whole."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="np"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path}: not a whole safetensors file ({error}); copy the file again") from error
+    length, header = _header(path)
+    header.pop("__metadata__", None)
+    found = {
+        name: StoredTensor(path, one["dtype"], tuple(one["shape"]), 8 + length + begin, end - begin)
+        for name, one in header.items()
+        for begin, end in [one["data_offsets"]]
+    }
+    return dict(sorted(found.items(), key=lambda item: item[1].start))
+
+
+def file_metadata(path: Path) -> dict[str, str]:
+    """What a whole safetensors file says beside its tensors."""
+    return dict(_header(path)[1].get("__metadata__") or {})
+
+
+def folder_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """The tensors of a model folder, of all its shards.
+
+    Raises:
+        ModelError: no weights, a shard missing or short, a tensor that the index places in another file.
+    """
+    index = folder / f"{_NAME}{_INDEX}"
+    if not index.is_file():
+        if not (folder / f"{_NAME}.safetensors").is_file():
+            raise ModelError(f"{folder}: no weights; expected {_NAME}.safetensors, or shards with {index.name}")
+        return file_tensors(folder / f"{_NAME}.safetensors")
+    places = index_places(index)
+    stored = {name: file_tensors(folder / name) for name in sorted(set(places.values()))}
+    return {name: stored[file][name] for name, file in places.items()}
+
+
+def index_places(index: Path) -> dict[str, str]:
+    """{tensor: file name} of a shard index whose files are there and hold what it says.
+
+    Raises:
+        ModelError: names the index or the shard.
+    """
+    try:
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = sorted(set(places.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index}: no index of shards (weight_map); copy the file again") from error
+    for name in files:
+        path = index.parent / str(name)
+        if Path(str(name)).name != name:
+            raise ModelError(f"{index}: names the shard {name!r}, expected a file of its own folder")
+        if not path.is_file():
+            raise ModelError(f"{path}: missing; {index.name} names it; copy the shard again")
+        lacking = sorted({one for one, file in places.items() if file == name} - set(file_tensors(path)))
+        if lacking:
+            raise ModelError(f"{path}: lacks tensor {lacking[0]}, which {index.name} places in it; copy both again")
+    return dict(places)
+
+
+def check_finite(path: Path) -> None:
+    """ModelError, naming the tensor, where a file holds a value that is not finite."""
+    import torch
+
+    for name, tensor in file_tensors(path).items():
+        if tensor.dtype not in _FLOATS:
+            continue
+        kind = getattr(torch, _FLOATS[tensor.dtype])
+        for piece in tensor.pieces():
+            numbers = torch.frombuffer(bytearray(piece), dtype=kind)
+            if not bool(torch.isfinite(numbers.float() if numbers.itemsize == 1 else numbers).all()):
+                raise ModelError(
+                    f"{path}: tensor {name} holds values that are not finite; copy the file again "
+                    "or go back to an earlier checkpoint"
+                )
+
+
+def write_tensors(folder: Path, tensors: Mapping[str, StoredTensor], largest: int = LARGEST_SHARD) -> None:
+    """Copy tensors, byte by byte and under new names, into `folder` as stock diffusers saves a model.
+
+    One file, or shards of at most `largest` bytes with their index. Takes memory for one piece.
+    """
+    shards: list[dict[str, StoredTensor]] = [{}]
+    for name, tensor in tensors.items():
+        if shards[-1] and sum(one.size for one in shards[-1].values()) + tensor.size > largest:
+            shards.append({})
+        shards[-1][name] = tensor
+    places: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"{_NAME}.safetensors"
+        if len(shards) > 1:
+            file = f"{_NAME}-{number:05d}-of-{len(shards):05d}.safetensors"
+        places |= dict.fromkeys(shard, file)
+        write_file(folder / file, shard)
+    if len(shards) > 1:
+        total = sum(tensor.size for tensor in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+        (folder / f"{_NAME}{_INDEX}").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def write_file(path: Path, tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Copy tensors, byte by byte and under new names, into one file."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    # The widest numbers first, so that every tensor starts at a multiple of its numbers' width.
+    ordered = sorted(tensors.items(), key=lambda item: -_width(item[1]))
+    place = 0
+    for name, tensor in ordered:
+        header[name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [place, place + tensor.size],
+        }
+        place += tensor.size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of eight bytes
+    with path.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in ordered:
+            for piece in tensor.pieces():
+                out.write(piece)
+
+
+def _header(path: Path) -> tuple[int, dict[str, Any]]:
+    """Its length in bytes, and what it says."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return length, dict(json.loads(file.read(length)))
+
+
+def _width(tensor: StoredTensor) -> int:
+    """Bytes of one number."""
+    return tensor.size // max(math.prod(tensor.shape), 1)

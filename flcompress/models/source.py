@@ -1,0 +1,143 @@
+"""Where the transformer's configuration of a model lies: a folder, a file, or a model on the Hub."""
+
+from __future__ import annotations
+
+import re
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+
+from flcompress.errors import ModelError
+from flcompress.models.configs import transformer_class
+from flcompress.models.folder import read_json
+
+INDEX, CONFIG = "model_index.json", "config.json"
+SECONDS = 5.0
+"""How long an unreachable Hub is waited for."""
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Attributes:
+    config: the transformer's `config.json`.
+    pipeline: class that `model_index.json` names; None for a transformer on its own.
+    others: names of the pipeline's further transformers.
+    """
+
+    config: Path
+    pipeline: str | None = None
+    others: tuple[str, ...] = ()
+
+
+def find_source(model: str) -> Source:
+    """The transformer of `model`: a pipeline folder, a transformer folder, a `config.json`, or a Hub id.
+
+    Of a model on the Hub only `model_index.json` and the transformer's `config.json` are read.
+
+    Raises:
+        ModelError: none of these, a pipeline without a transformer, or a Hub that cannot be reached.
+    """
+    path = Path(model)
+    if path.is_file():
+        if path.suffix != ".json":
+            raise ModelError(f"{path}: a {path.suffix or 'nameless'} file; expected a model folder or a config.json")
+        return Source(config=path)
+    if path.is_dir():
+        if (path / CONFIG).is_file():
+            return Source(config=path / CONFIG)
+        if not (path / INDEX).is_file():
+            raise ModelError(
+                f"{path}: no model folder; expected {INDEX} (a diffusers pipeline) or {CONFIG} (a transformer) in it"
+            )
+        names, pipeline = _transformers(read_json(path / INDEX, ""), path / INDEX)
+        if not (path / names[0] / CONFIG).is_file():
+            raise ModelError(f"{path / names[0] / CONFIG}: no such file; {INDEX} of a {pipeline} names its folder")
+        return Source(config=path / names[0] / CONFIG, pipeline=pipeline, others=names[1:])
+    if not _HUB_ID.fullmatch(model):
+        raise ModelError(f"{model}: no such file or folder, and no Hub id (OWNER/NAME)")
+    return _on_hub(model)
+
+
+def _transformers(index: Mapping[str, Any], path: Path) -> tuple[tuple[str, ...], str]:
+    """The components of a pipeline that are transformers of diffusers, and the pipeline's class."""
+    pipeline = index.get("_class_name")
+    if not isinstance(pipeline, str):
+        raise ModelError(f"{path}: names no _class_name; expected a diffusers pipeline such as WanPipeline")
+    parts = {
+        name: part[1]
+        for name, part in index.items()
+        if isinstance(part, list) and len(part) == 2 and part[0] == "diffusers" and part[1]
+    }
+    found: list[str] = []
+    for name, part in parts.items():
+        if "UNet" in part:
+            raise ModelError(f"{path}: the {name} of a {pipeline} is a U-Net ({part}); only transformers are handled")
+        if "Transformer" in part:
+            transformer_class({"_class_name": part}, path)
+            found.append(name)
+    if not found:
+        told = ", ".join(f"{name} ({part})" for name, part in parts.items()) or "no part of diffusers"
+        raise ModelError(
+            f"{path}: a {pipeline} has no diffusion transformer, only {told}; only transformers are handled"
+        )
+    return tuple(sorted(found, key=lambda name: (name != "transformer", name))), pipeline
+
+
+def _on_hub(model: str) -> Source:
+    index = _download(model, INDEX)
+    if index is None:
+        config = _download(model, CONFIG) or _download(model, f"transformer/{CONFIG}")
+        if config is None:
+            raise ModelError(f"{model}: has neither {INDEX} nor {CONFIG} on the Hub; expected a diffusers model")
+        return Source(config=config)
+    names, pipeline = _transformers(read_json(index, ""), Path(f"{model}/{INDEX}"))
+    config = _download(model, f"{names[0]}/{CONFIG}")
+    if config is None:
+        raise ModelError(f"{model}/{names[0]}/{CONFIG}: not on the Hub; {INDEX} of a {pipeline} names its folder")
+    return Source(config=config, pipeline=pipeline, others=names[1:])
+
+
+def _download(model: str, name: str) -> Path | None:
+    """One small file of a model on the Hub; None where the model has no such file."""
+    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    local = constants.HF_HUB_OFFLINE or not _reachable(constants.ENDPOINT)
+    try:
+        return Path(hf_hub_download(model, name, local_files_only=local, etag_timeout=SECONDS))
+    except LocalEntryNotFoundError as error:
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} cannot be reached"
+        raise ModelError(
+            f"{model}: no such folder here, not downloaded before, and {why}; where there is a network, give "
+            f"hf download {model} --include '*.json' --local-dir FOLDER, and here the path of that folder"
+        ) from error
+    except EntryNotFoundError:
+        return None
+    except GatedRepoError as error:
+        raise ModelError(f"{model}: the Hub asks for a login with access to it; give hf auth login first") from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(f"{model}: no such folder here and no such model on the Hub (or a private one)") from error
+    except HfHubHTTPError as error:
+        raise ModelError(f"{model}: the Hub refuses {name}: {str(error).strip().partition(chr(10))[0]}") from error
+
+
+def _reachable(endpoint: str) -> bool:
+    """Whether anything answers there: the Hub's own client tries again and again, for most of a minute."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=SECONDS):
+            return True
+    except HTTPError:
+        return True
+    except OSError:
+        return False

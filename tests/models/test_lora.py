@@ -1,0 +1,167 @@
+"""LoRA keys renumbered for a model without some of its blocks."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flcompress.errors import RequestError
+from flcompress.models.lora import remap, remap_settings
+from flcompress.models.lora_names import PrunedModel
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def shapes(blocks: int, single: int = 2) -> Shapes:
+    made: Shapes = {"proj_out.weight": (4, 8), "proj_out.bias": (4,), "patch_embedding.weight": (8, 4, 1, 2, 2)}
+    for index in range(blocks):
+        made |= {f"blocks.{index}.attn1.to_q.weight": (8, 8), f"blocks.{index}.attn1.to_q.bias": (8,)}
+        made |= {f"blocks.{index}.ffn.net.0.proj.weight": (32, 8), f"blocks.{index}.scale_shift_table": (1, 6, 8)}
+    return made | {f"single_blocks.{index}.attn.to_q.weight": (8, 8) for index in range(single)}
+
+
+KEPT = {"blocks.0": "blocks.0", "blocks.1": "blocks.3", "single_blocks.0": "single_blocks.1"}
+CUT = PrunedModel(name="Cut", shapes=shapes(2, 1), kept=KEPT, before=shapes(4))
+ALONE = PrunedModel(name="Cut", shapes=shapes(2, 1), kept=KEPT)
+
+
+def pair(module: str, weight: tuple[int, ...] = (8, 8), down: str = "lora_A", up: str = "lora_B") -> Shapes:
+    return {f"{module}.{down}.weight": (2, *weight[1:]), f"{module}.{up}.weight": (weight[0], 2)}
+
+
+@pytest.mark.parametrize("model", [CUT, ALONE])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("transformer.blocks.3.attn1.to_q.lora_A.weight", "transformer.blocks.1.attn1.to_q.lora_A.weight"),
+        ("blocks.3.attn1.to_q.lora_down.weight", "blocks.1.attn1.to_q.lora_down.weight"),
+        ("blocks.3.attn1.to_q.lora.down.weight", "blocks.1.attn1.to_q.lora.down.weight"),
+        ("base_model.model.blocks.3.attn1.to_q.lora_A.weight", "base_model.model.blocks.1.attn1.to_q.lora_A.weight"),
+        ("blocks.3.attn1.to_q.lora_A.default.weight", "blocks.1.attn1.to_q.lora_A.default.weight"),
+        ("diffusion_model.blocks.3.self_attn.q.lora_A.weight", "diffusion_model.blocks.1.self_attn.q.lora_A.weight"),
+        ("lora_unet_blocks_3_self_attn_q.lora_down.weight", "lora_unet_blocks_1_self_attn_q.lora_down.weight"),
+        ("lora_unet_blocks_3_attn1_to_q.lora_down.weight", "lora_unet_blocks_1_attn1_to_q.lora_down.weight"),
+        ("single_blocks.1.attn.to_q.lora_A.weight", "single_blocks.0.attn.to_q.lora_A.weight"),
+        ("transformer.single_blocks.1.attn.to_q.lora_A.weight", "transformer.single_blocks.0.attn.to_q.lora_A.weight"),
+        ("blocks.0.attn1.to_q.lora_A.weight", "blocks.0.attn1.to_q.lora_A.weight"),
+        ("proj_out.lora_A.weight", "proj_out.lora_A.weight"),
+        ("diffusion_model.head.head.lora_A.weight", "diffusion_model.head.head.lora_A.weight"),
+    ],
+)
+def test_every_style_keeps_its_style(before: str, after: str, model: PrunedModel) -> None:
+    done = remap({before: (2, 8)}, model)
+    assert done.keys == {before: after}
+    assert (done.modules, done.renumbered, done.dropped) == (1, int(before != after), {})
+
+
+def test_what_goes_with_a_module_goes_with_it() -> None:
+    module = "blocks.3.attn1.to_q"
+    lora = pair(module) | {f"{module}.alpha": (), f"{module}.dora_scale": (8, 1), f"{module}.diff_b": (8,)}
+    lora |= {"blocks.3.modulation.diff": (1, 6, 8), "patch_embedding.lora_A.weight": (2, 4, 1, 2, 2)}
+    lora |= {"patch_embedding.lora_B.weight": (8, 2, 1, 1, 1), "text_encoder.layers.3.q.lora_A.weight": (2, 99)}
+    done = remap(lora, CUT)
+    assert set(done.keys) == set(lora)
+    assert all(new == old.replace("blocks.3", "blocks.1") for old, new in done.keys.items())
+    assert (done.modules, done.renumbered) == (3, 2)
+
+
+@pytest.mark.parametrize("model", [CUT, ALONE])
+def test_removed_blocks_are_told(model: PrunedModel) -> None:
+    lora = pair("blocks.0.attn1.to_q") | pair("blocks.2.attn1.to_q") | pair("blocks.1.ffn.net.0.proj", (32, 8))
+    lora |= pair("blocks.2.ffn.net.0.proj", (32, 8)) | pair("single_blocks.0.attn.to_q")
+    done = remap(lora, model)
+    assert done.dropped == {
+        "blocks.1": ("ffn.net.0.proj",),
+        "blocks.2": ("attn1.to_q", "ffn.net.0.proj"),
+        "single_blocks.0": ("attn.to_q",),
+    }
+    assert list(done.keys.values()) == list(pair("blocks.0.attn1.to_q"))
+
+
+@pytest.mark.parametrize(
+    ("lora", "told"),
+    [
+        (
+            pair("blocks.3.attn9.to_q"),
+            "blocks.3.attn9.to_q.lora_A.weight: Cut has no module 'blocks.3.attn9.to_q'; "
+            "this LoRA is for another model",
+        ),
+        (
+            pair("transformer_blocks.0.attn.to_q"),
+            "transformer_blocks.0.attn.to_q.lora_A.weight: Cut has no module 'transformer_blocks.0.attn.to_q'; "
+            "this LoRA is for another model",
+        ),
+        (
+            pair("blocks.7.attn1.to_q"),
+            "blocks.7.attn1.to_q.lora_A.weight: Cut has no module 'blocks.7.attn1.to_q'; "
+            "this LoRA is for another model",
+        ),
+        (
+            pair("transformer_2.blocks.0.attn1.to_q"),
+            "transformer_2.blocks.0.attn1.to_q.lora_A.weight: Cut has no module 'transformer_2.blocks.0.attn1.to_q'; "
+            "this LoRA is for another model",
+        ),
+        (
+            {"blocks.0.attn1.to_q.lora_A.weight": (2, 16)},
+            "blocks.0.attn1.to_q.lora_A.weight: has shape [2, 16], expected [rank, 8] for a weight [8, 8]; "
+            "this LoRA is for another model",
+        ),
+        (
+            {"blocks.2.attn1.to_q.lora_B.weight": (16, 2)},
+            "blocks.2.attn1.to_q.lora_B.weight: has shape [16, 2], expected [8, rank] for a weight [8, 8]; "
+            "this LoRA is for another model",
+        ),
+        (
+            {"blocks.0.attn1.to_q.lora_A.weight": (2, 8), "blocks.0.attn1.to_q.lora_B.weight": (8, 3)},
+            "blocks.0.attn1.to_q.lora_B.weight: has shape [8, 3], its other half has rank 2; "
+            "this LoRA is for another model",
+        ),
+        (
+            {"blocks.0.attn1.to_q.weight": (8, 8)},
+            "blocks.0.attn1.to_q.weight: no tensor of a LoRA; expected names such as blocks.0.attn1.to_q.lora_A.weight",
+        ),
+        (
+            pair("blocks.1.attn1.to_q") | pair("blocks.2.attn1.to_q") | pair("blocks.2.ffn.net.0.proj", (32, 8)),
+            "all 3 modules of this LoRA are in blocks that were removed (blocks.1, blocks.2); nothing of it is left",
+        ),
+        (
+            {"text_encoder.layers.0.q.lora_A.weight": (2, 8)},
+            "no tensor of this file is for the transformer; expected a LoRA of the uncut model",
+        ),
+        ({}, "no tensor of this file is for the transformer; expected a LoRA of the uncut model"),
+    ],
+)
+def test_another_model_is_refused(lora: Shapes, told: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        remap(lora, CUT)
+    assert str(caught.value) == told
+    assert caught.value.exit_status == 2
+
+
+@given(st.sets(st.integers(0, 11), min_size=1))
+def test_kept_blocks_close_their_ranks(kept: set[int]) -> None:
+    order = sorted(kept)
+    names = {f"blocks.{new}": f"blocks.{old}" for new, old in enumerate(order)}
+    model = PrunedModel(name="Cut", shapes=shapes(len(order), 0), kept=names, before=shapes(12, 0))
+    lora = {key: shape for index in range(12) for key, shape in pair(f"blocks.{index}.attn1.to_q").items()}
+    done = remap(lora, model)
+    new = {name: key for key, name in done.keys.items()}
+    assert list(new) == [key for index in range(len(order)) for key in pair(f"blocks.{index}.attn1.to_q")]
+    assert [int(key.split(".")[1]) for key in new.values()] == [index for index in order for _ in range(2)]
+    assert set(done.dropped) == {f"blocks.{index}" for index in set(range(12)) - kept}
+
+
+def test_settings_beside_the_weights_follow() -> None:
+    settings = {
+        "transformer.r": 4,
+        "transformer.rank_pattern": {"blocks.3.attn1.to_q": 2, "blocks.2.attn1.to_q": 8, "to_k": 3},
+        "transformer.target_modules": ["blocks.0.attn1.to_q", "blocks.1.attn1.to_q", "to_q"],
+    }
+    assert json.loads(remap_settings(json.dumps(settings), CUT)) == {
+        "transformer.r": 4,
+        "transformer.rank_pattern": {"blocks.1.attn1.to_q": 2, "to_k": 3},
+        "transformer.target_modules": ["blocks.0.attn1.to_q", "to_q"],
+    }

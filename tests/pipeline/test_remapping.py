@@ -1,0 +1,189 @@
+"""A LoRA of a stock Wan on the pruned one: the same as on the whole model with the removed blocks skipped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner, Result
+from diffusers import WanTransformer3DModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from flcompress.cli import main
+from flcompress.models import example_inputs
+from flcompress.models.loading import load_transformer
+from flcompress.pipeline.manager import apply, export
+from flcompress.pipeline.rundir import RunDirectory
+from flcompress.trace.skip import skip
+from tests.tiny import tiny_pipeline
+
+MODULES = ("attn1.to_q", "attn1.to_out.0", "attn2.to_k", "ffn.net.0.proj", "ffn.net.2")
+ORIGINAL = ("self_attn.q", "self_attn.o", "cross_attn.k", "ffn.0", "ffn.2")
+LAYERS, RANK, ALPHA = 5, 3, 6.0
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    folder = tmp_path_factory.mktemp("remap")
+    tiny_pipeline(folder / "model", layers=LAYERS)
+    recipe = {
+        "version": 1,
+        "model": {"path": "model"},
+        "sampling": {"num_inference_steps": 2, "max_sequence_length": 16},
+        "data": {"moving-digits": {"clips": 4}},
+        "passes": [{"prune": {"remove": 0.3, "by": "middle"}}],
+        "exports": ["diffusers"],
+    }
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+    done = apply(folder / "tiny.yaml", folder / "run")
+    export(done)
+    return done
+
+
+def teacher(run: RunDirectory) -> Any:
+    return load_transformer(run.start().components["transformer"])
+
+
+def make_lora(model: torch.nn.Module, style: str) -> dict[str, torch.Tensor]:
+    """A LoRA on five linear layers of every block and on proj_out, with an alpha where the style has one."""
+    draw = torch.Generator().manual_seed(0)
+    made: dict[str, torch.Tensor] = {}
+    for index in range(LAYERS):
+        for name, original in zip(MODULES, ORIGINAL, strict=True):
+            weight = model.get_parameter(f"blocks.{index}.{name}.weight")
+            down = torch.randn(RANK, weight.shape[1], generator=draw)
+            up = torch.randn(weight.shape[0], RANK, generator=draw)
+            if style == "diffusers":
+                key = f"transformer.blocks.{index}.{name}"
+                made |= {f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up}
+            else:
+                key = {
+                    "wan": f"diffusion_model.blocks.{index}.{original}",
+                    "kohya": f"lora_unet_blocks_{index}_{original.replace('.', '_')}",
+                    "bare": f"blocks.{index}.{name}",
+                }[style]
+                made |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
+                made[f"{key}.alpha"] = torch.tensor(ALPHA)
+    return made
+
+
+def applied(model: Any, lora: dict[str, torch.Tensor]) -> Any:
+    """W + alpha / rank B A on every module, found by the keys alone."""
+    flat = {f"lora_unet_{name.replace('.', '_')}": name for name, _ in model.named_modules()}
+    names = dict(zip(ORIGINAL, MODULES, strict=True))
+    flat |= {
+        f"lora_unet_blocks_{index}_{old.replace('.', '_')}": f"blocks.{index}.{new}"
+        for index in range(LAYERS)
+        for old, new in names.items()
+    }
+    for parameter in model.parameters():
+        # Fresh memory: kernels round differently on weights that lie unaligned in a mapped file.
+        parameter.data = parameter.data.clone()
+    used = 0
+    for key, down in lora.items():
+        for a, b in (("lora_A", "lora_B"), ("lora_down", "lora_up")):
+            if not key.endswith(f".{a}.weight"):
+                continue
+            module = key.removesuffix(f".{a}.weight")
+            name = flat.get(module, module.removeprefix("transformer.").removeprefix("diffusion_model."))
+            head, _, rest = name.partition(".")
+            index, _, rest = rest.partition(".")
+            name = f"{head}.{index}.{names.get(rest, rest)}"
+            scale = float(lora.get(f"{module}.alpha", torch.tensor(float(RANK)))) / RANK
+            model.get_submodule(name).weight += scale * lora[f"{module}.{b}.weight"] @ down
+            used += 1
+    assert used == sum("lora_A" in key or "lora_down" in key for key in lora) > 0
+    return model
+
+
+def cli(*args: object) -> Result:
+    return CliRunner().invoke(main, [str(arg) for arg in args])
+
+
+@pytest.mark.parametrize("style", ["diffusers", "bare", "wan", "kohya"])
+@torch.no_grad()
+def test_it_does_what_it_did_with_those_blocks_skipped(run: RunDirectory, tmp_path: Path, style: str) -> None:
+    model, program = teacher(run), run.final()
+    lora = make_lora(model, style)
+    save_file(lora, str(tmp_path / "lora.safetensors"), metadata={"format": "pt", "who": "me"})
+    exported = run.exports / "diffusers"
+    outputs: list[bytes] = []
+    for place in (run.path, exported, exported / "transformer" / "kept_blocks.json"):
+        out = tmp_path / f"out{len(outputs)}.safetensors"
+        done = cli("remap-lora", tmp_path / "lora.safetensors", place, "--out", out, "--json")
+        assert done.exit_code == 0, done.output
+        told = json.loads(done.stdout)
+        assert set(told["dropped"]) == set(program.prune_set)
+        assert told["modules"] == len(MODULES) * (LAYERS - len(program.prune_set))
+        outputs.append(out.read_bytes())
+    assert len(set(outputs)) == 1
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".safetensors"] * 4
+    with safe_open(str(out), "pt") as file:
+        assert file.metadata() == {"format": "pt", "who": "me"}
+
+    inputs = example_inputs(model)
+    with skip(model, program.prune_set):
+        without = model(**inputs).sample
+        expected = applied(model, lora)(**inputs).sample
+    small = load_transformer(exported / "transformer")
+    assert isinstance(small, WanTransformer3DModel)
+    found = applied(small, load_file(str(out)))(**inputs).sample
+    assert torch.equal(found, expected)
+    assert float((expected - without).abs().max()) > 0.01
+
+
+def test_the_summary_names_what_is_gone(run: RunDirectory, tmp_path: Path) -> None:
+    save_file(make_lora(teacher(run), "diffusers"), str(tmp_path / "lora.safetensors"))
+    told = cli("remap-lora", tmp_path / "lora.safetensors", run.path, "--out", tmp_path / "out.safetensors").stdout
+    gone = run.final().prune_set
+    kept, moved = LAYERS - len(gone), sum(new != old for new, old in run.final().kept.items())
+    assert told.splitlines() == [
+        f"{tmp_path / 'out.safetensors'}: {5 * kept} modules kept, {5 * moved} of them in blocks with another number; "
+        f"{5 * len(gone)} dropped, which touched {len(gone)} removed blocks:",
+        *(f"  {block}: {', '.join(sorted(MODULES))}" for block in gone),
+    ]
+
+
+def test_bad_requests(run: RunDirectory, tmp_path: Path) -> None:
+    lora, out = tmp_path / "lora.safetensors", tmp_path / "out.safetensors"
+    whole = make_lora(teacher(run), "diffusers")
+    gone = run.final().prune_set
+    save_file({key: one for key, one in whole.items() if f"{key.split('.')[1]}.{key.split('.')[2]}" in gone}, str(lora))
+    (tmp_path / "lora.bin").touch()
+    (tmp_path / "short.safetensors").write_bytes(lora.read_bytes()[:-1])
+    (tmp_path / "kept_blocks.json").write_text('{"a": 1}')
+    blocks = ", ".join(gone)
+    for arguments, told in (
+        (
+            (lora, run.path),
+            f"{lora}: all {5 * len(gone)} modules of this LoRA are in blocks that were removed ({blocks}); "
+            "nothing of it is left",
+        ),
+        ((tmp_path / "none.safetensors", run.path), f"{tmp_path / 'none.safetensors'}: no such file; expected a LoRA"),
+        (
+            (tmp_path / "lora.bin", run.path),
+            f"{tmp_path / 'lora.bin'}: only safetensors are read, a pickle can run code; save the LoRA as .safetensors",
+        ),
+        (
+            (lora, tmp_path / "none"),
+            f"{tmp_path / 'none'}: no run directory, no exported folder and no kept_blocks.json; expected one of them",
+        ),
+        (
+            (lora, tmp_path),
+            f'{tmp_path / "kept_blocks.json"}: no map of kept blocks; expected entries such as "blocks.1": "blocks.3"',
+        ),
+    ):
+        failed = cli("remap-lora", *arguments, "--out", out)
+        assert (failed.exit_code, failed.stderr) == (2, f"error: {told}\n")
+        assert not out.exists()
+    failed = cli("remap-lora", tmp_path / "short.safetensors", run.path, "--out", out)
+    assert failed.stderr.startswith(f"error: {tmp_path / 'short.safetensors'}: not a whole safetensors file (")
+    failed = cli("remap-lora", lora, run.path, "--out", lora)
+    assert failed.stderr == f"error: --out: {lora} is what is read; give another file\n"
+    failed = cli("remap-lora", lora, run.path, "--out", tmp_path / "no" / "out.safetensors")
+    assert failed.stderr == f"error: --out: {tmp_path / 'no'}: no such folder; make it first\n"
