@@ -18,6 +18,18 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from flcompress.ir.block import TensorSpec
 
+# What foreign model code may raise on arguments that it was not made for.
+FORWARD_ERRORS = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
+    NameError,
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Blank:
@@ -54,14 +66,16 @@ def blank(tree: Any) -> Any:
 
 
 def fill(tree: Any, device: torch.device, generator: torch.Generator) -> Any:
-    """The structure with random numbers in place of the blanks, on `device`; meta integers become zeros."""
+    """The structure on `device`, with random numbers in place of the blanks; meta masks become true, integers zero."""
 
     def one(leaf: Any) -> Any:
         if isinstance(leaf, Blank):
             wide = torch.complex64 if leaf.dtype.is_complex else torch.float32
             return torch.randn(leaf.shape, generator=generator, dtype=wide, device="cpu").to(device, leaf.dtype)
         if isinstance(leaf, Tensor):
-            return torch.zeros_like(leaf, device=device) if leaf.is_meta else leaf.to(device)
+            if leaf.is_meta:  # a mask that keeps everything, or an index that exists
+                return torch.full_like(leaf, leaf.dtype is torch.bool, device=device)
+            return leaf.to(device)
         return leaf
 
     return tree_map(one, tree)

@@ -1,9 +1,10 @@
-"""Which config key counts which list of modules: change each integer by one, build on meta, see which lists follow."""
+"""Which config key counts which list of modules: change each integer by one, build, see which lists follow."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -21,6 +22,8 @@ BUILD_ERRORS = (
     NotImplementedError,
 )
 
+_followers: WeakKeyDictionary[nn.Module, dict[tuple[str, str, str], set[str]]] = WeakKeyDictionary()
+
 COUNTING_WORDS = ("layer", "depth", "block")
 
 
@@ -34,23 +37,39 @@ def has_config(model: nn.Module) -> bool:
     return isinstance(getattr(model, "config", None), Mapping) and callable(getattr(type(model), "from_config", None))
 
 
-def build_on_meta(model: nn.Module, changes: Mapping[str, Any]) -> nn.Module:
-    """A weightless model of the same class with some config values changed; raises BUILD_ERRORS."""
+def build(model: nn.Module, changes: Mapping[str, Any]) -> nn.Module:
+    """A model of the same class with some config values changed, as a saved config gives it; raises BUILD_ERRORS.
+
+    Its parameters are on the meta device, all else (such as tables of positions) is on the CPU.
+    """
+    from accelerate import init_empty_weights  # late: its import takes a second
+
     factory: Any = type(model)
     config: Any = model.config
-    with torch.device("meta"):
-        built: nn.Module = factory.from_config({**config, **changes})
+    # Keys that were left at their default are named there, and from_config leaves them so whatever else it is given.
+    settings = {key: value for key, value in config.items() if not key.startswith("_")}
+    with torch.device("cpu"), init_empty_weights(include_buffers=False):
+        built: nn.Module = factory.from_config({**settings, **changes})
     return built
 
 
 def followers(model: nn.Module, key: str) -> set[str]:
     """The lists whose length follows the config value at `key`, entry by entry."""
     config: Any = model.config
+    known = _followers.setdefault(model, {})
+    snapshot = (key, repr(config), repr(list_lengths(model)))
+    if snapshot not in known:
+        known[snapshot] = _followers_of(model, key)
+    return known[snapshot]
+
+
+def _followers_of(model: nn.Module, key: str) -> set[str]:
+    config: Any = model.config
     lengths = list_lengths(model)
     # Down first; up where that cannot be built: nothing left in a list, or an index list that names the last block.
     for step in (-1, 1) if config[key] > 1 else (1,):
         try:
-            changed = list_lengths(build_on_meta(model, {key: config[key] + step}))
+            changed = list_lengths(build(model, {key: config[key] + step}))
         except BUILD_ERRORS:
             continue
         return {name for name, length in lengths.items() if changed.get(name, 0) == length + step}

@@ -9,14 +9,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from flcompress.errors import RequestError
 from flcompress.ir.block import Block, Flow, TensorSpec
 from flcompress.ir.graph import INPUT, OUTPUT, BlockGraph, Edge
-from flcompress.trace.call import Call, blank, evaluating, first_line, named, outputs_of, spec_of, tensors_of
+from flcompress.trace.call import (
+    FORWARD_ERRORS,
+    Call,
+    blank,
+    evaluating,
+    first_line,
+    named,
+    outputs_of,
+    spec_of,
+    tensors_of,
+)
 from flcompress.trace.config_keys import count_keys
-from flcompress.trace.replay import REPLAY_ERRORS, Layout, layout_of, signature
+from flcompress.trace.memory import keep
+from flcompress.trace.replay import Layout, adopted, layout_of, signature
+from flcompress.trace.running import Run, flop_counter, runs
 from flcompress.trace.taint import Source, Taint
 
 
@@ -27,9 +38,8 @@ def trace(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> BlockGra
     used. FLOPs are of one sample. Raises RequestError where no list of blocks can be found.
     """
     inputs = inputs_for(model, inputs)
-    with evaluating(model):
-        calls, flops = _record(model, inputs)
-        layouts = _layouts(model, calls)
+    with evaluating(model), torch.random.fork_rng():
+        run, calls, flops, layouts = _recorded(model, inputs)
         stacks, config_keys = _stacks(model, calls, layouts)
         order = [path for path in calls if path.rpartition(".")[0] in stacks]
         if not order:
@@ -37,7 +47,7 @@ def trace(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> BlockGra
                 f"{type(model).__name__} has no list of residual blocks that each run once; "
                 "expected a transformer such as WanTransformer3DModel"
             )
-        flows = _flows(model, inputs, {path: layouts[path] for path in order})
+        flows = _flows(run, {path: layouts[path] for path in order})
     batch = _batch(inputs)
     graph = BlockGraph(
         model_class=type(model).__name__,
@@ -48,6 +58,7 @@ def trace(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> BlockGra
         config_keys=config_keys,
     )
     graph.verify()
+    keep(model, inputs, graph)
     return graph
 
 
@@ -77,19 +88,10 @@ def _block(model: nn.Module, path: str, flops: int, layout: Layout) -> Block:
         parameters=sum(parameter.numel() for parameter in module.parameters()),
         flops=flops,
         outputs=layout.outputs,
-        removable=None if layout.streams else False,
+        silent=layout.silent,
+        removable=None if layout.streams and not layout.silent else False,
         reason=layout.reason,
     )
-
-
-def _flash_on_cpu(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
-
-
-def _counter() -> FlopCounterMode:
-    # PyTorch counts every attention kernel but the CPU's.
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return FlopCounterMode(display=False, custom_mapping={kernel: _flash_on_cpu})
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -98,11 +100,25 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield from ((f"{name}.{index}", child) for index, child in enumerate(part))
 
 
-def _record(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[dict[str, Call], int]:
+def _recorded(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Run, dict[str, Call], int, dict[str, Layout]]:
+    """The first way to run the model that works, and what was seen of it."""
+    for run in runs(model, inputs):
+        try:
+            calls, flops = _record(run)
+            return run, calls, flops, _layouts(run.module, calls)
+        except FORWARD_ERRORS as error:
+            failure = error  # the last way has values, so that its message is about the inputs
+    raise RequestError(
+        f"{type(model).__name__} cannot run on the inputs {', '.join(inputs) or 'none'}: "
+        f"{type(failure).__name__}: {first_line(failure)}; give the keyword arguments of one forward"
+    ) from failure
+
+
+def _record(run: Run) -> tuple[dict[str, Call], int]:
     """The calls of list entries that ran exactly once, in the order they started, and the FLOPs of everything."""
     started: dict[str, int] = {}
     calls: dict[str, Call | None] = {}
-    counter = _counter()
+    counter = flop_counter()
 
     def before(path: str) -> Any:
         def hook(module: nn.Module, args: Any) -> None:
@@ -120,17 +136,11 @@ def _record(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[dict[str, Call
         return hook
 
     with ExitStack() as hooks:
-        for path, child in _candidates(model):
+        for path, child in _candidates(run.module):
             hooks.callback(child.register_forward_pre_hook(before(path)).remove)
             hooks.callback(child.register_forward_hook(after(path), with_kwargs=True).remove)
-        try:
-            with counter:
-                model(**inputs)
-        except REPLAY_ERRORS as error:
-            raise RequestError(
-                f"{type(model).__name__} cannot run on the inputs {', '.join(inputs) or 'none'}: {first_line(error)}; "
-                "give the keyword arguments of one forward"
-            ) from error
+        with counter:
+            run()
     return {path: call for path, call in calls.items() if call is not None}, counter.get_total_flops()
 
 
@@ -147,6 +157,12 @@ def _layouts(model: nn.Module, calls: Mapping[str, Call]) -> dict[str, Layout]:
         if key not in known:
             known[key] = layout_of(child, call)
         found[path] = known[key]
+    for path, call in calls.items():
+        stack = path.rpartition(".")[0]
+        sibling = found.get(f"{stack}.0")
+        if sibling is not None and not found[path].streams:
+            inputs = named(model.get_submodule(path), call.args, call.kwargs)
+            found[path] = adopted(found[path], call, inputs, sibling)
     return found
 
 
@@ -178,7 +194,7 @@ def _stacks(
     return {*kept, *(name for name in apart if name in keys)}, keys
 
 
-def _flows(model: nn.Module, inputs: Mapping[str, Any], layouts: Mapping[str, Layout]) -> dict[Edge, set[Flow]]:
+def _flows(run: Run, layouts: Mapping[str, Layout]) -> dict[Edge, set[Flow]]:
     """The data flow between blocks.
 
     Every block needs the conditioning (timestep, prompt), so edges from "input" are kept for residual streams only.
@@ -221,12 +237,12 @@ def _flows(model: nn.Module, inputs: Mapping[str, Any], layouts: Mapping[str, La
 
     with ExitStack() as hooks:
         for path in layouts:
-            child = model.get_submodule(path)
+            child = run.module.get_submodule(path)
             hooks.callback(child.register_forward_pre_hook(before(path), with_kwargs=True).remove)
             hooks.callback(child.register_forward_hook(after(path)).remove)
         with taint:
-            for name, value in inputs.items():
+            for name, value in run.inputs.items():
                 give(INPUT, name, value)
-            for place, leaf in enumerate(tensors_of(model(**inputs))):
+            for place, leaf in enumerate(tensors_of(run())):
                 take(OUTPUT, str(place), leaf, stream=True)
     return flows
