@@ -27,7 +27,7 @@ def removed_indices(graph: BlockGraph, paths: tuple[str, ...]) -> dict[str, Indi
             raise NotRemovable(
                 f"'{stack}.{min(indices)}' cannot be removed: no config key of {graph.model_class} counts '{stack}'"
             )
-        together = [one for one, its_key in graph.config_keys.items() if its_key == key]
+        together = [one for one in graph.stacks if graph.config_keys.get(one) == key]
         if any(len(removed.get(other, ())) != len(indices) for other in together):
             wanted = max((removed.get(one, set()) for one in together), key=len)
             whole = [f"'{one}.{index}'" for one in together for index in sorted(wanted)]

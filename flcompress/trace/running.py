@@ -107,7 +107,7 @@ def _dense_flex_attention() -> Iterator[None]:
     """Flex attention compiles itself and cannot run under a dispatch mode; here it is plain matrix products."""
     stock = flex.flex_attention
     try:
-        flex.flex_attention = _dense  # type: ignore[assignment]
+        flex.flex_attention = _dense
         yield
     finally:
         flex.flex_attention = stock

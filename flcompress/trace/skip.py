@@ -21,8 +21,9 @@ from flcompress.trace.tracer import trace
 def skip(model: nn.Module, paths: Iterable[str], *, graph: BlockGraph | None = None) -> Iterator[None]:
     """While active, each block in `paths` returns its residual inputs, in the order and structure of its outputs.
 
-    With `graph` nothing is traced; without it the model's last graph is used, or made. Gradients flow through the skipped blocks' streams, skips may be nested, and on leaving every forward is what it was. Raises
-    RequestError on an unknown path and NotRemovable on a block that carries no stream.
+    With `graph` nothing is traced; without it the model's last graph is used, or made. Gradients flow through the
+    skipped blocks' streams, skips may be nested, and on leaving every forward is what it was. Raises RequestError on an
+    unknown path and NotRemovable on a block that carries no stream.
     """
     known = graph if graph is not None else graph_of(model)
     forwards = {path: Identity(model.get_submodule(path), known.block(path)) for path in known_paths(known, paths)}

@@ -123,7 +123,8 @@ def test_a_silent_head_proves_nothing_by_itself() -> None:
             ["transformer_blocks.1"],
             NotRemovable,
             "'transformer_blocks.1' cannot be removed alone: config key 'num_layers' counts 'transformer_blocks' and "
-            "'temporal_transformer_blocks', which go only together; remove 1 of 'temporal_transformer_blocks' with it",
+            "'temporal_transformer_blocks', which go only together; ask for as many of each, such as "
+            "'transformer_blocks.1', 'temporal_transformer_blocks.1'",
         ),
         (
             models.wan,
