@@ -13,7 +13,7 @@ from flcompress.errors import NotRemovable, RequestError
 from flcompress.ir.graph import BlockGraph
 from flcompress.trace.certificate import Certificate
 from flcompress.trace.config_keys import has_config
-from flcompress.trace.memory import recall
+from flcompress.trace.memory import keep, recall
 from flcompress.trace.proof import Candidate, Prover
 from flcompress.trace.rebuild import needs_streams, removed_indices
 from flcompress.trace.skip import require_blocks
@@ -34,7 +34,7 @@ def remove(model: nn.Module, paths: Iterable[str], inputs: Mapping[str, Any] | N
     wanted = require_blocks(graph, paths)
     needs_streams([graph.block(path) for path in wanted])
     graph.without(wanted)  # refuses to leave nothing
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         prover = Prover(model, graph, inputs)
         candidate = _proved(prover, graph, wanted)
         result: Any = prover.smaller(wanted, candidate)
@@ -54,6 +54,7 @@ def remove(model: nn.Module, paths: Iterable[str], inputs: Mapping[str, Any] | N
         diffusers_version=_diffusers_version(),
     )
     smaller: nn.Module = result
+    keep(smaller, inputs, graph.without(wanted))
     return smaller
 
 
@@ -67,7 +68,7 @@ def certify(model: nn.Module, inputs: Mapping[str, Any] | None = None, graph: Bl
     graph = graph or recall(model, inputs) or trace(model, inputs)
     prover = Prover(model, graph, inputs)
     blocks = []
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         for block in graph.blocks:
             try:
                 _proved(prover, graph, (block.path,))

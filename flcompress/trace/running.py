@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention import flex_attention as flex
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
@@ -25,9 +27,14 @@ class Run:
     module: nn.Module
     inputs: Inputs
     tensors: dict[str, Tensor]  # in place of the module's own
+    meta: bool = False
 
     def __call__(self) -> Any:
-        with _dense_flex_attention(), _no_autocast_on_meta():
+        with ExitStack() as stack:
+            stack.enter_context(_dense_flex_attention())
+            if self.meta:
+                stack.enter_context(_autocast_on_meta())
+                stack.enter_context(AllTrueMasks())
             if not self.tensors:
                 return self.module(**self.inputs)
             return torch.func.functional_call(self.module, self.tensors, (), self.inputs)
@@ -47,7 +54,7 @@ def runs(model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[Run]:
         yield Run(model, _mapped(given, _real_on(device)) if meta else given, {})
         return
     buffers = {name: torch.zeros_like(one, device="meta") for name, one in model.named_buffers()}
-    yield Run(model, _mapped(given, lambda one: one.to("meta")), buffers)
+    yield Run(model, _mapped(given, lambda one: one.to("meta")), buffers, meta=True)
     if has_config(model):
         twin = build(model, {}).eval()
         zeros = {name: torch.zeros((), dtype=one.dtype).expand(one.shape) for name, one in twin.named_parameters()}
@@ -114,15 +121,28 @@ def _dense_flex_attention() -> Iterator[None]:
 
 
 @contextmanager
-def _no_autocast_on_meta() -> Iterator[None]:
-    """A forward that asks for autocast on its tensors' device cannot run on meta, where precision is nothing."""
+def _autocast_on_meta() -> Iterator[None]:
+    """`torch.autocast` refuses the meta device, where there is nothing to cast; Mochi's forward asks for it."""
     stock = torch.autocast
 
     def autocast(device_type: str, *args: Any, **kwargs: Any) -> Any:
         return nullcontext() if device_type == "meta" else stock(device_type, *args, **kwargs)
 
+    torch.autocast = autocast  # type: ignore[assignment, misc]
     try:
-        torch.autocast = autocast  # type: ignore[assignment, misc]
         yield
     finally:
         torch.autocast = stock  # type: ignore[misc]
+
+
+class AllTrueMasks(TorchFunctionMode):
+    """Of meta and fake tensors no number is known: a mask counts as all true, as where nothing is padded.
+
+    Mochi picks the valid tokens of a prompt this way.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        unknown = func in (torch.nonzero, Tensor.nonzero) and (args[0].is_meta or isinstance(args[0], FakeTensor))
+        if unknown and not (kwargs or {}).get("as_tuple"):
+            return torch.empty(args[0].numel(), args[0].ndim, dtype=torch.long, device=args[0].device)
+        return func(*args, **(kwargs or {}))

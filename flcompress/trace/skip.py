@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flcompress.errors import NotRemovable, RequestError
+from flcompress.errors import ModelError, NotRemovable, RequestError
 from flcompress.ir.block import Block
 from flcompress.ir.graph import BlockGraph
 from flcompress.trace.call import positional_names
@@ -33,12 +33,18 @@ def skip(model: nn.Module, paths: Iterable[str], *, graph: BlockGraph | None = N
 
 def known_paths(graph: BlockGraph, paths: Iterable[str]) -> tuple[str, ...]:
     """The paths, each once, all of them blocks; RequestError on an unknown one."""
-    return tuple(dict.fromkeys(graph.block(path).path for path in paths))
+    wanted = [paths] if isinstance(paths, str) else paths
+    return tuple(dict.fromkeys(graph.block(path).path for path in wanted))
 
 
 def graph_of(model: nn.Module) -> BlockGraph:
     """The graph the model was last traced to; traced again when a list has changed its length, or never was."""
-    return recall(model) or trace(model, inputs_like(model))
+    graph, inputs = recall(model), inputs_like(model)
+    try:
+        return graph or trace(model, inputs)
+    except ModelError as error:  # no example inputs for this class
+        name = type(model).__name__
+        raise RequestError(f"{name} was not traced; call flcompress.trace(model, inputs) once before") from error
 
 
 class Identity:

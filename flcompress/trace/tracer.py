@@ -37,8 +37,9 @@ def trace(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> BlockGra
     `inputs` are the keyword arguments of one forward, batch axis first; without them the family's example inputs are
     used. FLOPs are of one sample. Raises RequestError where no list of blocks can be found.
     """
+    _require_transformer(model)
     inputs = inputs_for(model, inputs)
-    with evaluating(model), torch.random.fork_rng():
+    with evaluating(model), torch.random.fork_rng(devices=[]):
         run, calls, flops, layouts = _recorded(model, inputs)
         stacks, config_keys = _stacks(model, calls, layouts)
         order = [path for path in calls if path.rpartition(".")[0] in stacks]
@@ -62,9 +63,24 @@ def trace(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> BlockGra
     return graph
 
 
+def _require_transformer(model: object) -> None:
+    name = type(model).__name__
+    if not isinstance(model, nn.Module):
+        raise RequestError(f"{name} is no torch module; expected a transformer, such as a pipeline's .transformer")
+    homes = [one.__module__ for one in type(model).__mro__ if one.__module__.startswith("diffusers.models.")]
+    # The first home is the class's own: everything of diffusers also inherits from its mixins.
+    if homes and not homes[0].startswith("diffusers.models.transformers."):
+        raise RequestError(f"{name} is no transformer; only the classes of diffusers.models.transformers are handled")
+
+
 def inputs_for(model: nn.Module, inputs: Mapping[str, Any] | None) -> dict[str, Any]:
     """The given inputs, or the example inputs of the model's family."""
     if inputs is not None:
+        if not isinstance(inputs, Mapping):
+            raise RequestError(
+                f"inputs of {type(model).__name__} are a {type(inputs).__name__}, expected the keyword arguments of "
+                "one forward as a dict"
+            )
         return dict(inputs)
     from flcompress.models import example_inputs  # late: it knows every family, and only few callers need it
 
