@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from flcompress.ir.block import Stream, TensorSpec
 from flcompress.trace.call import FORWARD_ERRORS, Blank, Call, fill, first_line, named, outputs_of, spec_of
+from flcompress.trace.running import dense_flex_attention
 
 # Largest input, in elements, that is replayed; above it a block of a video model would fill the memory.
 LARGEST_REPLAY = 2**26
@@ -47,7 +48,7 @@ def layout_of(block: nn.Module, call: Call) -> Layout:
     tensor = next(block.parameters())
     device = torch.device("cpu") if tensor.is_meta else tensor.device
     try:
-        with device:  # whatever default device the caller has set
+        with device, dense_flex_attention():  # whatever default device the caller has set
             return _by_replay(block, call, inputs, count, device)
     except FORWARD_ERRORS as error:
         why = f"the replay failed with {type(error).__name__}: {first_line(error)}"

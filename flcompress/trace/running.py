@@ -31,7 +31,7 @@ class Run:
 
     def __call__(self) -> Any:
         with ExitStack() as stack:
-            stack.enter_context(_dense_flex_attention())
+            stack.enter_context(dense_flex_attention())
             if self.meta:
                 stack.enter_context(_autocast_on_meta())
                 stack.enter_context(AllTrueMasks())
@@ -110,7 +110,7 @@ def _dense(query: Tensor, key: Tensor, value: Tensor, *_: Any, **settings: Any) 
 
 
 @contextmanager
-def _dense_flex_attention() -> Iterator[None]:
+def dense_flex_attention() -> Iterator[None]:
     """Flex attention compiles itself and cannot run under a dispatch mode; here it is plain matrix products."""
     stock = flex.flex_attention
     try:

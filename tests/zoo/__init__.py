@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from tests.zoo import audio, flux, hunyuan, image, lumina, video, wan
+from tests.zoo import audio, cogvideo, flux, hunyuan, image, lumina, mixed, video, wan
 from tests.zoo.entry import Entry
 
-ZOO: dict[str, Entry] = {
-    entry.name: entry for family in (wan, hunyuan, video, flux, image, lumina, audio) for entry in family.ENTRIES
-}
+FAMILIES = (wan, hunyuan, cogvideo, video, flux, image, mixed, lumina, audio)
+ZOO: dict[str, Entry] = {entry.name: entry for family in FAMILIES for entry in family.ENTRIES}
