@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -47,10 +49,19 @@ def build(model: nn.Module, changes: Mapping[str, Any]) -> nn.Module:
     factory: Any = type(model)
     config: Any = model.config
     # Keys that were left at their default are named there, and from_config leaves them so whatever else it is given.
-    settings = {key: value for key, value in config.items() if not key.startswith("_")}
-    with torch.device("cpu"), init_empty_weights(include_buffers=False):
-        built: nn.Module = factory.from_config({**settings, **changes})
+    settings = {key: value for key, value in {**config, **changes}.items() if not key.startswith("_")}
+    with warnings.catch_warnings(), torch.device("cpu"), init_empty_weights(include_buffers=False):
+        warnings.simplefilter("ignore")  # of odd sizes, in configs that nobody asked for
+        built: nn.Module = factory.from_config({key: _as_saved(value) for key, value in settings.items()})
     return built
+
+
+def _as_saved(value: Any) -> Any:
+    """The value as a saved config gives it back: tuples as lists, keys as text."""
+    try:
+        return json.loads(json.dumps(value))
+    except TypeError:  # a dtype or the like, which diffusers writes in its own way
+        return value
 
 
 def followers(model: nn.Module, key: str) -> set[str]:
@@ -87,6 +98,7 @@ def count_keys(model: nn.Module, stacks: Iterable[str]) -> dict[str, str]:
     lengths = {all_lengths[stack] for stack in wanted}
     # Likely keys first, since every guess costs one build.
     numbers = [key for key, value in config.items() if type(value) is int and value > 0]
+    numbers = [key for key in numbers if config[key] in lengths or any(word in key for word in COUNTING_WORDS)]
     numbers.sort(key=lambda key: (config[key] not in lengths, not any(word in key for word in COUNTING_WORDS)))
     for key in numbers:
         if wanted <= set(found):

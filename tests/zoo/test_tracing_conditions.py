@@ -13,11 +13,7 @@ from flcompress.errors import NotRemovable, RequestError
 from tests.zoo import ZOO
 from tests.zoo.check import answer, randomised
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:In CPU autocast"),
-    pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile"),
-    pytest.mark.filterwarnings("ignore:`Transformer2DModelOutput` is deprecated"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore")  # stock models warn of much that is not ours
 
 
 @pytest.mark.parametrize("inputs_on", ["meta", "cpu"])
@@ -64,7 +60,7 @@ def test_nothing_of_the_model_is_changed(name: str) -> None:
     before, random = state(), torch.get_rng_state()
     inputs = entry.draw(0)
     graph = flcompress.trace(model, inputs)
-    flcompress.remove(model, [graph.blocks[1].path], inputs)
+    flcompress.remove(model, [graph.blocks[-1].path], inputs)
     assert state() == before
     assert torch.equal(torch.get_rng_state(), random)
 
