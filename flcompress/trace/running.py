@@ -61,6 +61,11 @@ def runs(model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[Run]:
         yield Run(twin, _mapped(given, _real_on(torch.device("cpu"))), zeros)
 
 
+def lacks_values(error: Exception) -> bool:
+    """Whether a forward failed because the meta device has shapes only, and not because of the shapes."""
+    return isinstance(error, NotImplementedError) or any(word in str(error) for word in ("meta", "scalarType"))
+
+
 def _mapped(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
     mapped: Inputs = tree_map_only(Tensor, change, inputs)
     return mapped

@@ -27,7 +27,7 @@ from flcompress.trace.call import (
 from flcompress.trace.config_keys import count_keys
 from flcompress.trace.memory import keep
 from flcompress.trace.replay import Layout, adopted, layout_of, signature
-from flcompress.trace.running import Run, flop_counter, runs
+from flcompress.trace.running import Run, flop_counter, lacks_values, runs
 from flcompress.trace.taint import Source, Taint
 
 
@@ -123,7 +123,9 @@ def _recorded(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Run, dict[st
             calls, flops = _record(run)
             return run, calls, flops, _layouts(run.module, calls)
         except FORWARD_ERRORS as error:
-            failure = error  # the last way has values, so that its message is about the inputs
+            failure = error
+            if not run.meta or not lacks_values(error):  # what does not fit here fits nowhere, and the CPU is slow
+                break
     raise RequestError(
         f"{type(model).__name__} cannot run on the inputs {', '.join(inputs) or 'none'}: "
         f"{type(failure).__name__}: {first_line(failure)}; give the keyword arguments of one forward"
