@@ -15,7 +15,7 @@ from flcompress.ir.graph import BlockGraph
 from flcompress.ir.selection import By, choose
 from flcompress.pipeline.passes import Cost, Pass, Role, Work
 from flcompress.pipeline.program import Fact, Program
-from flcompress.trace.on_disk import OWN_WEIGHTS, remove_on_disk
+from flcompress.trace.on_disk import OWN_WEIGHTS, choose_removable, remove_on_disk
 
 
 class Prune(Pass):
@@ -50,11 +50,16 @@ class Prune(Pass):
         if Fact.PRUNED in program.facts:
             raise PreconditionError("prune: the transformer is pruned already; put one prune pass in the recipe")
         among = program.prune_set if Fact.ELASTIC in program.facts else None
-        graph = program.graph
-        paths = choose(graph, self.remove, self.by, seed=work.seed, among=among)
+        source = program.components["transformer"]
+        graph, paths = choose_removable(
+            source,
+            program.graph,
+            lambda graph: choose(graph, self.remove, self.by, seed=work.seed, among=among),
+            work.device,
+        )
         target = work.directory / "transformer"
         shutil.rmtree(target, ignore_errors=True)  # of an attempt that was killed
-        removal = remove_on_disk(program.components["transformer"], paths, target, device=work.device)
+        removal = remove_on_disk(source, paths, target, device=work.device)
         certificate = removal.certificate
         result = graph.without(paths)
         record = {

@@ -19,6 +19,7 @@ from flcompress.models.network import as_network
 from flcompress.pipeline.passes import Cost, Pass, Role, Work
 from flcompress.pipeline.program import Fact, Program
 from flcompress.trace.network import skipping
+from flcompress.trace.on_disk import choose_removable
 from flcompress.trace.prefix import remember
 from flcompress.trace.skip import skip
 from flcompress.training.loop import train
@@ -78,8 +79,12 @@ class StochasticDepth(Pass):
         )
 
     def apply(self, program: Program, work: Work) -> Program:
-        paths = choose(program.graph, self.remove, self.by, seed=work.seed)
         source = program.components["transformer"]
+        # A block that cannot be removed must not be trained to be skipped either.
+        graph, paths = choose_removable(
+            source, program.graph, lambda graph: choose(graph, self.remove, self.by, seed=work.seed), work.device
+        )
+        program = replace(program, graph=graph)
         model, original = work.trained(source), work.frozen(source)
         self._train(model, original, paths, program, work)
         target = work.directory / "transformer"

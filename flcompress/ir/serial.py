@@ -170,6 +170,7 @@ def _block(reader: _Reader) -> Block:
         parameters=reader.take("parameters", int),
         flops=reader.take("flops", int),
         outputs=reader.take("outputs", int),
+        silent=reader.numbers("silent", int),
         importance=reader.one_or_none("importance", _estimate),
         removable=reader.optional("removable", bool),
         reason=reader.take("reason", str),

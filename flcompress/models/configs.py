@@ -106,9 +106,11 @@ def _arguments(stock: type[Any]) -> dict[str, Any]:
 
 def _check_value(value: Any, default: Any, key: str, path: Path) -> None:
     if type(default) is int and SIZES.fullmatch(key):
-        largest = LARGEST_COUNT if re.search("layers|blocks|depth", key) else LARGEST_WIDTH
-        if type(value) is not int or not 1 <= value <= largest:
-            raise ModelError(f"{path}: {key} is {value!r}, expected a whole number from 1 to {largest:,}")
+        # One of several stacks may have lost all its blocks.
+        counts = re.search("layers|blocks|depth", key) is not None
+        smallest, largest = (0, LARGEST_COUNT) if counts else (1, LARGEST_WIDTH)
+        if type(value) is not int or not smallest <= value <= largest:
+            raise ModelError(f"{path}: {key} is {value!r}, expected a whole number from {smallest} to {largest:,}")
         return
     if value is None:
         return

@@ -146,7 +146,7 @@ def inspect_model(
 def _graph(transformer: Any, clip: ClipSize | None, latents: tuple[int, int, int] | None) -> tuple[BlockGraph, str]:
     """The block graph with the FLOPs of the clip; where the class cannot be run, its lists of blocks, and why."""
     from flcompress.models import example_inputs
-    from flcompress.trace.config_keys import build_on_meta
+    from flcompress.trace.config_keys import build
     from flcompress.trace.counting import with_flops
     from flcompress.trace.lists import listed_blocks
     from flcompress.trace.stand_in import small_positions
@@ -157,7 +157,7 @@ def _graph(transformer: Any, clip: ClipSize | None, latents: tuple[int, int, int
         return listed_blocks(transformer), f"no example inputs are known for {name}, so it was not run"
     inputs = example_inputs(transformer, latent_shape=latents, tokens=clip.tokens)
     # The streams are found by running blocks, which takes memory: so at a small size.
-    small = build_on_meta(transformer, small_positions(transformer.config)).eval()
+    small = build(transformer, small_positions(transformer.config)).eval()
     try:
         return with_flops(trace(small, example_inputs(small)), transformer, inputs), ""
     except FlcompressError as error:

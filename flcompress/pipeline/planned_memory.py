@@ -104,7 +104,7 @@ def kept_for_backward(transformer: Path, tokens: int, shape: LatentShape, precis
 
     from flcompress.models.inputs import example_inputs
     from flcompress.models.loading import meta_transformer
-    from flcompress.trace.call import AllTrueMasks
+    from flcompress.trace.running import AllTrueMasks
 
     model = meta_transformer(transformer)
     inputs = example_inputs(model, latent_shape=shape, tokens=tokens)

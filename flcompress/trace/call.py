@@ -5,18 +5,28 @@ from __future__ import annotations
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from flcompress.ir.block import TensorSpec
+
+# What foreign model code may raise on arguments that it was not made for.
+FORWARD_ERRORS = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
+    NameError,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +64,16 @@ def blank(tree: Any) -> Any:
 
 
 def fill(tree: Any, device: torch.device, generator: torch.Generator) -> Any:
-    """The structure with random numbers in place of the blanks, on `device`; meta integers become zeros."""
+    """The structure on `device`, with random numbers in place of the blanks; meta masks become true, integers zero."""
 
     def one(leaf: Any) -> Any:
         if isinstance(leaf, Blank):
             wide = torch.complex64 if leaf.dtype.is_complex else torch.float32
             return torch.randn(leaf.shape, generator=generator, dtype=wide, device="cpu").to(device, leaf.dtype)
         if isinstance(leaf, Tensor):
-            return torch.zeros_like(leaf, device=device) if leaf.is_meta else leaf.to(device)
+            if leaf.is_meta:  # a mask that keeps everything, or an index that exists
+                return torch.full_like(leaf, leaf.dtype is torch.bool, device=device)
+            return leaf.to(device)
         return leaf
 
     return tree_map(one, tree)
@@ -100,41 +112,14 @@ def first_line(error: Exception) -> str:
 
 @contextmanager
 def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients, also on the meta device; every submodule gets its own mode back."""
-    modes = [(part, part.training) for module in modules for part in module.modules()]
+    """Evaluation mode without gradients; every submodule gets back its mode, and buffers that a forward replaced."""
+    before = [(part, part.training, dict(part._buffers)) for module in modules for part in module.modules()]
     try:
         for module in modules:
             module.eval()
-        with torch.no_grad(), _autocast_on_meta(), AllTrueMasks():
+        with torch.no_grad():
             yield
     finally:
-        for part, mode in modes:
+        for part, mode, buffers in before:
             part.training = mode
-
-
-@contextmanager
-def _autocast_on_meta() -> Iterator[None]:
-    """`torch.autocast` refuses the meta device, where there is nothing to cast; Mochi's forward asks for it."""
-    stock = torch.autocast
-
-    def autocast(device_type: str, *args: Any, **kwargs: Any) -> Any:
-        return nullcontext() if device_type == "meta" else stock(device_type, *args, **kwargs)
-
-    torch.autocast = autocast  # type: ignore[assignment, misc]
-    try:
-        yield
-    finally:
-        torch.autocast = stock  # type: ignore[misc]
-
-
-class AllTrueMasks(TorchFunctionMode):
-    """Of meta and fake tensors no number is known: a mask counts as all true, as where nothing is padded.
-
-    Mochi picks the valid tokens of a prompt this way.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        unknown = func in (torch.nonzero, Tensor.nonzero) and (args[0].is_meta or isinstance(args[0], FakeTensor))
-        if unknown and not (kwargs or {}).get("as_tuple"):
-            return torch.empty(args[0].numel(), args[0].ndim, dtype=torch.long, device=args[0].device)
-        return func(*args, **(kwargs or {}))
+            part._buffers.update(buffers)

@@ -1,25 +1,19 @@
-"""Which config key counts which list of modules: change each integer by one, build on meta, see which lists follow."""
+"""Which config key counts which list of modules: change each integer by one, build, see which lists follow."""
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
-# What the constructor of a foreign model may raise on a config that makes no sense.
-BUILD_ERRORS = (
-    ValueError,
-    TypeError,
-    RuntimeError,
-    IndexError,
-    KeyError,
-    AttributeError,
-    AssertionError,
-    ZeroDivisionError,
-    NotImplementedError,
-)
+from flcompress.models.configs import BUILD_ERRORS
+
+_followers: WeakKeyDictionary[nn.Module, dict[tuple[str, str, str], set[str]]] = WeakKeyDictionary()
 
 COUNTING_WORDS = ("layer", "depth", "block")
 
@@ -34,28 +28,56 @@ def has_config(model: nn.Module) -> bool:
     return isinstance(getattr(model, "config", None), Mapping) and callable(getattr(type(model), "from_config", None))
 
 
-def build_on_meta(model: nn.Module, changes: Mapping[str, Any]) -> nn.Module:
-    """A weightless model of the same class with some config values changed; raises BUILD_ERRORS."""
+def build(model: nn.Module, changes: Mapping[str, Any]) -> nn.Module:
+    """A model of the same class with some config values changed, as a saved config gives it; raises BUILD_ERRORS.
+
+    Its parameters are on the meta device, all else (such as tables of positions) is on the CPU.
+    """
+    from accelerate import init_empty_weights  # late: its import takes a second
+
     factory: Any = type(model)
     config: Any = model.config
-    with torch.device("meta"):
+    with warnings.catch_warnings(), torch.device("cpu"), init_empty_weights(include_buffers=False):
+        warnings.simplefilter("ignore")  # of odd sizes, in configs that nobody asked for
         built: nn.Module = factory.from_config(changed_config(config, changes))
     return built
 
 
 def changed_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with some values changed, for `from_config`, which ignores those that were defaults before."""
-    return {key: value for key, value in {**config, **changes}.items() if key != "_use_default_values"}
+    """The config with some values changed, for `from_config`, as a saved one gives it back.
+
+    Without the private entries: one of them names keys that were left at their default, which `from_config` then leaves
+    so whatever else it is given.
+    """
+    changed = {**config, **changes}
+    return {key: _as_saved(value) for key, value in changed.items() if not key.startswith("_")}
+
+
+def _as_saved(value: Any) -> Any:
+    """The value as a saved config gives it back: tuples as lists, keys as text."""
+    try:
+        return json.loads(json.dumps(value))
+    except TypeError:  # a dtype or the like, which diffusers writes in its own way
+        return value
 
 
 def followers(model: nn.Module, key: str) -> set[str]:
     """The lists whose length follows the config value at `key`, entry by entry."""
     config: Any = model.config
+    known = _followers.setdefault(model, {})
+    snapshot = (key, repr(config), repr(list_lengths(model)))
+    if snapshot not in known:
+        known[snapshot] = _followers_of(model, key)
+    return known[snapshot]
+
+
+def _followers_of(model: nn.Module, key: str) -> set[str]:
+    config: Any = model.config
     lengths = list_lengths(model)
     # Down first; up where that cannot be built: nothing left in a list, or an index list that names the last block.
     for step in (-1, 1) if config[key] > 1 else (1,):
         try:
-            changed = list_lengths(build_on_meta(model, {key: config[key] + step}))
+            changed = list_lengths(build(model, {key: config[key] + step}))
         except BUILD_ERRORS:
             continue
         return {name for name, length in lengths.items() if changed.get(name, 0) == length + step}
@@ -73,6 +95,7 @@ def count_keys(model: nn.Module, stacks: Iterable[str]) -> dict[str, str]:
     lengths = {all_lengths[stack] for stack in wanted}
     # Likely keys first, since every guess costs one build.
     numbers = [key for key, value in config.items() if type(value) is int and value > 0]
+    numbers = [key for key in numbers if config[key] in lengths or any(word in key for word in COUNTING_WORDS)]
     numbers.sort(key=lambda key: (config[key] not in lengths, not any(word in key for word in COUNTING_WORDS)))
     for key in numbers:
         if wanted <= set(found):

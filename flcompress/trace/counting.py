@@ -12,10 +12,9 @@ from torch.utils._pytree import tree_map
 
 from flcompress.errors import RequestError
 from flcompress.ir.graph import BlockGraph
-from flcompress.trace.call import Call, blank, first_line
-from flcompress.trace.flops import flop_counter
-from flcompress.trace.on_meta import runnable_on_meta
-from flcompress.trace.replay import REPLAY_ERRORS, signature
+from flcompress.trace.call import FORWARD_ERRORS, Call, blank, first_line
+from flcompress.trace.replay import signature
+from flcompress.trace.running import flop_counter, runnable_on_meta
 from flcompress.trace.skip import replaced_forwards
 
 
@@ -56,11 +55,11 @@ def count_flops(model: nn.Module, paths: Iterable[str], inputs: Mapping[str, Any
 
         return forward
 
-    with torch.no_grad(), runnable_on_meta(model), replaced_forwards(model, {path: counting(path) for path in spent}):
+    with torch.no_grad(), runnable_on_meta(), replaced_forwards(model, {path: counting(path) for path in spent}):
         try:
             with counter:
                 model(**inputs)
-        except REPLAY_ERRORS as error:
+        except FORWARD_ERRORS as error:
             raise RequestError(f"{type(model).__name__} cannot run on these inputs: {first_line(error)}") from error
         return counter.get_total_flops() + saved, spent
 

@@ -6,8 +6,8 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from flcompress.errors import ModelError, NotRemovable, PostconditionError
+from flcompress.ir.graph import BlockGraph
 from flcompress.models import example_inputs
 from flcompress.models.folder import check_transformer_config
 from flcompress.models.loading import load_transformer, meta_transformer
 from flcompress.models.shards import LARGEST_SHARD, StoredTensor, folder_tensors, write_tensors
 from flcompress.trace.certificate import Certificate
-from flcompress.trace.config_keys import build_on_meta
-from flcompress.trace.remove import remove
+from flcompress.trace.config_keys import build
+from flcompress.trace.remove import certify, remove
 from flcompress.trace.stand_in import stand_in
 
 OWN_WEIGHTS = 32_000_000
@@ -68,12 +69,7 @@ def remove_on_disk(
     large = meta_transformer(folder)
     stored = _matching(folder, large)
     count = sum(parameter.numel() for parameter in large.parameters())
-    changed: dict[str, tuple[Any, Any]] | None = None
-    if count <= own_weights:
-        model = load_transformer(folder, device)
-    else:
-        model, changed = stand_in(large)
-        model.to(device)
+    model, changed = _to_try(folder, large, device, own_weights)
     small: Any = remove(model, paths, example_inputs(model))
     certificate: Certificate = small.flcompress_certificate
     names = _observed(model, small, certificate.kept, exact=changed is None)
@@ -84,7 +80,7 @@ def remove_on_disk(
             f"{folder}: the removal changes the config value {both[0]!r}, which also decides the width: it can only be "
             f"certified with the model's own weights, {count:,} parameters in memory; expected at most {own_weights:,}"
         )
-    _fits(build_on_meta(large, changes), names, stored)
+    _fits(build(large, changes), names, stored)
     work = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
@@ -93,6 +89,46 @@ def remove_on_disk(
     (work / "config.json").write_text(text, encoding="utf-8")
     work.rename(target)
     return DiskRemoval(certificate=certificate, stand_in=changed, names=names)
+
+
+def choose_removable(
+    folder: Path, graph: BlockGraph, choice: Callable[[BlockGraph], tuple[str, ...]], device: str = "cpu"
+) -> tuple[BlockGraph, tuple[str, ...]]:
+    """What `choice` makes of the graph, all of it certified to be removable block by block.
+
+    A block that turns out not to be is marked so, with the reason, and the choice made again. Large models are tried on
+    a stand-in, as in `remove_on_disk`.
+
+    Args:
+        folder: of the transformer.
+        graph: of it; blocks whose `removable` is decided already are not tried again.
+        choice: the blocks to remove from a graph.
+
+    Returns:
+        (the graph with what was found out, the chosen paths).
+    """
+    model: nn.Module | None = None
+    while True:
+        chosen = choice(graph)
+        open_ = [path for path in chosen if graph.block(path).removable is None]
+        if not open_:
+            return graph, chosen
+        model = model or _to_try(folder, meta_transformer(folder), device, OWN_WEIGHTS)[0]
+        found = certify(model, example_inputs(model), paths=open_)
+        graph = graph.with_blocks(
+            replace(graph.block(path), removable=found.block(path).removable, reason=found.block(path).reason)
+            for path in open_
+        )
+
+
+def _to_try(
+    folder: Path, large: nn.Module, device: str, own_weights: int
+) -> tuple[nn.Module, dict[str, tuple[Any, Any]] | None]:
+    """The model that removals are tried on: the one in `folder` or, where that is large, a stand-in and its changes."""
+    if sum(parameter.numel() for parameter in large.parameters()) <= own_weights:
+        return load_transformer(folder, device), None
+    model, changed = stand_in(large)
+    return model.to(device), changed
 
 
 def _matching(folder: Path, model: nn.Module) -> dict[str, StoredTensor]:

@@ -1,8 +1,9 @@
-"""The smaller model: which config and which weights it must have for the kept blocks to stay what they are."""
+"""The smaller model: which weights it must have for the kept blocks to stay what they are."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from itertools import accumulate
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,10 +11,10 @@ from torch import Tensor, nn
 from flcompress.errors import NotRemovable
 from flcompress.ir.block import Block
 from flcompress.ir.graph import BlockGraph
+from flcompress.models.configs import BUILD_ERRORS
 from flcompress.trace.call import first_line
-from flcompress.trace.config_keys import BUILD_ERRORS, build_on_meta, followers, list_lengths
-
-Indices = frozenset[int]
+from flcompress.trace.config_keys import build, followers, list_lengths
+from flcompress.trace.repairs import Indices
 
 
 def removed_indices(graph: BlockGraph, paths: tuple[str, ...]) -> dict[str, Indices]:
@@ -27,25 +28,40 @@ def removed_indices(graph: BlockGraph, paths: tuple[str, ...]) -> dict[str, Indi
             raise NotRemovable(
                 f"'{stack}.{min(indices)}' cannot be removed: no config key of {graph.model_class} counts '{stack}'"
             )
-        for other in sorted(one for one, its_key in graph.config_keys.items() if its_key == key and one != stack):
-            if len(removed.get(other, ())) != len(indices):
-                raise NotRemovable(
-                    f"'{stack}.{min(indices)}' cannot be removed alone: config key '{key}' counts '{stack}' and "
-                    f"'{other}', which go only together; remove {len(indices)} of '{other}' with it"
-                )
+        together = [one for one in graph.stacks if graph.config_keys.get(one) == key]
+        if any(len(removed.get(other, ())) != len(indices) for other in together):
+            wanted = max((removed.get(one, set()) for one in together), key=len)
+            whole = [f"'{one}.{index}'" for one in together for index in sorted(wanted)]
+            raise NotRemovable(
+                f"'{stack}.{min(indices)}' cannot be removed alone: config key '{key}' counts "
+                f"{' and '.join(repr(one) for one in together)}, which go only together; "
+                f"ask for as many of each, such as {', '.join(whole)}"
+            )
     return {stack: frozenset(indices) for stack, indices in removed.items()}
 
 
-def companions(model: nn.Module, graph: BlockGraph, removed: Mapping[str, Indices]) -> dict[str, Indices]:
-    """`removed`, and the same indices of other lists as long as a stack that its config key counts too."""
+def companions(model: nn.Module, graph: BlockGraph, removed: Mapping[str, Indices]) -> list[dict[str, Indices]]:
+    """`removed`, and what goes with it in other lists that the same config key counts; more than one way to say it.
+
+    In a list as long as the stack that is the same index. A longer one may hold an entry for every block of several
+    stacks, so that the place is not known.
+    """
     lengths = list_lengths(model)
-    found = dict(removed)
+    starts = dict(zip(graph.stacks, accumulate((len(one) for one in graph.stacks.values()), initial=0), strict=False))
+    ways: list[dict[str, Indices]] = [dict(removed)]
     for stack, indices in removed.items():
+        depth = lengths[stack]
         for name in sorted(followers(model, graph.config_keys[stack])):
             inside = any(name.startswith(f"{one}.") for one in graph.stacks)
-            if not inside and name not in graph.stacks and lengths[name] == lengths[stack]:
-                found.setdefault(name, indices)
-    return found
+            if inside or name in graph.stacks or lengths[name] < depth:
+                continue
+            offsets = sorted(range(lengths[name] - depth + 1), key=lambda offset: offset != starts[stack])
+            ways = [
+                {**way, name: way.get(name, frozenset()) | {offset + index for index in indices}}
+                for way in ways
+                for offset in offsets
+            ]
+    return ways
 
 
 def reindexed(state: Mapping[str, Tensor], removed: Mapping[str, Indices]) -> dict[str, Tensor]:
@@ -63,43 +79,17 @@ def reindexed(state: Mapping[str, Tensor], removed: Mapping[str, Indices]) -> di
     return kept
 
 
-def config_candidates(
-    config: Mapping[str, Any], graph: BlockGraph, removed: Mapping[str, Indices]
-) -> Iterator[dict[str, Any]]:
-    """Config changes to try, the simplest first: lowered counts, then also lists of settings and lists of indices."""
-    counts = {graph.config_keys[stack]: config[graph.config_keys[stack]] - len(one) for stack, one in removed.items()}
-    yield counts
-    by_entry: dict[str, Any] = {}
-    by_index: dict[str, Any] = {}
-    for stack, indices in removed.items():
-        depth = len(graph.stacks[stack])
-        for key, value in config.items():
-            if not isinstance(value, list | tuple) or key.startswith("_"):
-                continue
-            if len(value) == depth:
-                by_entry[key] = type(value)(item for place, item in enumerate(value) if place not in indices)
-            numbers = [item for item in value if type(item) is int and 0 <= item < depth]
-            if numbers == list(value) and sorted(set(numbers)) == numbers:
-                kept = [item for item in numbers if item not in indices]
-                by_index[key] = type(value)(item - sum(one < item for one in indices) for item in kept)
-    tried = [dict(config)]
-    singles = [{key: value} for repairs in (by_entry, by_index) for key, value in repairs.items()]
-    for repair in [*singles, by_entry, by_index, by_index | by_entry, by_entry | by_index]:
-        if {**config, **repair} not in tried:
-            tried.append({**config, **repair})
-            yield counts | repair
-
-
-def smaller(model: nn.Module, changes: Mapping[str, Any], removed: Mapping[str, Indices]) -> nn.Module | str:
-    """A model of the changed config holding (not copying) the kept weights; a sentence where they do not fit.
-
-    Its other buffers are on the meta device: it can be saved, not run.
-    """
+def rebuilt(model: nn.Module, changes: Mapping[str, Any]) -> nn.Module | str:
+    """A weightless model of the changed config; a sentence where the class refuses it."""
     try:
-        built = build_on_meta(model, changes)
+        return build(model, changes)
     except BUILD_ERRORS as error:
         return f"the smaller config is refused with {type(error).__name__}: {first_line(error)}"
-    state, wanted = reindexed(model.state_dict(), removed), built.state_dict()
+
+
+def misfit(state: Mapping[str, Tensor], built: nn.Module) -> str:
+    """Why the weights are not those of `built`; empty where they are."""
+    wanted = built.state_dict()
     unknown, missing = sorted(set(state) - set(wanted)), sorted(set(wanted) - set(state))
     wrong = sorted(name for name in set(state) & set(wanted) if state[name].shape != wanted[name].shape)
     for names, fault in (
@@ -109,13 +99,12 @@ def smaller(model: nn.Module, changes: Mapping[str, Any], removed: Mapping[str, 
     ):
         if names:
             return f"rebuilt from its config, the smaller model {fault}: '{names[0]}' ({len(names)} in all)"
-    built.load_state_dict(state, assign=True)
-    return built
+    return ""
 
 
 def needs_streams(blocks: list[Block]) -> None:
     """Raise NotRemovable for the first block that carries nothing on."""
     for block in blocks:
-        if not block.streams:
+        if not block.streams or block.silent:
             reason = block.reason or "it carries no residual stream"
             raise NotRemovable(f"'{block.path}' cannot be removed: {reason}")

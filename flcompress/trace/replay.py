@@ -15,14 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from flcompress.ir.block import Stream
-from flcompress.trace.call import Blank, Call, fill, first_line, named, outputs_of, spec_of
+from flcompress.ir.block import Stream, TensorSpec
+from flcompress.trace.call import FORWARD_ERRORS, Blank, Call, fill, first_line, named, outputs_of, spec_of
+from flcompress.trace.running import dense_flex_attention
 
 # Largest input, in elements, that is replayed; above it a block of a video model would fill the memory.
 LARGEST_REPLAY = 2**26
-
-# What calling foreign model code on made-up inputs may raise.
-REPLAY_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, NotImplementedError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +30,7 @@ class Layout:
     streams: tuple[Stream, ...]
     outputs: int
     reason: str = ""
+    silent: tuple[int, ...] = ()  # outputs that are zero without parameters, of the shape of a stream
 
 
 def layout_of(block: nn.Module, call: Call) -> Layout:
@@ -49,9 +48,9 @@ def layout_of(block: nn.Module, call: Call) -> Layout:
     tensor = next(block.parameters())
     device = torch.device("cpu") if tensor.is_meta else tensor.device
     try:
-        with device:  # whatever default device the caller has set
+        with device, dense_flex_attention():  # whatever default device the caller has set
             return _by_replay(block, call, inputs, count, device)
-    except REPLAY_ERRORS as error:
+    except FORWARD_ERRORS as error:
         why = f"the replay failed with {type(error).__name__}: {first_line(error)}"
         return _by_shape(inputs, outputs, count, why)
 
@@ -62,6 +61,7 @@ def _by_replay(block: nn.Module, call: Call, inputs: Mapping[str, Blank], count:
     values: dict[str, Tensor] = {name: value for name, value in named(block, args, kwargs).items() if name in inputs}
     base = outputs_of(_zeroed(block, device, args, kwargs))
     streams: list[Stream] = []
+    silent: list[tuple[int, TensorSpec]] = []
     for place, (output, recorded) in enumerate(zip(base, outputs_of(call.output), strict=True)):
         if recorded is None:
             continue
@@ -71,10 +71,29 @@ def _by_replay(block: nn.Module, call: Call, inputs: Mapping[str, Blank], count:
         if name is None and output.any():
             shifted = _shifter(block, device, args, kwargs, place)
             name = next((name for name, value in free.items() if shifted(value, output)), None)
+            if name is None:
+                return Layout((), count, f"output {place} carries no input on")
         if name is None:
-            return Layout((), count, f"output {place} carries no input on")
-        streams.append(Stream(input=name, output=place, spec=spec_of(recorded)))
-    return Layout(tuple(streams), count)
+            silent.append((place, spec_of(recorded)))
+        else:
+            streams.append(Stream(input=name, output=place, spec=spec_of(recorded)))
+    reason = f"output {silent[0][0]} carries no input on" if silent else ""
+    if not {spec for _, spec in silent} <= {stream.spec for stream in streams}:
+        return Layout((), count, reason)
+    return Layout(tuple(streams), count, reason, tuple(place for place, _ in silent))
+
+
+def adopted(layout: Layout, call: Call, inputs: Mapping[str, Any], sibling: Layout) -> Layout:
+    """The streams of a block of the same list for one that carries nothing on, where it is called and answers alike.
+
+    A block that reads a long skip connection mixes it into its stream; without the block the stream goes on.
+    """
+    outputs = outputs_of(call.output)
+    fits = not layout.streams and sibling.streams and layout.outputs == sibling.outputs and not sibling.silent
+    for stream in sibling.streams if fits else ():
+        ends = inputs.get(stream.input), outputs[stream.output]
+        fits = all(isinstance(end, Blank) and spec_of(end) == stream.spec for end in ends)
+    return Layout(sibling.streams, layout.outputs, f"it is no plain residual: {layout.reason}") if fits else layout
 
 
 def _shifter(

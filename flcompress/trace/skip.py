@@ -5,26 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 
-from flcompress.errors import NotRemovable, RequestError
+from flcompress.errors import ModelError, NotRemovable, RequestError
 from flcompress.ir.block import Block
 from flcompress.ir.graph import BlockGraph
 from flcompress.trace.call import positional_names
+from flcompress.trace.memory import inputs_like, recall
 from flcompress.trace.tracer import trace
-
-_traced: WeakKeyDictionary[nn.Module, BlockGraph] = WeakKeyDictionary()
 
 
 @contextmanager
 def skip(model: nn.Module, paths: Iterable[str], *, graph: BlockGraph | None = None) -> Iterator[None]:
     """While active, each block in `paths` returns its residual inputs, in the order and structure of its outputs.
 
-    With `graph` nothing is traced; without it the model is traced at its first skip and the graph kept. Gradients flow
-    through the skipped blocks' streams, skips may be nested, and on leaving every forward is what it was. Raises
-    RequestError on an unknown path and NotRemovable on a block that carries no stream.
+    With `graph` nothing is traced; without it the model's last graph is used, or made. Gradients flow through the
+    skipped blocks' streams, skips may be nested, and on leaving every forward is what it was. Raises RequestError on an
+    unknown path and NotRemovable on a block that carries no stream.
     """
     known = graph if graph is not None else graph_of(model)
     forwards = {path: Identity(model.get_submodule(path), known.block(path)) for path in known_paths(known, paths)}
@@ -34,23 +33,22 @@ def skip(model: nn.Module, paths: Iterable[str], *, graph: BlockGraph | None = N
 
 def known_paths(graph: BlockGraph, paths: Iterable[str]) -> tuple[str, ...]:
     """The paths, each once, all of them blocks; RequestError on an unknown one."""
-    return tuple(dict.fromkeys(graph.block(path).path for path in paths))
+    wanted = [paths] if isinstance(paths, str) else paths
+    return tuple(dict.fromkeys(graph.block(path).path for path in wanted))
 
 
 def graph_of(model: nn.Module) -> BlockGraph:
-    """The model's graph from its example inputs, traced again only when a list has changed its length."""
-    graph = _traced.get(model)
-    modules = dict(model.named_modules())
-    if graph is None or any(
-        not isinstance(found := modules.get(stack), nn.ModuleList) or len(found) != len(blocks)
-        for stack, blocks in graph.stacks.items()
-    ):
-        graph = _traced[model] = trace(model)
-    return graph
+    """The graph the model was last traced to; traced again when a list has changed its length, or never was."""
+    graph, inputs = recall(model), inputs_like(model)
+    try:
+        return graph or trace(model, inputs)
+    except ModelError as error:  # no example inputs for this class
+        name = type(model).__name__
+        raise RequestError(f"{name} was not traced; call flcompress.trace(model, inputs) once before") from error
 
 
 class Identity:
-    """A forward that hands the residual inputs of `block` on; outputs that were None stay None."""
+    """A forward that hands the residual inputs on; silent outputs are zero, those that were None stay None."""
 
     def __init__(self, module: nn.Module, block: Block) -> None:
         if not block.streams:
@@ -61,11 +59,14 @@ class Identity:
             (stream.output, stream.input, names.index(stream.input) if stream.input in names else stream.input)
             for stream in block.streams
         ]
+        self._silent = block.silent
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         outputs: list[Any] = [None] * max(self._outputs, 1)
         for output, name, place in self._places:
             outputs[output] = kwargs[name] if name in kwargs else args[int(place)]
+        for output in self._silent:
+            outputs[output] = torch.zeros_like(next(one for one in outputs if one is not None))
         return tuple(outputs) if self._outputs else outputs[0]
 
 

@@ -10,8 +10,9 @@ from torch import nn
 
 from flcompress.errors import FlcompressError, NotRemovable
 from flcompress.models import example_inputs
-from flcompress.trace.config_keys import BUILD_ERRORS, build_on_meta, changed_config, list_lengths
-from flcompress.trace.on_meta import runnable_on_meta
+from flcompress.models.configs import BUILD_ERRORS
+from flcompress.trace.config_keys import build, changed_config, list_lengths
+from flcompress.trace.running import runs
 
 HEADS, WIDTH = 2, 128
 """Attention heads, and largest width of anything else, that a stand-in is given where its class allows it."""
@@ -38,16 +39,16 @@ def stand_in(model: nn.Module) -> tuple[nn.Module, dict[str, tuple[Any, Any]]]:
     for step in _steps(config):
         tried = changes | step
         try:
-            built = build_on_meta(model, tried)
-            fits = list_lengths(built) == lengths and _count(built) < _count(build_on_meta(model, changes))
+            built = build(model, tried)
+            fits = list_lengths(built) == lengths and _count(built) < _count(build(model, changes))
             if fits:
-                with torch.no_grad(), runnable_on_meta(built):
-                    built.eval()(**example_inputs(built))
+                with torch.no_grad():
+                    next(runs(built.eval(), example_inputs(built)))()
         except (*BUILD_ERRORS, FlcompressError):
             continue
         if fits:
             changes = tried
-    count = _count(build_on_meta(model, changes))
+    count = _count(build(model, changes))
     if count > LARGEST:
         raise NotRemovable(
             f"{type(model).__name__}: no narrow model of this class and depth can be built to certify removals on: the "

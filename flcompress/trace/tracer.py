@@ -6,18 +6,25 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from flcompress.errors import RequestError
-from flcompress.ir.block import Block, Flow, TensorSpec
-from flcompress.ir.graph import INPUT, OUTPUT, BlockGraph, Edge
-from flcompress.trace.call import Call, blank, evaluating, first_line, named, outputs_of, spec_of, tensors_of
+from flcompress.ir.block import Block
+from flcompress.ir.graph import BlockGraph
+from flcompress.trace.call import (
+    FORWARD_ERRORS,
+    Call,
+    blank,
+    evaluating,
+    first_line,
+    named,
+)
 from flcompress.trace.config_keys import count_keys
-from flcompress.trace.flops import flop_counter
-from flcompress.trace.on_meta import runnable_on_meta
-from flcompress.trace.replay import REPLAY_ERRORS, Layout, layout_of, signature
-from flcompress.trace.taint import Source, Taint
+from flcompress.trace.flows import flows_of
+from flcompress.trace.memory import keep
+from flcompress.trace.replay import Layout, adopted, layout_of, signature
+from flcompress.trace.running import Run, flop_counter, lacks_values, runs
 
 
 def trace(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> BlockGraph:
@@ -26,10 +33,10 @@ def trace(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> BlockGra
     `inputs` are the keyword arguments of one forward, batch axis first; without them the family's example inputs are
     used. FLOPs are of one sample. Raises RequestError where no list of blocks can be found.
     """
+    _require_transformer(model)
     inputs = inputs_for(model, inputs)
-    with evaluating(model), runnable_on_meta(model):
-        calls, flops = _record(model, inputs)
-        layouts = _layouts(model, calls)
+    with evaluating(model), torch.random.fork_rng(devices=[]):
+        run, calls, flops, layouts = _recorded(model, inputs)
         stacks, config_keys = _stacks(model, calls, layouts)
         order = [path for path in calls if path.rpartition(".")[0] in stacks]
         if not order:
@@ -37,7 +44,7 @@ def trace(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> BlockGra
                 f"{type(model).__name__} has no list of residual blocks that each run once; "
                 "expected a transformer such as WanTransformer3DModel"
             )
-        flows = _flows(model, inputs, {path: layouts[path] for path in order})
+        flows = flows_of(run, {path: layouts[path] for path in order})
     batch = _batch(inputs)
     graph = BlockGraph(
         model_class=type(model).__name__,
@@ -48,12 +55,28 @@ def trace(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> BlockGra
         config_keys=config_keys,
     )
     graph.verify()
+    keep(model, inputs, graph)
     return graph
+
+
+def _require_transformer(model: object) -> None:
+    name = type(model).__name__
+    if not isinstance(model, nn.Module):
+        raise RequestError(f"{name} is no torch module; expected a transformer, such as a pipeline's .transformer")
+    homes = [one.__module__ for one in type(model).__mro__ if one.__module__.startswith("diffusers.models.")]
+    # The first home is the class's own: everything of diffusers also inherits from its mixins.
+    if homes and not homes[0].startswith("diffusers.models.transformers."):
+        raise RequestError(f"{name} is no transformer; only the classes of diffusers.models.transformers are handled")
 
 
 def inputs_for(model: nn.Module, inputs: Mapping[str, Any] | None) -> dict[str, Any]:
     """The given inputs, or the example inputs of the model's family."""
     if inputs is not None:
+        if not isinstance(inputs, Mapping):
+            raise RequestError(
+                f"inputs of {type(model).__name__} are a {type(inputs).__name__}, expected the keyword arguments of "
+                "one forward as a dict"
+            )
         return dict(inputs)
     from flcompress.models import example_inputs  # late: it knows every family, and only few callers need it
 
@@ -77,7 +100,8 @@ def _block(model: nn.Module, path: str, flops: int, layout: Layout) -> Block:
         parameters=sum(parameter.numel() for parameter in module.parameters()),
         flops=flops,
         outputs=layout.outputs,
-        removable=None if layout.streams else False,
+        silent=layout.silent,
+        removable=None if layout.streams and not layout.silent else False,
         reason=layout.reason,
     )
 
@@ -88,7 +112,23 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield from ((f"{name}.{index}", child) for index, child in enumerate(part))
 
 
-def _record(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[dict[str, Call], int]:
+def _recorded(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Run, dict[str, Call], int, dict[str, Layout]]:
+    """The first way to run the model that works, and what was seen of it."""
+    for run in runs(model, inputs):
+        try:
+            calls, flops = _record(run)
+            return run, calls, flops, _layouts(run.module, calls)
+        except FORWARD_ERRORS as error:
+            failure = error
+            if not run.meta or not lacks_values(error):  # what does not fit here fits nowhere, and the CPU is slow
+                break
+    raise RequestError(
+        f"{type(model).__name__} cannot run on the inputs {', '.join(inputs) or 'none'}: "
+        f"{type(failure).__name__}: {first_line(failure)}; give the keyword arguments of one forward"
+    ) from failure
+
+
+def _record(run: Run) -> tuple[dict[str, Call], int]:
     """The calls of list entries that ran exactly once, in the order they started, and the FLOPs of everything."""
     started: dict[str, int] = {}
     calls: dict[str, Call | None] = {}
@@ -110,17 +150,11 @@ def _record(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[dict[str, Call
         return hook
 
     with ExitStack() as hooks:
-        for path, child in _candidates(model):
+        for path, child in _candidates(run.module):
             hooks.callback(child.register_forward_pre_hook(before(path)).remove)
             hooks.callback(child.register_forward_hook(after(path), with_kwargs=True).remove)
-        try:
-            with counter:
-                model(**inputs)
-        except REPLAY_ERRORS as error:
-            raise RequestError(
-                f"{type(model).__name__} cannot run on the inputs {', '.join(inputs) or 'none'}: {first_line(error)}; "
-                "give the keyword arguments of one forward"
-            ) from error
+        with counter:
+            run()
     return {path: call for path, call in calls.items() if call is not None}, counter.get_total_flops()
 
 
@@ -137,6 +171,12 @@ def _layouts(model: nn.Module, calls: Mapping[str, Call]) -> dict[str, Layout]:
         if key not in known:
             known[key] = layout_of(child, call)
         found[path] = known[key]
+    for path, call in calls.items():
+        stack = path.rpartition(".")[0]
+        sibling = found.get(f"{stack}.0")
+        if sibling is not None and not found[path].streams:
+            inputs = named(model.get_submodule(path), call.args, call.kwargs)
+            found[path] = adopted(found[path], call, inputs, sibling)
     return found
 
 
@@ -166,57 +206,3 @@ def _stacks(
     }
     keys = count_keys(model, [*kept, *apart])
     return {*kept, *(name for name in apart if name in keys)}, keys
-
-
-def _flows(model: nn.Module, inputs: Mapping[str, Any], layouts: Mapping[str, Layout]) -> dict[Edge, set[Flow]]:
-    """The data flow between blocks.
-
-    Every block needs the conditioning (timestep, prompt), so edges from "input" are kept for residual streams only.
-    """
-    taint = Taint()
-    specs: dict[Source, TensorSpec] = {}
-    flows: dict[Edge, set[Flow]] = {}
-
-    def give(path: str, name: str, tree: Any) -> None:
-        for tensor in tree_leaves(tree):
-            if isinstance(tensor, Tensor):
-                specs.setdefault((path, name), spec_of(tensor))
-                taint.mark(tensor, [(path, name)])
-
-    def take(path: str, name: str, tree: Any, *, stream: bool) -> None:
-        sources = taint.of(tree)
-        from_blocks = {source for source in sources if source[0] != INPUT}
-        if stream and not sources:  # a learned token: no input feeds it
-            specs[INPUT, "parameters"] = spec_of(tree)
-            sources = frozenset([(INPUT, "parameters")])
-        for source in from_blocks or (sources if stream else ()):
-            flow = Flow(source=source[1], target=name, spec=specs[source])
-            flows.setdefault((source[0], path), set()).add(flow)
-
-    def before(path: str) -> Any:
-        streams = {stream.input for stream in layouts[path].streams}
-
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            for name, value in named(module, args, kwargs).items():
-                take(path, name, value, stream=name in streams or not streams)
-
-        return hook
-
-    def after(path: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            for place, value in enumerate(outputs_of(output)):
-                give(path, str(place), value)
-
-        return hook
-
-    with ExitStack() as hooks:
-        for path in layouts:
-            child = model.get_submodule(path)
-            hooks.callback(child.register_forward_pre_hook(before(path), with_kwargs=True).remove)
-            hooks.callback(child.register_forward_hook(after(path)).remove)
-        with taint:
-            for name, value in inputs.items():
-                give(INPUT, name, value)
-            for place, leaf in enumerate(tensors_of(model(**inputs))):
-                take(OUTPUT, str(place), leaf, stream=True)
-    return flows

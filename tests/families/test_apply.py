@@ -32,8 +32,8 @@ data: {{latents: {data}}}
 passes:
   - importance: {{draws: 8, noise_levels: 2, batch: 4}}
   # In random weights the least important block is one by chance, and in some classes the last cannot go.
-  - stochastic-depth: {{remove: 0.1, by: middle, steps: 2, batch: 2, max_drift: 1e9}}
-  - prune: {{remove: 0.1, by: middle}}
+  - stochastic-depth: {{remove: 0.1, steps: 2, batch: 2, max_drift: 1e9}}
+  - prune: {{remove: 0.1}}
   - dmd: {{inter_cfg: [{guidance}, {guidance}], steps: 1, critic_updates: 1, batch: 2}}
 exports: [diffusers]
 """

@@ -12,7 +12,7 @@ from diffusers import CogVideoXTransformer3DModel, WanTransformer3DModel
 from flcompress.errors import ModelError, NotRemovable, RequestError
 from flcompress.models import example_inputs
 from flcompress.models.shards import folder_tensors
-from flcompress.trace.config_keys import build_on_meta
+from flcompress.trace.config_keys import build
 from flcompress.trace.on_disk import remove_on_disk
 from flcompress.trace.remove import remove
 from flcompress.trace.skip import skip
@@ -164,4 +164,4 @@ def test_a_setting_that_was_a_default_can_be_changed() -> None:
     with torch.device("meta"):
         model = CogVideoXTransformer3DModel(num_attention_heads=1, attention_head_dim=16)
     assert model.config.num_layers == 30
-    assert len(build_on_meta(model, {"num_layers": 2}).transformer_blocks) == 2  # type: ignore[arg-type]
+    assert len(build(model, {"num_layers": 2}).transformer_blocks) == 2  # type: ignore[arg-type]

@@ -57,7 +57,7 @@ def test_stacks_keys_and_streams(case: Callable[[], Case], keys: dict[str, str],
     model, inputs = case()
     graph = trace(model, inputs)
     assert dict(graph.config_keys) == keys
-    assert set(graph.stacks) == set(keys)
+    assert set(graph.stacks) >= set(keys)
     assert [stream.input for stream in graph.blocks[0].streams] == streams
     assert graph.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert model.training  # as it was

@@ -1,0 +1,219 @@
+"""Translation validation: the smaller model, saved and loaded by stock diffusers, answers what the skip answers."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from flcompress.ir.graph import BlockGraph
+from flcompress.models.configs import BUILD_ERRORS
+from flcompress.trace.call import FORWARD_ERRORS, evaluating, first_line, tensors_of
+from flcompress.trace.rebuild import companions, misfit, rebuilt, reindexed
+from flcompress.trace.repairs import Changes, Indices, counts_blocks, list_repairs, lowered, number_repairs
+from flcompress.trace.skip import skip
+
+RANDOM_SEED = 0
+PARTNERS = 8  # how many blocks are tried as the partner of one that cannot go alone
+
+Candidate = tuple[Changes, dict[str, Indices], nn.Module]
+
+
+class Prover:
+    """Looks for a config with which a removal is exact.
+
+    It tries random weights first: with trained or zero-initialised ones a wrong model can look right. They take one
+    more copy of the model, made at the first use.
+    """
+
+    def __init__(self, model: nn.Module, graph: BlockGraph, inputs: Mapping[str, Any]) -> None:
+        self._model, self._graph, self._inputs = model, graph, dict(inputs)
+        self._probe: nn.Module | None = None
+        self._built: dict[str, nn.Module | str] = {}  # by the config changes
+
+    def changes_for(self, paths: tuple[str, ...], removed: Mapping[str, Indices]) -> Candidate | str:
+        """The config changes, the removed entries of every list, and the model to fill; a sentence if there are none.
+
+        The sentence is about the plainest config, which only lowers the counts.
+        """
+        cause = ""
+        expectations = self._expectations(paths)
+        if isinstance(expectations, str):
+            return expectations
+        for candidate in self._candidates(removed):
+            fault = candidate if isinstance(candidate, str) else self._refuted(candidate, expectations)
+            if not fault and not isinstance(candidate, str):
+                return candidate
+            cause = cause or str(fault)
+        return cause
+
+    def smaller(self, paths: tuple[str, ...], candidate: Candidate) -> nn.Module | str:
+        """The smaller model with the model's own weights, as stock diffusers loads it, or why it is not the skip."""
+        _, gone, built = candidate
+        probe = self._random()
+        for name, parameter in probe.named_parameters():
+            # Fresh memory, as in `_reloaded`: kernels round differently on weights that lie unaligned in a mapped file.
+            parameter.data = self._model.get_parameter(name).detach().clone()
+        self._probe = None
+        built.load_state_dict(reindexed(probe.state_dict(), gone), assign=True)
+        loaded = _reloaded(built, probe)
+        if isinstance(loaded, str):
+            return loaded
+        with evaluating(probe, loaded):
+            with skip(probe, paths, graph=self._graph):
+                expected = tensors_of(probe(**self._inputs))
+            return _answers(loaded, self._inputs, expected) or loaded
+
+    def partner(self, paths: tuple[str, ...], stack: str) -> str:
+        """A block of the same list with which `paths` can go, nearest or in the mirrored place first; or nothing."""
+        depth = len(self._graph.stacks[stack])
+        given = [self._graph.block(path).index for path in paths]
+
+        def distance(index: int) -> int:
+            return min(min(abs(one - index), abs(one + index - depth + 1)) for one in given)
+
+        for index in sorted(set(range(depth)) - set(given), key=distance)[:PARTNERS]:
+            path = f"{stack}.{index}"
+            if len(paths) + 1 < len(self._graph.blocks) and self._graph.block(path).streams:
+                removed = {stack: frozenset([*given, index])}
+                if not isinstance(self.changes_for((*paths, path), removed), str):
+                    return path
+        return ""
+
+    def _candidates(self, removed: Mapping[str, Indices]) -> Iterator[Candidate | str]:
+        model, graph = self._model, self._graph
+        config: Any = model.config
+        counts = lowered(config, graph, removed)
+        ways = companions(model, graph, removed)
+        plain = list(self._fitting(counts, ways))
+        yield from plain
+        for repair in list_repairs(model, graph, removed):
+            yield from self._fitting(counts | repair, ways)
+        fits = any(not isinstance(one, str) for one in plain)
+        for key, value in number_repairs(model, graph, removed):
+            if counts_blocks(key) or not fits:
+                yield from self._fitting(counts | {key: value}, ways)
+
+    def _fitting(self, changes: Changes, ways: list[dict[str, Indices]]) -> Iterator[Candidate | str]:
+        key = repr(sorted(changes.items()))
+        if key not in self._built:
+            self._built[key] = rebuilt(self._model, changes)
+        built = self._built[key]
+        if isinstance(built, str):
+            yield built
+            return
+        for gone in ways:
+            yield misfit(reindexed(self._model.state_dict(), gone), built) or (changes, gone, built)
+
+    def _expectations(self, paths: tuple[str, ...]) -> list[tuple[dict[str, Any], list[Tensor]]] | str:
+        """What the random probe answers with `paths` skipped: to the given inputs, and to them moved a little.
+
+        What the given ones switch off, such as a scale of zero, so counts too.
+        """
+        model = self._random()
+        with evaluating(model):
+            full = tensors_of(model(**self._inputs))
+            with skip(model, paths, graph=self._graph):
+                expected = tensors_of(model(**self._inputs))
+                if not all(one.isfinite().all() for one in expected):
+                    return "the output is not finite when they are skipped, so nothing can be compared"
+                if all(map(torch.equal, full, expected)):
+                    return "skipping them does not change the output for these inputs, so nothing can be proved"
+                moved = _moved(self._inputs)
+                try:
+                    also = tensors_of(model(**moved))
+                except FORWARD_ERRORS:  # no inputs of this model: they must be whole numbers, or lie in some range
+                    return [(self._inputs, expected)]
+        finite = all(one.isfinite().all() for one in also)
+        return [(self._inputs, expected), *([(moved, also)] if finite else [])]
+
+    def _refuted(self, candidate: Candidate, expectations: list[tuple[dict[str, Any], list[Tensor]]]) -> str:
+        """Why the candidate with random weights is not the skip; empty where it is."""
+        _, gone, built = candidate
+        probe = self._random()
+        built.load_state_dict(reindexed(probe.state_dict(), gone), assign=True)
+        _settle_buffers(built, probe)
+        with evaluating(built):
+            return next(filter(None, (_answers(built, inputs, expected) for inputs, expected in expectations)), "")
+
+    def _random(self) -> nn.Module:
+        if self._probe is None:
+            self._probe = copy.deepcopy(self._model)
+            _randomise(self._probe)
+        return self._probe
+
+
+def _moved(inputs: dict[str, Any]) -> dict[str, Any]:
+    generator = torch.Generator("cpu").manual_seed(RANDOM_SEED)
+
+    def move(value: Tensor) -> Tensor:
+        if not value.is_floating_point():
+            return value
+        noise = torch.randn(value.shape, generator=generator, device="cpu")
+        return value + 0.1 * noise.to(value.device, value.dtype)
+
+    moved: dict[str, Any] = tree_map_only(Tensor, move, inputs)
+    return moved
+
+
+def _answers(model: nn.Module, inputs: dict[str, Any], expected: list[Tensor]) -> str:
+    """Why the smaller model's answer to `inputs` is not `expected`; empty where it is."""
+    try:
+        found = tensors_of(model(**inputs))
+    except FORWARD_ERRORS as error:
+        return f"the smaller model fails with {type(error).__name__}: {first_line(error)}"
+    if [one.shape for one in expected] != [one.shape for one in found]:
+        return "the smaller model's output has another shape than the skip's"
+    if not all(map(torch.equal, expected, found)):
+        difference = max(float((one - two).abs().max()) for one, two in zip(expected, found, strict=True))
+        return f"the smaller model differs from the skip by {difference:.3g}, expected 0"
+    return ""
+
+
+def _reloaded(built: Any, like: nn.Module) -> nn.Module | str:
+    """`built` saved and loaded by stock diffusers, with the dtypes and device of `like`."""
+    dtypes = {parameter.dtype for parameter in like.parameters()}
+    # Half precision would round what the model keeps in float32.
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    with tempfile.TemporaryDirectory(prefix="flcompress-certificate-") as folder:
+        built.save_pretrained(folder, safe_serialization=True)
+        try:
+            loaded, info = type(built).from_pretrained(folder, output_loading_info=True, torch_dtype=dtype)
+        except (*BUILD_ERRORS, OSError) as error:
+            return f"stock diffusers cannot load the smaller model: {type(error).__name__}: {first_line(error)}"
+    for fault, names in info.items():
+        if names:
+            return f"stock diffusers reports {fault.replace('_', ' ')} for the smaller model: {names[0]}"
+    model: nn.Module = loaded
+    device = next(like.parameters()).device
+    # Copies, because kernels round differently on weights that lie unaligned in a mapped file.
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(device, built.get_parameter(name).dtype, copy=True)
+    _settle_buffers(model, like)
+    return model
+
+
+def _settle_buffers(model: nn.Module, like: nn.Module) -> None:
+    """Put the buffers on the device of `like`, and into its dtype where all of its are of one."""
+    dtypes = {tensor.dtype for tensor in like.buffers() if tensor.is_floating_point()}
+    device = next(like.parameters()).device
+    for tensor in model.buffers():
+        wide = tensor.is_floating_point() and len(dtypes) == 1
+        tensor.data = tensor.data.to(device, next(iter(dtypes)) if wide else tensor.dtype, copy=True)
+
+
+def _randomise(probe: nn.Module) -> None:
+    """Make every parameter random, so that no branch is silent and no two blocks are alike."""
+    generator = torch.Generator("cpu").manual_seed(RANDOM_SEED)
+    for name, parameter in probe.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator, device="cpu")
+        if parameter.dim() > 1:
+            noise *= max(parameter.numel() // max(len(parameter), 1), 1) ** -0.5
+        else:
+            noise = noise * 0.1 + (1.0 if name.endswith("weight") else 0.0)
+        parameter.data = noise.to(parameter.device, parameter.dtype)
