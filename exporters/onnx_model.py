@@ -1,143 +1,173 @@
-"""Export the denoiser to ONNX: dynamic batch, fixed clip size, checked against torch through ONNX Runtime."""
+"""Export the denoiser to ONNX, checked against torch through ONNX Runtime."""
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from pydantic import Field
 
+from flcompress.exporters import preflight
+from flcompress.exporters.arguments import OUTPUT, Arguments, Denoiser, arguments_of, constants_of, tensors_of
 from flcompress.exporters.files import sha256, write_json
+from flcompress.exporters.onnx_emulation import emulate_bf16
+from flcompress.exporters.onnx_graph import OPSETS, Axes, write_onnx
 from flcompress.exporters.onnx_session import OnnxSession
-from flcompress.exporters.parity import cases, compare, outputs
-from flcompress.exporters.shapes import Shapes, shapes_of
-from flcompress.exporters.wan_onnx import Denoiser, adapted
-from flcompress.models.loading import load_transformer
+from flcompress.exporters.parity import Inputs, Parity, cases, compare, outputs
+from flcompress.exporters.precision import DTYPES, TOLERANCES, Precision
+from flcompress.exporters.shapes import Size, size_of, step_of
+from flcompress.exporters.weights import streamed
+from flcompress.models.folder import check_transformer_config
 from flcompress.pipeline.exporter import Exporter
 from flcompress.pipeline.passes import ProgressSink
 from flcompress.pipeline.program import Program
 
 MODEL_FILE = "model.onnx"
 MANIFEST_FILE = "manifest.json"
-OPSET = 18
-"""From 23 on attention is one operator, which TensorRT for RTX 1.7 builds for some head sizes only (not for 16); at 18
-torch's exporter writes it, and the RMS norm, as plain arithmetic, which every runtime knows."""
 
-EXTERNAL_ABOVE = 1_900_000_000
-"""Bytes of weights above which they go to a file of their own: a protobuf file ends at 2 GiB."""
-
-NOISY_LOGGERS = ("torch.onnx._internal.exporter._registration", "onnxscript.optimizer._constant_folding")
-"""They warn that torchvision is absent and that a Split was not folded; neither matters here."""
+CHECKED_UP_TO = 2048
+"""Tokens above which a CPU takes minutes for one call of a large model: then a smaller clip is compared."""
 
 
 class OnnxExporter(Exporter):
-    """`onnx: {tolerance: 1e-4}`: RUN/exports/onnx/model.onnx and its manifest.json.
+    """`onnx: {precision: bf16}`: RUN/exports/onnx/model.onnx and its manifest.json.
 
     Attributes:
-        tolerance: largest absolute difference of the velocity from torch's that is let through.
+        precision: of weights and arithmetic; what diffusers keeps in fp32, and timestep and guidance, stay so.
+        tolerance: largest absolute difference of the output from torch's, at the same precision, that is let through.
     """
 
     name: ClassVar[str] = "onnx"
+    version: ClassVar[int] = 2
 
-    tolerance: float = Field(default=1e-4, gt=0.0, description="largest absolute difference from torch, > 0")
+    precision: Precision = Field(default="fp32", description="of weights and arithmetic; inputs and output are fp32")
+    tolerance: float | None = Field(
+        default=None,
+        gt=0.0,
+        description="largest absolute difference from torch at the same precision, > 0; null: 1e-4 in fp32, 1e-2 in "
+        "fp16, 8e-2 in bf16",
+    )
 
     def fingerprint(self) -> str:
         return " ".join(f"{package} {version(package)}" for package in ("torch", "onnx", "onnxscript"))
 
     def export(self, program: Program, folder: Path, exports: Path, progress: ProgressSink) -> dict[str, Any]:
         """Write and check the model; see `Exporter.export`."""
-        shapes = shapes_of(program)
-        given = cases(shapes, program.contract.timesteps)
+        self.require_room(program, folder)
+        transformer, make = program.components["transformer"], arguments_of(program)
         model = folder / MODEL_FILE
-        # Each loads the weights and lets go of them: at most one copy in memory beside ONNX Runtime's.
-        reference = outputs(Denoiser(load_transformer(program.components["transformer"])).on, given)
+        axes = write_onnx(transformer, make, size_of(program, batch=2), step_of(program), self.precision, model)
         progress(1, 3, {})
-        write_onnx(adapted(load_transformer(program.components["transformer"]), shapes), shapes, model)
-        progress(2, 3, {})
-        found = compare(reference, outputs(OnnxSession(model), given), self.tolerance)
-        found.require(
+        sizes = checked_sizes(program, axes)
+        checked = self._compare(program, make, sizes, model)
+        found = checked["same"].require(
             str(exports / self.name / MODEL_FILE), "raise onnx.tolerance only if that is small enough for you"
         )
-        inputs, results = shapes.bindings()
+        progress(2, 3, {})
         files = sorted(path for path in folder.iterdir() if path.is_file())
         manifest = {
             "file": MODEL_FILE,
             "sha256": {path.name: sha256(path) for path in files},
-            "opset": OPSET,
+            "opset": OPSETS[self.precision],
             "producer": self.fingerprint(),
-            "inputs": inputs,
-            "outputs": results,
+            "precision": self.precision,
+            "inputs": described(make, size_of(program), axes),
+            "outputs": [{"name": OUTPUT, "shape": axes.output, "dtype": "float32"}],
+            "dynamic": list(axes.names),
             "parameters": program.graph.parameters,
-            "tolerance": self.tolerance,
+            "tolerance": found.tolerance,
             "difference": found.difference,
             "magnitude": found.magnitude,
+            "difference_to_fp32": checked["export_to_fp32"].difference,
+            "torch_difference_to_fp32": checked["torch_to_fp32"].difference,
             "cases": found.cases,
+            "checked": {
+                "sizes": [[size.batch, size.frames, size.height, size.width] for size in sizes],
+                "arithmetic": _ARITHMETIC[self.precision],
+            },
             "contract": program.contract.to_dict(),
             "kept": dict(program.kept),
         }
         write_json(folder / MANIFEST_FILE, manifest)
         progress(3, 3, {"difference": found.difference})
+        shown = ("sha256", "precision", "difference", "difference_to_fp32", "tolerance", "cases", "dynamic")
+        return {"bytes": sum(path.stat().st_size for path in files)} | {key: manifest[key] for key in shown}
+
+    def require_room(self, program: Program, folder: Path) -> None:
+        """RequestError where the size, the disk or the memory forbids this export; before any long work."""
+        transformer, text = program.components["transformer"], program.contract.max_sequence_length
+        config, size = check_transformer_config(transformer), size_of(program)
+        preflight.check_text(config, text)
+        tokens = preflight.attention_tokens(config, size, text)
+        preflight.check_keys(self.precision, tokens, preflight.described(size))
+        weights = preflight.weight_bytes(transformer, self.precision)
+        preflight.check_room("onnx", folder, weights, preflight.needed(weights, preflight.ONNX_MEMORY))
+
+    def _compare(self, program: Program, make: Arguments, sizes: list[Size], model: Path) -> dict[str, Parity]:
+        """The export against torch at its own precision, and both against torch in fp32."""
+        given = cases(make, program.contract.timesteps, sizes)
+        constants = constants_of(make(sizes[0], [0.0] * sizes[0].batch, 0))
+        transformer = program.components["transformer"]
+
+        def torch_at(precision: Precision) -> Any:
+            denoiser = Denoiser(streamed(transformer, precision), constants, DTYPES[precision]).eval()
+            return outputs(lambda inputs: denoiser(dict(inputs)), given)
+
+        exported = self._outputs(model, given)  # first: while this process still holds little
+        same = torch_at(self.precision)
+        exact = same if self.precision == "fp32" else torch_at("fp32")
+        tolerance = self.tolerance or TOLERANCES[self.precision]
         return {
-            "bytes": sum(path.stat().st_size for path in files),
-            "sha256": manifest["sha256"],
-            "difference": found.difference,
-            "tolerance": self.tolerance,
-            "cases": found.cases,
+            "same": compare(same, exported, tolerance),
+            "export_to_fp32": compare(exact, exported, tolerance),
+            "torch_to_fp32": compare(exact, same, tolerance),
         }
 
+    def _outputs(self, model: Path, given: list[dict[str, Any]]) -> Any:
+        if self.precision != "bf16":
+            return outputs(OnnxSession(model, lean=True), given)
+        emulated = model.with_name("emulated.onnx")
+        try:
+            emulate_bf16(model, emulated)
+            return outputs(OnnxSession(emulated, lean=True), given)
+        finally:
+            emulated.unlink(missing_ok=True)
 
-def write_onnx(denoiser: Denoiser, shapes: Shapes, path: Path) -> None:
-    """Write the denoiser's graph with a dynamic batch; weights above `EXTERNAL_ABOVE` bytes go to `<path>.data`."""
-    import onnx
-    from onnxscript import optimizer
 
-    example = cases(shapes, [500.0], batches=(2,))[0]  # two samples: torch.export takes an axis of one for a constant
-    # Named once: torch warns of a second use of the name, and finds out itself that the three axes are equal.
-    dynamic = {name: {0: "batch" if name == "hidden_states" else torch.export.Dim.DYNAMIC} for name in example}
-    with _quiet():
-        program = torch.onnx.export(
-            denoiser.eval(),
-            (),
-            kwargs=dict(example),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=list(example),
-            output_names=["velocity"],
-            dynamic_shapes=dynamic,
-            optimize=False,
-            verbose=False,
+_ARITHMETIC: dict[Precision, str] = {
+    "fp32": "fp32 by ONNX Runtime on a CPU",
+    "fp16": "fp16 by ONNX Runtime on a CPU, which computes each operation in fp32 and rounds its result",
+    "bf16": "the same graph with every result rounded to bf16 by a cast: ONNX Runtime has no bf16 kernels on a CPU",
+}
+
+
+def checked_sizes(program: Program, axes: Axes) -> list[Size]:
+    """Sizes to compare at: the program's own where a CPU can, else a small clip, and a second one where sizes vary."""
+    size, step = size_of(program), step_of(program)
+    config = check_transformer_config(program.components["transformer"])
+    varies = set(axes.names) - {"batch"}
+    if varies and preflight.attention_tokens(config, size, 0) > CHECKED_UP_TO:
+        frames = min(size.frames, 2 * max(step.frames, 1))
+        size = replace(size, frames=frames, height=4 * step.height, width=6 * step.width)
+    sizes = [size, replace(size, batch=3)]
+    if varies:
+        other = replace(
+            size,
+            batch=2,
+            frames=size.frames + (step.frames if "frames" in axes.names else 0),
+            height=size.height + step.height,
+            width=size.width + 2 * step.width,
         )
-    if program is None:
-        raise RuntimeError("torch.onnx.export returned nothing; with dynamo=True it is documented to return a program")
-    # Of torch's optimiser only what TensorRT cannot do without: its rewrite rules took three times as long as all the
-    # rest, and both runtimes fuse by themselves.
-    optimizer.fold_constants(program.model)
-    optimizer.remove_unused_nodes(program.model)
-    for node in program.model.graph.all_nodes():
-        node.metadata_props.clear()  # stack traces, with this machine's paths
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in denoiser.state_dict().values())
-    program.save(str(path), external_data=weights > EXTERNAL_ABOVE)
-    onnx.checker.check_model(str(path))  # by path: the only form that works above 2 GiB
+        sizes.append(other)
+    return sizes
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence what torch's exporter is known to say about itself, and nothing else."""
-    loggers = [logging.getLogger(name) for name in NOISY_LOGGERS]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            # torch copies its own deprecated LeafSpec while it exports; nothing a caller could change.
-            warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)", category=FutureWarning)
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+def described(make: Arguments, size: Size, axes: Axes) -> list[dict[str, object]]:
+    """Inputs of the graph, as a manifest states them."""
+    given: Inputs = tensors_of(make(size, [0.0] * size.batch, 0))
+    return [
+        {"name": name, "shape": shape, "dtype": str(given[name].dtype).removeprefix("torch.")}
+        for name, shape in axes.inputs.items()
+    ]

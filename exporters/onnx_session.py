@@ -16,8 +16,13 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 class OnnxSession:
     """Callable as a `flcompress.exporters.parity.Denoiser`."""
 
-    def __init__(self, model: Path, device: Literal["cpu", "cuda"] = "cpu") -> None:
+    def __init__(self, model: Path, device: Literal["cpu", "cuda"] = "cpu", *, lean: bool = False) -> None:
         """Load `model` (its external data beside it).
+
+        Args:
+            model: the file.
+            device: what runs it.
+            lean: hold no second copy of the weights: slower, for a check of a large model.
 
         Raises:
             UnavailableError: ONNX Runtime did not take the device; it falls back to the CPU without a word.
@@ -27,6 +32,11 @@ class OnnxSession:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()  # as torch has, so that the two compare fairly
         options.log_severity_level = 3  # errors; what else it says is about its own optimiser
+        if lean:  # else fp16 weights become fp32 ones ahead of the run, all at once, and stay
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+            options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
+            options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+            options.add_session_config_entry("session.disable_prepacking", "1")
         wanted = PROVIDERS[device]
         # A provider this build lacks is left out of the list here, because ONNX Runtime would only warn about it.
         chosen = [name for name in (wanted, PROVIDERS["cpu"]) if name in onnxruntime.get_available_providers()]
@@ -39,5 +49,6 @@ class OnnxSession:
             )
 
     def __call__(self, inputs: Inputs) -> torch.Tensor:
-        given = {name: tensor.detach().cpu().float().numpy() for name, tensor in inputs.items()}
+        # What the traced forward never looks at is no input of the graph.
+        given = {one.name: inputs[one.name].detach().cpu().numpy() for one in self.session.get_inputs()}
         return torch.from_numpy(self.session.run(None, given)[0])

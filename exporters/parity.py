@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import torch
 
 from flcompress.errors import PostconditionError
-from flcompress.exporters.shapes import Shapes
+from flcompress.exporters.arguments import Arguments, tensors_of
+from flcompress.exporters.shapes import Size
 
 Inputs = Mapping[str, torch.Tensor]
-"""hidden_states [n, channels, frames, height, width], timestep [n], encoder_hidden_states [n, tokens, channels]."""
+"""A transformer's forward arguments that are tensors, by name; see `flcompress.exporters.arguments.tensors_of`."""
 
 Denoiser = Callable[[Inputs], torch.Tensor]
 
-BATCHES = (1, 3)
 TIMESTEPS = 4
 
 
@@ -45,33 +45,23 @@ class Parity:
         )
 
 
-def cases(
-    shapes: Shapes, timesteps: Sequence[float], batches: Sequence[int] = BATCHES
-) -> list[dict[str, torch.Tensor]]:
-    """Inputs at up to 4 of a contract's timesteps, in every batch size, each from a seed of its own.
+def cases(make: Arguments, timesteps: Sequence[float], sizes: Sequence[Size]) -> list[dict[str, torch.Tensor]]:
+    """Inputs at every size, each from a seed of its own, at up to 4 of a contract's timesteps, first and last included.
 
     The samples of a batch stand at different timesteps, so that an export that reads only the first one is found out.
     """
     count = min(TIMESTEPS, len(timesteps))
     picks = [timesteps[place * (len(timesteps) - 1) // max(count - 1, 1)] for place in range(count)]
     made: list[dict[str, torch.Tensor]] = []
-    for batch in batches:
-        for first in range(len(picks)):
-            draw = torch.Generator().manual_seed(len(made))
-            levels = [picks[(first + place) % len(picks)] for place in range(batch)]
-            made.append(
-                {
-                    "hidden_states": torch.randn(batch, *shapes.latents, generator=draw),
-                    "timestep": torch.tensor(levels, dtype=torch.float32),
-                    "encoder_hidden_states": torch.randn(batch, *shapes.text, generator=draw),
-                }
-            )
+    for seed, size in enumerate(sizes):
+        levels = [picks[-(seed + place) % len(picks)] for place in range(size.batch)]
+        made.append(tensors_of(make(size, levels, seed)))
     return made
 
 
 @torch.no_grad()
 def outputs(denoiser: Denoiser, given: Sequence[Inputs]) -> list[torch.Tensor]:
-    """The denoiser's velocity for every case, on the CPU in fp32."""
+    """The denoiser's output for every case, on the CPU in fp32."""
     return [denoiser(inputs).float().cpu() for inputs in given]
 
 

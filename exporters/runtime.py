@@ -11,6 +11,7 @@ from flcompress.diffusion.conditioning import Conditioning, on, taken
 from flcompress.diffusion.contract import SamplingContract
 from flcompress.diffusion.sampling import Network, sample
 from flcompress.errors import RequestError
+from flcompress.exporters.arguments import tensors_of
 from flcompress.exporters.clip_files import check_target, read_picture, write_clip
 from flcompress.exporters.diffusers_folder import FACTS_FILE
 from flcompress.exporters.files import read_manifest, require_hash
@@ -139,7 +140,7 @@ def _as_network(denoiser: Denoiser, config: dict[str, Any], guidance: float | No
 
     def call(x: torch.Tensor, timestep: torch.Tensor, given: Conditioning) -> torch.Tensor:
         arguments = family.arguments(config, x, timestep, given, guidance)
-        output = denoiser({name: one for name, one in arguments.items() if isinstance(one, torch.Tensor)})
+        output = denoiser(tensors_of(arguments))
         return family.prediction(config, output.to(x.device), x, timestep, given)
 
     return call

@@ -1,7 +1,8 @@
-"""Which tensors a program's denoiser takes, and which call of a stock pipeline leads to them."""
+"""Sizes: what a program is sampled at, the smallest step of each axis, and the clips they decode to."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,27 +12,13 @@ from flcompress.pipeline.program import Program
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shapes:
-    """Shapes without their batch axis.
+class Size:
+    """A batch of latents: samples, frames, height and width."""
 
-    Attributes:
-        latents: channels, frames, height, width.
-        text: tokens, channels.
-    """
-
-    latents: tuple[int, int, int, int]
-    text: tuple[int, int]
-
-    def bindings(self) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
-        """Inputs and outputs of the denoiser, as a manifest states them."""
-        latents, text = list(self.latents), list(self.text)
-        inputs: dict[str, list[Any]] = {
-            "hidden_states": ["batch", *latents],
-            "timestep": ["batch"],
-            "encoder_hidden_states": ["batch", *text],
-        }
-        outputs: dict[str, list[Any]] = {"velocity": ["batch", *latents]}
-        return _described(inputs), _described(outputs)
+    batch: int
+    frames: int
+    height: int
+    width: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,18 +33,33 @@ class Clip:
         return asdict(self)
 
 
-def shapes_of(program: Program) -> Shapes:
-    """The shapes the program is sampled with."""
-    config = check_transformer_config(program.components["transformer"])
-    return Shapes(latents=program.latents, text=(program.contract.max_sequence_length, int(config["text_dim"])))
+def size_of(program: Program, batch: int = 1) -> Size:
+    """What the program is sampled at."""
+    _, frames, height, width = program.latents
+    return Size(batch=batch, frames=frames, height=height, width=width)
+
+
+def step_of(program: Program) -> Size:
+    """The smallest change of each axis that the transformer takes: a patch; no more frames than one for an image."""
+    over_time, over_space = patch_of(check_transformer_config(program.components["transformer"]))
+    return Size(batch=1, frames=0 if program.family.image else over_time, height=over_space, width=over_space)
+
+
+def patch_of(config: Mapping[str, Any]) -> tuple[int, int]:
+    """(frames, rows or columns) of latents that one token stands for."""
+    given = config.get("patch_size") or 1
+    if isinstance(given, list | tuple):
+        return int(given[0]), int(given[-1])
+    packs = config["_class_name"] == "FluxTransformer2DModel"  # its pipeline packs 2 x 2 latents beforehand
+    return int(config.get("patch_size_t") or 1), 2 if packs else int(given)
 
 
 def clip_of(program: Program) -> Clip:
     """Size of the clip that the program's latents decode to."""
-    config = read_json(program.components["vae"] / "config.json", "a diffusers autoencoder has one")
-    frames, height, width = clip_size(config, program.latents[1:])
+    frames, height, width = clip_size(autoencoder_config(program), program.latents[1:])
     return Clip(height=height, width=width, num_frames=frames)
 
 
-def _described(tensors: dict[str, list[Any]]) -> list[dict[str, object]]:
-    return [{"name": name, "shape": shape, "dtype": "float32"} for name, shape in tensors.items()]
+def autoencoder_config(program: Program) -> dict[str, Any]:
+    """The autoencoder's configuration."""
+    return read_json(program.components["vae"] / "config.json", "a diffusers autoencoder has one")

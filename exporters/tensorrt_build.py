@@ -7,17 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from flcompress.errors import FlcompressError, UnavailableError
+from flcompress.exporters.profiles import Shapes
 from flcompress.exporters.tensorrt_api import builds_for_others, log_into
 
 
-def build_engine(trt: Any, model: Path, *, targets: Sequence[str], max_batch: int) -> bytes:
+def build_engine(trt: Any, model: Path, *, targets: Sequence[str], profiles: Sequence[Sequence[Shapes]]) -> Any:
     """Build a strongly typed engine: every layer computes in the type the ONNX file states, TF32 left out.
 
     Args:
         trt: `tensorrt` or `tensorrt_rtx`.
-        model: the ONNX file; its first axis is the batch, wherever it is dynamic.
+        model: the ONNX file; its external data lies beside it.
         targets: compute capabilities such as "sm89", or "current".
-        max_batch: largest batch; the engine is tuned for a batch of one.
+        profiles: for each, every input's smallest, tuned-for and largest shape.
+
+    Returns:
+        The engine, as a buffer.
 
     Raises:
         UnavailableError: this TensorRT does not know a target.
@@ -32,25 +36,25 @@ def build_engine(trt: Any, model: Path, *, targets: Sequence[str], max_batch: in
         raise FlcompressError(f"{model}: {_parser_error(parser)}; TensorRT {trt.__version__} cannot read this graph")
     config = builder.create_builder_config()
     config.clear_flag(trt.BuilderFlag.TF32)  # on by default; fp32 is to mean fp32
-    config.add_optimization_profile(_profile(builder, network, max_batch))
+    for shapes in profiles:
+        config.add_optimization_profile(_profile(builder, network, shapes))
     if builds_for_others(trt):
         _set_targets(trt, config, targets)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         reason = errors[-1] if errors else "no reason given"
         raise FlcompressError(
-            f"{model}: TensorRT {trt.__version__} built no engine for {', '.join(targets)} at a batch of up to "
-            f"{max_batch}: {reason}; try a smaller tensorrt.max_batch or other tensorrt.targets"
+            f"{model}: TensorRT {trt.__version__} built no engine for {', '.join(targets)}: {reason}; try "
+            "smaller tensorrt.profiles or other tensorrt.targets"
         )
-    return bytes(engine)
+    return engine
 
 
-def _profile(builder: Any, network: Any, max_batch: int) -> Any:
+def _profile(builder: Any, network: Any, shapes: Sequence[Shapes]) -> Any:
     profile = builder.create_optimization_profile()
     for place in range(network.num_inputs):
-        tensor = network.get_input(place)
-        rest = list(tensor.shape)[1:]
-        profile.set_shape(tensor.name, [1, *rest], [1, *rest], [max_batch, *rest])
+        name = network.get_input(place).name
+        profile.set_shape(name, *(one[name] for one in shapes))
     return profile
 
 

@@ -8,10 +8,9 @@ from pathlib import Path
 import torch
 
 from flcompress.errors import FlcompressError, UnavailableError
+from flcompress.exporters.arguments import OUTPUT
 from flcompress.exporters.parity import Inputs
 from flcompress.exporters.tensorrt_api import cuda_driver, load_tensorrt, log_into
-
-OUTPUT = "velocity"
 
 
 def require_gpu() -> None:
@@ -61,16 +60,19 @@ class TensorRTSession:
         self.context = self.engine.create_execution_context()
 
     def __call__(self, inputs: Inputs) -> torch.Tensor:
-        given = {name: tensor.detach().cuda().float().contiguous() for name, tensor in inputs.items()}
+        given = {name: tensor.detach().cuda().contiguous() for name, tensor in inputs.items()}
+        wanted = {self.engine.get_tensor_name(place) for place in range(self.engine.num_io_tensors)} - {OUTPUT}
         for name, tensor in given.items():
+            if name not in wanted:  # the traced forward never looks at it
+                continue
             if not self.context.set_input_shape(name, tuple(tensor.shape)):
                 raise FlcompressError(f"engine: {name} {list(tensor.shape)} is outside the shapes it was built for")
             self.context.set_tensor_address(name, tensor.data_ptr())
-        velocity = torch.empty(tuple(self.context.get_tensor_shape(OUTPUT)), device="cuda")
-        self.context.set_tensor_address(OUTPUT, velocity.data_ptr())
+        output = torch.empty(tuple(self.context.get_tensor_shape(OUTPUT)), device="cuda")
+        self.context.set_tensor_address(OUTPUT, output.data_ptr())
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())  # the copies above
         if not self.context.execute_async_v3(stream.cuda_stream):
             raise FlcompressError(f"engine: it did not run: {self.errors[-1] if self.errors else 'no reason given'}")
         stream.synchronize()
-        return velocity
+        return output

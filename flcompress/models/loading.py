@@ -18,8 +18,7 @@ from flcompress.models.quiet import no_progress_bars
 @no_progress_bars()
 def load_transformer(folder: Path, device: str = "cpu", dtype: torch.dtype | None = None) -> Any:
     """The transformer, in evaluation mode, without gradients; in fp32 where no dtype is given."""
-    path = folder / "config.json"
-    stock = check_config(read_json(path, "a diffusers model folder has one"), path)
+    stock = transformer_class(folder)
     kept = {} if dtype is None else {"torch_dtype": dtype}
     model, info = stock.from_pretrained(str(folder), use_safetensors=True, output_loading_info=True, **kept)
     # Stock loading is silent about missing and unexpected tensors; such a model is wrong.
@@ -30,6 +29,12 @@ def load_transformer(folder: Path, device: str = "cpu", dtype: torch.dtype | Non
                 "the weights do not belong to this config.json"
             )
     return frozen(model).to(device)
+
+
+def transformer_class(folder: Path) -> Any:
+    """The stock class that a transformer folder's configuration names; the configuration is checked."""
+    path = folder / "config.json"
+    return check_config(read_json(path, "a diffusers model folder has one"), path)
 
 
 def meta_transformer(config_path: Path) -> Any:

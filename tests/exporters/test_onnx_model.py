@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
 import torch
 from pydantic import ValidationError
 
-from flcompress.errors import ModelError, PostconditionError, UnavailableError
-from flcompress.exporters import onnx_model
+from flcompress.errors import PostconditionError, UnavailableError
+from flcompress.exporters import onnx_graph, onnx_model
+from flcompress.exporters.arguments import arguments_of
 from flcompress.exporters.files import sha256
-from flcompress.exporters.onnx_model import OnnxExporter, write_onnx
+from flcompress.exporters.onnx_graph import Axes, write_onnx
+from flcompress.exporters.onnx_model import OnnxExporter
 from flcompress.exporters.onnx_session import OnnxSession
 from flcompress.exporters.parity import Parity, cases, compare, outputs
-from flcompress.exporters.shapes import shapes_of
-from flcompress.exporters.wan_onnx import Denoiser, adapted
+from flcompress.exporters.precision import TOLERANCES, Precision
+from flcompress.exporters.shapes import Size, size_of, step_of
 from flcompress.models.loading import load_transformer
 from flcompress.pipeline.program import Program
 from tests.exporters.conftest import silent
@@ -28,13 +32,18 @@ def test_the_manifest_states_what_was_measured(run: Path, program: Program) -> N
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["sha256"] == {"model.onnx": sha256(folder / "model.onnx")}
     assert 0.0 < manifest["difference"] < 1e-5 < manifest["tolerance"] == 1e-4
-    assert manifest["cases"] == 8
+    assert manifest["cases"] == 3
+    assert manifest["precision"] == "fp32"
+    assert manifest["dynamic"] == ["batch", "frames", "height", "width"]
+    assert manifest["checked"]["sizes"] == [[1, 3, 8, 8], [3, 3, 8, 8], [2, 4, 10, 12]]
     assert manifest["inputs"] == [
-        {"name": "hidden_states", "shape": ["batch", 16, 3, 8, 8], "dtype": "float32"},
+        {"name": "hidden_states", "shape": ["batch", 16, "frames", "height", "width"], "dtype": "float32"},
         {"name": "timestep", "shape": ["batch"], "dtype": "float32"},
         {"name": "encoder_hidden_states", "shape": ["batch", 16, 64], "dtype": "float32"},
     ]
-    assert manifest["outputs"] == [{"name": "velocity", "shape": ["batch", 16, 3, 8, 8], "dtype": "float32"}]
+    assert manifest["outputs"] == [
+        {"name": "sample", "shape": ["batch", 16, "frames", "height", "width"], "dtype": "float32"}
+    ]
     assert manifest["contract"]["sigmas"] == list(program.contract.sigmas)
     assert manifest["kept"] == dict(program.kept)
 
@@ -54,37 +63,40 @@ def test_the_graph_is_portable(run: Path) -> None:
     assert b"/transformer_wan.py" not in path.read_bytes()
 
 
-def test_any_batch_goes_through(run: Path, program: Program) -> None:
-    given = cases(shapes_of(program), [700.0, 20.0], batches=(2, 5))
-    transformer = Denoiser(load_transformer(program.components["transformer"]))
+def reference(program: Program, given: list[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+    """By the stock model, loaded as stock."""
+    transformer = load_transformer(program.components["transformer"])
+    return outputs(lambda inputs: transformer(**inputs, return_dict=False)[0], given)
+
+
+def test_any_batch_and_any_size_go_through(run: Path, program: Program) -> None:
+    """The rotary table is that of each size."""
+    sizes = [Size(batch=2, frames=3, height=8, width=8), Size(batch=5, frames=7, height=4, width=20)]
+    given = cases(arguments_of(program), [700.0, 20.0], sizes)
     session = OnnxSession(run / "exports" / "onnx" / "model.onnx")
-    assert compare(outputs(transformer.on, given), outputs(session, given), 1e-5).require("it", "").cases == 4
-
-
-def test_the_rewriting_changes_no_number(program: Program) -> None:
-    shapes = shapes_of(program)
-    given = cases(shapes, program.contract.timesteps)
-    folder = program.components["transformer"]
-    stock = outputs(Denoiser(load_transformer(folder)).on, given)
-    ours = outputs(adapted(load_transformer(folder), shapes).on, given)
-    assert compare(stock, ours, 1e-6).difference <= 1e-6
-    untouched = outputs(Denoiser(load_transformer(folder)).on, given)  # the class itself was not patched
-    assert compare(stock, untouched, 1e-6).difference == 0.0
+    found = compare(reference(program, given), outputs(session, given), 2e-5).require("it", "")
+    assert found.cases == 2
 
 
 def test_large_weights_go_to_a_file_of_their_own(
     program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(onnx_model, "EXTERNAL_ABOVE", 1000)
-    shapes = shapes_of(program)
-    write_onnx(adapted(load_transformer(program.components["transformer"]), shapes), shapes, tmp_path / "model.onnx")
+    monkeypatch.setattr(onnx_graph, "EXTERNAL_ABOVE", 1000)
+    make, model = arguments_of(program), tmp_path / "model.onnx"
+    write_onnx(program.components["transformer"], make, size_of(program, batch=2), step_of(program), "fp32", model)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
-    given = cases(shapes, [700.0])
-    reference = outputs(Denoiser(load_transformer(program.components["transformer"])).on, given)
-    compare(reference, outputs(OnnxSession(tmp_path / "model.onnx"), given), 1e-5).require("it", "")
+    given = cases(make, [700.0], [size_of(program)])
+    compare(reference(program, given), outputs(OnnxSession(model), given), 1e-5).require("it", "")
 
 
-def test_a_difference_above_the_tolerance_is_refused(program: Program, tmp_path: Path) -> None:
+def test_a_difference_above_the_tolerance_is_refused(
+    run: Path, program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def copied(*arguments: Any) -> Axes:
+        shutil.copy(run / "exports" / "onnx" / "model.onnx", tmp_path)
+        return Axes(inputs={}, output=[])
+
+    monkeypatch.setattr(onnx_model, "write_onnx", copied)
     with pytest.raises(PostconditionError) as caught:
         OnnxExporter(tolerance=1e-9).export(program, tmp_path, tmp_path / "exports", silent)
     assert str(caught.value).startswith(f"{tmp_path}/exports/onnx/model.onnx: differs from torch by ")
@@ -99,13 +111,25 @@ def test_a_tolerance_is_positive(given: float) -> None:
         OnnxExporter(tolerance=given)
 
 
-def test_image_to_video_is_refused(program: Program) -> None:
-    transformer = load_transformer(program.components["transformer"])
-    transformer.register_to_config(image_dim=8)
-    with pytest.raises(
-        ModelError, match=r"^onnx: image_dim 8 given, expected null: only text-to-video Wan is exported$"
-    ):
-        adapted(transformer, shapes_of(program))
+@pytest.mark.parametrize(
+    ("precision", "kind"), [("fp16", onnx.TensorProto.FLOAT16), ("bf16", onnx.TensorProto.BFLOAT16)]
+)
+def test_half_precision_keeps_its_islands(precision: Precision, kind: int, program: Program, tmp_path: Path) -> None:
+    """What diffusers keeps in fp32 is fp32, doors are fp32, and what was compared is in the manifest."""
+    exports = tmp_path / "exports"
+    summary = OnnxExporter(precision=precision).export(program, tmp_path, exports, silent)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["manifest.json", "model.onnx"]
+    assert 0.0 < summary["difference"] <= TOLERANCES[precision] == manifest["tolerance"]
+    assert 0.0 < manifest["difference_to_fp32"] < 2.0 * TOLERANCES[precision]
+    assert manifest["torch_difference_to_fp32"] > 0.0
+    graph = onnx.load(str(tmp_path / "model.onnx")).graph
+    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    assert types["transformer.blocks.0.attn1.to_q.bias"] == kind
+    assert types["transformer.blocks.0.norm2.weight"] == onnx.TensorProto.FLOAT
+    assert types["transformer.condition_embedder.time_embedder.linear_1.bias"] == onnx.TensorProto.FLOAT
+    assert {one.type.tensor_type.elem_type for one in (*graph.input, *graph.output)} == {onnx.TensorProto.FLOAT}
+    assert manifest["checked"]["arithmetic"].startswith(precision if precision == "fp16" else "the same graph")
 
 
 def test_a_silent_fallback_to_the_cpu_is_refused(run: Path) -> None:
@@ -130,6 +154,6 @@ def test_parity_finds_another_shape() -> None:
 
 
 def test_the_samples_of_a_batch_stand_at_different_timesteps(program: Program) -> None:
-    given = cases(shapes_of(program), [float(t) for t in range(50)])
-    assert [len(one["timestep"]) for one in given] == [1, 1, 1, 1, 3, 3, 3, 3]
-    assert [one["timestep"].tolist() for one in given[:5]] == [[0.0], [16.0], [32.0], [49.0], [0.0, 16.0, 32.0]]
+    sizes = [size_of(program, batch) for batch in (1, 1, 3)]
+    given = cases(arguments_of(program), [float(t) for t in range(50)], sizes)
+    assert [one["timestep"].tolist() for one in given] == [[0.0], [49.0], [32.0, 16.0, 0.0]]

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from flcompress.errors import FlcompressError, PostconditionError, RequestError, UnavailableError
 from flcompress.exporters import tensorrt_api, tensorrt_engine
 from flcompress.exporters.files import sha256
+from flcompress.exporters.profiles import Profile
 from flcompress.exporters.tensorrt_api import cuda_driver, load_tensorrt
 from flcompress.exporters.tensorrt_build import build_engine
 from flcompress.exporters.tensorrt_engine import TensorRTExporter
@@ -38,7 +39,8 @@ def without_gpu() -> None:
 
 def test_a_real_engine_with_its_manifest(run: Path, program: Program, tmp_path: Path) -> None:
     trt = builder()
-    exporter = TensorRTExporter(targets=("sm80", "sm89"), max_batch=2)
+    ranges = {"batch": (1, 1, 2), "height": (32, 32, 64), "frames": (9, 9, 17)}
+    exporter = TensorRTExporter(targets=("sm80", "sm89"), profiles=(Profile(**ranges),))
     exporter.check()
     summary = exporter.export(program, tmp_path, run / "exports", silent)
     engine = tmp_path / "model.engine"
@@ -52,7 +54,13 @@ def test_a_real_engine_with_its_manifest(run: Path, program: Program, tmp_path: 
     assert manifest["builder"] == {"name": trt.__name__, "version": trt.__version__}
     assert manifest["targets"] == ["sm80", "sm89"]
     assert manifest["precision"] == "fp32"
-    assert manifest["batch"] == {"min": 1, "opt": 1, "max": 2}
+    (shapes,) = manifest["shapes"]
+    assert [shapes[what]["hidden_states"] for what in ("min", "opt", "max")] == [
+        [1, 16, 3, 8, 8],
+        [1, 16, 3, 8, 8],
+        [2, 16, 5, 16, 8],
+    ]
+    assert manifest["profiles"] == [{name: list(one) for name, one in ranges.items()} | {"width": None}]
     assert manifest["timesteps"] == list(program.contract.timesteps)
     assert manifest["sigmas"] == list(program.contract.sigmas)
     assert manifest["shift"] == program.contract.shift
@@ -67,7 +75,9 @@ def test_the_engine_agrees_with_torch(run: Path, program: Program, tmp_path: Pat
     builder()
     if not cuda_driver():
         pytest.skip("no CUDA driver")
-    TensorRTExporter(targets=("current",), max_batch=3).export(program, tmp_path, run / "exports", silent)
+    TensorRTExporter(targets=("current",), profiles=(Profile(batch=(1, 1, 3)),)).export(
+        program, tmp_path, run / "exports", silent
+    )
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["checked_on_gpu"]
     assert manifest["difference"] < 1e-3
@@ -86,7 +96,7 @@ def test_a_node_that_the_parser_does_not_know_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         FlcompressError, match=r"odd\.onnx: node 'the_odd_one' \(Unheard\): .*cannot read this graph$"
     ) as caught:
-        build_engine(trt, path, targets=("sm89",), max_batch=1)
+        build_engine(trt, path, targets=("sm89",), profiles=[])
     assert "\n" not in str(caught.value)
 
 
@@ -95,14 +105,15 @@ def test_a_target_that_this_tensorrt_lacks_is_named(run: Path) -> None:
     if not hasattr(trt, "ComputeCapability"):
         pytest.skip("this TensorRT builds for the GPU of this machine only")
     with pytest.raises(UnavailableError, match=r"^tensorrt\.targets: sm12 given, TensorRT .* knows .*sm89"):
-        build_engine(trt, run / "exports" / "onnx" / "model.onnx", targets=("sm12",), max_batch=1)
+        build_engine(trt, run / "exports" / "onnx" / "model.onnx", targets=("sm12",), profiles=[])
 
 
 def test_a_build_that_fails_gives_its_reason(run: Path) -> None:
     trt = builder()
     without_gpu()
-    with pytest.raises(FlcompressError, match=r"built no engine for current at a batch of up to 1: .*CUDA") as caught:
-        build_engine(trt, run / "exports" / "onnx" / "model.onnx", targets=("current",), max_batch=1)
+    shapes = {"hidden_states": [1, 16, 3, 8, 8], "timestep": [1], "encoder_hidden_states": [1, 16, 64]}
+    with pytest.raises(FlcompressError, match=r"built no engine for current: .*CUDA") as caught:
+        build_engine(trt, run / "exports" / "onnx" / "model.onnx", targets=("current",), profiles=[[shapes] * 3])
     assert "\n" not in str(caught.value)
 
 
@@ -154,8 +165,10 @@ def test_a_tensorrt_for_this_gpu_only_refuses_other_targets(monkeypatch: pytest.
         ({"targets": ["current", "sm89"]}, "'current' must stand alone"),
         ({"targets": []}, "at least 1 item"),
         ({"targets": ["sm90"]}, "'sm80', 'sm86', 'sm89', 'sm120' or 'current'"),
-        ({"max_batch": 0}, "greater than or equal to 1"),
-        ({"precision": "int3"}, "'fp32'"),
+        ({"profiles": [{"batch": [0, 1, 1]}]}, "greater than or equal to 1"),
+        ({"profiles": [{"batch": [2, 1, 4]}]}, r"\[2, 1, 4\] given, expected \[smallest, tuned for, largest\]"),
+        ({"profiles": [{"length": [1, 1, 1]}]}, "Extra inputs are not permitted"),
+        ({"precision": "int3"}, "'fp32', 'fp16' or 'bf16'"),
     ],
 )
 def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:
@@ -177,6 +190,48 @@ def test_a_source_of_another_contract_is_refused(run: Path, program: Program, tm
     other = replace(program, contract=program.teacher_contract)
     with pytest.raises(PostconditionError, match="its sampling contract is not this program's"):
         TensorRTExporter().export(other, tmp_path, run / "exports", silent)
+
+
+def test_an_engine_of_another_precision_than_its_source(run: Path, program: Program, tmp_path: Path) -> None:
+    builder()
+    with pytest.raises(RequestError) as caught:
+        TensorRTExporter(precision="bf16").export(program, tmp_path, run / "exports", silent)
+    assert str(caught.value) == (
+        "tensorrt.precision: bf16 given, but the ONNX export it is built from is fp32; set onnx.precision: bf16 too"
+    )
+
+
+@pytest.mark.parametrize(
+    ("ranges", "message"),
+    [
+        (
+            {"frames": (9, 10, 17)},
+            "tensorrt.profiles: num_frames: 10 given, expected 1 plus a multiple of 4 for this autoencoder, such as 9",
+        ),
+        (
+            {"height": (32, 36, 40)},
+            "tensorrt.profiles: height of 9 latents given, expected a multiple of 2, the transformer's patch",
+        ),
+        (
+            {"width": (32, 32, 1024)},
+            "tensorrt.profiles: width of 128 tokens given, but rope_max_seq_len of the transformer's config.json is "
+            "64; choose a smaller size",
+        ),
+    ],
+)
+def test_sizes_that_the_model_does_not_take(ranges: dict[str, Any], message: str, program: Program) -> None:
+    with pytest.raises(RequestError) as caught:
+        Profile(**ranges).sizes(program, ["batch", "frames", "height", "width"])
+    assert str(caught.value) == message
+
+
+def test_sizes_that_the_graph_does_not_take(program: Program) -> None:
+    with pytest.raises(RequestError) as caught:
+        Profile(height=(32, 32, 64)).sizes(program, ["batch"])
+    assert str(caught.value) == (
+        "tensorrt.profiles: height [32, 32, 64] given, but a graph of WanTransformer3DModel is of one size; leave "
+        "height out"
+    )
 
 
 def test_no_source(program: Program, tmp_path: Path) -> None:

@@ -1,0 +1,110 @@
+"""Measure the exports of a Wan 1.3B, cut to 21 blocks, 480p x 81 frames: `python docs/measure_export.py fp16`.
+
+Time and peak memory of each exporter, every one in a process of its own, with random weights stored in fp32. Needs
+10 GB of disk in the temporary folder (TMPDIR).
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+BLOCKS = 21
+LATENTS = (16, 21, 60, 104)
+PER_FILE = 100_000_000
+"""Numbers in a file of weights."""
+
+VAE = {"_class_name": "AutoencoderKLWan", "scale_factor_temporal": 4, "scale_factor_spatial": 8}
+SCHEDULER = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "num_train_timesteps": 1000,
+    "shift": 3.0,
+    "stochastic_sampling": True,
+}
+
+
+def write_model(folder: Path) -> None:
+    """A transformer folder in safetensors shards, random weights, written tensor by tensor."""
+    from accelerate import init_empty_weights
+    from diffusers import WanTransformer3DModel
+    from safetensors.torch import save_file
+
+    with init_empty_weights():
+        model = WanTransformer3DModel(num_layers=BLOCKS, num_attention_heads=12, ffn_dim=8960)
+    model.save_config(str(folder))
+    draw = torch.Generator().manual_seed(0)
+    shard: dict[str, torch.Tensor] = {}
+    written = 0
+    names = list(model.state_dict().items())
+    for place, (name, tensor) in enumerate(names):
+        norm = name.endswith("weight") and "norm" in name
+        shard[name] = torch.ones(tensor.shape) if norm else torch.randn(tensor.shape, generator=draw) * 0.02
+        if sum(one.numel() for one in shard.values()) > PER_FILE or place == len(names) - 1:
+            save_file(shard, str(folder / f"diffusion_pytorch_model-{written:05}.safetensors"))
+            shard, written = {}, written + 1
+
+
+def program_of(folder: Path) -> Any:
+    """The program that a recipe would hand to the exporters."""
+    from flcompress.diffusion.contract import contract_of, student_contract
+    from flcompress.models import example_inputs
+    from flcompress.models.loading import meta_transformer
+    from flcompress.pipeline.program import Program
+    from flcompress.trace.tracer import trace
+
+    model = meta_transformer(folder / "transformer")
+    teacher = contract_of(SCHEDULER, num_inference_steps=50, guidance_scale=5.0, max_sequence_length=512)
+    return Program(
+        graph=trace(model, example_inputs(model)),
+        index={"_class_name": "WanPipeline"},
+        latents=LATENTS,
+        components={"transformer": folder / "transformer", "vae": folder / "vae"},
+        contract=student_contract(teacher, 4),
+        teacher_contract=teacher,
+    )
+
+
+def step(name: str, precision: Any, folder: Path) -> None:
+    """One exporter, in this process."""
+    from flcompress.exporters.onnx_model import OnnxExporter
+    from flcompress.exporters.tensorrt_engine import TensorRTExporter
+
+    exporter = OnnxExporter(precision=precision) if name == "onnx" else TensorRTExporter()
+    target = folder / "exports" / name
+    target.mkdir(parents=True)
+    started = time.monotonic()
+    summary = exporter.export(program_of(folder), target, folder / "exports", lambda *_: None)
+    figures = {
+        "export": name,
+        "seconds": round(time.monotonic() - started),
+        "processor_seconds": round(time.process_time()),
+        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2),
+    }
+    print(json.dumps(figures | {key: one for key, one in summary.items() if key != "sha256"}), flush=True)
+
+
+def main(precision: str) -> None:
+    """Both exporters, one after the other."""
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        (folder / "transformer").mkdir()
+        (folder / "vae").mkdir()
+        (folder / "vae" / "config.json").write_text(json.dumps(VAE))
+        write_model(folder / "transformer")
+        for name in ("onnx", "tensorrt"):
+            subprocess.run([sys.executable, __file__, precision, name, made], check=True)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 2:
+        main(sys.argv[1])
+    else:
+        step(sys.argv[2], sys.argv[1], Path(sys.argv[3]))

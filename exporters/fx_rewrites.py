@@ -1,0 +1,243 @@
+"""Rewrites of a traced forward, before it becomes ONNX, of what ONNX and TensorRT express badly. The numbers stay.
+
+They look at operations alone, never at the model's class:
+- a tensor filled every second channel in place (rotary positions), or from some index on, would become ScatterND with
+  index tensors: a third more nodes, and no fused kernel. It becomes a stack, or a concatenation;
+- a split into parts of varying size would become a sequence, which TensorRT cannot read; it becomes slices;
+- booleans filled by a mask become a logical operation: ONNX Runtime has no Where for booleans;
+- complex numbers become pairs of real ones, and complex tables that depend on no tensor (QwenImage's rotary ones)
+  constants: ONNX and TensorRT have no complex numbers.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from flcompress.errors import ModelError
+
+aten = torch.ops.aten
+END = 2**63 - 1
+
+
+def rewritten(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The traced forward, rewritten in place."""
+    graph = program.graph_module.graph
+    for node in list(graph.nodes):
+        if node.target is aten.slice.Tensor and node.args[2:] == (0, END):  # the whole axis
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        elif node.target in (aten.split_with_sizes.default, aten.split.sizes):
+            _slices(graph, node)
+    for node in list(graph.nodes):
+        if node.target in (aten.empty_like.default, aten.empty.memory_format):
+            _stack_interleaved(graph, node)
+    complex_nodes = {node for node in graph.nodes if _is_complex(node)}
+    for node in list(graph.nodes):
+        if node.target is aten.copy_.default:
+            _concatenate(graph, node)
+        elif node.target is aten.masked_fill.Scalar and _dtype(node) is torch.bool:
+            _combine_masks(graph, node)
+        elif node in complex_nodes:
+            _as_pairs(graph, node)
+    graph.lint()
+    program.graph_module.recompile()
+    return program
+
+
+def _stack_interleaved(graph: fx.Graph, empty: Any) -> None:
+    """`out = empty_like(x); out[..., 0::2] = a; out[..., 1::2] = b` -> `stack((a, b), -1).flatten(-2)`."""
+    slices = [node for node in empty.users if node.target is aten.slice.Tensor and _fills(node) is not None]
+    last_axis = empty.meta["val"].ndim - 1
+    found: dict[int, Any] = {}
+    for node in slices:
+        _, axis, start, end, *step = node.args
+        if axis in (last_axis, -1) and end == END and step == [len(slices)] and isinstance(start, int):
+            found[start] = node
+    if len(slices) < 2 or sorted(found) != list(range(len(slices))):
+        return
+    copies = [_fills(found[start]) for start in sorted(found)]
+    last = max((copy for copy in copies if copy is not None), key=list(graph.nodes).index)
+    with graph.inserting_after(last):
+        parts = [graph.call_function(aten.to.dtype, (copy.args[1], _dtype(empty))) for copy in copies if copy]
+    with graph.inserting_after(parts[0]):  # each was put straight after the copy, so the first is the last in the graph
+        stacked = graph.call_function(aten.stack.default, (parts, -1))
+    with graph.inserting_after(stacked):
+        whole = graph.call_function(aten.flatten.using_ints, (stacked, -2))
+    whole.meta = dict(empty.meta)
+    empty.replace_all_uses_with(whole, delete_user_cb=lambda user: user not in slices)
+    for copy, node in zip(copies, [found[start] for start in sorted(found)], strict=True):
+        if copy is not None:
+            graph.erase_node(copy)
+            graph.erase_node(node)
+    graph.erase_node(empty)
+
+
+def _concatenate(graph: fx.Graph, copy: Any) -> None:
+    """`x[:, n:] = y` -> `x = cat((x[:, :n], y))`, where nothing else looks at x's memory."""
+    part, source = copy.args
+    if not isinstance(part, fx.Node) or part.target is not aten.slice.Tensor or len(part.args) != 4:
+        return
+    base, axis, start, end = part.args
+    if end != END or not isinstance(base, fx.Node) or len(part.users) != 1 or not _alone(base):
+        return
+    before = set(list(graph.nodes)[: list(graph.nodes).index(copy) + 1])
+    with graph.inserting_after(copy):
+        head = graph.call_function(aten.slice.Tensor, (base, axis, 0, start))
+    with graph.inserting_after(head):
+        cast = graph.call_function(aten.to.dtype, (source, _dtype(base)))
+    with graph.inserting_after(cast):
+        whole = graph.call_function(aten.cat.default, ([head, cast], axis))
+    whole.meta = dict(base.meta)
+    base.replace_all_uses_with(whole, delete_user_cb=lambda user: user not in before and user is not head)
+    graph.erase_node(copy)
+    graph.erase_node(part)
+
+
+def _combine_masks(graph: fx.Graph, node: Any) -> None:
+    mask, where, value = node.args
+    with graph.inserting_before(node):
+        if value:
+            made = graph.call_function(aten.logical_or.default, (mask, where))
+        else:
+            made = graph.call_function(
+                aten.logical_and.default, (mask, graph.call_function(aten.logical_not.default, (where,)))
+            )
+    made.meta = dict(node.meta)
+    node.replace_all_uses_with(made)
+    graph.erase_node(node)
+
+
+def _fills(part: Any) -> Any:
+    """The copy into this slice, where that is all it is for."""
+    users = list(part.users)
+    return users[0] if len(users) == 1 and users[0].target is aten.copy_.default and users[0].args[0] is part else None
+
+
+def _alone(node: Any) -> bool:
+    """Whether no other name for this memory is used: every tensor it is a view of is looked at through it alone."""
+    while isinstance(node.target, torch._ops.OpOverload) and _is_view(node.target):
+        source = node.args[0]
+        if not isinstance(source, fx.Node) or len(source.users) != 1:
+            return False
+        node = source
+    return bool(node.op == "call_function")
+
+
+def _is_view(operation: torch._ops.OpOverload) -> bool:
+    # reshape and the like may copy, and so do not say that they alias.
+    named = operation in (aten.reshape.default, aten.unflatten.int, aten.flatten.using_ints, aten.contiguous.default)
+    return named or any(one.alias_info is not None for one in operation._schema.returns)
+
+
+def _dtype(node: Any) -> torch.dtype:
+    return node.meta["val"].dtype  # type: ignore[no-any-return]
+
+
+def _slices(graph: fx.Graph, node: Any) -> None:
+    """`split_with_sizes` with sizes that vary -> slices: ONNX would write a sequence, which TensorRT cannot read."""
+    source, sizes, *axis = node.args
+    place = axis[0] if axis else node.kwargs.get("dim", 0)
+    if all(isinstance(size, int) for size in sizes):
+        return
+    starts: list[Any] = [0]
+    with graph.inserting_before(node):
+        for size in sizes[:-1]:
+            first = starts[-1] == 0 if isinstance(starts[-1], int) else False
+            starts.append(size if first else graph.call_function(operator.add, (starts[-1], size)))
+        ends = [*starts[1:], END]
+        parts = [
+            graph.call_function(aten.slice.Tensor, (source, place, start, end))
+            for start, end in zip(starts, ends, strict=True)
+        ]
+    for taken in list(node.users):  # operator.getitem, each
+        parts[taken.args[1]].meta = dict(taken.meta)
+        taken.replace_all_uses_with(parts[taken.args[1]])
+        graph.erase_node(taken)
+    graph.erase_node(node)
+
+
+def _is_complex(node: Any) -> bool:
+    value = node.meta.get("val")
+    inputs = [one.meta.get("val") for one in node.all_input_nodes]
+    complex_ = [isinstance(one, Tensor) and one.is_complex() for one in (value, *inputs)]
+    return node.op == "call_function" and any(complex_)
+
+
+def _as_pairs(graph: fx.Graph, node: Any) -> None:
+    """Complex numbers as pairs of real ones on a last axis of their own; inputs have been rewritten before."""
+    first, *rest = node.args
+    with graph.inserting_before(node):
+        if node.target in (aten.view_as_complex.default, aten.view_as_real.default):
+            made = first
+        elif node.target is aten.unsqueeze.default:
+            axis = rest[0] if rest[0] >= 0 else rest[0] - 1
+            made = graph.call_function(aten.unsqueeze.default, (first, axis))
+        elif node.target is aten.mul.Tensor:
+            (a, b), (c, d) = ([graph.call_function(aten.select.int, (one, -1, n)) for n in (0, 1)] for one in node.args)
+
+            def times(one: Any, other: Any) -> Any:
+                return graph.call_function(aten.mul.Tensor, (one, other))
+
+            real = graph.call_function(aten.sub.Tensor, (times(a, c), times(b, d)))
+            imaginary = graph.call_function(aten.add.Tensor, (times(a, d), times(b, c)))
+            made = graph.call_function(aten.stack.default, ([real, imaginary], -1))
+        elif node.target is aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+            return
+        else:
+            raise ModelError(
+                f"onnx: the forward computes {node.target} on complex numbers, which ONNX and TensorRT lack; "
+                "write it with real ones (cos and sin), or leave 'onnx' out of exports:"
+            )
+    node.replace_all_uses_with(made)
+    graph.erase_node(node)
+
+
+class RealTables(nn.Module):
+    """In place of a module that makes complex tables from sizes alone: the tables, as real constants."""
+
+    def __init__(self, tables: tuple[Tensor, ...], single: bool) -> None:
+        super().__init__()
+        self.single = single
+        self.count = len(tables)
+        for place, table in enumerate(tables):
+            self.register_buffer(f"table_{place}", torch.view_as_real(table).contiguous(), persistent=False)
+
+    def forward(self, *arguments: Any, **keywords: Any) -> Any:
+        tables = tuple(torch.view_as_complex(getattr(self, f"table_{place}")) for place in range(self.count))
+        return tables[0] if self.single else tables
+
+
+class _Reached(Exception):  # noqa: N818 (no error: it ends a forward that has shown what it was run for)
+    pass
+
+
+def with_real_tables(denoiser: nn.Module, tensors: Any) -> None:
+    """Replace, in place, every module that holds complex tables and is called without a tensor by its answer."""
+    for path, module in list(denoiser.named_modules()):
+        if not any(isinstance(value, Tensor) and value.is_complex() for value in vars(module).values()):
+            continue
+        called: list[tuple[Any, Any]] = []
+
+        def stop(_: nn.Module, arguments: Any, keywords: Any, called: list[tuple[Any, Any]] = called) -> None:
+            called.append((arguments, keywords))
+            raise _Reached
+
+        hook = module.register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            denoiser(tensors)
+        except _Reached:
+            pass
+        finally:
+            hook.remove()
+        if not called:
+            continue
+        arguments, keywords = called[0]
+        answer = module(*arguments, **keywords)
+        tables = (answer,) if isinstance(answer, Tensor) else tuple(answer)
+        owner, _, leaf = path.rpartition(".")
+        setattr(denoiser.get_submodule(owner), leaf, RealTables(tables, isinstance(answer, Tensor)))

@@ -1,0 +1,28 @@
+"""A tiny pipeline of any family as the program that its exporters are handed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flcompress.pipeline.program import Program
+from flcompress.pipeline.recipe_loading import load_recipe
+from flcompress.pipeline.start import starting_program
+from tests.families.pipelines import TINY, save
+
+RECIPE = """
+version: 1
+model: {{path: {model}}}
+sampling:
+  {{num_inference_steps: 4, guidance_scale: {guidance}, max_sequence_length: {tokens}, num_frames: {size[0]},
+   height: {size[1]}, width: {size[2]}}}
+passes: []
+"""
+
+
+def exportable(name: str, folder: Path) -> Program:
+    """Write the pipeline below `folder` and start a program with it."""
+    tiny, recipe = TINY[name], folder / "recipe.yaml"
+    tokens = 512 if name == "wan-i2v" else 16  # the stock transformer with an image encoder takes no other length
+    model = save(name, folder / "model")
+    recipe.write_text(RECIPE.format(model=model, guidance=tiny.guidance, tokens=tokens, size=tiny.size))
+    return starting_program(load_recipe(recipe), folder)

@@ -1,0 +1,44 @@
+"""Families whose forward needs rewriting: the graph agrees with torch at every size, and an engine builds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flcompress.errors import UnavailableError
+from flcompress.exporters.onnx_model import OnnxExporter
+from flcompress.exporters.tensorrt_api import load_tensorrt
+from flcompress.exporters.tensorrt_engine import TensorRTExporter
+from tests.families.exports import exportable
+
+SIZES = ["frames", "height", "width"]
+
+
+def silent(done: int, total: int, values: object) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("name", "dynamic"),
+    [
+        ("wan-ti2v", ["batch", *SIZES, "tokens"]),  # a timestep for every token
+        ("hunyuan-video", ["batch", *SIZES]),  # a mask from a sum
+        ("cogvideox", ["batch", *SIZES, "tokens"]),  # rotary tables as inputs
+        ("mochi", ["batch", *SIZES]),  # a loop over samples
+        ("ltx", ["batch"]),  # sizes as numbers
+        ("qwen-image", ["batch"]),  # complex numbers
+    ],
+)
+def test_a_family_exports(name: str, dynamic: list[str], tmp_path: Path) -> None:
+    program = exportable(name, tmp_path)
+    for what in ("onnx", "tensorrt"):
+        (tmp_path / what).mkdir()
+    summary = OnnxExporter().export(program, tmp_path / "onnx", tmp_path, silent)
+    assert sorted(summary["dynamic"]) == sorted(dynamic)
+    assert 0.0 <= summary["difference"] <= 1e-4
+    try:
+        load_tensorrt()
+    except UnavailableError as error:
+        pytest.skip(str(error))
+    assert TensorRTExporter().export(program, tmp_path / "tensorrt", tmp_path, silent)["bytes"] > 0
