@@ -61,7 +61,7 @@ def test_dry_run_writes_nothing(write: WriteRecipe, tmp_path: Path) -> None:
     assert told.stdout.splitlines()[-1] == "nothing was written"
     plan = json.loads(cli("apply", path, "--dry-run", "--json").stdout)
     assert plan["work_ratio"] == pytest.approx(25 * plan["parameters"] / plan["passes"][1]["parameters"])
-    assert plan["passes"][1]["memory"]["weights"] > 0
+    assert plan["passes"][1]["memory"]["roles"]["model"] > 0
     assert sorted(file.name for file in tmp_path.iterdir()) == ["tiny.yaml"]
 
 
