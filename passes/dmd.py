@@ -65,8 +65,8 @@ class DistributionMatching(Pass):
     critic_updates: int = Field(5, ge=1, description="updates of the fake score for each of the generator's")
     steps: int = Field(gt=0, description="updates of the generator")
     batch: int = Field(16, gt=0, description="clips an update")
-    learning_rate: float = Field(1e-4, gt=0, description="of the generator")
-    critic_learning_rate: float = Field(1e-4, gt=0, description="of the fake score")
+    learning_rate: float = Field(2e-4, gt=0, description="of the generator")
+    critic_learning_rate: float = Field(2e-4, gt=0, description="of the fake score")
     score_range: Range = Field(
         (0.02, 0.98), description="noise levels at which the scores are compared, before the shift"
     )
