@@ -1,8 +1,8 @@
 """Trace, skip and remove on every transformer class of diffusers: `python docs/census.py [NAME ...]`.
 
 Runs the tiny models of `tests/zoo`, removes every block alone, checks what comes out against the skip without the
-library's certificate, asks for the sets that refusals name, and writes `docs/support-matrix.json` and
-`docs/support-matrix.md`. With names it only prints.
+library's certificate, asks for the sets that refusals name, and writes `docs/census.json`, which
+`docs/support_matrix.py` reads. With names it only prints.
 """
 
 from __future__ import annotations
@@ -101,39 +101,6 @@ def totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def markdown(rows: list[dict[str, Any]], counts: dict[str, Any]) -> str:
-    """The matrix as a page; a class stands for all of its models in the zoo."""
-    lines = [
-        "# Support matrix",
-        "",
-        "Written by `python docs/census.py`, from what it ran on tiny random models (`tests/zoo`); do not edit.",
-        "A removed block means: the model without it, saved and loaded by stock diffusers, answers exactly what the",
-        "model with the block skipped answers (largest difference 0 in fp32, on inputs the removal never saw).",
-        "",
-        *(f"- {name}: {value}" for name, value in counts.items() if name != "refused"),
-        *(f"- refused, {kind}: {count}" for kind, count in counts["refused"].items()),
-        "",
-        "| Class | Models | Blocks | Trace | Skip | Remove alone | In sets | Why not alone |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for name in sorted({row["class"] for row in rows}):
-        mine = [row for row in rows if row["class"] == name]
-        blocks = sum(row["blocks"] for row in mine)
-        reasons = {cause(text): text for row in mine for path, text in row["refused"].items() if ", " not in path}
-        cells = [
-            name,
-            ", ".join(row["model"] for row in mine),
-            blocks,
-            "yes",
-            f"{sum(row['skipped'] for row in mine)}/{blocks}",
-            f"{sum(len(row['removed']) for row in mine)}/{blocks}",
-            "; ".join(" + ".join(one) for row in mine for one in row["together"]),
-            "; ".join(text.replace("|", "\\|") for text in reasons.values()),
-        ]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines) + "\n"
-
-
 def main(names: list[str]) -> None:
     """Run the models named, or all of them and write the matrix."""
     warnings.simplefilter("ignore")
@@ -152,8 +119,7 @@ def main(names: list[str]) -> None:
         print(json.dumps(rows, indent=1))
     else:
         document = json.dumps({"counts": counts, "rows": rows}, indent=1) + "\n"
-        (DOCS / "support-matrix.json").write_text(document, encoding="utf-8")
-        (DOCS / "support-matrix.md").write_text(markdown(rows, counts), encoding="utf-8")
+        (DOCS / "census.json").write_text(document, encoding="utf-8")
     if counts["wrong"]:
         sys.exit("a removal is wrong")
 

@@ -146,20 +146,15 @@ def inspect_model(
 def _graph(transformer: Any, clip: ClipSize | None, latents: tuple[int, int, int] | None) -> tuple[BlockGraph, str]:
     """The block graph with the FLOPs of the clip; where the class cannot be run, its lists of blocks, and why."""
     from flcompress.models import example_inputs
-    from flcompress.trace.config_keys import build
-    from flcompress.trace.counting import with_flops
+    from flcompress.trace.counting import graph_at
     from flcompress.trace.lists import listed_blocks
-    from flcompress.trace.stand_in import small_positions
-    from flcompress.trace.tracer import trace
 
     name = type(transformer).__name__
     if clip is None or latents is None:
         return listed_blocks(transformer), f"no example inputs are known for {name}, so it was not run"
     inputs = example_inputs(transformer, latent_shape=latents, tokens=clip.tokens)
-    # The streams are found by running blocks, which takes memory: so at a small size.
-    small = build(transformer, small_positions(transformer.config)).eval()
     try:
-        return with_flops(trace(small, example_inputs(small)), transformer, inputs), ""
+        return graph_at(transformer, inputs), ""
     except FlcompressError as error:
         return listed_blocks(transformer), str(error)
 

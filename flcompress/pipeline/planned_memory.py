@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from flcompress.ir.block import Block
 from flcompress.ir.graph import BlockGraph
 from flcompress.pipeline.passes import Cost, Precision, Role
 from flcompress.pipeline.recipe import Training
@@ -86,16 +86,18 @@ class Kept:
 
 def kept_alive(transformer: Path, graph: BlockGraph, tokens: int, shape: LatentShape, precision: Precision) -> Kept:
     """Count what one sample [1, channels, *shape] keeps alive."""
-    whole = kept_for_backward(transformer, tokens, shape, precision)
+    whole, inputs = kept_for_backward(transformer, tokens, shape, precision, graph)
     block = whole / max(1, len(graph.blocks))
-    inputs = sum(math.prod(stream.spec.shape) for each in graph.blocks for stream in each.streams)
-    return Kept(whole=whole, block=block, checkpointed=FLOAT * inputs + block)
+    return Kept(whole=whole, block=block, checkpointed=inputs + block)
 
 
-def kept_for_backward(transformer: Path, tokens: int, shape: LatentShape, precision: Precision = "fp32") -> int:
-    """Bytes that autograd keeps of a forward of one sample [1, channels, *shape]: each saved tensor once, no weights.
+def kept_for_backward(
+    transformer: Path, tokens: int, shape: LatentShape, precision: Precision, graph: BlockGraph
+) -> tuple[int, int]:
+    """Bytes that autograd keeps of a forward of one sample [1, channels, *shape], and bytes of its blocks' streams.
 
-    Counted on fake tensors, which choose the same kernels as real ones on the CPU and hold no memory.
+    Each saved tensor counts once, weights not at all. Counted on fake tensors, which choose the same kernels as real
+    ones on the CPU and hold no memory.
     """
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -104,6 +106,7 @@ def kept_for_backward(transformer: Path, tokens: int, shape: LatentShape, precis
 
     from flcompress.models.inputs import example_inputs
     from flcompress.models.loading import meta_transformer
+    from flcompress.trace.call import named
     from flcompress.trace.running import AllTrueMasks
 
     model = meta_transformer(transformer)
@@ -120,6 +123,19 @@ def kept_for_backward(transformer: Path, tokens: int, shape: LatentShape, precis
         saved[storage._cdata] = storage
         return tensor
 
+    streams = 0
+
+    def met(block: Block) -> Any:
+        def hook(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+            nonlocal streams
+            given = named(module, args, kwargs)
+            tensors = [given[stream.input] for stream in block.streams]
+            streams += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+        return hook
+
+    for block in graph.blocks:
+        model.get_submodule(block.path).register_forward_pre_hook(met(block), with_kwargs=True)
     # Some models keep plain tensors beside their weights; those may stay on the meta device.
     with FakeTensorMode(allow_non_fake_inputs=True), AllTrueMasks():
         state = {name: fake(value) for name, value in [*model.named_parameters(), *model.named_buffers()]}
@@ -129,4 +145,4 @@ def kept_for_backward(transformer: Path, tokens: int, shape: LatentShape, precis
             torch.func.functional_call(model, state, (), inputs)
     for value in state.values():
         saved.pop(value.untyped_storage()._cdata, None)
-    return sum(storage.nbytes() for storage in saved.values())
+    return sum(storage.nbytes() for storage in saved.values()), streams

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,10 +112,13 @@ def trace_folder(transformer: Path, tokens: int, shape: LatentShape = SMALL_LATE
     """The block graph of a transformer folder, from its configuration, for prompts of `tokens` tokens."""
     from flcompress.models.inputs import example_inputs
     from flcompress.models.loading import meta_transformer
+    from flcompress.trace.counting import graph_at
     from flcompress.trace.tracer import trace
 
     model = meta_transformer(transformer)
-    return trace(model, example_inputs(model, latent_shape=shape, tokens=tokens))
+    inputs = example_inputs(model, latent_shape=shape, tokens=tokens)
+    small = math.prod(shape) <= math.prod(SMALL_LATENTS)
+    return trace(model, inputs) if small else graph_at(model, inputs)
 
 
 def start_key(recipe: Recipe) -> str:

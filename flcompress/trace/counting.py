@@ -12,10 +12,14 @@ from torch.utils._pytree import tree_map
 
 from flcompress.errors import RequestError
 from flcompress.ir.graph import BlockGraph
+from flcompress.models import example_inputs
 from flcompress.trace.call import FORWARD_ERRORS, Call, blank, first_line
+from flcompress.trace.config_keys import build
 from flcompress.trace.replay import signature
 from flcompress.trace.running import flop_counter, runnable_on_meta
 from flcompress.trace.skip import replaced_forwards
+from flcompress.trace.stand_in import small_positions
+from flcompress.trace.tracer import trace
 
 
 def count_flops(model: nn.Module, paths: Iterable[str], inputs: Mapping[str, Any]) -> tuple[int, dict[str, int]]:
@@ -75,3 +79,13 @@ def with_flops(graph: BlockGraph, model: nn.Module, inputs: Mapping[str, Any]) -
         flows=graph.flows,
         config_keys=graph.config_keys,
     )
+
+
+def graph_at(model: nn.Module, inputs: Mapping[str, Any]) -> BlockGraph:
+    """The block graph of a weightless model of a known family, with the FLOPs of a forward on `inputs`, of any size.
+
+    The streams are found by running blocks, which takes time and memory: so at a small size, whose tensor specs they
+    keep.
+    """
+    small = build(model, small_positions(model.config)).eval()  # type: ignore[arg-type]
+    return with_flops(trace(small, example_inputs(small)), model, inputs)

@@ -31,7 +31,6 @@ sampling:
 data: {{latents: {data}}}
 passes:
   - importance: {{draws: 8, noise_levels: 2, batch: 4}}
-  # In random weights the least important block is one by chance, and in some classes the last cannot go.
   - stochastic-depth: {{remove: 0.1, steps: 2, batch: 2, max_drift: 1e9}}
   - prune: {{remove: 0.1}}
   - dmd: {{inter_cfg: [{guidance}, {guidance}], steps: 1, critic_updates: 1, batch: 2}}
@@ -54,20 +53,24 @@ def encoded(folder: Path, size: tuple[int, int, int], home: Path) -> Path:
 
 @pytest.mark.parametrize("name", TINY)
 def test_a_family_goes_all_the_way(pipeline_folder: Callable[[str], Path], name: str, tmp_path: Path) -> None:
-    folder, tiny = pipeline_folder(name), TINY[name]
-    data = encoded(folder, tiny.size, tmp_path)
-    recipe = tmp_path / "recipe.yaml"
+    all_the_way(pipeline_folder(name), name, tmp_path)
+
+
+def all_the_way(folder: Path, name: str, home: Path) -> None:
+    """Encode clips, apply every stage, export, load by the stock pipeline, generate; AssertionError where it fails."""
+    tiny, data = TINY[name], encoded(folder, TINY[name].size, home)
+    recipe = home / "recipe.yaml"
     recipe.write_text(RECIPE.format(model=folder, data=data, size=tiny.size, guidance=tiny.guidance))
-    run = apply(recipe, tmp_path / "run", display=QuietDisplay(), device="cpu")
+    run = apply(recipe, home / "run", display=QuietDisplay(), device="cpu")
 
     final = run.final()
     assert {Fact.PRUNED, Fact.FEW_STEP} <= final.facts
     assert 0 < len(final.graph.blocks) < len(run.start().graph.blocks)
     assert final.contract.embedded_guidance == tiny.embedded
-    generated(run.path / "exports" / "diffusers", name, tmp_path)
+    generated(run.path / "exports" / "diffusers", name)
 
 
-def generated(folder: Path, name: str, tmp_path: Path) -> None:
+def generated(folder: Path, name: str) -> None:
     """The stock pipeline, called as the export says, gives a clip of the right size."""
     import diffusers
     from PIL import Image

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from flcompress.models.inputs import example_inputs
 from flcompress.models.loading import load_transformer
 from flcompress.pipeline.planned_memory import kept_for_backward
+from flcompress.pipeline.start import trace_folder
 from tests.families.pipelines import TINY
 
 
@@ -34,7 +36,10 @@ def test_what_a_backward_needs_is_counted_as_a_real_one_keeps_it(
     real -= sum({p: kept[p].nbytes() for one in state if (p := one.untyped_storage().data_ptr()) in kept}.values())
     del output
     assert real > 0
-    planned = kept_for_backward(folder, 16, (3, 8, 8))
+    graph = trace_folder(folder, 16)
+    planned, streams = kept_for_backward(folder, 16, (3, 8, 8), "fp32", graph)
+    specs = [stream.spec for block in graph.blocks for stream in block.streams]
+    assert streams == sum(4 * math.prod(spec.shape) for spec in specs)
     if name == "mochi":  # drops padding from the prompt; the plan knows no mask and counts every token
         assert real < planned < 1.02 * real
     else:
