@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import click
 
 from flcompress import __version__
-from flcompress.errors import FlcompressError
+from flcompress.errors import FlcompressError, RequestError
 
 if TYPE_CHECKING:
     from flcompress.pipeline.display import Display
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 Backend = Literal["torch", "onnx", "tensorrt"]
 _FOLDER = click.Path(path_type=Path)
+_GPUS = ("a100", "h100", "h200", "l40s", "rtx4090")  # those of pipeline/gpus.py, which --help does not load
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")
 quiet = click.option("--quiet", is_flag=True, help="Show no progress.")
@@ -54,6 +55,7 @@ def main(debug: bool) -> None:
 @click.option("--run-dir", type=_FOLDER, help="Where to write.  [default: runs/<recipe name>]")
 @click.option("--store", type=_FOLDER, help="Folder in which several runs share pass results and encoded clips.")
 @click.option("--dry-run", is_flag=True, help="Check everything and print the plan; write nothing.")
+@click.option("--gpu", type=click.Choice(_GPUS), help="Plan for one of these.  [default: this machine, measured]")
 @click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override, such as passes.dmd.steps=10; repeatable."
 )
@@ -64,6 +66,7 @@ def apply_command(
     run_dir: Path | None,
     store: Path | None,
     dry_run: bool,
+    gpu: str | None,
     overrides: Sequence[str],
     as_json: bool,
     quiet: bool,
@@ -74,11 +77,14 @@ def apply_command(
     from flcompress.pipeline.rundir import RunDirectory
 
     loaded = load_recipe(recipe, overrides)
+    if gpu and not dry_run:
+        raise RequestError(f"--gpu: {gpu} given without --dry-run; it says what a plan is made for")
     if dry_run:
+        from flcompress.pipeline.gpus import GPUS
         from flcompress.pipeline.plan import make_plan, plan_text
 
-        manager.check(loaded, RunDirectory(run_dir or manager.default_run_dir(loaded)))
-        plan = make_plan(loaded)
+        manager.check_plan(loaded, RunDirectory(run_dir or manager.default_run_dir(loaded)))
+        plan = make_plan(loaded, gpu=GPUS[gpu] if gpu else None)
         click.echo(json.dumps(plan.to_dict(), indent=1) if as_json else plan_text(plan))
         return
     run = manager.apply(loaded, run_dir, store=store, display=_display(quiet))

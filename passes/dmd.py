@@ -46,7 +46,7 @@ class DistributionMatching(Pass):
 
     with b1 and b2 drawn from ranges for every sample. A discriminator on the fake score's features is optional.
 
-    `- dmd: {student_steps: 4, inter_cfg: [3, 4], intra_cfg: [0, 0.5], steps: 200}`
+    `- dmd: {student_steps: 4, inter_cfg: [3, 4], steps: 200}`
     """
 
     name: ClassVar[str] = "dmd"
@@ -57,7 +57,9 @@ class DistributionMatching(Pass):
     student_steps: int = Field(4, ge=1, le=16, description="network calls of the finished generator")
     inter_cfg: Range = Field((3.0, 4.0), description="b1, text guidance, range; 1 is none (u + w (c - u))")
     intra_cfg: Range = Field(
-        (0.0, 0.5), description="b2, guidance of the full teacher away from its pruned self, range"
+        (0.0, 0.0),
+        description="b2, guidance of the full teacher away from its pruned self, range; 0 is none "
+        "(the paper's best is 0.25; on the embedded benchmark none is better, docs/benchmarks.md)",
     )
     real_score: Literal["original", "elastic"] = Field(
         "original", description="whose weights: the model the recipe started from, or what stochastic depth made of it"

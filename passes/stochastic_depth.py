@@ -16,6 +16,7 @@ from flcompress.errors import TrainingError
 from flcompress.ir.selection import By, choose
 from flcompress.models.loading import frozen
 from flcompress.models.network import as_network
+from flcompress.models.precision import half_precision
 from flcompress.pipeline.passes import Cost, Pass, Role, Work
 from flcompress.pipeline.program import Fact, Program
 from flcompress.trace.network import skipping
@@ -153,7 +154,8 @@ class StochasticDepth(Pass):
                 return update(network(x, timestep, given), full)
 
         elbo = HeldOutELBO(heldout, process, len(heldout), work.seed, work.device, self.batch)
-        reference = elbo(as_network(original, guidance))
+        with half_precision(work.device, enabled=work.precision == "bf16"):
+            reference = elbo(as_network(original, guidance))
 
         def monitor(step: int) -> Mapping[str, float]:
             full, pruned = elbo(network), elbo(skipping(model, paths, graph, guidance))

@@ -15,13 +15,14 @@ PIPELINES = tuple(name for family in FAMILIES for name in family.pipelines)
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
-def check_pipeline(folder: Path, *, weights: bool = True) -> dict[str, Any]:
+def check_pipeline(folder: Path, *, weights: bool = True, parts: bool = True) -> dict[str, Any]:
     """Check a diffusers pipeline folder and return its `model_index.json`.
 
     Args:
         folder: the pipeline folder.
         weights: also check every weight file (safetensors only, complete, finite). False for a folder of
             configurations that a recipe starts from at random.
+        parts: also ask for the text encoders and whatever else is needed to run it, not only to plan.
 
     Raises:
         ModelError: missing, not a pipeline, of a class not handled, pickled, truncated or not finite.
@@ -32,8 +33,8 @@ def check_pipeline(folder: Path, *, weights: bool = True) -> dict[str, Any]:
     name = index.get("_class_name")
     if name not in PIPELINES:
         raise ModelError(f"{folder / 'model_index.json'}: _class_name is {name!r}, expected {' or '.join(PIPELINES)}")
-    parts = [part for part, kind in index.items() if isinstance(kind, list) and kind[0] is not None]
-    for component in parts:
+    named = [part for part, kind in index.items() if isinstance(kind, list) and kind[0] is not None]
+    for component in named if parts else ("transformer", "vae", "scheduler"):
         if not (folder / component).is_dir():
             raise ModelError(f"{folder / component}: no such folder; model_index.json of a {name} names it")
     found, expected = check_transformer_config(folder / "transformer")["_class_name"], family_of(name).transformers
@@ -41,10 +42,15 @@ def check_pipeline(folder: Path, *, weights: bool = True) -> dict[str, Any]:
         path = folder / "transformer" / "config.json"
         raise ModelError(f"{path}: _class_name is {found!r}, expected {' or '.join(expected)} in a {name}")
     if weights:
-        for component in parts:
+        for component in named:
             if component.startswith(("transformer", "vae", "text_encoder", "image_encoder")):
                 check_weights(folder / component)
     return index
+
+
+def only_configurations(folder: Path) -> bool:
+    """Whether a pipeline folder holds no weights of any kind: enough to plan with, and to look at."""
+    return not any(path.suffix in (".safetensors", *_PICKLES) for path in folder.rglob("*"))
 
 
 def check_transformer_config(folder: Path) -> dict[str, Any]:

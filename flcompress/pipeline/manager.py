@@ -15,6 +15,7 @@ from flcompress.pipeline.data_check import check_data
 from flcompress.pipeline.display import Display, default_display
 from flcompress.pipeline.durable import full_disk_told, locked
 from flcompress.pipeline.exporting import run_exports
+from flcompress.pipeline.gpus import GPUS
 from flcompress.pipeline.passes import Pass, Work
 from flcompress.pipeline.program import Program
 from flcompress.pipeline.recipe import Recipe, arguments
@@ -33,6 +34,7 @@ def apply(
     store: Path | str | None = None,
     display: Display | None = None,
     device: str | None = None,
+    gpu: str | None = None,
 ) -> RunDirectory:
     """Carry out a recipe; what an earlier call already did is found again, a killed one goes on.
 
@@ -44,6 +46,7 @@ def apply(
         store: a folder in which several runs share pass results and encoded clips; each run's own where left out.
         display: where progress is shown; bars on a terminal, else lines.
         device: "cpu" or "cuda"; cuda if there is one where left out.
+        gpu: plan a dry run for one of `gpus.GPUS`, this machine where left out.
 
     Returns:
         The run directory.
@@ -55,12 +58,13 @@ def apply(
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     display = display or default_display()
     run = RunDirectory(run_dir or default_run_dir(recipe))
-    check(recipe, run)
     if dry_run:
         from flcompress.pipeline.plan import make_plan, plan_text
 
-        display.line(plan_text(make_plan(recipe)))
+        check_plan(recipe, run)
+        display.line(plan_text(make_plan(recipe, gpu=GPUS[gpu] if gpu else None)))
         return run
+    check(recipe, run)
     with full_disk_told(run.path):
         run.path.mkdir(parents=True, exist_ok=True)
         with locked(run.path, wait=False) as mine:
@@ -106,6 +110,17 @@ def check(recipe: Recipe, run: RunDirectory) -> None:
         exporter.check()
     check_pipeline(recipe.model_folder(), weights=recipe.model.weights == "trained")
     check_data(recipe)
+
+
+def check_plan(recipe: Recipe, run: RunDirectory) -> None:
+    """`check`; of a model folder that holds configurations alone, whose data need not be there yet, what they tell."""
+    from flcompress.models.folder import check_pipeline, only_configurations
+
+    if recipe.model.weights == "trained" and only_configurations(recipe.model_folder()):
+        run.check_recipe(recipe)
+        check_pipeline(recipe.model_folder(), weights=False, parts=False)
+    else:
+        check(recipe, run)
 
 
 def pass_key(step: Pass, program: Program, recipe: Recipe) -> str:

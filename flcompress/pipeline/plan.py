@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from flcompress.ir.graph import BlockGraph
 from flcompress.pipeline.display import clock
+from flcompress.pipeline.gpus import UTILISATION, Gpu
 from flcompress.pipeline.planned_memory import PlannedMemory, kept_alive, planned_memory
 from flcompress.pipeline.planned_size import latents
 from flcompress.pipeline.recipe import Recipe
@@ -55,20 +56,28 @@ class Plan:
     final_evaluations: int
     work_ratio: float
     flops_per_second: float
+    gpu: Gpu | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def make_plan(recipe: Recipe, flops_per_second: float | None = None) -> Plan:
+def make_plan(recipe: Recipe, flops_per_second: float | None = None, gpu: Gpu | None = None) -> Plan:
     """Plan a recipe whose checks have passed; nothing is written.
 
     Args:
         recipe: the recipe.
         flops_per_second: speed of this machine; measured where left out.
+        gpu: plan for one of these instead.
     """
+    if gpu is not None:
+        flops_per_second = gpu.speed(recipe.training.precision)
     source = read_source(recipe)
-    transformer, tokens, shape = source.folder / "transformer", source.contract.max_sequence_length, latents(recipe)
+    transformer, tokens, shape = (
+        source.folder / "transformer",
+        source.contract.max_sequence_length,
+        _data_latents(recipe),
+    )
     shape = shape or source.latents[1:]
     graph = source.graph if shape == source.latents[1:] else trace_folder(transformer, tokens, shape)
     speed = flops_per_second or measure_speed(transformer, graph, tokens, shape)
@@ -104,7 +113,16 @@ def make_plan(recipe: Recipe, flops_per_second: float | None = None) -> Plan:
         final_evaluations=evaluations,
         work_ratio=before / evaluations * graph.parameters / parameters,
         flops_per_second=speed,
+        gpu=gpu,
     )
+
+
+def _data_latents(recipe: Recipe) -> LatentShape | None:
+    """The size of the recipe's data, which need not be there where the model folder holds configurations alone."""
+    from flcompress.models.folder import only_configurations
+
+    planning = recipe.model.weights == "trained" and only_configurations(recipe.model_folder())
+    return None if planning else latents(recipe)
 
 
 def plan_text(plan: Plan) -> str:
@@ -136,9 +154,8 @@ def plan_text(plan: Plan) -> str:
             "",
             *(line.rstrip() for line in table),
             "",
-            *_memory_lines(plan.passes),
-            f"time: about {clock(sum(row.seconds for row in plan.passes))} "
-            f"at a measured {plan.flops_per_second / 1e9:.1f} GFLOP/s; exports: {', '.join(plan.exports) or 'none'}",
+            *_memory_lines(plan.passes, plan.gpu),
+            f"time: about {_time(plan)}; exports: {', '.join(plan.exports) or 'none'}",
             f"end: {plan.final_evaluations} evaluations with {share:.1%} of the parameters: "
             f"{plan.work_ratio:.2f}x less work a sample",
             "nothing was written",
@@ -146,13 +163,29 @@ def plan_text(plan: Plan) -> str:
     )
 
 
-def _memory_lines(passes: tuple[PlannedPass, ...]) -> list[str]:
-    """Of what the memory of the fullest pass is made up."""
+def _time(plan: Plan) -> str:
+    seconds = sum(row.seconds for row in plan.passes)
+    if plan.gpu is None:
+        return f"{clock(seconds)} at a measured {plan.flops_per_second / 1e9:.1f} GFLOP/s"
+    return f"{seconds / 3600:,.1f} hours of one {plan.gpu.name} at {UTILISATION:.0%} of its stated speed"
+
+
+def _memory_lines(passes: tuple[PlannedPass, ...], gpu: Gpu | None) -> list[str]:
+    """Of what the memory of the fullest pass is made up, and whether a GPU has it."""
     if not passes:
         return []
     fullest = max(passes, key=lambda row: row.memory.total)
     parts = ", ".join(f"{name} {_short(value)}B" for name, value in fullest.memory.parts().items())
-    return [f"memory: {fullest.name} takes most, {_short(fullest.memory.total)}B: {parts}"]
+    lines = [f"memory: {fullest.name} takes most, {_short(fullest.memory.total)}B: {parts}"]
+    if gpu is not None and fullest.memory.total > gpu.memory:
+        count = math.ceil(fullest.memory.total / gpu.memory)
+        lines.append(
+            f"memory: more than one {gpu.name} has; {count} would hold it, but models are not split over GPUs yet; "
+            "lower batch or the size, take a larger GPU, or see training: in the recipe reference"
+        )
+    elif gpu is not None:
+        lines.append(f"memory: one {gpu.name} holds every pass")
+    return lines
 
 
 def measure_speed(transformer: Path, graph: BlockGraph, tokens: int, shape: LatentShape) -> float:

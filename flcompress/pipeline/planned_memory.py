@@ -106,6 +106,7 @@ def kept_for_backward(
 
     from flcompress.models.inputs import example_inputs
     from flcompress.models.loading import meta_transformer
+    from flcompress.models.precision import half_precision
     from flcompress.trace.call import named
     from flcompress.trace.running import AllTrueMasks
 
@@ -140,7 +141,7 @@ def kept_for_backward(
     with FakeTensorMode(allow_non_fake_inputs=True), AllTrueMasks():
         state = {name: fake(value) for name, value in [*model.named_parameters(), *model.named_buffers()]}
         inputs = tree_map_only(torch.Tensor, fake, inputs)
-        cast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
+        cast = half_precision("cpu", enabled=precision == "bf16")
         with cast, saved_tensors_hooks(note, lambda tensor: tensor):
             torch.func.functional_call(model, state, (), inputs)
     for value in state.values():

@@ -200,8 +200,11 @@ class Recipe(_Part):
         """Every key with its value, defaults included, paths absolute where they exist: what RUN/recipe.yaml holds."""
         plain = self.model_dump(mode="json", by_alias=True, exclude={"passes", "exports"}, exclude_none=True)
         plain["model"]["path"] = str(self._find(self.model.path)[0] or self.model.path)
-        if self.data is not None and self.data.moving_digits is None:
-            plain["data"] = self.data_spec()
+        if self.data is not None and self.data.latents is not None:
+            plain["data"]["latents"] = str(self._find(self.data.latents)[0] or self.data.latents)
+        if self.data is not None and self.data.videos is not None:
+            given = {"folder": self.data.videos.folder, "captions": self.data.videos.captions}
+            plain["data"]["videos"] = {key: str(self._find(path)[0] or path) for key, path in given.items()}
         plain["passes"] = [{step.name: arguments(step)} for step in self.passes]
         plain["exports"] = [{step.name: arguments(step)} for step in self.exports]
         return plain

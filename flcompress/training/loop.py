@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from flcompress.draws import generator
+from flcompress.models.precision import half_precision
 from flcompress.pipeline.durable import write_text
 from flcompress.pipeline.passes import Precision, ProgressSink
 from flcompress.training.trained import Trained
@@ -51,6 +52,7 @@ def train(
     Raises:
         TrainingError: a loss was not finite or the monitor said stop. The last checkpoint stays.
     """
+    device = next(roles[0].model.parameters()).device.type
     directory.mkdir(parents=True, exist_ok=True)
     checkpoint = directory / "checkpoint.safetensors"
     log = directory / "metrics.jsonl"
@@ -64,25 +66,19 @@ def train(
             lines.flush()
 
         if monitor is not None and start == 0:
-            with _autocast(roles, precision):
+            with half_precision(device, enabled=precision == "bf16"):
                 write({"step": 0, **monitor(0)})
         for step in range(start + 1, steps + 1):
-            with _autocast(roles, precision):
+            with half_precision(device, enabled=precision == "bf16"):
                 values = dict(train_step(step, generator(*seed, step)))
             write({"step": step, **values})
             progress(step, steps, values)
             if monitor is not None and (step == steps or (monitor_every and step % monitor_every == 0)):
-                with _autocast(roles, precision):
+                with half_precision(device, enabled=precision == "bf16"):
                     write({"step": step, **monitor(step)})
             if step == steps or time.monotonic() - saved > CHECKPOINT_SECONDS:
                 _save(checkpoint, roles, step)
                 saved = time.monotonic()
-
-
-def _autocast(roles: Sequence[Trained], precision: Precision) -> torch.autocast:
-    # Without the cache: a step updates weights several times, and the cache would go on with their old bf16 copies.
-    kind = next(roles[0].model.parameters()).device.type
-    return torch.autocast(kind, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
 
 
 def _save(path: Path, roles: Sequence[Trained], step: int) -> None:

@@ -1,0 +1,55 @@
+"""Half precision and gradient checkpointing: what they may change, and what not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from flcompress.pipeline.display import QuietDisplay
+from flcompress.pipeline.manager import apply
+from tests.tiny import tiny_pipeline
+
+RECIPE = """
+version: 1
+model: {model}
+sampling: {{max_sequence_length: 16}}
+data: {{moving-digits: {{clips: 32}}}}
+passes:
+  - importance: {{draws: 8, noise_levels: 2}}
+  - stochastic-depth: {{remove: 0.3, steps: 3, batch: 4, target: {target}, max_drift: 1e9}}
+  - prune: {{remove: 0.3}}
+  - dmd: {{steps: 2, critic_updates: 2, batch: 4}}
+"""
+
+
+def losses(home: Path, target: str, *overrides: str) -> list[dict[str, float]]:
+    """Every logged line of both training passes."""
+    home.mkdir()
+    model = tiny_pipeline(home / "model", layers=4)
+    recipe = home / "recipe.yaml"
+    recipe.write_text(RECIPE.format(model=model, target=target))
+    run = apply(recipe, home / "run", overrides=overrides, display=QuietDisplay(), device="cpu")
+    folders = [entry.folder for entry in run.entries() if (entry.folder / "metrics.jsonl").exists()]
+    lines = [line for folder in folders for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in lines]
+
+
+@pytest.mark.parametrize("target", ["frozen", "self"])
+def test_gradient_checkpointing_changes_no_loss(tmp_path: Path, target: str) -> None:
+    """Also where blocks are skipped: the backward, which computes blocks again, must skip the same ones."""
+    plain = losses(tmp_path / "plain", target)
+    again = losses(tmp_path / "again", target, "training.gradient_checkpointing=true")
+    assert len(plain) == len(again) == 7
+    for one, other in zip(plain, again, strict=True):
+        assert other == pytest.approx(one, rel=1e-4, abs=1e-6)
+
+
+def test_half_precision_stays_near(tmp_path: Path) -> None:
+    plain = losses(tmp_path / "plain", "frozen")
+    half = losses(tmp_path / "half", "frozen", "training.precision=bf16")
+    assert plain != half
+    for one, other in zip(plain, half, strict=True):
+        for name in set(one) & {"elbo_full", "elbo_pruned", "fake_score_loss", "stochastic_depth_loss"}:
+            assert other[name] == pytest.approx(one[name], rel=0.05), name
