@@ -23,8 +23,7 @@ from tests.zoo import ZOO
 from tests.zoo.check import answer, largest_difference, named_set, randomised
 
 MATRIX: dict[str, dict[str, Any]] = {
-    row["model"]: row
-    for row in json.loads((Path(__file__).parents[2] / "docs" / "census.json").read_text())["rows"]
+    row["model"]: row for row in json.loads((Path(__file__).parents[2] / "docs" / "census.json").read_text())["rows"]
 }
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # stock models warn of much that is not ours
