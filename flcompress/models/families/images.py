@@ -22,7 +22,32 @@ from flcompress.models.families.family import (
 _POOLED = ("encoder_hidden_states", "pooled_projections")
 
 
-class Flux(Family):
+class _Packed(Family):
+    """Latents packed into tokens of 2 x 2 patches, a guidance scale that the network may be told."""
+
+    image: ClassVar[bool] = True
+
+    def prediction(
+        self, config: Config, output: torch.Tensor, x: torch.Tensor, timestep: torch.Tensor, given: Conditioning
+    ) -> torch.Tensor:
+        return unpacked(output, x)
+
+    def call(self, guidance_scale: float, embedded: float | None) -> dict[str, float]:
+        # The pipeline's guidance_scale is the embedded one; the other is called true_cfg_scale.
+        told = {} if embedded is None else {"guidance_scale": embedded}
+        return {**told, "true_cfg_scale": guidance_scale}
+
+    def channels(self, config: Config) -> int:
+        return int(config["in_channels"]) // 4
+
+    def sigmas(self, steps: int) -> Sequence[float] | None:
+        return evenly(steps)
+
+    def sequence_length(self, config: Config, shape: LatentShape) -> int:
+        return shape[1] // 2 * (shape[2] // 2)
+
+
+class Flux(_Packed):
     """FLUX.1: packed latents, a pooled prompt, and (dev) an embedded guidance scale."""
 
     name: ClassVar[str] = "Flux"
@@ -30,7 +55,6 @@ class Flux(Family):
     transformers: ClassVar[tuple[str, ...]] = ("FluxTransformer2DModel",)
     prompt_names: ClassVar[tuple[str, ...]] = _POOLED
     embedded_guidance: ClassVar[float | None] = 3.5
-    image: ClassVar[bool] = True
 
     def arguments(
         self, config: Config, x: torch.Tensor, timestep: torch.Tensor, given: Conditioning, guidance: float | None
@@ -52,11 +76,6 @@ class Flux(Family):
             made["guidance"] = torch.full_like(timestep, float(scale or 1.0))
         return made
 
-    def prediction(
-        self, config: Config, output: torch.Tensor, x: torch.Tensor, timestep: torch.Tensor, given: Conditioning
-    ) -> torch.Tensor:
-        return unpacked(output, x)
-
     def example_conditioning(
         self, config: Config, batch: int, shape: LatentShape, tokens: int, draw: torch.Generator
     ) -> dict[str, torch.Tensor]:
@@ -70,20 +89,6 @@ class Flux(Family):
             list(prompts), None, max_sequence_length=length, device=pipeline.text_encoder.device
         )
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
-
-    def call(self, guidance_scale: float, embedded: float | None) -> dict[str, float]:
-        # The pipeline's guidance_scale is the embedded one; the other is called true_cfg_scale.
-        told = {} if embedded is None else {"guidance_scale": embedded}
-        return {**told, "true_cfg_scale": guidance_scale}
-
-    def channels(self, config: Config) -> int:
-        return int(config["in_channels"]) // 4
-
-    def sigmas(self, steps: int) -> Sequence[float] | None:
-        return evenly(steps)
-
-    def sequence_length(self, config: Config, shape: LatentShape) -> int:
-        return shape[1] // 2 * (shape[2] // 2)
 
 
 class StableDiffusion3(Family):
@@ -129,14 +134,13 @@ class StableDiffusion3(Family):
         return shape[1] // patch * (shape[2] // patch)
 
 
-class QwenImage(Family):
+class QwenImage(_Packed):
     """QwenImage: packed latents and a masked language-model prompt."""
 
     name: ClassVar[str] = "QwenImage"
     pipelines: ClassVar[tuple[str, ...]] = ("QwenImagePipeline",)
     transformers: ClassVar[tuple[str, ...]] = ("QwenImageTransformer2DModel",)
     prompt_names: ClassVar[tuple[str, ...]] = ("encoder_hidden_states", "encoder_hidden_states_mask")
-    image: ClassVar[bool] = True
 
     def arguments(
         self, config: Config, x: torch.Tensor, timestep: torch.Tensor, given: Conditioning, guidance: float | None
@@ -148,11 +152,6 @@ class QwenImage(Family):
             "encoder_hidden_states_mask": given["encoder_hidden_states_mask"],
             "img_shapes": [[(1, x.shape[3] // 2, x.shape[4] // 2)]] * len(x),
         }
-
-    def prediction(
-        self, config: Config, output: torch.Tensor, x: torch.Tensor, timestep: torch.Tensor, given: Conditioning
-    ) -> torch.Tensor:
-        return unpacked(output, x)
 
     def example_conditioning(
         self, config: Config, batch: int, shape: LatentShape, tokens: int, draw: torch.Generator
@@ -174,17 +173,3 @@ class QwenImage(Family):
             "encoder_hidden_states": padded(embeds, length),
             "encoder_hidden_states_mask": padded(mask.long(), length),
         }
-
-    def call(self, guidance_scale: float, embedded: float | None) -> dict[str, float]:
-        # The pipeline's guidance_scale is the embedded one; the other is called true_cfg_scale.
-        told = {} if embedded is None else {"guidance_scale": embedded}
-        return {**told, "true_cfg_scale": guidance_scale}
-
-    def channels(self, config: Config) -> int:
-        return int(config["in_channels"]) // 4
-
-    def sigmas(self, steps: int) -> Sequence[float] | None:
-        return evenly(steps)
-
-    def sequence_length(self, config: Config, shape: LatentShape) -> int:
-        return shape[1] // 2 * (shape[2] // 2)
