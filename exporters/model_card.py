@@ -8,25 +8,24 @@ from flcompress.pipeline.program import Program
 
 CARD = """---
 library_name: diffusers
-pipeline_tag: text-to-video
+pipeline_tag: {task}
 ---
 # {blocks} blocks, {steps} steps
 
 A {pipeline_class} compressed by flcompress: {parameters:,} parameters in its transformer, {evaluations} network
-evaluations a clip (it was made from one sampled with {teacher_evaluations}).
+evaluations a sample (it was made from one sampled with {teacher_evaluations}).
 
 ```python
 import torch
 from diffusers import {pipeline_class}
-from diffusers.utils import export_to_video
-
+{imports}
 pipe = {pipeline_class}.from_pretrained(".")
 torch.manual_seed(0)
-clip = pipe(
-    "{prompt}",
+made = pipe(
+    prompt="{prompt}",
 {arguments}
-).frames[0]
-export_to_video(clip, "clip.mp4", fps=8)
+)
+{write}
 ```
 
 Give all of these arguments: the pipeline's own defaults are for an uncompressed model. {seed}
@@ -45,8 +44,20 @@ DETERMINISTIC = "The seed decides the\nstarting noise, nothing else is random."
 
 def model_card(program: Program, call: Mapping[str, int | float]) -> str:
     """Markdown with the snippet that runs the exported folder; `call` are the arguments beside the prompt."""
-    contract = program.contract
+    contract, family = program.contract, program.family
+    if family.image:
+        task, imports, write = "text-to-image", "", 'made.images[0].save("picture.png")'
+    else:
+        task, write = "text-to-video", 'export_to_video(made.frames[0], "clip.mp4", fps=8)'
+        imports = "from diffusers.utils import export_to_video\n"
+    given = [f"    {name}={value!r}," for name, value in call.items()]
+    if program.pipeline_class in family.from_image:
+        task, imports = "image-to-video", "from diffusers.utils import export_to_video, load_image\n"
+        given.insert(0, '    image=load_image("first_frame.png"),')
     return CARD.format(
+        task=task,
+        imports=imports,
+        write=write,
         blocks=len(program.graph.blocks),
         steps=contract.num_inference_steps,
         pipeline_class=program.pipeline_class,
@@ -54,7 +65,7 @@ def model_card(program: Program, call: Mapping[str, int | float]) -> str:
         evaluations=contract.evaluations,
         teacher_evaluations=program.teacher_contract.evaluations,
         prompt="a three drifting up and left, fast",
-        arguments="\n".join(f"    {name}={value!r}," for name, value in call.items()),
+        arguments="\n".join(given),
         seed=STOCHASTIC if contract.stochastic else DETERMINISTIC,
         sigmas=", ".join(f"{sigma:.4g}" for sigma in contract.sigmas),
         shift=contract.shift,

@@ -76,6 +76,10 @@ def generated(folder: Path, name: str) -> None:
     from PIL import Image
 
     facts = json.loads((folder / "flcompress.json").read_text())
+    card = (folder / "README.md").read_text()
+    assert f"from diffusers import {facts['pipeline_class']}\n" in card
+    assert ("text-to-image" in card) == ("made.images[0]" in card) == ("num_frames" not in facts["call"])
+    assert ("image-to-video" in card) == ("load_image" in card) == ("ImageToVideo" in facts["pipeline_class"])
     pipeline = getattr(diffusers, facts["pipeline_class"]).from_pretrained(str(folder), use_safetensors=True)
     pipeline.set_progress_bar_config(disable=True)
     frames, height, width = TINY[name].size
