@@ -1,4 +1,4 @@
-"""Trace, skip and remove on every transformer class of diffusers: `python docs/census.py [NAME ...]`.
+"""Trace, skip and remove on every transformer class of diffusers: `python -m docs.census [NAME ...]`.
 
 Runs the tiny models of `tests/zoo`, removes every block alone, checks what comes out against the skip without the
 library's certificate, asks for the sets that refusals name, and writes `docs/census.json`, which

@@ -1,4 +1,4 @@
-"""Export a tiny random pipeline of every family to ONNX and TensorRT: `export_matrix.py fp32 [FAMILY ...]`.
+"""Export a tiny random pipeline of every family to ONNX and TensorRT: `python -m docs.export_matrix fp32 [FAMILY ...]`.
 
 Writes what came of it to docs/export_matrix.json. Each ONNX file has to agree with torch through ONNX Runtime at the
 given precision, and each engine has to build.
@@ -12,17 +12,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from flcompress.errors import FlcompressError
+from flcompress.exporters.onnx_model import OnnxExporter
+from flcompress.exporters.tensorrt_engine import TensorRTExporter
+from flcompress.pipeline.program import Program
+from tests.families.exports import exportable
+from tests.families.pipelines import TINY
 
-from flcompress.errors import FlcompressError  # noqa: E402
-from flcompress.exporters.onnx_model import OnnxExporter  # noqa: E402
-from flcompress.exporters.tensorrt_engine import TensorRTExporter  # noqa: E402
-from flcompress.pipeline.program import Program  # noqa: E402
-from tests.families.exports import exportable  # noqa: E402
-from tests.families.pipelines import TINY  # noqa: E402
-
-OUT = ROOT / "docs" / "export_matrix.json"
+OUT = Path(__file__).with_name("export_matrix.json")
 
 
 def row(name: str, precision: str) -> dict[str, Any]:

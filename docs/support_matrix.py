@@ -1,4 +1,4 @@
-"""Write docs/support-matrix.md from what census.py, train_matrix.py and export_matrix.py ran."""
+"""Write docs/support-matrix.md from what the census and the matrices of training and export ran."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def page() -> str:
     lines = [
         "# Support matrix",
         "",
-        "Written by `python docs/support_matrix.py` from what `census.py`, `train_matrix.py` and `export_matrix.py`",
+        "Written by `python docs/support_matrix.py` from what `python -m docs.census`, `docs.train_matrix` and",
+        "`docs.export_matrix`",
         f"ran on tiny random models of diffusers {counts['diffusers']}; do not edit.",
         "",
         f"Trace, skip, remove: {counts['classes']} classes, {counts['models']} models, {counts['blocks']} blocks; "

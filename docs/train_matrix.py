@@ -1,4 +1,4 @@
-"""Take a tiny random pipeline of every family through every stage: `train_matrix.py [FAMILY ...]`.
+"""A tiny random pipeline of every family through every stage: `python -m docs.train_matrix [FAMILY ...]`.
 
 Writes what came of it to docs/train_matrix.json. A step or two of training show that a family is wired, not how well
 it learns.
@@ -11,15 +11,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from flcompress.errors import FlcompressError
+from flcompress.models.folder import read_json
+from tests.families.pipelines import TINY, save
+from tests.families.test_apply import all_the_way
 
-from flcompress.errors import FlcompressError  # noqa: E402
-from flcompress.models.folder import read_json  # noqa: E402
-from tests.families.pipelines import TINY, save  # noqa: E402
-from tests.families.test_apply import all_the_way  # noqa: E402
-
-OUT = ROOT / "docs" / "train_matrix.json"
+OUT = Path(__file__).with_name("train_matrix.json")
 
 
 def row(name: str) -> dict[str, str]:

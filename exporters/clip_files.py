@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,7 +36,7 @@ def write_clip(clip: torch.Tensor, out: Path) -> Path:
     partial = out.with_name(f".{out.stem}.partial{out.suffix}")
     try:
         WRITERS[out.suffix.lower()](frames_of(clip), partial)
-        os.replace(partial, out)  # noqa: PTH105
+        partial.replace(out)
     finally:
         partial.unlink(missing_ok=True)
     return out

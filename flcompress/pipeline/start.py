@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flcompress.diffusion.contract import SamplingContract
-from flcompress.errors import RecipeError, RequestError
+from flcompress.errors import DataError, RecipeError, RequestError
 from flcompress.ir.graph import BlockGraph
 from flcompress.pipeline.program import Fact, Program, folder_digest
 from flcompress.pipeline.recipe import Recipe
@@ -82,17 +82,24 @@ def _other_pipeline(recipe: Recipe, family: Family) -> str:
 
 def _latent_shape(recipe: Recipe, family: Family) -> LatentShape:
     """(frames, height, width) of the latents at the size that the recipe samples."""
+    from flcompress.data.grid import grid_of
+    from flcompress.data.sizes import Target
     from flcompress.models.compression import latent_shape
     from flcompress.models.folder import read_json
 
     size = recipe.sampling.size
     if size is None:
         return (1, *SMALL_LATENTS[1:]) if family.image else SMALL_LATENTS
-    config = read_json(recipe.model_folder() / "vae" / "config.json", "a diffusers model folder has one")
+    folder = recipe.model_folder()
+    config = read_json(folder / "vae" / "config.json", "a diffusers model folder has one")
     try:
-        return latent_shape(config, *size)
-    except RequestError as error:
+        shape = latent_shape(config, *size)
+        # The grid knows of the transformer's patches, too, which drop a row that is left over without a word.
+        grid = grid_of(family.pipelines[0], folder / "vae", folder / "transformer")
+        Target(height=size[1], width=size[2]).check(grid)
+    except (DataError, RequestError) as error:
         raise RecipeError(f"{recipe.where('sampling')}.{error}") from error
+    return shape
 
 
 def _embedded_guidance(recipe: Recipe, family: Family, config: dict[str, Any]) -> float | None:

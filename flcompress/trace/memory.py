@@ -36,6 +36,12 @@ def recall(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> BlockGr
     return known.graph if inputs is None or repr(blank(dict(inputs))) == repr(known.inputs) else None
 
 
+def names_traced(model: nn.Module) -> frozenset[str] | None:
+    """Names of the inputs that `model` was traced with, None where it never was."""
+    known = _traced.get(model)
+    return None if known is None else frozenset(name for name, value in known.inputs.items() if value is not None)
+
+
 def inputs_like(model: nn.Module) -> dict[str, Any] | None:
     """Random inputs of the shapes that `model` was traced with, None where it never was."""
     known = _traced.get(model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -12,8 +12,8 @@ from torch import nn
 from flcompress.errors import ModelError, NotRemovable, RequestError
 from flcompress.ir.block import Block
 from flcompress.ir.graph import BlockGraph
-from flcompress.trace.call import positional_names
-from flcompress.trace.memory import inputs_like, recall
+from flcompress.trace.call import named, positional_names
+from flcompress.trace.memory import inputs_like, names_traced, recall
 from flcompress.trace.tracer import trace
 
 
@@ -23,12 +23,32 @@ def skip(model: nn.Module, paths: Iterable[str], *, graph: BlockGraph | None = N
 
     With `graph` nothing is traced; without it the model's last graph is used, or made. Gradients flow through the
     skipped blocks' streams, skips may be nested, and on leaving every forward is what it was. Raises RequestError on an
-    unknown path and NotRemovable on a block that carries no stream.
+    unknown path, NotRemovable on a block that carries no stream, and (in the forward) RequestError where an input that
+    the trace did not have could open a stream that the graph does not know.
     """
     known = graph if graph is not None else graph_of(model)
-    forwards = {path: Identity(model.get_submodule(path), known.block(path)) for path in known_paths(known, paths)}
-    with replaced_forwards(model, forwards):
+    blocks = [known.block(path) for path in known_paths(known, paths)]
+    forwards = {block.path: Identity(model.get_submodule(block.path), block) for block in blocks}
+    closed = next((block.path for block in blocks if len(block.streams) + len(block.silent) < block.outputs), None)
+    names = names_traced(model) if closed else None
+    with ExitStack() as stack:
+        if closed and names is not None:
+            hook = model.register_forward_pre_hook(_no_new_inputs(closed, names), with_kwargs=True)
+            stack.callback(hook.remove)
+        stack.enter_context(replaced_forwards(model, forwards))
         yield
+
+
+def _no_new_inputs(path: str, names: frozenset[str]) -> Callable[..., None]:
+    def hook(model: nn.Module, args: Any, kwargs: Any) -> None:
+        given = {name for name, value in named(model, args, kwargs).items() if isinstance(value, torch.Tensor)}
+        if given - names:
+            raise RequestError(
+                f"'{path}' cannot be skipped with input '{min(given - names)}': the model was traced without it, and a "
+                "stream that it opens would be lost; call flcompress.trace(model, inputs) with it"
+            )
+
+    return hook
 
 
 def known_paths(graph: BlockGraph, paths: Iterable[str]) -> tuple[str, ...]:

@@ -137,3 +137,14 @@ def test_a_dataset_is_made_for_one_pipeline_class(pipeline_folder: Callable[[str
     request = folder_request(folder, prompts, tmp_path / "data", pipeline_class="WanImageToVideoPipeline")
     with pytest.raises(DataError, match=r"WanImageToVideoPipeline starts from a first frame, which prompts alone do"):
         encode(request, QuietDisplay())
+
+
+def test_a_size_that_the_patches_do_not_divide_is_named(pipeline_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """Stock patch embeddings drop the row that is left over."""
+    recipe = tmp_path / "recipe.yaml"
+    size = "{num_frames: 9, height: 40, width: 32}"
+    recipe.write_text(f"version: 1\nmodel: {pipeline_folder('wan')}\nsampling: {size}\n")
+    with pytest.raises(
+        RecipeError, match=r"sampling\.height: 40 given, expected a multiple of 16 for this model, such as 32 or 48"
+    ):
+        read_source(load_recipe(recipe))

@@ -175,3 +175,42 @@ def test_the_memory_refuses_to_answer_for_other_inputs() -> None:
             pytest.raises(RequestError, match=r"^'blocks\.0' was given other inputs than the remembered ones; give"),
         ):
             output_of(model, inputs)
+
+
+class TwoStreams(torch.nn.Module):
+    """Its second stream is open only where `sound` is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = torch.nn.ModuleList([Sounding(), Sounding(), Sounding()])
+
+    def forward(self, hidden_states: torch.Tensor, sound: torch.Tensor | None = None) -> torch.Tensor:
+        for block in self.blocks:
+            hidden_states, sound = block(hidden_states, sound)
+        return hidden_states if sound is None else hidden_states + sound.sum()
+
+
+class Sounding(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = torch.nn.Linear(4, 4)
+
+    def forward(
+        self, hidden_states: torch.Tensor, sound: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return hidden_states + self.mix(hidden_states), None if sound is None else sound + self.mix(sound)
+
+
+def test_a_stream_that_opens_after_the_trace_is_not_lost_without_a_word() -> None:
+    model, picture, sound = TwoStreams(), torch.randn(1, 3, 4), torch.randn(1, 2, 4)
+    trace(model, {"hidden_states": picture})
+    with skip(model, ["blocks.1"]):
+        model(picture)
+        with pytest.raises(
+            RequestError, match=r"'blocks\.1' cannot be skipped with input 'sound': the model was traced"
+        ):
+            model(picture, sound=sound)
+    assert not model._forward_pre_hooks
+    trace(model, {"hidden_states": picture, "sound": sound})
+    with skip(model, ["blocks.1"]):
+        assert model(picture, sound=sound).shape == picture.shape

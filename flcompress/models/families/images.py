@@ -79,10 +79,7 @@ class Flux(_Packed):
     def example_conditioning(
         self, config: Config, batch: int, shape: LatentShape, tokens: int, draw: torch.Generator
     ) -> dict[str, torch.Tensor]:
-        return {
-            "encoder_hidden_states": normal(draw, batch, tokens, config["joint_attention_dim"]),
-            "pooled_projections": normal(draw, batch, config["pooled_projection_dim"]),
-        }
+        return _pooled_example(config, batch, tokens, draw)
 
     def encode_prompts(self, pipeline: Any, prompts: Sequence[str], length: int) -> dict[str, torch.Tensor]:
         embeds, pooled, _ = pipeline.encode_prompt(
@@ -113,10 +110,7 @@ class StableDiffusion3(Family):
     def example_conditioning(
         self, config: Config, batch: int, shape: LatentShape, tokens: int, draw: torch.Generator
     ) -> dict[str, torch.Tensor]:
-        return {
-            "encoder_hidden_states": normal(draw, batch, tokens, config["joint_attention_dim"]),
-            "pooled_projections": normal(draw, batch, config["pooled_projection_dim"]),
-        }
+        return _pooled_example(config, batch, tokens, draw)
 
     def encode_prompts(self, pipeline: Any, prompts: Sequence[str], length: int) -> dict[str, torch.Tensor]:
         embeds, _, pooled, _ = pipeline.encode_prompt(
@@ -173,3 +167,10 @@ class QwenImage(_Packed):
             "encoder_hidden_states": padded(embeds, length),
             "encoder_hidden_states_mask": padded(mask.long(), length),
         }
+
+
+def _pooled_example(config: Config, batch: int, tokens: int, draw: torch.Generator) -> dict[str, torch.Tensor]:
+    return {
+        "encoder_hidden_states": normal(draw, batch, tokens, config["joint_attention_dim"]),
+        "pooled_projections": normal(draw, batch, config["pooled_projection_dim"]),
+    }
