@@ -34,7 +34,8 @@ class Commands(click.Group):
         except FlcompressError as error:
             if ctx.params.get("debug"):
                 raise
-            click.echo(f"error: {error}", err=True)
+            if not error.told:
+                click.echo(f"error: {error}", err=True)
             ctx.exit(error.exit_status)
         except KeyboardInterrupt:
             click.echo("interrupted; the same command goes on from here", err=True)
@@ -48,6 +49,8 @@ def main(debug: bool) -> None:
     """Compress video diffusion transformers: fewer blocks, fewer steps, one recipe."""
     # Loading a model draws a bar of its own in the libraries below; what is shown here is ours to say.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # And torch's exchange between processes warns of every wait.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 @main.command("apply")

@@ -16,3 +16,38 @@ def seed_of(*parts: object) -> int:
 def generator(*parts: object) -> torch.Generator:
     """A CPU generator seeded by `seed_of(*parts)`."""
     return torch.Generator().manual_seed(seed_of(*parts))
+
+
+class Draws:
+    """The random draws of one training step, for one of the processes that share its batch.
+
+    What is drawn from `shared` is the same in every process; noise comes sample by sample, each from a generator of its
+    own. So a step draws the same whatever the number of processes, and each draws no more noise than it uses.
+
+    Args:
+        parts: what seeds them: recipe seed, purpose, step.
+        batch: samples of the whole step, over all processes.
+        rank: which process this is.
+        processes: how many there are; they must divide `batch`.
+    """
+
+    def __init__(self, *parts: object, batch: int, rank: int = 0, processes: int = 1) -> None:
+        if batch % processes:
+            raise ValueError(f"batch: {batch} given, expected a multiple of {processes} processes")
+        own = batch // processes
+        self.batch = batch
+        self.mine = slice(rank * own, (rank + 1) * own)
+        self.shared = generator(*parts)
+        self._own = [generator(*parts, "sample", place) for place in range(batch)[self.mine]]
+
+    def __len__(self) -> int:
+        """Samples of this process."""
+        return len(self._own)
+
+    def uniform(self) -> torch.Tensor:
+        """A number in [0, 1) for each of this process's samples, [n]."""
+        return torch.rand(self.batch, generator=self.shared)[self.mine]
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        """Standard normal noise [n, *shape] for this process's samples."""
+        return torch.stack([torch.randn(shape, generator=own) for own in self._own])

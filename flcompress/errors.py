@@ -7,9 +7,14 @@ from __future__ import annotations
 
 
 class FlcompressError(Exception):
-    """The work failed (exit status 1)."""
+    """The work failed (exit status 1).
+
+    Attributes:
+        told: whether another process of the same command says it, so that this one need not.
+    """
 
     exit_status = 1
+    told = False
 
 
 class RequestError(FlcompressError):
@@ -48,3 +53,9 @@ class NotRemovable(FlcompressError):  # noqa: N818 (the name that users catch)
 
 class TrainingError(FlcompressError):
     """Training was stopped: a non-finite loss or a monitor's limit. The last good checkpoint is kept."""
+
+
+class Preempted(FlcompressError):  # noqa: N818 (no failure: what was asked for by SIGTERM)
+    """The process was asked to end (SIGTERM); a checkpoint was written and the same command goes on from it."""
+
+    exit_status = 75

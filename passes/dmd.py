@@ -6,22 +6,26 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import AfterValidator, Field
 
-from flcompress.data.latents import LatentDataset
 from flcompress.diffusion import matching
 from flcompress.diffusion.conditioning import Conditioning, on, without_prompt
 from flcompress.diffusion.contract import SamplingContract, student_contract
 from flcompress.diffusion.guidance import well_guided
 from flcompress.diffusion.sampling import advance
+from flcompress.draws import Draws
+from flcompress.errors import RequestError
+from flcompress.models.loading import meta_transformer, save_transformer
 from flcompress.models.network import as_network
 from flcompress.pipeline.passes import Cost, Pass, Role, Work
 from flcompress.pipeline.program import Fact, Program
-from flcompress.trace.network import skipping
+from flcompress.trace.prefix import remember
+from flcompress.trace.skip import graph_of
 from flcompress.training.discriminator import Discriminator, critic_term, generator_term
+from flcompress.training.engines import Engine, Hyper, engine_of
 from flcompress.training.loop import train
 from flcompress.training.objectives import denoising_loss, draw_levels
 from flcompress.training.trained import Trained
@@ -32,6 +36,9 @@ def _ascending(given: tuple[float, float]) -> tuple[float, float]:
         raise ValueError(f"[{given[0]:g}, {given[1]:g}] given, expected [lowest, highest]")
     return given
 
+
+BETAS = (0.0, 0.999)
+"""AdamW's, for both roles: no momentum, since what each follows moves (Yin et al. 2024, DMD2)."""
 
 Range = Annotated[tuple[float, float], AfterValidator(_ascending)]
 
@@ -50,7 +57,9 @@ class DistributionMatching(Pass):
     """
 
     name: ClassVar[str] = "dmd"
+    version: ClassVar[int] = 2
     needs_data: ClassVar[bool] = True
+    distributed: ClassVar[bool] = True
     gives: ClassVar[frozenset[Fact]] = frozenset({Fact.FEW_STEP})
     voids: ClassVar[frozenset[Fact]] = frozenset({Fact.ELASTIC})
 
@@ -107,31 +116,33 @@ class DistributionMatching(Pass):
         )
 
     def apply(self, program: Program, work: Work) -> Program:
-        data = work.data(program)
+        if self.gan_weight and work.engine not in ("local", "ddp"):
+            raise RequestError(
+                f"dmd.gan_weight: {self.gan_weight:g} given with training.engine {work.engine}, expected 0: the term "
+                "reads the fake score from outside its engine; use local or ddp"
+            )
         contract = student_contract(program.teacher_contract, self.student_steps, program.family.sigmas)
-        generator, fake = work.trained(program.components["transformer"]), work.trained(program.components["elastic"])
-        real = work.frozen(program.components[self.real_score])
         started = time.monotonic()
-        matcher = _Matcher(self, program, contract, data, generator, fake, real, work.device)
+        matcher = _Matcher(self, program, contract, engine_of(work))
         train(
             matcher.step,
             matcher.roles,
+            engine=matcher.engine,
+            name=self.name,
             steps=self.steps,
-            seed=(work.seed, self.name),
-            directory=work.directory,
-            progress=work.progress,
-            precision=work.precision,
+            batch=self.batch,
         )
-        generator.load_state_dict(matcher.generator_role.averaged_state())
+        weights = matcher.generator.averaged_state()
         target = work.directory / "transformer"
-        generator.save_pretrained(str(target))
-        result = {
-            "sigmas": list(contract.sigmas),
-            "timesteps": list(contract.timesteps),
-            "steps": self.steps,
-            "seconds": time.monotonic() - started,
-        }
-        (work.directory / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        if work.world.main:
+            save_transformer(program.components["transformer"], weights, target)
+            result = {
+                "sigmas": list(contract.sigmas),
+                "timesteps": list(contract.timesteps),
+                "steps": self.steps,
+                "seconds": time.monotonic() - started,
+            }
+            (work.directory / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         return replace(program.with_component("transformer", target), contract=contract)
 
 
@@ -139,132 +150,154 @@ class _Matcher:
     """The four roles of one distillation and the step that updates them."""
 
     def __init__(
-        self,
-        settings: DistributionMatching,
-        program: Program,
-        contract: SamplingContract,
-        data: LatentDataset,
-        generator: Any,
-        fake: Any,
-        real: Any,
-        device: str,
+        self, settings: DistributionMatching, program: Program, contract: SamplingContract, engine: Engine
     ) -> None:
-        self._settings, self._contract, self._data, self._device = settings, contract, data, device
-        teacher, guidance = program.teacher_contract, contract.embedded_guidance
-        self._latents = program.latents
-        self._shift, self._process = teacher.shift, contract.process
-        self._generator, self._real = as_network(generator, guidance), as_network(real, guidance)
-        self._real_pruned = skipping(real, program.prune_set, guidance=guidance)
-        self._negative = on(data.negative, device)
-        self.generator_role = Trained(
+        self.engine = engine
+        work, parts = engine.work, program.components
+        self._settings, self._contract, self._device = settings, contract, work.device
+        self._data, self._latents = work.data(program), program.latents
+        self._negative = on(self._data.negative, self._device)
+        self._shift, self._process = program.teacher_contract.shift, contract.process
+        guidance = contract.embedded_guidance
+        self.generator = Trained(
+            engine,
             "generator",
-            generator,
-            learning_rate=settings.learning_rate,
-            betas=(0.0, 0.999),
+            work.trained(parts["transformer"]),
+            batch=settings.batch,
+            hyper=Hyper(learning_rate=settings.learning_rate, betas=BETAS),
             ema_decay=settings.ema_decay,
         )
+        self._generator = as_network(self.generator.module, guidance)
+        fake = work.trained(parts["elastic"])
         self._fake = as_network(fake, guidance)
-        self._discriminator: Discriminator | None = None
         critic = fake
         if settings.gan_weight:
             middle = program.graph.blocks[len(program.graph.blocks) // 2]
             width = middle.streams[0].spec.shape[-1]
             with torch.random.fork_rng():
                 torch.manual_seed(0)
-                critic = self._discriminator = Discriminator(fake, self._fake, middle.path, width).to(device)
-        self._critic_model = critic
-        self._fake_role = Trained("fake_score", critic, learning_rate=settings.critic_learning_rate, betas=(0.0, 0.999))
-        self.roles = (self.generator_role, self._fake_role)
+                critic = Discriminator(fake, self._fake, middle.path, width).to(self._device)
+        self._critic = Trained(
+            engine,
+            "fake_score",
+            critic,
+            batch=settings.batch,
+            hyper=Hyper(learning_rate=settings.critic_learning_rate, betas=BETAS),
+        )
+        if not settings.gan_weight:
+            self._fake = as_network(self._critic.module, guidance)
+        self._real_model, self._prune_set = work.frozen(parts[settings.real_score]), program.prune_set
+        self._real_graph = graph_of(meta_transformer(parts[settings.real_score]))
+        self._real = as_network(engine.frozen(self._real_model), guidance)
+        self.roles = (self.generator, self._critic)
 
-    def step(self, step: int, draw: torch.Generator) -> Mapping[str, float]:
+    def step(self, step: int, draws: Draws) -> Mapping[str, float]:
         """The critic's updates, then one of the generator's (two-time-scale rule)."""
         values: dict[str, float] = {}
         for _ in range(self._settings.critic_updates):
-            values.update(self._update_critic(draw))
-        values.update(self._update_generator(draw))
+            values.update(self._update_critic(draws))
+        values.update(self._update_generator(draws))
         return values
 
-    def _generate(self, draw: torch.Generator, *, grad: bool) -> tuple[torch.Tensor, Conditioning]:
+    def _generate(self, draws: Draws, *, grad: bool) -> tuple[torch.Tensor, Conditioning]:
         """Backward simulation: reach a random one of the student's levels by its own steps, then predict x0 there.
 
         Only the last prediction carries gradient. Returns x_g [n, ...] and its conditioning.
         """
-        n = self._settings.batch
-        shape, given = self._data.conditions(n, draw, self._latents)
+        shape, given = self._data.conditions(draws.batch, draws.shared, self._latents, draws.mine)
         given = on(given, self._device)
         sigmas, timesteps = self._contract.sigmas, self._contract.timesteps
-        last = int(torch.randint(len(sigmas), (), generator=draw))
-        x = torch.randn(shape, generator=draw).to(self._device)
+        # The same level for all processes: else they would wait for the one with most steps, or hang where weights
+        # are split.
+        last = int(torch.randint(len(sigmas), (), generator=draws.shared))
+        x = draws.normal(*shape[1:]).to(self._device)
+
+        def again(x: torch.Tensor) -> torch.Tensor:
+            return draws.normal(*x.shape[1:])
+
         for place in range(last + 1):
-            timestep = torch.full((n,), timesteps[place], device=self._device)
+            timestep = torch.full((len(x),), timesteps[place], device=self._device)
             with torch.set_grad_enabled(grad and place == last):
                 prediction = self._generator(x, timestep, given)
             if place < last:
-                x = advance(self._contract, x, prediction, place, draw)
-        return self._process.tweedie(x, prediction, torch.full((n,), sigmas[last], device=self._device)), given
+                x = advance(self._contract, x, prediction, place, again)
+        return self._process.tweedie(x, prediction, torch.full((len(x),), sigmas[last], device=self._device)), given
 
-    def _noised(self, x: torch.Tensor, draw: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _noised(self, x: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(x_s, s, noise) at levels drawn from the score range and shifted."""
         low, high = self._settings.score_range
-        level = draw_levels(len(x), self._shift, draw, low=low, high=high).to(self._device)
-        noise = torch.randn(x.shape, generator=draw).to(self._device)
+        level = draw_levels(draws, self._shift, low=low, high=high).to(self._device)
+        noise = draws.normal(*x.shape[1:]).to(self._device)
         return self._process.add_noise(x, noise, level), level, noise
 
-    def _update_critic(self, draw: torch.Generator) -> dict[str, float]:
-        x, given = self._generate(draw, grad=False)
-        noised, level, noise = self._noised(x, draw)
-        loss = denoising_loss(self._fake, self._process, x, given, level, noise)
-        if self._discriminator is not None:
-            x_real, given_real = self._data.batch(len(x), draw)
-            real, real_level, _ = self._noised(x_real.to(self._device), draw)
-            t_real, t = self._process.timestep(real_level), self._process.timestep(level)
-            logits = self._discriminator(real, t_real, on(given_real, self._device))
-            loss = loss + self._settings.gan_weight * critic_term(logits, self._discriminator(noised, t, given))
-        return self._fake_role.update(loss)
+    def _update_critic(self, draws: Draws) -> dict[str, float]:
+        x, given = self._generate(draws, grad=False)
+        if not self._settings.gan_weight:
+            _, level, noise = self._noised(x, draws)
+            return self._critic.update(denoising_loss(self._fake, self._process, x, given, level, noise))
+        noised, level, noise = self._noised(x, draws)
+        prediction, generated = self._critic.module(noised, self._process.timestep(level), given)
+        x_real, given_real = self._data.batch(draws.batch, draws.shared, draws.mine)
+        real, real_level, _ = self._noised(x_real.to(self._device), draws)
+        _, logits = self._critic.module(real, self._process.timestep(real_level), on(given_real, self._device))
+        loss = (prediction.float() - self._process.target(x, noise, level)).square().mean()
+        return self._critic.update(loss + self._settings.gan_weight * critic_term(logits, generated))
 
-    def _update_generator(self, draw: torch.Generator) -> dict[str, float]:
-        x, given = self._generate(draw, grad=True)
-        noised, level, _ = self._noised(x, draw)
+    def _update_generator(self, draws: Draws) -> dict[str, float]:
+        x, given = self._generate(draws, grad=True)
+        noised, level, _ = self._noised(x, draws)
         timestep = self._process.timestep(level)
         with torch.no_grad():
             fake = self._process.tweedie(noised, self._fake(noised, timestep, given), level)
-            guided = self._well_guided(noised.detach(), timestep, given, draw)
+            guided = self._well_guided(noised.detach(), timestep, given, draws)
             real = self._process.tweedie(noised, guided, level)
             g = matching.gradient(x, fake, real)
         loss = matching.loss(x, g)
-        if self._discriminator is not None:
+        if self._settings.gan_weight:
             # The critic only lends its judgement: its own gradients of this term are thrown away.
-            self._critic_model.requires_grad_(False)
-            logits = self._discriminator(noised, timestep, given)
+            _, logits = self._critic.model(noised, timestep, given)
             loss = loss + self._settings.gan_weight * generator_term(logits)
-        values = self.generator_role.update(loss)
-        self._critic_model.requires_grad_(True)
+        values = self.generator.update(loss)
+        self._critic.clear()
         moving = x.detach().diff(dim=2).abs().mean()
         return {
             **values,
             "score_gap": float((fake - real).abs().mean()),
-            "generated_std": float(x.detach().std()),
+            "generated_std": float(x.detach().flatten(1).std(dim=1).mean()),
             "generated_motion": float(moving),
         }
 
-    def _well_guided(
-        self, x: torch.Tensor, timestep: torch.Tensor, given: Conditioning, draw: torch.Generator
-    ) -> torch.Tensor:
+    def _well_guided(self, x: torch.Tensor, timestep: torch.Tensor, given: Conditioning, draws: Draws) -> torch.Tensor:
         """The prediction of the guided teacher.
 
         Tweedie's formula is affine in the prediction and guidance weights sum to one: guiding either is the same.
         """
-        n = len(x)
 
         def between(limits: tuple[float, float]) -> torch.Tensor:
             low, high = limits
-            drawn = low + (high - low) * torch.rand(n, generator=draw)
-            return drawn.reshape(n, *([1] * (x.ndim - 1))).to(self._device)
+            drawn = low + (high - low) * draws.uniform()
+            return drawn.reshape(-1, *([1] * (x.ndim - 1))).to(self._device)
 
         inter, intra = between(self._settings.inter_cfg), between(self._settings.intra_cfg)
-        conditional = unconditional = pruned = self._real(x, timestep, given)
+        conditional, pruned = self._full_and_pruned(x, timestep, given)
+        unconditional = conditional
         if self._settings.inter_cfg != (1.0, 1.0):
             unconditional = self._real(x, timestep, without_prompt(given, self._negative))
-        if self._settings.intra_cfg != (0.0, 0.0):
-            pruned = self._real_pruned(x, timestep, given)
         return well_guided(unconditional, conditional, pruned, inter, intra)
+
+    def _full_and_pruned(
+        self, x: torch.Tensor, timestep: torch.Tensor, given: Conditioning
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The real score's predictions with all blocks and without the prune set; what lies before it is shared."""
+        model, graph, skipped = self._real_model, self._real_graph, self._prune_set
+        if self._settings.intra_cfg == (0.0, 0.0):
+            full = self._real(x, timestep, given)
+            return full, full
+        if self.engine.splits_weights:
+            full = self._real(x, timestep, given)
+            with self.engine.skip(model, skipped, graph=graph):
+                return full, self._real(x, timestep, given)
+        with remember(model, graph, until=skipped[0]) as memory:
+            full = self._real(x, timestep, given)
+            with memory.skipping(*skipped):
+                return full, self._real(x, timestep, given)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field
 
-from flcompress.data.latents import LatentDataset
-from flcompress.diffusion.conditioning import dropped
-from flcompress.diffusion.contract import SamplingContract
+from flcompress.diffusion.conditioning import dropped, on
+from flcompress.draws import Draws
+from flcompress.models.loading import save_transformer
 from flcompress.models.network import as_network
 from flcompress.pipeline.passes import Cost, Pass, Role, Work
 from flcompress.pipeline.program import Fact, Program
+from flcompress.training.engines import Engine, Hyper, engine_of
 from flcompress.training.loop import train
+from flcompress.training.monitors import HeldOutELBO
 from flcompress.training.objectives import denoising_loss, draw_levels
 from flcompress.training.trained import Trained, warmup_cosine
 
@@ -29,7 +31,9 @@ class Pretrain(Pass):
     """
 
     name: ClassVar[str] = "pretrain"
+    version: ClassVar[int] = 2
     needs_data: ClassVar[bool] = True
+    distributed: ClassVar[bool] = True
     gives: ClassVar[frozenset[Fact]] = frozenset({Fact.TRAINED})
     voids: ClassVar[frozenset[Fact]] = frozenset({Fact.SCORED, Fact.ELASTIC})
 
@@ -50,64 +54,51 @@ class Pretrain(Pass):
         )
 
     def apply(self, program: Program, work: Work) -> Program:
-        model = work.trained(program.components["transformer"])
-        data = work.data(program)
-        trained = self.fit(model, program.contract, data, work)
-        model.load_state_dict(trained)
+        weights = self._trained(engine_of(work), program)
         target = work.directory / "transformer"
-        model.save_pretrained(str(target))
-        (work.directory / "result.json").write_text(json.dumps({"steps": self.steps}) + "\n", encoding="utf-8")
+        if work.world.main:
+            save_transformer(program.components["transformer"], weights, target)
+            (work.directory / "result.json").write_text(json.dumps({"steps": self.steps}) + "\n", encoding="utf-8")
         return (
             program.with_component("transformer", target)
             .with_component("original", target)
             .with_component("elastic", target)
         )
 
-    def fit(
-        self,
-        model: Any,
-        contract: SamplingContract,
-        data: LatentDataset,
-        work: Work,
-    ) -> dict[str, torch.Tensor]:
-        """Train `model` in place and return the state dict of its moving average."""
+    def _trained(self, engine: Engine, program: Program) -> dict[str, torch.Tensor]:
+        """The moving average of the trained weights, in the main process."""
+        work, contract = engine.work, program.contract
         role = Trained(
+            engine,
             "pretrain",
-            model.train(),
-            learning_rate=self.learning_rate,
+            work.trained(program.components["transformer"]).train(),
+            batch=self.batch,
+            hyper=Hyper(learning_rate=self.learning_rate),
             ema_decay=self.ema_decay,
             schedule=warmup_cosine(self.steps, min(200, self.steps)),
         )
-        network, process = as_network(model, contract.embedded_guidance), contract.process
-        compiled: Any = torch.compile(model) if self.compile else model
-        trained_network = as_network(compiled, contract.embedded_guidance)
+        process, guidance = contract.process, contract.embedded_guidance
+        network = as_network(role.module, guidance)
+        compiled = as_network(torch.compile(role.module), guidance) if self.compile else network
+        data = work.data(program)
         training, heldout = data.split(min(MONITOR_CLIPS, len(data) // 4))
 
-        def train_step(step: int, draw: torch.Generator) -> Mapping[str, float]:
-            x0, given = training.batch(self.batch, draw)
-            given = dropped(given, data.negative, torch.rand(self.batch, generator=draw) < self.caption_dropout)
-            noise = torch.randn(x0.shape, generator=draw)
-            level = draw_levels(self.batch, self.shift, draw)
-            return role.update(denoising_loss(trained_network, process, x0, given, level, noise))
+        def train_step(step: int, draws: Draws) -> Mapping[str, float]:
+            x0, given = training.batch(draws.batch, draws.shared, draws.mine)
+            given = dropped(given, data.negative, draws.uniform() < self.caption_dropout)
+            noise, level = draws.normal(*x0.shape[1:]), draw_levels(draws, self.shift)
+            x0, noise, level = (t.to(work.device) for t in (x0, noise, level))
+            return role.update(denoising_loss(compiled, process, x0, on(given, work.device), level, noise))
 
-        @torch.no_grad()
-        def monitor(step: int) -> Mapping[str, float]:
-            draw = torch.Generator().manual_seed(0)
-            x0, given = heldout.batch(MONITOR_CLIPS, draw)
-            noise = torch.randn(x0.shape, generator=draw)
-            level = draw_levels(MONITOR_CLIPS, self.shift, draw)
-            return {"heldout_loss": float(denoising_loss(network, process, x0, given, level, noise))}
-
+        elbo = HeldOutELBO(heldout, process, len(heldout), work.seed, work.device, self.batch, work.world)
         train(
             train_step,
             [role],
+            engine=engine,
+            name=self.name,
             steps=self.steps,
-            seed=(work.seed, self.name),
-            directory=work.directory,
-            progress=work.progress,
-            precision=work.precision,
-            monitor=monitor,
+            batch=self.batch,
+            monitor=lambda step: {"elbo": elbo(network)},
             monitor_every=250,
         )
-        model.eval()
         return role.averaged_state()

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 
 from flcompress.diffusion.conditioning import Conditioning, dropped, on
+from flcompress.draws import Draws
 from flcompress.errors import TrainingError
 from flcompress.ir.selection import By, choose
-from flcompress.models.loading import frozen
+from flcompress.ir.serial import from_json, to_json
+from flcompress.models.loading import save_transformer
 from flcompress.models.network import as_network
-from flcompress.models.precision import half_precision
 from flcompress.pipeline.passes import Cost, Pass, Role, Work
 from flcompress.pipeline.program import Fact, Program
 from flcompress.trace.network import skipping
 from flcompress.trace.on_disk import choose_removable
 from flcompress.trace.prefix import remember
-from flcompress.trace.skip import skip
-from flcompress.training.loop import train
+from flcompress.training.engines import Engine, Hyper, engine_of
+from flcompress.training.loop import METRICS_FILE, train
 from flcompress.training.monitors import HeldOutELBO
 from flcompress.training.objectives import draw_levels
 from flcompress.training.trained import Trained, warmup_cosine
@@ -47,7 +47,9 @@ class StochasticDepth(Pass):
     """
 
     name: ClassVar[str] = "stochastic-depth"
+    version: ClassVar[int] = 2
     needs_data: ClassVar[bool] = True
+    distributed: ClassVar[bool] = True
     gives: ClassVar[frozenset[Fact]] = frozenset({Fact.ELASTIC})
 
     remove: float = Field(gt=0, lt=1, description="share of the parameters that the prune set holds, at least")
@@ -80,85 +82,97 @@ class StochasticDepth(Pass):
         )
 
     def apply(self, program: Program, work: Work) -> Program:
-        source = program.components["transformer"]
-        # A block that cannot be removed must not be trained to be skipped either.
-        graph, paths = choose_removable(
-            source, program.graph, lambda graph: choose(graph, self.remove, self.by, seed=work.seed), work.device
-        )
-        program = replace(program, graph=graph)
-        model, original = work.trained(source), work.frozen(source)
-        self._train(model, original, paths, program, work)
+        graph, paths = work.world.once(lambda: self._chosen(program, work))
+        program = replace(program, graph=from_json(graph), prune_set=tuple(paths))
+        weights = self._trained(engine_of(work), program)
         target = work.directory / "transformer"
-        model.save_pretrained(str(target))
-        held = sum(program.graph.block(path).parameters for path in paths)
-        monitor = [record for record in _log(work) if "elbo_full" in record]
+        if work.world.main:
+            save_transformer(program.components["transformer"], weights, target)
+            self._write_result(program, work)
+        return program.with_component("transformer", target).with_component("elastic", target)
+
+    def _chosen(self, program: Program, work: Work) -> tuple[str, tuple[str, ...]]:
+        """(graph, the prune set). A block that cannot be removed must not be trained to be skipped either."""
+        graph, paths = choose_removable(
+            program.components["transformer"],
+            program.graph,
+            lambda graph: choose(graph, self.remove, self.by, seed=work.seed),
+            work.device,
+        )
+        return to_json(graph), paths
+
+    def _write_result(self, program: Program, work: Work) -> None:
+        held = sum(program.graph.block(path).parameters for path in program.prune_set)
+        lines = (work.directory / METRICS_FILE).read_text(encoding="utf-8").splitlines()
         result = {
-            "prune_set": list(paths),
+            "prune_set": list(program.prune_set),
             "removed_share": held / program.graph.parameters,
             "by": self.by,
             "target": self.target,
-            "monitor": monitor,
+            "monitor": [record for record in map(json.loads, lines) if "elbo_full" in record],
         }
         (work.directory / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        program = program.with_component("transformer", target).with_component("elastic", target)
-        return replace(program, prune_set=paths)
 
-    def _train(self, model: Any, original: Any, paths: tuple[str, ...], program: Program, work: Work) -> None:
+    def _trained(self, engine: Engine, program: Program) -> dict[str, torch.Tensor]:
+        """The trained weights, in the main process."""
+        work, contract, graph, paths = engine.work, program.contract, program.graph, program.prune_set
+        source, process, guidance = program.components["transformer"], contract.process, contract.embedded_guidance
         data = work.data(program)
         training, heldout = data.split(min(HELD_OUT_CLIPS, max(1, len(data) // 4)))
         role = Trained(
+            engine,
             "stochastic_depth",
-            model,
-            learning_rate=self.learning_rate,
+            work.trained(source),
+            batch=self.batch,
+            hyper=Hyper(learning_rate=self.learning_rate),
             ema_decay=TARGET_EMA_DECAY if self.target == "ema" else None,
             schedule=warmup_cosine(self.steps, min(20, self.steps)),
         )
-        averaged = frozen(copy.deepcopy(model)) if self.target == "ema" else None
-        contract, graph = program.contract, program.graph
-        process, guidance = contract.process, contract.embedded_guidance
-        network = as_network(model, guidance)
+        network, original = as_network(role.module, guidance), as_network(engine.frozen(work.frozen(source)), guidance)
 
-        @torch.no_grad()
-        def target(x: torch.Tensor, timestep: torch.Tensor, given: Conditioning) -> torch.Tensor:
-            if averaged is not None:
-                averaged.load_state_dict(role.averaged_state())
-            source = original if self.target == "frozen" else averaged if averaged is not None else model
-            return as_network(source, guidance)(x, timestep, given)
+        def both(
+            x: torch.Tensor, timestep: torch.Tensor, given: Conditioning, skipped: list[str]
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            """(prediction of the pruned path, its target: the full path's, without gradient)."""
+            if self.target == "self" and skipped and not engine.splits_weights:
+                # Both paths share the weights, so what lies before the first skipped block is computed once.
+                with remember(role.model, graph, until=skipped[0]) as memory:
+                    with engine.skip(role.model, skipped, graph=graph):
+                        pruned = network(x, timestep, given)
+                    with torch.no_grad(), memory.recalled():
+                        return pruned, network(x, timestep, given)
+            with torch.no_grad():
+                if self.target == "frozen":
+                    full = original(x, timestep, given)
+                else:
+                    with role.averaged():
+                        full = network(x, timestep, given)
+            with engine.skip(role.model, skipped, graph=graph):
+                return network(x, timestep, given), full
 
-        def train_step(step: int, draw: torch.Generator) -> Mapping[str, float]:
-            x0, given = training.batch(self.batch, draw)
-            given = dropped(given, training.negative, torch.rand(self.batch, generator=draw) < self.caption_dropout)
-            noise = torch.randn(x0.shape, generator=draw)
-            level = draw_levels(self.batch, contract.shift, draw)
-            mask = torch.rand(len(paths), generator=draw) < self.skip_probability
+        def train_step(step: int, draws: Draws) -> Mapping[str, float]:
+            x0, given = training.batch(draws.batch, draws.shared, draws.mine)
+            given = dropped(given, training.negative, draws.uniform() < self.caption_dropout)
+            noise, level = draws.normal(*x0.shape[1:]), draw_levels(draws, contract.shift)
+            # One mask for all processes: sharded engines hang, or go wrong, on masks that differ.
+            mask = torch.rand(len(paths), generator=draws.shared) < self.skip_probability
             skipped = [path for path, gone in zip(paths, mask.tolist(), strict=True) if gone]
             x0, noise, level = (t.to(work.device) for t in (x0, noise, level))
             x = process.add_noise(x0, noise, level)
-            timestep, given = process.timestep(level), on(given, work.device)
-
-            def update(pruned: torch.Tensor, full: torch.Tensor) -> Mapping[str, float]:
-                loss = self.alpha * (pruned - full).square().mean()
-                if self.alpha < 1.0:
-                    loss = loss + (1.0 - self.alpha) * (pruned - process.target(x0, noise, level)).square().mean()
+            pruned, full = both(x, process.timestep(level), on(given, work.device), skipped)
+            loss = self.alpha * (pruned - full).square().mean()
+            if self.alpha < 1.0:
+                loss = loss + (1.0 - self.alpha) * (pruned - process.target(x0, noise, level)).square().mean()
+            # The backward too: under gradient checkpointing it computes blocks again, and must skip the same ones.
+            with engine.skip(role.model, skipped, graph=graph):
                 return role.update(loss)
 
-            if self.target == "self" and skipped and not work.gradient_checkpointing:
-                # Both paths share the weights, so what lies before the first skipped block is computed once.
-                with remember(model, graph, detach=False) as memory:
-                    full = network(x, timestep, given)
-                    with memory.skipping(*skipped):
-                        return update(network(x, timestep, given), full.detach())
-            full = target(x, timestep, given)
-            with skip(model, skipped, graph=graph):
-                # The backward too: under gradient checkpointing it computes blocks again, and must skip the same ones.
-                return update(network(x, timestep, given), full)
-
-        elbo = HeldOutELBO(heldout, process, len(heldout), work.seed, work.device, self.batch)
-        with half_precision(work.device, enabled=work.precision == "bf16"):
-            reference = elbo(as_network(original, guidance))
+        elbo = HeldOutELBO(heldout, process, len(heldout), work.seed, work.device, self.batch, work.world)
+        with engine.forward_mode():
+            reference = elbo(original)
 
         def monitor(step: int) -> Mapping[str, float]:
-            full, pruned = elbo(network), elbo(skipping(model, paths, graph, guidance))
+            full, pruned = elbo(network), elbo(skipping(role.module, paths, graph, guidance, engine.skip))
             if not full <= reference * (1.0 + self.max_drift):
                 raise TrainingError(
                     f"stochastic-depth: stopped by its monitor at step {step}: held-out ELBO loss of the full path "
@@ -171,16 +185,11 @@ class StochasticDepth(Pass):
         train(
             train_step,
             [role],
+            engine=engine,
+            name=self.name,
             steps=self.steps,
-            seed=(work.seed, self.name),
-            directory=work.directory,
-            progress=work.progress,
-            precision=work.precision,
+            batch=self.batch,
             monitor=monitor,
             monitor_every=self.monitor_every,
         )
-
-
-def _log(work: Work) -> list[dict[str, float]]:
-    lines = (work.directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+        return role.gathered()

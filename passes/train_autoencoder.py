@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
 
 from flcompress.data import moving_digits
-from flcompress.draws import generator
+from flcompress.draws import Draws, generator
 from flcompress.models.loading import load_vae
 from flcompress.models.video import decode_latents, encode_clips
-from flcompress.pipeline.passes import Cost, Pass, ProgressSink, Work
+from flcompress.pipeline.passes import Cost, Pass, Work
 from flcompress.pipeline.program import Program
+from flcompress.training.engines import Hyper, engine_of
 from flcompress.training.loop import train
 from flcompress.training.trained import Trained, warmup_cosine
 
@@ -38,6 +38,7 @@ class TrainAutoencoder(Pass):
     """
 
     name: ClassVar[str] = "train-autoencoder"
+    version: ClassVar[int] = 2
 
     steps: int = Field(gt=0, description="optimiser steps")
     batch: int = Field(8, gt=0, description="clips a step")
@@ -48,7 +49,7 @@ class TrainAutoencoder(Pass):
 
     def apply(self, program: Program, work: Work) -> Program:
         vae = load_vae(program.components["vae"], work.device).requires_grad_(True)
-        self.fit(vae, work.seed, work.directory, work.progress)
+        self.fit(vae, work)
         mean, std = latent_statistics(vae, work.seed)
         vae.register_to_config(latents_mean=mean, latents_std=std)
         target = work.directory / "vae"
@@ -59,24 +60,27 @@ class TrainAutoencoder(Pass):
         (work.directory / "result.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
         return program.with_component("vae", target)
 
-    def fit(self, vae: Any, seed: int, directory: Path, progress: ProgressSink) -> None:
+    def fit(self, vae: Any, work: Work) -> None:
         """Minimise the reconstruction error of freshly drawn clips; `vae` is trained in place."""
+        engine = engine_of(work)
         role = Trained(
+            engine,
             "autoencoder",
             vae.train(),
-            learning_rate=self.learning_rate,
+            batch=self.batch,
+            hyper=Hyper(learning_rate=self.learning_rate),
             schedule=warmup_cosine(self.steps, min(100, self.steps)),
         )
 
-        def train_step(step: int, draw: torch.Generator) -> Mapping[str, float]:
-            x, _ = moving_digits.sample(self.batch, "train", draw)
+        def train_step(step: int, draws: Draws) -> Mapping[str, float]:
+            x, _ = moving_digits.sample(self.batch, "train", draws.shared)
             latents = vae.encode(x).latent_dist.mode()
-            noise = torch.randn(latents.shape, generator=draw)
+            noise = draws.normal(*latents.shape[1:])
             error = _decode_unclamped(vae, latents + LATENT_NOISE * noise) - x
             loss = error.square().mean() + error.abs().mean() + LATENT_PENALTY * latents.square().mean()
             return role.update(loss)
 
-        train(train_step, [role], steps=self.steps, seed=(seed, self.name), directory=directory, progress=progress)
+        train(train_step, [role], engine=engine, name=self.name, steps=self.steps, batch=self.batch)
         vae.eval()
 
 

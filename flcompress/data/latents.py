@@ -18,6 +18,7 @@ from flcompress.data.sizes import Size
 from flcompress.errors import DataError
 
 _OPEN_SHARDS = 64
+ALL = slice(None)
 
 
 class _Reader:
@@ -126,19 +127,21 @@ class LatentDataset:
         """(frames, height, width), in pixels, of its clips."""
         return tuple(bucket.size for bucket in self._buckets)
 
-    def batch(self, n: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def batch(
+        self, n: int, generator: torch.Generator, mine: slice = ALL
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """`n` clips of one size, drawn with replacement: latents [n, channels, frames, height, width], conditioning.
 
-        The size is drawn first, each as often as it has clips.
+        The size is drawn first, each as often as it has clips. Only those in `mine` are read and returned.
 
         Raises:
             DataError: a dataset of prompts only.
         """
-        places, prompts = self._draw(n, generator)
+        places, prompts = self._draw(n, generator, mine)
         return self._reader.latents(places), self._reader.prompts(prompts) | self._reader.own(places)
 
     def conditions(
-        self, n: int, generator: torch.Generator, latents: tuple[int, int, int, int]
+        self, n: int, generator: torch.Generator, latents: tuple[int, int, int, int], mine: slice = ALL
     ) -> tuple[tuple[int, ...], dict[str, torch.Tensor]]:
         """What `n` samples are generated from: the shape [n, ...] of their latents and their conditioning.
 
@@ -148,12 +151,16 @@ class LatentDataset:
             n: samples.
             generator: of the draws.
             latents: (channels, frames, height, width) for prompts that have no clips.
+            mine: which of the samples are read and returned.
         """
         if self.prompts_only:
             chosen = torch.randint(1, len(self.captions), (n,), generator=generator)
-            return (n, *latents), self._reader.prompts(chosen.tolist())
-        places, prompts = self._draw(n, generator)
-        return (n, *self._reader.shape(places[0][0])), self._reader.prompts(prompts) | self._reader.own(places)
+            chosen = chosen[mine]
+            return (len(chosen), *latents), self._reader.prompts(chosen.tolist())
+        places, prompts = self._draw(n, generator, mine)
+        return (len(places), *self._reader.shape(places[0][0])), self._reader.prompts(prompts) | self._reader.own(
+            places
+        )
 
     def split(self, heldout: int) -> tuple[LatentDataset, LatentDataset]:
         """(training part, the last `heldout` clips): monitors must not be read off the clips that are trained on.
@@ -175,8 +182,8 @@ class LatentDataset:
     def _with(self, buckets: Sequence[_Bucket]) -> LatentDataset:
         return replace(self, _buckets=tuple(bucket for bucket in buckets if len(bucket.places)))
 
-    def _draw(self, n: int, generator: torch.Generator) -> tuple[list[tuple[int, int]], list[int]]:
-        """(shard, row) of `n` clips of one size, and their prompts."""
+    def _draw(self, n: int, generator: torch.Generator, mine: slice) -> tuple[list[tuple[int, int]], list[int]]:
+        """(shard, row) of `n` clips of one size, and their prompts; those in `mine`."""
         if self.prompts_only:
             raise DataError(f"{self.folder}: this dataset holds prompts only, no clips; encode one with --videos")
         bucket = self._buckets[0]
@@ -184,5 +191,5 @@ class LatentDataset:
             weights = torch.tensor([float(len(bucket.places)) for bucket in self._buckets])
             bucket = self._buckets[int(torch.multinomial(weights, 1, generator=generator))]
         chosen = torch.randint(len(bucket.places), (n,), generator=generator)
-        places = bucket.places[chosen].tolist()
+        places = bucket.places[chosen[mine]].tolist()
         return [(shard, row) for shard, row, _ in places], [prompt for *_, prompt in places]

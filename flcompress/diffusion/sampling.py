@@ -36,6 +36,10 @@ def sample(
     Returns:
         Clean latents, shaped as `noise`.
     """
+
+    def again(x: torch.Tensor) -> torch.Tensor:
+        return torch.randn(x.shape, generator=generator, dtype=x.dtype)
+
     x = noise
     guided = contract.guidance_scale != 1.0
     if guided and negative is None:
@@ -46,7 +50,7 @@ def sample(
         if guided and negative is not None:
             unconditional = network(x, t, without_prompt(conditioning, negative))
             prediction = guide(unconditional, prediction, contract.guidance_scale)
-        x = advance(contract, x, prediction, place, generator)
+        x = advance(contract, x, prediction, place, again)
     return x
 
 
@@ -55,13 +59,15 @@ def advance(
     x: torch.Tensor,
     prediction: torch.Tensor,
     place: int,
-    generator: torch.Generator | None = None,
+    again: Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
-    """From the contract's level number `place` to the next one (0 after the last), as its stock scheduler steps."""
+    """From the contract's level number `place` to the next one (0 after the last), as its stock scheduler steps.
+
+    `again` gives standard normal noise shaped as a tensor, for a stochastic contract.
+    """
     following = (*contract.sigmas, 0.0)[place + 1]
     level, target = (torch.full((len(x),), s, device=x.device) for s in (contract.sigmas[place], following))
     if not contract.stochastic:
         return contract.process.step(x, prediction, level, target)
     x0 = contract.process.tweedie(x, prediction, level)
-    again = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
-    return contract.process.add_noise(x0, again, target)
+    return contract.process.add_noise(x0, again(x).to(x.device), target)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,13 @@ def meta_transformer(config_path: Path) -> Any:
             return stock.from_config(settings(config, stock)).eval()
     except BUILD_ERRORS as error:
         raise build_error(error, stock.__name__, path) from error
+
+
+def save_transformer(like: Path, weights: Mapping[str, torch.Tensor], target: Path) -> None:
+    """Write a transformer folder of `like`'s configuration with other weights, as stock diffusers would."""
+    model = meta_transformer(like)
+    model.load_state_dict(weights, assign=True)
+    model.save_pretrained(str(target))
 
 
 @no_progress_bars()

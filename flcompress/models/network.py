@@ -15,11 +15,11 @@ def as_network(transformer: Any, guidance: float | None = None) -> Network:
     """The transformer behind its family's adapter.
 
     Args:
-        transformer: of a class that a family knows.
+        transformer: of a class that a family knows, or what an engine wrapped around one.
         guidance: embedded guidance scale, where the network is told one; the family's usual one where None.
     """
-    inner = getattr(transformer, "_orig_mod", transformer)  # torch.compile's wrapper hides the class
-    family, config = family_of(type(inner).__name__), inner.config
+    inner = stock_model(transformer)
+    family, config = family_of(stock_name(inner)), inner.config
 
     def call(x: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         given = family.arguments(config, x, timestep, conditioning, guidance)
@@ -27,3 +27,16 @@ def as_network(transformer: Any, guidance: float | None = None) -> Network:
         return family.prediction(config, output, x, timestep, conditioning)
 
     return call
+
+
+def stock_model(wrapped: Any) -> Any:
+    """The stock model inside what torch.compile, DistributedDataParallel or DeepSpeed made of it."""
+    for name in ("_orig_mod", "module", "inner"):
+        if (inner := vars(wrapped).get("_modules", {}).get(name)) is not None:
+            return stock_model(inner)
+    return wrapped
+
+
+def stock_name(model: Any) -> str:
+    """Name of its stock class; fully_shard gives a model a class of its own."""
+    return next((one.__name__ for one in type(model).__mro__ if one.__module__.startswith("diffusers.")), "")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from flcompress.errors import FlcompressError, PostconditionError, RequestError
 from flcompress.pipeline import start
 from flcompress.pipeline.clips import Clips, fingerprint
 from flcompress.pipeline.data_check import check_data
-from flcompress.pipeline.display import Display, default_display
+from flcompress.pipeline.display import Display, QuietDisplay, default_display
 from flcompress.pipeline.durable import full_disk_told, locked
 from flcompress.pipeline.exporting import run_exports
 from flcompress.pipeline.gpus import GPUS
@@ -23,6 +25,7 @@ from flcompress.pipeline.recipe_loading import load_recipe
 from flcompress.pipeline.registry import find_exporter
 from flcompress.pipeline.rundir import RunDirectory
 from flcompress.pipeline.store import Entry, Store, key_of
+from flcompress.pipeline.world import World, joined
 
 
 def apply(
@@ -64,17 +67,33 @@ def apply(
         check_plan(recipe, run)
         display.line(plan_text(make_plan(recipe, gpu=GPUS[gpu] if gpu else None)))
         return run
+    device = device or _device()
     check(recipe, run)
-    with full_disk_told(run.path):
-        run.path.mkdir(parents=True, exist_ok=True)
-        with locked(run.path, wait=False) as mine:
-            if not mine:
-                raise RequestError(
-                    f"{run.path}: another flcompress is working in this run directory; "
-                    "wait for it or choose another --run-dir"
-                )
-            _apply(recipe, run, Path(store).resolve() if store else run.path, display, device or _device())
+    shared = Path(store).resolve() if store else run.path
+    with joined(recipe.training, device) as world:
+        try:
+            if world.main:
+                with full_disk_told(run.path), _own(run):
+                    _apply(recipe, run, shared, display, device, world)
+            else:
+                _follow(recipe, shared, device, world)
+        except FlcompressError as error:
+            error.told = world.fail(error)
+            raise
     return run
+
+
+@contextmanager
+def _own(run: RunDirectory) -> Iterator[None]:
+    """Hold the run directory; RequestError if another command works in it."""
+    run.path.mkdir(parents=True, exist_ok=True)
+    with locked(run.path, wait=False) as mine:
+        if not mine:
+            raise RequestError(
+                f"{run.path}: another flcompress is working in this run directory; "
+                "wait for it or choose another --run-dir"
+            )
+        yield
 
 
 def default_run_dir(recipe: Recipe) -> Path:
@@ -132,11 +151,11 @@ def pass_key(step: Pass, program: Program, recipe: Recipe) -> str:
         arguments=arguments(step),
         data=fingerprint(recipe.data_spec()),
         seed=recipe.seed,
-        training=recipe.training.model_dump(mode="json"),
+        training=recipe.training.decisive,
     )
 
 
-def _apply(recipe: Recipe, run: RunDirectory, shared: Path, display: Display, device: str) -> None:
+def _apply(recipe: Recipe, run: RunDirectory, shared: Path, display: Display, device: str, world: World) -> None:
     run.begin(recipe)
     run.note("start", recipe.name)
     store = Store(shared / "passes")
@@ -155,15 +174,9 @@ def _apply(recipe: Recipe, run: RunDirectory, shared: Path, display: Display, de
             if found is None:
                 display.line(f"{title}: running")
                 with display.stage(title) as progress:
-                    work = Work(
-                        directory=Path(),
-                        seed=recipe.seed,
-                        data=clips,
-                        progress=progress,
-                        device=device,
-                        **recipe.training.model_dump(),
-                    )
-                    entry = store.make(index, step.name, key, arguments(step), _builder(step, program, work))
+                    work = _work(recipe, step, clips, device, world, progress=progress, say=display.line)
+                    build = _builder(step, program, entry.folder, work, index)
+                    entry = store.make(index, step.name, key, arguments(step), build)
                 display.line(f"{title}: {entry.record['seconds']:.1f} s, peak {entry.record['peak_rss_mb']:.0f} MB")
                 ran += 1
             else:
@@ -175,6 +188,7 @@ def _apply(recipe: Recipe, run: RunDirectory, shared: Path, display: Display, de
             measured = {name: entry.record[name] for name in ("seconds", "peak_rss_mb")}
             run.note("pass", step.name, status="cached" if found else "ran", key=key, **measured)
         current = "exports"
+        world.once(lambda: None)  # no more passes to share
         exports = run_exports(run, program, recipe.exports, display)
     except FlcompressError as error:
         run.note("failed", current, status="failed", error=str(error))
@@ -211,10 +225,44 @@ def _at_home(entry: Entry, beginning: Program) -> Program:
     return program
 
 
-def _builder(step: Pass, program: Program, work: Work) -> Callable[[Path], Program]:
-    """Applies one pass in the folder that the store gives, and verifies what comes back."""
+def _work(recipe: Recipe, step: Pass, clips: Clips, device: str, world: World, **shown: Any) -> Work:
+    return Work(
+        directory=Path(),
+        seed=recipe.seed,
+        data=clips,
+        device=device,
+        precision=recipe.training.precision,
+        gradient_checkpointing=recipe.training.gradient_checkpointing,
+        world=world if step.distributed else World(),
+        engine=recipe.training.engine if step.distributed else "local",
+        **shown,
+    )
+
+
+def _follow(recipe: Recipe, shared: Path, device: str, world: World) -> None:
+    """What every process but the main one does: apply the passes that the main one calls for, each with its share."""
+    clips = Clips(recipe, shared / "data", QuietDisplay(), device)
+    while (call := world.once(dict)) is not None:
+        program, step = Program.load(Path(call["program"])), recipe.passes[call["index"] - 1]
+        work = _work(recipe, step, clips, device, world, progress=lambda done, total, values: None)
+        step(program, replace(work, directory=Path(call["directory"])))
+
+
+def _builder(step: Pass, program: Program, stored: Path, work: Work, index: int) -> Callable[[Path], Program]:
+    """Applies one pass in the folder that the store gives, and verifies what comes back.
+
+    Args:
+        step: the pass.
+        program: what it is applied to.
+        stored: where that program is stored, for the other processes of a distributed pass.
+        work: everything but the folder.
+        index: the pass's place in the recipe, from 1.
+    """
 
     def build(folder: Path) -> Program:
+        if step.distributed:
+            call = {"index": index, "program": str(stored), "directory": str(folder)}
+            work.world.once(lambda: call)
         result = step(program, replace(work, directory=folder))
         verify(step.name, result)
         return result
@@ -248,4 +296,8 @@ def _remove_left_overs(passes: Path) -> None:
 def _device() -> str:
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if torch.cuda.is_available():
+        return "cuda"
+    # Where DeepSpeed is installed diffusers imports it, and it warns of every machine without a GPU.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    return "cpu"

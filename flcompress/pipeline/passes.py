@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -12,11 +12,13 @@ from pydantic import BaseModel, ConfigDict
 
 from flcompress.errors import PreconditionError, RequestError
 from flcompress.pipeline.program import Fact, Program
+from flcompress.pipeline.world import World
 
 if TYPE_CHECKING:
     from flcompress.data.latents import LatentDataset
 
 Precision = Literal["fp32", "bf16"]
+EngineName = Literal["local", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
 
 ProgressSink = Callable[[int, int, Mapping[str, float]], None]
 """Called with (done, total, values to show)."""
@@ -34,7 +36,10 @@ class Work:
         data: gives the recipe's clips and captions as latents, encoded with a program's autoencoder and text encoder
             (cached). Raises DataError where the recipe has no data.
         progress: told how far the work is.
+        say: shows one line.
         device: "cpu" or "cuda".
+        world: the processes that share the work; one, but for passes that are `distributed`.
+        engine: how they share a training.
         precision: of forwards and backwards in training: "fp32", or "bf16" (autocast over fp32 weights).
         gradient_checkpointing: whether trained models compute their blocks again in the backward.
     """
@@ -43,7 +48,10 @@ class Work:
     seed: int
     data: Callable[[Program], LatentDataset]
     progress: ProgressSink
+    say: Callable[[str], None] = lambda text: None
     device: str = "cpu"
+    world: World = field(default_factory=World)
+    engine: EngineName = "local"
     precision: Precision = "fp32"
     gradient_checkpointing: bool = False
 
@@ -123,6 +131,11 @@ class Pass(BaseModel, ABC):
     voids: ClassVar[frozenset[Fact]] = frozenset()
     needs_data: ClassVar[bool] = False
     """Whether it reads clips or prompts: a recipe without `data:` is then refused before any work."""
+    distributed: ClassVar[bool] = False
+    """Whether all processes apply it together (see `Work.world`); else the main one does and the others wait.
+
+    Every process gets the same arguments and must return the same program; only the main one writes results.
+    """
 
     @property
     def needs(self) -> frozenset[Fact]:

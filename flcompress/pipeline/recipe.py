@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, InstanceOf, PrivateAttr, fiel
 
 from flcompress.errors import DataError, ModelError
 from flcompress.pipeline.exporter import Exporter
-from flcompress.pipeline.passes import Pass
+from flcompress.pipeline.passes import EngineName, Pass, Precision
 
 _NAME = re.compile(r"[a-z0-9-]+")
 
@@ -118,12 +118,24 @@ class Evaluation(_Part):
 class Training(_Part):
     """How passes that train compute; decides memory and speed."""
 
-    precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="bf16: autocast over fp32 weights, and frozen models held in bf16"
+    engine: EngineName = Field(
+        "local",
+        description="how the processes of a launcher share a training: ddp copies models, zero1 to zero3 (DeepSpeed) "
+        "shard optimiser, gradients and weights, fsdp2 shards all of them; see docs/training.md",
     )
+    processes: int | None = Field(
+        None, ge=1, description="how many processes must run; whatever the launcher started where left out"
+    )
+    timeout: float = Field(1800.0, gt=0, description="seconds after which a process that does not move ends the run")
+    precision: Precision = Field("fp32", description="bf16: autocast over fp32 weights, and frozen models held in bf16")
     gradient_checkpointing: bool = Field(
         False, description="compute blocks again in the backward instead of keeping what they did; a third more work"
     )
+
+    @property
+    def decisive(self) -> dict[str, Any]:
+        """What changes a result; who shares the work does not, so that another launch finds it and goes on."""
+        return self.model_dump(mode="json", exclude={"engine", "processes", "timeout"})
 
 
 class Recipe(_Part):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from flcompress.pipeline.memory import peak_mb, reset_peak
 from flcompress.pipeline.program import Program
 
 ENTRY_FILE = "entry.json"
-CHECKPOINT_FILE = "checkpoint.safetensors"
+CHECKPOINTS = "checkpoints"
+"""Folder in which a training keeps what a killed run goes on from; no part of a result."""
 _SHOWN = 12
 """Hexadecimal digits of a key in its folder's name; the whole key is compared all the same."""
 
@@ -108,7 +110,7 @@ class Store:
                 "seconds": round(time.monotonic() - started, 3),
                 "peak_rss_mb": peak_mb(),
             }
-            (work / CHECKPOINT_FILE).unlink(missing_ok=True)
+            shutil.rmtree(work / CHECKPOINTS, ignore_errors=True)
             program.save(work)  # its component paths are relative, so they stay right when the folder is renamed
             (work / "graph.txt").write_text(to_text(program.graph), encoding="utf-8")
             (work / ENTRY_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

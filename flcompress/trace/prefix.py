@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -19,10 +19,9 @@ from flcompress.trace.skip import Identity, replaced_forwards, require_blocks
 class PrefixMemory:
     """What every block returned in the last full forward; made by `remember`."""
 
-    def __init__(self, model: nn.Module, graph: BlockGraph, *, detach: bool) -> None:
+    def __init__(self, model: nn.Module, graph: BlockGraph) -> None:
         self._model = model
         self._graph = graph
-        self._detach = detach
         self._recording = True
         self._outputs: dict[str, Any] = {}
         self._arguments: list[Tensor] = []  # of the first block: what tells one forward's inputs from another's
@@ -38,17 +37,30 @@ class PrefixMemory:
         skipped = require_blocks(self._graph, paths)
         order = [one.path for one in self._graph.blocks]
         first = min(skipped, key=order.index)
-        if len(self._outputs) < len(order):
+        if len(self._outputs) < order.index(first) or not self._arguments:
             raise RequestError(f"cannot skip '{first}': nothing is remembered; run one full forward first")
-        forwards: dict[str, Callable[..., Any]] = {}
-        for path in order[: order.index(first)]:
+        recalled = order[: order.index(first)]
+        for path in recalled:
             if isinstance(vars(self._model.get_submodule(path)).get("forward"), Identity):
                 raise RequestError(f"'{path}' is skipped already and lies before '{first}'; name both in one call")
-            forwards[path] = self._recall(path, first=path == order[0])
-        forwards |= {path: Identity(self._model.get_submodule(path), self._graph.block(path)) for path in skipped}
+        identities = {path: Identity(self._model.get_submodule(path), self._graph.block(path)) for path in skipped}
+        with self._answering(recalled, identities):
+            yield
+
+    @contextmanager
+    def recalled(self) -> Iterator[None]:
+        """While active, every block that was remembered returns what it returned before; the others run."""
+        with self._answering(list(self._outputs), {}):
+            yield
+
+    @contextmanager
+    def _answering(self, paths: list[str], others: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+        first = self._graph.blocks[0].path
         recording, self._recording = self._recording, False
         try:
-            with replaced_forwards(self._model, forwards):
+            with replaced_forwards(
+                self._model, {**{path: self._recall(path, first=path == first) for path in paths}, **others}
+            ):
                 yield
         finally:
             self._recording = recording
@@ -61,14 +73,14 @@ class PrefixMemory:
                     raise RequestError(
                         f"'{path}' was given other inputs than the remembered ones; give the same inputs"
                     )
-            return _copy(self._outputs[path], detach=self._detach)
+            return _copy(self._outputs[path])
 
         return forward
 
     def _record(self, path: str, *, first: bool) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             if self._recording:
-                self._outputs[path] = _copy(output, detach=self._detach)
+                self._outputs[path] = _copy(output)
                 if first:
                     self._arguments = _tensors((args, kwargs))
 
@@ -76,23 +88,25 @@ class PrefixMemory:
 
 
 @contextmanager
-def remember(model: nn.Module, graph: BlockGraph, *, detach: bool = True) -> Iterator[PrefixMemory]:
-    """A memory that every full forward inside the `with` block fills anew; it costs one copy of the blocks' outputs.
+def remember(model: nn.Module, graph: BlockGraph, *, until: str | None = None) -> Iterator[PrefixMemory]:
+    """A memory that every forward inside the `with` block fills anew; it costs one copy of the blocks' outputs.
 
-    `detach=False` keeps the autograd history of what is remembered.
+    With `until` only the blocks before that one are remembered. What is remembered carries no gradient.
     """
-    memory = PrefixMemory(model, graph, detach=detach)
+    memory = PrefixMemory(model, graph)
     with ExitStack() as hooks:
         for place, block in enumerate(graph.blocks):
+            if block.path == until:
+                break
             module = model.get_submodule(block.path)
             hook = memory._record(block.path, first=place == 0)
             hooks.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
         yield memory
 
 
-def _copy(tree: Any, *, detach: bool) -> Any:
+def _copy(tree: Any) -> Any:
     # Copies, because a model may go on to write into a block's output.
-    return tree_map_only(Tensor, lambda one: (one.detach() if detach else one).clone(), tree)
+    return tree_map_only(Tensor, lambda one: one.detach().clone(), tree)
 
 
 def _tensors(tree: Any) -> list[Tensor]:

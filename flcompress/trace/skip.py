@@ -39,6 +39,34 @@ def skip(model: nn.Module, paths: Iterable[str], *, graph: BlockGraph | None = N
         yield
 
 
+@contextmanager
+def mute(model: nn.Module, paths: Iterable[str], *, graph: BlockGraph) -> Iterator[None]:
+    """As `skip`, but the blocks are computed and what they add is multiplied by zero: h + 0 (f(h) - h).
+
+    The output is the same and their parameters get gradients of zero. For engines that must meet every block.
+    """
+    blocks = [graph.block(path) for path in known_paths(graph, paths)]
+    with ExitStack() as stack:
+        for block in blocks:
+            module = model.get_submodule(block.path)
+            hook = _without_addition(Identity(module, block))
+            stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+        yield
+
+
+def _without_addition(identity: Identity) -> Callable[..., Any]:
+    def blend(kept: Any, computed: Any) -> Any:
+        return None if kept is None else kept + 0.0 * (computed - kept)
+
+    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        kept = identity(*args, **kwargs)
+        if isinstance(output, torch.Tensor):
+            return blend(kept, output)
+        return tuple(blend(one, other) for one, other in zip(kept, output, strict=True))
+
+    return hook
+
+
 def _no_new_inputs(path: str, names: frozenset[str]) -> Callable[..., None]:
     def hook(model: nn.Module, args: Any, kwargs: Any) -> None:
         given = {name for name, value in named(model, args, kwargs).items() if isinstance(value, torch.Tensor)}

@@ -37,13 +37,15 @@ class Discriminator(nn.Module):
     def _keep(self, module: nn.Module, given: Any, output: Any) -> None:
         self._features = output[0] if isinstance(output, tuple) else output
 
-    def forward(self, x: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        """Logits [n], positive for real, of noised latents."""
-        self._network(x, timestep, conditioning)
+    def forward(
+        self, x: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(the score's prediction, logits [n], positive for real) of noised latents."""
+        prediction = self._network(x, timestep, conditioning)
         features, self._features = self._features, None
         if features is None:
             raise RuntimeError("the block that the discriminator reads did not run")
-        return self.head(features.float().mean(dim=1)).squeeze(-1)  # type: ignore[no-any-return]
+        return prediction, self.head(features.float().mean(dim=1)).squeeze(-1)
 
 
 def generator_term(generated_logits: torch.Tensor) -> torch.Tensor:

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import json
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
-from flcompress.draws import generator
-from flcompress.models.precision import half_precision
-from flcompress.pipeline.durable import write_text
-from flcompress.pipeline.passes import Precision, ProgressSink
+from flcompress.draws import Draws, seed_of
+from flcompress.errors import Preempted, RequestError
+from flcompress.pipeline.durable import append_line, write_text
+from flcompress.training.checkpoint import Checkpoints
+from flcompress.training.engines import Engine
 from flcompress.training.trained import Trained
 
 CHECKPOINT_SECONDS = 60.0
 """A killed run loses at most this much work."""
 
-TrainStep = Callable[[int, torch.Generator], Mapping[str, float]]
+METRICS_FILE = "metrics.jsonl"
+
+TrainStep = Callable[[int, Draws], Mapping[str, float]]
 Monitor = Callable[[int], Mapping[str, float]]
 
 
@@ -28,74 +32,108 @@ def train(
     train_step: TrainStep,
     roles: Sequence[Trained],
     *,
+    engine: Engine,
+    name: str,
     steps: int,
-    seed: tuple[object, ...],
-    directory: Path,
-    progress: ProgressSink,
-    precision: Precision = "fp32",
+    batch: int,
     monitor: Monitor | None = None,
     monitor_every: int = 0,
 ) -> None:
-    """Run `train_step` for `steps` steps; go on from the last checkpoint in `directory` if there is one.
+    """Run `train_step` for `steps` steps; go on from the last checkpoint in the work's directory if there is one.
+
+    Every process of the work's world calls it, with the same arguments.
 
     Args:
-        train_step: does the updates of one step with the given generator and returns what to log.
+        train_step: does the updates of one step with the given draws and returns what to log: means over this
+            process's samples.
         roles: the models it trains; they are checkpointed together.
+        engine: theirs. Its work's directory holds `metrics.jsonl`, one object a step, and the checkpoints.
+        name: seeds the draws, with the recipe's seed and the step: a resumed run draws the same.
         steps: number of steps.
-        seed: the generator of step n is `draws.generator(*seed, n)`, so a resumed run draws the same.
-        directory: holds `metrics.jsonl`, one object a step, and `checkpoint.safetensors`.
-        progress: told after every step.
-        precision: "bf16" computes under autocast; weights, losses and moments stay in fp32.
+        batch: samples of a step, over all processes.
         monitor: called before the first step, then every `monitor_every` steps and after the last; what it returns is
             logged as its own line. It may raise TrainingError to stop.
 
     Raises:
+        RequestError: the processes do not divide the batch, or the checkpoint was written by others.
         TrainingError: a loss was not finite or the monitor said stop. The last checkpoint stays.
+        Preempted: SIGTERM was received; a checkpoint was written.
     """
-    device = next(roles[0].model.parameters()).device.type
-    directory.mkdir(parents=True, exist_ok=True)
-    checkpoint = directory / "checkpoint.safetensors"
-    log = directory / "metrics.jsonl"
-    start = _restore(checkpoint, roles)
-    _truncate(log, start)
+    work = engine.work
+    world = work.world
+    if batch % world.size:
+        raise RequestError(f"{name}: batch {batch} given, expected a multiple of the {world.size} processes")
+    checkpoints = Checkpoints(work.directory, world, engine.layout, work.say)
+    log = work.directory / METRICS_FILE
+    start = _restore(checkpoints, roles)
+    if world.main:
+        work.directory.mkdir(parents=True, exist_ok=True)
+        _truncate(log, start)
+
+    def write(record: Mapping[str, float]) -> None:
+        if world.main:
+            append_line(log, json.dumps(record))
+
+    def look(step: int) -> None:
+        if monitor is not None:
+            world.beat(f"held-out figures of step {step}")
+            with engine.forward_mode(), world.together():
+                write({"step": step, **monitor(step)})
+
     saved = time.monotonic()
-    with log.open("a", encoding="utf-8") as lines:
-
-        def write(record: Mapping[str, float]) -> None:
-            lines.write(json.dumps(record) + "\n")
-            lines.flush()
-
-        if monitor is not None and start == 0:
-            with half_precision(device, enabled=precision == "bf16"):
-                write({"step": 0, **monitor(0)})
+    with _termination() as asked:
+        if start == 0:
+            look(0)
         for step in range(start + 1, steps + 1):
-            with half_precision(device, enabled=precision == "bf16"):
-                values = dict(train_step(step, generator(*seed, step)))
-            write({"step": step, **values})
-            progress(step, steps, values)
-            if monitor is not None and (step == steps or (monitor_every and step % monitor_every == 0)):
-                with half_precision(device, enabled=precision == "bf16"):
-                    write({"step": step, **monitor(step)})
-            if step == steps or time.monotonic() - saved > CHECKPOINT_SECONDS:
-                _save(checkpoint, roles, step)
+            world.beat(f"step {step}")
+            draws = Draws(work.seed, name, step, batch=batch, rank=world.rank, processes=world.size)
+            torch.manual_seed(seed_of(work.seed, name, step, "model", world.rank))  # dropout, where a model has it
+            with engine.forward_mode(), world.together():
+                values = dict(train_step(step, draws))
+            due = time.monotonic() - saved > CHECKPOINT_SECONDS
+            agreed = world.mean({**values, _SAVE: float(due and world.main), _END: float(asked.is_set())})
+            save, end = agreed.pop(_SAVE) > 0, agreed.pop(_END) > 0
+            write({"step": step, **agreed})
+            work.progress(step, steps, agreed)
+            if step == steps or (monitor_every and step % monitor_every == 0):
+                look(step)
+            if step == steps or save or end:
+                checkpoints.save(step, _stored(roles))
                 saved = time.monotonic()
+            if end and step < steps:
+                raise Preempted(
+                    f"{name}: ended by SIGTERM after step {step} of {steps}; a checkpoint was written, "
+                    "the same command goes on from it"
+                )
 
 
-def _save(path: Path, roles: Sequence[Trained], step: int) -> None:
-    tensors = {f"{role.name}/{key}": value.contiguous() for role in roles for key, value in role.checkpoint().items()}
-    temporary = path.with_suffix(".tmp")
-    save_file(tensors, str(temporary), metadata={"step": str(step)})
-    temporary.replace(path)
+_SAVE, _END = "save", "end"
 
 
-def _restore(path: Path, roles: Sequence[Trained]) -> int:
-    if not path.exists():
-        return 0
-    with safe_open(str(path), framework="pt") as file:
-        for role in roles:
-            prefix = f"{role.name}/"
-            role.restore({k[len(prefix) :]: file.get_tensor(k) for k in file.keys() if k.startswith(prefix)})  # noqa: SIM118
-        return int(file.metadata()["step"])
+def _stored(roles: Sequence[Trained]) -> dict[str, torch.Tensor]:
+    return {f"{role.name}/{key}": value for role in roles for key, value in role.checkpoint().items()}
+
+
+def _restore(checkpoints: Checkpoints, roles: Sequence[Trained]) -> int:
+    step, tensors = checkpoints.load()
+    for role in roles if step else ():
+        prefix = f"{role.name}/"
+        role.restore({key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)})
+    return step
+
+
+@contextmanager
+def _termination() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets, instead of ending the process at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: asked.set())
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _truncate(log: Path, step: int) -> None:

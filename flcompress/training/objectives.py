@@ -8,14 +8,16 @@ from flcompress.diffusion.conditioning import Conditioning
 from flcompress.diffusion.flow import shift
 from flcompress.diffusion.process import Process
 from flcompress.diffusion.sampling import Network
+from flcompress.draws import Draws
 
 
-def draw_levels(n: int, by: float, generator: torch.Generator, *, low: float = 0.0, high: float = 1.0) -> torch.Tensor:
-    """`n` noise levels: uniform in [low, high], one in each of n equal strata, then shifted by `by`.
+def draw_levels(draws: Draws, by: float, *, low: float = 0.0, high: float = 1.0) -> torch.Tensor:
+    """Noise levels [n]: uniform in [low, high], one in each of as many strata as the batch has samples, then shifted.
 
     Strata cost nothing and take most of the variance over noise levels out of a batch.
     """
-    u = (torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)) / n
+    order = torch.randperm(draws.batch, generator=draws.shared)
+    u = (order[draws.mine] + draws.uniform()) / draws.batch
     return shift(low + (high - low) * u, by)
 
 

@@ -100,7 +100,7 @@ def test_stochastic_depth_trains_and_logs_both_paths(run: RunDirectory) -> None:
     assert Fact.ELASTIC in program.facts
     assert [record["step"] for record in result["monitor"]] == [0, 2, 3]
     assert result["prune_set"] == list(program.prune_set)
-    assert not (folder / "checkpoint.safetensors").exists()
+    assert not (folder / "checkpoints").exists()
 
 
 def test_the_cut_model_is_the_elastic_one_with_blocks_skipped(run: RunDirectory) -> None:

@@ -17,6 +17,7 @@ from flcompress.pipeline import registry
 from flcompress.pipeline.exporter import Exporter
 from flcompress.pipeline.passes import Cost, Pass, ProgressSink, Role, Work
 from flcompress.pipeline.program import Fact, Program
+from flcompress.pipeline.store import CHECKPOINTS
 
 CALLS: list[str] = []
 """What was really run, in order."""
@@ -42,7 +43,7 @@ class Score(Pass):
         CALLS.append(f"score {self.draws}")
         (work.directory / "result.json").write_text(json.dumps({"draws": self.draws}), encoding="utf-8")
         (work.directory / "metrics.jsonl").write_text('{"step": 1}\n', encoding="utf-8")
-        (work.directory / "checkpoint.safetensors").write_text("", encoding="utf-8")
+        (work.directory / CHECKPOINTS / "step-00000001").mkdir(parents=True, exist_ok=True)
         work.progress(1, 1, {"loss": 0.5})
         return program
 

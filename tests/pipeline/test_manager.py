@@ -48,7 +48,7 @@ def test_a_run_and_what_it_leaves(write: WriteRecipe, tmp_path: Path, model: Pat
     score, cut = run.entries()
     assert (score.name, score.index, score.result(), score.metrics()) == ("score", 1, {"draws": 2}, [{"step": 1}])
     assert score.folder.name == f"01-score-{score.key[:12]}"
-    assert not (score.folder / "checkpoint.safetensors").exists()
+    assert not (score.folder / "checkpoints").exists()
     assert {"entry.json", "program.json", "graph.json", "graph.txt"} <= {path.name for path in cut.folder.iterdir()}
     assert cut.record["arguments"] == {"keep": 0.5, "steps": 4}
     final = run.final()

@@ -140,23 +140,31 @@ def test_the_memory_skips_several_blocks_in_any_order() -> None:
             pass
 
 
-def test_the_memory_keeps_gradients_when_asked_to() -> None:
+def test_what_a_skipping_forward_computed_serves_the_full_one_and_its_gradient_stays() -> None:
     model, inputs = models.wan()
     graph = trace(model, inputs)
+    expected = output_of(model, inputs)
 
-    def gradient() -> torch.Tensor:
+    def gradient(pruned: torch.Tensor) -> torch.Tensor:
         model.zero_grad()
-        model(**inputs, return_dict=False)[0].square().mean().backward()
+        pruned.square().mean().backward()  # type: ignore[no-untyped-call]
         found = model.get_parameter("blocks.0.ffn.net.2.weight").grad
         assert found is not None
         return found.clone()
 
     with skip(model, ["blocks.2"], graph=graph):
-        expected = gradient()
-    with remember(model, graph, detach=False) as memory:
-        model(**inputs)
-        with memory.skipping("blocks.2"):
-            assert torch.allclose(gradient(), expected, atol=1e-7)
+        plain = gradient(model(**inputs, return_dict=False)[0])
+    ran: list[str] = []
+    for path in ("blocks.0.ffn", "blocks.1.ffn", "blocks.2.ffn", "blocks.3.ffn"):
+        model.get_submodule(path).register_forward_hook(lambda module, given, output, path=path: ran.append(path))
+    with remember(model, graph, until="blocks.2") as memory:
+        with skip(model, ["blocks.2"], graph=graph):
+            pruned = model(**inputs, return_dict=False)[0]
+        ran.clear()
+        with torch.no_grad(), memory.recalled():
+            assert torch.equal(model(**inputs, return_dict=False)[0], expected)
+    assert ran == ["blocks.2.ffn", "blocks.3.ffn"]
+    assert torch.equal(gradient(pruned), plain)
 
 
 def test_the_memory_refuses_to_answer_for_other_inputs() -> None:

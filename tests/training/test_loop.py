@@ -8,8 +8,13 @@ import pytest
 import torch
 from torch import nn
 
+from flcompress.data.latents import LatentDataset
+from flcompress.draws import Draws
 from flcompress.errors import TrainingError
+from flcompress.pipeline.passes import Work
+from flcompress.pipeline.program import Program
 from flcompress.training import loop
+from flcompress.training.engines import Engine, Hyper, engine_of
 from flcompress.training.trained import Trained
 
 
@@ -17,19 +22,27 @@ def silent(done: int, total: int, values: Mapping[str, float]) -> None:
     pass
 
 
+def no_data(program: Program) -> LatentDataset:
+    raise AssertionError("nothing here reads data")
+
+
+def engine(folder: Path = Path()) -> Engine:
+    return engine_of(Work(directory=folder, seed=0, data=no_data, progress=silent))
+
+
 def role() -> Trained:
     torch.manual_seed(0)
-    return Trained("model", nn.Linear(3, 1), learning_rate=0.1, ema_decay=0.9)
+    return Trained(engine(), "model", nn.Linear(3, 1), batch=8, hyper=Hyper(learning_rate=0.1), ema_decay=0.9)
 
 
 def run(trained: Trained, folder: Path, steps: int, fail_at: int | None = None) -> None:
-    def train_step(step: int, draw: torch.Generator) -> Mapping[str, float]:
+    def train_step(step: int, draws: Draws) -> Mapping[str, float]:
         if step == fail_at:
             raise KeyboardInterrupt
-        x = torch.randn(8, 3, generator=draw)
-        return trained.update((trained.model(x) - x.sum(1, keepdim=True)).square().mean())
+        x = draws.normal(3)
+        return trained.update((trained.module(x) - x.sum(1, keepdim=True)).square().mean())
 
-    loop.train(train_step, [trained], steps=steps, seed=("test",), directory=folder, progress=silent)
+    loop.train(train_step, [trained], engine=engine(folder), name="test", steps=steps, batch=8)
 
 
 def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,137 @@
+"""What an engine does for the one loop: it wraps models, moves gradients, steps optimisers, and gathers weights."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from flcompress.ir.graph import BlockGraph
+from flcompress.models.precision import half_precision
+from flcompress.pipeline.passes import Work
+from flcompress.trace.skip import mute, skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hyper:
+    """AdamW's settings and the global norm that gradients are scaled down to."""
+
+    learning_rate: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+
+
+class NotFinite(Exception):  # noqa: N818
+    """The gradient norm is not finite; nothing was changed."""
+
+    def __init__(self, norm: float) -> None:
+        super().__init__(str(norm))
+        self.norm = norm
+
+
+class Wrapped(ABC):
+    """A trained model under an engine.
+
+    A parameter without a gradient is stepped with a gradient of zeros: so AdamW's moments of a skipped block fade alike
+    in every engine (sharded ones keep all gradients in one flat tensor and could not tell).
+
+    Attributes:
+        model: the model itself, where paths of blocks lead.
+        module: what is called.
+    """
+
+    model: Any
+    module: Any
+
+    @abstractmethod
+    def backward(self, loss: torch.Tensor) -> None:
+        """Compute gradients, averaged over the processes."""
+
+    @abstractmethod
+    def step(self, learning_rate: float) -> float:
+        """Clip, take one optimiser step, clear gradients; the global norm before clipping. Raises NotFinite."""
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Throw gradients away."""
+
+    @abstractmethod
+    def shards(self) -> dict[str, torch.Tensor]:
+        """The trained parameters as far as this process holds them: live storage, by parameter name."""
+
+    @abstractmethod
+    def gathered(self) -> dict[str, torch.Tensor]:
+        """The whole state dict on the CPU in the main process, empty in the others. All processes call it together."""
+
+    @abstractmethod
+    def state(self) -> dict[str, torch.Tensor]:
+        """All that this process must store to go on bit for bit; empty where the main process stores it."""
+
+    @abstractmethod
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take up what `state` gave."""
+
+
+class Engine(ABC):
+    """One way to share a training. Made for one pass; see `engine_of`.
+
+    Attributes:
+        layout: how checkpoints are split; see `Checkpoints`.
+        skips: whether a skipped block may be left out of the computation. Where not, it is computed and multiplied
+            by zero.
+        splits_weights: whether a process holds only its part of every weight, and gathers them block by block.
+    """
+
+    layout: str
+    skips: bool = True
+    splits_weights: bool = False
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+
+    @abstractmethod
+    def trained(self, model: nn.Module, hyper: Hyper, *, batch: int) -> Wrapped:
+        """Take a model into training.
+
+        Args:
+            model: loaded alike in every process, on the training's device.
+            hyper: of its optimiser.
+            batch: samples of a step, over all processes.
+        """
+
+    @abstractmethod
+    def frozen(self, model: nn.Module) -> Any:
+        """Take a model that only judges; what is called."""
+
+    def skip(self, model: nn.Module, paths: Iterable[str], *, graph: BlockGraph) -> AbstractContextManager[None]:
+        """Blocks at `paths` are identities, in the way that is right with this engine; the same in every process."""
+        return skip(model, paths, graph=graph) if self.skips else mute(model, paths, graph=graph)
+
+    @contextmanager
+    def forward_mode(self) -> Iterator[None]:
+        """Around every forward and backward of a training: precision."""
+        with half_precision(self.work.device, enabled=self.work.precision == "bf16"):
+            yield
+
+
+def engine_of(work: Work) -> Engine:
+    """The engine that a pass's work asks for."""
+    from flcompress.training.engines.replicated import Distributed, Local
+
+    if work.engine == "local":
+        return Local(work)
+    if work.engine == "ddp":
+        return Distributed(work)
+    if work.engine == "fsdp2":
+        from flcompress.training.engines.fsdp import FullySharded
+
+        return FullySharded(work)
+    from flcompress.training.engines.zero import Zero
+
+    return Zero(work, stage=int(work.engine[-1]))

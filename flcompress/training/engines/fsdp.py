@@ -1,0 +1,86 @@
+"""torch's fully_shard (FSDP2): weights, gradients and moments are split over the processes, block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from flcompress.errors import RequestError
+from flcompress.pipeline.passes import Work
+from flcompress.trace.skip import graph_of
+from flcompress.training.engines.engine import Engine, Hyper, Wrapped
+from flcompress.training.engines.replicated import Replica
+
+
+class Shards(Replica):
+    """A model whose parameters are DTensors; this process holds its part of each."""
+
+    def _norm(self) -> float:
+        norm: Any = nn.utils.clip_grad_norm_(self._named.values(), self._hyper.max_grad_norm)
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+    def shards(self) -> dict[str, torch.Tensor]:
+        return {name: _local(parameter) for name, parameter in self._named.items()}
+
+    def gathered(self) -> dict[str, torch.Tensor]:
+        whole: dict[str, torch.Tensor] = {}
+        for name, value in self.model.state_dict().items():
+            full = value.full_tensor() if isinstance(value, DTensor) else value
+            if self.work.world.main:
+                whole[name] = full.detach().cpu().clone()
+        return whole
+
+    def state(self) -> dict[str, torch.Tensor]:
+        flat = {f"model.{name}": _local(value) for name, value in self.model.state_dict().items()}
+        return flat | {key: _local(value) for key, value in self._moments(self._named).items()}
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        for name, value in self.model.state_dict().items():
+            _local(value).copy_(state[f"model.{name}"])
+        self._restore_moments(state)
+
+    def _placed(self, parameter: Any, value: torch.Tensor) -> torch.Tensor:
+        return DTensor.from_local(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+
+
+class FullySharded(Engine):
+    """FSDP2 over all processes."""
+
+    def __init__(self, work: Work) -> None:
+        super().__init__(work)
+        self.splits_weights = True
+        self.layout = f"fsdp2 on {work.world.size} processes"
+        self._mesh = init_device_mesh(torch.device(work.device).type, (work.world.size,))
+
+    def trained(self, model: nn.Module, hyper: Hyper, *, batch: int) -> Wrapped:
+        self._share(model, _blocks(model))
+        return Shards(self.work, model, model, hyper)
+
+    def frozen(self, model: nn.Module) -> Any:
+        self._share(model, _blocks(model))
+        return model
+
+    def _share(self, model: nn.Module, blocks: Iterable[nn.Module]) -> None:
+        for block in blocks:
+            fully_shard(block, mesh=self._mesh)
+        fully_shard(model, mesh=self._mesh)
+        loose = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
+        if loose:  # fully_shard is silent where it does nothing
+            raise RequestError(f"training.engine: fsdp2 left {loose[0]} of {type(model).__name__} unshared; use ddp")
+
+
+def _blocks(model: Any) -> list[nn.Module]:
+    with torch.device("meta"):
+        plain = type(model).from_config(model.config)
+    return [model.get_submodule(block.path) for block in graph_of(plain).blocks]
+
+
+def _local(value: torch.Tensor) -> torch.Tensor:
+    part: torch.Tensor = value.to_local() if isinstance(value, DTensor) else value
+    return part.detach()

@@ -1,0 +1,125 @@
+"""Whole copies of the models: one process, or several whose gradients torch's DistributedDataParallel averages."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from flcompress.pipeline.passes import Work
+from flcompress.training.checkpoint import WHOLE
+from flcompress.training.engines.engine import Engine, Hyper, NotFinite, Wrapped
+
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+class Replica(Wrapped):
+    """A model with torch's AdamW; every process holds all of it."""
+
+    def __init__(self, work: Work, model: Any, module: Any, hyper: Hyper) -> None:
+        self.work, self.model, self.module, self._hyper = work, model, module, hyper
+        self._named = {name: one for name, one in model.named_parameters() if one.requires_grad}
+        # `foreach` batches the many small tensors of a step; it changes no result.
+        self._optimizer = torch.optim.AdamW(
+            list(self._named.values()),
+            lr=hyper.learning_rate,
+            betas=hyper.betas,
+            weight_decay=hyper.weight_decay,
+            foreach=True,
+        )
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def step(self, learning_rate: float) -> float:
+        for parameter in self._named.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        norm = self._norm()
+        if not math.isfinite(norm):
+            self.clear()
+            raise NotFinite(norm)
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._optimizer.step()
+        self.clear()
+        return norm
+
+    def _norm(self) -> float:
+        """The global gradient norm; gradients are clipped to the limit."""
+        return float(nn.utils.clip_grad_norm_(self._named.values(), self._hyper.max_grad_norm))
+
+    def clear(self) -> None:
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def shards(self) -> dict[str, torch.Tensor]:
+        return {name: parameter.detach() for name, parameter in self._named.items()}
+
+    def gathered(self) -> dict[str, torch.Tensor]:
+        if not self.work.world.main:
+            return {}
+        return {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
+
+    def state(self) -> dict[str, torch.Tensor]:
+        if not self.work.world.main:
+            return {}
+        flat = {f"model.{name}": value.detach() for name, value in self.model.state_dict().items()}
+        return flat | self._moments(self._named)
+
+    def _moments(self, named: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        return {
+            f"optimizer.{moment}.{name}": torch.as_tensor(value)
+            for name, parameter in named.items()
+            for moment, value in self._optimizer.state.get(parameter, {}).items()
+        }
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        prefix = "model."
+        self.model.load_state_dict({k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)})
+        self._restore_moments(state)
+
+    def _restore_moments(self, state: Mapping[str, torch.Tensor]) -> None:
+        for name, parameter in self._named.items():
+            found = {one: state[key] for one in MOMENTS if (key := f"optimizer.{one}.{name}") in state}
+            if found:
+                # AdamW counts steps on the CPU, whatever the device.
+                self._optimizer.state[parameter] = {
+                    one: value if one == "step" else self._placed(parameter, value) for one, value in found.items()
+                }
+
+    def _placed(self, parameter: Any, value: torch.Tensor) -> torch.Tensor:
+        return value.to(parameter.device)
+
+
+class Local(Engine):
+    """One process."""
+
+    layout = WHOLE
+
+    def trained(self, model: nn.Module, hyper: Hyper, *, batch: int) -> Wrapped:
+        return Replica(self.work, model, model, hyper)
+
+    def frozen(self, model: nn.Module) -> Any:
+        return model
+
+
+class Distributed(Engine):
+    """torch's DistributedDataParallel."""
+
+    layout = WHOLE
+
+    def trained(self, model: nn.Module, hyper: Hyper, *, batch: int) -> Wrapped:
+        from torch.nn.parallel import DistributedDataParallel
+
+        devices = [torch.cuda.current_device()] if self.work.device == "cuda" else None
+        # A skipped block has no gradient; it is skipped in every process alike.
+        module = DistributedDataParallel(model, device_ids=devices, find_unused_parameters=True)
+        warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
+        return Replica(self.work, model, module, hyper)
+
+    def frozen(self, model: nn.Module) -> Any:
+        return model

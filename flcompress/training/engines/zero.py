@@ -1,0 +1,173 @@
+"""DeepSpeed's ZeRO: 1 splits the optimiser over the processes, 2 the gradients too, 3 the weights too."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from flcompress.errors import UnavailableError
+from flcompress.models.precision import half_precision
+from flcompress.pipeline.passes import Work
+from flcompress.training.engines.engine import Engine, Hyper, NotFinite, Wrapped
+
+
+class ZeroModel(Wrapped):
+    """A model behind a DeepSpeed engine, which owns gradients, clipping and the step of torch's AdamW."""
+
+    def __init__(self, work: Work, stage: int, model: Any, hyper: Hyper, config: Mapping[str, Any]) -> None:
+        import deepspeed
+
+        self.work, self.model, self._stage = work, model, stage
+        self._named = {name: one for name, one in model.named_parameters() if one.requires_grad}
+        self._optimizer = torch.optim.AdamW(
+            list(self._named.values()), lr=hyper.learning_rate, betas=hyper.betas, weight_decay=hyper.weight_decay
+        )
+        self.module, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=self._optimizer,
+            config={**config, "gradient_clipping": hyper.max_grad_norm, "zero_allow_untested_optimizer": True},
+        )
+        self._zero = self.module.optimizer
+        # DeepSpeed makes the moments with a step on zero gradients, which AdamW's bias correction would count.
+        self._optimizer.state.clear()
+
+    @property
+    def _partitions(self) -> list[torch.Tensor]:
+        """This process's part of the fp32 weights, flat, one a parameter group."""
+        found = (
+            self._zero.fp32_partitioned_groups_flat if self._stage == 3 else self._zero.single_partition_of_fp32_groups
+        )
+        return list(found)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.module.backward(loss)
+
+    def step(self, learning_rate: float) -> float:
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.module.step()
+        # A gradient that is not finite makes DeepSpeed leave the step out and say nothing.
+        if self._zero.overflow:
+            raise NotFinite(float("nan"))
+        return float(self.module.get_global_grad_norm())
+
+    def clear(self) -> None:
+        self.module.zero_grad()
+
+    def shards(self) -> dict[str, torch.Tensor]:
+        if self._stage == 3:
+            return {name: parameter.ds_tensor.data for name, parameter in self._named.items()}
+        return {name: parameter.detach() for name, parameter in self._named.items()}
+
+    def gathered(self) -> dict[str, torch.Tensor]:
+        import deepspeed
+
+        if self._stage < 3:
+            state = self.model.state_dict() if self.work.world.main else {}
+            return {name: value.detach().cpu().clone() for name, value in state.items()}
+        whole: dict[str, torch.Tensor] = {}
+        for name, parameter in self.model.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=None):
+                if self.work.world.main:
+                    whole[name] = parameter.detach().cpu().clone()
+        buffers = set(self.model.state_dict()) - set(dict(self.model.named_parameters()))
+        if self.work.world.main:
+            whole |= {name: self.model.get_buffer(name).detach().cpu().clone() for name in buffers}
+        return whole
+
+    def state(self) -> dict[str, torch.Tensor]:
+        flat: dict[str, torch.Tensor] = {}
+        for place, partition in enumerate(self._partitions):
+            flat[f"partition.{place}"] = partition.detach()
+            for moment, value in self._optimizer.state.get(partition, {}).items():
+                flat[f"optimizer.{moment}.{place}"] = torch.as_tensor(value)
+        return flat
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        for place, partition in enumerate(self._partitions):
+            partition.data.copy_(state[f"partition.{place}"])
+            moments = {key.split(".")[1]: key for key in state if key.startswith("optimizer.") and _place(key) == place}
+            if moments:
+                self._optimizer.state[partition] = {
+                    moment: state[key] if moment == "step" else state[key].to(partition.device)
+                    for moment, key in moments.items()
+                }
+        if self._stage < 3:
+            self._zero.update_lp_params()
+            return
+        for partition, flat in zip(self._partitions, self._zero.fp16_partitioned_groups_flat, strict=True):
+            flat.data.copy_(partition.data)
+
+
+def _place(key: str) -> int:
+    return int(key.rsplit(".", 1)[1])
+
+
+class Zero(Engine):
+    """DeepSpeed on all processes."""
+
+    def __init__(self, work: Work, stage: int) -> None:
+        super().__init__(work)
+        try:
+            import deepspeed
+        except ImportError as error:
+            raise UnavailableError(
+                f"training.engine: zero{stage} needs DeepSpeed; pip install 'flcompress[deepspeed]', or use fsdp2"
+            ) from error
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        warnings.filterwarnings("ignore", message=".*is deprecated", module="torch.distributed")
+        if work.device == "cpu":
+            # Else a shared-memory operation is compiled on first use, for minutes.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(dist_init_required=False)
+        self._stage = stage
+        self.layout = f"zero{stage} on {work.world.size} processes"
+        # ZeRO-3 would take a block that was left out for one whose gradient is the last one's.
+        self.skips = stage < 3
+        self.splits_weights = stage == 3
+
+    def trained(self, model: nn.Module, hyper: Hyper, *, batch: int) -> Wrapped:
+        return ZeroModel(self.work, self._stage, model, hyper, self._config(batch))
+
+    def frozen(self, model: nn.Module) -> Any:
+        if self._stage < 3:
+            return _Frozen(model, self.work)
+        import deepspeed
+
+        return deepspeed.initialize(model=model, config=self._config(self.work.world.size))[0]
+
+    def _config(self, batch: int) -> dict[str, Any]:
+        half = self.work.precision == "bf16"
+        return {
+            "train_micro_batch_size_per_gpu": batch // self.work.world.size,
+            "gradient_accumulation_steps": 1,
+            "steps_per_print": 1 << 62,
+            # Small parameters are split like all others: what a process holds is then its share of everything.
+            "zero_optimization": {"stage": self._stage, "stage3_param_persistence_threshold": 0},
+            # Weights and what the processes exchange stay in fp32.
+            "torch_autocast": {"enabled": half, "dtype": "bfloat16", "lower_precision_safe_modules": []},
+        }
+
+    @contextmanager
+    def forward_mode(self) -> Iterator[None]:
+        # DeepSpeed sets the precision of its own forwards. Inside another autocast its bf16 copies of the weights would
+        # outlive their update.
+        yield
+
+
+class _Frozen(nn.Module):
+    """A frozen model beside DeepSpeed's, in the training's precision."""
+
+    def __init__(self, model: Any, work: Work) -> None:
+        super().__init__()
+        self.inner, self._work = model, work
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with half_precision(self._work.device, enabled=self._work.precision == "bf16"):
+            return self.inner(*args, **kwargs)
