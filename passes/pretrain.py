@@ -42,7 +42,6 @@ class Pretrain(Pass):
     learning_rate: float = Field(1e-3, gt=0, description="peak; rises for 200 steps, then half a cosine")
     shift: float = Field(3.0, gt=0, description="noise levels are drawn evenly, then shifted by this toward noise")
     caption_dropout: float = Field(0.1, ge=0, lt=1, description="share of clips trained with the empty prompt")
-    compile: bool = Field(False, description="train through torch.compile; needs a C++ compiler")
     ema_decay: float = Field(0.999, ge=0, lt=1, description="decay of the moving average that is kept")
 
     def cost(self, parameters: float, blocks: int, original: float) -> Cost:
@@ -79,7 +78,6 @@ class Pretrain(Pass):
         )
         process, guidance = contract.process, contract.embedded_guidance
         network = as_network(role.module, guidance)
-        compiled = as_network(torch.compile(role.module), guidance) if self.compile else network
         data = work.data(program)
         training, heldout = data.split(min(MONITOR_CLIPS, len(data) // 4))
 
@@ -88,7 +86,7 @@ class Pretrain(Pass):
             given = dropped(given, data.negative, draws.uniform() < self.caption_dropout)
             noise, level = draws.normal(*x0.shape[1:]), draw_levels(draws, self.shift)
             x0, noise, level = (t.to(work.device) for t in (x0, noise, level))
-            return role.update(denoising_loss(compiled, process, x0, on(given, work.device), level, noise))
+            return role.update(denoising_loss(network, process, x0, on(given, work.device), level, noise))
 
         elbo = HeldOutELBO(heldout, process, len(heldout), work.seed, work.device, self.batch, work.world)
         train(

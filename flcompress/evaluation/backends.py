@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
-import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import torch
 from flcompress.diffusion.conditioning import Conditioning
 from flcompress.diffusion.sampling import Network
 from flcompress.models.network import as_network
+from flcompress.trace.compiled import missing_compiler
 
 EAGER = "torch eager"
 BACKENDS = (EAGER, "torch.compile", "ONNX Runtime")
@@ -29,12 +28,8 @@ def compiled(model: Any) -> Network:
     Raises:
         Unusable: torch.compile needs a C++ compiler and Python's headers for the CPU, and they are not here.
     """
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
-        raise Unusable(f"no C++ compiler ({compiler}) for torch.compile; install g++ or set CXX")
-    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
-    if not header.exists():
-        raise Unusable(f"no {header} for torch.compile; install Python's development headers")
+    if missing := missing_compiler():
+        raise Unusable(missing)
     model.compile_repeated_blocks(dynamic=False)
     return as_network(model)
 

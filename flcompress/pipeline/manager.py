@@ -233,6 +233,7 @@ def _work(recipe: Recipe, step: Pass, clips: Clips, device: str, world: World, *
         device=device,
         precision=recipe.training.precision,
         gradient_checkpointing=recipe.training.gradient_checkpointing,
+        compile=recipe.training.compile,
         world=world if step.distributed else World(),
         engine=recipe.training.engine if step.distributed else "local",
         **shown,

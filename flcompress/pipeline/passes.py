@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from flcompress.errors import PreconditionError, RequestError
+from flcompress.errors import PreconditionError, RequestError, UnavailableError
 from flcompress.pipeline.program import Fact, Program
 from flcompress.pipeline.world import World
 
@@ -42,6 +42,7 @@ class Work:
         engine: how they share a training.
         precision: of forwards and backwards in training: "fp32", or "bf16" (autocast over fp32 weights).
         gradient_checkpointing: whether trained models compute their blocks again in the backward.
+        compile: whether blocks run through torch.compile.
     """
 
     directory: Path
@@ -54,6 +55,7 @@ class Work:
     engine: EngineName = "local"
     precision: Precision = "fp32"
     gradient_checkpointing: bool = False
+    compile: bool = False
 
     def trained(self, folder: Path) -> Any:
         """A transformer to be trained: fp32 weights.
@@ -71,7 +73,7 @@ class Work:
                     "set it to false"
                 )
             model.enable_gradient_checkpointing()
-        return model
+        return self._compiled(model)
 
     def frozen(self, folder: Path) -> Any:
         """A transformer that only judges: weights in the training's precision."""
@@ -79,7 +81,23 @@ class Work:
 
         from flcompress.models.loading import load_transformer
 
-        return load_transformer(folder, self.device, torch.bfloat16 if self.precision == "bf16" else None)
+        return self._compiled(
+            load_transformer(folder, self.device, torch.bfloat16 if self.precision == "bf16" else None)
+        )
+
+    def _compiled(self, model: Any) -> Any:
+        if self.compile:
+            import torch
+
+            from flcompress.trace.compiled import compile_blocks, missing_compiler
+            from flcompress.trace.skip import graph_of
+
+            if self.device == "cpu" and (missing := missing_compiler()):
+                raise UnavailableError(f"training.compile: {missing}, or set it to false")
+            with torch.device("meta"):
+                plain = type(model).from_config(model.config)
+            compile_blocks(model, graph_of(plain))
+        return model
 
 
 @dataclass(frozen=True, slots=True)

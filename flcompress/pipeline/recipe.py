@@ -131,6 +131,10 @@ class Training(_Part):
     gradient_checkpointing: bool = Field(
         False, description="compute blocks again in the backward instead of keeping what they did; a third more work"
     )
+    compile: bool = Field(
+        False,
+        description="run blocks through torch.compile; on a CPU it needs a C++ compiler and the first steps are slow",
+    )
 
     @property
     def decisive(self) -> dict[str, Any]:
