@@ -7,6 +7,7 @@ import shutil
 import sysconfig
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,9 +31,9 @@ def compile_blocks(model: nn.Module, graph: BlockGraph) -> None:
 
     Not the modules themselves: their hooks, and the forwards that `skip` puts in place of theirs, must keep working.
     """
-    forwards: dict[type[nn.Module], object] = {}
+    forwards: dict[type[nn.Module], Any] = {}
     for block in graph.blocks:
         module = model.get_submodule(block.path)
         kind = type(module)
         forwards.setdefault(kind, torch.compile(kind.forward, dynamic=False))
-        vars(module)["forward"] = partial(forwards[kind], module)  # type: ignore[arg-type]
+        vars(module)["forward"] = partial(forwards[kind], module)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from flcompress.errors import NotRemovable, RequestError
+from flcompress.trace.compiled import compile_blocks, missing_compiler
 from flcompress.trace.prefix import remember
 from flcompress.trace.skip import skip
 from flcompress.trace.tracer import trace
@@ -165,6 +166,30 @@ def test_what_a_skipping_forward_computed_serves_the_full_one_and_its_gradient_s
             assert torch.equal(model(**inputs, return_dict=False)[0], expected)
     assert ran == ["blocks.2.ffn", "blocks.3.ffn"]
     assert torch.equal(gradient(pruned), plain)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_can_be_skipped_and_give_the_same_gradients() -> None:
+    if missing := missing_compiler():
+        pytest.skip(missing)
+    model, inputs = models.wan()
+    graph = trace(model, inputs)
+
+    def gradients() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        with skip(model, ["blocks.2"], graph=graph):
+            model(**inputs, return_dict=False)[0].square().mean().backward()
+        return {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
+
+    plain = gradients()
+    names = list(model.state_dict())
+    compile_blocks(model, graph)
+    compiled = gradients()
+    assert compiled.keys() == plain.keys()
+    assert not any(name.startswith("blocks.2.") for name in compiled)
+    for name, one in plain.items():
+        assert torch.allclose(compiled[name], one, atol=1e-5), name
+    assert list(model.state_dict()) == names
 
 
 def test_the_memory_refuses_to_answer_for_other_inputs() -> None:
