@@ -7,12 +7,14 @@ Every ratio is of times measured in turn in one process; the median over rounds 
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +100,7 @@ def _prefix(prune_set: tuple[str, ...]) -> None:
     for turn, skipped in enumerate(masks):
         times = {}
         for work in (naive, shared) if turn % 2 else (shared, naive):
-            times[work] = _seconds(lambda work=work: work(skipped))
+            times[work] = _seconds(partial(work, skipped))
             times[work, "gradients"] = here.gradients()
         ratios.append(times[shared] / times[naive])
         pairs = zip(times[naive, "gradients"].values(), times[shared, "gradients"].values(), strict=True)
@@ -198,14 +200,8 @@ def _timed(run: Path, size: int, steps: int) -> float:
     if size == 2:
         start += ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     command = [*start, "flcompress", "apply", str(recipe), "--run-dir", str(run), "--quiet"]
-    subprocess.run(command, check=True, env={**_environment(), "OMP_NUM_THREADS": "1"})
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     return float(RunDirectory(run).entries()[0].record["seconds"])
-
-
-def _environment() -> dict[str, str]:
-    import os
-
-    return dict(os.environ)
 
 
 def _no_data(program: Any) -> Any:
