@@ -134,7 +134,10 @@ class StochasticDepth(Pass):
             x: torch.Tensor, timestep: torch.Tensor, given: Conditioning, skipped: list[str]
         ) -> tuple[torch.Tensor, torch.Tensor]:
             """(prediction of the pruned path, its target: the full path's, without gradient)."""
-            if self.target == "self" and skipped and not engine.splits_weights:
+            if self.target == "self" and not skipped:
+                pruned = network(x, timestep, given)
+                return pruned, pruned.detach()
+            if self.target == "self" and not engine.splits_weights:
                 # Both paths share the weights, so what lies before the first skipped block is computed once.
                 with remember(role.model, graph, until=skipped[0]) as memory:
                     with engine.skip(role.model, skipped, graph=graph):
