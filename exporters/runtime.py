@@ -64,7 +64,7 @@ def generate(
     pipeline = run_dir / "exports" / "diffusers"
     facts = read_manifest(pipeline / FACTS_FILE, _make(run_dir, "diffusers"))
     parts = open_parts(pipeline)
-    first = _first_frame(parts, facts, image)
+    first = _first_frame(parts, facts, prompt, image)
     latents = denoise(_denoiser(run_dir, backend, facts), parts, facts, prompt, seed, first, progress)
     return write_clip(parts.decode_latents(latents)[0], out)
 
@@ -86,12 +86,12 @@ def denoise(
     prompts = parts.encode_prompts([prompt, ""], contract.max_sequence_length)
     given = taken(prompts, slice(0, 1)) | dict(first_frame or {})
     draw = torch.Generator().manual_seed(seed)
-    noise = parts.family.noise(facts["latents"], draw)
+    start = parts.family.start(parts.family.noise(facts["latents"], draw), given)
     told = _counted(network, contract.evaluations, progress) if progress else network
-    return sample(told, contract, noise, given, taken(prompts, slice(1, 2)), draw)
+    return sample(told, contract, start, given, taken(prompts, slice(1, 2)), draw)
 
 
-def _first_frame(parts: Parts, facts: dict[str, Any], image: Path | None) -> Conditioning:
+def _first_frame(parts: Parts, facts: dict[str, Any], prompt: str, image: Path | None) -> Conditioning:
     """Conditioning by a picture; RequestError where a model needs one and none is given, or the other way round."""
     if not parts.from_image:
         if image is not None:
@@ -101,7 +101,8 @@ def _first_frame(parts: Parts, facts: dict[str, Any], image: Path | None) -> Con
         raise RequestError(f"{facts['pipeline_class']}: no --image given; this model makes a clip from its first frame")
     call = facts["call"]
     picture = read_picture(image, call["height"], call["width"])
-    return parts.encode_clips(picture[None, :, None].expand(1, -1, call["num_frames"], -1, -1))[1]
+    clip = picture[None, :, None].expand(1, -1, call["num_frames"], -1, -1)
+    return parts.encode_images(clip, [prompt], call["max_sequence_length"])
 
 
 def _denoiser(run_dir: Path, backend: Backend, facts: dict[str, Any]) -> Network:

@@ -156,6 +156,7 @@ class _Matcher:
         work, parts = engine.work, program.components
         self._settings, self._contract, self._device = settings, contract, work.device
         self._data, self._latents = work.data(program), program.latents
+        self._start = program.family.start
         self._negative = on(self._data.negative, self._device)
         self._shift, self._process = program.teacher_contract.shift, contract.process
         guidance = contract.embedded_guidance
@@ -210,7 +211,7 @@ class _Matcher:
         # The same level for all processes: else they would wait for the one with most steps, or hang where weights
         # are split.
         last = int(torch.randint(len(sigmas), (), generator=draws.shared))
-        x = draws.normal(*shape[1:]).to(self._device)
+        x = self._start(draws.normal(*shape[1:]).to(self._device), given)
 
         def again(x: torch.Tensor) -> torch.Tensor:
             return draws.normal(*x.shape[1:])

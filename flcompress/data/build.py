@@ -6,11 +6,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from flcompress.data import moving_digits
-from flcompress.data.encoder import joined
-from flcompress.data.shards import LATENTS, PER_CLIP, Clip, ClipShard, Index, PromptShard, write_shard
+from flcompress.data.encoder import clip_tensors, joined
+from flcompress.data.shards import Clip, ClipShard, Index, PromptShard, write_shard
 from flcompress.draws import generator
 from flcompress.models.parts import Parts
 
@@ -36,16 +34,17 @@ def build_moving_digits(
     rendered, wanted = moving_digits.sample(clips, "train", generator(seed, "moving-digits", clips))
     prompts = ("", *(caption.text for caption in known))
     place = {caption: number for number, caption in enumerate(known, start=1)}
+    said, length = [caption.text for caption in wanted], request["max_sequence_length"]
     encoded = []
-    for some in torch.split(rendered, _BATCH):
-        latents, first_frame = parts.encode_clips(some)
-        encoded.append({LATENTS: latents, **{PER_CLIP + name: value for name, value in first_frame.items()}})
-        progress(min(len(encoded) * _BATCH, clips), clips, {})
+    for start in range(0, clips, _BATCH):
+        some = slice(start, start + _BATCH)
+        encoded.append(clip_tensors(parts, rendered[some], said[some], length))
+        progress(min(start + _BATCH, clips), clips, {})
     digest, size = write_shard(folder / "clips-00000.safetensors", joined(encoded))
     shown = tuple(Clip(file=f"{number}", prompt=place[caption]) for number, caption in enumerate(wanted))
     bucket = (moving_digits.FRAMES, moving_digits.HEIGHT, moving_digits.WIDTH)
     held = ClipShard(file="clips-00000.safetensors", sha256=digest, bytes=size, size=bucket, clips=shown)
-    embeds = parts.encode_prompts(prompts, request["max_sequence_length"])
+    embeds = parts.encode_prompts(prompts, length)
     digest, size = write_shard(folder / "prompts-00000.safetensors", embeds)
     texts = PromptShard(file="prompts-00000.safetensors", sha256=digest, bytes=size, prompts=len(prompts))
     Index(request=dict(request), prompts=prompts, prompt_shards=(texts,), clip_shards=(held,)).write(folder)

@@ -33,11 +33,12 @@ class PromptTask:
 
 @dataclass(frozen=True, slots=True)
 class ClipTask:
-    """One shard of clips of one bucket to make."""
+    """One shard of clips of one bucket to make; `texts` are the clips' captions."""
 
     file: str
     bucket: Size
     clips: tuple[Clip, ...]
+    texts: tuple[str, ...]
 
     @property
     def size(self) -> int:
@@ -116,19 +117,19 @@ class Encoder:
         kept: list[Clip] = []
         skipped: list[Skipped] = []
         encoded: list[dict[str, torch.Tensor]] = []
-        waiting: list[torch.Tensor] = []
-        for clip in task.clips:
+        waiting: list[tuple[torch.Tensor, str]] = []
+        for clip, text in zip(task.clips, task.texts, strict=True):
             try:
-                waiting.append(read_clip(self.videos / clip.file, task.bucket, resize=self.resize))
+                waiting.append((read_clip(self.videos / clip.file, task.bucket, resize=self.resize), text))
             except BrokenVideo as error:
                 skipped.append(Skipped(clip.file, str(error)))
                 continue
             kept.append(clip)
             if len(waiting) == together:
-                encoded.append(self._encode(torch.stack(waiting), parts))
+                encoded.append(self._encode(waiting, parts))
                 waiting.clear()
         if waiting:
-            encoded.append(self._encode(torch.stack(waiting), parts))
+            encoded.append(self._encode(waiting, parts))
         tensors = joined(encoded) if kept else {LATENTS: torch.zeros(0, 1)}
         finite = tensors[LATENTS].flatten(1).isfinite().all(dim=1)
         if not bool(finite.all()):
@@ -146,11 +147,15 @@ class Encoder:
         shard = ClipShard(file=task.file, sha256=digest, bytes=size, size=task.bucket, clips=tuple(kept))
         return Made(task.file, shard, tuple(skipped))
 
-    @staticmethod
-    def _encode(clips: torch.Tensor, parts: Parts) -> dict[str, torch.Tensor]:
-        """A shard's tensors for clips [n, 3, frames, height, width] in [-1, 1]."""
-        latents, first_frame = parts.encode_clips(clips)
-        return {LATENTS: latents, **{PER_CLIP + name: value for name, value in first_frame.items()}}
+    def _encode(self, some: Sequence[tuple[torch.Tensor, str]], parts: Parts) -> dict[str, torch.Tensor]:
+        clips = torch.stack([clip for clip, _ in some])
+        return clip_tensors(parts, clips, [text for _, text in some], self.max_sequence_length)
+
+
+def clip_tensors(parts: Parts, clips: torch.Tensor, texts: Sequence[str], length: int) -> dict[str, torch.Tensor]:
+    """A shard's tensors for clips [n, 3, frames, height, width] in [-1, 1] and their captions."""
+    own = parts.encode_images(clips, texts, length)
+    return {LATENTS: parts.encode_clips(clips), **{PER_CLIP + name: value for name, value in own.items()}}
 
 
 def joined(parts: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -74,7 +74,8 @@ def plan_clips(
         most = max(1, min(CLIPS_A_SHARD, PIXELS_A_SHARD // (frames * height * width)))
         groups += [(bucket, tuple(members[start : start + most])) for start in range(0, len(members), most)]
     clips = tuple(
-        ClipTask(f"clips-{number:05d}.safetensors", bucket, members) for number, (bucket, members) in enumerate(groups)
+        ClipTask(f"clips-{number:05d}.safetensors", bucket, members, tuple(prompts[one.prompt] for one in members))
+        for number, (bucket, members) in enumerate(groups)
     )
     return Plan(prompts, (*_prompt_tasks(prompts), *clips), tuple(skipped))
 

@@ -57,7 +57,7 @@ class _Stage:
         self._parts = parts
         self._prompt = moving_digits.captions("heldout")[0].text
         clip = torch.zeros(1, 3, moving_digits.FRAMES, moving_digits.HEIGHT, moving_digits.WIDTH)
-        self.noise = torch.randn(parts.encode_clips(clip)[0].shape, generator=generator("bench", "noise"))
+        self.noise = torch.randn(parts.encode_clips(clip).shape, generator=generator("bench", "noise"))
 
     def conditioning(self, contract: SamplingContract) -> tuple[Conditioning, Conditioning | None]:
         """The prompt's conditioning and, only where the contract guides, the empty prompt's, as in a stock pipeline."""

@@ -100,7 +100,7 @@ class Studio:
         given = self._parts.encode_prompts([*(caption.text for caption in prompts), ""], length)
         every = torch.arange(len(prompts)).repeat(len(self._captions) // len(prompts))
         one = torch.zeros(1, 3, moving_digits.FRAMES, moving_digits.HEIGHT, moving_digits.WIDTH)
-        return taken(given, every), taken(given, slice(-1, None)), self._parts.encode_clips(one)[0].shape[1:]
+        return taken(given, every), taken(given, slice(-1, None)), self._parts.encode_clips(one).shape[1:]
 
     @torch.no_grad()
     def _clips(self, contender: Contender, seed: int, counter: Counter) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 
 from flcompress.errors import ModelError
 from flcompress.models.families import family_of
-from flcompress.models.folder import read_json
+from flcompress.models.folder import check_transformer_config, read_json
 from flcompress.models.quiet import no_progress_bars
 from flcompress.models.video import decode_latents, encode_clips
 
@@ -24,6 +24,8 @@ NOT_HERE = ("transformer", "transformer_2", "scheduler")
 
 class Parts:
     """Text encoders, tokenizers and autoencoder of one pipeline; each is loaded when it is first used.
+
+    Of the transformer only the configuration is read.
 
     Args:
         index: the folder's `model_index.json`.
@@ -39,6 +41,12 @@ class Parts:
         self._index, self._device = index, device
         self.family = family_of(index["_class_name"])
         self.folders = {name: components[name] for name in part_names(index)}
+        self._transformer = components["transformer"]
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The transformer's configuration."""
+        return check_transformer_config(self._transformer)
 
     @cached_property
     def vae(self) -> Any:
@@ -61,17 +69,26 @@ class Parts:
     def encode_prompts(self, prompts: Sequence[str], max_sequence_length: int) -> dict[str, torch.Tensor]:
         """Conditioning of prompts, [prompts, ...] each, as the stock pipeline makes it."""
         with no_progress_bars():
-            made = self.family.encode_prompts(self._pipeline, prompts, max_sequence_length)
-        return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in made.items()}
+            return _floats(self.family.encode_prompts(self._pipeline, self.config, prompts, max_sequence_length))
+
+    def encode_clips(self, clips: torch.Tensor) -> torch.Tensor:
+        """Latents of clips [n, 3, frames, height, width] in [-1, 1]."""
+        return encode_clips(self.vae, clips.to(self._device))
 
     @torch.no_grad()
-    def encode_clips(self, clips: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Latents of clips [n, 3, frames, height, width] in [-1, 1], and their conditioning by the first frame."""
-        clips = clips.to(self._device)
-        latents = encode_clips(self.vae, clips)
+    def encode_images(
+        self, clips: torch.Tensor, prompts: Sequence[str], max_sequence_length: int
+    ) -> dict[str, torch.Tensor]:
+        """Conditioning by the first frames of clips [n, 3, frames, height, width] in [-1, 1].
+
+        It goes before that by the clips' prompts alone; nothing for pipelines that start from text.
+        """
         if not self.from_image:
-            return latents, {}
-        return latents, self.family.image_conditioning(self._pipeline, clips, latents)
+            return {}
+        clips = clips.to(self._device)
+        with no_progress_bars():
+            pipeline = self._pipeline
+            return _floats(self.family.image_conditioning(pipeline, self.config, clips, prompts, max_sequence_length))
 
     @property
     def from_image(self) -> bool:
@@ -79,22 +96,27 @@ class Parts:
         return self._index["_class_name"] in self.family.from_image
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """Clips [n, 3, frames, height, width] in [-1, 1]."""
-        return decode_latents(self.vae, latents.to(self._device))
+        """Clips [n, 3, frames, height, width] in [-1, 1], of the frames that the stock pipeline shows."""
+        return decode_latents(self.vae, latents.to(self._device))[:, :, self.family.cut_frames(self.config) :]
 
     @no_progress_bars()
     def _loaded(self, name: str) -> Any:
         return load_part(self.folders[name], self._index[name], self._device)
 
 
-NEED_VAE = ("WanImageToVideoPipeline", "LTXPipeline")
+NEED_VAE = (
+    "WanImageToVideoPipeline",
+    "LTXPipeline",
+    "CogVideoXImageToVideoPipeline",
+    "HunyuanVideoImageToVideoPipeline",
+)
 """Pipelines that ask the autoencoder for more than its code of a clip: a condition, compression ratios."""
 
 
 def open_parts(folder: Path, device: str = "cpu") -> Parts:
     """The parts of a pipeline folder."""
     index = read_json(folder / "model_index.json", "a diffusers pipeline folder has one")
-    return Parts(index, {name: folder / name for name in part_names(index)}, device)
+    return Parts(index, {name: folder / name for name in ("transformer", *part_names(index))}, device)
 
 
 def part_names(index: Mapping[str, Any]) -> tuple[str, ...]:
@@ -127,6 +149,11 @@ def load_part(folder: Path, kind: Sequence[str], device: str = "cpu") -> Any:
     if not issubclass(factory, torch.nn.Module):
         return factory.from_pretrained(str(folder))
     return factory.from_pretrained(str(folder), use_safetensors=True).eval().requires_grad_(False).to(device)
+
+
+def _floats(made: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same, floating ones in fp32."""
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in made.items()}
 
 
 def _is_part(one: Any) -> bool:

@@ -69,7 +69,8 @@ def _check_origin(recipe: Recipe, folder: Path, request: dict[str, Any]) -> None
         )
     if recipe.model.weights == "random":
         return  # its parts do not exist yet
-    ours = parts_digests(index, {name: model / name for name in part_names(index)})
+    names = ("transformer", *part_names(index))
+    ours = parts_digests({**index, "_class_name": pipeline}, {name: model / name for name in names})
     theirs = request.get("parts", {})
     differing = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
     if differing:

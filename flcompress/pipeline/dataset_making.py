@@ -108,7 +108,8 @@ def mend(out: Path, run: Run, display: Display) -> int:
     for shard in index.prompt_shards:
         tasks.append(PromptTask(shard.file, index.prompts[first : first + shard.prompts]))
         first += shard.prompts
-    tasks += [ClipTask(shard.file, shard.size, shard.clips) for shard in index.clip_shards]
+    for held in index.clip_shards:
+        tasks.append(ClipTask(held.file, held.size, held.clips, tuple(index.prompts[one.prompt] for one in held.clips)))
     broken = {shard.file for shard in damaged(out, index.shards)}
     left = [task for task in tasks if task.file in broken]
     again: dict[str, PromptShard | ClipShard] = {}

@@ -19,6 +19,7 @@ from flcompress.data.sizes import OWN_SIZE, Size, Target
 from flcompress.data.workers import Run, workers
 from flcompress.errors import DataError, RequestError
 from flcompress.models.families import family_of
+from flcompress.models.folder import check_transformer_config
 from flcompress.models.parts import part_names
 from flcompress.pipeline.dataset_making import clean, make, mend, store_plan, stored_plan, stored_request
 from flcompress.pipeline.display import Display
@@ -72,8 +73,13 @@ class Request:
 
 
 def parts_digests(index: Mapping[str, Any], components: Mapping[str, Path]) -> dict[str, str]:
-    """SHA-256 of every part of a pipeline that encodes, by name."""
-    return {name: folder_digest(components[name]) for name in part_names(index)}
+    """SHA-256 of every part of a pipeline that encodes, by name, and how its transformer takes a first frame."""
+    made = {name: folder_digest(components[name]) for name in part_names(index)}
+    family = family_of(index["_class_name"])
+    if index["_class_name"] in family.from_image:
+        way = family.image_condition(check_transformer_config(components["transformer"]))
+        made |= {"transformer's image condition": way} if way else {}
+    return made
 
 
 def folder_request(

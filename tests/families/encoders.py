@@ -33,6 +33,51 @@ def umt5(width: int = WIDTH) -> Any:
     ).eval()
 
 
+def llava_tokenizer() -> Any:
+    """As LLaVA-Llama-3's: it begins with a token of its own, and knows those of chats and the place of a picture."""
+    from tokenizers import normalizers, processors
+
+    made = tokenizer(512)
+    made.add_special_tokens(
+        {
+            "bos_token": "<|begin_of_text|>",
+            "additional_special_tokens": ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<image>", "\n\n"],
+        }
+    )
+    words = made.backend_tokenizer
+    # HunyuanVideo's template counts on its being 103 tokens long, which real ones make of it.
+    split = normalizers.Replace("background environment", "back ground environ ment")
+    words.normalizer = normalizers.Sequence([split, normalizers.Lowercase()])
+    first = ("<|begin_of_text|>", made.bos_token_id)
+    words.post_processor = processors.TemplateProcessing(single="<|begin_of_text|> $A", special_tokens=[first])
+    return made
+
+
+def llava() -> Any:
+    """It makes 576 tokens of a picture, as HunyuanVideo's template has it."""
+    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    words = llava_tokenizer()
+    vision = CLIPVisionConfig(
+        hidden_size=8,
+        projection_dim=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=48,
+        intermediate_size=16,
+        patch_size=2,
+    )
+    text = llama(len(words)).config
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=words.convert_tokens_to_ids("<image>"),
+        image_seq_length=576,
+        pad_token_id=words.pad_token_id,
+    )
+    return LlavaForConditionalGeneration(config).eval()
+
+
 def clip(*, projection: bool = False, width: int = WIDTH) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -68,18 +113,18 @@ def clip_vision() -> Any:
     ).eval()
 
 
-def llama() -> Any:
+def llama(words: int | None = None) -> Any:
     from transformers import LlamaConfig, LlamaModel
 
     return LlamaModel(
         LlamaConfig(
-            vocab_size=len(tokenizer()),
+            vocab_size=words or len(tokenizer()),
             hidden_size=WIDTH,
             intermediate_size=37,
             num_hidden_layers=3,
             num_attention_heads=4,
             num_key_value_heads=4,
-            max_position_embeddings=512,
+            max_position_embeddings=1024,
             pad_token_id=0,
         )
     ).eval()

@@ -111,30 +111,31 @@ def wan_ti2v() -> Any:
     )
 
 
-def hunyuan_video() -> Any:
-    from diffusers import (
-        AutoencoderKLHunyuanVideo,
-        FlowMatchEulerDiscreteScheduler,
-        HunyuanVideoPipeline,
-        HunyuanVideoTransformer3DModel,
-    )
+def _hunyuan_transformer(**more: Any) -> Any:
+    from diffusers import HunyuanVideoTransformer3DModel
 
-    transformer = HunyuanVideoTransformer3DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=10,
-        num_layers=2,
-        num_single_layers=2,
-        num_refiner_layers=1,
-        patch_size=2,
-        patch_size_t=1,
-        guidance_embeds=True,
-        text_embed_dim=WIDTH,
-        pooled_projection_dim=WIDTH,
-        rope_axes_dim=(2, 4, 4),
-    ).eval()
-    vae = AutoencoderKLHunyuanVideo(
+    settings: dict[str, Any] = {
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_attention_heads": 2,
+        "attention_head_dim": 10,
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "num_refiner_layers": 1,
+        "patch_size": 2,
+        "patch_size_t": 1,
+        "guidance_embeds": True,
+        "text_embed_dim": WIDTH,
+        "pooled_projection_dim": WIDTH,
+        "rope_axes_dim": (2, 4, 4),
+    }
+    return HunyuanVideoTransformer3DModel(**(settings | more)).eval()
+
+
+def _hunyuan_vae() -> Any:
+    from diffusers import AutoencoderKLHunyuanVideo
+
+    return AutoencoderKLHunyuanVideo(
         latent_channels=4,
         down_block_types=("HunyuanVideoDownBlock3D",) * 4,
         up_block_types=("HunyuanVideoUpBlock3D",) * 4,
@@ -142,9 +143,39 @@ def hunyuan_video() -> Any:
         layers_per_block=1,
         norm_num_groups=4,
     ).eval()
-    return HunyuanVideoPipeline(
-        llama(), tokenizer(), transformer, vae, FlowMatchEulerDiscreteScheduler(shift=7.0), clip(), tokenizer()
+
+
+def hunyuan_video() -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanVideoPipeline
+
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=7.0)
+    parts = llama(), tokenizer(), _hunyuan_transformer(), _hunyuan_vae(), scheduler
+    return HunyuanVideoPipeline(*parts, clip(), tokenizer())
+
+
+def _hunyuan_video_i2v(**more: Any) -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanVideoImageToVideoPipeline
+    from transformers import CLIPImageProcessor
+
+    return HunyuanVideoImageToVideoPipeline(
+        text_encoder=encoders.llava(),
+        tokenizer=encoders.llava_tokenizer(),
+        transformer=_hunyuan_transformer(**more),
+        vae=_hunyuan_vae(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+        text_encoder_2=clip(),
+        tokenizer_2=tokenizer(),
+        image_processor=CLIPImageProcessor(crop_size=48, size=48),
     )
+
+
+def hunyuan_video_i2v_concat() -> Any:
+    """As HunyuanVideo-I2V-33ch: no embedded guidance."""
+    return _hunyuan_video_i2v(in_channels=9, guidance_embeds=False, image_condition_type="latent_concat")
+
+
+def hunyuan_video_i2v_replace() -> Any:
+    return _hunyuan_video_i2v(image_condition_type="token_replace")
 
 
 def _cogvideox(pipeline: str, in_channels: int) -> Any:
@@ -353,6 +384,8 @@ TINY: dict[str, Tiny] = {
     "wan-i2v": Tiny(wan_i2v, (9, 32, 32), 4),
     "wan-ti2v": Tiny(wan_ti2v, (9, 32, 32), 4),
     "hunyuan-video": Tiny(hunyuan_video, (9, 32, 32), 4, guidance=1.0, embedded=6.0),
+    "hunyuan-video-i2v-concat": Tiny(hunyuan_video_i2v_concat, (9, 32, 32), 4, guidance=1.0),
+    "hunyuan-video-i2v-replace": Tiny(hunyuan_video_i2v_replace, (9, 32, 32), 4, guidance=3.0, embedded=6.0),
     "cogvideox": Tiny(lambda: _cogvideox("CogVideoXPipeline", 4), (9, 32, 32), 4),
     "cogvideox-i2v": Tiny(lambda: _cogvideox("CogVideoXImageToVideoPipeline", 8), (9, 32, 32), 4),
     "ltx": Tiny(ltx, (9, 32, 32), 4),

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from flcompress.errors import DataError, RecipeError
+from flcompress.exporters.runtime import generate
 from flcompress.models.parts import open_parts
+from flcompress.pipeline.data_check import check_data
 from flcompress.pipeline.display import QuietDisplay
 from flcompress.pipeline.encoding import encode, folder_request
 from flcompress.pipeline.manager import apply
@@ -21,6 +26,7 @@ from flcompress.pipeline.start import read_source
 from tests.families.pipelines import TINY
 from tests.video_files import write_video
 
+PROMPT, COLOUR = "a three drifting up", (90, 10, 200)
 CAPTIONS = ("a three drifting up", "a two drifting left")
 RECIPE = """
 version: 1
@@ -67,13 +73,19 @@ def all_the_way(folder: Path, name: str, home: Path) -> None:
     assert {Fact.PRUNED, Fact.FEW_STEP} <= final.facts
     assert 0 < len(final.graph.blocks) < len(run.start().graph.blocks)
     assert final.contract.embedded_guidance == tiny.embedded
-    generated(run.path / "exports" / "diffusers", name)
+    made = generated(run.path / "exports" / "diffusers", name)
+    if name in ("wan-i2v", "wan-ti2v", "hunyuan-video-i2v-concat"):  # the others' pipelines draw other noise
+        picture = home / "first.png"
+        Image.new("RGB", tiny.size[:0:-1], COLOUR).save(picture)
+        theirs = (made[0].permute(2, 0, 3, 1).flatten(1, 2) * 255.0).round()
+        strip = Image.open(generate(run.path, PROMPT, "torch", home / "strip.png", seed=0, image=picture))
+        ours = np.array(strip.resize((theirs.shape[1], theirs.shape[0]), Image.Resampling.NEAREST))
+        assert float((torch.from_numpy(ours).float() - theirs).abs().max()) <= 1.0
 
 
-def generated(folder: Path, name: str) -> None:
-    """The stock pipeline, called as the export says, gives a clip of the right size."""
+def generated(folder: Path, name: str) -> torch.Tensor:
+    """What the stock pipeline, called as the export says, gives: a clip [1, frames, 3, height, width] in [0, 1]."""
     import diffusers
-    from PIL import Image
 
     facts = json.loads((folder / "flcompress.json").read_text())
     card = (folder / "README.md").read_text()
@@ -85,11 +97,15 @@ def generated(folder: Path, name: str) -> None:
     frames, height, width = TINY[name].size
     given: dict[str, Any] = {}
     if facts["pipeline_class"] in open_parts(folder).family.from_image:
-        given["image"] = Image.new("RGB", (width, height), (90, 10, 200))
-    made = pipeline(prompt="a three drifting up", **facts["call"], **given, output_type="pt", return_dict=False)[0]
+        given["image"] = Image.new("RGB", (width, height), COLOUR)
+    torch.manual_seed(0)
+    made = pipeline(prompt=PROMPT, **facts["call"], **given, output_type="pt", return_dict=False)[0]
     assert made.shape[-2:] == (height, width)
+    if name == "hunyuan-video-i2v-concat":
+        frames -= 4  # which its pipeline cuts off
     assert made.numel() == frames * 3 * height * width
     assert bool(torch.isfinite(made).all())
+    return made  # type: ignore[no-any-return]
 
 
 def test_a_recipe_may_name_another_pipeline_of_the_family(
@@ -137,6 +153,21 @@ def test_a_dataset_is_made_for_one_pipeline_class(pipeline_folder: Callable[[str
     request = folder_request(folder, prompts, tmp_path / "data", pipeline_class="WanImageToVideoPipeline")
     with pytest.raises(DataError, match=r"WanImageToVideoPipeline starts from a first frame, which prompts alone do"):
         encode(request, QuietDisplay())
+
+
+def test_a_dataset_is_made_for_one_way_of_taking_a_first_frame(
+    pipeline_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """HunyuanVideo's two image models share every part that encodes, but not what they take of a picture."""
+    folder = pipeline_folder("hunyuan-video-i2v-replace")
+    data = encoded(folder, (5, 32, 32), tmp_path)
+    other = Path(shutil.copytree(folder, tmp_path / "other"))
+    config = json.loads((other / "transformer" / "config.json").read_text()) | {"image_condition_type": "latent_concat"}
+    (other / "transformer" / "config.json").write_text(json.dumps(config))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"version: 1\nmodel: {other}\nsampling: {{max_sequence_length: 16}}\ndata: {{latents: {data}}}\n")
+    with pytest.raises(DataError, match=r"encoded by another transformer's image condition than that of .*/other"):
+        check_data(load_recipe(recipe))
 
 
 def test_a_size_that_the_patches_do_not_divide_is_named(pipeline_folder: Callable[[str], Path], tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ def silent(done: int, total: int, values: object) -> None:
     [
         ("wan-ti2v", ["batch", *SIZES, "tokens"]),  # a timestep for every token
         ("hunyuan-video", ["batch", *SIZES]),  # a mask from a sum
+        ("hunyuan-video-i2v-replace", ["batch", *SIZES]),  # its own blocks, which tell the first frame from the rest
         ("cogvideox", ["batch", *SIZES, "tokens"]),  # rotary tables as inputs
         ("mochi", ["batch", *SIZES]),  # a loop over samples
         ("ltx", ["batch"]),  # sizes as numbers

@@ -9,6 +9,7 @@ import torch
 
 from flcompress.diffusion.conditioning import Conditioning
 from flcompress.models.families.family import Config, Family, LatentShape, normal
+from flcompress.models.video import encode_clips
 
 
 class CogVideoX(Family):
@@ -50,17 +51,25 @@ class CogVideoX(Family):
             made["image_latents"] = normal(draw, batch, config["in_channels"] - config["out_channels"], *shape)
         return made
 
-    def encode_prompts(self, pipeline: Any, prompts: Sequence[str], length: int) -> dict[str, torch.Tensor]:
+    def encode_prompts(
+        self, pipeline: Any, config: Config, prompts: Sequence[str], length: int
+    ) -> dict[str, torch.Tensor]:
         embeds, _ = pipeline.encode_prompt(
             list(prompts), None, False, max_sequence_length=length, device=pipeline.text_encoder.device
         )
         return {"encoder_hidden_states": embeds}
 
-    def image_conditioning(self, pipeline: Any, clips: torch.Tensor, latents: torch.Tensor) -> dict[str, torch.Tensor]:
-        # The autoencoder codes the first frame by itself; the pipeline leaves the others empty.
-        first = latents.clone()
-        first[:, :, 1:] = 0.0
-        return {"image_latents": first}
+    def image_conditioning(
+        self, pipeline: Any, config: Config, clips: torch.Tensor, prompts: Sequence[str], length: int
+    ) -> dict[str, torch.Tensor]:
+        # The pipeline codes the first frame by itself (in a clip its code would depend on the others) and leaves the
+        # other frames empty.
+        vae, frames = pipeline.vae, clips.shape[2]
+        first = encode_clips(vae, clips[:, :, :1])
+        if vae.config.invert_scale_latents:
+            first = first / vae.config.scaling_factor**2  # as CogVideoX 1.5 was trained
+        empty = first.new_zeros(*first.shape[:2], (frames - 1) // pipeline.vae_scale_factor_temporal, *first.shape[3:])
+        return {"image_latents": torch.cat([first, empty], dim=2)}
 
     def noise(self, shape: Sequence[int], draw: torch.Generator) -> torch.Tensor:
         channels, frames, *rest = shape

@@ -65,12 +65,28 @@ class Family(ABC):
         """Random conditioning for tracing and certificates, with every optional input that the model uses."""
 
     @abstractmethod
-    def encode_prompts(self, pipeline: Any, prompts: Sequence[str], length: int) -> dict[str, torch.Tensor]:
+    def encode_prompts(
+        self, pipeline: Any, config: Config, prompts: Sequence[str], length: int
+    ) -> dict[str, torch.Tensor]:
         """Conditioning of prompts by the stock pipeline's own code; tokens padded to `length`."""
 
-    def image_conditioning(self, pipeline: Any, clips: torch.Tensor, latents: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Conditioning by the first frame of clips [n, 3, frames, height, width] in [-1, 1], for `from_image`."""
+    def image_conditioning(
+        self, pipeline: Any, config: Config, clips: torch.Tensor, prompts: Sequence[str], length: int
+    ) -> dict[str, torch.Tensor]:
+        """Conditioning by the first frame, for `from_image`; it goes before that by the prompt alone.
+
+        Args:
+            pipeline: the stock one, without its transformers' weights.
+            config: the transformer's.
+            clips: [n, 3, frames, height, width] in [-1, 1].
+            prompts: the clips' own.
+            length: tokens a prompt is padded to.
+        """
         raise NotImplementedError(f"{self.name} has no pipeline that starts from an image")
+
+    def image_condition(self, config: Config) -> str | None:
+        """What decides, beside the pipeline and its parts, how a first frame conditions; None where nothing does."""
+        return None
 
     def call(self, guidance_scale: float, embedded: float | None) -> dict[str, float]:
         """Guidance arguments of the stock pipeline's call."""
@@ -79,6 +95,14 @@ class Family(ABC):
     def noise(self, shape: Sequence[int], draw: torch.Generator) -> torch.Tensor:
         """Starting noise [1, *shape] with the numbers that the stock pipeline draws from the same generator."""
         return torch.randn(1, *shape, generator=draw)
+
+    def start(self, noise: torch.Tensor, given: Conditioning) -> torch.Tensor:
+        """Latents that sampling starts from; noise alone in most pipelines."""
+        return noise
+
+    def cut_frames(self, config: Config) -> int:
+        """First frames of what the autoencoder decodes that the stock pipeline does not show."""
+        return 0
 
     def channels(self, config: Config) -> int:
         """Channels of the latents."""
@@ -110,6 +134,28 @@ def normal(draw: torch.Generator, *shape: int) -> torch.Tensor:
 def evenly(steps: int) -> list[float]:
     """1, (N-1)/N ... 1/N."""
     return [(steps - place) / steps for place in range(steps)]
+
+
+def replaced(x: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+    """`x` with its first frames replaced by given ones."""
+    return torch.cat([first.to(x.dtype), x[:, :, first.shape[2] :]], dim=2)
+
+
+def leading_to(first: torch.Tensor, output: torch.Tensor, x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+    """A flow network's `output` with, in the first frames, the velocity that leads exactly to the given ones.
+
+    So no loss and no sampler has to know of them.
+    """
+    level = (timestep / 1000.0).clamp(min=1e-3).reshape(-1, 1, 1, 1, 1)
+    return replaced(output, (x[:, :, : first.shape[2]] - first.to(x.dtype)) / level)
+
+
+def picture_of(clip: torch.Tensor) -> Any:
+    """The first frame of a clip [3, frames, height, width] in [-1, 1] as the image that a user would give."""
+    from PIL import Image
+
+    pixels = ((clip[:, 0] + 1.0) / 2.0).clamp(0.0, 1.0)
+    return Image.fromarray((pixels.permute(1, 2, 0) * 255.0).round().byte().cpu().numpy())
 
 
 def packed(x: torch.Tensor) -> torch.Tensor:

@@ -81,7 +81,9 @@ class Flux(_Packed):
     ) -> dict[str, torch.Tensor]:
         return _pooled_example(config, batch, tokens, draw)
 
-    def encode_prompts(self, pipeline: Any, prompts: Sequence[str], length: int) -> dict[str, torch.Tensor]:
+    def encode_prompts(
+        self, pipeline: Any, config: Config, prompts: Sequence[str], length: int
+    ) -> dict[str, torch.Tensor]:
         embeds, pooled, _ = pipeline.encode_prompt(
             list(prompts), None, max_sequence_length=length, device=pipeline.text_encoder.device
         )
@@ -112,7 +114,9 @@ class StableDiffusion3(Family):
     ) -> dict[str, torch.Tensor]:
         return _pooled_example(config, batch, tokens, draw)
 
-    def encode_prompts(self, pipeline: Any, prompts: Sequence[str], length: int) -> dict[str, torch.Tensor]:
+    def encode_prompts(
+        self, pipeline: Any, config: Config, prompts: Sequence[str], length: int
+    ) -> dict[str, torch.Tensor]:
         embeds, _, pooled, _ = pipeline.encode_prompt(
             list(prompts),
             None,
@@ -157,7 +161,9 @@ class QwenImage(_Packed):
             "encoder_hidden_states_mask": mask,
         }
 
-    def encode_prompts(self, pipeline: Any, prompts: Sequence[str], length: int) -> dict[str, torch.Tensor]:
+    def encode_prompts(
+        self, pipeline: Any, config: Config, prompts: Sequence[str], length: int
+    ) -> dict[str, torch.Tensor]:
         embeds, mask = pipeline.encode_prompt(
             list(prompts), max_sequence_length=length, device=pipeline.text_encoder.device
         )

@@ -51,7 +51,9 @@ class LTX(Family):
             "rope_interpolation_scale": self._scale(8, 32).expand(batch, 3),
         }
 
-    def encode_prompts(self, pipeline: Any, prompts: Sequence[str], length: int) -> dict[str, torch.Tensor]:
+    def encode_prompts(
+        self, pipeline: Any, config: Config, prompts: Sequence[str], length: int
+    ) -> dict[str, torch.Tensor]:
         scale = self._scale(pipeline.vae_temporal_compression_ratio, pipeline.vae_spatial_compression_ratio)
         return {**_masked_prompts(pipeline, prompts, length), "rope_interpolation_scale": scale.repeat(len(prompts), 1)}
 
@@ -95,7 +97,9 @@ class Mochi(Family):
     ) -> dict[str, torch.Tensor]:
         return _masked_example(batch, tokens, config["text_embed_dim"], draw)
 
-    def encode_prompts(self, pipeline: Any, prompts: Sequence[str], length: int) -> dict[str, torch.Tensor]:
+    def encode_prompts(
+        self, pipeline: Any, config: Config, prompts: Sequence[str], length: int
+    ) -> dict[str, torch.Tensor]:
         return _masked_prompts(pipeline, prompts, length)
 
     def sigmas(self, steps: int) -> Sequence[float] | None:

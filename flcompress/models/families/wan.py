@@ -8,7 +8,16 @@ from typing import Any, ClassVar
 import torch
 
 from flcompress.diffusion.conditioning import Conditioning
-from flcompress.models.families.family import Config, Family, LatentShape, normal
+from flcompress.models.families.family import (
+    Config,
+    Family,
+    LatentShape,
+    leading_to,
+    normal,
+    picture_of,
+    replaced,
+)
+from flcompress.models.video import encode_clips
 
 
 class Wan(Family):
@@ -27,7 +36,7 @@ class Wan(Family):
             x = torch.cat([x, given["condition"].to(x.dtype)], dim=1)
         if "first_frame" in given:
             first = given["first_frame"]
-            x = torch.cat([first.to(x.dtype), x[:, :, first.shape[2] :]], dim=2)
+            x = replaced(x, first)
             timestep = self._per_token(config, x, timestep, first.shape[2])
         return {"hidden_states": x, "timestep": timestep, **rest}
 
@@ -41,13 +50,7 @@ class Wan(Family):
     def prediction(
         self, config: Config, output: torch.Tensor, x: torch.Tensor, timestep: torch.Tensor, given: Conditioning
     ) -> torch.Tensor:
-        if "first_frame" not in given:
-            return output
-        # The velocity that leads exactly to the given frame, so that no loss and no sampler has to know of it.
-        first = given["first_frame"].to(x.dtype)
-        level = (timestep / 1000.0).clamp(min=1e-3).reshape(-1, 1, 1, 1, 1)
-        known = (x[:, :, : first.shape[2]] - first) / level
-        return torch.cat([known.to(output.dtype), output[:, :, first.shape[2] :]], dim=2)
+        return leading_to(given["first_frame"], output, x, timestep) if "first_frame" in given else output
 
     def example_conditioning(
         self, config: Config, batch: int, shape: LatentShape, tokens: int, draw: torch.Generator
@@ -60,7 +63,9 @@ class Wan(Family):
             made["encoder_hidden_states_image"] = normal(draw, batch, 4, config["image_dim"])
         return made
 
-    def encode_prompts(self, pipeline: Any, prompts: Sequence[str], length: int) -> dict[str, torch.Tensor]:
+    def encode_prompts(
+        self, pipeline: Any, config: Config, prompts: Sequence[str], length: int
+    ) -> dict[str, torch.Tensor]:
         embeds, _ = pipeline.encode_prompt(
             list(prompts),
             do_classifier_free_guidance=False,
@@ -69,29 +74,23 @@ class Wan(Family):
         )
         return {"encoder_hidden_states": embeds}
 
-    def image_conditioning(self, pipeline: Any, clips: torch.Tensor, latents: torch.Tensor) -> dict[str, torch.Tensor]:
+    def image_conditioning(
+        self, pipeline: Any, config: Config, clips: torch.Tensor, prompts: Sequence[str], length: int
+    ) -> dict[str, torch.Tensor]:
         if pipeline.config.expand_timesteps:
-            return {"first_frame": latents[:, :, :1].clone()}  # the autoencoder codes the first frame by itself
+            return {"first_frame": encode_clips(pipeline.vae, clips[:, :, :1])}
         conditions, embeds = [], []
         _, _, frames, height, width = clips.shape
-        for clip, like in zip(clips, latents, strict=True):
-            first = clip[:, 0][None]
+        unused = torch.zeros(1)  # the pipeline would draw noise otherwise
+        for clip in clips:
             made = pipeline.prepare_latents(
-                first, 1, len(like), height, width, frames, torch.float32, clip.device, None, like[None]
+                clip[:, 0][None], 1, 1, height, width, frames, torch.float32, clip.device, None, unused
             )
             conditions.append(made[1])
             if pipeline.image_encoder is not None:
-                picture = ((first[0] + 1.0) / 2.0).clamp(0.0, 1.0)
-                embeds.append(pipeline.encode_image(_picture(picture), clip.device))
+                embeds.append(pipeline.encode_image(picture_of(clip), clip.device))
         found = {"condition": torch.cat(conditions)}
         return found | ({"encoder_hidden_states_image": torch.cat(embeds)} if embeds else {})
 
     def channels(self, config: Config) -> int:
         return int(config["out_channels"])
-
-
-def _picture(pixels: torch.Tensor) -> Any:
-    """[3, height, width] in [0, 1] as the image file that a user would give."""
-    from PIL import Image
-
-    return Image.fromarray((pixels.permute(1, 2, 0) * 255.0).round().byte().cpu().numpy())
