@@ -9,8 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from flcompress.errors import RequestError
 from flcompress.exporters.arguments import Arguments, tensors_of
-from flcompress.exporters.shapes import Size, autoencoder_config, size_of, step_of
-from flcompress.models.compression import clip_size, latent_shape
+from flcompress.exporters.shapes import Size, size_of, sizes_of, step_of
 from flcompress.models.folder import check_transformer_config
 from flcompress.pipeline.program import Program
 
@@ -63,26 +62,19 @@ class Profile(BaseModel):
                     f"tensorrt.profiles: {what} {list(getattr(self, what) or ())} given, but a graph of "
                     f"{program.graph.model_class} is of one size; leave {what} out"
                 )
-            step = getattr(step_of(program), what)
-            for one in given:
-                if step and one % step:
-                    raise RequestError(
-                        f"tensorrt.profiles: {what} of {one} latents given, expected a multiple of {step}, the "
-                        "transformer's patch"
-                    )
         _require_positions(program, found[-1])
         return found
 
     def _latents(self, program: Program, place: int) -> tuple[int, int, int]:
         own = size_of(program)
-        config = autoencoder_config(program)
+        grid = sizes_of(program)
         ranges = (self.frames, self.height, self.width)
         if all(one is None for one in ranges):
             return own.frames, own.height, own.width
-        clip = clip_size(config, (own.frames, own.height, own.width))
+        clip = grid.clip((own.frames, own.height, own.width))
         frames, height, width = (own if one is None else one[place] for one, own in zip(ranges, clip, strict=True))
         try:
-            return latent_shape(config, frames, height, width)
+            return grid.latents(frames, height, width)
         except RequestError as error:
             raise RequestError(f"tensorrt.profiles: {error}") from error
 

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from flcompress.models.compression import clip_size
+from flcompress.models.families import family_of
 from flcompress.models.folder import check_transformer_config, read_json
+from flcompress.models.latent_size import Grid, grid_of
 from flcompress.pipeline.program import Program
 
 
@@ -47,19 +48,18 @@ def step_of(program: Program) -> Size:
 
 def patch_of(config: Mapping[str, Any]) -> tuple[int, int]:
     """(frames, rows or columns) of latents that one token stands for."""
-    given = config.get("patch_size") or 1
-    if isinstance(given, list | tuple):
-        return int(given[0]), int(given[-1])
-    packs = config["_class_name"] == "FluxTransformer2DModel"  # its pipeline packs 2 x 2 latents beforehand
-    return int(config.get("patch_size_t") or 1), 2 if packs else int(given)
+    return family_of(config["_class_name"]).patch(config)
 
 
 def clip_of(program: Program) -> Clip:
     """Size of the clip that the program's latents decode to."""
-    frames, height, width = clip_size(autoencoder_config(program), program.latents[1:])
+    frames, height, width = sizes_of(program).clip(program.latents[1:])
     return Clip(height=height, width=width, num_frames=frames)
 
 
-def autoencoder_config(program: Program) -> dict[str, Any]:
-    """The autoencoder's configuration."""
-    return read_json(program.components["vae"] / "config.json", "a diffusers autoencoder has one")
+def sizes_of(program: Program) -> Grid:
+    """The clips that the program takes, and their latents."""
+    return grid_of(
+        check_transformer_config(program.components["transformer"]),
+        read_json(program.components["vae"] / "config.json", "a diffusers autoencoder has one"),
+    )

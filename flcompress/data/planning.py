@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from flcompress.data.captions import Captioned
 from flcompress.data.encoder import ClipTask, PromptTask, Skipped
 from flcompress.data.shards import Clip
-from flcompress.data.sizes import Grid, Size, Target
+from flcompress.data.sizes import Size, Target
+from flcompress.models.latent_size import Grid
 
 PROMPTS_A_SHARD = 16
 CLIPS_A_SHARD = 1024

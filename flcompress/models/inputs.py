@@ -10,19 +10,23 @@ from flcompress.errors import ModelError
 from flcompress.models.families import FAMILIES, family_of
 from flcompress.models.families.family import LatentShape
 
+SMALL_LATENTS = (3, 8, 8)
+"""(frames, height, width) of latents where nothing asks for others: the embedded benchmark's."""
+
 FP32_ARGUMENTS = ("timestep", "guidance", "image_rotary_emb", "img_ids", "txt_ids")
 """Forward arguments that no precision rounds: bf16 makes 6016 of a timestep of 6000."""
 
 
 def example_inputs(
-    model: Any, *, batch: int = 1, latent_shape: LatentShape = (3, 8, 8), tokens: int = 16
+    model: Any, *, batch: int = 1, latent_shape: LatentShape | None = None, tokens: int = 16
 ) -> dict[str, Any]:
     """Random inputs on the model's own device (meta for a meta model).
 
     Args:
         model: a transformer of a known family.
         batch: samples.
-        latent_shape: (frames, height, width) of the latents; image models take one frame of it.
+        latent_shape: (frames, height, width) of the latents; image models take one frame of it. None: as few as any
+            model takes, or those that its learned positions are for.
         tokens: length of the text.
 
     Raises:
@@ -37,8 +41,9 @@ def example_inputs(
         )
     family, config = family_of(name), model.config
     parameter = next(model.parameters())
-    frames = latent_shape[0] + -latent_shape[0] % (config.get("patch_size_t") or 1)  # as pipelines pad
-    shape = (1 if family.image else frames, *latent_shape[1:])
+    shape = latent_shape or family.fixed_latents(config) or SMALL_LATENTS
+    frames = shape[0] + -shape[0] % family.patch(config)[0]  # as pipelines pad
+    shape = (1 if family.image else frames, *shape[1:])
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(batch, family.channels(config), *shape, generator=draw)
     given = family.example_conditioning(config, batch, shape, tokens, draw)

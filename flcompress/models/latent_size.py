@@ -1,4 +1,4 @@
-"""From a clip in pixels to the size of its latents: how much each family's autoencoder compresses."""
+"""Which clips a model takes, and how large their latents are: what its autoencoder shrinks, what its patches divide."""
 
 from __future__ import annotations
 
@@ -7,9 +7,100 @@ from dataclasses import dataclass
 from typing import Any
 
 from flcompress.errors import RequestError
+from flcompress.models.families import family_of
+from flcompress.models.families.family import LatentShape
+
+Names = tuple[str, str, str]
+"""What frames, height and width are called where they were given."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """Sizes that the autoencoder and the transformer's patches divide evenly.
+
+    Attributes:
+        over_time: frames that one latent frame stands for; the first frame of a clip is coded alone.
+        over_space: pixels, each way, that one latent stands for.
+        patch: (frames, rows or columns) of latents that one token stands for. Where it is several frames, copies of the
+            first latent frame are put before it, so that they divide, and thrown away before decoding (CogVideoX 1.5).
+        image: whether there is one frame only.
+        fixed: (height, width) in pixels of a model whose learned positions fix them.
+    """
+
+    over_time: int
+    over_space: int
+    patch: tuple[int, int] = (1, 1)
+    image: bool = False
+    fixed: tuple[int, int] | None = None
+
+    @property
+    def pixels(self) -> int:
+        """Height and width are multiples of this."""
+        return self.over_space * self.patch[1]
+
+    @property
+    def step(self) -> int:
+        """Frames from one allowed number to the next."""
+        return self.over_time * self.patch[0]
+
+    @property
+    def padding(self) -> int:
+        """Latent frames put before the first."""
+        return self.patch[0] - 1
+
+    def fit_frames(self, frames: int) -> int:
+        """The largest allowed number of frames up to `frames`; 0 where that is 0."""
+        if self.image:
+            return min(frames, 1)
+        return (frames - 1) // self.step * self.step + 1 if frames else 0
+
+    def fit_pixels(self, pixels: int) -> int:
+        """The largest allowed height or width up to `pixels`; may be 0."""
+        return pixels // self.pixels * self.pixels
+
+    def check(
+        self,
+        frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        names: Names = ("frames", "height", "width"),
+    ) -> None:
+        """Raise RequestError for what the model does not take, naming the nearest that it does; None is not checked."""
+        if frames is not None and self.fit_frames(frames) != frames:
+            below = self.fit_frames(frames)
+            wanted = f"1 plus a multiple of {self.step} for this model, such as {below} or {below + self.step}"
+            wanted = "1, as this model makes images" if self.image else wanted
+            raise RequestError(f"{names[0]}: {frames} given, expected {wanted}")
+        for place, given in enumerate((height, width)):
+            if given is None:
+                continue
+            if self.fixed and given != self.fixed[place]:
+                raise RequestError(
+                    f"{names[1 + place]}: {given} given, expected {self.fixed[place]}: the positions of this model are "
+                    f"learned for {self.fixed[0]} x {self.fixed[1]}"
+                )
+            if given % self.pixels:
+                below = max(self.fit_pixels(given), self.pixels)
+                raise RequestError(
+                    f"{names[1 + place]}: {given} given, expected a multiple of {self.pixels} for this model, such as "
+                    f"{below} or {below + self.pixels}"
+                )
+
+    def latents(
+        self, frames: int, height: int, width: int, names: Names = ("frames", "height", "width")
+    ) -> LatentShape:
+        """Latents of a clip (81 frames are 21 of latents at a factor of 4); RequestError as `check`."""
+        self.check(frames, height, width, names)
+        coded = (frames - 1) // self.over_time + 1
+        return self.padding + coded, height // self.over_space, width // self.over_space
+
+    def clip(self, latents: LatentShape) -> tuple[int, int, int]:
+        """(frames, height, width) of the clip that latents decode to."""
+        frames, height, width = latents
+        return (frames - self.padding - 1) * self.over_time + 1, height * self.over_space, width * self.over_space
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClipSize:
     """Height and width in pixels, frames (1 for an image), and the length of the prompt in tokens."""
 
@@ -19,83 +110,65 @@ class ClipSize:
     tokens: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Compression:
-    """Frames and pixels (each way) that one latent stands for; `usual` is what the stock pipeline makes by default.
+def grid_of(transformer: Mapping[str, Any], autoencoder: Mapping[str, Any]) -> Grid:
+    """The sizes that a pipeline takes, from the configurations of two of its parts."""
+    return _grid(transformer["_class_name"], transformer, _compression(autoencoder))
 
-    `packing` is the side of the patches that latents are cut into where the config's `patch_size` does not say it.
+
+def usual_grid(name: str, transformer: Mapping[str, Any]) -> tuple[Grid, ClipSize] | None:
+    """As `grid_of` where a transformer of class `name` is all there is: with the autoencoder that it usually has.
+
+    Also what the stock pipeline makes by default. None for a class of which this is not known.
     """
-
-    over_time: int
-    over_space: int
-    usual: ClipSize
-    packing: int | None = None
-
-
-def _clip(height: int, width: int, frames: int, tokens: int) -> ClipSize:
-    return ClipSize(height=height, width=width, frames=frames, tokens=tokens)
+    if name not in _USUAL:
+        return None
+    small = name == "WanTransformer3DModel" and transformer["out_channels"] == _SMALL_WAN_CHANNELS
+    compression, (height, width, frames, tokens) = _SMALL_WAN if small else _USUAL[name]
+    usual = ClipSize(height=height, width=width, frames=frames, tokens=tokens)
+    return _grid(name, transformer, compression), usual
 
 
-_KNOWN = {
-    "WanTransformer3DModel": Compression(over_time=4, over_space=8, usual=_clip(480, 832, 81, 512)),
-    "HunyuanVideoTransformer3DModel": Compression(over_time=4, over_space=8, usual=_clip(720, 1280, 129, 256)),
-    "CogVideoXTransformer3DModel": Compression(over_time=4, over_space=8, usual=_clip(480, 720, 49, 226)),
-    "LTXVideoTransformer3DModel": Compression(over_time=8, over_space=32, usual=_clip(512, 704, 161, 128)),
-    "MochiTransformer3DModel": Compression(over_time=6, over_space=8, usual=_clip(480, 848, 19, 256)),
-    "FluxTransformer2DModel": Compression(over_time=1, over_space=8, usual=_clip(1024, 1024, 1, 512), packing=2),
-    "SD3Transformer2DModel": Compression(over_time=1, over_space=8, usual=_clip(1024, 1024, 1, 333)),
-    "QwenImageTransformer2DModel": Compression(over_time=1, over_space=8, usual=_clip(1024, 1024, 1, 512), packing=2),
+_USUAL = {
+    "WanTransformer3DModel": ((4, 8), (480, 832, 81, 512)),
+    "HunyuanVideoTransformer3DModel": ((4, 8), (720, 1280, 129, 256)),
+    "CogVideoXTransformer3DModel": ((4, 8), (480, 720, 49, 226)),
+    "LTXVideoTransformer3DModel": ((8, 32), (512, 704, 161, 128)),
+    "MochiTransformer3DModel": ((6, 8), (480, 848, 19, 256)),
+    "FluxTransformer2DModel": ((1, 8), (1024, 1024, 1, 512)),
+    "SD3Transformer2DModel": ((1, 8), (1024, 1024, 1, 333)),
+    "QwenImageTransformer2DModel": ((1, 8), (1024, 1024, 1, 512)),
 }
-_WAN_22_SMALL = Compression(over_time=4, over_space=16, usual=_clip(704, 1280, 121, 512))
-"""TI2V-5B: its autoencoder has 48 channels."""
+"""Compression (over time, over space) by the usual autoencoder; height, width, frames and tokens by default."""
+_SMALL_WAN_CHANNELS = 48
+_SMALL_WAN = ((4, 16), (704, 1280, 121, 512))
+"""Wan 2.2 TI2V-5B, which its autoencoder's channels tell."""
 
 
-def compression_of(name: str, config: Mapping[str, Any]) -> Compression | None:
-    """How the autoencoder of a transformer class compresses; None where it is not known."""
-    if name == "WanTransformer3DModel" and config["out_channels"] == 48:
-        return _WAN_22_SMALL
-    return _KNOWN.get(name)
+def _grid(name: str, transformer: Mapping[str, Any], compression: tuple[int, int]) -> Grid:
+    family, (over_time, over_space) = family_of(name), compression
+    fixed = family.fixed_latents(transformer)
+    return Grid(
+        over_time=over_time,
+        over_space=over_space,
+        patch=family.patch(transformer),
+        image=family.image,
+        fixed=(fixed[1] * over_space, fixed[2] * over_space) if fixed else None,
+    )
 
 
-def latent_shape(name: str, config: Mapping[str, Any], size: ClipSize) -> tuple[int, int, int]:
-    """(frames, height, width) of the latents of a clip.
-
-    Args:
-        name: a transformer class whose compression is known.
-        config: the transformer's.
-        size: of the clip.
-
-    Raises:
-        RequestError: a size that the class cannot make; names the nearest that it can.
-    """
-    found = compression_of(name, config)
-    assert found is not None
-    if found.over_time == 1 and size.frames != 1:
-        raise RequestError(f"--frames: {size.frames} given, but {name} makes images; give 1, or leave it out")
-    frames, beyond = divmod(size.frames - 1, found.over_time)
-    if beyond:
-        low = frames * found.over_time + 1
-        raise RequestError(
-            f"--frames: {size.frames} given, but {name} makes one frame and multiples of {found.over_time} more; "
-            f"nearest: {low} or {low + found.over_time}"
-        )
-    patch = _patch(config, found)
-    step = found.over_space * patch
-    for flag, value in (("height", size.height), ("width", size.width)):
-        if value % step:
-            near = max(step, value // step * step)
-            raise RequestError(
-                f"--{flag}: {value} given, expected a multiple of {step} for this {name} (latents of "
-                f"{found.over_space} pixels, patches of {patch}); nearest: {near} or {near + step}"
-            )
-    over_time = config.get("patch_size_t") or 1
-    latents = frames + 1
-    latents += -latents % over_time  # as CogVideoX 1.5's pipeline pads
-    return latents, size.height // found.over_space, size.width // found.over_space
-
-
-def _patch(config: Mapping[str, Any], found: Compression) -> int:
-    if found.packing is not None:
-        return found.packing
-    patch = config["patch_size"]
-    return int(patch[-1] if isinstance(patch, list | tuple) else patch)
+def _compression(config: Mapping[str, Any]) -> tuple[int, int]:
+    """(over time, over space) factors of a stock autoencoder; (1, ...) for one of single pictures."""
+    name = config["_class_name"]
+    if name == "AutoencoderKLMochi":
+        return 6, 8  # in its code, not in its configuration
+    if name == "AutoencoderKLWan":
+        return int(config["scale_factor_temporal"] or 4), int(config["scale_factor_spatial"] or 8)
+    if name == "AutoencoderKLQwenImage":
+        return 1, 2 ** len(config["temperal_downsample"])
+    if name == "AutoencoderKLLTXVideo":
+        scaled = sum(map(bool, config["spatio_temporal_scaling"]))
+        return config["patch_size_t"] * 2**scaled, config["patch_size"] * 2**scaled
+    if name == "AutoencoderKLHunyuanVideo":
+        return int(config["temporal_compression_ratio"]), int(config["spatial_compression_ratio"])
+    space = 2 ** (len(config["block_out_channels"]) - 1)
+    return int(config.get("temporal_compression_ratio") or 1), space

@@ -73,7 +73,8 @@ class Parts:
 
     def encode_clips(self, clips: torch.Tensor) -> torch.Tensor:
         """Latents of clips [n, 3, frames, height, width] in [-1, 1]."""
-        return encode_clips(self.vae, clips.to(self._device))
+        latents = encode_clips(self.vae, clips.to(self._device))
+        return torch.cat([latents[:, :, :1]] * self._padding + [latents], dim=2)
 
     @torch.no_grad()
     def encode_images(
@@ -97,7 +98,13 @@ class Parts:
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Clips [n, 3, frames, height, width] in [-1, 1], of the frames that the stock pipeline shows."""
-        return decode_latents(self.vae, latents.to(self._device))[:, :, self.family.cut_frames(self.config) :]
+        clips = decode_latents(self.vae, latents[:, :, self._padding :].to(self._device))
+        return clips[:, :, self.family.cut_frames(self.config) :]
+
+    @property
+    def _padding(self) -> int:
+        """Latent frames before the first, so that the transformer's patches divide them."""
+        return self.family.patch(self.config)[0] - 1
 
     @no_progress_bars()
     def _loaded(self, name: str) -> Any:

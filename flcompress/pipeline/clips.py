@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flcompress.data.shards import INDEX_FILE
-from flcompress.errors import DataError
+from flcompress.errors import DataError, RequestError
 from flcompress.pipeline.display import Display
 from flcompress.pipeline.durable import locked, move_in_place
 from flcompress.pipeline.program import Program
@@ -16,7 +16,8 @@ from flcompress.pipeline.store import key_of
 
 if TYPE_CHECKING:
     from flcompress.data.latents import LatentDataset
-    from flcompress.data.sizes import Grid, Target
+    from flcompress.data.sizes import Target
+    from flcompress.models.latent_size import Grid
 
 
 class Clips:
@@ -102,17 +103,15 @@ def target_of(recipe: Recipe) -> Target:
 
 def grid_and_target(recipe: Recipe) -> tuple[Grid, Target]:
     """The sizes that a recipe's model takes, and the one that its videos are encoded at; DataError if that is none."""
-    from flcompress.data.grid import grid_of
-    from flcompress.models.folder import read_json
+    from flcompress.pipeline.encoding import folder_grid
 
-    model, target = recipe.model_folder(), target_of(recipe)
-    index = read_json(model / "model_index.json", "a diffusers pipeline folder has one")
-    grid = grid_of(index["_class_name"], model / "vae", model / "transformer")
+    model = recipe.model_folder()
+    grid, target = folder_grid(model / "transformer", model / "vae"), target_of(recipe)
     try:
         target.check(grid)
-    except DataError as error:
+    except RequestError as error:
         raise DataError(f"{recipe.where('sampling')}: {error}") from error
-    return grid, target
+    return grid, target.on(grid)
 
 
 def fingerprint(spec: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -12,14 +12,14 @@ from typing import Any
 
 from flcompress.data.captions import read_captions, read_prompts, without_caption
 from flcompress.data.encoder import Encoder, Skipped
-from flcompress.data.grid import grid_of
 from flcompress.data.planning import plan_clips, plan_prompts
 from flcompress.data.shards import INDEX_FILE, SKIPPED_FILE, WORK, Index
 from flcompress.data.sizes import OWN_SIZE, Size, Target
 from flcompress.data.workers import Run, workers
 from flcompress.errors import DataError, RequestError
 from flcompress.models.families import family_of
-from flcompress.models.folder import check_transformer_config
+from flcompress.models.folder import check_transformer_config, read_json
+from flcompress.models.latent_size import Grid, grid_of
 from flcompress.models.parts import part_names
 from flcompress.pipeline.dataset_making import clean, make, mend, store_plan, stored_plan, stored_request
 from flcompress.pipeline.display import Display
@@ -82,6 +82,14 @@ def parts_digests(index: Mapping[str, Any], components: Mapping[str, Path]) -> d
     return made
 
 
+def folder_grid(transformer: Path, autoencoder: Path) -> Grid:
+    """The clips that a model takes, from two of its folders."""
+    return grid_of(
+        check_transformer_config(transformer),
+        read_json(autoencoder / "config.json", "a pipeline's autoencoder has one"),
+    )
+
+
 def folder_request(
     pipeline: Path,
     captions: Path,
@@ -138,8 +146,9 @@ def encode(request: Request, display: Display, *, wait: bool = False) -> dict[st
         DataError: captions, videos or sizes that cannot be; a folder that holds something else.
         FlcompressError: a worker was ended from outside, or the disk is full; the same command goes on.
     """
+    target = request.target
     if request.videos is None:
-        if request.target != OWN_SIZE:
+        if target != OWN_SIZE:
             raise DataError(
                 "encode: a size is given, but no --videos; prompts have none: the recipe's sampling decides"
             )
@@ -150,8 +159,9 @@ def encode(request: Request, display: Display, *, wait: bool = False) -> dict[st
             )
         captioned, uncaptioned, prompts = [], [], read_prompts(request.captions)
     else:
-        grid = grid_of(request.index["_class_name"], request.components["vae"], request.components["transformer"])
-        request.target.check(grid)
+        grid = folder_grid(request.components["transformer"], request.components["vae"])
+        target.check(grid)
+        target = target.on(grid)
         captioned, prompts = read_captions(request.captions, request.videos), []
         uncaptioned = without_caption(request.videos, captioned)
     identity = request.identity([*(one.file for one in captioned), *uncaptioned])
@@ -163,7 +173,7 @@ def encode(request: Request, display: Display, *, wait: bool = False) -> dict[st
         max_sequence_length=request.max_sequence_length,
         out=request.out,
         videos=request.videos or Path(),
-        resize=request.target.height is not None,
+        resize=target.height is not None,
     )
     request.out.mkdir(parents=True, exist_ok=True)
     with full_disk_told(request.out), _alone(request.out, wait), workers(encoder, request.processes) as run:
@@ -176,7 +186,7 @@ def encode(request: Request, display: Display, *, wait: bool = False) -> dict[st
                     plan = plan_prompts(prompts)
                 else:
                     measured = _measure([one.file for one in captioned], run, display)
-                    plan = plan_clips(captioned, measured, uncaptioned, request.target, grid)
+                    plan = plan_clips(captioned, measured, uncaptioned, target, grid)
                 store_plan(request.out, plan, identity)
             made = make(request.out, plan, identity, run, display)
     clean(request.out)

@@ -10,7 +10,7 @@ from flcompress.errors import FlcompressError, PreconditionError
 from flcompress.ir.block import Block
 from flcompress.ir.graph import BlockGraph
 from flcompress.ir.selection import choose
-from flcompress.models.latent_size import ClipSize, compression_of, latent_shape
+from flcompress.models.latent_size import ClipSize, usual_grid
 
 SHARES = (0.3, 0.5)
 CHOICE = "the middle blocks, by parameters: there are no importance scores"
@@ -125,12 +125,13 @@ def inspect_model(
     source = find_source(model)
     transformer = meta_transformer(source.config)
     name = type(transformer).__name__
-    known = compression_of(name, transformer.config)
+    known = usual_grid(name, transformer.config)
     clip, latents = None, None
     if known is not None:
         given = {"height": height, "width": width, "frames": frames, "tokens": tokens}
-        clip = replace(known.usual, **{key: value for key, value in given.items() if value is not None})
-        latents = latent_shape(name, transformer.config, clip)
+        grid, usual = known
+        clip = replace(usual, **{key: value for key, value in given.items() if value is not None})
+        latents = grid.latents(clip.frames, clip.height, clip.width, ("--frames", "--height", "--width"))
     graph, problem = _graph(transformer, clip, latents)
     return Inspection(
         model=model,

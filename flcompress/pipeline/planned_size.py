@@ -19,8 +19,7 @@ def latents(recipe: Recipe) -> LatentShape | None:
     """
     from flcompress.data import moving_digits
     from flcompress.data.shards import Index
-    from flcompress.models.compression import latent_shape
-    from flcompress.models.folder import read_json
+    from flcompress.pipeline.encoding import folder_grid
 
     spec = recipe.data_spec()
     if spec is None:
@@ -32,8 +31,8 @@ def latents(recipe: Recipe) -> LatentShape | None:
         size = max(sizes, key=lambda one: one[0] * one[1] * one[2], default=None)
     elif kind == "videos":
         size = _first(recipe, given)
-    autoencoder = read_json(recipe.model_folder() / "vae" / "config.json", "a diffusers pipeline folder has one")
-    return latent_shape(autoencoder, *size) if size else None
+    model = recipe.model_folder()
+    return folder_grid(model / "transformer", model / "vae").latents(*size) if size else None
 
 
 def _first(recipe: Recipe, given: dict[str, Any]) -> Size | None:

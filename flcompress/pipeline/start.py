@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flcompress.diffusion.contract import SamplingContract
-from flcompress.errors import DataError, RecipeError, RequestError
+from flcompress.errors import RecipeError, RequestError
 from flcompress.ir.graph import BlockGraph
 from flcompress.pipeline.program import Fact, Program, folder_digest
 from flcompress.pipeline.recipe import Recipe
@@ -16,9 +16,6 @@ from flcompress.pipeline.store import key_of
 
 if TYPE_CHECKING:
     from flcompress.models.families.family import Family, LatentShape
-
-SMALL_LATENTS = (3, 8, 8)
-"""(frames, height, width) of latents where a recipe names no size: the embedded benchmark's."""
 
 VERSION = 2
 """Raise it when tracing gives another graph for the same model: it is part of the key."""
@@ -56,7 +53,7 @@ def read_source(recipe: Recipe) -> Source:
     if recipe.model.pipeline is not None:
         index["_class_name"] = _other_pipeline(recipe, family)
     config = check_transformer_config(folder / "transformer")
-    shape = _latent_shape(recipe, family)
+    shape = _latent_shape(recipe, family, config)
     contract = contract_of(
         scheduler,
         num_inference_steps=sampling.num_inference_steps,
@@ -80,26 +77,20 @@ def _other_pipeline(recipe: Recipe, family: Family) -> str:
     return name
 
 
-def _latent_shape(recipe: Recipe, family: Family) -> LatentShape:
+def _latent_shape(recipe: Recipe, family: Family, config: dict[str, Any]) -> LatentShape:
     """(frames, height, width) of the latents at the size that the recipe samples."""
-    from flcompress.data.grid import grid_of
-    from flcompress.data.sizes import Target
-    from flcompress.models.compression import latent_shape
     from flcompress.models.folder import read_json
+    from flcompress.models.inputs import SMALL_LATENTS
+    from flcompress.models.latent_size import grid_of
 
     size = recipe.sampling.size
     if size is None:
-        return (1, *SMALL_LATENTS[1:]) if family.image else SMALL_LATENTS
-    folder = recipe.model_folder()
-    config = read_json(folder / "vae" / "config.json", "a diffusers model folder has one")
+        return family.fixed_latents(config) or ((1, *SMALL_LATENTS[1:]) if family.image else SMALL_LATENTS)
+    autoencoder = read_json(recipe.model_folder() / "vae" / "config.json", "a diffusers model folder has one")
     try:
-        shape = latent_shape(config, *size)
-        # The grid knows of the transformer's patches, too, which drop a row that is left over without a word.
-        grid = grid_of(family.pipelines[0], folder / "vae", folder / "transformer")
-        Target(height=size[1], width=size[2]).check(grid)
-    except (DataError, RequestError) as error:
+        return grid_of(config, autoencoder).latents(*size, ("num_frames", "height", "width"))
+    except RequestError as error:
         raise RecipeError(f"{recipe.where('sampling')}.{error}") from error
-    return shape
 
 
 def _embedded_guidance(recipe: Recipe, family: Family, config: dict[str, Any]) -> float | None:
@@ -115,16 +106,16 @@ def _embedded_guidance(recipe: Recipe, family: Family, config: dict[str, Any]) -
     return None
 
 
-def trace_folder(transformer: Path, tokens: int, shape: LatentShape = SMALL_LATENTS) -> BlockGraph:
+def trace_folder(transformer: Path, tokens: int, shape: LatentShape | None = None) -> BlockGraph:
     """The block graph of a transformer folder, from its configuration, for prompts of `tokens` tokens."""
-    from flcompress.models.inputs import example_inputs
+    from flcompress.models.inputs import SMALL_LATENTS, example_inputs
     from flcompress.models.loading import meta_transformer
     from flcompress.trace.counting import graph_at
     from flcompress.trace.tracer import trace
 
     model = meta_transformer(transformer)
     inputs = example_inputs(model, latent_shape=shape, tokens=tokens)
-    small = math.prod(shape) <= math.prod(SMALL_LATENTS)
+    small = shape is None or math.prod(shape) <= math.prod(SMALL_LATENTS)
     return trace(model, inputs) if small else graph_at(model, inputs)
 
 

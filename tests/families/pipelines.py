@@ -178,26 +178,27 @@ def hunyuan_video_i2v_replace() -> Any:
     return _hunyuan_video_i2v(image_condition_type="token_replace")
 
 
-def _cogvideox(pipeline: str, in_channels: int) -> Any:
+def _cogvideox(pipeline: str, autoencoder: dict[str, Any] | None = None, **more: Any) -> Any:
     import diffusers
     from diffusers import AutoencoderKLCogVideoX, CogVideoXDPMScheduler, CogVideoXTransformer3DModel
 
-    transformer = CogVideoXTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=16,
-        in_channels=in_channels,
-        out_channels=4,
-        time_embed_dim=2,
-        text_embed_dim=WIDTH,
-        num_layers=4,
-        sample_width=4,
-        sample_height=4,
-        sample_frames=9,
-        patch_size=2,
-        temporal_compression_ratio=4,
-        max_text_seq_length=16,
-        use_rotary_positional_embeddings=True,
-    ).eval()
+    settings: dict[str, Any] = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "in_channels": 4,
+        "out_channels": 4,
+        "time_embed_dim": 2,
+        "text_embed_dim": WIDTH,
+        "num_layers": 4,
+        "sample_width": 4,
+        "sample_height": 4,
+        "sample_frames": 9,
+        "patch_size": 2,
+        "temporal_compression_ratio": 4,
+        "max_text_seq_length": 16,
+        "use_rotary_positional_embeddings": True,
+    }
+    transformer = CogVideoXTransformer3DModel(**(settings | more)).eval()
     vae = AutoencoderKLCogVideoX(
         down_block_types=("CogVideoXDownBlock3D",) * 4,
         up_block_types=("CogVideoXUpBlock3D",) * 4,
@@ -206,6 +207,7 @@ def _cogvideox(pipeline: str, in_channels: int) -> Any:
         layers_per_block=1,
         norm_num_groups=2,
         temporal_compression_ratio=4,
+        **(autoencoder or {}),
     ).eval()
     scheduler = CogVideoXDPMScheduler(
         beta_start=0.00085,
@@ -217,6 +219,24 @@ def _cogvideox(pipeline: str, in_channels: int) -> Any:
         timestep_spacing="trailing",
     )
     return getattr(diffusers, pipeline)(tokenizer(), t5(), vae, transformer, scheduler)
+
+
+def cogvideox_i2v() -> Any:
+    """As CogVideoX-5b-I2V: learned positions for one size."""
+    learned: dict[str, Any] = {"use_learned_positional_embeddings": True, "sample_width": 8, "sample_height": 8}
+    return _cogvideox("CogVideoXImageToVideoPipeline", in_channels=8, **learned)
+
+
+def cogvideox_15_i2v() -> Any:
+    """As CogVideoX1.5-5B-I2V: tokens of two latent frames, and a first frame scaled another way."""
+    patches: dict[str, Any] = {
+        "patch_size_t": 2,
+        "patch_bias": False,
+        "ofs_embed_dim": 2,
+        "sample_width": 8,
+        "sample_height": 8,
+    }
+    return _cogvideox("CogVideoXImageToVideoPipeline", {"invert_scale_latents": True}, in_channels=8, **patches)
 
 
 def ltx() -> Any:
@@ -386,8 +406,9 @@ TINY: dict[str, Tiny] = {
     "hunyuan-video": Tiny(hunyuan_video, (9, 32, 32), 4, guidance=1.0, embedded=6.0),
     "hunyuan-video-i2v-concat": Tiny(hunyuan_video_i2v_concat, (9, 32, 32), 4, guidance=1.0),
     "hunyuan-video-i2v-replace": Tiny(hunyuan_video_i2v_replace, (9, 32, 32), 4, guidance=3.0, embedded=6.0),
-    "cogvideox": Tiny(lambda: _cogvideox("CogVideoXPipeline", 4), (9, 32, 32), 4),
-    "cogvideox-i2v": Tiny(lambda: _cogvideox("CogVideoXImageToVideoPipeline", 8), (9, 32, 32), 4),
+    "cogvideox": Tiny(lambda: _cogvideox("CogVideoXPipeline"), (9, 32, 32), 4),
+    "cogvideox-i2v": Tiny(cogvideox_i2v, (9, 64, 64), 4),
+    "cogvideox-1.5-i2v": Tiny(cogvideox_15_i2v, (9, 32, 32), 4),
     "ltx": Tiny(ltx, (9, 32, 32), 4),
     "mochi": Tiny(mochi, (7, 32, 32), 4),
     "flux": Tiny(flux, (1, 16, 16), 4, guidance=1.0, embedded=3.5),

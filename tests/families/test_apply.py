@@ -139,7 +139,7 @@ def test_a_size_that_the_autoencoder_cannot_code_is_named(
     recipe.write_text(f"version: 1\nmodel: {pipeline_folder('wan')}\nsampling: {size}\n")
     with pytest.raises(
         RecipeError,
-        match=r"sampling\.num_frames: 10 given, expected 1 plus a multiple of 4 for this autoencoder, such as 9",
+        match=r"sampling\.num_frames: 10 given, expected 1 plus a multiple of 4 for this model, such as 9 or 13",
     ):
         read_source(load_recipe(recipe))
 

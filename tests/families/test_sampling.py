@@ -13,9 +13,9 @@ import torch
 from flcompress.diffusion.conditioning import taken
 from flcompress.diffusion.contract import SamplingContract, contract_of, levels_of, scheduler_of, student_contract
 from flcompress.diffusion.sampling import sample
-from flcompress.models.compression import clip_size, latent_shape
 from flcompress.models.families import family_of
 from flcompress.models.folder import read_json
+from flcompress.models.latent_size import grid_of
 from flcompress.models.loading import load_transformer
 from flcompress.models.network import as_network
 from flcompress.models.parts import open_parts
@@ -30,7 +30,7 @@ def contracts(folder: Path, name: str) -> tuple[SamplingContract, SamplingContra
     index = read_json(folder / "model_index.json", "")
     family, config = family_of(index["_class_name"]), read_json(folder / "transformer" / "config.json", "")
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json", "")
-    shape = latent_shape(read_json(folder / "vae" / "config.json", ""), *tiny.size)
+    shape = grid_of(config, read_json(folder / "vae" / "config.json", "")).latents(*tiny.size)
     teacher = contract_of(
         scheduler,
         num_inference_steps=5,
@@ -96,7 +96,7 @@ def difference(folder: Path, name: str, contract: SamplingContract) -> float:
 
     parts = open_parts(folder)
     config = read_json(folder / "transformer" / "config.json", "")
-    shape = latent_shape(read_json(folder / "vae" / "config.json", ""), *TINY[name].size)
+    shape = grid_of(config, read_json(folder / "vae" / "config.json", "")).latents(*TINY[name].size)
     draw = torch.Generator().manual_seed(3)
     noise = torch.randn(1, parts.family.channels(config), *shape, generator=draw)
     prompts = parts.encode_prompts([PROMPT, ""], LENGTH)
@@ -141,9 +141,9 @@ def test_the_student_is_sampled_as_its_stock_pipeline_samples_it(
 @pytest.mark.parametrize("name", TINY)
 def test_sizes_go_through_the_autoencoder_and_back(pipeline_folder: Callable[[str], Path], name: str) -> None:
     folder = pipeline_folder(name)
-    config = read_json(folder / "vae" / "config.json", "")
-    shape = latent_shape(config, *TINY[name].size)
-    assert clip_size(config, shape) == TINY[name].size
+    grid = grid_of(*(read_json(folder / part / "config.json", "") for part in ("transformer", "vae")))
+    shape = grid.latents(*TINY[name].size)
+    assert grid.clip(shape) == TINY[name].size
     parts = open_parts(folder)
     frames, height, width = TINY[name].size
     draw = torch.Generator().manual_seed(0)

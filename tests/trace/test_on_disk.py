@@ -165,3 +165,19 @@ def test_a_setting_that_was_a_default_can_be_changed() -> None:
         model = CogVideoXTransformer3DModel(num_attention_heads=1, attention_head_dim=16)
     assert model.config.num_layers == 30
     assert len(build(model, {"num_layers": 2}).transformer_blocks) == 2  # type: ignore[arg-type]
+
+
+def test_a_small_model_with_learned_positions_is_tried_at_its_own_size(tmp_path: Path) -> None:
+    """As CogVideoX-5b-I2V, whose positions are a table for one size and one length of the prompt."""
+    model = CogVideoXTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=8, out_channels=4, time_embed_dim=8,
+        text_embed_dim=12, num_layers=4, sample_width=6, sample_height=4, sample_frames=9, max_text_seq_length=10,
+        use_rotary_positional_embeddings=True, use_learned_positional_embeddings=True,
+    )  # fmt: skip
+    inputs = example_inputs(model)
+    assert inputs["hidden_states"].shape == (1, 3, 8, 4, 6)
+    assert inputs["encoder_hidden_states"].shape == (1, 10, 12)
+    model.save_pretrained(str(tmp_path / "model"))
+    done = remove_on_disk(tmp_path / "model", ["transformer_blocks.2"], tmp_path / "small")
+    assert done.stand_in is None
+    assert done.certificate.max_abs_difference == 0.0

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 
 from flcompress.diffusion.conditioning import Conditioning
 from flcompress.models.families.family import Config, Family, LatentShape, normal
@@ -44,8 +45,9 @@ class CogVideoX(Family):
     def example_conditioning(
         self, config: Config, batch: int, shape: LatentShape, tokens: int, draw: torch.Generator
     ) -> dict[str, torch.Tensor]:
-        # Learned positions fix the number of tokens; rotary ones do not.
-        length = tokens if config["use_rotary_positional_embeddings"] else config["max_text_seq_length"]
+        # A table of positions fixes the number of tokens; rotary ones alone do not.
+        table = not config["use_rotary_positional_embeddings"] or self.fixed_latents(config)
+        length = config["max_text_seq_length"] if table else tokens
         made = {"encoder_hidden_states": normal(draw, batch, length, config["text_embed_dim"])}
         if config["in_channels"] != config["out_channels"]:
             made["image_latents"] = normal(draw, batch, config["in_channels"] - config["out_channels"], *shape)
@@ -64,16 +66,22 @@ class CogVideoX(Family):
     ) -> dict[str, torch.Tensor]:
         # The pipeline codes the first frame by itself (in a clip its code would depend on the others) and leaves the
         # other frames empty.
-        vae, frames = pipeline.vae, clips.shape[2]
+        vae = pipeline.vae
         first = encode_clips(vae, clips[:, :, :1])
         if vae.config.invert_scale_latents:
             first = first / vae.config.scaling_factor**2  # as CogVideoX 1.5 was trained
-        empty = first.new_zeros(*first.shape[:2], (frames - 1) // pipeline.vae_scale_factor_temporal, *first.shape[3:])
-        return {"image_latents": torch.cat([first, empty], dim=2)}
+        empty = (clips.shape[2] - 1) // pipeline.vae_scale_factor_temporal + self.patch(config)[0] - 1
+        return {"image_latents": F.pad(first, (0, 0, 0, 0, 0, empty))}
 
     def noise(self, shape: Sequence[int], draw: torch.Generator) -> torch.Tensor:
         channels, frames, *rest = shape
         return torch.randn(1, frames, channels, *rest, generator=draw).transpose(1, 2)
+
+    def fixed_latents(self, config: Config) -> LatentShape | None:
+        if not config.get("use_learned_positional_embeddings"):
+            return None
+        frames = (config["sample_frames"] - 1) // config["temporal_compression_ratio"] + 1
+        return frames, config["sample_height"], config["sample_width"]
 
     def channels(self, config: Config) -> int:
         return int(config["out_channels"])

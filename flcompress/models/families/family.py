@@ -104,6 +104,17 @@ class Family(ABC):
         """First frames of what the autoencoder decodes that the stock pipeline does not show."""
         return 0
 
+    def patch(self, config: Config) -> tuple[int, int]:
+        """(frames, rows or columns) of latents that one token stands for."""
+        given = config.get("patch_size") or 1
+        if isinstance(given, list | tuple):
+            return int(given[0]), int(given[-1])
+        return int(config.get("patch_size_t") or 1), int(given)
+
+    def fixed_latents(self, config: Config) -> LatentShape | None:
+        """The size that learned positions are for; None where they are computed."""
+        return None
+
     def channels(self, config: Config) -> int:
         """Channels of the latents."""
         return int(config["in_channels"])

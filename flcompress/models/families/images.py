@@ -37,6 +37,9 @@ class _Packed(Family):
         told = {} if embedded is None else {"guidance_scale": embedded}
         return {**told, "true_cfg_scale": guidance_scale}
 
+    def patch(self, config: Config) -> tuple[int, int]:
+        return 1, 2
+
     def channels(self, config: Config) -> int:
         return int(config["in_channels"]) // 4
 
