@@ -156,6 +156,8 @@ def remap_lora_command(lora: Path, pruned: Path, out: Path, as_json: bool) -> No
 @click.option("--captions", type=_FOLDER, required=True, help=".jsonl or .csv with file and caption; prompts: .txt.")
 @click.option("--out", type=_FOLDER, required=True, help="Folder of the dataset.")
 @click.option("--frames", type=click.IntRange(min=1), help="Trim longer clips.  [default: each clip's own]")
+@click.option("--fps", type=click.FloatRange(min=0, min_open=True),
+              help="Frames a second to take.  [default: every frame of a video]")  # fmt: skip
 @click.option("--height", type=click.IntRange(min=1), help="Resize and crop, with --width.  [default: own, cropped]")
 @click.option("--width", type=click.IntRange(min=1), help="See --height.")
 @click.option("--max-sequence-length", type=click.IntRange(min=1), default=512, show_default=True,
@@ -170,6 +172,7 @@ def encode_command(
     captions: Path,
     out: Path,
     frames: int | None,
+    fps: float | None,
     height: int | None,
     width: int | None,
     max_sequence_length: int,
@@ -185,7 +188,7 @@ def encode_command(
     from flcompress.pipeline.encoding import encode, folder_request, summary_text
 
     target = Target(frames, height, width)
-    request = folder_request(pipeline, captions, out, videos, target, max_sequence_length, workers, pipeline_class)
+    request = folder_request(pipeline, captions, out, videos, target, max_sequence_length, workers, pipeline_class, fps)
     made = encode(request, _display(quiet))
     if as_json:
         _print(made)

@@ -74,6 +74,7 @@ class Encoder:
         out: where shards are written.
         videos: folder of the clips' files.
         resize: scale clips to cover their bucket before they are cropped.
+        fps: frames a second that are taken; None takes every frame.
     """
 
     index: Mapping[str, Any]
@@ -83,6 +84,7 @@ class Encoder:
     out: Path
     videos: Path
     resize: bool
+    fps: float | None
 
     _open: tuple[type, Parts] | None = field(default=None, init=False)
 
@@ -100,7 +102,7 @@ class Encoder:
         found: dict[str, Size | Skipped] = {}
         for file in files:
             try:
-                found[file] = video_size(self.videos / file)
+                found[file] = video_size(self.videos / file, self.fps)
             except BrokenVideo as error:
                 found[file] = Skipped(file, str(error))
         return found
@@ -120,11 +122,12 @@ class Encoder:
         waiting: list[tuple[torch.Tensor, str]] = []
         for clip, text in zip(task.clips, task.texts, strict=True):
             try:
-                waiting.append((read_clip(self.videos / clip.file, task.bucket, resize=self.resize), text))
+                pixels = read_clip(self.videos / clip.file, task.bucket, resize=self.resize, fps=self.fps)
             except BrokenVideo as error:
                 skipped.append(Skipped(clip.file, str(error)))
                 continue
             kept.append(clip)
+            waiting.append((pixels, text))
             if len(waiting) == together:
                 encoded.append(self._encode(waiting, parts))
                 waiting.clear()

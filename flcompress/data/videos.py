@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -20,18 +20,31 @@ class BrokenVideo(FlcompressError):  # noqa: N818 (what it is, not what went wro
     """A file that cannot be decoded; the message is the reason alone."""
 
 
-def video_size(path: Path) -> Size:
+SLOWER = 0.98
+"""Share of a wanted frame rate that a video may have: one of 23.976 frames a second will do for 24."""
+
+_CLOCK = 1e-3
+"""Seconds; some containers round times to it. Of two frames as near as that, the earlier is taken."""
+
+
+def video_size(path: Path, fps: float | None = None) -> Size:
     """(frames, height, width) as it is shown: the first frame is decoded, the others counted.
 
+    Args:
+        path: the file.
+        fps: count the frames that are shown at this rate, as `read_clip` takes them; None: all.
+
     Raises:
-        BrokenVideo: no video, or a damaged one.
+        BrokenVideo: no video, a damaged one, or one of fewer frames a second.
     """
     with _opened(path) as container:
         frames = container.streams.video[0].frames
         first = next(container.decode(video=0), None)
     if first is None:
         raise BrokenVideo("no frame can be decoded")
-    if not frames:  # some containers do not tell
+    if fps is not None:
+        frames = len(shown(_times(path), fps))
+    elif not frames:  # some containers do not tell
         with _opened(path) as container:
             frames = sum(packet.size > 0 for packet in container.demux(video=0))
     turned = _quarter_turns(first) % 2
@@ -39,13 +52,35 @@ def video_size(path: Path) -> Size:
     return frames, height, width
 
 
-def read_clip(path: Path, bucket: Size, *, resize: bool) -> torch.Tensor:
+def shown(times: Sequence[float], fps: float) -> list[int]:
+    """Which frames of a video are shown at a rate: the nearest to each of its moments, from the first frame on.
+
+    Args:
+        times: of all its frames, in seconds, ascending; not always evenly spaced.
+        fps: frames a second.
+
+    Raises:
+        BrokenVideo: the video has fewer: frames would be shown twice.
+    """
+    known = np.asarray(times) - times[0]
+    length = float(known[-1])
+    if len(known) - 1 < SLOWER * fps * length:
+        raise BrokenVideo(f"{(len(known) - 1) / length:.4g} frames a second, expected at least {fps:g}")
+    moments = np.arange(math.floor((length + _CLOCK) * fps) + 1) / fps
+    after = np.searchsorted(known, moments).clip(1, max(len(known) - 1, 1))
+    earlier, later = moments - known[after - 1], known[after.clip(max=len(known) - 1)] - moments
+    late = later < earlier - _CLOCK
+    return [int(place) for place in np.where(late, after, after - 1)]
+
+
+def read_clip(path: Path, bucket: Size, *, resize: bool, fps: float | None = None) -> torch.Tensor:
     """The first frames of a video, centred.
 
     Args:
         path: the file.
         bucket: (frames, height, width) of the result.
         resize: scale the picture until it just covers the bucket before it is cropped; else only crop.
+        fps: take the frames that are shown at this rate; None: one after the other.
 
     Returns:
         [3, frames, height, width] in [-1, 1].
@@ -54,8 +89,13 @@ def read_clip(path: Path, bucket: Size, *, resize: bool) -> torch.Tensor:
         BrokenVideo: it cannot be decoded that far.
     """
     frames, height, width = bucket
+    chosen = list(range(frames)) if fps is None else shown(_times(path), fps)[:frames]
+    pictures = []
     with _opened(path) as container:
-        pictures = [_picture(frame, height, width, resize) for frame in islice(container.decode(video=0), frames)]
+        for number, frame in enumerate(islice(container.decode(video=0), chosen[-1] + 1)):
+            repeats = chosen.count(number)
+            if repeats:
+                pictures += [_picture(frame, height, width, resize)] * repeats
     if len(pictures) < frames:
         raise BrokenVideo(f"{len(pictures)} frames can be decoded, {frames} expected from its header")
     return torch.from_numpy(np.stack(pictures)).permute(3, 0, 1, 2).float() / 127.5 - 1.0
@@ -87,6 +127,15 @@ def _quarter_turns(frame: Any) -> int:
     """Counterclockwise quarter turns that set a frame upright, as phones note them in the file."""
     turns: int = round(frame.rotation / 90) % 4
     return turns
+
+
+def _times(path: Path) -> list[float]:
+    """When each frame is shown, in seconds; nothing is decoded."""
+    with _opened(path) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size and not packet.is_discard]
+        if not packets or any(packet.pts is None for packet in packets):
+            raise BrokenVideo("its frames do not say when they are shown")
+        return sorted(float(packet.pts * packet.time_base) for packet in packets)
 
 
 @contextmanager

@@ -41,6 +41,7 @@ class Request:
         out: folder of the dataset.
         videos: folder of the videos; None for prompts only.
         target: size of the clips.
+        fps: frames a second of the clips; None takes every frame of a video.
         max_sequence_length: tokens a prompt is padded to.
         processes: how many encode.
         device: "cpu" or "cuda".
@@ -52,6 +53,7 @@ class Request:
     out: Path
     videos: Path | None = None
     target: Target = OWN_SIZE
+    fps: float | None = None
     max_sequence_length: int = 512
     processes: int = 1
     device: str = "cpu"
@@ -68,6 +70,7 @@ class Request:
             "captions": hashlib.sha256(self.captions.read_bytes()).hexdigest(),
             "videos": videos,
             "target": asdict(self.target),
+            "fps": self.fps,
             "max_sequence_length": self.max_sequence_length,
         }
 
@@ -99,6 +102,7 @@ def folder_request(
     max_sequence_length: int = 512,
     processes: int = 1,
     pipeline_class: str | None = None,
+    fps: float | None = None,
 ) -> Request:
     """A request to encode with the parts of a pipeline folder, on a GPU if there is one.
 
@@ -125,6 +129,7 @@ def folder_request(
         out=out,
         videos=videos,
         target=target,
+        fps=fps,
         max_sequence_length=max_sequence_length,
         processes=processes,
         device=device,
@@ -148,9 +153,10 @@ def encode(request: Request, display: Display, *, wait: bool = False) -> dict[st
     """
     target = request.target
     if request.videos is None:
-        if target != OWN_SIZE:
+        if target != OWN_SIZE or request.fps is not None:
             raise DataError(
-                "encode: a size is given, but no --videos; prompts have none: the recipe's sampling decides"
+                "encode: a size or frame rate is given, but no --videos; prompts have none: the recipe's sampling "
+                "decides"
             )
         if request.index["_class_name"] in family_of(request.index["_class_name"]).from_image:
             raise DataError(
@@ -174,6 +180,7 @@ def encode(request: Request, display: Display, *, wait: bool = False) -> dict[st
         out=request.out,
         videos=request.videos or Path(),
         resize=target.height is not None,
+        fps=request.fps,
     )
     request.out.mkdir(parents=True, exist_ok=True)
     with full_disk_told(request.out), _alone(request.out, wait), workers(encoder, request.processes) as run:
@@ -237,7 +244,8 @@ def _check_out(out: Path, identity: dict[str, Any]) -> None:
         return
     for key, value in identity.items():
         if found.get(key) != value:
-            told = f"{found.get(key)} there, {value} given" if key == "max_sequence_length" else f"other {key}"
+            number = key in ("max_sequence_length", "fps")
+            told = f"{key}: {found.get(key)} there, {value} given" if number else f"other {key}"
             raise DataError(f"{out}: holds a dataset made from another request ({told}); choose another --out")
 
 

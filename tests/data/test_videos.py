@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
-from flcompress.data.videos import BrokenVideo, read_clip, video_size
+from flcompress.data.videos import BrokenVideo, read_clip, shown, video_size
 from tests.video_files import write_video
 
 QUARTER_TURN = (0, 0x10000, 0, -0x10000, 0, 0, 0, 0, 0x40000000)
@@ -135,3 +139,62 @@ def test_damage_in_the_middle_is_not_hidden(tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(BrokenVideo):  # a decoder fills such frames in from their neighbours
         read_clip(path, (57, 96, 128), resize=False)
+
+
+def columns(clip: torch.Tensor) -> list[int]:
+    """Which frame of `write_video` each frame of a clip is, by where its square is."""
+    bright = clip.mean(dim=0) > 0.5
+    return [int(frame.nonzero()[:, 1].float().mean()) - 5 for frame in bright]
+
+
+@pytest.mark.parametrize(
+    ("rate", "fps", "expected"),
+    [
+        (24, 24.0, [0, 1, 2, 3, 4]),
+        (Fraction(24000, 1001), 24.0, [0, 1, 2, 3, 4]),
+        (48, 24.0, [0, 2, 4, 6, 8]),
+        (24, 16.0, [0, 1, 3, 4, 6]),  # 0, 1.5, 3, 4.5 and 6 frames; halves are the earlier one's
+        (Fraction(30000, 1001), 16.0, [0, 2, 4, 6, 7]),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_frames_are_taken_at_a_rate(
+    tmp_path: Path, suffix: str, rate: Fraction | int, fps: float, expected: list[int]
+) -> None:
+    path = write_video(tmp_path / f"a{suffix}", frames=16, rate=rate)
+    frames, *_ = video_size(path, fps)
+    assert frames == 1 + int((15 / rate + Fraction(1, 1000)) * Fraction(fps))
+    assert columns(read_clip(path, (5, 32, 32), resize=False, fps=fps)) == pytest.approx(expected, abs=0)
+    assert len(columns(read_clip(path, (frames, 32, 32), resize=False, fps=fps))) == frames
+
+
+def test_uneven_frames_are_taken_when_they_are_shown(tmp_path: Path) -> None:
+    """As phones record: the moments of 10 frames a second are those of frames 0, 1, 4, 5, not every other frame."""
+    path = write_video(tmp_path / "a.mkv", frames=6, rate=100, ticks=[0, 10, 13, 16, 20, 30])
+    assert video_size(path, 10.0) == (4, 32, 32)
+    assert columns(read_clip(path, (4, 32, 32), resize=False, fps=10.0)) == [0, 1, 4, 5]
+
+
+def test_a_video_of_fewer_frames_a_second_says_so(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", frames=9, rate=8)
+    for ask in (lambda: video_size(path, 16.0), lambda: read_clip(path, (9, 32, 32), resize=False, fps=16.0)):
+        with pytest.raises(BrokenVideo, match=r"^8 frames a second, expected at least 16$"):
+            ask()
+    assert video_size(write_video(tmp_path / "one.mp4", frames=1), 16.0) == (1, 32, 32)  # a picture has no rate
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(0.001, 0.2), min_size=1, max_size=60), st.floats(1.0, 60.0))
+def test_each_moment_gets_its_nearest_frame(gaps: list[float], fps: float) -> None:
+    times = [3.0, *(3.0 + total for total in accumulate(gaps))]
+    try:
+        chosen = shown(times, fps)
+    except BrokenVideo:
+        assert len(gaps) / sum(gaps) < fps
+        return
+    assert chosen[0] == 0
+    assert chosen == sorted(chosen)
+    assert len(chosen) == pytest.approx((times[-1] - times[0]) * fps + 1, abs=1.0)
+    for number, place in enumerate(chosen):
+        apart = [abs(time - 3.0 - number / fps) for time in times]
+        assert apart[place] == pytest.approx(min(apart), abs=1e-3)

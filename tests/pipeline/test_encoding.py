@@ -229,6 +229,27 @@ def test_two_processes_killed_and_one_that_goes_on_give_the_same_bytes(model: Pa
     assert json.loads((whole / "skipped.jsonl").read_text())["file"] == "1.mp4"
 
 
+def test_clips_of_one_frame_rate(model: Path, tmp_path: Path) -> None:
+    """Every file is taken at 8 frames a second, whatever its own rate; the index says so."""
+    folder = tmp_path / "videos"
+    for rate, frames in ((8, 9), (16, 17), (24, 30), (6, 30)):
+        write_video(folder / f"{rate}.mp4", frames=frames, rate=rate)
+    rows = [json.dumps({"file": f"{rate}.mp4", "caption": "a one"}) for rate in (8, 16, 24, 6)]
+    (folder / "captions.jsonl").write_text("\n".join(rows))
+    done = encode(model, folder, tmp_path / "out", "--fps", 8, "--json", "--quiet")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["buckets"] == [{"frames": 9, "height": 32, "width": 32, "clips": 3}]
+    assert (tmp_path / "out" / "skipped.jsonl").read_text() == (
+        '{"file": "6.mp4", "reason": "6 frames a second, expected at least 8"}\n'
+    )
+    index = Index.read(tmp_path / "out")
+    assert index.request["fps"] == 8.0
+    latents = load_file(tmp_path / "out" / index.clip_shards[0].file)["latents"]
+    assert [clip.file for clip in index.clip_shards[0].clips] == ["8.mp4", "16.mp4", "24.mp4"]
+    clips = [read_clip(folder / f"{rate}.mp4", (9, 32, 32), resize=False, fps=8.0) for rate in (8, 16, 24)]
+    torch.testing.assert_close(latents, open_parts(model).encode_clips(torch.stack(clips)), atol=1e-5, rtol=1e-5)
+
+
 def test_prompts_only(model: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a one\na two\n\na one\n")
     given = ["--pipeline", model, "--captions", tmp_path / "prompts.txt", "--out", tmp_path / "out"]
@@ -241,7 +262,8 @@ def test_prompts_only(model: Path, tmp_path: Path) -> None:
     refused = CliRunner().invoke(main, [*command, "--frames", "9"])
     assert refused.exit_code == 2
     assert refused.stderr == (
-        "error: encode: a size is given, but no --videos; prompts have none: the recipe's sampling decides\n"
+        "error: encode: a size or frame rate is given, but no --videos; prompts have none: the recipe's sampling "
+        "decides\n"
     )
 
 
@@ -252,7 +274,8 @@ def test_another_dataset_is_not_overwritten(
     before = contents(out)
     for more, told in (
         (["--frames", 5], "other target"),
-        (["--max-sequence-length", 8], "16 there, 8 given"),
+        (["--max-sequence-length", 8], "max_sequence_length: 16 there, 8 given"),
+        (["--fps", 4], "fps: None there, 4.0 given"),
     ):
         refused = encode(model, videos, out, *more)
         assert refused.exit_code == 2
@@ -307,7 +330,7 @@ def test_two_at_once_are_refused(encoded: tuple[Path, dict[str, Any]], model: Pa
 
 
 def test_a_worker_that_dies_ends_the_command(model: Path, videos: Path, tmp_path: Path) -> None:
-    encoder = Encoder({"_class_name": "WanPipeline"}, {}, "cpu", 16, tmp_path, videos, False)
+    encoder = Encoder({"_class_name": "WanPipeline"}, {}, "cpu", 16, tmp_path, videos, resize=False, fps=None)
     with (
         pytest.raises(FlcompressError, match=r"a worker process was ended from outside \(out of memory\?\)"),
         workers(encoder, 2) as run,
