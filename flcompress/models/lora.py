@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from flcompress.errors import RequestError
-from flcompress.models.lora_names import Modules, Place, PrunedModel, Shape, renamed
+from flcompress.models.lora_names import Modules, Place, PrunedModel, Shape, plain, renamed
 
 _ENDING = re.compile(
     r"\.(?P<part>lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up)(\.[\w-]+)?\.(?P<what>weight|bias)$"
     r"|\.(?P<other>alpha|diff|diff_b|dora_scale|lora_magnitude_vector(\.[\w-]+)?(\.weight)?)$"
 )
+_SECOND = "transformer_2."
 _ELSEWHERE = ("text_encoder", "lora_te")
 """What begins so is for another part of the pipeline, which keeps all it has."""
 
@@ -24,13 +23,13 @@ class Remapped:
     """Attributes:
     keys: {key in the LoRA: its new key}, for all that is kept.
     dropped: {removed block: its modules that the LoRA touched}.
-    modules: modules of the transformer that are kept.
+    modules: {name: new name} of the transformer's modules that are kept.
     renumbered: those of them whose block has another number now.
     """
 
     keys: Mapping[str, str]
     dropped: Mapping[str, tuple[str, ...]]
-    modules: int
+    modules: Mapping[str, str]
     renumbered: int
 
 
@@ -53,6 +52,11 @@ def remap(lora: Mapping[str, Shape], model: PrunedModel) -> Remapped:
         if key.startswith(_ELSEWHERE):
             keys[key] = key
             continue
+        if key.startswith(_SECOND):
+            raise RequestError(
+                f"{key}: of the second transformer of a model of two experts (Wan 2.2 A14B), but the pruned "
+                f"{model.name} is alone; give the LoRA of its own expert"
+            )
         ending = _ENDING.search(key)
         if ending is None:
             raise RequestError(f"{key}: no tensor of a LoRA; expected names such as blocks.0.attn1.to_q.lora_A.weight")
@@ -80,30 +84,9 @@ def remap(lora: Mapping[str, Shape], model: PrunedModel) -> Remapped:
     return Remapped(
         keys=keys,
         dropped={block: tuple(sorted(gone[block])) for block in sorted(gone, key=_numbered)},
-        modules=len(kept),
+        modules={plain(old): plain(renamed(old, place, known.new)) for old, place in kept.items()},
         renumbered=sum(bool(one.stack) and known.new[one.block] != one.block for one in kept.values()),
     )
-
-
-def remap_settings(text: str, model: PrunedModel) -> str:
-    """PEFT's settings, which diffusers keeps as JSON beside a LoRA, with the module names of the cut model."""
-    known = Modules(model)
-
-    def one(name: str) -> str | None:
-        place = known.place(name)
-        if not place.stack:
-            return name
-        return renamed(name, place, known.new) if place.block in known.new else None
-
-    def walk(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {new: walk(inner) for key, inner in value.items() if (new := one(key)) is not None}
-        if isinstance(value, list):
-            names = [one(item) if isinstance(item, str) else item for item in value]
-            return [name for name in names if name is not None]
-        return value
-
-    return json.dumps(walk(json.loads(text)), indent=2, sort_keys=True)
 
 
 def _misfit(ending: re.Match[str], shape: Shape, weight: Shape, ranks: dict[str, int]) -> str:

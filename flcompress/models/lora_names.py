@@ -92,7 +92,7 @@ class Modules:
                 if found:
                     return Place(stack, int(found[1]), self._flat.get(found[2], found[2]))
             return Place("", -1, self._flat.get(text, text))
-        text = _plain(module)
+        text = plain(module)
         for stack in self.stacks:
             found = re.match(rf"{re.escape(stack)}\.(\d+)\.(.+)$", text)
             if found:
@@ -131,7 +131,8 @@ def _weight(shapes: Mapping[str, Shape], prefix: str, rest: str) -> Shape | None
     return None
 
 
-def _plain(module: str) -> str:
+def plain(module: str) -> str:
+    """A module's name without what libraries put before it."""
     for prefix in _PREFIXES:
         module = module.removeprefix(prefix)
     return module

@@ -7,16 +7,15 @@ from typing import Any
 
 from flcompress.errors import RequestError
 from flcompress.models.folder import read_json
-from flcompress.models.lora import remap, remap_settings
+from flcompress.models.lora import remap
 from flcompress.models.lora_names import PrunedModel
+from flcompress.models.lora_settings import SETTINGS, remap_settings
 from flcompress.models.shards import file_metadata, file_tensors, folder_tensors, write_file
 from flcompress.pipeline.durable import sync
 from flcompress.pipeline.rundir import RUN_FILE, RunDirectory
 
 KEPT_FILE = "kept_blocks.json"
 """Beside an exported transformer's weights: path of every block -> path in the original."""
-
-SETTINGS = "lora_adapter_metadata"
 
 
 def remap_lora(lora: Path, pruned: Path, out: Path) -> dict[str, Any]:
@@ -43,18 +42,18 @@ def remap_lora(lora: Path, pruned: Path, out: Path) -> dict[str, Any]:
     tensors = file_tensors(lora)
     try:
         done = remap({key: tensor.shape for key, tensor in tensors.items()}, model)
+        metadata = file_metadata(lora)
+        if SETTINGS in metadata:
+            metadata[SETTINGS] = remap_settings(metadata[SETTINGS], done.modules)
     except RequestError as error:
         raise RequestError(f"{lora}: {error}") from error
-    metadata = file_metadata(lora)
-    if SETTINGS in metadata:
-        metadata[SETTINGS] = remap_settings(metadata[SETTINGS], model)
     work = out.with_name(f".{out.name}.tmp")
     write_file(work, {new: tensors[old] for old, new in done.keys.items()}, metadata)
     sync(work)
     work.replace(out)
     return {
         "out": str(out),
-        "modules": done.modules,
+        "modules": len(done.modules),
         "renumbered": done.renumbered,
         "dropped": {block: list(modules) for block, modules in done.dropped.items()},
     }

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flcompress.errors import RequestError
-from flcompress.models.lora import remap, remap_settings
+from flcompress.models.lora import remap
 from flcompress.models.lora_names import PrunedModel
+from flcompress.models.lora_settings import remap_settings
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -54,7 +55,7 @@ def pair(module: str, weight: tuple[int, ...] = (8, 8), down: str = "lora_A", up
 def test_every_style_keeps_its_style(before: str, after: str, model: PrunedModel) -> None:
     done = remap({before: (2, 8)}, model)
     assert done.keys == {before: after}
-    assert (done.modules, done.renumbered, done.dropped) == (1, int(before != after), {})
+    assert (len(done.modules), done.renumbered, done.dropped) == (1, int(before != after), {})
 
 
 def test_what_goes_with_a_module_goes_with_it() -> None:
@@ -65,7 +66,7 @@ def test_what_goes_with_a_module_goes_with_it() -> None:
     done = remap(lora, CUT)
     assert set(done.keys) == set(lora)
     assert all(new == old.replace("blocks.3", "blocks.1") for old, new in done.keys.items())
-    assert (done.modules, done.renumbered) == (3, 2)
+    assert (len(done.modules), done.renumbered) == (3, 2)
 
 
 @pytest.mark.parametrize("model", [CUT, ALONE])
@@ -97,11 +98,6 @@ def test_removed_blocks_are_told(model: PrunedModel) -> None:
         (
             pair("blocks.7.attn1.to_q"),
             "blocks.7.attn1.to_q.lora_A.weight: Cut has no module 'blocks.7.attn1.to_q'; "
-            "this LoRA is for another model",
-        ),
-        (
-            pair("transformer_2.blocks.0.attn1.to_q"),
-            "transformer_2.blocks.0.attn1.to_q.lora_A.weight: Cut has no module 'transformer_2.blocks.0.attn1.to_q'; "
             "this LoRA is for another model",
         ),
         (
@@ -154,14 +150,62 @@ def test_kept_blocks_close_their_ranks(kept: set[int]) -> None:
     assert set(done.dropped) == {f"blocks.{index}" for index in set(range(12)) - kept}
 
 
-def test_settings_beside_the_weights_follow() -> None:
-    settings = {
-        "transformer.r": 4,
-        "transformer.rank_pattern": {"blocks.3.attn1.to_q": 2, "blocks.2.attn1.to_q": 8, "to_k": 3},
-        "transformer.target_modules": ["blocks.0.attn1.to_q", "blocks.1.attn1.to_q", "to_q"],
-    }
-    assert json.loads(remap_settings(json.dumps(settings), CUT)) == {
-        "transformer.r": 4,
-        "transformer.rank_pattern": {"blocks.1.attn1.to_q": 2, "to_k": 3},
-        "transformer.target_modules": ["blocks.0.attn1.to_q", "to_q"],
-    }
+MODULES = {"blocks.0.attn1.to_q": "blocks.0.attn1.to_q", "blocks.3.attn1.to_q": "blocks.1.attn1.to_q", "out": "out"}
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+@pytest.mark.parametrize(
+    ("settings", "after"),
+    [
+        ({"target_modules": ["out", "to_q"]}, {"target_modules": ["out", "to_q"]}),
+        (
+            {"target_modules": ["blocks.0.attn1.to_q", "blocks.2.attn1.to_q", "blocks.3.attn1.to_q"]},
+            {"target_modules": ["blocks.0.attn1.to_q", "blocks.1.attn1.to_q"]},
+        ),
+        ({"target_modules": r"(blocks\.[0123]\.attn1\.to_q|out)"}, {"target_modules": sorted(MODULES.values())}),
+        (
+            {"target_modules": ["to_q"], "layers_to_transform": [2, 3], "layers_pattern": "blocks"},
+            {"target_modules": sorted(MODULES.values()), "layers_to_transform": None, "layers_pattern": None},
+        ),
+        (
+            {"target_modules": ["to_q"], "exclude_modules": r"blocks\.1\..*"},
+            {"target_modules": sorted(MODULES.values()), "exclude_modules": None},
+        ),
+        (
+            {"rank_pattern": {"blocks.3.attn1.to_q": 2, "blocks.2.attn1.to_q": 8}, "alpha_pattern": {"to_[qk]": 3}},
+            {
+                "rank_pattern": {"blocks.1.attn1.to_q": 2},
+                "alpha_pattern": {"blocks.0.attn1.to_q": 3, "blocks.1.attn1.to_q": 3},
+            },
+        ),
+        ({"r": 4, "rank_pattern": {}, "layers_to_transform": None}, {}),
+    ],
+)
+def test_settings_beside_the_weights_follow(prefix: str, settings: dict[str, object], after: dict[str, object]) -> None:
+    given, expected = ({prefix + key: one for key, one in made.items()} for made in (settings, settings | after))
+    more = {"text_encoder.target_modules": "q|k"}
+    assert json.loads(remap_settings(json.dumps(given | more), MODULES)) == expected | more
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("{", "lora_adapter_metadata: '{' given, expected a JSON object; save the LoRA again"),
+        ('{"rank_pattern": {"to_(q": 2}}',
+         "lora_adapter_metadata: 'to_(q' given, expected a regular expression; save the LoRA again"),
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_be_read(text: str, told: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        remap_settings(text, MODULES)
+    assert str(caught.value) == told
+
+
+def test_the_second_expert_is_another_model() -> None:
+    key = "transformer_2.blocks.3.attn1.to_q.lora_A.weight"
+    with pytest.raises(RequestError) as caught:
+        remap({key: (2, 8)}, CUT)
+    assert str(caught.value) == (
+        f"{key}: of the second transformer of a model of two experts (Wan 2.2 A14B), but the pruned Cut is alone; "
+        "give the LoRA of its own expert"
+    )

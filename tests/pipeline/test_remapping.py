@@ -81,9 +81,7 @@ def applied(model: Any, lora: dict[str, torch.Tensor]) -> Any:
         for index in range(LAYERS)
         for old, new in names.items()
     }
-    for parameter in model.parameters():
-        # Fresh memory: kernels round differently on weights that lie unaligned in a mapped file.
-        parameter.data = parameter.data.clone()
+    own_memory(model)
     used = 0
     for key, down in lora.items():
         for a, b in (("lora_A", "lora_B"), ("lora_down", "lora_up")):
@@ -135,6 +133,82 @@ def test_it_does_what_it_did_with_those_blocks_skipped(run: RunDirectory, tmp_pa
     found = applied(small, load_file(str(out)))(**inputs).sample
     assert torch.equal(found, expected)
     assert float((expected - without).abs().max()) > 0.01
+
+
+LORAS: dict[str, dict[str, Any]] = {
+    "every block": {"target_modules": ["to_q", "attn2.to_k", "ffn.net.2", "proj_out"]},
+    "names": {"target_modules": [f"blocks.{index}.attn1.to_v" for index in range(LAYERS)]},
+    "blocks by number": {
+        "target_modules": ["to_q", "to_v"],
+        "layers_to_transform": [0, 2, 4],
+        "layers_pattern": "blocks",
+    },
+    "a regular expression": {"target_modules": r"blocks\.[0234]\.attn1\.to_(q|out\.0)"},
+    "other ranks": {
+        "target_modules": ["to_q", "to_v"],
+        "rank_pattern": {"blocks.4.attn1.to_q": 5, r"blocks\.[03]\.attn2\.to_v": 2},
+        "alpha_pattern": {"blocks.4.attn1.to_q": 1.0, r"blocks\.[0234]\.attn2\.to_v": 9.0},
+    },
+    "biases, scaled by the root of the rank": {"target_modules": ["to_q"], "lora_bias": True, "use_rslora": True},
+    "weights in two parts": {"target_modules": ["to_q", "ffn.net.0.proj"], "use_dora": True},
+}
+"""What PEFT is asked for; five blocks, of which the pruned model lacks the second and third."""
+
+
+@pytest.mark.filterwarnings("ignore:Adapter 'default':peft.utils.warning.PeftWarning")  # takes biases for broken halves
+@pytest.mark.parametrize(
+    ("name", "saved_by"),
+    [*((name, "transformer") for name in LORAS), ("names", "pipeline"), ("other ranks", "pipeline")],
+)
+def test_a_lora_that_peft_trained(run: RunDirectory, tmp_path: Path, name: str, saved_by: str) -> None:
+    """Trained, saved and loaded by the libraries' own doors: what it did with those blocks skipped, to the bit."""
+    from diffusers import WanPipeline
+    from diffusers.training_utils import _collate_lora_metadata
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    model, program = own_memory(teacher(run)), run.final()
+    inputs = example_inputs(model)
+    torch.manual_seed(0)
+    model.add_adapter(LoraConfig(r=3, lora_alpha=6, **LORAS[name]))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.05)
+    for _ in range(3):
+        model(**inputs).sample.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    file = "pytorch_lora_weights.safetensors"
+    if saved_by == "transformer":
+        model.save_lora_adapter(str(tmp_path / "lora"))
+    else:
+        layers, settings = get_peft_model_state_dict(model), _collate_lora_metadata({"transformer": model})
+        WanPipeline.save_lora_weights(str(tmp_path / "lora"), layers, **settings)
+    with torch.no_grad(), skip(model, program.prune_set):
+        expected = model(**inputs).sample
+        model.disable_lora()
+        without = model(**inputs).sample
+    assert float((expected - without).abs().max()) > 0.01
+
+    (tmp_path / "out").mkdir()
+    done = cli("remap-lora", tmp_path / "lora" / file, run.path, "--out", tmp_path / "out" / file)
+    assert done.exit_code == 0, done.output
+    if saved_by == "transformer":
+        small = load_transformer(run.exports / "diffusers" / "transformer")
+        small.load_lora_adapter(str(tmp_path / "out"), weight_name=file, prefix=None, use_safetensors=True)
+    else:
+        pipeline = WanPipeline.from_pretrained(str(run.exports / "diffusers"))
+        pipeline.load_lora_weights(str(tmp_path / "out"), weight_name=file, use_safetensors=True)
+        small = pipeline.transformer.eval()
+    with torch.no_grad():
+        found = own_memory(small)(**inputs).sample
+    assert torch.equal(found, expected)
+
+
+def own_memory(model: Any) -> Any:
+    """The model; kernels round differently on weights that lie unaligned in a mapped file."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model
 
 
 def test_the_summary_names_what_is_gone(run: RunDirectory, tmp_path: Path) -> None:
