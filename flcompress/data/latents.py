@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
@@ -137,8 +137,7 @@ class LatentDataset:
         Raises:
             DataError: a dataset of prompts only.
         """
-        places, prompts = self._draw(n, generator, mine)
-        return self._reader.latents(places), self._reader.prompts(prompts) | self._reader.own(places)
+        return self._read(self._draw(n, generator, mine))
 
     def conditions(
         self, n: int, generator: torch.Generator, latents: tuple[int, int, int, int], mine: slice = ALL
@@ -157,10 +156,30 @@ class LatentDataset:
             chosen = torch.randint(1, len(self.captions), (n,), generator=generator)
             chosen = chosen[mine]
             return (len(chosen), *latents), self._reader.prompts(chosen.tolist())
-        places, prompts = self._draw(n, generator, mine)
-        return (len(places), *self._reader.shape(places[0][0])), self._reader.prompts(prompts) | self._reader.own(
-            places
-        )
+        rows, prompts = _split(self._draw(n, generator, mine))
+        return (len(rows), *self._reader.shape(rows[0][0])), self._reader.prompts(prompts) | self._reader.own(rows)
+
+    def by_size(self, n: int, generator: torch.Generator) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+        """`n` clips in all, a batch for each size in turn: what is measured on them is of the whole dataset.
+
+        A size's share of `n` is that of its clips, rounded; a size without a share is left out. Clips are drawn without
+        replacement, and again from the start where there are fewer than the share.
+
+        Args:
+            n: clips.
+            generator: of the draws; the same one gives the same batches.
+
+        Yields:
+            latents [share, channels, frames, height, width], and their conditioning.
+
+        Raises:
+            DataError: a dataset of prompts only.
+        """
+        self._require_clips()
+        for bucket, share in zip(self._buckets, self._shares(n), strict=True):
+            order = torch.randperm(len(bucket.places), generator=generator)
+            if share:
+                yield self._read(bucket.places[order[torch.arange(share) % len(order)]])
 
     def split(self, heldout: int) -> tuple[LatentDataset, LatentDataset]:
         """(training part, the last `heldout` clips): monitors must not be read off the clips that are trained on.
@@ -170,26 +189,46 @@ class LatentDataset:
         total = len(self)
         if not 0 < heldout < total:
             raise DataError(f"data: {total} clips given, expected more than the {heldout} that monitors hold out")
-        training, held, seen = [], [], 0
-        for bucket in self._buckets:
-            size = len(bucket.places)
-            share = heldout * (seen + size) // total - heldout * seen // total
-            seen += size
-            training.append(replace(bucket, places=bucket.places[: size - share]))
-            held.append(replace(bucket, places=bucket.places[size - share :]))
+        training, held = [], []
+        for bucket, share in zip(self._buckets, self._shares(heldout), strict=True):
+            kept = len(bucket.places) - share
+            training.append(replace(bucket, places=bucket.places[:kept]))
+            held.append(replace(bucket, places=bucket.places[kept:]))
         return self._with(training), self._with(held)
 
     def _with(self, buckets: Sequence[_Bucket]) -> LatentDataset:
         return replace(self, _buckets=tuple(bucket for bucket in buckets if len(bucket.places)))
 
-    def _draw(self, n: int, generator: torch.Generator, mine: slice) -> tuple[list[tuple[int, int]], list[int]]:
-        """(shard, row) of `n` clips of one size, and their prompts; those in `mine`."""
+    def _shares(self, n: int) -> list[int]:
+        """How many of `n` clips are of each size, if all have their share."""
+        total, seen, found = len(self), 0, []
+        for bucket in self._buckets:
+            size = len(bucket.places)
+            found.append(n * (seen + size) // total - n * seen // total)
+            seen += size
+        return found
+
+    def _require_clips(self) -> None:
         if self.prompts_only:
             raise DataError(f"{self.folder}: this dataset holds prompts only, no clips; encode one with --videos")
+
+    def _draw(self, n: int, generator: torch.Generator, mine: slice) -> torch.Tensor:
+        """Places of `n` clips of one size; those in `mine`."""
+        self._require_clips()
         bucket = self._buckets[0]
         if len(self._buckets) > 1:
             weights = torch.tensor([float(len(bucket.places)) for bucket in self._buckets])
             bucket = self._buckets[int(torch.multinomial(weights, 1, generator=generator))]
         chosen = torch.randint(len(bucket.places), (n,), generator=generator)
-        places = bucket.places[chosen[mine]].tolist()
-        return [(shard, row) for shard, row, _ in places], [prompt for *_, prompt in places]
+        return bucket.places[chosen[mine]]
+
+    def _read(self, places: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Latents and conditioning of the clips at places [n, 3]."""
+        rows, prompts = _split(places)
+        return self._reader.latents(rows), self._reader.prompts(prompts) | self._reader.own(rows)
+
+
+def _split(places: torch.Tensor) -> tuple[list[tuple[int, int]], list[int]]:
+    """(shard, row) of clips, and their prompts."""
+    listed = places.tolist()
+    return [(shard, row) for shard, row, _ in listed], [prompt for *_, prompt in listed]

@@ -115,6 +115,36 @@ def test_prompts_alone(tmp_path: Path) -> None:
         data.batch(1, draw())
 
 
+@settings(deadline=None, max_examples=10)
+@given(st.tuples(*[st.integers(1, 9)] * 3), st.integers(1, 40), st.integers(0, 3))
+def test_batches_size_by_size_hold_each_sizes_share(
+    tmp_path_factory: pytest.TempPathFactory, counts: tuple[int, int, int], n: int, seed: int
+) -> None:
+    sizes = dict(zip((SMALL, WIDE, LONG), counts, strict=True))
+    data = LatentDataset.load(write_dataset(tmp_path_factory.mktemp("sizes") / "d", sizes, first_frame=True))
+    batches = list(data.by_size(n, draw(seed)))
+    assert sum(len(latents) for latents, _ in batches) == n
+    left = sum(counts)
+    clips = [range(0, counts[0]), range(counts[0], counts[0] + counts[1]), range(counts[0] + counts[1], left)]
+    for latents, told in batches:
+        found = numbers(latents)
+        of = next(one for one in clips if found[0] in one)
+        assert set(found) <= set(of)
+        assert abs(len(found) - n * len(of) / left) < 1.0
+        # As evenly as can be: none comes again before all have come.
+        assert max(Counter(found).values()) == -(-len(found) // len(of))
+        assert told["encoder_hidden_states"][:, 0, 0].int().tolist() == [1 + number % 3 for number in found]
+        assert told["first_frame"][:, 0].int().tolist() == [-number for number in found]
+    again = list(data.by_size(n, draw(seed)))
+    assert all(torch.equal(one, other) for (one, _), (other, _) in zip(batches, again, strict=True))
+
+
+def test_prompts_alone_have_no_batches_by_size(tmp_path: Path) -> None:
+    data = LatentDataset.load(write_dataset(tmp_path / "d", {}))
+    with pytest.raises(DataError, match=r"/d: this dataset holds prompts only, no clips; encode one with --videos"):
+        next(data.by_size(4, draw()))
+
+
 def shorten(folder: Path) -> None:
     path = folder / "clips-00001.safetensors"
     path.write_bytes(path.read_bytes()[:-4])
