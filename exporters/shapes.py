@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from flcompress.models.families import family_of
-from flcompress.models.folder import check_transformer_config, read_json
-from flcompress.models.latent_size import Grid, grid_of
+from flcompress.models.folder import check_transformer_config
+from flcompress.models.latent_size import Grid, folder_grid
 from flcompress.pipeline.program import Program
 
 
@@ -59,7 +59,4 @@ def clip_of(program: Program) -> Clip:
 
 def sizes_of(program: Program) -> Grid:
     """The clips that the program takes, and their latents."""
-    return grid_of(
-        check_transformer_config(program.components["transformer"]),
-        read_json(program.components["vae"] / "config.json", "a diffusers autoencoder has one"),
-    )
+    return folder_grid(program.components["transformer"], program.components["vae"])

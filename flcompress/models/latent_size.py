@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from flcompress.errors import RequestError
 from flcompress.models.families import family_of
 from flcompress.models.families.family import LatentShape
+from flcompress.models.folder import check_transformer_config, read_json
 
 Names = tuple[str, str, str]
 """What frames, height and width are called where they were given."""
@@ -113,6 +115,12 @@ class ClipSize:
 def grid_of(transformer: Mapping[str, Any], autoencoder: Mapping[str, Any]) -> Grid:
     """The sizes that a pipeline takes, from the configurations of two of its parts."""
     return _grid(transformer["_class_name"], transformer, _compression(autoencoder))
+
+
+def folder_grid(transformer: Path, autoencoder: Path) -> Grid:
+    """As `grid_of`, from the folders of the two parts."""
+    config = read_json(autoencoder / "config.json", "a pipeline's autoencoder has one")
+    return grid_of(check_transformer_config(transformer), config)
 
 
 def usual_grid(name: str, transformer: Mapping[str, Any]) -> tuple[Grid, ClipSize] | None:

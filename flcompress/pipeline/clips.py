@@ -103,7 +103,7 @@ def target_of(recipe: Recipe) -> Target:
 
 def grid_and_target(recipe: Recipe) -> tuple[Grid, Target]:
     """The sizes that a recipe's model takes, and the one that its videos are encoded at; DataError if that is none."""
-    from flcompress.pipeline.encoding import folder_grid
+    from flcompress.models.latent_size import folder_grid
 
     model = recipe.model_folder()
     grid, target = folder_grid(model / "transformer", model / "vae"), target_of(recipe)

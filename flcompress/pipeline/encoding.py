@@ -18,8 +18,8 @@ from flcompress.data.sizes import OWN_SIZE, Size, Target
 from flcompress.data.workers import Run, workers
 from flcompress.errors import DataError, RequestError
 from flcompress.models.families import family_of
-from flcompress.models.folder import check_transformer_config, read_json
-from flcompress.models.latent_size import Grid, grid_of
+from flcompress.models.folder import check_transformer_config
+from flcompress.models.latent_size import folder_grid
 from flcompress.models.parts import part_names
 from flcompress.pipeline.dataset_making import clean, make, mend, store_plan, stored_plan, stored_request
 from flcompress.pipeline.display import Display
@@ -83,14 +83,6 @@ def parts_digests(index: Mapping[str, Any], components: Mapping[str, Path]) -> d
         way = family.image_condition(check_transformer_config(components["transformer"]))
         made |= {"transformer's image condition": way} if way else {}
     return made
-
-
-def folder_grid(transformer: Path, autoencoder: Path) -> Grid:
-    """The clips that a model takes, from two of its folders."""
-    return grid_of(
-        check_transformer_config(transformer),
-        read_json(autoencoder / "config.json", "a pipeline's autoencoder has one"),
-    )
 
 
 def folder_request(

@@ -19,7 +19,7 @@ def latents(recipe: Recipe) -> LatentShape | None:
     """
     from flcompress.data import moving_digits
     from flcompress.data.shards import Index
-    from flcompress.pipeline.encoding import folder_grid
+    from flcompress.models.latent_size import folder_grid
 
     spec = recipe.data_spec()
     if spec is None:

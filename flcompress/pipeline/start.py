@@ -79,16 +79,15 @@ def _other_pipeline(recipe: Recipe, family: Family) -> str:
 
 def _latent_shape(recipe: Recipe, family: Family, config: dict[str, Any]) -> LatentShape:
     """(frames, height, width) of the latents at the size that the recipe samples."""
-    from flcompress.models.folder import read_json
     from flcompress.models.inputs import SMALL_LATENTS
-    from flcompress.models.latent_size import grid_of
+    from flcompress.models.latent_size import folder_grid
 
     size = recipe.sampling.size
     if size is None:
         return family.fixed_latents(config) or ((1, *SMALL_LATENTS[1:]) if family.image else SMALL_LATENTS)
-    autoencoder = read_json(recipe.model_folder() / "vae" / "config.json", "a diffusers model folder has one")
+    folder = recipe.model_folder()
     try:
-        return grid_of(config, autoencoder).latents(*size, ("num_frames", "height", "width"))
+        return folder_grid(folder / "transformer", folder / "vae").latents(*size, ("num_frames", "height", "width"))
     except RequestError as error:
         raise RecipeError(f"{recipe.where('sampling')}.{error}") from error
 
