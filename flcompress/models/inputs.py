@@ -10,7 +10,7 @@ from flcompress.errors import ModelError
 from flcompress.models.families import FAMILIES, family_of
 from flcompress.models.families.family import LatentShape
 
-FP32_ARGUMENTS = ("timestep", "guidance", "image_rotary_emb", "img_ids", "txt_ids")
+FP32_ARGUMENTS = ("timestep", "guidance", "image_rotary_emb", "img_ids", "txt_ids", "video_coords")
 """Forward arguments that no precision rounds: bf16 makes 6016 of a timestep of 6000."""
 
 

@@ -26,8 +26,9 @@ def silent(done: int, total: int, values: object) -> None:
         ("hunyuan-video", ["batch", *SIZES]),  # a mask from a sum
         ("cogvideox", ["batch", *SIZES, "tokens"]),  # rotary tables as inputs
         ("mochi", ["batch", *SIZES]),  # a loop over samples
-        ("ltx", ["batch"]),  # sizes as numbers
-        ("qwen-image", ["batch"]),  # complex numbers
+        ("cogvideox-2b", ["batch", *SIZES]),  # positions added, made for each size
+        ("ltx", ["batch", "tokens"]),  # sizes as numbers
+        ("qwen-image", ["batch", "tokens"]),  # sizes as numbers, complex numbers
     ],
 )
 def test_a_family_exports(name: str, dynamic: list[str], tmp_path: Path) -> None:
