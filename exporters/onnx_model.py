@@ -40,7 +40,7 @@ class OnnxExporter(Exporter):
     """
 
     name: ClassVar[str] = "onnx"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     precision: Precision = Field(default="fp32", description="of weights and arithmetic; inputs and output are fp32")
     tolerance: float | None = Field(
