@@ -13,11 +13,12 @@ from torch import Tensor
 
 
 def free(module: Any) -> None:
-    """Rewrite, in place, a `CogVideoXPatchEmbed` that makes its positions; leave any other module as it is."""
-    if type(module).__name__ != "CogVideoXPatchEmbed" or module.use_learned_positional_embeddings:
+    """Rewrite, in place, a `CogVideoXPatchEmbed`; leave any other module as it is."""
+    if type(module).__name__ != "CogVideoXPatchEmbed":
         return
     module._get_positional_embeddings = partial(positions, module)
-    module.sample_height = module.sample_width = module.sample_frames = -1  # no clip has that size: never the table
+    if not module.use_learned_positional_embeddings:  # no clip has that size: never the table
+        module.sample_height = module.sample_width = module.sample_frames = -1
 
 
 def positions(module: Any, height: int, width: int, frames: int, device: torch.device | None = None) -> Tensor:

@@ -60,6 +60,7 @@ def test_sine_positions_of_any_size(shape: tuple[int, int, int]) -> None:
 
 
 def test_learned_positions_stay() -> None:
+    """The stock forward takes them at its configuration's size, and sines at another number of frames."""
     from diffusers.models.embeddings import CogVideoXPatchEmbed
 
     patch = CogVideoXPatchEmbed(embed_dim=32, text_embed_dim=8, sample_width=4, sample_height=4, sample_frames=9)
