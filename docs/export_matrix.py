@@ -17,7 +17,7 @@ from flcompress.exporters.onnx_model import OnnxExporter
 from flcompress.exporters.tensorrt_engine import TensorRTExporter
 from flcompress.pipeline.program import Program
 from tests.families.exports import exportable
-from tests.families.pipelines import TINY
+from tests.families.pipelines import EXPORTED
 
 OUT = Path(__file__).with_name("export_matrix.json")
 
@@ -50,7 +50,7 @@ def exports(program: Program, precision: Any, folder: Path) -> dict[str, Any]:
 def main(precision: str, *names: str) -> None:
     """Write a row for each family; what was found at other precisions, and of other families, stays."""
     table = json.loads(OUT.read_text(encoding="utf-8")) if OUT.is_file() else {}
-    for name in names or list(TINY):
+    for name in names or list(EXPORTED):
         table[name] = table.get(name, {}) | row(name, precision)
         print(name, json.dumps(table[name]), flush=True)
         OUT.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flcompress.diffusion.conditioning import Conditioning
+from flcompress.exporters.positions import take_tables, with_positions
 from flcompress.exporters.shapes import Size
 from flcompress.models.folder import check_transformer_config
 from flcompress.models.inputs import FP32_ARGUMENTS
@@ -35,7 +36,8 @@ def arguments_of(program: Program) -> Arguments:
         given: Conditioning = family.example_conditioning(config, size.batch, shape, contract.max_sequence_length, draw)
         if per_token:  # Wan 2.2: the first latent frame is given, and its tokens stand at timestep 0
             given = {**given, "first_frame": torch.randn(*x.shape[:2], 1, *shape[1:], generator=draw)}
-        return family.arguments(config, x, torch.tensor(timesteps), given, contract.embedded_guidance)
+        made = family.arguments(config, x, torch.tensor(timesteps), given, contract.embedded_guidance)
+        return with_positions(config, made)
 
     return make
 
@@ -74,6 +76,7 @@ class Denoiser(nn.Module):
         """
         super().__init__()
         self.transformer = transformer
+        self.tables = take_tables(transformer)
         self.constants = dict(constants)
         self.dtype = dtype
 
@@ -85,7 +88,12 @@ class Denoiser(nn.Module):
             cast = tensor.is_floating_point() and argument not in FP32_ARGUMENTS
             tensor = tensor.to(self.dtype) if cast else tensor
             nested[argument] = (*nested.get(argument, ()), tensor) if place else tensor
-        return self.transformer(**nested, **self.constants, return_dict=False)[0].float()  # type: ignore[no-any-return]
+        if self.tables is not None:
+            self.tables.given = nested.pop("image_rotary_emb")
+        made: Tensor = self.transformer(**nested, **self.constants, return_dict=False)[0].float()
+        if self.tables is not None:
+            self.tables.given = None
+        return made
 
 
 def _is_tuple_of_tensors(value: Any) -> bool:

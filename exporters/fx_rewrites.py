@@ -5,8 +5,7 @@ They look at operations alone, never at the model's class:
   index tensors: a third more nodes, and no fused kernel. It becomes a stack, or a concatenation;
 - a split into parts of varying size would become a sequence, which TensorRT cannot read; it becomes slices;
 - booleans filled by a mask become a logical operation: ONNX Runtime has no Where for booleans;
-- complex numbers become pairs of real ones, and complex tables that depend on no tensor (QwenImage's rotary ones)
-  constants: ONNX and TensorRT have no complex numbers.
+- complex numbers become pairs of real ones: ONNX and TensorRT have no complex numbers.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import operator
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from flcompress.errors import ModelError
 
@@ -195,49 +194,3 @@ def _as_pairs(graph: fx.Graph, node: Any) -> None:
             )
     node.replace_all_uses_with(made)
     graph.erase_node(node)
-
-
-class RealTables(nn.Module):
-    """In place of a module that makes complex tables from sizes alone: the tables, as real constants."""
-
-    def __init__(self, tables: tuple[Tensor, ...], single: bool) -> None:
-        super().__init__()
-        self.single = single
-        self.count = len(tables)
-        for place, table in enumerate(tables):
-            self.register_buffer(f"table_{place}", torch.view_as_real(table).contiguous(), persistent=False)
-
-    def forward(self, *arguments: Any, **keywords: Any) -> Any:
-        tables = tuple(torch.view_as_complex(getattr(self, f"table_{place}")) for place in range(self.count))
-        return tables[0] if self.single else tables
-
-
-class _Reached(Exception):  # noqa: N818 (no error: it ends a forward that has shown what it was run for)
-    pass
-
-
-def with_real_tables(denoiser: nn.Module, tensors: Any) -> None:
-    """Replace, in place, every module that holds complex tables and is called without a tensor by its answer."""
-    for path, module in list(denoiser.named_modules()):
-        if not any(isinstance(value, Tensor) and value.is_complex() for value in vars(module).values()):
-            continue
-        called: list[tuple[Any, Any]] = []
-
-        def stop(_: nn.Module, arguments: Any, keywords: Any, called: list[tuple[Any, Any]] = called) -> None:
-            called.append((arguments, keywords))
-            raise _Reached
-
-        hook = module.register_forward_pre_hook(stop, with_kwargs=True)
-        try:
-            denoiser(tensors)
-        except _Reached:
-            pass
-        finally:
-            hook.remove()
-        if not called:
-            continue
-        arguments, keywords = called[0]
-        answer = module(*arguments, **keywords)
-        tables = (answer,) if isinstance(answer, Tensor) else tuple(answer)
-        owner, _, leaf = path.rpartition(".")
-        setattr(denoiser.get_submodule(owner), leaf, RealTables(tables, isinstance(answer, Tensor)))

@@ -60,11 +60,9 @@ def centers(start: float, stop: float, num: int, device: torch.device, dtype: to
     return start + (torch.arange(num, device=device, dtype=dtype) + 0.5) * ((stop - start) / num)
 
 
-def freed(transformer: Any) -> Any:
-    """The same transformer; a Mochi one rewritten in place."""
-    for module in transformer.modules():
-        if type(module).__name__ == "MochiRoPE":
-            module._centers = centers
-        elif type(getattr(module, "processor", None)).__name__ == "MochiAttnProcessor2_0":
-            module.processor = MaskedAttention()
-    return transformer
+def free(module: Any) -> None:
+    """Rewrite, in place, Mochi's positions and attention; leave any other module as it is."""
+    if type(module).__name__ == "MochiRoPE":
+        module._centers = centers
+    elif type(getattr(module, "processor", None)).__name__ == "MochiAttnProcessor2_0":
+        module.processor = MaskedAttention()

@@ -11,13 +11,24 @@ from typing import Any
 
 
 def emulate_bf16(source: Path, target: Path) -> None:
-    """Write to `target`, in the folder of `source`, the emulated graph; it shares the file of external weights."""
-    import onnx_ir
+    """Write to `target`, in the folder of `source`, the emulated graph; it shares the file of external weights.
 
-    model = onnx_ir.load(str(source))
+    A weight's cast to fp32 stands right before the weight's first use. ONNX Runtime keeps to that order (it would not
+    if it had to add casts of its own), and so holds the weights of one layer in fp32, not those of all.
+    """
+    import onnx_ir
+    from onnx_ir.passes.common import ShapeInferencePass
+
+    # Inside an attention that torch's exporter has written out, nothing says which results are of bf16.
+    model = ShapeInferencePass()(onnx_ir.load(str(source))).model
     graph = model.graph
     nodes = list(graph)
     order = {node: place for place, node in enumerate(nodes)}
+    for node in nodes:
+        if node.op_type == "CastLike":  # ONNX Runtime would make a Cast of it, and put that last
+            node.op_type = "Cast"
+            node.attributes["to"] = onnx_ir.AttrInt64("to", int(node.outputs[0].dtype or onnx_ir.DataType.UNDEFINED))
+            node.resize_inputs(1)
     for value in list(graph.initializers.values()):
         uses = [use for use in value.uses() if use[0].op_type != "Cast"]
         if value.dtype == onnx_ir.DataType.BFLOAT16 and uses:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from flcompress.errors import FlcompressError
+from flcompress.exporters import cogvideox_onnx, mochi_onnx
 from flcompress.exporters.arguments import OUTPUT, Arguments, Denoiser, constants_of, tensors_of
-from flcompress.exporters.fx_rewrites import rewritten, with_real_tables
-from flcompress.exporters.mochi_onnx import freed
+from flcompress.exporters.fx_rewrites import rewritten
 from flcompress.exporters.precision import DTYPES, Precision
 from flcompress.exporters.shapes import Size
 from flcompress.exporters.weights import WeightFiles, lazily_allocated, skeleton
@@ -81,9 +81,11 @@ def write_onnx(folder: Path, arguments: Arguments, size: Size, step: Size, preci
     given = arguments(size, _levels(size), 0)
     tensors, constants = tensors_of(given), constants_of(given)
     varying = _varying(arguments, size, step)
-    denoiser = Denoiser(freed(lazily_allocated(skeleton(folder, precision))), constants, DTYPES[precision])
+    denoiser = Denoiser(lazily_allocated(skeleton(folder, precision)), constants, DTYPES[precision])
+    for module in denoiser.modules():
+        mochi_onnx.free(module)
+        cogvideox_onnx.free(module)
     with _quiet(), torch.no_grad():
-        with_real_tables(denoiser, tensors)
         auto = torch.export.Dim.AUTO
         dynamic = {name: dict.fromkeys(axes, auto) for name, axes in varying.items()}
         traced = torch.export.export(denoiser.eval(), (tensors,), dynamic_shapes=(dynamic,), strict=False)
@@ -108,7 +110,7 @@ def _levels(size: Size) -> list[float]:
 def _varying(arguments: Arguments, size: Size, step: Size) -> dict[str, dict[int, str]]:
     """Input -> its axes that follow the size -> the name of what they follow, found by changing one thing at a time.
 
-    A size that reaches the forward as a number (LTX, QwenImage) is fixed in the graph, and so varies nothing.
+    A size that reaches the forward as a number is fixed in the graph, and so varies nothing.
     """
     base = arguments(size, _levels(size), 0)
     found: dict[str, dict[int, str]] = {name: {} for name in tensors_of(base)}

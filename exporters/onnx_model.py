@@ -10,15 +10,15 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from flcompress.exporters import preflight
-from flcompress.exporters.arguments import OUTPUT, Arguments, Denoiser, arguments_of, constants_of, tensors_of
+from flcompress.exporters.arguments import OUTPUT, Arguments, arguments_of, constants_of, tensors_of
 from flcompress.exporters.files import sha256, write_json
 from flcompress.exporters.onnx_emulation import emulate_bf16
 from flcompress.exporters.onnx_graph import OPSETS, Axes, write_onnx
 from flcompress.exporters.onnx_session import OnnxSession
 from flcompress.exporters.parity import Inputs, Parity, cases, compare, outputs
-from flcompress.exporters.precision import DTYPES, TOLERANCES, Precision
-from flcompress.exporters.shapes import Size, size_of, step_of
-from flcompress.exporters.weights import streamed
+from flcompress.exporters.precision import TOLERANCES, Precision
+from flcompress.exporters.reference import reference
+from flcompress.exporters.shapes import Size, autoencoder_config, size_of, step_of
 from flcompress.models.folder import check_transformer_config
 from flcompress.pipeline.exporter import Exporter
 from flcompress.pipeline.passes import ProgressSink
@@ -40,7 +40,7 @@ class OnnxExporter(Exporter):
     """
 
     name: ClassVar[str] = "onnx"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     precision: Precision = Field(default="fp32", description="of weights and arithmetic; inputs and output are fp32")
     tolerance: float | None = Field(
@@ -100,6 +100,7 @@ class OnnxExporter(Exporter):
         transformer, text = program.components["transformer"], program.contract.max_sequence_length
         config, size = check_transformer_config(transformer), size_of(program)
         preflight.check_text(config, text)
+        preflight.check_learned(config, size, autoencoder_config(program))
         tokens = preflight.attention_tokens(config, size, text)
         preflight.check_keys(self.precision, tokens, preflight.described(size))
         weights = preflight.weight_bytes(transformer, self.precision)
@@ -111,13 +112,9 @@ class OnnxExporter(Exporter):
         constants = constants_of(make(sizes[0], [0.0] * sizes[0].batch, 0))
         transformer = program.components["transformer"]
 
-        def torch_at(precision: Precision) -> Any:
-            denoiser = Denoiser(streamed(transformer, precision), constants, DTYPES[precision]).eval()
-            return outputs(lambda inputs: denoiser(dict(inputs)), given)
-
         exported = self._outputs(model, given)  # first: while this process still holds little
-        same = torch_at(self.precision)
-        exact = same if self.precision == "fp32" else torch_at("fp32")
+        same = reference(transformer, constants, self.precision, given)
+        exact = same if self.precision == "fp32" else reference(transformer, constants, "fp32", given)
         tolerance = self.tolerance or TOLERANCES[self.precision]
         return {
             "same": compare(same, exported, tolerance),
@@ -144,24 +141,24 @@ _ARITHMETIC: dict[Precision, str] = {
 
 
 def checked_sizes(program: Program, axes: Axes) -> list[Size]:
-    """Sizes to compare at: the program's own where a CPU can, else a small clip, and a second one where sizes vary."""
+    """Sizes to compare at: the program's own where a CPU can, else a small clip; and three samples, where sizes vary of
+    another size. The graph was traced with two samples."""
     size, step = size_of(program), step_of(program)
     config = check_transformer_config(program.components["transformer"])
     varies = set(axes.names) - {"batch"}
     if varies and preflight.attention_tokens(config, size, 0) > CHECKED_UP_TO:
         frames = min(size.frames, 2 * max(step.frames, 1))
         size = replace(size, frames=frames, height=4 * step.height, width=6 * step.width)
-    sizes = [size, replace(size, batch=3)]
-    if varies:
-        other = replace(
-            size,
-            batch=2,
-            frames=size.frames + (step.frames if "frames" in axes.names else 0),
-            height=size.height + step.height,
-            width=size.width + 2 * step.width,
-        )
-        sizes.append(other)
-    return sizes
+    if not varies:
+        return [size, replace(size, batch=3)]
+    other = replace(
+        size,
+        batch=3,
+        frames=size.frames + (step.frames if varies & {"frames", "tokens"} else 0),
+        height=size.height + step.height,
+        width=size.width + 2 * step.width,
+    )
+    return [size, other]
 
 
 def described(make: Arguments, size: Size, axes: Axes) -> list[dict[str, object]]:

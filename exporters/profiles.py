@@ -54,13 +54,12 @@ class Profile(BaseModel):
             frames, height, width = self._latents(program, place)
             size = Size(batch=self.batch[place], frames=frames, height=height, width=width)
             found.append(size)
-        space = bool({"frames", "height", "width", "tokens"} & set(dynamic))
         for what in ("frames", "height", "width"):
             given = [getattr(size, what) for size in found]
-            if set(given) != {getattr(own, what)} and not space and what not in dynamic:
+            if set(given) != {getattr(own, what)} and not {what, "tokens"} & set(dynamic):
                 raise RequestError(
                     f"tensorrt.profiles: {what} {list(getattr(self, what) or ())} given, but a graph of "
-                    f"{program.graph.model_class} is of one size; leave {what} out"
+                    f"{program.graph.model_class} has one {what}; leave {what} out"
                 )
         _require_positions(program, found[-1])
         return found

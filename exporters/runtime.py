@@ -18,6 +18,7 @@ from flcompress.exporters.files import read_manifest, require_hash
 from flcompress.exporters.onnx_model import MANIFEST_FILE
 from flcompress.exporters.onnx_session import PROVIDERS, OnnxSession
 from flcompress.exporters.parity import Denoiser
+from flcompress.exporters.positions import with_positions
 from flcompress.exporters.tensorrt_api import cuda_driver
 from flcompress.exporters.tensorrt_session import TensorRTSession, require_gpu
 from flcompress.models.families import family_of
@@ -141,7 +142,7 @@ def _as_network(denoiser: Denoiser, config: dict[str, Any], guidance: float | No
 
     def call(x: torch.Tensor, timestep: torch.Tensor, given: Conditioning) -> torch.Tensor:
         arguments = family.arguments(config, x, timestep, given, guidance)
-        output = denoiser(tensors_of(arguments))
+        output = denoiser(tensors_of(with_positions(config, arguments)))
         return family.prediction(config, output.to(x.device), x, timestep, given)
 
     return call

@@ -9,17 +9,17 @@ from pydantic import Field, field_validator
 
 from flcompress.errors import PostconditionError, RequestError, UnavailableError
 from flcompress.exporters import preflight
-from flcompress.exporters.arguments import Denoiser, arguments_of, constants_of
+from flcompress.exporters.arguments import arguments_of, constants_of
 from flcompress.exporters.files import read_manifest, require_hash, sha256, write_json
 from flcompress.exporters.onnx_model import MANIFEST_FILE
 from flcompress.exporters.parity import Parity, cases, compare, outputs
-from flcompress.exporters.precision import DTYPES, TOLERANCES, Precision
+from flcompress.exporters.precision import TOLERANCES, Precision
 from flcompress.exporters.profiles import Profile
+from flcompress.exporters.reference import reference
 from flcompress.exporters.shapes import Size
 from flcompress.exporters.tensorrt_api import builds_for_others, cuda_driver, load_tensorrt
 from flcompress.exporters.tensorrt_build import build_engine
 from flcompress.exporters.tensorrt_session import TensorRTSession, runs_here
-from flcompress.exporters.weights import streamed
 from flcompress.models.folder import check_transformer_config
 from flcompress.pipeline.exporter import Exporter
 from flcompress.pipeline.passes import ProgressSink
@@ -174,7 +174,6 @@ class TensorRTExporter(Exporter):
         make, chosen = arguments_of(program), [size for three in sizes for size in three[:2]]
         given = cases(make, program.contract.timesteps, chosen)
         constants = constants_of(make(chosen[0], [0.0] * chosen[0].batch, 0))
-        denoiser = Denoiser(streamed(program.components["transformer"], precision), constants, DTYPES[precision])
-        reference = outputs(lambda inputs: denoiser(dict(inputs)), given)
-        found = compare(reference, outputs(TensorRTSession(engine), given), GPU_TOLERANCE * TOLERANCES[precision])
+        expected = reference(program.components["transformer"], constants, precision, given)
+        found = compare(expected, outputs(TensorRTSession(engine), given), GPU_TOLERANCE * TOLERANCES[precision])
         return found.require(str(engine), "please report it with the engine's manifest.json")

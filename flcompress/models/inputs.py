@@ -13,7 +13,7 @@ from flcompress.models.families.family import LatentShape
 SMALL_LATENTS = (3, 8, 8)
 """(frames, height, width) of latents where nothing asks for others: the embedded benchmark's."""
 
-FP32_ARGUMENTS = ("timestep", "guidance", "image_rotary_emb", "img_ids", "txt_ids")
+FP32_ARGUMENTS = ("timestep", "guidance", "image_rotary_emb", "img_ids", "txt_ids", "video_coords")
 """Forward arguments that no precision rounds: bf16 makes 6016 of a timestep of 6000."""
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from flcompress.errors import FlcompressError, ModelError
-from flcompress.exporters.fx_rewrites import aten, rewritten, with_real_tables
+from flcompress.exporters.fx_rewrites import aten, rewritten
 from flcompress.exporters.onnx_graph import _translated
 
 # torch's own, of torch.export.
@@ -55,27 +55,13 @@ class MaskFilled(nn.Module):
 
 
 class ComplexRotation(nn.Module):
-    """As QwenImage turns queries: a complex table held by a module, and a complex product."""
+    """As QwenImage turns queries by a table of cos and sin."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = Table()
-
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
         pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
-        turned = pairs * self.table(x.shape[1]).unsqueeze(1)
+        turned = pairs * torch.view_as_complex(table).unsqueeze(1)
         made: Tensor = torch.view_as_real(turned).flatten(3).type_as(x)
         return made
-
-
-class Table(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        angles = torch.arange(8)[:, None] * torch.tensor([1.0, 0.5])
-        self.angles = torch.polar(torch.ones_like(angles), angles)
-
-    def forward(self, length: int) -> Tensor:
-        return self.angles[:length]
 
 
 def traced(module: nn.Module, x: Tensor) -> torch.export.ExportedProgram:
@@ -105,12 +91,11 @@ def test_no_split_of_varying_size_is_left() -> None:
 
 
 def test_complex_products_become_real_ones() -> None:
-    x = torch.randn(2, 5, 3, 4, generator=torch.Generator().manual_seed(0))
-    module = ComplexRotation()
-    expected = module(x)
-    with_real_tables(module, x)
-    program = rewritten(torch.export.export(module, (x,), strict=False))
-    assert (program.run_decompositions().module()(x) - expected).abs().max() < 1e-6
+    draw = torch.Generator().manual_seed(0)
+    x, table = torch.randn(2, 5, 3, 4, generator=draw), torch.randn(5, 2, 2, generator=draw)
+    expected = ComplexRotation()(x, table)
+    program = rewritten(torch.export.export(ComplexRotation(), (x, table), strict=False))
+    assert (program.run_decompositions().module()(x, table) - expected).abs().max() < 1e-6
     values = [node.meta.get("val") for node in program.run_decompositions().graph.nodes]
     assert not any(value.is_complex() for value in values if isinstance(value, Tensor))
 

@@ -32,10 +32,10 @@ def test_the_manifest_states_what_was_measured(run: Path, program: Program) -> N
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["sha256"] == {"model.onnx": sha256(folder / "model.onnx")}
     assert 0.0 < manifest["difference"] < 1e-5 < manifest["tolerance"] == 1e-4
-    assert manifest["cases"] == 3
+    assert manifest["cases"] == 2
     assert manifest["precision"] == "fp32"
     assert manifest["dynamic"] == ["batch", "frames", "height", "width"]
-    assert manifest["checked"]["sizes"] == [[1, 3, 8, 8], [3, 3, 8, 8], [2, 4, 10, 12]]
+    assert manifest["checked"]["sizes"] == [[1, 3, 8, 8], [3, 4, 10, 12]]
     assert manifest["inputs"] == [
         {"name": "hidden_states", "shape": ["batch", 16, "frames", "height", "width"], "dtype": "float32"},
         {"name": "timestep", "shape": ["batch"], "dtype": "float32"},

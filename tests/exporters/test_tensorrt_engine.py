@@ -229,7 +229,7 @@ def test_sizes_that_the_graph_does_not_take(program: Program) -> None:
     with pytest.raises(RequestError) as caught:
         Profile(height=(32, 32, 64)).sizes(program, ["batch"])
     assert str(caught.value) == (
-        "tensorrt.profiles: height [32, 32, 64] given, but a graph of WanTransformer3DModel is of one size; leave "
+        "tensorrt.profiles: height [32, 32, 64] given, but a graph of WanTransformer3DModel has one height; leave "
         "height out"
     )
 

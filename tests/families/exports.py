@@ -7,7 +7,7 @@ from pathlib import Path
 from flcompress.pipeline.program import Program
 from flcompress.pipeline.recipe_loading import load_recipe
 from flcompress.pipeline.start import starting_program
-from tests.families.pipelines import TINY, save
+from tests.families.pipelines import EXPORTED, save
 
 RECIPE = """
 version: 1
@@ -21,7 +21,7 @@ passes: []
 
 def exportable(name: str, folder: Path) -> Program:
     """Write the pipeline below `folder` and start a program with it."""
-    tiny, recipe = TINY[name], folder / "recipe.yaml"
+    tiny, recipe = EXPORTED[name], folder / "recipe.yaml"
     tokens = 512 if name == "wan-i2v" else 16  # the stock transformer with an image encoder takes no other length
     model = save(name, folder / "model")
     recipe.write_text(RECIPE.format(model=model, guidance=tiny.guidance, tokens=tokens, size=tiny.size))

@@ -37,7 +37,7 @@ def save(name: str, folder: Path) -> Path:
     """Write the pipeline to `folder`."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        TINY[name].build().save_pretrained(str(folder), safe_serialization=True)
+        EXPORTED[name].build().save_pretrained(str(folder), safe_serialization=True)
     return folder
 
 
@@ -415,3 +415,11 @@ TINY: dict[str, Tiny] = {
     "sd3": Tiny(sd3, (1, 16, 16), 5),
     "qwen-image": Tiny(qwen_image, (1, 32, 32), 4),
 }
+
+SINE = {"use_rotary_positional_embeddings": False}
+"""CogVideoX 2B: positions are sines added to the tokens; learned ones are those of CogVideoX 5B I2V."""
+
+EXPORTED: dict[str, Tiny] = TINY | {
+    "cogvideox-2b": Tiny(lambda: _cogvideox("CogVideoXPipeline", 4, **SINE), (9, 32, 32), 4),
+}
+"""And variants of a family that differ in nothing but what an export has to do about them."""

@@ -8,6 +8,7 @@ import pytest
 
 from flcompress.errors import UnavailableError
 from flcompress.exporters.onnx_model import OnnxExporter
+from flcompress.exporters.profiles import Profile
 from flcompress.exporters.tensorrt_api import load_tensorrt
 from flcompress.exporters.tensorrt_engine import TensorRTExporter
 from tests.families.exports import exportable
@@ -27,8 +28,9 @@ def silent(done: int, total: int, values: object) -> None:
         ("hunyuan-video-i2v-replace", ["batch", *SIZES]),  # its own blocks, which tell the first frame from the rest
         ("cogvideox", ["batch", *SIZES, "tokens"]),  # rotary tables as inputs
         ("mochi", ["batch", *SIZES]),  # a loop over samples
-        ("ltx", ["batch"]),  # sizes as numbers
-        ("qwen-image", ["batch"]),  # complex numbers
+        ("cogvideox-2b", ["batch", *SIZES]),  # positions added, made for each size
+        ("ltx", ["batch", "tokens"]),  # sizes as numbers
+        ("qwen-image", ["batch", "tokens"]),  # sizes as numbers, complex numbers
     ],
 )
 def test_a_family_exports(name: str, dynamic: list[str], tmp_path: Path) -> None:
@@ -42,4 +44,6 @@ def test_a_family_exports(name: str, dynamic: list[str], tmp_path: Path) -> None
         load_tensorrt()
     except UnavailableError as error:
         pytest.skip(str(error))
-    assert TensorRTExporter().export(program, tmp_path / "tensorrt", tmp_path, silent)["bytes"] > 0
+    ranges = Profile(batch=(1, 1, 2), height=(32, 32, 64))
+    exporter = TensorRTExporter(profiles=(ranges,))
+    assert exporter.export(program, tmp_path / "tensorrt", tmp_path, silent)["bytes"] > 0
