@@ -416,10 +416,10 @@ TINY: dict[str, Tiny] = {
     "qwen-image": Tiny(qwen_image, (1, 32, 32), 4),
 }
 
-SINE = {"use_rotary_positional_embeddings": False}
+SINE: dict[str, Any] = {"use_rotary_positional_embeddings": False}
 """CogVideoX 2B: positions are sines added to the tokens; learned ones are those of CogVideoX 5B I2V."""
 
 EXPORTED: dict[str, Tiny] = TINY | {
-    "cogvideox-2b": Tiny(lambda: _cogvideox("CogVideoXPipeline", 4, **SINE), (9, 32, 32), 4),
+    "cogvideox-2b": Tiny(lambda: _cogvideox("CogVideoXPipeline", **SINE), (9, 32, 32), 4),
 }
 """And variants of a family that differ in nothing but what an export has to do about them."""
