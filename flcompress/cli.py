@@ -83,17 +83,41 @@ def apply_command(
     if gpu and not dry_run:
         raise RequestError(f"--gpu: {gpu} given without --dry-run; it says what a plan is made for")
     if dry_run:
-        from flcompress.pipeline.gpus import GPUS
-        from flcompress.pipeline.plan import make_plan, plan_text
+        from flcompress.pipeline.plan_text import plan_text
 
-        manager.check_plan(loaded, RunDirectory(run_dir or manager.default_run_dir(loaded)))
-        plan = make_plan(loaded, gpu=GPUS[gpu] if gpu else None)
+        plan = manager.planned(loaded, RunDirectory(run_dir or manager.default_run_dir(loaded)), gpu)
         click.echo(json.dumps(plan.to_dict(), indent=1) if as_json else plan_text(plan))
         return
     run = manager.apply(loaded, run_dir, store=store, display=_display(quiet))
     if as_json:
         passes = [{**entry.record, "folder": str(entry.folder)} for entry in run.entries()]
         _print({"run": str(run.path), "passes": passes, "exports": [export.name for export in loaded.exports]})
+
+
+@main.command("plan")
+@click.argument("recipe", type=_FOLDER)
+@click.option("--gpus", type=int, help="How many.  [default: training.processes of the recipe, or 1]")
+@click.option("--memory", metavar="SIZE", help="Of one, such as 80G or 48GiB.  [default: that of --gpu]")
+@click.option("--gpu", type=click.Choice(_GPUS), default="h100", show_default=True, help="Whose speed and memory.")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override, such as passes.dmd.batch=16; repeatable."
+)
+@as_json
+def plan_command(
+    recipe: Path, gpus: int | None, memory: str | None, gpu: str, overrides: Sequence[str], as_json: bool
+) -> None:
+    """Say what RECIPE takes on GPUs: memory, time, and what to change where it does not fit. See docs/planning.md."""
+    from flcompress.pipeline import manager
+    from flcompress.pipeline.plan_text import plan_text
+    from flcompress.pipeline.recipe_loading import load_recipe
+    from flcompress.pipeline.rundir import RunDirectory
+
+    loaded = load_recipe(recipe, overrides)
+    plan = manager.planned(loaded, RunDirectory(manager.default_run_dir(loaded)), gpu, gpus, memory)
+    if as_json:
+        _print(plan.to_dict())
+    else:
+        click.echo(plan_text(plan, settings=True))
 
 
 @main.command("inspect")

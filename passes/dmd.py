@@ -20,7 +20,7 @@ from flcompress.draws import Draws
 from flcompress.errors import RequestError
 from flcompress.models.loading import meta_transformer, save_transformer
 from flcompress.models.network import as_network
-from flcompress.pipeline.passes import Cost, Pass, Role, Work
+from flcompress.pipeline.passes import Cost, EngineName, Pass, Role, Work
 from flcompress.pipeline.program import Fact, Program
 from flcompress.trace.prefix import remember
 from flcompress.trace.skip import graph_of
@@ -98,6 +98,11 @@ class DistributionMatching(Pass):
     def needs_clips(self) -> bool:
         return self.gan_weight > 0
 
+    @property
+    def engines(self) -> tuple[EngineName, ...]:
+        # The adversarial term reads the fake score from outside its engine.
+        return ("local", "ddp") if self.gan_weight else super().engines
+
     def cost(self, parameters: float, blocks: int, original: float) -> Cost:
         # The generator is pruned; the scores are as deep as the original.
         pruned = parameters / original
@@ -107,6 +112,7 @@ class DistributionMatching(Pass):
         return Cost(
             steps=self.steps,
             forwards=self.steps * self.batch * (generator + self.critic_updates * critic),
+            again=self.steps * self.batch * (pruned + self.critic_updates),
             batch=self.batch,
             roles=(
                 Role("generator", parameters, trained=True, averaged=True),

@@ -48,6 +48,7 @@ class Pretrain(Pass):
         return Cost(
             steps=self.steps,
             forwards=3.0 * self.steps * self.batch,
+            again=self.steps * self.batch,
             batch=self.batch,
             roles=(Role("model", parameters, trained=True, averaged=True),),
         )

@@ -77,6 +77,7 @@ class StochasticDepth(Pass):
         return Cost(
             steps=self.steps,
             forwards=self.steps * self.batch * (1.0 + 3.0 * (1.0 - self.remove * self.skip_probability)),
+            again=self.steps * self.batch * (1.0 - self.remove * self.skip_probability),
             batch=self.batch,
             roles=tuple(roles),
         )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flcompress.errors import FlcompressError, PostconditionError, RequestError
 from flcompress.pipeline import start
@@ -17,7 +17,6 @@ from flcompress.pipeline.data_check import check_data
 from flcompress.pipeline.display import Display, QuietDisplay, default_display
 from flcompress.pipeline.durable import full_disk_told, locked
 from flcompress.pipeline.exporting import run_exports
-from flcompress.pipeline.gpus import GPUS
 from flcompress.pipeline.passes import Pass, Work
 from flcompress.pipeline.program import Program
 from flcompress.pipeline.recipe import Recipe, arguments
@@ -26,6 +25,9 @@ from flcompress.pipeline.registry import find_exporter
 from flcompress.pipeline.rundir import RunDirectory
 from flcompress.pipeline.store import Entry, Store, key_of
 from flcompress.pipeline.world import World, joined
+
+if TYPE_CHECKING:
+    from flcompress.pipeline.plan import Plan
 
 
 def apply(
@@ -62,10 +64,9 @@ def apply(
     display = display or default_display()
     run = RunDirectory(run_dir or default_run_dir(recipe))
     if dry_run:
-        from flcompress.pipeline.plan import make_plan, plan_text
+        from flcompress.pipeline.plan_text import plan_text
 
-        check_plan(recipe, run)
-        display.line(plan_text(make_plan(recipe, gpu=GPUS[gpu] if gpu else None)))
+        display.line(plan_text(planned(recipe, run, gpu)))
         return run
     device = device or _device()
     check(recipe, run)
@@ -140,6 +141,18 @@ def check_plan(recipe: Recipe, run: RunDirectory) -> None:
         check_pipeline(recipe.model_folder(), weights=False, parts=False)
     else:
         check(recipe, run)
+
+
+def planned(
+    recipe: Recipe, run: RunDirectory, gpu: str | None = None, count: int | None = None, memory: str | None = None
+) -> Plan:
+    """Check everything and plan: for GPUs (see `gpu_machine`), or for this machine where `gpu` is None."""
+    from flcompress.pipeline.gpus import gpu_machine
+    from flcompress.pipeline.plan import make_plan
+
+    machine = gpu_machine(recipe, gpu, count, memory) if gpu else None
+    check_plan(recipe, run)
+    return make_plan(recipe, machine=machine)
 
 
 def pass_key(step: Pass, program: Program, recipe: Recipe) -> str:

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict
 
@@ -106,15 +106,17 @@ class Role:
 
     Attributes:
         name: what it is for: "generator", "real score", ...
-        parameters: how many.
+        parameters: how many are its own. Weights that several roles share (a LoRA's base) are a role of their own.
         trained: whether it has gradients and optimiser moments.
         averaged: whether a moving average of it is kept.
+        runs: parameters of the transformer that it computes with, a shared base's included; its own where None.
     """
 
     name: str
     parameters: float
     trained: bool = False
     averaged: bool = False
+    runs: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,12 +126,14 @@ class Cost:
     Attributes:
         steps: training steps, or 0.
         forwards: forwards of one sample through the full transformer, in total; a backward counts as two.
-        batch: samples that are in memory at once.
+        again: of these forwards, those that gradient checkpointing does twice.
+        batch: samples that are in memory at once, over all processes.
         roles: the models that are in memory at once.
     """
 
     steps: int = 0
     forwards: float = 0.0
+    again: float = 0.0
     batch: int = 1
     roles: tuple[Role, ...] = ()
 
@@ -159,6 +163,11 @@ class Pass(BaseModel, ABC):
     def needs(self) -> frozenset[Fact]:
         """Facts that must hold before. A property, since it may depend on the arguments."""
         return frozenset()
+
+    @property
+    def engines(self) -> tuple[EngineName, ...]:
+        """Engines that it can train with. A property, since it may depend on the arguments."""
+        return get_args(EngineName)
 
     @property
     def needs_clips(self) -> bool:

@@ -1,4 +1,4 @@
-"""The plan of a dry run: what each pass will leave, and about what it will take."""
+"""The plan of a recipe: what each pass will leave, and about what it will take. Nothing is loaded or written."""
 
 from __future__ import annotations
 
@@ -7,33 +7,62 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flcompress.errors import RecipeError
 from flcompress.ir.graph import BlockGraph
-from flcompress.pipeline.display import clock
-from flcompress.pipeline.gpus import UTILISATION, Gpu
-from flcompress.pipeline.planned_memory import PlannedMemory, kept_alive, planned_memory
+from flcompress.pipeline.activations import kept_alive
+from flcompress.pipeline.gpus import Machine, this_machine
+from flcompress.pipeline.passes import Precision
+from flcompress.pipeline.planned_memory import PlannedMemory
+from flcompress.pipeline.planned_settings import (
+    Advice,
+    Met,
+    PlannedSetting,
+    Planner,
+    Setting,
+    advise,
+    setting_of,
+    settings,
+)
 from flcompress.pipeline.planned_size import latents
 from flcompress.pipeline.recipe import Recipe
+from flcompress.pipeline.speed import measure_speed
 from flcompress.pipeline.start import read_source, trace_folder
 
 if TYPE_CHECKING:
     from flcompress.models.families.family import LatentShape
 
-CHEAP_FLOPS = 2e11
-"""Up to here the transformer itself is timed; above, a matrix product."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedPass:
-    """One row. Parameters and FLOPs are of the transformer after the pass; FLOPs of one forward of one sample."""
+    """One row.
+
+    Attributes:
+        parameters_before, parameters: of the transformer, before and after the pass.
+        flops: of one forward of one sample through the transformer after the pass.
+        steps, batch: of its training, or 0 and the samples in memory at once.
+        forwards: of one sample through the full transformer, with those that gradient checkpointing does again.
+        seconds: from beginning to end.
+        memory: of one process, under the recipe's own setting.
+        fits: whether that is enough.
+        settings: the pass under every setting of `training:`, where it trains.
+    """
 
     name: str
     parameters_before: int
     parameters: int
     flops: int
     steps: int
+    batch: int
     forwards: int
+    processes: int
     seconds: float
     memory: PlannedMemory
+    fits: bool
+    settings: tuple[PlannedSetting, ...]
+
+    @property
+    def trains(self) -> bool:
+        return bool(self.settings)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +72,9 @@ class Plan:
     Attributes:
         latents: (frames, height, width) that FLOPs and memory are counted for.
         work_ratio: evaluations times parameters, before over after.
+        machine: what it is made for.
+        setting: the recipe's own.
+        advice: what fits instead, where a pass does not; None where nothing does, too.
     """
 
     recipe: str
@@ -55,23 +87,45 @@ class Plan:
     exports: tuple[str, ...]
     final_evaluations: int
     work_ratio: float
-    flops_per_second: float
-    gpu: Gpu | None = None
+    machine: Machine
+    setting: Setting
+    advice: Advice | None
+
+    @property
+    def fits(self) -> bool:
+        return all(row.fits for row in self.passes)
+
+    @property
+    def seconds(self) -> float:
+        return sum(row.seconds for row in self.passes)
+
+    @property
+    def gpus(self) -> int:
+        """GPUs that the recipe's own setting keeps busy, or waiting."""
+        return self.setting.processes(self.machine)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        plain = asdict(self)
+        plain |= {"fits": self.fits, "hours": self.seconds / 3600, "gpu_hours": self.gpus * self.seconds / 3600}
+        plain["advice"] = plain["advice"] and plain["advice"] | {"recipe": self.advice.lines() if self.advice else []}
+        for row, planned in zip(plain["passes"], self.passes, strict=True):
+            row["memory"]["total"] = planned.memory.total
+            for other, setting in zip(row["settings"], planned.settings, strict=True):
+                other["memory"]["total"] = setting.memory.total
+        return plain
 
 
-def make_plan(recipe: Recipe, flops_per_second: float | None = None, gpu: Gpu | None = None) -> Plan:
+def make_plan(recipe: Recipe, flops_per_second: float | None = None, machine: Machine | None = None) -> Plan:
     """Plan a recipe whose checks have passed; nothing is written.
 
     Args:
         recipe: the recipe.
         flops_per_second: speed of this machine; measured where left out.
-        gpu: plan for one of these instead.
+        machine: what to plan for instead; see `gpu_machine`.
+
+    Raises:
+        RecipeError: a batch that the processes do not divide.
     """
-    if gpu is not None:
-        flops_per_second = gpu.speed(recipe.training.precision)
     source = read_source(recipe)
     transformer, tokens, shape = (
         source.folder / "transformer",
@@ -80,13 +134,23 @@ def make_plan(recipe: Recipe, flops_per_second: float | None = None, gpu: Gpu | 
     )
     shape = shape or source.latents[1:]
     graph = source.graph if shape == source.latents[1:] else trace_folder(transformer, tokens, shape)
-    speed = flops_per_second or measure_speed(transformer, graph, tokens, shape)
-    kept = kept_alive(transformer, graph, tokens, shape, recipe.training.precision)
+    if machine is None:
+        machine = this_machine(recipe, flops_per_second or measure_speed(transformer, graph, tokens, shape))
+    precisions: tuple[Precision, ...] = ("fp32", "bf16")
+    planner = Planner(graph, {one: kept_alive(transformer, graph, tokens, shape, one) for one in precisions})
+    own = setting_of(recipe.training)
+    checkpointing = _checkpointing(transformer)
     rows: list[PlannedPass] = []
+    passes: list[Met] = []
     parameters, evaluations = float(graph.parameters), source.contract.evaluations
-    for step in recipe.passes:
+    for index, step in enumerate(recipe.passes):
         left = _whole_blocks(graph, parameters, step.remaining(parameters))
-        cost = step.cost(parameters, _blocks(graph, parameters), float(graph.parameters))
+        met = Met(step, parameters, _blocks(graph, parameters))
+        passes.append(met)
+        _check_batch(recipe, index, met, planner, own.processes(machine))
+        cost, planned = met.cost(graph), planner.planned(met, own, machine)
+        trains = any(role.trained for role in cost.roles)
+        others = [one for one in settings(checkpointing) if trains and one.engine in step.engines]
         rows.append(
             PlannedPass(
                 name=step.name,
@@ -94,13 +158,18 @@ def make_plan(recipe: Recipe, flops_per_second: float | None = None, gpu: Gpu | 
                 parameters=round(left),
                 flops=_flops(graph, left),
                 steps=cost.steps,
-                forwards=round(cost.forwards),
-                seconds=cost.forwards * graph.flops / speed,
-                memory=planned_memory(cost, kept, recipe.training),
+                batch=planned.batch,
+                forwards=round(cost.forwards + cost.again * own.gradient_checkpointing),
+                processes=planned.processes,
+                seconds=planned.seconds,
+                memory=planned.memory,
+                fits=planned.fits,
+                settings=tuple(planner.planned(met, one, machine) for one in others),
             )
         )
         parameters, evaluations = left, step.evaluations(evaluations)
     before = source.contract.evaluations
+    fits = all(row.fits for row in rows)
     return Plan(
         recipe=recipe.name,
         model=str(source.folder),
@@ -112,9 +181,27 @@ def make_plan(recipe: Recipe, flops_per_second: float | None = None, gpu: Gpu | 
         exports=tuple(exporter.name for exporter in recipe.exports),
         final_evaluations=evaluations,
         work_ratio=before / evaluations * graph.parameters / parameters,
-        flops_per_second=speed,
-        gpu=gpu,
+        machine=machine,
+        setting=own,
+        advice=None if fits else advise(planner, passes, machine, checkpointing),
     )
+
+
+def _check_batch(recipe: Recipe, index: int, met: Met, planner: Planner, processes: int) -> None:
+    cost, step = met.cost(planner.graph), met.step
+    if step.distributed and cost.steps and cost.batch % processes:
+        whole = -(-cost.batch // processes) * processes
+        raise RecipeError(
+            f"{recipe.where(f'passes[{index}]')}.{step.name}.batch: {cost.batch} given, expected a multiple of the "
+            f"{processes} processes; --set passes.{step.name}.batch={whole}"
+        )
+
+
+def _checkpointing(transformer: Path) -> bool:
+    """Whether the transformer's class can compute blocks again."""
+    from flcompress.models.loading import transformer_class
+
+    return bool(transformer_class(transformer)._supports_gradient_checkpointing)
 
 
 def _data_latents(recipe: Recipe) -> LatentShape | None:
@@ -123,106 +210,6 @@ def _data_latents(recipe: Recipe) -> LatentShape | None:
 
     planning = recipe.model.weights == "trained" and only_configurations(recipe.model_folder())
     return None if planning else latents(recipe)
-
-
-def plan_text(plan: Plan) -> str:
-    """The plan as a table for people."""
-    head = ("pass", "parameters", "FLOPs/forward", "steps", "forwards", "time", "memory")
-    rows = [
-        (
-            row.name,
-            f"{_short(row.parameters_before)} -> {_short(row.parameters)}",
-            _short(row.flops),
-            f"{row.steps:,}",
-            f"{row.forwards:,}",
-            clock(row.seconds),
-            f"{row.memory.total / 1e9:.2f} GB",
-        )
-        for row in plan.passes
-    ]
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    table = [
-        "  ".join(cell.ljust(width) if place == 0 else cell.rjust(width) for place, (cell, width) in enumerate(line))
-        for line in (list(zip(row, widths, strict=True)) for row in (head, *rows))
-    ]
-    share = plan.passes[-1].parameters / plan.parameters if plan.passes else 1.0
-    return "\n".join(
-        [
-            f"plan of {plan.recipe}: {plan.model}",
-            f"start: {plan.parameters:,} parameters, {plan.flops:,} FLOPs/forward, "
-            f"{plan.evaluations} evaluations a sample, latents {' x '.join(map(str, plan.latents))}",
-            "",
-            *(line.rstrip() for line in table),
-            "",
-            *_memory_lines(plan.passes, plan.gpu),
-            f"time: about {_time(plan)}; exports: {', '.join(plan.exports) or 'none'}",
-            f"end: {plan.final_evaluations} evaluations with {share:.1%} of the parameters: "
-            f"{plan.work_ratio:.2f}x less work a sample",
-            "nothing was written",
-        ]
-    )
-
-
-def _time(plan: Plan) -> str:
-    seconds = sum(row.seconds for row in plan.passes)
-    if plan.gpu is None:
-        return f"{clock(seconds)} at a measured {plan.flops_per_second / 1e9:.1f} GFLOP/s"
-    return f"{seconds / 3600:,.1f} hours of one {plan.gpu.name} at {UTILISATION:.0%} of its stated speed"
-
-
-def _memory_lines(passes: tuple[PlannedPass, ...], gpu: Gpu | None) -> list[str]:
-    """Of what the memory of the fullest pass is made up, and whether a GPU has it."""
-    if not passes:
-        return []
-    fullest = max(passes, key=lambda row: row.memory.total)
-    parts = ", ".join(f"{name} {_short(value)}B" for name, value in fullest.memory.parts().items())
-    lines = [f"memory: {fullest.name} takes most, {_short(fullest.memory.total)}B: {parts}"]
-    if gpu is not None and fullest.memory.total > gpu.memory:
-        count = math.ceil(fullest.memory.total / gpu.memory)
-        lines.append(
-            f"memory: more than one {gpu.name} has; {count} would hold it, but models are not split over GPUs yet; "
-            "lower batch or the size, take a larger GPU, or see training: in the recipe reference"
-        )
-    elif gpu is not None:
-        lines.append(f"memory: one {gpu.name} holds every pass")
-    return lines
-
-
-def measure_speed(transformer: Path, graph: BlockGraph, tokens: int, shape: LatentShape) -> float:
-    """FLOP/s that this machine reaches: on the transformer with random weights if that is cheap, else on a product."""
-    import time
-
-    import torch
-
-    batch = max(1, min(16, int(CHEAP_FLOPS // max(graph.flops, 1))))
-    if graph.flops > CHEAP_FLOPS:
-        left, right = torch.randn(1024, 1024), torch.randn(1024, 1024)
-        flops = 2.0 * 1024**3
-
-        def work() -> Any:
-            return left @ right
-    else:
-        from flcompress.models.inputs import example_inputs
-        from flcompress.models.loading import meta_transformer
-
-        model = meta_transformer(transformer).to_empty(device="cpu")
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.normal_(std=0.02)
-        inputs = example_inputs(model, batch=batch, latent_shape=shape, tokens=tokens)
-        flops = float(batch * graph.flops)
-
-        def work() -> Any:
-            return model(**inputs, return_dict=False)
-
-    with torch.no_grad():
-        work()
-        times = []
-        for _ in range(3):
-            started = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - started)
-    return flops / min(times)
 
 
 def _whole_blocks(graph: BlockGraph, before: float, wanted: float) -> float:
@@ -245,10 +232,3 @@ def _flops(graph: BlockGraph, parameters: float) -> int:
     share = (parameters - (graph.parameters - inside)) / inside
     within = sum(block.flops for block in graph.blocks)
     return round(graph.flops - within * (1.0 - share))
-
-
-def _short(number: float) -> str:
-    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number:.0f}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,6 +108,14 @@ def _embedded_guidance(recipe: Recipe, family: Family, config: dict[str, Any]) -
 
 def trace_folder(transformer: Path, tokens: int, shape: LatentShape | None = None) -> BlockGraph:
     """The block graph of a transformer folder, from its configuration, for prompts of `tokens` tokens."""
+    path = transformer / "config.json"
+    # A command checks a recipe first and then plans or runs it; tracing a deep model takes seconds.
+    return _traced(transformer, path.read_bytes() if path.is_file() else b"", tokens, shape)
+
+
+@lru_cache(maxsize=4)
+def _traced(transformer: Path, config: bytes, tokens: int, shape: LatentShape | None) -> BlockGraph:
+    """`config` is what the folder held: another one is another model."""
     from flcompress.models.inputs import SMALL_LATENTS, example_inputs
     from flcompress.models.loading import meta_transformer
     from flcompress.trace.counting import graph_at

@@ -1,0 +1,118 @@
+"""What one process holds of a role under each engine. Every term is something that the engine allocates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flcompress.pipeline.passes import EngineName
+
+FLOAT, HALF = 4, 2
+"""Bytes of a number. Trained weights, gradients and moments are fp32; frozen weights are of the training's precision."""
+MOMENTS = 2
+"""AdamW keeps two per trained parameter."""
+BUCKET = 500_000_000
+"""Numbers in the buffer that DeepSpeed reduces gradients from (`reduce_bucket_size`, its default)."""
+LIVE = 1_000_000_000
+"""Numbers of gathered weights that ZeRO-3 may keep (`stage3_max_live_parameters`, its default)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One process of a training.
+
+    Attributes:
+        engine: how the processes share the training.
+        processes: how many there are.
+        gpu: whether it runs on a GPU. DeepSpeed's buffers are reserved whole there; a CPU hands out only what is
+            written to.
+    """
+
+    engine: EngineName
+    processes: int
+    gpu: bool
+
+    @property
+    def splits_weights(self) -> bool:
+        """Whether a process has only its part of them."""
+        return self.engine in ("zero3", "fsdp2")
+
+    def weights(self, size: float) -> float:
+        """What one process has of weights, or of an average of them."""
+        return size / self.processes if self.splits_weights else size
+
+    def gathered(self, size: float, numbers: float, blocks: float) -> float:
+        """Most of the weights that are put together at once.
+
+        Args:
+            size: bytes of the weights.
+            numbers: how many they are.
+            blocks: share of them that is outside of all blocks or in the two largest.
+        """
+        if self.engine == "zero3":
+            return size * min(1.0, LIVE / max(numbers, 1.0))
+        return size * blocks if self.engine == "fsdp2" else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Updating:
+    """Bytes that an engine takes for a role's gradients and its update.
+
+    Attributes:
+        gradients: of one process when they are reduced.
+        lasting: what stays from step to step beside weights, moments and average.
+        forward: what is there beside the activations when the backward begins.
+        backward: the most at the end of the backward.
+        step: the most while AdamW steps.
+    """
+
+    gradients: float
+    lasting: float = 0.0
+    forward: float = 0.0
+    backward: float
+    step: float
+
+
+def moments(trained: float, place: Place) -> float:
+    """Bytes of AdamW's moments on one process, of `trained` parameters."""
+    shared = 1 if place.engine in ("local", "ddp") else place.processes
+    return MOMENTS * FLOAT * trained / shared
+
+
+def updating(trained: float, gathered: float, place: Place) -> Updating:
+    """What an update takes on one process.
+
+    Args:
+        trained: how many parameters are trained.
+        gathered: bytes of weights that are put together at once.
+        place: the process.
+    """
+    whole = FLOAT * trained
+    part = whole / place.processes
+    # AdamW's denominator: one more tensor. For a flat one on the CPU, two.
+    denominator = part if place.gpu else 2.0 * part
+    sent = FLOAT * min(BUCKET, trained)
+    bucket = FLOAT * BUCKET if place.gpu else sent
+    match place.engine:
+        case "local":
+            return Updating(gradients=whole, backward=whole, step=2.0 * whole)
+        case "ddp":  # its buckets are beside the gradients
+            return Updating(gradients=whole, lasting=whole, backward=whole, step=2.0 * whole)
+        case "fsdp2":  # gathered weights and their gradients, and the same again on their way to the others
+            return Updating(gradients=part, forward=gathered, backward=part + 3.0 * gathered, step=2.0 * part)
+        case "zero3":  # its part of the gradients and the bucket stay; a step flattens the part
+            return Updating(
+                gradients=part,
+                lasting=part + bucket,
+                forward=gathered,
+                backward=gathered + sent,
+                step=part + denominator,
+            )
+    # zero1 and zero2: the fp32 part that is stepped is a copy. The bucket is reduced in a flat copy of its own.
+    left = whole - sent if place.engine == "zero1" else 0.0
+    return Updating(
+        gradients=whole if place.engine == "zero1" else part,
+        lasting=part,
+        forward=bucket,
+        backward=left + bucket + sent + part,
+        step=2.0 * part + denominator,
+    )
