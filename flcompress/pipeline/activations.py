@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Bytes:
-    """Bytes that do not depend on the batch (copies of weights in the precision of a forward), and those of a sample."""
+    """Bytes that do not depend on the batch (weights copied to another precision), and those of a sample."""
 
     fixed: float
     sample: float
@@ -35,12 +35,14 @@ class Kept:
         blocks: of all blocks together.
         block: of the block that keeps most.
         streams: the blocks' inputs, which gradient checkpointing keeps in place of `blocks`.
+        alone: the most that is alive at once of a forward without gradients.
     """
 
     outside: Bytes
     blocks: Bytes
     block: Bytes
     streams: Bytes
+    alone: Bytes
 
     def training(self, samples: float, share: float, checkpointed: bool) -> float:
         """Bytes at the turn from the forward to the backward.
@@ -61,6 +63,7 @@ class Kept:
 def kept_alive(transformer: Path, graph: BlockGraph, tokens: int, shape: LatentShape, precision: Precision) -> Kept:
     """Count what a forward at latents [batch, channels, *shape] keeps alive."""
     one, two = (kept_for_backward(transformer, tokens, shape, precision, graph, batch=batch) for batch in (1, 2))
+    alone = kept_for_backward(transformer, tokens, shape, precision, graph, gradients=False).alive
 
     def line(first: float, second: float) -> Bytes:
         return Bytes(fixed=max(0.0, 2.0 * first - second), sample=second - first)
@@ -70,22 +73,31 @@ def kept_alive(transformer: Path, graph: BlockGraph, tokens: int, shape: LatentS
         blocks=line(sum(one.blocks), sum(two.blocks)),
         block=line(max(one.blocks), max(two.blocks)),
         streams=line(one.streams, two.streams),
+        alone=Bytes(fixed=0.0, sample=alone),
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Counted:
-    """Bytes of a batch: all that autograd keeps, of it what each block adds, and the blocks' streams."""
+    """Bytes of a batch: the most that is alive, all that autograd keeps, what each block adds, the blocks' streams."""
 
+    alive: int
     total: int
     blocks: tuple[int, ...]
     streams: int
 
 
 def kept_for_backward(
-    transformer: Path, tokens: int, shape: LatentShape, precision: Precision, graph: BlockGraph, *, batch: int = 1
+    transformer: Path,
+    tokens: int,
+    shape: LatentShape,
+    precision: Precision,
+    graph: BlockGraph,
+    *,
+    batch: int = 1,
+    gradients: bool = True,
 ) -> Counted:
-    """Count for latents [batch, channels, *shape]; each saved tensor once, weights not at all.
+    """Count for latents [batch, channels, *shape]; each tensor once, weights not at all.
 
     Counted on fake tensors, which choose the same kernels as real ones on the CPU. Of blocks that are built and called
     alike two run, and the second stands for the rest: the first keeps, too, what all of them share.
@@ -98,6 +110,7 @@ def kept_for_backward(
     from flcompress.models.inputs import example_inputs
     from flcompress.models.loading import meta_transformer
     from flcompress.models.precision import half_precision
+    from flcompress.pipeline.alive import Alive
     from flcompress.trace.call import Call, blank, named
     from flcompress.trace.replay import signature
     from flcompress.trace.running import AllTrueMasks
@@ -139,7 +152,7 @@ def kept_for_backward(
             if len(alike) < 2:
                 before = held()
                 output = stock(*args, **kwargs)
-                alike.append((output, held() - before))
+                alike.append((tree_map_only(torch.Tensor, _shape, output), held() - before))
             else:
                 output = tree_map_only(torch.Tensor, _like, alike[1][0])
             spent.append(alike[-1][1])
@@ -154,15 +167,23 @@ def kept_for_backward(
         weights = {value.untyped_storage()._cdata: value.untyped_storage() for value in state.values()}
         inputs = tree_map_only(torch.Tensor, fake, inputs)
         cast = half_precision("cpu", enabled=precision == "bf16")
-        with cast, saved_tensors_hooks(note, lambda tensor: tensor):
+        alive = Alive()
+        with cast, torch.set_grad_enabled(gradients), saved_tensors_hooks(note, lambda tensor: tensor), alive:
             torch.func.functional_call(model, state, (), inputs)
     more = sum(spent) - sum(size for alike in known.values() for _, size in alike)
-    return Counted(total=held() + more, blocks=tuple(spent), streams=streams)
+    return Counted(alive=alive.most, total=held() + more, blocks=tuple(spent), streams=streams)
 
 
-def _like(tensor: Any) -> Any:
-    """A fresh tensor of the same kind, with a place in the graph of autograd, but no leaf: models add in place."""
+def _shape(tensor: Any) -> Any:
+    """All but the storage."""
     import torch
 
-    fresh = torch.empty_like(tensor)
-    return fresh.requires_grad_(tensor.requires_grad).clone() if tensor.requires_grad else fresh
+    return torch.empty_like(tensor, device="meta").requires_grad_(tensor.requires_grad)
+
+
+def _like(shape: Any) -> Any:
+    """A fresh tensor of the shape, with a place in the graph of autograd, but no leaf: models add in place."""
+    import torch
+
+    fresh = torch.empty_like(shape, device="cpu")
+    return fresh.requires_grad_().clone() if shape.requires_grad else fresh

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from flcompress.pipeline.passes import EngineName
 
 FLOAT, HALF = 4, 2
-"""Bytes of a number. Trained weights, gradients and moments are fp32; frozen weights are of the training's precision."""
+"""Bytes of a number. What is trained is fp32, as are gradients and moments; what is frozen has the training's precision."""
 MOMENTS = 2
 """AdamW keeps two per trained parameter."""
 BUCKET = 500_000_000
@@ -88,7 +88,7 @@ def updating(trained: float, gathered: float, place: Place) -> Updating:
     """
     whole = FLOAT * trained
     part = whole / place.processes
-    # AdamW's denominator: one more tensor. For a flat one on the CPU, two.
+    # AdamW's denominator: one more tensor. For a flat one on the CPU, two. And gloo adds up in a copy of its own.
     denominator = part if place.gpu else 2.0 * part
     sent = FLOAT * min(BUCKET, trained)
     bucket = FLOAT * BUCKET if place.gpu else sent
@@ -99,12 +99,11 @@ def updating(trained: float, gathered: float, place: Place) -> Updating:
             return Updating(gradients=whole, lasting=whole, backward=whole, step=2.0 * whole)
         case "fsdp2":  # gathered weights and their gradients, and the same again on their way to the others
             return Updating(gradients=part, forward=gathered, backward=part + 3.0 * gathered, step=2.0 * part)
-        case "zero3":  # its part of the gradients and the bucket stay; a step flattens the part
+        case "zero3":  # its part of the gradients, the bucket and what was gathered stay; a step flattens the part
             return Updating(
                 gradients=part,
-                lasting=part + bucket,
-                forward=gathered,
-                backward=gathered + sent,
+                lasting=part + bucket + gathered,
+                backward=part + sent * (1.0 if place.gpu else 2.0),
                 step=part + denominator,
             )
     # zero1 and zero2: the fp32 part that is stepped is a copy. The bucket is reduced in a flat copy of its own.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from flcompress.ir.graph import BlockGraph
 from flcompress.pipeline.activations import Kept
-from flcompress.pipeline.engine_memory import FLOAT, HALF, Place, moments, updating
+from flcompress.pipeline.engine_memory import FLOAT, HALF, Place, Updating, moments, updating
 from flcompress.pipeline.passes import Cost
 from flcompress.pipeline.recipe import Training
 
@@ -109,7 +109,8 @@ def planned_memory(
     samples = cost.batch / processes
 
     roles: dict[str, RoleMemory] = {}
-    update = activations = loading = held = 0.0
+    updates: list[tuple[Updating, float]] = []
+    activations = loading = held = others = 0.0
     for role in cost.roles:
         size = role.parameters * (FLOAT if role.trained else width)
         loading = max(loading, held + size)
@@ -117,8 +118,10 @@ def planned_memory(
         held += weights * (1 + role.averaged)
         gathered = place.gathered(size, role.parameters, min(1.0, sizes.outside + 2.0 * sizes.block))
         if not role.trained:
-            roles[role.name] = RoleMemory(weights=weights)
-            update = max(update, gathered)
+            # ZeRO-3 lets gathered weights go late, FSDP2 when the next block has run.
+            kept_gathered = gathered if place.engine == "zero3" else 0.0
+            roles[role.name] = RoleMemory(weights=weights, engine=kept_gathered)
+            others = max(others, gathered - kept_gathered)
             continue
         taken = updating(role.parameters, gathered, place)
         roles[role.name] = RoleMemory(
@@ -131,10 +134,11 @@ def planned_memory(
         depth = (role.runs or role.parameters) / original
         alive = kept.training(samples, min(1.0, depth), training.gradient_checkpointing)
         activations = max(activations, alive)
-        update = max(update, taken.forward + alive, taken.backward, taken.step)
-    if not activations:
-        activations = kept.block.of(samples)
-        update = update + activations
+        updates.append((taken, alive))
+    # A frozen model judges while the activations of a trained one are there.
+    update = max((max(one.forward + others + alive, one.backward, one.step) for one, alive in updates), default=0.0)
+    if not updates:
+        activations = update = kept.alone.of(samples)
     return PlannedMemory(
         process=0.0 if gpu else PROCESS, roles=roles, activations=activations, update=update, loading=loading
     )
