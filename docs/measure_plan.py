@@ -103,7 +103,7 @@ def measured(home: Path, file: Path, processes: int) -> dict[str, float]:
 
 
 def planned(file: Path) -> dict[str, float]:
-    """The plan's MB of one process, and its seconds a step at the FLOP/s that this process reaches in processor time."""
+    """The plan's MB of one process, and seconds a step at the FLOP/s that this one reaches in processor time."""
     import torch
 
     from flcompress.pipeline.plan import make_plan

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 
 from flcompress.errors import DataError, ModelError
-from flcompress.pipeline.gpus import GPUS
+from flcompress.pipeline.gpus import gpu_machine
 from flcompress.pipeline.manager import check, check_plan
-from flcompress.pipeline.plan import make_plan, plan_text
+from flcompress.pipeline.plan import make_plan
+from flcompress.pipeline.plan_text import plan_text
 from flcompress.pipeline.recipe_loading import load_recipe
 from flcompress.pipeline.rundir import RunDirectory
 from flcompress.pipeline.start import read_source
@@ -38,11 +40,26 @@ def test_a_plan_for_a_gpu(tmp_path: Path) -> None:
     recipe = load_recipe(
         RECIPES / "wan2.1-t2v-1.3b.yaml", ["sampling.num_frames=9", "sampling.height=64", "sampling.width=64"]
     )
-    text = plan_text(make_plan(recipe, gpu=GPUS["h100"]))
-    assert "hours of one H100 80 GB at 40% of its stated speed" in text
-    assert "memory: one H100 80 GB holds every pass" in text
-    assert "fake score 22.7 GB" in text
-    assert "memory: more than one RTX 4090 24 GB has; " in plan_text(make_plan(recipe, gpu=GPUS["rtx4090"]))
+    text = plan_text(make_plan(recipe, machine=gpu_machine(recipe, "h100")))
+    assert "hours on 1 x H100 80 GB at 40% of the stated speed" in text
+    assert "memory: every pass fits a H100 80 GB" in text
+    assert "fake score 17 GB" in text  # 1.42 G x (4 weights + 8 moments)
+    assert "memory: more than a RTX 4090 24 GB has for " in plan_text(
+        make_plan(recipe, machine=gpu_machine(recipe, "rtx4090"))
+    )
+
+
+def test_the_largest_wan_is_planned_in_seconds_and_fits_16_gpus() -> None:
+    recipe = load_recipe(RECIPES / "wan2.1-t2v-14b.yaml")
+    started = time.process_time()
+    plan = make_plan(recipe, machine=gpu_machine(recipe, "h100", 16))
+    assert time.process_time() - started < 40
+    assert not plan.fits
+    assert plan.advice is not None
+    assert plan.advice.lines()[0] == (
+        "training: {engine: fsdp2, precision: bf16, gradient_checkpointing: true, processes: 16}"
+    )
+    assert plan.advice.batches == {"stochastic-depth": 16, "dmd": 16}
 
 
 def test_configurations_can_be_planned_with_but_not_run(tmp_path: Path) -> None:

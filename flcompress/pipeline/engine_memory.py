@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from flcompress.pipeline.passes import EngineName
 
 FLOAT, HALF = 4, 2
-"""Bytes of a number. What is trained is fp32, as are gradients and moments; what is frozen has the training's precision."""
+"""Bytes of a number. What is trained is fp32, with its gradients and moments; frozen weights are of the precision."""
 MOMENTS = 2
 """AdamW keeps two per trained parameter."""
 BUCKET = 500_000_000

@@ -54,6 +54,34 @@ def test_the_default_run_directory(write: WriteRecipe, tmp_path: Path, monkeypat
     assert (tmp_path / "runs" / "tiny" / "run.json").exists()
 
 
+def test_a_plan_for_gpus(write: WriteRecipe, tmp_path: Path) -> None:
+    path = write("passes: [score, {cut: {keep: 0.5}}]\n")
+    told = cli("plan", path, "--gpus", "2", "--memory", "80G")
+    assert told.exit_code == 0, told.output
+    assert "fsdp2" in told.stdout
+    assert "memory: every pass fits a H100 with 80G" in told.stdout
+    plan = json.loads(cli("plan", path, "--gpus", "2", "--memory", "80G", "--json").stdout)
+    dry = json.loads(cli("apply", path, "--dry-run", "--gpu", "h100", "--json").stdout)
+    assert [row["memory"] for row in plan["passes"]] == [row["memory"] for row in dry["passes"]]
+    assert len(plan["passes"][1]["settings"]) == 24
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["tiny.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        (("--memory", "80X"), "error: --memory: 80X given, expected a size such as 80G or 48GiB\n"),
+        (("--gpus", "0"), "error: --gpus: 0 given, expected 1 or more\n"),
+        (("--gpus", "3", "--set", "training.engine=ddp"), "expected a multiple of the 3 processes"),
+    ],
+)
+def test_a_wrong_plan_is_one_line(write: WriteRecipe, asked: tuple[str, ...], told: str) -> None:
+    failed = cli("plan", write("passes: [score, {cut: {keep: 0.5}}]\n"), *asked)
+    assert failed.exit_code == 2
+    assert told in failed.stderr
+    assert failed.stderr.count("\n") == 1
+
+
 def test_dry_run_writes_nothing(write: WriteRecipe, tmp_path: Path) -> None:
     path = write("passes: [score, {cut: {keep: 0.5}}]\n")
     told = cli("apply", path, "--run-dir", tmp_path / "run", "--dry-run")
@@ -61,7 +89,7 @@ def test_dry_run_writes_nothing(write: WriteRecipe, tmp_path: Path) -> None:
     assert told.stdout.splitlines()[-1] == "nothing was written"
     plan = json.loads(cli("apply", path, "--dry-run", "--json").stdout)
     assert plan["work_ratio"] == pytest.approx(25 * plan["parameters"] / plan["passes"][1]["parameters"])
-    assert plan["passes"][1]["memory"]["roles"]["model"] > 0
+    assert plan["passes"][1]["memory"]["roles"]["model"]["weights"] > 0
     assert sorted(file.name for file in tmp_path.iterdir()) == ["tiny.yaml"]
 
 

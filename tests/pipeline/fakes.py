@@ -52,6 +52,7 @@ class Cut(Pass):
     """Copy the transformer, as if something had been cut from it."""
 
     name: ClassVar[str] = "cut"
+    distributed: ClassVar[bool] = True
     gives: ClassVar[frozenset[Fact]] = frozenset({Fact.PRUNED})
 
     keep: float = Field(gt=0, le=1, description="share that is kept")

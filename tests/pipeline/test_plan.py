@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from flcompress.pipeline.plan import make_plan, measure_speed, plan_text
+from flcompress.pipeline.plan import make_plan
+from flcompress.pipeline.plan_text import plan_text
 from flcompress.pipeline.recipe_loading import load_recipe
+from flcompress.pipeline.speed import measure_speed
 from flcompress.pipeline.start import read_source, trace_folder
 from tests.pipeline.conftest import WriteRecipe
 
