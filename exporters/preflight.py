@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from flcompress.models.compression import clip_size
 
 from flcompress.errors import RequestError
 from flcompress.exporters.precision import Precision, dtype_of
 from flcompress.exporters.shapes import Size, patch_of
-from flcompress.models.compression import clip_size
 from flcompress.models.loading import transformer_class
 
 FP16_KEYS = 65_504
