@@ -18,7 +18,7 @@ from flcompress.exporters.onnx_session import OnnxSession
 from flcompress.exporters.parity import Inputs, Parity, cases, compare, outputs
 from flcompress.exporters.precision import TOLERANCES, Precision
 from flcompress.exporters.reference import reference
-from flcompress.exporters.shapes import Size, autoencoder_config, size_of, step_of
+from flcompress.exporters.shapes import Size, size_of, step_of
 from flcompress.models.folder import check_transformer_config
 from flcompress.pipeline.exporter import Exporter
 from flcompress.pipeline.passes import ProgressSink
@@ -100,7 +100,6 @@ class OnnxExporter(Exporter):
         transformer, text = program.components["transformer"], program.contract.max_sequence_length
         config, size = check_transformer_config(transformer), size_of(program)
         preflight.check_text(config, text)
-        preflight.check_learned(config, size, autoencoder_config(program))
         tokens = preflight.attention_tokens(config, size, text)
         preflight.check_keys(self.precision, tokens, preflight.described(size))
         weights = preflight.weight_bytes(transformer, self.precision)

@@ -11,7 +11,6 @@ import psutil
 from flcompress.errors import RequestError
 from flcompress.exporters.precision import Precision, dtype_of
 from flcompress.exporters.shapes import Size, patch_of
-from flcompress.models.compression import clip_size
 from flcompress.models.loading import transformer_class
 
 FP16_KEYS = 65_504
@@ -81,27 +80,6 @@ def check_text(config: dict[str, Any], tokens: int) -> None:
             f"sampling.max_sequence_length: {tokens} given, but the stock WanTransformer3DModel with an image encoder "
             "takes the last 512 tokens for the prompt; set sampling.max_sequence_length: 512"
         )
-
-
-def check_learned(config: dict[str, Any], size: Size, autoencoder: dict[str, Any]) -> None:
-    """RequestError where a model with a table of learned positions (CogVideoX 5B I2V) is to make another picture.
-
-    Args:
-        config: the transformer's.
-        size: of the latents.
-        autoencoder: the autoencoder's configuration.
-    """
-    learned = config.get("sample_height"), config.get("sample_width")
-    if not config.get("use_learned_positional_embeddings") or (size.height, size.width) == learned:
-        return
-    (_, *given), (_, *expected) = (
-        clip_size(autoencoder, (size.frames, *one)) for one in ((size.height, size.width), learned)
-    )
-    raise RequestError(
-        f"sampling: height {given[0]}, width {given[1]} given, but this {config['_class_name']} has learned positions "
-        f"(use_learned_positional_embeddings) for one size; set sampling.height: {expected[0]}, sampling.width: "
-        f"{expected[1]}"
-    )
 
 
 def check_room(what: str, folder: Path, disk: int, memory: int) -> None:

@@ -62,20 +62,6 @@ def test_a_prompt_of_another_length_than_wan_cuts_off() -> None:
     )
 
 
-def test_another_size_than_learned_positions_have() -> None:
-    vae = {"_class_name": "AutoencoderKLCogVideoX", "block_out_channels": [1] * 4, "temporal_compression_ratio": 4}
-    config = {"_class_name": "CogVideoXTransformer3DModel", "sample_height": 60, "sample_width": 90}
-    preflight.check_learned(config, SD, vae)
-    config |= {"use_learned_positional_embeddings": True}
-    preflight.check_learned(config, Size(batch=1, frames=13, height=60, width=90), vae)
-    with pytest.raises(RequestError) as caught:
-        preflight.check_learned(config, SD, vae)
-    assert str(caught.value) == (
-        "sampling: height 480, width 832 given, but this CogVideoXTransformer3DModel has learned positions "
-        "(use_learned_positional_embeddings) for one size; set sampling.height: 480, sampling.width: 720"
-    )
-
-
 def test_too_little_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1_000_000_000))
     with pytest.raises(RequestError) as caught:
