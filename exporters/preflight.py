@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from flcompress.models.compression import clip_size
 
 from flcompress.errors import RequestError
 from flcompress.exporters.precision import Precision, dtype_of
