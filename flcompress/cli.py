@@ -106,7 +106,7 @@ def apply_command(
 def plan_command(
     recipe: Path, gpus: int | None, memory: str | None, gpu: str, overrides: Sequence[str], as_json: bool
 ) -> None:
-    """Say what RECIPE takes on GPUs: memory, time, and what to change where it does not fit. See docs/planning.md."""
+    """Say what RECIPE takes on GPUs, and what to change to fit."""
     from flcompress.pipeline import manager
     from flcompress.pipeline.plan_text import plan_text
     from flcompress.pipeline.recipe_loading import load_recipe

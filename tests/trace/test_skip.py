@@ -169,6 +169,7 @@ def test_what_a_skipping_forward_computed_serves_the_full_one_and_its_gradient_s
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler warns of its own workings
 def test_compiled_blocks_can_be_skipped_and_give_the_same_gradients() -> None:
     if missing := missing_compiler():
         pytest.skip(missing)
