@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from flcompress.diffusion import matching
 from flcompress.diffusion.conditioning import Conditioning, on, without_prompt
 from flcompress.diffusion.contract import SamplingContract, student_contract
 from flcompress.diffusion.guidance import well_guided
 from flcompress.diffusion.sampling import advance
-from flcompress.draws import Draws
+from flcompress.draws import Draws, seed_of
 from flcompress.errors import RequestError
-from flcompress.models.loading import meta_transformer, save_transformer
+from flcompress.models.loading import load_transformer, meta_transformer, save_transformer
 from flcompress.models.network import as_network
 from flcompress.pipeline.passes import Cost, EngineName, Pass, Role, Work
 from flcompress.pipeline.program import Fact, Program
@@ -27,6 +27,7 @@ from flcompress.trace.skip import graph_of
 from flcompress.training.discriminator import Discriminator, critic_term, generator_term
 from flcompress.training.engines import Engine, Hyper, engine_of
 from flcompress.training.loop import train
+from flcompress.training.lora import LoRA, SharedBase, lora_parameters, merge, unlike
 from flcompress.training.objectives import denoising_loss, draw_levels
 from flcompress.training.trained import Trained
 
@@ -53,6 +54,10 @@ class DistributionMatching(Pass):
 
     with b1 and b2 drawn from ranges for every sample. A discriminator on the fake score's features is optional.
 
+    The fake score, and the generator too, can be LoRAs on the one frozen copy of the real score's weights, see
+    docs/training-memory.md. A LoRA generator computes with the prune set skipped; the finished one is merged into the
+    pruned transformer's own weights.
+
     `- dmd: {student_steps: 4, inter_cfg: [3, 4], steps: 200}`
     """
 
@@ -73,6 +78,13 @@ class DistributionMatching(Pass):
     real_score: Literal["original", "elastic"] = Field(
         "original", description="whose weights: the model the recipe started from, or what stochastic depth made of it"
     )
+    fake_score: Literal["full", "lora"] = Field(
+        "full", description="a whole model, or a LoRA on the real score's weights, which it then starts from"
+    )
+    generator: Literal["full", "lora"] = Field(
+        "full", description="a whole model, or a LoRA on the real score's weights, which then must be elastic"
+    )
+    lora_rank: int = Field(32, ge=1, description="rank of LoRAs, on every linear layer of the blocks")
     critic_updates: int = Field(5, ge=1, description="updates of the fake score for each of the generator's")
     steps: int = Field(gt=0, description="updates of the generator")
     batch: int = Field(16, gt=0, description="clips an update")
@@ -83,6 +95,24 @@ class DistributionMatching(Pass):
     )
     ema_decay: float = Field(0.98, ge=0, lt=1, description="decay of the generator's moving average, which is kept")
     gan_weight: float = Field(0.0, ge=0, description="weight of the adversarial term; 0 is none")
+
+    @model_validator(mode="after")
+    def _lora_has_its_base(self) -> DistributionMatching:
+        if self.generator == "lora" and self.real_score != "elastic":
+            raise ValueError(
+                "generator: lora given with real_score: original, expected elastic: a LoRA starts from the weights it "
+                "shares, and the generator from those of stochastic depth; set real_score: elastic or generator: full"
+            )
+        if self.gan_weight and self.fake_score == "lora":
+            raise ValueError(
+                f"gan_weight: {self.gan_weight:g} given with fake_score: lora, expected 0: the term reads inside a "
+                "fake score of its own; set fake_score: full or gan_weight: 0"
+            )
+        return self
+
+    @property
+    def _shares(self) -> bool:
+        return "lora" in (self.fake_score, self.generator)
 
     def evaluations(self, evaluations: int) -> int:
         return self.student_steps
@@ -104,20 +134,28 @@ class DistributionMatching(Pass):
         return ("local", "ddp") if self.gan_weight else super().engines
 
     def cost(self, parameters: float, blocks: int, original: float) -> Cost:
-        # The generator is pruned; the scores are as deep as the original.
+        # The generator is pruned; the scores are as deep as the original. A LoRA's backward has no weights' gradients.
         pruned = parameters / original
+        of_generator, of_fake = (2.0 if kind == "lora" else 3.0 for kind in (self.generator, self.fake_score))
         simulate = pruned * (self.student_steps - 1) / 2.0
-        generator = simulate + pruned * 3.0 + 1.0 + 2.0 + (pruned if self.intra_cfg != (0.0, 0.0) else 0.0)
-        critic = simulate + pruned + 3.0
+        intra = pruned if self.intra_cfg != (0.0, 0.0) else 0.0
+        generator = simulate + pruned * of_generator + 1.0 + 2.0 + intra
+        critic = simulate + pruned + of_fake
+
+        def role(name: str, kind: str, parameters: float, blocks: float, *, averaged: bool = False) -> Role:
+            if kind == "lora":
+                name, parameters = f"{name} (LoRA)", lora_parameters(parameters, blocks, self.lora_rank)
+            return Role(name, parameters, trained=True, averaged=averaged)
+
         return Cost(
             steps=self.steps,
             forwards=self.steps * self.batch * (generator + self.critic_updates * critic),
             again=self.steps * self.batch * (pruned + self.critic_updates),
             batch=self.batch,
             roles=(
-                Role("generator", parameters, trained=True, averaged=True),
-                Role("fake score", original, trained=True),
-                Role("real score", original),
+                role("generator", self.generator, parameters, blocks, averaged=True),
+                role("fake score", self.fake_score, original, blocks / pruned),
+                Role("shared base" if self._shares else "real score", original),
             ),
         )
 
@@ -127,6 +165,19 @@ class DistributionMatching(Pass):
                 f"dmd.gan_weight: {self.gan_weight:g} given with training.engine {work.engine}, expected 0: the term "
                 "reads the fake score from outside its engine; use local or ddp"
             )
+        if self._shares and work.engine == "zero3":
+            raise RequestError(
+                "dmd: lora given with training.engine zero3, expected local, ddp, zero1, zero2 or fsdp2: DeepSpeed does "
+                "not split weights that several roles share; use fsdp2"
+            )
+        if self.generator == "lora":
+            parts = program.components
+            odd = work.world.once(lambda: unlike(parts["transformer"], parts["elastic"], program.kept))
+            if odd:
+                raise RequestError(
+                    f"dmd.generator: lora given, but {odd} of the transformer is not that of the elastic one, whose "
+                    "weights a LoRA would start from; set generator: full"
+                )
         contract = student_contract(program.teacher_contract, self.student_steps, program.family.sigmas)
         started = time.monotonic()
         matcher = _Matcher(self, program, contract, engine_of(work))
@@ -141,6 +192,9 @@ class DistributionMatching(Pass):
         weights = matcher.generator.averaged_state()
         target = work.directory / "transformer"
         if work.world.main:
+            if self.generator == "lora":
+                whole = load_transformer(program.components["transformer"]).state_dict()
+                weights = merge(whole, weights, program.kept)
             save_transformer(program.components["transformer"], weights, target)
             result = {
                 "sigmas": list(contract.sigmas),
@@ -166,16 +220,37 @@ class _Matcher:
         self._negative = on(self._data.negative, self._device)
         self._shift, self._process = program.teacher_contract.shift, contract.process
         guidance = contract.embedded_guidance
+        self._prune_set = program.prune_set
+        self._real_model = work.frozen(parts[settings.real_score])
+        self._real_graph = graph_of(meta_transformer(parts[settings.real_score]))
+        depth = [block.path for block in self._real_graph.blocks]
+        base = SharedBase(self._real_model, depth if settings._shares else ())
+        if settings._shares:
+            work.checkpoint_blocks(self._real_model, base.checkpoint)
+        self._real = as_network(engine.frozen(self._real_model), guidance)
+
+        def model(name: str, kind: str, component: str, kept: Collection[str]) -> Any:
+            if kind == "full":
+                return work.trained(parts[component])
+            gone = [path for path in depth if path not in kept]
+            return LoRA(
+                base,
+                kept,
+                settings.lora_rank,
+                seed=seed_of(work.seed, name),
+                around=lambda: engine.skip(self._real_model, gone, graph=self._real_graph),
+            )
+
         self.generator = Trained(
             engine,
             "generator",
-            work.trained(parts["transformer"]),
+            model("generator", settings.generator, "transformer", program.kept.values()),
             batch=settings.batch,
             hyper=Hyper(learning_rate=settings.learning_rate, betas=BETAS),
             ema_decay=settings.ema_decay,
         )
         self._generator = as_network(self.generator.module, guidance)
-        fake = work.trained(parts["elastic"])
+        fake = model("fake score", settings.fake_score, "elastic", depth)
         self._fake = as_network(fake, guidance)
         critic = fake
         if settings.gan_weight:
@@ -193,9 +268,6 @@ class _Matcher:
         )
         if not settings.gan_weight:
             self._fake = as_network(self._critic.module, guidance)
-        self._real_model, self._prune_set = work.frozen(parts[settings.real_score]), program.prune_set
-        self._real_graph = graph_of(meta_transformer(parts[settings.real_score]))
-        self._real = as_network(engine.frozen(self._real_model), guidance)
         self.roles = (self.generator, self._critic)
 
     def step(self, step: int, draws: Draws) -> Mapping[str, float]:

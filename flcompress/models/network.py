@@ -30,9 +30,12 @@ def as_network(transformer: Any, guidance: float | None = None) -> Network:
 
 
 def stock_model(wrapped: Any) -> Any:
-    """The stock model inside what torch.compile, DistributedDataParallel or DeepSpeed made of it."""
+    """The stock model inside what torch.compile, DistributedDataParallel or DeepSpeed made of it, or under a LoRA."""
     for name in ("_orig_mod", "module", "inner"):
-        if (inner := vars(wrapped).get("_modules", {}).get(name)) is not None:
+        inner = vars(wrapped).get("_modules", {}).get(name)
+        if inner is None:
+            inner = vars(wrapped).get(name)
+        if inner is not None:
             return stock_model(inner)
     return wrapped
 

@@ -66,14 +66,22 @@ class Work:
         from flcompress.models.loading import load_transformer
 
         model = load_transformer(folder, self.device).requires_grad_(True)
-        if self.gradient_checkpointing:
-            if not model._supports_gradient_checkpointing:
-                raise RequestError(
-                    f"training.gradient_checkpointing: {type(model).__name__} has none in this diffusers; "
-                    "set it to false"
-                )
-            model.enable_gradient_checkpointing()
+        self.checkpoint_blocks(model)
         return self._compiled(model)
+
+    def checkpoint_blocks(self, model: Any, function: Callable[..., Any] | None = None) -> None:
+        """Let the model compute its blocks again in the backward, by `function` where given, if the training asks so.
+
+        Raises:
+            RequestError: its class cannot.
+        """
+        if not self.gradient_checkpointing:
+            return
+        if not model._supports_gradient_checkpointing:
+            raise RequestError(
+                f"training.gradient_checkpointing: {type(model).__name__} has none in this diffusers; set it to false"
+            )
+        model.enable_gradient_checkpointing(function)
 
     def frozen(self, folder: Path) -> Any:
         """A transformer that only judges: weights in the training's precision."""

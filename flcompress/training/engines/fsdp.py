@@ -76,6 +76,8 @@ class FullySharded(Engine):
 
 
 def _blocks(model: Any) -> list[nn.Module]:
+    if not hasattr(model, "config"):  # a LoRA, split as one
+        return []
     with torch.device("meta"):
         plain = type(model).from_config(model.config)
     return [model.get_submodule(block.path) for block in graph_of(plain).blocks]

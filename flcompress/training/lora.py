@@ -1,0 +1,187 @@
+"""One frozen transformer that several roles of a training share, each with a LoRA of its own.
+
+Hu et al. 2021, LoRA: a linear layer becomes W x + B (A x), where only A [rank, in] and B [out, rank] are trained; B
+starts at zero. Here A and B lie in a module of the role's own, so that each role is an ordinary trained model to every
+engine: its parameters, moments and checkpoints are the LoRA's alone. PEFT puts the LoRAs of all roles into the one
+model and chooses between them by a state of that model, which also switches `requires_grad`; a backward that computes
+blocks again would then do so with whichever role was chosen last.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from flcompress.draws import seed_of
+from flcompress.models.shards import folder_tensors
+
+
+class SharedBase:
+    """A frozen transformer and which LoRA it computes with at the moment; with none it is the plain model.
+
+    Args:
+        model: frozen; stays what it is but for hooks on its linear layers.
+        blocks: module paths of the blocks whose linear layers may have LoRAs.
+
+    Attributes:
+        model: as given.
+        linears: path -> linear layer, of all that may have LoRAs.
+    """
+
+    def __init__(self, model: Any, blocks: Iterable[str]) -> None:
+        self.model = model
+        self._active: LoRA | None = None
+        self.linears: dict[str, nn.Linear] = {}
+        for block in blocks:
+            for name, module in model.get_submodule(block).named_modules(prefix=block):
+                if isinstance(module, nn.Linear):
+                    self.linears[name] = module
+                    module.register_forward_hook(self._adding(name))
+
+    @contextmanager
+    def using(self, lora: LoRA | None) -> Iterator[None]:
+        """While active, the model computes with this LoRA, or with none."""
+        # A plain attribute: on a GPU the backward, which may compute blocks again, runs in threads of its own.
+        before, self._active = self._active, lora
+        try:
+            yield
+        finally:
+            self._active = before
+
+    def checkpoint(self, module: nn.Module, *args: Any) -> Any:
+        """Gradient checkpointing for diffusers' `enable_gradient_checkpointing`.
+
+        The backward computes a block again with the LoRA of its forward, whichever role has computed since.
+        """
+        lora = self._active
+        return checkpoint(
+            module.__call__, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), self.using(lora))
+        )
+
+    def _adding(self, name: str) -> Callable[[nn.Module, tuple[Tensor], Tensor], Tensor | None]:
+        def hook(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor | None:
+            return None if self._active is None else self._active.added(name, args[0], output)
+
+        return hook
+
+
+class LoRA(nn.Module):
+    """A role on a shared base: called like the base, it computes with its own A and B.
+
+    Args:
+        base: the shared base; no submodule of this one.
+        blocks: paths of the base's blocks whose linear layers it adapts.
+        rank: of A and B, capped at a layer's smaller side.
+        seed: draws A.
+        around: entered for every forward; where the role is the base without some blocks, it skips them.
+
+    Attributes:
+        inner: the base's model.
+    """
+
+    def __init__(
+        self,
+        base: SharedBase,
+        blocks: Iterable[str],
+        rank: int,
+        *,
+        seed: int,
+        around: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        super().__init__()
+        vars(self)["inner"] = base.model  # past nn.Module's registration: the base's weights are not this role's
+        self._base, self._around = base, around
+        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
+        draws = torch.Generator().manual_seed(seed_of(seed, "lora"))
+        prefixes = tuple(f"{block}." for block in blocks)
+        for name, linear in base.linears.items():
+            if name.startswith(prefixes):
+                small = min(rank, linear.in_features, linear.out_features)
+                bound = 1.0 / math.sqrt(linear.in_features)
+                down = torch.empty(small, linear.in_features).uniform_(-bound, bound, generator=draws)
+                device = linear.weight.device
+                self.lora_A[_key(name)] = nn.Parameter(down.to(device))
+                self.lora_B[_key(name)] = nn.Parameter(torch.zeros(linear.out_features, small, device=device))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with self._base.using(self), self._around():
+            return vars(self)["inner"](*args, **kwargs)
+
+    def added(self, name: str, x: Tensor, output: Tensor) -> Tensor:
+        """What the linear layer at `name` gives with this LoRA: its output [..., out] of x [..., in], and B (A x)."""
+        key = _key(name)
+        if key not in self.lora_A:
+            return output
+        down, up = self.lora_A[key], self.lora_B[key]
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(down.dtype)
+        return output + F.linear(F.linear(x, down), up).to(output.dtype)
+
+
+def merge(weights: Mapping[str, Tensor], lora: Mapping[str, Tensor], paths: Mapping[str, str]) -> dict[str, Tensor]:
+    """The weights of a model with a LoRA added to them: W + B A, summed in fp64 and rounded once.
+
+    Args:
+        weights: the model's state dict.
+        lora: the state dict of a `LoRA`.
+        paths: block path in the model -> block path in the LoRA's base.
+
+    Raises:
+        KeyError: the model lacks a weight that the LoRA adapts.
+    """
+    merged = dict(weights)
+    new = {old: here for here, old in paths.items()}
+    for key, down in lora.items():
+        half, _, name = key.partition(".")
+        if half != "lora_A":
+            continue
+        block = next(old for old in new if _path(name).startswith(f"{old}."))
+        place = f"{new[block]}{_path(name)[len(block) :]}.weight"
+        added = lora[f"lora_B.{name}"].double() @ down.double()
+        merged[place] = (weights[place].double() + added).to(weights[place].dtype)
+    return merged
+
+
+def unlike(transformer: Path, base: Path, paths: Mapping[str, str]) -> str | None:
+    """Name of the first tensor of a transformer folder that differs from its counterpart in another; None if none does.
+
+    Args:
+        transformer: folder of the transformer.
+        base: folder of the one that it should be but for missing blocks.
+        paths: block path in the transformer -> block path in the base.
+    """
+    ours, theirs = folder_tensors(transformer), folder_tensors(base)
+    for name, tensor in ours.items():
+        block = next((here for here in paths if name.startswith(f"{here}.")), "")
+        other = theirs.get(f"{paths[block]}{name[len(block) :]}" if block else name)
+        if other is None or (tensor.dtype, tensor.shape) != (other.dtype, other.shape):
+            return name
+        if any(one != two for one, two in zip(tensor.pieces(), other.pieces(), strict=True)):
+            return name
+    return None
+
+
+def lora_parameters(parameters: float, blocks: float, rank: int) -> float:
+    """About how many parameters a `LoRA` on all linear layers of a transformer has, for the plan.
+
+    A block of width w is taken for 16 w^2 parameters, 4 w^2 in each of two attentions and 8 w^2 in the feed-forward;
+    the sides of its ten matrices add up to 26 w. 3 % off for Wan 1.3B, 2 % for 14B.
+    """
+    return blocks * rank * 26.0 * math.sqrt(parameters / blocks / 16.0)
+
+
+def _key(path: str) -> str:
+    # The name of a parameter must not have dots.
+    return path.replace(".", "/")
+
+
+def _path(key: str) -> str:
+    return key.replace("/", ".")
