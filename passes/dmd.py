@@ -165,11 +165,8 @@ class DistributionMatching(Pass):
                 f"dmd.gan_weight: {self.gan_weight:g} given with training.engine {work.engine}, expected 0: the term "
                 "reads the fake score from outside its engine; use local or ddp"
             )
-        if self._shares and work.engine == "zero3":
-            raise RequestError(
-                "dmd: lora given with training.engine zero3, expected local, ddp, zero1, zero2 or fsdp2: DeepSpeed does "
-                "not split weights that several roles share; use fsdp2"
-            )
+        if self._shares:
+            _check_sharing(work)
         if self.generator == "lora":
             parts = program.components
             odd = work.world.once(lambda: unlike(parts["transformer"], parts["elastic"], program.kept))
@@ -204,6 +201,20 @@ class DistributionMatching(Pass):
             }
             (work.directory / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         return replace(program.with_component("transformer", target), contract=contract)
+
+
+def _check_sharing(work: Work) -> None:
+    """RequestError where the training's settings do not go with LoRAs on one base."""
+    if work.engine == "zero3":
+        raise RequestError(
+            "training.engine: zero3 given with LoRA roles in dmd, expected local, ddp, zero1, zero2 or fsdp2: DeepSpeed "
+            "does not split weights that several roles share; use fsdp2"
+        )
+    if work.compile:
+        raise RequestError(
+            "training.compile: true given with LoRA roles in dmd, expected false: every role's every layer would be "
+            "compiled by itself; set it to false, or fake_score and generator to full"
+        )
 
 
 class _Matcher:
