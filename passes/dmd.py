@@ -207,8 +207,8 @@ def _check_sharing(work: Work) -> None:
     """RequestError where the training's settings do not go with LoRAs on one base."""
     if work.engine == "zero3":
         raise RequestError(
-            "training.engine: zero3 given with LoRA roles in dmd, expected local, ddp, zero1, zero2 or fsdp2: DeepSpeed "
-            "does not split weights that several roles share; use fsdp2"
+            "training.engine: zero3 given with LoRA roles in dmd, expected local, ddp, zero1, zero2 or fsdp2: "
+            "DeepSpeed does not split weights that roles share; use fsdp2"
         )
     if work.compile:
         raise RequestError(

@@ -1,0 +1,177 @@
+"""Peak memory of distribution matching with and without shared weights: python -m docs.measure_memory [MODEL ...].
+
+Each line is a process of its own that makes the roles and takes two whole steps. Two measures, both over what the
+process held before the roles were made: bytes of the tensors alive, counted as torch makes and frees them, which is the
+same on every run; and resident memory, which is what the system charges and moves with the allocator. Inside a kernel
+nothing is counted. `MODEL` is teacher (the embedded benchmark's, batch 16) or large (random, batch 2).
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import weakref
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+ROOT = Path(__file__).resolve().parent.parent
+LARGE = {"layers": 16, "heads": 40, "feed_forward": 2560, "vae_channels": 4}
+ROLES: dict[str, dict[str, Any]] = {
+    "three full copies": {},
+    "shared base, LoRA critic": {"fake_score": "lora"},
+    "shared base, both LoRA": {"fake_score": "lora", "generator": "lora"},
+}
+MODES: dict[str, dict[str, Any]] = {
+    "": {},
+    "checkpointing": {"gradient_checkpointing": True},
+    "checkpointing, bf16": {"gradient_checkpointing": True, "precision": "bf16"},
+}
+BATCH = {"teacher": 16, "large": 2}
+
+
+class Alive(TorchDispatchMode):
+    """Bytes of the storages that came out of any operation and are still held."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        self.note(tree_leaves(output))
+        return output
+
+    def note(self, values: Iterable[Any]) -> None:
+        for value in values:
+            if isinstance(value, Tensor) and value.device.type != "meta":
+                storage = value.untyped_storage()
+                if storage not in self._known:
+                    size = storage.nbytes()
+                    self._known[storage] = size
+                    self.now += size
+                    weakref.finalize(storage, self._freed, size)
+        self.peak = max(self.peak, self.now)
+
+    def _freed(self, size: int) -> None:
+        self.now -= size
+
+
+def recipe_of(model: str, folder: Path, roles: dict[str, Any], training: dict[str, Any]) -> Path:
+    """A recipe that cuts the model without training and distils for two steps."""
+    dmd = {"steps": 2, "batch": BATCH[model], "critic_updates": 1, "student_steps": 2, "real_score": "elastic", **roles}
+    source = ROOT / "recipes/moving-digits/teacher" if model == "teacher" else folder / "model"
+    recipe = {
+        "version": 1,
+        "model": {"path": str(source)},
+        "sampling": {"max_sequence_length": 16},
+        "data": {"moving-digits": {"clips": 32}},
+        "training": training,
+        "passes": [{"prune": {"remove": 0.3, "by": "middle"}}, {"dmd": dmd}],
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps(recipe))
+    return path
+
+
+def child(model: str, folder: Path, roles: dict[str, Any], training: dict[str, Any]) -> dict[str, float]:
+    """Two steps; every figure in bytes."""
+    import psutil
+
+    from flcompress.diffusion.contract import student_contract
+    from flcompress.draws import Draws
+    from flcompress.passes.dmd import DistributionMatching, _Matcher
+    from flcompress.pipeline.clips import Clips
+    from flcompress.pipeline.display import QuietDisplay
+    from flcompress.pipeline.memory import peak_mb, reset_peak
+    from flcompress.pipeline.passes import Work
+    from flcompress.pipeline.recipe_loading import load_recipe
+    from flcompress.pipeline.rundir import RunDirectory
+    from flcompress.training.engines import engine_of
+
+    recipe = load_recipe(recipe_of(model, folder, roles, training))
+    program = RunDirectory(folder / "run").final()
+    step = recipe.passes[1]
+    assert isinstance(step, DistributionMatching)
+    data = Clips(recipe, folder / "data", QuietDisplay(), "cpu")
+    data(program)
+    work = Work(directory=folder, seed=0, data=data, progress=lambda *_: None, **training)
+    contract = student_contract(program.teacher_contract, step.student_steps, program.family.sigmas)
+    alive, before = Alive(), psutil.Process().memory_info().rss
+    reset_peak()
+    with alive:
+        matcher = _Matcher(step, program, contract, engine_of(work))
+        for number in (1, 2):
+            with matcher.engine.forward_mode():
+                matcher.step(number, Draws(0, "memory", number, batch=step.batch))
+    base = list(matcher._real_model.parameters())
+    return {
+        "weights": _bytes([*base, *(one for role in matcher.roles for one in role.model.parameters())]),
+        "trained": _bytes(one for role in matcher.roles for one in role.model.parameters()),
+        "moments": _bytes(
+            value for role in matcher.roles for key, value in role.checkpoint().items() if key.startswith("optimizer.")
+        ),
+        "average": _bytes(value for role in matcher.roles for value in (role._ema or {}).values()),
+        "alive": alive.peak,
+        "rss": peak_mb() * 1e6 - before,
+    }
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum({one.untyped_storage()._cdata: one.untyped_storage().nbytes() for one in tensors}.values())
+
+
+def measure(model: str) -> None:
+    """Print the table of one model."""
+    from flcompress.data.blank_pipeline import write_blank
+    from flcompress.models.loading import initialise_pipeline
+    from flcompress.pipeline.display import QuietDisplay
+    from flcompress.pipeline.manager import apply
+
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        if model == "large":
+            write_blank(folder / "blank", **LARGE)
+            initialise_pipeline(folder / "blank", folder / "model", 0)
+        recipe = recipe_of(model, folder, {}, {})
+        cut = json.loads(recipe.read_text())
+        cut["passes"] = cut["passes"][:1]
+        recipe.write_text(json.dumps(cut))
+        apply(recipe, folder / "run", display=QuietDisplay(), device="cpu")
+        print(f"\n{model}, batch {BATCH[model]}, MB (10^6 bytes) over the process before")
+        print("| roles | mode | weights | moments, average | gradients, activations, temporaries | peak | of naive | "
+              "resident | of naive |\n|---|---|---|---|---|---|---|---|---|")  # fmt: skip
+        naive: dict[str, float] = {}
+        for mode, training in MODES.items():
+            for name, roles in ROLES.items():
+                told = subprocess.run(
+                    [sys.executable, "-m", "docs.measure_memory", "--child", model, place, json.dumps(roles),
+                     json.dumps(training)],
+                    check=True, capture_output=True, text=True, cwd=ROOT,
+                )  # fmt: skip
+                found = json.loads(told.stdout.splitlines()[-1])
+                naive = naive or found
+                kept = found["moments"] + found["average"]
+                rest = found["alive"] - found["weights"] - kept
+                sizes = (found["weights"], kept, rest, found["alive"])
+                cells = [name, mode, *(f"{size / 1e6:.0f}" for size in sizes),
+                         f"{found['alive'] / naive['alive']:.3f}", f"{found['rss'] / 1e6:.0f}",
+                         f"{found['rss'] / naive['rss']:.3f}"]  # fmt: skip
+                print(f"| {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        model, place, roles, training = sys.argv[2:]
+        print(json.dumps(child(model, Path(place), json.loads(roles), json.loads(training))))
+    else:
+        for model in sys.argv[1:] or BATCH:
+            measure(model)

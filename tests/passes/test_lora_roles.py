@@ -1,0 +1,207 @@
+"""Distribution matching whose roles share one frozen model, through the pass manager and on several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flcompress.errors import RequestError
+from flcompress.models.inputs import example_inputs
+from flcompress.models.loading import load_transformer
+from flcompress.passes.dmd import DistributionMatching
+from flcompress.pipeline.display import QuietDisplay
+from flcompress.pipeline.manager import apply
+from flcompress.pipeline.program import Program
+from flcompress.pipeline.rundir import RunDirectory
+from flcompress.trace.skip import skip
+from flcompress.training.lora import LoRA, SharedBase, merge
+from tests.tiny import tiny_pipeline
+
+LORA = "fake_score: lora, generator: lora, real_score: elastic, lora_rank: 4"
+RECIPE = """
+version: 1
+model: model
+sampling: {{max_sequence_length: 16}}
+data: {{moving-digits: {{clips: 16}}}}
+passes:
+  - stochastic-depth: {{remove: 0.3, by: middle, steps: 2, batch: 2, max_drift: 1e9}}
+  - prune: {{remove: 0.3, by: middle}}
+  - dmd: {{steps: 2, critic_updates: 1, student_steps: 2, batch: 2, intra_cfg: [0.2, 0.3], learning_rate: 1e-2, {dmd}}}
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("lora")
+    tiny_pipeline(folder / "model", layers=4)
+    return folder
+
+
+def applied(folder: Path, name: str, settings: str = LORA, *overrides: str) -> RunDirectory:
+    recipe = folder / f"{name}.yaml"
+    recipe.write_text(RECIPE.format(dmd=settings))
+    return apply(
+        recipe, folder / name, overrides=overrides, store=folder / "store", display=QuietDisplay(), device="cpu"
+    )
+
+
+def logged(run: RunDirectory) -> list[dict[str, float]]:
+    lines = (run.entries()[-1].folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_the_finished_generator_is_the_trained_one_in_its_own_weights(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: dict[str, torch.Tensor] = {}
+
+    def watched(weights: Any, lora: Any, paths: Any) -> Any:
+        trained.update(lora)
+        return merge(weights, lora, paths)
+
+    monkeypatch.setattr("flcompress.passes.dmd.merge", watched)
+    run = applied(folder, "merged")
+    program = run.final()
+    student = load_transformer(program.components["transformer"])
+    elastic = load_transformer(program.components["elastic"])
+    assert (len(student.blocks), len(elastic.blocks)) == (2, 4)
+    generator = LoRA(SharedBase(elastic, program.kept.values()), program.kept.values(), 4, seed=0)
+    generator.load_state_dict(trained)
+    assert all(bool((value != 0).any()) for value in generator.lora_B.values())
+    given = example_inputs(elastic, batch=2)
+    with torch.no_grad(), skip(elastic, program.prune_set):
+        start = elastic(**given, return_dict=False)[0]
+        expected = generator(**given, return_dict=False)[0]
+    with torch.no_grad():
+        found = student(**given, return_dict=False)[0]
+    assert float((expected - start).abs().max()) > 1e-4
+    assert float((found - expected).abs().max()) < 1e-6
+
+
+def test_gradient_checkpointing_and_precision(folder: Path) -> None:
+    """Blocks computed again change no loss; bf16, with the base held in it, stays near."""
+    plain = logged(applied(folder, "plain"))
+    again = logged(applied(folder, "again", LORA, "training.gradient_checkpointing=true"))
+    both = ("training.gradient_checkpointing=true", "training.precision=bf16")
+    half = logged(applied(folder, "half", LORA, *both))
+    for one, other, third in zip(plain, again, half, strict=True):
+        assert other == pytest.approx(one, rel=1e-4, abs=1e-6)
+        assert third["fake_score_loss"] == pytest.approx(one["fake_score_loss"], rel=0.05)
+    assert plain != half
+
+
+def test_a_lora_critic_beside_a_full_generator(folder: Path) -> None:
+    """The two start from the same weights, so the first loss of the critic is a full one's."""
+    full = logged(applied(folder, "full", "real_score: elastic"))
+    critic = logged(applied(folder, "critic", "real_score: elastic, fake_score: lora"))
+    assert critic[0]["fake_score_loss"] == pytest.approx(full[0]["fake_score_loss"], rel=1e-5)
+    assert critic[0]["fake_score_grad_norm"] != pytest.approx(full[0]["fake_score_grad_norm"], rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"generator": "lora"},
+         "generator: lora given with real_score: original, expected elastic: a LoRA starts from the weights it shares, "
+         "and the generator from those of stochastic depth; set real_score: elastic or generator: full"),
+        ({"fake_score": "lora", "gan_weight": 0.1},
+         "gan_weight: 0.1 given with fake_score: lora, expected 0: the term reads inside a fake score of its own; "
+         "set fake_score: full or gan_weight: 0"),
+    ],
+)  # fmt: skip
+def test_combinations_that_cannot_be(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as told:
+        DistributionMatching(steps=1, **settings)
+    assert message in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.engine=zero3",
+         "training.engine: zero3 given with LoRA roles in dmd, expected local, ddp, zero1, zero2 or fsdp2: DeepSpeed "
+         "does not split weights that roles share; use fsdp2"),
+        ("training.compile=true",
+         "training.compile: true given with LoRA roles in dmd, expected false: every role's every layer would be "
+         "compiled by itself; set it to false, or fake_score and generator to full"),
+    ],
+)  # fmt: skip
+def test_trainings_that_cannot_be(folder: Path, override: str, message: str) -> None:
+    from flcompress.pipeline.passes import Work
+
+    key, value = override.removeprefix("training.").split("=")
+    program = Program.load(applied(folder, "plain").entries()[2].folder)
+    work = Work(directory=folder, seed=0, data=_never, progress=_never, **{key: True if value == "true" else value})  # type: ignore[arg-type]
+    step = DistributionMatching(steps=1, fake_score="lora")
+    with pytest.raises(RequestError) as told:
+        step.apply(program, work)
+    assert str(told.value) == message
+
+
+def _never(*given: Any) -> Any:
+    raise AssertionError("refused before any work")
+
+
+def test_a_generator_that_did_not_start_from_the_base_is_refused(folder: Path) -> None:
+    run = applied(folder, "plain")
+    program = Program.load(run.entries()[2].folder)
+    odd = program.with_component("elastic", program.components["original"])
+    step = DistributionMatching(steps=1, generator="lora", real_score="elastic")
+    work = _work(folder)
+    with pytest.raises(RequestError) as told:
+        step.apply(odd, work)
+    assert str(told.value).startswith("dmd.generator: lora given, but ")
+    assert str(told.value).endswith(
+        " of the transformer is not that of the elastic one, whose weights a LoRA would start from; set generator: full"
+    )
+
+
+def _work(folder: Path) -> Any:
+    from flcompress.pipeline.passes import Work
+
+    return Work(directory=folder, seed=0, data=_never, progress=_never)
+
+
+def test_the_plan_counts_the_base_once_and_what_is_trained() -> None:
+    step = DistributionMatching(steps=1, fake_score="lora", generator="lora", real_score="elastic", lora_rank=16)
+    generator, fake, base = step.cost(7e8, 21, 1e9).roles
+    assert (base.name, base.parameters, base.trained) == ("shared base", 1e9, False)
+    assert generator.trained
+    assert generator.averaged
+    assert fake.trained
+    assert 7e8 / 100 < generator.parameters < 7e8 / 10
+    assert fake.parameters / generator.parameters == pytest.approx(1 / 0.7)
+    full = DistributionMatching(steps=1).cost(7e8, 21, 1e9)
+    assert [role.name for role in full.roles] == ["generator", "fake score", "real score"]
+    assert step.cost(7e8, 21, 1e9).forwards < full.forwards
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "fsdp2"])
+def test_two_processes_agree_with_one(folder: Path, engine: str) -> None:
+    alone = applied(folder, "plain")
+    recipe, store = folder / "plain.yaml", folder / f"store-{engine}"
+    shutil.copytree(folder / "store", store, ignore=shutil.ignore_patterns("*-dmd-*"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port),
+               "-m", "flcompress", "apply", str(recipe), "--run-dir", str(folder / engine), "--store", str(store),
+               "--set", f"training.engine={engine}"]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run(command, check=True, capture_output=True, env=environment)
+    shared = RunDirectory(folder / engine)
+    for one, other in zip(logged(alone), logged(shared), strict=True):
+        assert other == pytest.approx(one, rel=1e-5)
+    weights, others = (load_transformer(run.final().components["transformer"]).state_dict() for run in (alone, shared))
+    for name, value in weights.items():
+        torch.testing.assert_close(others[name], value, rtol=0, atol=1e-5)
