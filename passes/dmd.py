@@ -22,6 +22,7 @@ from flcompress.models.loading import load_transformer, meta_transformer, save_t
 from flcompress.models.network import as_network
 from flcompress.pipeline.passes import Cost, EngineName, Pass, Role, Work
 from flcompress.pipeline.program import Fact, Program
+from flcompress.pipeline.recipe import Training
 from flcompress.trace.prefix import remember
 from flcompress.trace.skip import graph_of
 from flcompress.training.discriminator import Discriminator, critic_term, generator_term
@@ -159,14 +160,24 @@ class DistributionMatching(Pass):
             ),
         )
 
-    def apply(self, program: Program, work: Work) -> Program:
-        if self.gan_weight and work.engine not in ("local", "ddp"):
+    def check(self, training: Training) -> None:
+        if self.gan_weight and training.engine not in ("local", "ddp"):
             raise RequestError(
-                f"dmd.gan_weight: {self.gan_weight:g} given with training.engine {work.engine}, expected 0: the term "
-                "reads the fake score from outside its engine; use local or ddp"
+                f"dmd.gan_weight: {self.gan_weight:g} given with training.engine {training.engine}, expected 0: the "
+                "term reads the fake score from outside its engine; use local or ddp"
             )
-        if self._shares:
-            _check_sharing(work)
+        if self._shares and training.engine == "zero3":
+            raise RequestError(
+                "training.engine: zero3 given with LoRA roles in dmd, expected local, ddp, zero1, zero2 or fsdp2: "
+                "DeepSpeed does not split weights that roles share; use fsdp2"
+            )
+        if self._shares and training.compile:
+            raise RequestError(
+                "training.compile: true given with LoRA roles in dmd, expected false: every role's every layer would "
+                "be compiled by itself; set it to false, or fake_score and generator to full"
+            )
+
+    def apply(self, program: Program, work: Work) -> Program:
         if self.generator == "lora":
             parts = program.components
             odd = work.world.once(lambda: unlike(parts["transformer"], parts["elastic"], program.kept))
@@ -201,20 +212,6 @@ class DistributionMatching(Pass):
             }
             (work.directory / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         return replace(program.with_component("transformer", target), contract=contract)
-
-
-def _check_sharing(work: Work) -> None:
-    """RequestError where the training's settings do not go with LoRAs on one base."""
-    if work.engine == "zero3":
-        raise RequestError(
-            "training.engine: zero3 given with LoRA roles in dmd, expected local, ddp, zero1, zero2 or fsdp2: "
-            "DeepSpeed does not split weights that roles share; use fsdp2"
-        )
-    if work.compile:
-        raise RequestError(
-            "training.compile: true given with LoRA roles in dmd, expected false: every role's every layer would be "
-            "compiled by itself; set it to false, or fake_score and generator to full"
-        )
 
 
 class _Matcher:

@@ -126,6 +126,8 @@ def check(recipe: Recipe, run: RunDirectory) -> None:
     from flcompress.models.folder import check_pipeline
 
     run.check_recipe(recipe)
+    for step in recipe.passes:
+        step.check(recipe.training)
     for exporter in recipe.exports:
         exporter.check()
     check_pipeline(recipe.model_folder(), weights=recipe.model.weights == "trained")
@@ -138,6 +140,8 @@ def check_plan(recipe: Recipe, run: RunDirectory) -> None:
 
     if recipe.model.weights == "trained" and only_configurations(recipe.model_folder()):
         run.check_recipe(recipe)
+        for step in recipe.passes:
+            step.check(recipe.training)
         check_pipeline(recipe.model_folder(), weights=False, parts=False)
     else:
         check(recipe, run)

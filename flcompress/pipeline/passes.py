@@ -16,6 +16,7 @@ from flcompress.pipeline.world import World
 
 if TYPE_CHECKING:
     from flcompress.data.latents import LatentDataset
+    from flcompress.pipeline.recipe import Training
 
 Precision = Literal["fp32", "bf16"]
 EngineName = Literal["local", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
@@ -212,6 +213,9 @@ class Pass(BaseModel, ABC):
             original: parameters of the transformer that the recipe started from.
         """
         return Cost()
+
+    def check(self, training: Training) -> None:
+        """Refuse, before any work, a training that this pass cannot be part of. Raises RequestError."""
 
     @abstractmethod
     def apply(self, program: Program, work: Work) -> Program:

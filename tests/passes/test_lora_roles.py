@@ -161,16 +161,11 @@ def test_combinations_that_cannot_be(settings: dict[str, Any], message: str) -> 
          "compiled by itself; set it to false, or fake_score and generator to full"),
     ],
 )  # fmt: skip
-def test_trainings_that_cannot_be(folder: Path, override: str, message: str) -> None:
-    from flcompress.pipeline.passes import Work
-
-    key, value = override.removeprefix("training.").split("=")
-    program = Program.load(applied(folder, "plain").entries()[2].folder)
-    work = Work(directory=folder, seed=0, data=_never, progress=_never, **{key: True if value == "true" else value})  # type: ignore[arg-type]
-    step = DistributionMatching(steps=1, fake_score="lora")
+def test_trainings_that_cannot_be_are_refused_before_any_work(folder: Path, override: str, message: str) -> None:
     with pytest.raises(RequestError) as told:
-        step.apply(program, work)
+        applied(folder, "refused", LORA, override)
     assert str(told.value) == message
+    assert not (folder / "refused").exists()
 
 
 def _never(*given: Any) -> Any:
