@@ -131,8 +131,10 @@ class DistributionMatching(Pass):
 
     @property
     def engines(self) -> tuple[EngineName, ...]:
-        # The adversarial term reads the fake score from outside its engine.
-        return ("local", "ddp") if self.gan_weight else super().engines
+        # The adversarial term reads the fake score from outside its engine; ZeRO-3 splits no weights that roles share.
+        if self.gan_weight:
+            return ("local", "ddp")
+        return tuple(one for one in super().engines if one != "zero3" or not self._shares)
 
     def cost(self, parameters: float, blocks: int, original: float) -> Cost:
         # The generator is pruned; the scores are as deep as the original. A LoRA's backward has no weights' gradients.
@@ -144,9 +146,8 @@ class DistributionMatching(Pass):
         critic = simulate + pruned + of_fake
 
         def role(name: str, kind: str, parameters: float, blocks: float, *, averaged: bool = False) -> Role:
-            if kind == "lora":
-                name, parameters = f"{name} (LoRA)", lora_parameters(parameters, blocks, self.lora_rank)
-            return Role(name, parameters, trained=True, averaged=averaged)
+            own = lora_parameters(parameters, blocks, self.lora_rank) if kind == "lora" else parameters
+            return Role(name, own, trained=True, averaged=averaged, runs=parameters)
 
         return Cost(
             steps=self.steps,

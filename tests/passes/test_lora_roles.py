@@ -201,6 +201,9 @@ def test_the_plan_counts_the_base_once_and_what_is_trained() -> None:
     assert fake.trained
     assert 7e8 / 100 < generator.parameters < 7e8 / 10
     assert fake.parameters / generator.parameters == pytest.approx(1 / 0.7)
+    assert (generator.runs, fake.runs) == (7e8, 1e9)
+    assert "zero3" not in step.engines
+    assert {"ddp", "zero2", "fsdp2"} < set(step.engines)
     full = DistributionMatching(steps=1).cost(7e8, 21, 1e9)
     assert [role.name for role in full.roles] == ["generator", "fake score", "real score"]
     assert step.cost(7e8, 21, 1e9).forwards < full.forwards
