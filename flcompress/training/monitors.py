@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from flcompress.data.latents import LatentDataset
-from flcompress.diffusion.conditioning import on, taken
+from flcompress.diffusion.conditioning import Conditioning, on, taken
 from flcompress.diffusion.process import Process
 from flcompress.diffusion.sampling import Network
 from flcompress.pipeline.world import World
@@ -60,3 +60,53 @@ class HeldOutELBO:
             draws += float(count.sum())
         sums = self._world.mean({"total": total, "draws": draws})
         return sums["total"] / sums["draws"]
+
+
+@torch.no_grad()
+def critic_lag(
+    fake: Network,
+    other: Network,
+    process: Process,
+    x0: torch.Tensor,
+    given: Conditioning,
+    level: torch.Tensor,
+    noise: torch.Tensor,
+    *,
+    at_once: int,
+    world: World,
+) -> float:
+    """By what share the fake score's denoising loss on fresh samples exceeds the one that it should have.
+
+    A perfect denoiser leaves a residual that no function of its input explains. So its loss should be that of the best
+    linear combination of what is at hand, its own prediction F, another network's R, the noised sample and a constant:
+
+        lag = |F - v|^2 / min_w |w1 F + w2 R + w3 x_s + w4 - v|^2 - 1 >= 0
+
+    summed over samples and elements, with v the training target. 0 where nothing at hand improves on F.
+
+    Args:
+        fake: the fake score.
+        other: a network of the same process that is not trained, such as the real score.
+        process: the model's.
+        x0: fresh samples of the generator [n, channels, frames, height, width], this process's.
+        given: their conditioning.
+        level: noise levels [n].
+        noise: as x0.
+        at_once: samples in one forward.
+        world: the processes, each with its share of the samples.
+    """
+    gram = torch.zeros(5, 5, dtype=torch.float64)
+    for part in torch.split(torch.arange(len(x0)), at_once):
+        clean, e, s = (tensor[part.to(tensor.device)] for tensor in (x0, noise, level))
+        conditioning = taken(given, part.to(x0.device))
+        x, timestep = process.add_noise(clean, e, s), process.timestep(s)
+        columns = [fake(x, timestep, conditioning), other(x, timestep, conditioning), x, torch.ones_like(x)]
+        flat = torch.stack([one.double().flatten() for one in (*columns, process.target(clean, e, s))])
+        gram += (flat @ flat.T).cpu()
+    mean = world.mean({str(place): one for place, one in enumerate(gram.flatten().tolist())})
+    gram = torch.tensor(list(mean.values()), dtype=torch.float64).reshape(5, 5)
+    inner, onto, square = gram[:4, :4], gram[:4, 4], gram[4, 4]
+    # The columns can be alike: the fake score starts as a copy of the other network.
+    weights = torch.linalg.pinv(inner, rtol=1e-10, hermitian=True) @ onto
+    best = square - 2.0 * weights @ onto + weights @ inner @ weights
+    return float((square - 2.0 * onto[0] + inner[0, 0]) / best) - 1.0
