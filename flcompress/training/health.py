@@ -101,13 +101,13 @@ class Watch:
         for figure, value, limit in self._judged(step, figures):
             told = limit.told(figure, value)
             back = action == "rollback" and self.best[0] > 0
-            line = f"{self._name}: {told}, at step {step}; see docs/health.md"
+            line = f"{self._name}: step {step}: {told}; see docs/health.md"
             self._record("rollback" if back else "stop" if action != "warn" else "warn", step, figure, value, limit)
             if back:
                 self._work.say(f"{line}; the pass ends with the weights of step {self.best[0]}, the best look")
                 return True
             if action == "rollback":
-                raise TrainingError(f"{line}; there is no better look than the start to go back to")
+                raise TrainingError(f"{line}; stopped: no look was better than the start, so there is none to go back to")
             if action == "stop":
                 raise TrainingError(f"{line}; stopped, the last good checkpoint is kept")
             self._work.say(f"warning: {line}")
