@@ -107,7 +107,7 @@ class Watch:
                 self._work.say(f"{line}; the pass ends with the weights of step {self.best[0]}, the best look")
                 return True
             if action == "rollback":
-                raise TrainingError(f"{line}; stopped: no look was better than the start, so there is none to go back to")
+                raise TrainingError(f"{line}; stopped: no look was better than the start")
             if action == "stop":
                 raise TrainingError(f"{line}; stopped, the last good checkpoint is kept")
             self._work.say(f"warning: {line}")

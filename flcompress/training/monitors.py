@@ -108,5 +108,6 @@ def critic_lag(
     inner, onto, square = gram[:4, :4], gram[:4, 4], gram[4, 4]
     # The columns can be alike: the fake score starts as a copy of the other network.
     weights = torch.linalg.pinv(inner, rtol=1e-10, hermitian=True) @ onto
-    best = square - 2.0 * weights @ onto + weights @ inner @ weights
+    # Rounding leaves a little where the fit is perfect.
+    best = (square - 2.0 * weights @ onto + weights @ inner @ weights).clamp(min=1e-12 * float(square))
     return float((square - 2.0 * onto[0] + inner[0, 0]) / best) - 1.0

@@ -101,7 +101,7 @@ def student_watch(work: Work, name: str, health: StudentHealth | None) -> Watch:
             "normaliser_min": Limit(
                 setting="min_normaliser",
                 low=limits.min_normaliser,
-                mend="a sample that meets the teacher has an exploding gradient: train for fewer steps, or lower inter_cfg",
+                mend="a sample at the teacher has an exploding gradient: train for fewer steps, or lower inter_cfg",
             ),
         },
     )

@@ -45,7 +45,8 @@ def watch(work: Work, figures: Mapping[int, Mapping[str, float]] | None = None) 
         ("lag", math.nan, "lag nan, expected at most 1 (training.health.max_critic_lag); lower learning_rate"),
         ("motion", 0.25, "motion 0.25, expected at least 0.5 (training.health.motion); lower learning_rate"),
         ("motion", 3.0, "motion 3, expected at most 2 (training.health.motion); lower learning_rate"),
-        ("x_grad_norm", 50.0, "x_grad_norm 50, expected at most 9 (training.health.max_grad_norm); lower learning_rate"),
+        ("x_grad_norm", 50.0, "x_grad_norm 50, expected at most 9 (training.health.max_grad_norm); "
+         "lower learning_rate"),
         ("loss", 5.0, "loss 5, expected at most 4 (training.health.max_worsening); the best look, step 2, had 2: train "
          "for fewer steps, or lower learning_rate"),
     ],
@@ -188,20 +189,20 @@ def test_stop_keeps_the_last_good_checkpoint_and_another_limit_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
-    with pytest.raises(TrainingError, match=r"test: step 12: loss .* expected at most .* max_worsening"):
-        descend(trained(tmp_path), tmp_path, 12, hot_from=7, max_worsening=0.5)
+    with pytest.raises(TrainingError, match=r"test: step 12: loss .*max_worsening"):
+        descend(trained(tmp_path), tmp_path, 20, hot_from=7, max_worsening=0.5)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
         "best-00000006", "step-00000010", "step-00000011",
     ]  # fmt: skip
     again, unbroken = trained(tmp_path), trained(tmp_path / "unbroken")
-    assert descend(again, tmp_path, 12, hot_from=7, max_worsening=None) == 12
-    assert descend(unbroken, tmp_path / "unbroken", 12, hot_from=7, max_worsening=None) == 12
+    assert descend(again, tmp_path, 20, hot_from=7, max_worsening=None) == 20
+    assert descend(unbroken, tmp_path / "unbroken", 20, hot_from=7, max_worsening=None) == 20
     for key, value in unbroken.gathered().items():
         assert torch.equal(value, again.gathered()[key])
 
 
 def test_rollback_without_a_good_look_stops(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="stopped: no look was better than the start, so there is none to go back"):
+    with pytest.raises(TrainingError, match="stopped: no look was better than the start"):
         descend(trained(tmp_path), tmp_path, 40, hot_from=1, on_breach="rollback", max_worsening=0.1)
 
 
