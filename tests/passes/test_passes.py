@@ -154,7 +154,6 @@ def test_the_other_targets_train(folder: Path, run: RunDirectory, target: str) -
 
 
 SELF_AND_HOT = {"stochastic-depth": {"remove": 0.2, "steps": 12, "batch": 4, "learning_rate": 0.05, "target": "self"}}
-DISTIL_AND_HOT = {"dmd": {"steps": 12, "batch": 4, "critic_updates": 1, "learning_rate": 0.01}}
 
 
 def test_agreeing_on_rubbish_is_warned_of_and_stopped(folder: Path, run: RunDirectory) -> None:
@@ -176,26 +175,37 @@ def test_agreeing_on_rubbish_is_warned_of_and_stopped(folder: Path, run: RunDire
     assert (breach["action"], breach["value"]) == ("warn", told["value"])
 
 
-def test_a_student_that_saturates_is_stopped_and_sent_back_to_its_best_look(folder: Path, run: RunDirectory) -> None:
-    passes = [*PASSES[:3], DISTIL_AND_HOT]
-    settings: dict[str, Any] = {"max_critic_lag": None, "deviation": None, "motion": None}
-    stopped = recipe(folder, passes, "hot", max_worsening=None, **settings)
+UNLIMITED: dict[str, Any] = dict.fromkeys(("max_worsening", "max_critic_lag", "deviation", "motion", "max_saturation"))
+
+
+def test_a_student_that_saturates_is_stopped(folder: Path, run: RunDirectory) -> None:
+    hot = {"dmd": {"steps": 8, "batch": 4, "critic_updates": 1, "learning_rate": 0.02}}
+    limits = {**UNLIMITED, "max_saturation": 0.1}
     with pytest.raises(TrainingError, match=r"dmd: step \d+: sample_saturation [\d.]+, expected at most 0.1 "):
-        apply(stopped, folder / "hot", store=folder / "run")
-    # The same training, its checkpoints still there, is taken up with another answer to a breach.
-    settings["max_saturation"] = None
-    done = apply(recipe(folder, passes, "hot", on_breach="rollback", **settings), folder / "hot", store=folder / "run")
-    _, result, place = at(done, "dmd")
-    (breach,) = lines(place / "breaches.jsonl")
-    assert (breach["action"], breach["figure"]) == ("rollback", "sample_distance")
-    assert 0 < result["steps"] == breach["best_step"] < breach["step"] <= 12
-    looks = [record for record in lines(place / "metrics.jsonl") if "sample_distance" in record]
-    assert min(looks, key=lambda one: one["sample_distance"])["step"] == breach["best_step"]
-    assert looks[-1]["sample_distance"] == breach["value"] > breach["high"]
-    # What is kept is what a training of as many steps gives.
-    short = {"dmd": {**DISTIL_AND_HOT["dmd"], "steps": result["steps"]}}
-    other = apply(recipe(folder, [*PASSES[:3], short], "short", **settings), folder / "short", store=folder / "run")
-    ours, theirs = (load_transformer(at(one, "dmd")[0].components["transformer"]) for one in (done, other))
+        apply(recipe(folder, [*PASSES[:3], hot], "hot", **limits), folder / "hot", store=folder / "run")
+
+
+def test_a_student_beyond_a_limit_is_sent_back_to_its_best_look(folder: Path, run: RunDirectory) -> None:
+    def distilled(name: str, steps: int, **health: Any) -> tuple[Program, dict[str, Any], Path]:
+        last = {"dmd": {"steps": steps, "batch": 4, "critic_updates": 1, "learning_rate": 2e-3}}
+        given = recipe(folder, [*PASSES[:3], last], name, **{**UNLIMITED, **health})
+        return at(apply(given, folder / name, store=folder / "run"), "dmd")
+
+    _, _, free = distilled("free", 4)
+    looks = [record for record in lines(free / "metrics.jsonl") if "sample_distance" in record]
+    assert [one["step"] for one in looks] == [0, 2, 4]
+    assert looks[1]["sample_distance"] < looks[0]["sample_distance"]
+    low, high = sorted(one["sample_deviation"] for one in looks[1:])
+    assert high == looks[2]["sample_deviation"]
+
+    program, result, folder_of = distilled("back", 6, on_breach="rollback", deviation=[0.0, (low + high) / 2])
+    (breach,) = lines(folder_of / "breaches.jsonl")
+    assert (breach["action"], breach["figure"], breach["step"]) == ("rollback", "sample_deviation", 4)
+    assert breach["value"] == high
+    assert result["steps"] == breach["best_step"] == 2
+    # What is kept is what a training of two steps gives.
+    short, _, _ = distilled("short", 2)
+    ours, theirs = (load_transformer(one.components["transformer"]) for one in (program, short))
     for name, value in theirs.state_dict().items():
         assert torch.equal(value, ours.state_dict()[name])
 
