@@ -90,7 +90,8 @@ def train(
         world.beat(f"held-out figures of step {step}")
         with engine.forward_mode(), world.together():
             figures = watch.look(step)
-        write({"step": step, **figures})
+        if figures:
+            write({"step": step, **figures})
         strip = strip_of(work.directory, step)
         for tracker in tracked if strip.exists() else ():
             tracker.picture(step, "samples", strip)

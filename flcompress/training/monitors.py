@@ -14,7 +14,8 @@ from flcompress.pipeline.world import World
 class HeldOutELBO:
     """The ELBO loss of a network on fixed held-out draws: E[w(s) |x0 - x0_hat|^2], per latent element.
 
-    The same clips, noises and levels at every call, so that two values differ by the networks alone.
+    The same clips, noises and levels at every call, so that two values differ by the networks alone. Of a dataset of
+    several sizes each size has its share.
 
     Args:
         data: held-out clips.
@@ -32,21 +33,20 @@ class HeldOutELBO:
         self, data: LatentDataset, process: Process, draws: int, seed: int, device: str, at_once: int, world: World
     ) -> None:
         draw = torch.Generator().manual_seed(seed)
-        x0, conditioning = data.batch(draws, draw)
-        noise = torch.randn(x0.shape, generator=draw)
-        low, high = self.LEVEL_RANGE
-        level = low + (high - low) * (torch.arange(draws) + 0.5) / draws
         self._process, self._device, self._world = process, device, world
-        whole = process.add_noise(x0, noise, level)
-        # Every process must make as many forwards as the others: the last ones repeat a draw, which does not count.
-        own = -(-draws // world.size)
-        mine = torch.arange(world.rank * own, (world.rank + 1) * own)
-        counts = (mine < draws).double()
-        parts = torch.split(mine.clamp(max=draws - 1), at_once)
-        self._batches = [
-            (x0[part], whole[part], level[part], count, taken(conditioning, part))
-            for part, count in zip(parts, torch.split(counts, at_once), strict=True)
-        ]
+        self._batches: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Conditioning]] = []
+        # Clips of one size come together, and each size gets levels from the whole range.
+        for x0, conditioning in data.by_size(draws, draw):
+            noise, clips = torch.randn(x0.shape, generator=draw), len(x0)
+            low, high = self.LEVEL_RANGE
+            level = low + (high - low) * (torch.arange(clips) + 0.5) / clips
+            whole = process.add_noise(x0, noise, level)
+            # Every process must make as many forwards as the others: the last ones repeat a draw, which does not count.
+            own = -(-clips // world.size)
+            mine = torch.arange(world.rank * own, (world.rank + 1) * own)
+            counts = torch.split((mine < clips).double(), at_once)
+            for part, count in zip(torch.split(mine.clamp(max=clips - 1), at_once), counts, strict=True):
+                self._batches.append((x0[part], whole[part], level[part], count, taken(conditioning, part)))
 
     @torch.no_grad()
     def __call__(self, network: Network) -> float:

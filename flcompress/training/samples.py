@@ -43,6 +43,7 @@ class Prompts:
         shape: of this process's latents [n, channels, frames, height, width].
         at_once: samples in one forward.
         total: samples over all processes.
+        start: (noise, conditioning) -> latents that sampling starts from.
     """
 
     work: Work
@@ -51,15 +52,17 @@ class Prompts:
     shape: tuple[int, ...]
     at_once: int
     total: int
+    start: Callable[[torch.Tensor, Conditioning], torch.Tensor]
 
     @classmethod
-    def of(cls, work: Work, data: LatentDataset, latents: tuple[int, int, int, int], at_once: int) -> Prompts:
+    def of(cls, work: Work, program: Program, data: LatentDataset, at_once: int) -> Prompts:
         """`work.health.samples` prompts of a dataset, or a few more where the processes do not divide that number."""
         size = work.world.size
         total = -(-work.health.samples // size) * size
         draws = _draws(work, total)
-        shape, given = data.conditions(total, draws.shared, latents, draws.mine)
-        return cls(work, on(given, work.device), on(data.negative, work.device), shape, at_once, total)
+        shape, given = data.conditions(total, draws.shared, program.latents, draws.mine)
+        given, negative = on(given, work.device), on(data.negative, work.device)
+        return cls(work, given, negative, shape, at_once, total, program.family.start)
 
     @torch.no_grad()
     def sampled(self, network: Network, contract: SamplingContract) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,7 +81,7 @@ class Prompts:
         for part in torch.split(torch.arange(len(draws)), self.at_once):
             given = taken(self.given, part.to(self.work.device))
             again = _one_by_one([noise[part] for noise in noises])
-            x = again(noises[0]).to(self.work.device)
+            x = self.start(again(noises[0]).to(self.work.device), given)
             seen = torch.zeros_like(x)
             for place, sigma in enumerate(levels):
                 prediction = self._guided(network, contract, place, x, given)

@@ -53,7 +53,7 @@ class StudentHealth:
         self._student, self._fake, self._real = student, fake, real
         self._at_once = max(1, batch // work.world.size)
         self._range, self._shift = score_range, program.teacher_contract.shift
-        self._prompts = Prompts.of(work, data, program.latents, self._at_once)
+        self._prompts = Prompts.of(work, program, data, self._at_once)
         self._samples = Samples(self._prompts, program, real, program.teacher_contract)
 
     def look(self, step: int) -> Mapping[str, float]:

@@ -187,7 +187,7 @@ def test_a_student_that_saturates_is_stopped(folder: Path, run: RunDirectory) ->
 
 def test_a_student_beyond_a_limit_is_sent_back_to_its_best_look(folder: Path, run: RunDirectory) -> None:
     def distilled(name: str, steps: int, **health: Any) -> tuple[Program, dict[str, Any], Path]:
-        last = {"dmd": {"steps": steps, "batch": 4, "critic_updates": 1, "learning_rate": 2e-3}}
+        last = {"dmd": {"steps": steps, "batch": 4, "critic_updates": 1, "learning_rate": 2e-4}}
         given = recipe(folder, [*PASSES[:3], last], name, **{**UNLIMITED, **health})
         return at(apply(given, folder / name, store=folder / "run"), "dmd")
 
