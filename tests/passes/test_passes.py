@@ -185,29 +185,17 @@ def test_a_student_that_saturates_is_stopped(folder: Path, run: RunDirectory) ->
         apply(recipe(folder, [*PASSES[:3], hot], "hot", **limits), folder / "hot", store=folder / "run")
 
 
-def test_a_student_beyond_a_limit_is_sent_back_to_its_best_look(folder: Path, run: RunDirectory) -> None:
-    def distilled(name: str, steps: int, **health: Any) -> tuple[Program, dict[str, Any], Path]:
-        last = {"dmd": {"steps": steps, "batch": 4, "critic_updates": 1, "learning_rate": 2e-4}}
-        given = recipe(folder, [*PASSES[:3], last], name, **{**UNLIMITED, **health})
-        return at(apply(given, folder / name, store=folder / "run"), "dmd")
-
-    _, _, free = distilled("free", 4)
-    looks = [record for record in lines(free / "metrics.jsonl") if "sample_distance" in record]
-    assert [one["step"] for one in looks] == [0, 2, 4]
-    assert looks[1]["sample_distance"] < looks[0]["sample_distance"]
-    low, high = sorted(one["sample_deviation"] for one in looks[1:])
-    assert high == looks[2]["sample_deviation"]
-
-    program, result, folder_of = distilled("back", 6, on_breach="rollback", deviation=[0.0, (low + high) / 2])
-    (breach,) = lines(folder_of / "breaches.jsonl")
-    assert (breach["action"], breach["figure"], breach["step"]) == ("rollback", "sample_deviation", 4)
-    assert breach["value"] == high
-    assert result["steps"] == breach["best_step"] == 2
-    # What is kept is what a training of two steps gives.
-    short, _, _ = distilled("short", 2)
-    ours, theirs = (load_transformer(one.components["transformer"]) for one in (program, short))
-    for name, value in theirs.state_dict().items():
-        assert torch.equal(value, ours.state_dict()[name])
+def test_a_student_that_never_was_better_than_its_start_has_nowhere_to_go_back_to(
+    folder: Path, run: RunDirectory
+) -> None:
+    hot = {"dmd": {"steps": 6, "batch": 4, "critic_updates": 1, "learning_rate": 0.03}}
+    limits = {**UNLIMITED, "max_worsening": 0.5}
+    with pytest.raises(TrainingError, match=r"dmd: step 2: sample_distance .*stopped: no look was better than the sta"):
+        apply(
+            recipe(folder, [*PASSES[:3], hot], "lost", on_breach="rollback", **limits),
+            folder / "lost",
+            store=folder / "run",
+        )
 
 
 def test_without_samples_a_distillation_is_watched_by_its_steps_alone(folder: Path, run: RunDirectory) -> None:
