@@ -6,11 +6,12 @@ import json
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
+from flcompress.data.latents import LatentDataset
 from flcompress.diffusion import matching
 from flcompress.diffusion.conditioning import Conditioning, on, without_prompt
 from flcompress.diffusion.contract import SamplingContract, student_contract
@@ -20,6 +21,7 @@ from flcompress.draws import Draws, seed_of
 from flcompress.errors import RequestError
 from flcompress.models.loading import load_transformer, meta_transformer, save_transformer
 from flcompress.models.network import as_network
+from flcompress.pipeline.health import Range
 from flcompress.pipeline.passes import Cost, EngineName, Pass, Role, Work
 from flcompress.pipeline.program import Fact, Program
 from flcompress.pipeline.recipe import Training
@@ -30,19 +32,11 @@ from flcompress.training.engines import Engine, Hyper, engine_of
 from flcompress.training.loop import train
 from flcompress.training.lora import LoRA, SharedBase, lora_parameters, merge, unlike
 from flcompress.training.objectives import denoising_loss, draw_levels
+from flcompress.training.student_health import StudentHealth, student_watch
 from flcompress.training.trained import Trained
-
-
-def _ascending(given: tuple[float, float]) -> tuple[float, float]:
-    if given[0] > given[1]:
-        raise ValueError(f"[{given[0]:g}, {given[1]:g}] given, expected [lowest, highest]")
-    return given
-
 
 BETAS = (0.0, 0.999)
 """AdamW's, for both roles: no momentum, since what each follows moves (Yin et al. 2024, DMD2)."""
-
-Range = Annotated[tuple[float, float], AfterValidator(_ascending)]
 
 
 class DistributionMatching(Pass):
@@ -63,7 +57,7 @@ class DistributionMatching(Pass):
     """
 
     name: ClassVar[str] = "dmd"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     needs_data: ClassVar[bool] = True
     distributed: ClassVar[bool] = True
     gives: ClassVar[frozenset[Fact]] = frozenset({Fact.FEW_STEP})
@@ -190,13 +184,14 @@ class DistributionMatching(Pass):
         contract = student_contract(program.teacher_contract, self.student_steps, program.family.sigmas)
         started = time.monotonic()
         matcher = _Matcher(self, program, contract, engine_of(work))
-        train(
+        steps = train(
             matcher.step,
             matcher.roles,
             engine=matcher.engine,
             name=self.name,
             steps=self.steps,
             batch=self.batch,
+            watch=student_watch(work, self.name, matcher.health),
         )
         weights = matcher.generator.averaged_state()
         target = work.directory / "transformer"
@@ -208,7 +203,7 @@ class DistributionMatching(Pass):
             result = {
                 "sigmas": list(contract.sigmas),
                 "timesteps": list(contract.timesteps),
-                "steps": self.steps,
+                "steps": steps,
                 "seconds": time.monotonic() - started,
             }
             (work.directory / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -224,8 +219,8 @@ class _Matcher:
         self.engine = engine
         work, parts = engine.work, program.components
         self._settings, self._contract, self._device = settings, contract, work.device
-        self._data, self._latents = work.data(program), program.latents
-        self._start = program.family.start
+        self._data, fixed = self._split(work.data(program), work.health.samples)
+        self._latents, self._start = program.latents, program.family.start
         self._negative = on(self._data.negative, self._device)
         self._shift, self._process = program.teacher_contract.shift, contract.process
         guidance = contract.embedded_guidance
@@ -278,6 +273,27 @@ class _Matcher:
         if not settings.gan_weight:
             self._fake = as_network(self._critic.module, guidance)
         self.roles = (self.generator, self._critic)
+        self.health: StudentHealth | None = None
+        if fixed is not None:
+            self.health = StudentHealth(
+                work,
+                program,
+                contract,
+                fixed,
+                batch=settings.batch,
+                generator=self.generator,
+                student=self._generator,
+                fake=self._fake,
+                real=self._real,
+                score_range=settings.score_range,
+            )
+
+    @staticmethod
+    def _split(data: LatentDataset, samples: int) -> tuple[LatentDataset, LatentDataset | None]:
+        """(what is trained on, what the fixed samples are made from); prompts alone serve both."""
+        if not samples:
+            return data, None
+        return (data, data) if data.prompts_only else data.split(min(samples, max(1, len(data) // 4)))
 
     def step(self, step: int, draws: Draws) -> Mapping[str, float]:
         """The critic's updates, then one of the generator's (two-time-scale rule)."""
@@ -347,13 +363,23 @@ class _Matcher:
             loss = loss + self._settings.gan_weight * generator_term(logits)
         values = self.generator.update(loss)
         self._critic.clear()
+        scale = self._of_all(matching.normaliser(x.detach(), real), draws)
         moving = x.detach().diff(dim=2).abs().mean()
         return {
             **values,
             "score_gap": float((fake - real).abs().mean()),
+            "normaliser_mean": float(scale.mean()),
+            "normaliser_min": float(scale.min()),
+            "normaliser_max": float(scale.max()),
             "generated_std": float(x.detach().flatten(1).std(dim=1).mean()),
             "generated_motion": float(moving),
         }
+
+    def _of_all(self, values: torch.Tensor, draws: Draws) -> torch.Tensor:
+        """One number for each sample of the batch, in every process, from each process's own [n]."""
+        world, whole = self.engine.work.world, torch.zeros(draws.batch, dtype=torch.float64)
+        whole[draws.mine] = values.double().cpu() * world.size
+        return torch.tensor(list(world.mean({str(n): one for n, one in enumerate(whole.tolist())}).values()))
 
     def _well_guided(self, x: torch.Tensor, timestep: torch.Tensor, given: Conditioning, draws: Draws) -> torch.Tensor:
         """The prediction of the guided teacher.

@@ -16,6 +16,7 @@ from flcompress.models.network import as_network
 from flcompress.pipeline.passes import Cost, Pass, Role, Work
 from flcompress.pipeline.program import Fact, Program
 from flcompress.training.engines import Engine, Hyper, engine_of
+from flcompress.training.health import Watch
 from flcompress.training.loop import train
 from flcompress.training.monitors import HeldOutELBO
 from flcompress.training.objectives import denoising_loss, draw_levels
@@ -90,14 +91,6 @@ class Pretrain(Pass):
             return role.update(denoising_loss(network, process, x0, on(given, work.device), level, noise))
 
         elbo = HeldOutELBO(heldout, process, len(heldout), work.seed, work.device, self.batch, work.world)
-        train(
-            train_step,
-            [role],
-            engine=engine,
-            name=self.name,
-            steps=self.steps,
-            batch=self.batch,
-            monitor=lambda step: {"elbo": elbo(network)},
-            monitor_every=250,
-        )
+        watch = Watch(work, name=self.name, look=lambda step: {"elbo": elbo(network)}, held_out="elbo")
+        train(train_step, [role], engine=engine, name=self.name, steps=self.steps, batch=self.batch, watch=watch)
         return role.averaged_state()

@@ -12,7 +12,6 @@ from pydantic import Field
 
 from flcompress.diffusion.conditioning import Conditioning, dropped, on
 from flcompress.draws import Draws
-from flcompress.errors import TrainingError
 from flcompress.ir.selection import By, choose
 from flcompress.ir.serial import from_json, to_json
 from flcompress.models.loading import save_transformer
@@ -23,6 +22,7 @@ from flcompress.trace.network import skipping
 from flcompress.trace.on_disk import choose_removable
 from flcompress.trace.prefix import remember
 from flcompress.training.engines import Engine, Hyper, engine_of
+from flcompress.training.health import Limit, Watch
 from flcompress.training.loop import METRICS_FILE, train
 from flcompress.training.monitors import HeldOutELBO
 from flcompress.training.objectives import draw_levels
@@ -41,13 +41,14 @@ class StochasticDepth(Pass):
 
     where the target is the full-depth output, without gradient, of the same weights ("self", as in the paper), of their
     moving average ("ema"), or of the original weights ("frozen"). With "self" agreeing on rubbish is an optimum too;
-    the held-out ELBO of both paths decides, and the pass stops where the full path leaves the original.
+    the held-out ELBO of both paths decides, and `training.health` says what follows where the full path drifts away
+    from the original.
 
     `- stochastic-depth: {remove: 0.3, steps: 400}`
     """
 
     name: ClassVar[str] = "stochastic-depth"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     needs_data: ClassVar[bool] = True
     distributed: ClassVar[bool] = True
     gives: ClassVar[frozenset[Fact]] = frozenset({Fact.ELASTIC})
@@ -61,10 +62,6 @@ class StochasticDepth(Pass):
     batch: int = Field(16, gt=0, description="clips a step")
     learning_rate: float = Field(5e-4, gt=0, description="peak; rises for 20 steps, then half a cosine")
     caption_dropout: float = Field(0.1, ge=0, lt=1, description="share of clips with the empty prompt")
-    max_drift: float = Field(
-        1.0, gt=0, description="stop when the full path's held-out ELBO is worse than the original's by this share"
-    )
-    monitor_every: int = Field(50, gt=0, description="steps between two looks at the held-out ELBO")
 
     @property
     def needs(self) -> frozenset[Fact]:
@@ -175,25 +172,13 @@ class StochasticDepth(Pass):
         with engine.forward_mode():
             reference = elbo(original)
 
-        def monitor(step: int) -> Mapping[str, float]:
+        def look(step: int) -> Mapping[str, float]:
             full, pruned = elbo(network), elbo(skipping(role.module, paths, graph, guidance, engine.skip))
-            if not full <= reference * (1.0 + self.max_drift):
-                raise TrainingError(
-                    f"stochastic-depth: stopped by its monitor at step {step}: held-out ELBO loss of the full path "
-                    f"{full:.4g}, expected at most {reference * (1.0 + self.max_drift):.4g} "
-                    f"(the original's {reference:.4g} and max_drift {self.max_drift:g}); lower learning_rate, "
-                    "or set target: frozen"
-                )
-            return {"elbo_full": full, "elbo_pruned": pruned, "elbo_original": reference}
+            figures = {"elbo_full": full, "elbo_pruned": pruned, "elbo_original": reference}
+            return {**figures, "elbo_mean": (full + pruned) / 2.0, "drift": full / reference - 1.0}
 
-        train(
-            train_step,
-            [role],
-            engine=engine,
-            name=self.name,
-            steps=self.steps,
-            batch=self.batch,
-            monitor=monitor,
-            monitor_every=self.monitor_every,
-        )
+        mend = "lower learning_rate" if self.target == "frozen" else "lower learning_rate, or set target: frozen"
+        drift = Limit(setting="max_drift", high=work.health.max_drift, mend=mend)
+        watch = Watch(work, name=self.name, look=look, held_out="elbo_mean", limits={"drift": drift})
+        train(train_step, [role], engine=engine, name=self.name, steps=self.steps, batch=self.batch, watch=watch)
         return role.gathered()

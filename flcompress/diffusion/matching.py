@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from flcompress.diffusion.flow import spread
+
 EPSILON = 1e-6
 """Keeps the normaliser away from zero where generator and teacher agree."""
 
@@ -16,9 +18,12 @@ def gradient(generated: torch.Tensor, fake: torch.Tensor, real: torch.Tensor) ->
         fake: the fake score's clean prediction at the noised x_g [n, ...].
         real: the real score's clean prediction at the same point [n, ...].
     """
-    generated, fake, real = generated.float(), fake.float(), real.float()
-    every = tuple(range(1, generated.ndim))
-    return (fake - real) / ((generated - real).abs().mean(dim=every, keepdim=True) + EPSILON)
+    return (fake.float() - real.float()) / (spread(normaliser(generated, real), generated) + EPSILON)
+
+
+def normaliser(generated: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """mean|x_g - x_real| of each sample, [n], in fp32: small where the generator has nothing left to learn."""
+    return (generated.float() - real.float()).abs().mean(dim=tuple(range(1, generated.ndim)))
 
 
 def loss(generated: torch.Tensor, g: torch.Tensor) -> torch.Tensor:

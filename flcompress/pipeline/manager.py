@@ -7,10 +7,11 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flcompress.errors import FlcompressError, PostconditionError, RequestError
+from flcompress.errors import FlcompressError, PostconditionError, RequestError, UnavailableError
 from flcompress.pipeline import start
 from flcompress.pipeline.clips import Clips, fingerprint
 from flcompress.pipeline.data_check import check_data
@@ -130,6 +131,11 @@ def check(recipe: Recipe, run: RunDirectory) -> None:
         step.check(recipe.training)
     for exporter in recipe.exports:
         exporter.check()
+    if "wandb" in recipe.training.log_to and find_spec("wandb") is None:
+        raise UnavailableError(
+            "training.log_to: wandb given, but Weights & Biases is not installed; pip install 'flcompress[wandb]', "
+            "or leave it out"
+        )
     check_pipeline(recipe.model_folder(), weights=recipe.model.weights == "trained")
     check_data(recipe)
 
@@ -190,8 +196,11 @@ def _apply(recipe: Recipe, run: RunDirectory, shared: Path, display: Display, de
             found = store.find(index, step.name, key)
             if found is None:
                 display.line(f"{title}: running")
+                building = os.path.relpath(store.place(index, step.name, key), run.path)
+                run.note("begin", step.name, key=key, folder=building, arguments=arguments(step))
                 with display.stage(title) as progress:
-                    work = _work(recipe, step, clips, device, world, progress=progress, say=display.line)
+                    shown = {"progress": progress, "say": display.line, "note": run.note}
+                    work = _work(recipe, step, clips, device, world, **shown)
                     build = _builder(step, program, entry.folder, work, index)
                     entry = store.make(index, step.name, key, arguments(step), build)
                 display.line(f"{title}: {entry.record['seconds']:.1f} s, peak {entry.record['peak_rss_mb']:.0f} MB")
@@ -251,6 +260,8 @@ def _work(recipe: Recipe, step: Pass, clips: Clips, device: str, world: World, *
         precision=recipe.training.precision,
         gradient_checkpointing=recipe.training.gradient_checkpointing,
         compile=recipe.training.compile,
+        health=recipe.training.health,
+        log_to=recipe.training.log_to,
         world=world if step.distributed else World(),
         engine=recipe.training.engine if step.distributed else "local",
         **shown,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 from pydantic import BaseModel, ConfigDict
 
 from flcompress.errors import PreconditionError, RequestError, UnavailableError
+from flcompress.pipeline.health import Health
 from flcompress.pipeline.program import Fact, Program
 from flcompress.pipeline.world import World
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 Precision = Literal["fp32", "bf16"]
 EngineName = Literal["local", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
+
+LogName = Literal["tensorboard", "wandb"]
 
 ProgressSink = Callable[[int, int, Mapping[str, float]], None]
 """Called with (done, total, values to show)."""
@@ -44,6 +47,9 @@ class Work:
         precision: of forwards and backwards in training: "fp32", or "bf16" (autocast over fp32 weights).
         gradient_checkpointing: whether trained models compute their blocks again in the backward.
         compile: whether blocks run through torch.compile.
+        health: how its training is watched.
+        log_to: where its figures go beside the report.
+        note: adds an event to the run's journal.
     """
 
     directory: Path
@@ -57,6 +63,9 @@ class Work:
     precision: Precision = "fp32"
     gradient_checkpointing: bool = False
     compile: bool = False
+    health: Health = field(default_factory=Health)
+    log_to: tuple[LogName, ...] = ()
+    note: Callable[..., None] = lambda event, name, **values: None
 
     def trained(self, folder: Path) -> Any:
         """A transformer to be trained: fp32 weights.

@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, InstanceOf, PrivateAttr, fiel
 
 from flcompress.errors import DataError, ModelError
 from flcompress.pipeline.exporter import Exporter
-from flcompress.pipeline.passes import EngineName, Pass, Precision
+from flcompress.pipeline.health import Health
+from flcompress.pipeline.passes import EngineName, LogName, Pass, Precision
 
 _NAME = re.compile(r"[a-z0-9-]+")
 
@@ -136,10 +137,20 @@ class Training(_Part):
         description="run blocks through torch.compile; on a CPU it needs a C++ compiler and the first steps are slow",
     )
 
+    health: Health = Field(Health(), description="how trainings are watched, and what ends one; see docs/health.md")
+    log_to: tuple[LogName, ...] = Field(
+        ("tensorboard",),
+        description="where figures and sample strips go beside the report: tensorboard (left out where it is not "
+        "installed) and wandb (which has to be)",
+    )
+
     @property
     def decisive(self) -> dict[str, Any]:
-        """What changes a result; who shares the work does not, so that another launch finds it and goes on."""
-        return self.model_dump(mode="json", exclude={"engine", "processes", "timeout"})
+        """What changes a result; who shares the work and who watches it does not.
+
+        So another launch finds the work and goes on, and a training that a limit ended can be taken up with another.
+        """
+        return self.model_dump(mode="json", exclude={"engine", "processes", "timeout", "health", "log_to"})
 
 
 class Recipe(_Part):

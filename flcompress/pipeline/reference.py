@@ -11,8 +11,18 @@ from pydantic.fields import FieldInfo
 
 from flcompress.pipeline.describe import default, expected
 from flcompress.pipeline.exporter import Exporter
+from flcompress.pipeline.health import Health
 from flcompress.pipeline.passes import Pass
-from flcompress.pipeline.recipe import Data, Evaluation, Model, MovingDigits, Recipe, Sampling, Videos
+from flcompress.pipeline.recipe import (
+    Data,
+    Evaluation,
+    Model,
+    MovingDigits,
+    Recipe,
+    Sampling,
+    Training,
+    Videos,
+)
 from flcompress.pipeline.registry import EXPORTERS, PASSES, find_exporter, find_pass
 
 _STEPS = ("passes", "exports")
@@ -22,6 +32,8 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "data": Data,
     "data.moving-digits": MovingDigits,
     "data.videos": Videos,
+    "training": Training,
+    "training.health": Health,
     "evaluation": Evaluation,
 }
 

@@ -84,6 +84,10 @@ class Store:
                 return entry
         return None
 
+    def place(self, index: int, name: str, key: str) -> Path:
+        """The folder in which a result is built; it is renamed when the result is whole."""
+        return self.folder / f".work-{index:02d}-{name}-{key[:_SHOWN]}"
+
     def make(
         self, index: int, name: str, key: str, arguments: dict[str, Any], build: Callable[[Path], Program]
     ) -> Entry:
@@ -92,7 +96,7 @@ class Store:
         A killed attempt leaves its work folder, and the next one builds in it again. If another process is building
         the same result, this waits for it and returns that one's.
         """
-        work = self.folder / f".work-{index:02d}-{name}-{key[:_SHOWN]}"
+        work = self.place(index, name, key)
         work.mkdir(parents=True, exist_ok=True)
         with locked(work, wait=True):
             found = self.find(index, name, key)

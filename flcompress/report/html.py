@@ -17,7 +17,7 @@ from flcompress.report.quality import Quality, quality
 from flcompress.report.reading import RunRecord, read_run
 from flcompress.report.speed import speed
 from flcompress.report.stages import exports, flatten, steps
-from flcompress.report.training import panels
+from flcompress.report.training import Training, trainings
 
 WIDE_ROW, NARROW_ROW = 16, 6
 """Most blocks in a row of the graph on a desk and on a phone."""
@@ -50,10 +50,10 @@ def render(run: RunRecord) -> str:
         lstrip_blocks=True,
     )
     for filter_ in (wording.count, wording.size, wording.duration, wording.number, wording.share, wording.ratio,
-                    wording.moment):  # fmt: skip
+                    wording.moment, wording.bounds):  # fmt: skip
         environment.filters[filter_.__name__] = filter_
     style, _, _ = environment.loader.get_source(environment, "report.css")  # type: ignore[union-attr]
-    found = blocks(run)
+    found, trained = blocks(run), trainings(run)
     measured = quality(run.evaluation) if run.evaluation is not None else None
     return environment.get_template("report.html.j2").render(
         style=Markup(style),
@@ -62,11 +62,7 @@ def render(run: RunRecord) -> str:
         top=headline(run),
         blocks=found,
         pictures=_pictures(found),
-        training=[
-            (entry, [Markup(plots.curves(title, lines, f"{entry.name}-{n}")) for n, (title, lines) in enumerate(shown)])
-            for entry in run.entries
-            if (shown := list(panels(entry).items()))
-        ],
+        training=[(one, _curves(one), [(label, _address(file)) for label, file in one.strips]) for one in trained],
         quality=measured,
         strips=_strips(run, measured),
         comparison=_comparison(run),
@@ -91,6 +87,13 @@ def _pictures(found: Blocks | None) -> dict[str, Markup]:
         for name, draw in (("importance", plots.importance), ("levels", plots.levels)):
             pictures |= {f"{name}_wide": draw(found), f"{name}_narrow": draw(found, narrow=True)}
     return {name: Markup(picture) for name, picture in pictures.items() if picture}
+
+
+def _curves(training: Training) -> list[Markup]:
+    return [
+        Markup(plots.curves(panel.title, panel.lines, f"{training.entry.name}-{n}", panel.bounds))
+        for n, panel in enumerate(training.panels)
+    ]
 
 
 def _certificate(found: Blocks | None) -> dict[str, str]:

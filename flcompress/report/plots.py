@@ -115,8 +115,13 @@ def levels(found: Blocks, *, narrow: bool = False) -> str:
     return _svg(draw, size, f"levels-{narrow}", "Importance of each block over depth, one plot per noise level")
 
 
-def curves(title: str, lines: Mapping[str, Points], name: str) -> str:
-    """Curves over steps as SVG: raw points faint, a running mean over them; logarithmic where the values spread."""
+def curves(
+    title: str, lines: Mapping[str, Points], name: str, bounds: tuple[float | None, float | None] = (None, None)
+) -> str:
+    """Curves over steps as SVG: raw points faint, a running mean over them; logarithmic where the values spread.
+
+    Limits are dashed lines where the curves come near them, and stand in the title.
+    """
 
     def draw(figure: Any) -> None:
         axes = figure.add_subplot()
@@ -133,14 +138,31 @@ def curves(title: str, lines: Mapping[str, Points], name: str) -> str:
                 [p[0] for p in mean], [p[1] for p in mean],
                 color=colour, linewidth=1.6, marker="o" if few else None, markersize=3, label=_plain(label),
             )  # fmt: skip
-        _value_axis(axes, smoothed)
-        axes.set_title(_plain(title))
+        near = [bound for bound in bounds if bound is not None and smoothed and _near(bound, smoothed)]
+        for bound in near:
+            axes.axhline(bound, color=GONE, linewidth=1.1, linestyle=(0, (4, 3)))
+        _value_axis(axes, [*smoothed, *near])
+        axes.set_title(_plain(title) + _limited(bounds))
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5, integer=True))
         if len(lines) > 1:
             axes.legend(loc="best")
 
     return _svg(draw, (4.9, 2.7), name, f"{title} over steps")
+
+
+def _near(bound: float, values: Sequence[float]) -> bool:
+    """Whether a limit can be drawn without flattening the curves."""
+    low, high = min(values), max(values)
+    margin = 1.5 * (high - low) + 0.1 * abs(high)
+    return low - margin <= bound <= high + margin
+
+
+def _limited(bounds: tuple[float | None, float | None]) -> str:
+    low, high = bounds
+    if low is not None and high is not None:
+        return f", limits {low:.3g} to {high:.3g}"
+    return f", at most {high:.3g}" if high is not None else f", at least {low:.3g}" if low is not None else ""
 
 
 def _quarters(axes: Any, blocks: int) -> None:

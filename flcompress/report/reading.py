@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from flcompress.errors import RequestError
 from flcompress.ir.graph import BlockGraph
 from flcompress.ir.serial import from_json
+from flcompress.pipeline.durable import locked
 from flcompress.report.record import Record, ReportError, read_lines, read_object
 
 
@@ -20,9 +23,15 @@ class Entry:
     index: int
     name: str
     key: str
-    arguments: str
+    given: Mapping[str, Any]
     seconds: float
     peak_rss_mb: float | None
+
+    @property
+    def arguments(self) -> str:
+        """Its arguments on one line."""
+        shown = (f"{key}: {one if isinstance(one, str) else json.dumps(one)}" for key, one in self.given.items())
+        return ", ".join(shown)
 
     def program(self) -> Record:
         return read_object(self.folder / "program.json")
@@ -46,6 +55,14 @@ class Entry:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Unfinished:
+    """The pass that was begun last and is not stored: `running` while a process works on it."""
+
+    entry: Entry
+    running: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunRecord:
     """A run directory as the report sees it.
 
@@ -55,6 +72,7 @@ class RunRecord:
         recipe: text of `recipe.yaml`, or "" where there is none yet.
         journal: every event, oldest first.
         entries: the stored results that make up the run, as `run.json` lists them; the starting model comes first.
+        unfinished: the pass that is running or was stopped.
         exports: name -> summary, in the order of the journal.
         evaluation: `eval/results.json`; None where there is none, or it is of an earlier student.
         bench: `bench/results.json`, likewise.
@@ -67,6 +85,7 @@ class RunRecord:
     recipe: str
     journal: list[Record]
     entries: list[Entry]
+    unfinished: Unfinished | None
     exports: dict[str, Record]
     evaluation: Record | None
     bench: Record | None
@@ -110,12 +129,14 @@ def read_run(run_dir: Path) -> RunRecord:
     entries = [_entry(run_dir / place, index) for index, place in enumerate(info.texts("entries"))]
     measured = {name: _optional(run_dir / name / "results.json") for name in ("eval", "bench")}
     current = {name: found for name, found in measured.items() if found is not None and _is_of(found, entries)}
+    journal = read_lines(run_dir / "journal.jsonl")
     return RunRecord(
         path=run_dir,
         info=info,
         recipe=_text(run_dir / "recipe.yaml"),
-        journal=read_lines(run_dir / "journal.jsonl"),
+        journal=journal,
         entries=entries,
+        unfinished=_unfinished(run_dir, journal, len(entries)),
         exports={file.stem: read_object(file) for file in sorted((run_dir / "exports").glob("*.json"))},
         evaluation=current.get("eval"),
         bench=current.get("bench"),
@@ -130,17 +151,37 @@ def _entry(folder: Path, index: int) -> Entry:
         index=index,
         name=record.text("name"),
         key=record.text("key"),
-        arguments=_arguments(record),
+        given=_arguments(record),
         seconds=record.number("seconds") if record.has("seconds") else 0.0,
         peak_rss_mb=record.number("peak_rss_mb") if record.has("peak_rss_mb") else None,
     )
 
 
-def _arguments(record: Record) -> str:
-    given = record.values.get("arguments") or {}
-    if not isinstance(given, dict):
-        return str(given)
-    return ", ".join(f"{key}: {value if isinstance(value, str) else json.dumps(value)}" for key, value in given.items())
+def _unfinished(run_dir: Path, journal: list[Record], index: int) -> Unfinished | None:
+    """The pass whose beginning is the last that the journal has of any pass, where its folder is still there."""
+    passes = [event for event in journal if event.values.get("event") in ("begin", "pass")]
+    if not passes or passes[-1].values.get("event") != "begin":
+        return None
+    begun = passes[-1]
+    folder = run_dir / begun.text("folder")
+    entry = Entry(
+        folder=folder,
+        index=index,
+        name=begun.text("name"),
+        key=begun.text("key"),
+        given=_arguments(begun),
+        seconds=0.0,
+        peak_rss_mb=None,
+    )
+    try:
+        with locked(folder, wait=False) as free:
+            return Unfinished(entry=entry, running=not free)
+    except OSError:  # it has just been stored, or removed
+        return None
+
+
+def _arguments(record: Record) -> Mapping[str, Any]:
+    return record.sub("arguments").values if record.has("arguments") else {}
 
 
 def _is_of(measured: Record, entries: list[Entry]) -> bool:

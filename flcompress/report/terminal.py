@@ -14,6 +14,7 @@ from flcompress.report.findings import Blocks, Headline, blocks, headline
 from flcompress.report.quality import Cell, Quality, quality
 from flcompress.report.reading import RunRecord, read_run
 from flcompress.report.stages import Export, exports, steps
+from flcompress.report.training import Training, trainings
 
 PARITY_WORDS = ("difference", "error", "parity", "tolerance")
 """What an exporter's summary calls the numbers that say how close the export is to the model."""
@@ -31,7 +32,7 @@ def print_summary(run_dir: Path, console: Console) -> None:
     run = read_run(run_dir)
     found, passes = blocks(run), steps(run)
     # Everything is read before the first line is printed: an error does not follow half a summary.
-    top, made = headline(run), exports(run)
+    top, made, trained = headline(run), exports(run), trainings(run)
     measured = quality(run.evaluation) if run.evaluation is not None else None
     console.print(f"[bold]{escape(str(run.info.values.get('name') or run_dir.name))}[/bold]  {escape(str(run_dir))}")
     if top is None:
@@ -46,6 +47,7 @@ def print_summary(run_dir: Path, console: Console) -> None:
         _quality(measured, console)
     if found is not None:
         _removed(found, console)
+    _trainings(trained, console)
     if passes:
         table = _table("Passes and exports", "step", "status", ">time", ">peak memory")
         for step in passes:
@@ -136,6 +138,32 @@ def _removed(found: Blocks, console: Console) -> None:
         score = f"{wording.number(fate.score.mean)} ± {wording.number(fate.score.standard_error)}" if fate.score else ""
         table.add_row(escape(fate.block.path), wording.share(fate.share), score, escape(fate.reason))
     console.print(table)
+
+
+def _trainings(found: list[Training], console: Console) -> None:
+    watched = [training for training in found if training.figures or training.status != "done"]
+    if not watched:
+        return
+    table = _table("Trainings", "pass", "status", ">step", "held-out figure", ">start", ">best look", ">latest")
+    for training in watched:
+        step = f"{training.step} of {training.steps}" if training.steps else str(training.step)
+        row = [escape(training.entry.name), training.status, step]
+        for figure in [one for one in training.figures if one.decides]:
+            best = f"{wording.number(figure.best)} at {training.best_step}" if figure.best is not None else ""
+            row += [escape(figure.name), wording.number(figure.first), best, wording.number(figure.latest)]
+        table.add_row(*row)
+    console.print(table)
+    for training in watched:
+        for breach in training.breaches:
+            value = wording.number(breach.value) if breach.value is not None else "not finite"
+            console.print(
+                f"{breach.action}: {training.entry.name}: step {breach.step}: {breach.figure} {value}, expected "
+                f"{wording.bounds(breach.bounds)}",
+                markup=False,
+                highlight=False,
+            )
+    if any(training.breaches for training in watched):
+        console.print()
 
 
 def _exports(made: list[Export], console: Console) -> None:

@@ -1,31 +1,133 @@
-"""Which logged numbers share a plot: one a loss, one for gradient norms, one for the monitor's held-out losses."""
+"""The trainings of a run, finished, running or stopped: curves with their limits, figures, breaches, sample strips."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
-from flcompress.report.reading import Entry
-from flcompress.report.record import Record
+from flcompress.report.reading import Entry, RunRecord
+from flcompress.report.record import Record, read_lines, read_object
 
 Curve = list[tuple[float, float]]
+Bounds = tuple[float | None, float | None]
 
-MOST_PANELS = 8
+MOST_PANELS = 12
 """Plots a pass may have; a pass that logs more numbers still has them all in its metrics.jsonl."""
 
+MOST_STRIPS = 9
+"""Looks whose samples are shown, the first and the last among them."""
 
-def panels(entry: Entry) -> dict[str, dict[str, Curve]]:
-    """Plot title -> curve label -> (step, value); numbers that are not finite are left out."""
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One plot: curve label -> (step, value), and the limits that hold for them."""
+
+    title: str
+    lines: dict[str, Curve]
+    bounds: Bounds = (None, None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """One held-out figure over the looks."""
+
+    name: str
+    first: float
+    latest: float
+    best: float | None
+    bounds: Bounds
+    healthy: bool
+    decides: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Breach:
+    """A figure that went beyond its limit, and what followed: "warn", "stop" or "rollback"."""
+
+    step: int
+    figure: str
+    value: float | None
+    bounds: Bounds
+    setting: str
+    mend: str
+    action: str
+    best_step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """One pass that trains.
+
+    Attributes:
+        entry: its folder and arguments.
+        status: "done", "running", or "stopped": begun, but no process works on it.
+        step: the last one logged.
+        steps: how many it is to have, where its arguments say so.
+        best_step: of the look with the best held-out figure.
+        strips: label -> picture, the teacher's first.
+    """
+
+    entry: Entry
+    status: str
+    step: int
+    steps: int | None
+    panels: list[Panel]
+    figures: list[Figure]
+    breaches: list[Breach]
+    best_step: int | None
+    strips: list[tuple[str, Path]]
+
+
+def trainings(run: RunRecord) -> list[Training]:
+    """Those of the stored passes, and the one that is under way."""
+    found = [made for entry in run.entries if (made := _training(entry, "done")) is not None]
+    if run.unfinished is not None:
+        status = "running" if run.unfinished.running else "stopped"
+        found += [made for made in [_training(run.unfinished.entry, status)] if made is not None]
+    return found
+
+
+def _training(entry: Entry, status: str) -> Training | None:
     records = entry.metrics()
     result = entry.result()
     if result is not None and result.has("monitor") and not any("elbo_full" in r.values for r in records):
         records = [*records, *result.each("monitor")]
-    found: dict[str, dict[str, Curve]] = {}
-    for field, curve in _fields(records).items():
-        title, label = _panel(field)
-        found.setdefault(title, {})[label] = curve
-    order = sorted(found, key=lambda title: (title == "Gradient norms", not title.endswith("loss")))
-    return {title: found[title] for title in order[:MOST_PANELS]}
+    fields = _fields(records)
+    if not fields:
+        return None
+    health = read_object(entry.folder / "health.json") if (entry.folder / "health.json").is_file() else None
+    breaches = [_breach(record) for record in read_lines(entry.folder / "breaches.jsonl")]
+    held_out = health.text("held_out") if health is not None else ""
+    looks = dict(fields.get(held_out, []))
+    ended = [breach.best_step for breach in breaches if breach.action == "rollback"]
+    best = int(ended[-1] if ended else min(looks, key=lambda step: looks[step])) if looks else None
+    bounds = {name: _bounds(name, health, looks) for name in fields}
+    beyond = {breach.figure for breach in breaches}
+    return Training(
+        entry=entry,
+        status=status,
+        step=int(max(record.number("step") for record in records)),
+        steps=int(entry.given["steps"]) if isinstance(entry.given.get("steps"), int) else None,
+        panels=_panels(fields, bounds),
+        figures=[
+            Figure(
+                name=_words(name),
+                first=curve[0][1],
+                latest=curve[-1][1],
+                best=dict(curve).get(best) if best is not None else None,
+                bounds=bounds[name],
+                healthy=_words(name) not in beyond or _within(curve[-1][1], bounds[name]),
+                decides=name == held_out,
+            )
+            for name, curve in fields.items()
+            if looks and {step for step, _ in curve} <= looks.keys()
+        ],
+        breaches=breaches,
+        best_step=best,
+        strips=_strips(entry.folder / "samples"),
+    )
 
 
 def _fields(records: Iterable[Record]) -> dict[str, Curve]:
@@ -39,10 +141,73 @@ def _fields(records: Iterable[Record]) -> dict[str, Curve]:
     return fields
 
 
+def _panels(fields: Mapping[str, Curve], bounds: Mapping[str, Bounds]) -> list[Panel]:
+    lines: dict[str, dict[str, Curve]] = {}
+    limits: dict[str, Bounds] = {}
+    for field, curve in fields.items():
+        title, label = _panel(field)
+        lines.setdefault(title, {})[label] = curve
+        if bounds[field] != (None, None):
+            limits[title] = bounds[field]
+    order = sorted(lines, key=lambda title: (title == "Gradient norms", not title.endswith("loss")))
+    return [
+        Panel(title=title, lines=lines[title], bounds=limits.get(title, (None, None))) for title in order[:MOST_PANELS]
+    ]
+
+
 def _panel(field: str) -> tuple[str, str]:
-    words = field.replace("_", " ").replace(".", " ").strip()
     if field.startswith("elbo_"):
         return "Monitor: held-out ELBO loss", field.removeprefix("elbo_").replace("_", " ")
     if field.endswith("_grad_norm"):
         return "Gradient norms", field.removesuffix("_grad_norm").replace("_", " ")
+    if field.startswith("normaliser_"):
+        return "Gradient normaliser |x_g - x_real|", field.removeprefix("normaliser_")
+    words = _words(field)
     return words[:1].upper() + words[1:], words
+
+
+def _words(field: str) -> str:
+    return field.replace("_", " ").replace(".", " ").strip()
+
+
+def _bounds(field: str, health: Record | None, looks: Mapping[float, float]) -> Bounds:
+    if health is None:
+        return None, None
+    if field == health.text("held_out") and health.has("max_worsening") and looks:
+        return None, min(looks.values()) * (1.0 + health.number("max_worsening"))
+    if field.endswith("_grad_norm"):
+        return None, health.number("max_grad_norm") if health.has("max_grad_norm") else None
+    limits = health.sub("limits")
+    return _low_high(limits.sub(field)) if limits.has(field) else (None, None)
+
+
+def _low_high(record: Record) -> Bounds:
+    low, high = (record.number(key) if record.has(key) else None for key in ("low", "high"))
+    return low, high
+
+
+def _within(value: float, bounds: Bounds) -> bool:
+    low, high = bounds
+    return (low is None or value >= low) and (high is None or value <= high)
+
+
+def _breach(record: Record) -> Breach:
+    return Breach(
+        step=int(record.number("step")),
+        figure=_words(record.text("figure")),
+        value=record.number("value") if record.has("value") else None,
+        bounds=_low_high(record),
+        setting=record.text("setting"),
+        mend=record.text("mend"),
+        action=record.text("action"),
+        best_step=int(record.number("best_step")),
+    )
+
+
+def _strips(folder: Path) -> list[tuple[str, Path]]:
+    steps = sorted(folder.glob("step-*.png"))
+    if len(steps) > MOST_STRIPS:
+        steps = [steps[round(place * (len(steps) - 1) / (MOST_STRIPS - 1))] for place in range(MOST_STRIPS)]
+    teacher = folder / "teacher.png"
+    shown = [("teacher", teacher)] if teacher.is_file() else []
+    return shown + [(f"step {int(path.stem.removeprefix('step-'))}", path) for path in steps]

@@ -47,6 +47,14 @@ def number(value: float) -> str:
     return f"{value:.2e}"
 
 
+def bounds(limits: tuple[float | None, float | None]) -> str:
+    """(0.5, 2.0) -> "0.500 to 2.00"; "" where there is no limit."""
+    low, high = limits
+    if low is not None and high is not None:
+        return f"{number(low)} to {number(high)}"
+    return f"at most {number(high)}" if high is not None else f"at least {number(low)}" if low is not None else ""
+
+
 def share(value: float) -> str:
     """0.7 -> "70.0 %"."""
     return f"{100 * value:.1f} %"

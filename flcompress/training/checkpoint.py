@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,13 +19,14 @@ from flcompress.pipeline.store import CHECKPOINTS
 from flcompress.pipeline.world import World
 
 MANIFEST = "checkpoint.json"
-KEPT = 2
-"""The newest, and the one before it in case the newest is damaged."""
+Kind = Literal["step", "best"]
+KEPT: Mapping[Kind, int] = {"step": 2, "best": 1}
+"""The newest, and the one before it in case the newest is damaged; and the one with the best held-out figure."""
 
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoints of one training, `checkpoints/step-00000050/` each.
+    """The checkpoints of one training: `checkpoints/step-00000050/`, the newest, and `best-00000050/`.
 
     Every process writes what only it holds, the main one what all hold alike.
 
@@ -45,9 +47,9 @@ class Checkpoints:
     def _folder(self) -> Path:
         return self.directory / CHECKPOINTS
 
-    def save(self, step: int, tensors: Mapping[str, torch.Tensor]) -> None:
+    def save(self, step: int, tensors: Mapping[str, torch.Tensor], kind: Kind = "step") -> None:
         """Store what this process gives; all processes call it together. An empty mapping writes no file."""
-        work, final = self._folder / f".work-{step:08d}", self._folder / f"step-{step:08d}"
+        work, final = self._folder / f".work-{step:08d}", self._folder / f"{kind}-{step:08d}"
         self.world.beat(f"checkpoint of step {step}")
         if self.world.main:
             shutil.rmtree(work, ignore_errors=True)
@@ -65,17 +67,17 @@ class Checkpoints:
             (work / MANIFEST).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
             shutil.rmtree(final, ignore_errors=True)
             move_in_place(work, final)
-            for old in self._written()[KEPT:]:
+            for old in self._written(kind)[KEPT[kind] :]:
                 shutil.rmtree(old)
         self.world.once(lambda: None)  # it is in place: nobody goes on before
 
-    def load(self) -> tuple[int, dict[str, torch.Tensor]]:
-        """(step, tensors) of the newest whole checkpoint; (0, {}) where there is none.
+    def load(self, kind: Kind = "step") -> tuple[int, dict[str, torch.Tensor]]:
+        """(step, tensors) of the newest whole checkpoint of a kind; (0, {}) where there is none.
 
         Raises:
             RequestError: it was written by other processes than these.
         """
-        for name in self.world.once(lambda: [folder.name for folder in self._written()]):
+        for name in self.world.once(lambda: [folder.name for folder in self._written(kind)]):
             folder = self._folder / name
             record, trouble = self._verified(folder)
             troubles = [one for one in self.world.gathered(trouble) if one]
@@ -95,7 +97,7 @@ class Checkpoints:
     def drop_after(self, step: int) -> None:
         """Remove checkpoints newer than `step`."""
         if self.world.main:
-            for folder in self._written():
+            for folder in self._written("step"):
                 if folder.name > f"step-{step:08d}":
                     shutil.rmtree(folder)
         self.world.once(lambda: None)
@@ -119,8 +121,8 @@ class Checkpoints:
                 return record, f"{name} does not match its checksum"
         return record, ""
 
-    def _written(self) -> Sequence[Path]:
-        return sorted(self._folder.glob("step-*"), reverse=True)
+    def _written(self, kind: Kind) -> Sequence[Path]:
+        return sorted(self._folder.glob(f"{kind}-*"), reverse=True)
 
 
 WHOLE = "whole"

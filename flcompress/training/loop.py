@@ -13,10 +13,13 @@ from pathlib import Path
 import torch
 
 from flcompress.draws import Draws, seed_of
-from flcompress.errors import Preempted, RequestError
+from flcompress.errors import Preempted, RequestError, TrainingError
 from flcompress.pipeline.durable import append_line, write_text
-from flcompress.training.checkpoint import Checkpoints
+from flcompress.training.checkpoint import Checkpoints, Kind
 from flcompress.training.engines import Engine
+from flcompress.training.health import BREACHES_FILE, Watch
+from flcompress.training.strips import strip_of
+from flcompress.training.trackers import trackers
 from flcompress.training.trained import Trained
 
 CHECKPOINT_SECONDS = 60.0
@@ -25,7 +28,6 @@ CHECKPOINT_SECONDS = 60.0
 METRICS_FILE = "metrics.jsonl"
 
 TrainStep = Callable[[int, Draws], Mapping[str, float]]
-Monitor = Callable[[int], Mapping[str, float]]
 
 
 def train(
@@ -36,9 +38,8 @@ def train(
     name: str,
     steps: int,
     batch: int,
-    monitor: Monitor | None = None,
-    monitor_every: int = 0,
-) -> None:
+    watch: Watch | None = None,
+) -> int:
     """Run `train_step` for `steps` steps; go on from the last checkpoint in the work's directory if there is one.
 
     Every process of the work's world calls it, with the same arguments.
@@ -51,12 +52,15 @@ def train(
         name: seeds the draws, with the recipe's seed and the step: a resumed run draws the same.
         steps: number of steps.
         batch: samples of a step, over all processes.
-        monitor: called before the first step, then every `monitor_every` steps and after the last; what it returns is
-            logged as its own line. It may raise TrainingError to stop.
+        watch: looks before the first step, every so many steps and after the last, and judges these figures and those
+            of every step.
+
+    Returns:
+        The step whose weights the roles have: the last one, or the best look's where the watch sent them back to it.
 
     Raises:
         RequestError: the processes do not divide the batch, or the checkpoint was written by others.
-        TrainingError: a loss was not finite or the monitor said stop. The last checkpoint stays.
+        TrainingError: a loss was not finite or the watch said stop. The last checkpoint stays.
         Preempted: SIGTERM was received; a checkpoint was written.
     """
     work = engine.work
@@ -68,20 +72,36 @@ def train(
     start = _restore(checkpoints, roles)
     if world.main:
         work.directory.mkdir(parents=True, exist_ok=True)
-        _truncate(log, start)
+        for file in (log, work.directory / BREACHES_FILE):
+            _truncate(file, start if start else -1)
+    if watch is not None:
+        watch.resume(_logged(log) if world.main else ())
 
     def write(record: Mapping[str, float]) -> None:
         if world.main:
             append_line(log, json.dumps(record))
+            for tracker in tracked:
+                tracker.log(int(record["step"]), {name: one for name, one in record.items() if name != "step"})
 
-    def look(step: int) -> None:
-        if monitor is not None:
-            world.beat(f"held-out figures of step {step}")
-            with engine.forward_mode(), world.together():
-                write({"step": step, **monitor(step)})
+    def look(step: int) -> bool:
+        """Whether to go back to the best look."""
+        if watch is None or not (step in (0, steps) or step % watch.every == 0):
+            return False
+        world.beat(f"held-out figures of step {step}")
+        with engine.forward_mode(), world.together():
+            figures = watch.look(step)
+        if figures:
+            write({"step": step, **figures})
+        strip = strip_of(work.directory, step)
+        for tracker in tracked if strip.exists() else ():
+            tracker.picture(step, "samples", strip)
+        back = watch.judge(step, figures)
+        if watch.best[0] == step > 0:
+            checkpoints.save(step, _stored(roles), "best")
+        return back
 
     saved = time.monotonic()
-    with _termination() as asked:
+    with _termination() as asked, trackers(work, name, start) as tracked:
         if start == 0:
             look(0)
         for step in range(start + 1, steps + 1):
@@ -95,8 +115,8 @@ def train(
             save, end = agreed.pop(_SAVE) > 0, agreed.pop(_END) > 0
             write({"step": step, **agreed})
             work.progress(step, steps, agreed)
-            if step == steps or (monitor_every and step % monitor_every == 0):
-                look(step)
+            if (watch is not None and watch.judge(step, agreed)) or look(step):
+                return _back_to_best(checkpoints, roles)
             if step == steps or save or end:
                 checkpoints.save(step, _stored(roles))
                 saved = time.monotonic()
@@ -105,6 +125,7 @@ def train(
                     f"{name}: ended by SIGTERM after step {step} of {steps}; a checkpoint was written, "
                     "the same command goes on from it"
                 )
+    return steps
 
 
 _SAVE, _END = "save", "end"
@@ -114,8 +135,15 @@ def _stored(roles: Sequence[Trained]) -> dict[str, torch.Tensor]:
     return {f"{role.name}/{key}": value for role in roles for key, value in role.checkpoint().items()}
 
 
-def _restore(checkpoints: Checkpoints, roles: Sequence[Trained]) -> int:
-    step, tensors = checkpoints.load()
+def _back_to_best(checkpoints: Checkpoints, roles: Sequence[Trained]) -> int:
+    step = _restore(checkpoints, roles, "best")
+    if step == 0:
+        raise TrainingError(f"{checkpoints.directory}: the best look's checkpoint is gone or damaged; start this again")
+    return step
+
+
+def _restore(checkpoints: Checkpoints, roles: Sequence[Trained], kind: Kind = "step") -> int:
+    step, tensors = checkpoints.load(kind)
     for role in roles if step else ():
         prefix = f"{role.name}/"
         role.restore({key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)})
@@ -141,6 +169,10 @@ def _truncate(log: Path, step: int) -> None:
     if log.exists():
         kept = [line for line in log.read_text(encoding="utf-8").splitlines() if line and _step(line) <= step]
         write_text(log, "".join(line + "\n" for line in kept))
+
+
+def _logged(log: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
 
 
 def _step(line: str) -> int:

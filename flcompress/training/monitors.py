@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from flcompress.data.latents import LatentDataset
-from flcompress.diffusion.conditioning import on, taken
+from flcompress.diffusion.conditioning import Conditioning, on, taken
 from flcompress.diffusion.process import Process
 from flcompress.diffusion.sampling import Network
 from flcompress.pipeline.world import World
@@ -14,7 +14,8 @@ from flcompress.pipeline.world import World
 class HeldOutELBO:
     """The ELBO loss of a network on fixed held-out draws: E[w(s) |x0 - x0_hat|^2], per latent element.
 
-    The same clips, noises and levels at every call, so that two values differ by the networks alone.
+    The same clips, noises and levels at every call, so that two values differ by the networks alone. Of a dataset of
+    several sizes each size has its share.
 
     Args:
         data: held-out clips.
@@ -32,21 +33,20 @@ class HeldOutELBO:
         self, data: LatentDataset, process: Process, draws: int, seed: int, device: str, at_once: int, world: World
     ) -> None:
         draw = torch.Generator().manual_seed(seed)
-        x0, conditioning = data.batch(draws, draw)
-        noise = torch.randn(x0.shape, generator=draw)
-        low, high = self.LEVEL_RANGE
-        level = low + (high - low) * (torch.arange(draws) + 0.5) / draws
         self._process, self._device, self._world = process, device, world
-        whole = process.add_noise(x0, noise, level)
-        # Every process must make as many forwards as the others: the last ones repeat a draw, which does not count.
-        own = -(-draws // world.size)
-        mine = torch.arange(world.rank * own, (world.rank + 1) * own)
-        counts = (mine < draws).double()
-        parts = torch.split(mine.clamp(max=draws - 1), at_once)
-        self._batches = [
-            (x0[part], whole[part], level[part], count, taken(conditioning, part))
-            for part, count in zip(parts, torch.split(counts, at_once), strict=True)
-        ]
+        self._batches: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Conditioning]] = []
+        # Clips of one size come together, and each size gets levels from the whole range.
+        for x0, conditioning in data.by_size(draws, draw):
+            noise, clips = torch.randn(x0.shape, generator=draw), len(x0)
+            low, high = self.LEVEL_RANGE
+            level = low + (high - low) * (torch.arange(clips) + 0.5) / clips
+            whole = process.add_noise(x0, noise, level)
+            # Every process must make as many forwards as the others: the last ones repeat a draw, which does not count.
+            own = -(-clips // world.size)
+            mine = torch.arange(world.rank * own, (world.rank + 1) * own)
+            counts = torch.split((mine < clips).double(), at_once)
+            for part, count in zip(torch.split(mine.clamp(max=clips - 1), at_once), counts, strict=True):
+                self._batches.append((x0[part], whole[part], level[part], count, taken(conditioning, part)))
 
     @torch.no_grad()
     def __call__(self, network: Network) -> float:
@@ -60,3 +60,54 @@ class HeldOutELBO:
             draws += float(count.sum())
         sums = self._world.mean({"total": total, "draws": draws})
         return sums["total"] / sums["draws"]
+
+
+@torch.no_grad()
+def critic_lag(
+    fake: Network,
+    other: Network,
+    process: Process,
+    x0: torch.Tensor,
+    given: Conditioning,
+    level: torch.Tensor,
+    noise: torch.Tensor,
+    *,
+    at_once: int,
+    world: World,
+) -> float:
+    """By what share the fake score's denoising loss on fresh samples exceeds the one that it should have.
+
+    A perfect denoiser leaves a residual that no function of its input explains. So its loss should be that of the best
+    linear combination of what is at hand, its own prediction F, another network's R, the noised sample and a constant:
+
+        lag = |F - v|^2 / min_w |w1 F + w2 R + w3 x_s + w4 - v|^2 - 1 >= 0
+
+    summed over samples and elements, with v the training target. 0 where nothing at hand improves on F.
+
+    Args:
+        fake: the fake score.
+        other: a network of the same process that is not trained, such as the real score.
+        process: the model's.
+        x0: fresh samples of the generator [n, channels, frames, height, width], this process's.
+        given: their conditioning.
+        level: noise levels [n].
+        noise: as x0.
+        at_once: samples in one forward.
+        world: the processes, each with its share of the samples.
+    """
+    gram = torch.zeros(5, 5, dtype=torch.float64)
+    for part in torch.split(torch.arange(len(x0)), at_once):
+        clean, e, s = (tensor[part.to(tensor.device)] for tensor in (x0, noise, level))
+        conditioning = taken(given, part.to(x0.device))
+        x, timestep = process.add_noise(clean, e, s), process.timestep(s)
+        columns = [fake(x, timestep, conditioning), other(x, timestep, conditioning), x, torch.ones_like(x)]
+        flat = torch.stack([one.double().flatten() for one in (*columns, process.target(clean, e, s))])
+        gram += (flat @ flat.T).cpu()
+    mean = world.mean({str(place): one for place, one in enumerate(gram.flatten().tolist())})
+    gram = torch.tensor(list(mean.values()), dtype=torch.float64).reshape(5, 5)
+    inner, onto, square = gram[:4, :4], gram[:4, 4], gram[4, 4]
+    # The columns can be alike: the fake score starts as a copy of the other network.
+    weights = torch.linalg.pinv(inner, rtol=1e-10, hermitian=True) @ onto
+    # Rounding leaves a little where the fit is perfect.
+    best = (square - 2.0 * weights @ onto + weights @ inner @ weights).clamp(min=1e-12 * float(square))
+    return float((square - 2.0 * onto[0] + inner[0, 0]) / best) - 1.0

@@ -98,6 +98,7 @@ class Trained:
             kept = live.clone()
             live.copy_(self._ema[name])
             self._ema[name].copy_(kept)
+        self._wrapped.written()
 
     def gathered(self) -> dict[str, torch.Tensor]:
         """The whole state dict in the main process; empty in the others. All processes call it together."""

@@ -35,9 +35,10 @@ sampling:
   {{num_inference_steps: 5, guidance_scale: {guidance}, max_sequence_length: 16, num_frames: {size[0]},
    height: {size[1]}, width: {size[2]}}}
 data: {{latents: {data}}}
+training: {{health: {{on_breach: warn, samples: 2}}, log_to: []}}
 passes:
   - importance: {{draws: 8, noise_levels: 2, batch: 4}}
-  - stochastic-depth: {{remove: 0.1, steps: 2, batch: 2, max_drift: 1e9}}
+  - stochastic-depth: {{remove: 0.1, steps: 2, batch: 2}}
   - prune: {{remove: 0.1}}
   - dmd: {{inter_cfg: [{guidance}, {guidance}], steps: 1, critic_updates: 1, batch: 2}}
 exports: [diffusers]

@@ -51,6 +51,7 @@ def recipe(folder: Path, name: str, data: dict[str, Any], passes: list[dict[str,
         "sampling": {"num_inference_steps": 4, "guidance_scale": 3.0, "max_sequence_length": 16, **sampling},
         "data": data,
         "passes": passes,
+        "training": {"health": {"on_breach": "warn", "samples": 3}, "log_to": []},
     }
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(content))

@@ -34,8 +34,9 @@ version: 1
 model: model
 sampling: {{max_sequence_length: 16}}
 data: {{moving-digits: {{clips: 16}}}}
+training: {{health: {{on_breach: warn, samples: 0}}, log_to: []}}
 passes:
-  - stochastic-depth: {{remove: 0.3, by: middle, steps: 2, batch: 2, max_drift: 1e9}}
+  - stochastic-depth: {{remove: 0.3, by: middle, steps: 2, batch: 2}}
   - prune: {{remove: 0.3, by: middle}}
   - dmd: {{steps: 2, critic_updates: 1, student_steps: 2, batch: 2, intra_cfg: [0.2, 0.3], learning_rate: 1e-2, {dmd}}}
 """

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from flcompress.errors import PreconditionError, TrainingError
 from flcompress.ir.selection import choose, u_index
@@ -23,13 +25,13 @@ from tests.tiny import tiny_pipeline
 
 PASSES: list[dict[str, Any]] = [
     {"importance": {"draws": 8, "noise_levels": 2, "batch": 4}},
-    {"stochastic-depth": {"remove": 0.2, "steps": 3, "batch": 2, "monitor_every": 2}},
+    {"stochastic-depth": {"remove": 0.2, "steps": 3, "batch": 2}},
     {"prune": {"remove": 0.2}},
     {"dmd": {"steps": 2, "batch": 2, "critic_updates": 2, "gan_weight": 0.01}},
 ]
 
 
-def recipe(folder: Path, passes: list[dict[str, Any]], name: str = "tiny") -> Path:
+def recipe(folder: Path, passes: list[dict[str, Any]], name: str = "tiny", **health: Any) -> Path:
     path = folder / f"{name}.yaml"
     content = {
         "version": 1,
@@ -37,6 +39,7 @@ def recipe(folder: Path, passes: list[dict[str, Any]], name: str = "tiny") -> Pa
         "sampling": {"num_inference_steps": 4, "guidance_scale": 3.0, "max_sequence_length": 16},
         "data": {"moving-digits": {"clips": 140}},
         "passes": passes,
+        "training": {"health": {"every": 2, **health}, "log_to": []},
     }
     path.write_text(yaml.safe_dump(content))
     return path
@@ -57,6 +60,10 @@ def run(folder: Path) -> RunDirectory:
 def at(run: RunDirectory, name: str) -> tuple[Program, dict[str, Any], Path]:
     (entry,) = [entry for entry in run.entries() if entry.name == name]
     return entry.program(), json.loads((entry.folder / "result.json").read_text()), entry.folder
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def test_every_block_gets_a_finite_score_with_its_error(run: RunDirectory) -> None:
@@ -125,8 +132,18 @@ def test_distillation_gives_a_few_step_contract_with_finite_weights(run: RunDire
     assert list(program.contract.sigmas) == result["sigmas"]
     model = load_transformer(program.components["transformer"])
     assert all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
-    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in logged] == [1, 2]
+    logged = lines(folder / "metrics.jsonl")
+    assert [record["step"] for record in logged] == [0, 1, 2, 2]
+    steps = [record for record in logged if "generator_loss" in record]
+    assert all(one["normaliser_min"] <= one["normaliser_mean"] <= one["normaliser_max"] for one in steps)
+    looks = [record for record in logged if "sample_distance" in record]
+    assert [one.keys() for one in looks] == 2 * [
+        {"step", "sample_distance", "sample_deviation", "sample_saturation", "sample_motion", "critic_lag"}
+    ]
+    names = sorted(path.name for path in (folder / "samples").iterdir())
+    assert names == ["step-00000000.png", "step-00000002.png", "teacher.png"]
+    with Image.open(folder / "samples" / "teacher.png") as strip:
+        assert strip.size == (6 * 34 - 2, 4 * 34 - 2)  # six frames of four clips of 32 x 32
 
 
 @pytest.mark.parametrize("target", ["self", "ema"])
@@ -136,11 +153,55 @@ def test_the_other_targets_train(folder: Path, run: RunDirectory, target: str) -
     assert at(done, "stochastic-depth")[1]["target"] == target
 
 
-def test_a_full_path_that_drifts_is_stopped_by_the_monitor(folder: Path, run: RunDirectory) -> None:
-    passes = [PASSES[0], {"stochastic-depth": {**PASSES[1]["stochastic-depth"], "steps": 40, "learning_rate": 0.5,
-                                               "monitor_every": 5, "target": "self"}}]  # fmt: skip
-    with pytest.raises(TrainingError, match=r"stopped by its monitor at step \d+: held-out ELBO loss of the full path"):
-        apply(recipe(folder, passes, "drift"), folder / "drift", store=folder / "run")
+SELF_AND_HOT = {"stochastic-depth": {"remove": 0.2, "steps": 12, "batch": 4, "learning_rate": 0.05, "target": "self"}}
+
+
+def test_agreeing_on_rubbish_is_warned_of_and_stopped(folder: Path, run: RunDirectory) -> None:
+    passes = [PASSES[0], SELF_AND_HOT]
+    with pytest.raises(TrainingError) as error:
+        apply(recipe(folder, passes, "drift", max_worsening=None), folder / "drift", store=folder / "run")
+    said = str(error.value)
+    assert re.fullmatch(
+        r"stochastic-depth: step \d+: drift [\d.]+, expected at most 1 \(training.health.max_drift\); lower "
+        r"learning_rate, or set target: frozen; see docs/health.md; stopped, the last good checkpoint is kept", said
+    )  # fmt: skip
+    warned = apply(
+        recipe(folder, passes, "drift", max_worsening=None, on_breach="warn"), folder / "drift", store=folder / "run"
+    )
+    (told,) = [event for event in warned.journal() if event["event"] == "health" and event["status"] == "warn"]
+    step = int(said.split()[2].rstrip(":"))
+    assert (told["name"], told["figure"], told["step"], told["high"]) == ("stochastic-depth", "drift", step, 1.0)
+    (breach,) = lines(at(warned, "stochastic-depth")[2] / "breaches.jsonl")
+    assert (breach["action"], breach["value"]) == ("warn", told["value"])
+
+
+UNLIMITED: dict[str, Any] = dict.fromkeys(("max_worsening", "max_critic_lag", "deviation", "motion", "max_saturation"))
+
+
+def test_a_student_that_saturates_is_stopped(folder: Path, run: RunDirectory) -> None:
+    hot = {"dmd": {"steps": 8, "batch": 4, "critic_updates": 1, "learning_rate": 0.02}}
+    limits = {**UNLIMITED, "max_saturation": 0.1}
+    with pytest.raises(TrainingError, match=r"dmd: step \d+: sample_saturation [\d.]+, expected at most 0.1 "):
+        apply(recipe(folder, [*PASSES[:3], hot], "hot", **limits), folder / "hot", store=folder / "run")
+
+
+def test_a_student_that_never_was_better_than_its_start_has_nowhere_to_go_back_to(
+    folder: Path, run: RunDirectory
+) -> None:
+    hot = {"dmd": {"steps": 6, "batch": 4, "critic_updates": 1, "learning_rate": 0.03}}
+    limits = {**UNLIMITED, "max_worsening": 0.5}
+    with pytest.raises(TrainingError, match=r"dmd: step 2: sample_distance .*stopped: no look was better than the sta"):
+        apply(
+            recipe(folder, [*PASSES[:3], hot], "lost", on_breach="rollback", **limits),
+            folder / "lost",
+            store=folder / "run",
+        )
+
+
+def test_without_samples_a_distillation_is_watched_by_its_steps_alone(folder: Path, run: RunDirectory) -> None:
+    passes = [*PASSES[:3], {"dmd": {"steps": 2, "batch": 2, "critic_updates": 1}}]
+    with pytest.raises(TrainingError, match=r"dmd: step 1: fake_score_grad_norm .* expected at most 1e-12"):
+        apply(recipe(folder, passes, "blind", samples=0, max_grad_norm=1e-12), folder / "b", store=folder / "run")
 
 
 def test_what_a_pass_needs_is_checked_before_any_work(folder: Path) -> None:

@@ -16,9 +16,10 @@ version: 1
 model: {model}
 sampling: {{max_sequence_length: 16}}
 data: {{moving-digits: {{clips: 32}}}}
+training: {{health: {{on_breach: warn, samples: 0}}, log_to: []}}
 passes:
   - importance: {{draws: 8, noise_levels: 2}}
-  - stochastic-depth: {{remove: 0.3, steps: 3, batch: 4, target: {target}, max_drift: 1e9}}
+  - stochastic-depth: {{remove: 0.3, steps: 3, batch: 4, target: {target}}}
   - prune: {{remove: 0.3}}
   - dmd: {{steps: 2, critic_updates: 2, batch: 4}}
 """

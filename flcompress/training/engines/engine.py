@@ -65,6 +65,10 @@ class Wrapped(ABC):
     def shards(self) -> dict[str, torch.Tensor]:
         """The trained parameters as far as this process holds them: live storage, by parameter name."""
 
+    def written(self) -> None:
+        """After something was written to `shards`: copies of them that were gathered before count no more."""
+        return
+
     @abstractmethod
     def gathered(self) -> dict[str, torch.Tensor]:
         """The whole state dict on the CPU in the main process, empty in the others. All processes call it together."""

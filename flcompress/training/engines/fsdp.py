@@ -28,6 +28,9 @@ class Shards(Replica):
     def shards(self) -> dict[str, torch.Tensor]:
         return {name: _local(parameter) for name, parameter in self._named.items()}
 
+    def written(self) -> None:
+        self.model.reshard()  # a forward without backward leaves what lies outside the blocks gathered
+
     def gathered(self) -> dict[str, torch.Tensor]:
         whole: dict[str, torch.Tensor] = {}
         for name, value in self.model.state_dict().items():
