@@ -44,6 +44,7 @@ class Work:
         precision: of forwards and backwards in training: "fp32", or "bf16" (autocast over fp32 weights).
         gradient_checkpointing: whether trained models compute their blocks again in the backward.
         compile: whether blocks run through torch.compile.
+        checkpoint_seconds: between two checkpoints of a training; 0 writes one after every step.
     """
 
     directory: Path
@@ -57,6 +58,7 @@ class Work:
     precision: Precision = "fp32"
     gradient_checkpointing: bool = False
     compile: bool = False
+    checkpoint_seconds: float = 60.0
 
     def trained(self, folder: Path) -> Any:
         """A transformer to be trained: fp32 weights.

@@ -127,6 +127,12 @@ class Training(_Part):
         None, ge=1, description="how many processes must run; whatever the launcher started where left out"
     )
     timeout: float = Field(1800.0, gt=0, description="seconds after which a process that does not move ends the run")
+    checkpoint_seconds: float = Field(
+        60.0,
+        ge=0,
+        description="between two checkpoints: the most work that a killed run loses, whatever a step takes; "
+        "0 writes one after every step",
+    )
     precision: Precision = Field("fp32", description="bf16: autocast over fp32 weights, and frozen models held in bf16")
     gradient_checkpointing: bool = Field(
         False, description="compute blocks again in the backward instead of keeping what they did; a third more work"
@@ -139,7 +145,7 @@ class Training(_Part):
     @property
     def decisive(self) -> dict[str, Any]:
         """What changes a result; who shares the work does not, so that another launch finds it and goes on."""
-        return self.model_dump(mode="json", exclude={"engine", "processes", "timeout"})
+        return self.model_dump(mode="json", exclude={"engine", "processes", "timeout", "checkpoint_seconds"})
 
 
 class Recipe(_Part):

@@ -14,13 +14,10 @@ import torch
 
 from flcompress.draws import Draws, seed_of
 from flcompress.errors import Preempted, RequestError
-from flcompress.pipeline.durable import append_line, write_text
+from flcompress.pipeline.durable import append_line, sync, write_text
 from flcompress.training.checkpoint import Checkpoints
 from flcompress.training.engines import Engine
 from flcompress.training.trained import Trained
-
-CHECKPOINT_SECONDS = 60.0
-"""A killed run loses at most this much work."""
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -81,7 +78,7 @@ def train(
                 write({"step": step, **monitor(step)})
 
     saved = time.monotonic()
-    with _termination() as asked:
+    with _termination(name) as asked:
         if start == 0:
             look(0)
         for step in range(start + 1, steps + 1):
@@ -90,7 +87,7 @@ def train(
             torch.manual_seed(seed_of(work.seed, name, step, "model", world.rank))  # dropout, where a model has it
             with engine.forward_mode(), world.together():
                 values = dict(train_step(step, draws))
-            due = time.monotonic() - saved > CHECKPOINT_SECONDS
+            due = time.monotonic() - saved >= work.checkpoint_seconds
             agreed = world.mean({**values, _SAVE: float(due and world.main), _END: float(asked.is_set())})
             save, end = agreed.pop(_SAVE) > 0, agreed.pop(_END) > 0
             write({"step": step, **agreed})
@@ -98,9 +95,11 @@ def train(
             if step == steps or (monitor_every and step % monitor_every == 0):
                 look(step)
             if step == steps or save or end:
+                if world.main:
+                    sync(log)  # what was logged before a checkpoint must not be lost where that is kept
                 checkpoints.save(step, _stored(roles))
                 saved = time.monotonic()
-            if end and step < steps:
+            if end:
                 raise Preempted(
                     f"{name}: ended by SIGTERM after step {step} of {steps}; a checkpoint was written, "
                     "the same command goes on from it"
@@ -123,7 +122,7 @@ def _restore(checkpoints: Checkpoints, roles: Sequence[Trained]) -> int:
 
 
 @contextmanager
-def _termination() -> Iterator[threading.Event]:
+def _termination(name: str) -> Iterator[threading.Event]:
     """An event that SIGTERM sets, instead of ending the process at once."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -134,12 +133,18 @@ def _termination() -> Iterator[threading.Event]:
         yield asked
     finally:
         signal.signal(signal.SIGTERM, before)
+    if asked.is_set():  # too late for the last step to see it; everything is saved
+        raise Preempted(f"{name}: ended by SIGTERM after its last step; the same command goes on from there")
 
 
 def _truncate(log: Path, step: int) -> None:
-    """Drop what was logged after the checkpoint: those steps will be done, and logged, again."""
+    """Drop what was logged after the checkpoint: those steps will be done, and logged, again.
+
+    Without a checkpoint that is everything, what was held against step 0 too.
+    """
     if log.exists():
-        kept = [line for line in log.read_text(encoding="utf-8").splitlines() if line and _step(line) <= step]
+        lines = log.read_text(encoding="utf-8").splitlines() if step else []
+        kept = [line for line in lines if line and _step(line) <= step]
         write_text(log, "".join(line + "\n" for line in kept))
 
 
