@@ -6,7 +6,9 @@ files, and runs the real command line. Tests that need the real launchers start 
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import sys
@@ -85,6 +87,7 @@ def _run(arguments: Sequence[str], environment: Mapping[str, str], output: str, 
         descriptor = os.open(output + place, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, stream)
         os.close(descriptor)
+    faulthandler.register(signal.SIGUSR1, file=2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     from flcompress.cli import main
 
@@ -126,6 +129,13 @@ class Command:
             if process.is_alive():
                 process.kill()
             process.join()
+
+    def show_stacks(self) -> None:
+        """Have each that still runs write where it is to its standard error."""
+        for process in self.processes:
+            if process.is_alive():
+                os.kill(process.pid or 0, signal.SIGUSR1)
+        time.sleep(1.0)
 
     def errors(self) -> list[str]:
         """What each wrote to standard error."""
@@ -174,6 +184,8 @@ def run(arguments: Sequence[str | Path], outputs: Path, **given: Any) -> Command
     """`start`, and wait; AssertionError with what they wrote where one fails."""
     command = start(arguments, outputs, **given)
     statuses = command.wait()
+    if None in statuses:
+        command.show_stacks()
     command.kill()
     assert statuses == [0] * len(statuses), (statuses, command.errors())
     return command
