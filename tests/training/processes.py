@@ -90,7 +90,9 @@ def _run(arguments: Sequence[str], environment: Mapping[str, str], output: str, 
     faulthandler.register(signal.SIGUSR1, file=2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     from flcompress.cli import main
+    from tests.training import toy
 
+    toy.install()
     if hook is not None:
         hook()
     main(list(arguments), prog_name="flcompress")
@@ -122,6 +124,11 @@ class Command:
     def wait_any(self, seconds: float) -> None:
         """Until one has ended."""
         multiprocessing.connection.wait([process.sentinel for process in self.processes], seconds)
+
+    def signal(self, rank: int, number: int) -> None:
+        """Send one process a signal, if it still runs."""
+        if self.processes[rank].is_alive():
+            os.kill(self.pids[rank], number)
 
     def kill(self) -> None:
         """SIGKILL what still runs."""

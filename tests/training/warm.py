@@ -1,5 +1,6 @@
 """Imported once by the fork server: what every process of a training would import anew, for seconds."""
 
+import gc
 import warnings
 
 with warnings.catch_warnings():
@@ -16,5 +17,8 @@ import flcompress.pipeline.manager
 import flcompress.training.engines.fsdp
 import flcompress.training.engines.zero
 import flcompress.training.loop
+import tests.training.toy
 
-__all__ = ["deepspeed", "diffusers", "flcompress", "torch"]
+gc.freeze()  # DeepSpeed collects garbage often, which would walk over all that was imported here
+
+__all__ = ["deepspeed", "diffusers", "flcompress", "tests", "torch"]

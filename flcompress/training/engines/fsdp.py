@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -84,7 +84,7 @@ def _blocks(model: Any) -> list[nn.Module]:
     if not hasattr(model, "config"):  # a LoRA, split as one
         return []
     settings = json.dumps(dict(model.config), sort_keys=True, default=str)
-    return [model.get_submodule(path) for path in _block_paths(type(model), settings)]
+    return [model.get_submodule(path) for path in _block_paths(cast(Hashable, type(model)), settings)]
 
 
 @lru_cache
