@@ -1,7 +1,7 @@
 """Trainings killed at random moments and resumed, against unbroken ones: the table of docs/benchmarks.md.
 
-`python -m docs.measure_resume --kills 100 [--seed 1]` spreads the kills over four engines. It ends with exit status 1 at
-the first result that differs in one bit.
+`python -m docs.measure_resume --kills 100 [--seed 1]` spreads the kills over four engines. It ends with exit
+status 1 at the first result that differs in one bit.
 """
 
 from __future__ import annotations
@@ -25,9 +25,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args()
     os.environ |= {"DS_ACCELERATOR": "cpu", "TORCH_CPP_LOG_LEVEL": "ERROR", "OMP_NUM_THREADS": "1"}
-    print(
-        "| engine | processes | kills | in start-up | between checkpoints | while one is written | at the end | differ |"
-    )
+    print("| engine | processes | kills | in start-up | between checkpoints | within one | at the end | differ |")
     print("|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         home = Home.make(Path(folder))

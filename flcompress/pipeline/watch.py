@@ -61,6 +61,7 @@ class Watch:
 
     def start(self) -> None:
         self._publish(0)
+        self.publish(self.client)
         self._looked = time.monotonic()
         self._threads = [threading.Thread(target=run, daemon=True) for run in (self._watch, self._guard)]
         for thread in self._threads:
@@ -78,14 +79,20 @@ class Watch:
 
     def lives(self) -> list[tuple[int, str]]:
         """(signs of life, what it does) of every process, by rank."""
-        return [(life, doing) for life, _, doing, _ in self._pulses(self.client)]
+        return [(life, doing) for life, _, doing, _ in self._pulses()]
+
+    def publish(self, client: Any) -> None:
+        """Give the pulse to the store."""
+        client.set(f"pulse/{self.rank}", json.dumps([self.pulse.beats, self.pulse.doing, self.pulse.alone]))
 
     def _publish(self, life: int) -> None:
-        pulse = self.pulse
-        self.client.set(f"pulse/{self.rank}", json.dumps([life, pulse.beats, pulse.doing, pulse.alone]))
+        self.client.set(f"life/{self.rank}", str(life))
 
-    def _pulses(self, client: Any) -> list[list[Any]]:
-        return [json.loads(one) for one in client.multi_get([f"pulse/{rank}" for rank in range(self.size)])]
+    def _pulses(self) -> list[tuple[int, int, str, bool]]:
+        """(sign of life, beats, doing, alone) of every process."""
+        keys = [f"{kind}/{rank}" for kind in ("life", "pulse") for rank in range(self.size)]
+        found = [json.loads(one) for one in self.client.multi_get(keys)]
+        return [(life, *pulse) for life, pulse in zip(found[: self.size], found[self.size :], strict=True)]
 
     def _watch(self) -> None:
         import torch.distributed as dist
@@ -97,7 +104,7 @@ class Watch:
             while not self._over.wait(self.period):
                 life += 1
                 self._publish(life)
-                pulses, now = self._pulses(self.client), time.monotonic()
+                pulses, now = self._pulses(), time.monotonic()
                 if self._over.is_set():
                     return
                 alive = [
@@ -114,7 +121,7 @@ class Watch:
         except (dist.DistStoreError, dist.DistNetworkError):
             return  # the main thread meets the same, and says so
 
-    def _judge(self, pulses: list[list[Any]], silent: list[float], still: float) -> None:
+    def _judge(self, pulses: list[tuple[int, int, str, bool]], silent: list[float], still: float) -> None:
         """End this process where another has been silent, or all have been still, for too long."""
         if max(silent) < self.timeout and still < self.timeout:
             return

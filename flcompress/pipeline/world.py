@@ -75,9 +75,10 @@ class World:
         number = self._messages = self._messages + 1
         if not self.main:
             return self._get(f"once/{number}")
-        before, self._pulse.alone = self._pulse.alone, True
+        doing, before = self._pulse.doing, self._pulse.alone
+        self._moved(doing, alone=True)
         value = make()
-        self._pulse.alone = before
+        self._moved(doing, alone=before)
         self._put(f"once/{number}", value)
         return value
 
@@ -88,12 +89,22 @@ class World:
 
     def beat(self, what: str) -> None:
         """Say that this process moves on together with the others, and to what: a hung one is told by its last word."""
-        self._pulse.doing, self._pulse.alone = what, False
         self._pulse.beats += 1
+        self._moved(what, alone=False)
 
     def alone(self, what: str) -> None:
         """Say that the main process works on while the others wait for it, which may take any time."""
-        self._pulse.doing, self._pulse.alone = what, True
+        self._moved(what, alone=True)
+
+    def _moved(self, what: str, *, alone: bool) -> None:
+        import torch.distributed as dist
+
+        self._pulse.doing, self._pulse.alone = what, alone
+        if self._watch is not None:
+            try:
+                self._watch.publish(self._store)
+            except (dist.DistStoreError, dist.DistNetworkError) as error:
+                raise self._broken(error) from error
 
     @contextmanager
     def telling(self) -> Iterator[None]:

@@ -63,13 +63,12 @@ class Toy(Pass):
             hyper = Hyper(learning_rate=1e-2)
             roles.append(Trained(engine, name, model, batch=self.batch, hyper=hyper, ema_decay=0.9, schedule=schedule))
         student, critic = roles
-        if self.reads_from:
-            data = work.data(program)
+        data = work.data(program) if self.reads_from else None
 
         def train_step(step: int, draws: Draws) -> Mapping[str, float]:
-            broken = fault(step, work)
+            broken = fault(step, work, data.folder if data else Path())
             time.sleep(self.seconds)
-            if 0 < self.reads_from <= step:
+            if data and step >= self.reads_from:
                 data.batch(draws.batch, draws.shared, draws.mine)
             x = draws.normal(8)
             values = critic.update((critic.module(x) - student.module(x).detach().cos()).square().mean() * broken)
@@ -94,7 +93,7 @@ class Toy(Pass):
         return program
 
 
-def fault(step: int, work: Work) -> float:
+def fault(step: int, work: Work, data: Path) -> float:
     """Meet the fault that the environment names, if this is the process and the step; a factor for the loss."""
     kind, rank, when = os.environ.get(FAULT, "none:0:0").split(":")
     if int(when) != step or int(rank) != work.world.rank:
@@ -111,6 +110,9 @@ def fault(step: int, work: Work) -> float:
         raise ValueError("a mistake in the code")
     elif kind == "full":
         fill(next(one for one in work.directory.parents if one.name == "disk"))
+    elif kind == "damage":
+        for shard in data.glob("clips-*"):
+            shard.write_bytes(bytes(shard.stat().st_size))
     elif kind == "slow":
         time.sleep(60)
     return float("nan") if kind == "nan" else 1.0

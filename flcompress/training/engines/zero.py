@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -125,6 +126,7 @@ class Zero(Engine):
         if work.device == "cpu":
             # Else a shared-memory operation is compiled on first use, for minutes.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        os.environ.setdefault("LOCAL_RANK", "0")  # one process without a launcher, where training.processes is 1
         deepspeed.init_distributed(dist_init_required=False)
         self._stage, self._kind = stage, deepspeed.DeepSpeedEngine
         self.layout = f"zero{stage} on {work.world.size} processes"
