@@ -121,7 +121,10 @@ class World:
                 raise interrupted from None
             raise
         except Exception as error:
-            self._fail(FlcompressError(f"{type(error).__name__}: {error}"))
+            failure = FlcompressError(f"{type(error).__name__}: {error}")
+            if self._fail(failure):
+                failure.told = True  # it follows from another's failure, such as a folder that is gone
+                raise failure from error
             raise
 
     def _fail(self, error: FlcompressError) -> bool:

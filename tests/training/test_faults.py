@@ -275,3 +275,50 @@ def test_sigterm_to_torchrun_saves_in_every_process(home: Home, tmp_path: Path, 
         os.killpg(launcher.pid, 0)
     assert "step-00000003" in steps(folder)
     assert resumed(home, folder) == whole
+
+
+def launched(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """`accelerate launch ARGUMENTS`, without a configuration of this machine's user."""
+    return subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *map(str, arguments)],
+        capture_output=True, text=True, timeout=280, check=False,
+    )  # fmt: skip
+
+
+def test_accelerate_launch_on_a_cpu_starts_one_process_and_is_refused(home: Home, tmp_path: Path) -> None:
+    arguments = command(home, home.begun(tmp_path / "here/run"))
+    done = launched("--cpu", "--num_processes", "2", "-m", "tests.training.toy", *arguments)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert errors == [
+        "error: training.engine: ddp given, but only one process runs (WORLD_SIZE is unset or 1; "
+        "`accelerate launch --cpu` starts one whatever it is told); start with "
+        "torchrun --nproc-per-node 2 -m flcompress apply RECIPE, or set training.processes: 1 if one is meant"
+    ]
+
+
+def test_accelerate_launch_of_two_processes(home: Home, tmp_path: Path, whole: bytes) -> None:
+    folder = home.begun(tmp_path / "here/run")
+    options = "--multi_gpu", "--num_processes", "2", "--main_process_port", str(free_port()), "-m"
+    done = launched(*options, "tests.training.toy", *command(home, folder))
+    assert done.returncode == 0, done.stderr
+    assert toy.weights(folder) == whole
+
+
+def test_accelerate_launch_with_a_configuration_for_deepspeed(home: Home, tmp_path: Path) -> None:
+    """The stage it names is run; another engine is refused, once."""
+    configuration = tmp_path / "accelerate.yaml"
+    configuration.write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: DEEPSPEED\nnum_machines: 1\nnum_processes: 2\n"
+        "deepspeed_config: {zero_stage: 2, gradient_accumulation_steps: 1}\nmixed_precision: 'no'\nmachine_rank: 0\n",
+        encoding="utf-8",
+    )
+    options = "--config_file", configuration, "--main_process_port", str(free_port()), "-m", "tests.training.toy"
+    folder = home.begun(tmp_path / "here/run")
+    done = launched(*options, *command(home, folder, "zero2"))
+    assert done.returncode == 0, done.stderr
+    assert toy.weights(folder)
+    refused = launched(*options, *command(home, home.begun(tmp_path / "there/run"), "zero3"))
+    assert [line for line in refused.stderr.splitlines() if line.startswith("error:")] == [
+        "error: training.engine: zero3 given, but accelerate was configured for ZeRO stage 2 "
+        "(ACCELERATE_DEEPSPEED_ZERO_STAGE); set one like the other"
+    ]
