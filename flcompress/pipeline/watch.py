@@ -27,11 +27,14 @@ class Pulse:
         beats: how often it moved on.
         doing: to what, last.
         alone: whether it works without the others, who wait: that may take any time.
+        ending: whether it was asked to end (SIGTERM); not for the others. A launcher asks when one of them has died,
+            and the word of a dead one is waited for in vain.
     """
 
     beats: int = 0
     doing: str = "start"
     alone: bool = True
+    ending: bool = False
 
 
 @dataclass
@@ -123,13 +126,15 @@ class Watch:
 
     def _judge(self, pulses: list[tuple[int, int, str, bool]], silent: list[float], still: float) -> None:
         """End this process where another has been silent, or all have been still, for too long."""
-        if max(silent) < self.timeout and still < self.timeout:
+        limit = min(self.timeout, GRACE_SECONDS + 4 * self.period) if self.pulse.ending else self.timeout
+        if max(silent) < limit and still < self.timeout:
             return
-        late = [rank for rank, seconds in enumerate(silent) if seconds > max(4 * self.period, self.timeout / 2)]
+        late = [rank for rank, seconds in enumerate(silent) if seconds > max(4 * self.period, limit / 2)]
         fewest = min(count for _, count, _, _ in pulses)
         behind = late or [rank for rank, (_, count, _, _) in enumerate(pulses) if count == fewest]
         named = " and ".join(f"process {rank} (last: {pulses[rank][2]})" for rank in behind)
-        self._end(f"{named} of {self.size} has not moved for {self.timeout:g} s (training.timeout)")
+        why = " (training.timeout)" if limit == self.timeout else ", and this command was asked to end"
+        self._end(f"{named} of {self.size} has not moved for {limit:g} s{why}")
 
     def _follow(self) -> None:
         """Another has failed and says so itself."""

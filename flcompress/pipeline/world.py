@@ -92,6 +92,10 @@ class World:
         self._pulse.beats += 1
         self._moved(what, alone=False)
 
+    def ending(self) -> None:
+        """Say that this process was asked to end: it does not wait for long for one that gives no sign of life."""
+        self._pulse.ending = True
+
     def alone(self, what: str) -> None:
         """Say that the main process works on while the others wait for it, which may take any time."""
         self._moved(what, alone=True)

@@ -15,6 +15,7 @@ import torch
 from flcompress.draws import Draws, seed_of
 from flcompress.errors import Preempted, RequestError
 from flcompress.pipeline.durable import append_line, sync, write_text
+from flcompress.pipeline.world import World
 from flcompress.training.checkpoint import Checkpoints
 from flcompress.training.engines import Engine
 from flcompress.training.trained import Trained
@@ -78,7 +79,7 @@ def train(
                 write({"step": step, **monitor(step)})
 
     saved = time.monotonic()
-    with _termination(name) as asked:
+    with _termination(name, world) as asked:
         if start == 0:
             look(0)
         for step in range(start + 1, steps + 1):
@@ -122,13 +123,18 @@ def _restore(checkpoints: Checkpoints, roles: Sequence[Trained]) -> int:
 
 
 @contextmanager
-def _termination(name: str) -> Iterator[threading.Event]:
+def _termination(name: str, world: World) -> Iterator[threading.Event]:
     """An event that SIGTERM sets, instead of ending the process at once."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
-    before = signal.signal(signal.SIGTERM, lambda number, frame: asked.set())
+
+    def ask(number: int, frame: object) -> None:
+        asked.set()
+        world.ending()
+
+    before = signal.signal(signal.SIGTERM, ask)
     try:
         yield asked
     finally:

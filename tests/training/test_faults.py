@@ -101,6 +101,20 @@ def test_a_process_that_dies_is_named(home: Home, tmp_path: Path, whole: bytes, 
     assert resumed(home, tmp_path / "here/run") == whole
 
 
+def test_a_process_that_dies_in_a_checkpoint_does_not_keep_the_others(home: Home, tmp_path: Path) -> None:
+    """They wait for its word, not in an exchange that breaks; the launcher's SIGTERM must end them all the same."""
+    folder = home.begun(tmp_path / "here/run")
+    given = {toy.FAULT: "exit-in-checkpoint:1:4"}
+    started = start(command(home, folder, "zero2"), tmp_path / "output", processes=2, environment=given)
+    started.wait_any(60)
+    started.signal(0, signal.SIGTERM)
+    assert started.wait(60) == [1, 7]
+    assert lines(started) == [
+        "error: process 1 (last: checkpoint of step 4) of 2 has not moved for 7 s, and this command was asked to end; "
+        + AGAIN
+    ]
+
+
 @pytest.mark.parametrize("engine", ["ddp", "zero2", "fsdp2"])
 def test_a_loss_that_is_not_finite_in_one_process_stops_all(home: Home, tmp_path: Path, engine: str) -> None:
     folder = home.begun(tmp_path / "here/run")
