@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import click
 
 from flcompress import __version__
-from flcompress.errors import FlcompressError, RequestError
+from flcompress.errors import INTERRUPTED, FlcompressError, RequestError
 
 if TYPE_CHECKING:
     from flcompress.pipeline.display import Display
 
-INTERRUPTED = 130
 Backend = Literal["torch", "onnx", "tensorrt"]
 _FOLDER = click.Path(path_type=Path)
 _GPUS = ("a100", "h100", "h200", "l40s", "rtx4090")  # those of pipeline/gpus.py, which --help does not load
@@ -34,7 +33,7 @@ class Commands(click.Group):
         except FlcompressError as error:
             if ctx.params.get("debug"):
                 raise
-            if not error.told:
+            if not (error.told if error.told is not None else _not_first()):
                 click.echo(f"error: {error}", err=True)
             ctx.exit(error.exit_status)
         except KeyboardInterrupt:
@@ -89,7 +88,7 @@ def apply_command(
         click.echo(json.dumps(plan.to_dict(), indent=1) if as_json else plan_text(plan))
         return
     run = manager.apply(loaded, run_dir, store=store, display=_display(quiet))
-    if as_json:
+    if as_json and os.environ.get("RANK", "0") == "0":
         passes = [{**entry.record, "folder": str(entry.folder)} for entry in run.entries()]
         _print({"run": str(run.path), "passes": passes, "exports": [export.name for export in loaded.exports]})
 
@@ -350,6 +349,11 @@ def _display(quiet: bool) -> Display:
     from flcompress.pipeline.display import QuietDisplay, default_display
 
     return QuietDisplay() if quiet else default_display()
+
+
+def _not_first() -> bool:
+    """Whether a launcher started this process beside others of the same machine, the first of which speaks."""
+    return os.environ.get("LOCAL_RANK", "0") != "0" and "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def _tell(results: dict[str, Any], as_json: bool, run: Path) -> None:

@@ -5,16 +5,20 @@ A message is one line: the file, the key or module path, what was given, what wa
 
 from __future__ import annotations
 
+INTERRUPTED = 130
+"""Exit status after Ctrl-C."""
+
 
 class FlcompressError(Exception):
     """The work failed (exit status 1).
 
     Attributes:
-        told: whether another process of the same command says it, so that this one need not.
+        told: whether another process of the same command says it, so that this one need not; None where they have not
+            met, and those of one machine meet with the same error.
     """
 
     exit_status = 1
-    told = False
+    told: bool | None = None
 
 
 class RequestError(FlcompressError):

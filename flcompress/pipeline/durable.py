@@ -11,7 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from flcompress.errors import FlcompressError
+from flcompress.errors import FlcompressError, RequestError
 
 
 def write_text(path: Path, text: str) -> None:
@@ -79,10 +79,16 @@ def locked(folder: Path, *, wait: bool) -> Iterator[bool]:
 
 @contextmanager
 def full_disk_told(where: Path) -> Iterator[None]:
-    """Turn a full disk, however a library reports it, into one line; what was stored before stays as it is."""
+    """Turn a full disk, however a library reports it, or one that may not be written, into one line; what was stored
+    before stays as it is.
+    """
     try:
         yield
     except OSError as error:
+        if error.errno in (errno.EROFS, errno.EACCES):
+            raise RequestError(
+                f"{error.filename or where}: {os.strerror(error.errno)}; make it writable, or choose another --run-dir"
+            ) from error
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise _full(where) from error

@@ -18,6 +18,7 @@ from flcompress.pipeline.data_check import check_data
 from flcompress.pipeline.display import Display, QuietDisplay, default_display
 from flcompress.pipeline.durable import full_disk_told, locked
 from flcompress.pipeline.exporting import run_exports
+from flcompress.pipeline.launch import Launch, check_launch
 from flcompress.pipeline.passes import Pass, Work
 from flcompress.pipeline.program import Program
 from flcompress.pipeline.recipe import Recipe, arguments
@@ -72,16 +73,14 @@ def apply(
     device = device or _device()
     check(recipe, run)
     shared = Path(store).resolve() if store else run.path
-    with joined(recipe.training, device) as world:
-        try:
-            if world.main:
-                with full_disk_told(run.path), _own(run):
-                    _apply(recipe, run, shared, display, device, world)
-            else:
-                _follow(recipe, shared, device, world)
-        except FlcompressError as error:
-            error.told = world.fail(error)
-            raise
+    launch = Launch.from_environment()
+    check_launch(recipe.training, launch, recipe.passes)
+    with joined(recipe.training, device, launch) as world, world.telling(), full_disk_told(run.path):
+        if world.main:
+            with _own(run):
+                _apply(recipe, run, shared, display, device, world)
+        else:
+            _follow(recipe, shared, device, world)
     return run
 
 
@@ -195,6 +194,7 @@ def _apply(recipe: Recipe, run: RunDirectory, shared: Path, display: Display, de
             key = pass_key(step, program, recipe)
             found = store.find(index, step.name, key)
             if found is None:
+                world.alone(title)
                 display.line(f"{title}: running")
                 building = os.path.relpath(store.place(index, step.name, key), run.path)
                 run.note("begin", step.name, key=key, folder=building, arguments=arguments(step))
@@ -262,6 +262,7 @@ def _work(recipe: Recipe, step: Pass, clips: Clips, device: str, world: World, *
         compile=recipe.training.compile,
         health=recipe.training.health,
         log_to=recipe.training.log_to,
+        checkpoint_seconds=recipe.training.checkpoint_seconds,
         world=world if step.distributed else World(),
         engine=recipe.training.engine if step.distributed else "local",
         **shown,
@@ -290,9 +291,12 @@ def _builder(step: Pass, program: Program, stored: Path, work: Work, index: int)
 
     def build(folder: Path) -> Program:
         if step.distributed:
+            if step.needs_data:
+                work.data(program)  # encoding takes its time: here, where the others wait without being missed
             call = {"index": index, "program": str(stored), "directory": str(folder)}
             work.world.once(lambda: call)
         result = step(program, replace(work, directory=folder))
+        work.world.alone(f"end of {step.name}")
         verify(step.name, result)
         return result
 

@@ -50,6 +50,7 @@ class Work:
         health: how its training is watched.
         log_to: where its figures go beside the report.
         note: adds an event to the run's journal.
+        checkpoint_seconds: between two checkpoints of a training; 0 writes one after every step.
     """
 
     directory: Path
@@ -66,6 +67,7 @@ class Work:
     health: Health = field(default_factory=Health)
     log_to: tuple[LogName, ...] = ()
     note: Callable[..., None] = lambda event, name, **values: None
+    checkpoint_seconds: float = 60.0
 
     def trained(self, folder: Path) -> Any:
         """A transformer to be trained: fp32 weights.

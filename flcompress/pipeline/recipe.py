@@ -116,6 +116,9 @@ class Evaluation(_Part):
     seeds: int = Field(4, ge=2, description="independent repetitions; the confidence intervals come from them")
 
 
+_NOT_DECISIVE = {"engine", "processes", "timeout", "checkpoint_seconds", "health", "log_to"}
+
+
 class Training(_Part):
     """How passes that train compute; decides memory and speed."""
 
@@ -128,6 +131,12 @@ class Training(_Part):
         None, ge=1, description="how many processes must run; whatever the launcher started where left out"
     )
     timeout: float = Field(1800.0, gt=0, description="seconds after which a process that does not move ends the run")
+    checkpoint_seconds: float = Field(
+        60.0,
+        ge=0,
+        description="between two checkpoints: the most work that a killed run loses, whatever a step takes; "
+        "0 writes one after every step",
+    )
     precision: Precision = Field("fp32", description="bf16: autocast over fp32 weights, and frozen models held in bf16")
     gradient_checkpointing: bool = Field(
         False, description="compute blocks again in the backward instead of keeping what they did; a third more work"
@@ -150,7 +159,7 @@ class Training(_Part):
 
         So another launch finds the work and goes on, and a training that a limit ended can be taken up with another.
         """
-        return self.model_dump(mode="json", exclude={"engine", "processes", "timeout", "health", "log_to"})
+        return self.model_dump(mode="json", exclude=_NOT_DECISIVE)
 
 
 class Recipe(_Part):

@@ -102,7 +102,11 @@ class RunDirectory:
                     f"{self.path}: run directory of recipe '{self.name}', not of '{recipe.name}'; "
                     "choose another --run-dir"
                 )
-        elif self.path.is_dir() and any(path.name != "passes" for path in self.path.iterdir()):
+        elif self.path.is_dir() and any(
+            # What was killed while it began here has left no more than that.
+            path.name not in ("passes", f"{RUN_FILE}.tmp")
+            for path in self.path.iterdir()
+        ):
             raise RequestError(f"{self.path}: not empty and no run directory (no {RUN_FILE}); choose another --run-dir")
         elif self.path.exists() and not self.path.is_dir():
             raise RequestError(f"{self.path}: a file, expected a folder; choose another --run-dir")

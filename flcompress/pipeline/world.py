@@ -1,19 +1,17 @@
-"""The processes of one command: how many a launcher started, which this one is, and how they agree."""
+"""The processes of one command: which one this is, how they agree, and how they end together."""
 
 from __future__ import annotations
 
 import json
-import os
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from flcompress.errors import FlcompressError, RequestError, TrainingError
+from flcompress.errors import INTERRUPTED, FlcompressError, RequestError, TrainingError
+from flcompress.pipeline.launch import Launch
+from flcompress.pipeline.watch import FAILED, LEFT, TOLD, Pulse, Watch
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -22,10 +20,11 @@ if TYPE_CHECKING:
 
 LONGEST_WAIT = 0.2
 """Seconds between two looks for what another process will give."""
-_EXCHANGE_WORDS = ("gloo", "nccl", "connection", "timed out", "process group")
+LEAVE_SECONDS = 10.0
+"""How long the main process, which may keep the store, waits for the others to leave."""
+_EXCHANGE_WORDS = ("gloo", "nccl", "connection", "timed out", "process group", "socket")
 """What torch's errors of a broken exchange say; they have no class of their own in every backend."""
-MIRROR_SECONDS = 5.0
-"""How long a process that failed waits for the first one to report the same."""
+_AGAIN = "give the same command again: it goes on from the last checkpoint"
 
 
 class World:
@@ -34,15 +33,16 @@ class World:
     Attributes:
         rank: which process this is; 0 is the main one, which writes and speaks.
         size: how many there are.
-        timeout: seconds without any progress after which a process counts as hung.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, timeout: float = 0.0) -> None:
-        self.rank, self.size, self.timeout = rank, size, timeout
+    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0) -> None:
+        self.rank, self.size = rank, size
+        self._local_rank = local_rank
+        self._pulse = Pulse()
         self._store: Any = None  # of strings, shared by all processes
         self._control: dist.ProcessGroup | None = None
+        self._watch: Watch | None = None
         self._messages = 0
-        self._beats = 0
 
     @property
     def main(self) -> bool:
@@ -56,7 +56,7 @@ class World:
         import torch.distributed as dist
 
         total = torch.tensor(list(values.values()), dtype=torch.float64)
-        with self._collective():
+        with self.together():
             dist.all_reduce(total, group=self._control)
         return dict(zip(values, (total / self.size).tolist(), strict=True))
 
@@ -69,15 +69,18 @@ class World:
         return [self._get(f"gather/{number}/{rank}") for rank in range(self.size)]
 
     def once(self, make: Callable[[], Any]) -> Any:
-        """What `make` gives in the main process, in every process; plain JSON values only."""
+        """What `make` gives in the main process, in every process; plain JSON values only. It may take any time."""
         if self.size == 1:
             return make()
         number = self._messages = self._messages + 1
-        if self.main:
-            value = make()
-            self._put(f"once/{number}", value)
-            return value
-        return self._get(f"once/{number}")
+        if not self.main:
+            return self._get(f"once/{number}")
+        doing, before = self._pulse.doing, self._pulse.alone
+        self._moved(doing, alone=True)
+        value = make()
+        self._moved(doing, alone=before)
+        self._put(f"once/{number}", value)
+        return value
 
     def barrier(self, what: str) -> None:
         """Wait until every process is here."""
@@ -85,29 +88,62 @@ class World:
         self.mean({"here": 1.0})
 
     def beat(self, what: str) -> None:
-        """Say that this process moves on, and to what: a hung one is told by its last word."""
-        if self._store is not None:
-            self._beats += 1
-            self._store.set(f"beat/{self.rank}", json.dumps([self._beats, what]))
+        """Say that this process moves on together with the others, and to what: a hung one is told by its last word."""
+        self._pulse.beats += 1
+        self._moved(what, alone=False)
 
-    def fail(self, error: FlcompressError) -> bool:
-        """Tell the others why this process stops; whether the main one stops for the same reason and will say so."""
-        if self._store is None:
-            return False
-        self._store.set(f"failed/{self.rank}", json.dumps([str(error), error.exit_status]))
-        end = time.monotonic() + MIRROR_SECONDS
-        while not self.main and time.monotonic() < end:
-            if self._store.check(["failed/0"]):
-                return True
-            time.sleep(0.05)
-        return False
+    def ending(self) -> None:
+        """Say that this process was asked to end: it does not wait for long for one that gives no sign of life."""
+        self._pulse.ending = True
+
+    def alone(self, what: str) -> None:
+        """Say that the main process works on while the others wait for it, which may take any time."""
+        self._moved(what, alone=True)
+
+    def _moved(self, what: str, *, alone: bool) -> None:
+        import torch.distributed as dist
+
+        self._pulse.doing, self._pulse.alone = what, alone
+        if self._watch is not None:
+            try:
+                self._watch.publish(self._store)
+            except (dist.DistStoreError, dist.DistNetworkError) as error:
+                raise self._broken(error) from error
 
     @contextmanager
-    def _collective(self) -> Iterator[None]:
+    def telling(self) -> Iterator[None]:
+        """Around all work: what ends this process is told to the others, and one of them says it."""
         try:
             yield
-        except RuntimeError as error:
-            raise self.broken(error) from error
+        except FlcompressError as error:
+            error.told = self._fail(error)
+            raise
+        except KeyboardInterrupt:
+            interrupted = FlcompressError("interrupted")
+            interrupted.exit_status, interrupted.told = INTERRUPTED, True
+            if self._fail(interrupted):
+                raise interrupted from None
+            raise
+        except Exception as error:
+            failure = FlcompressError(f"{type(error).__name__}: {error}")
+            if self._fail(failure):
+                failure.told = True  # it follows from another's failure, such as a folder that is gone
+                raise failure from error
+            raise
+
+    def _fail(self, error: FlcompressError) -> bool:
+        """Tell the others why this process stops; whether one of them says it for all."""
+        if self._store is None:
+            return False
+        try:
+            if self._store.add(TOLD, 1) == 1:
+                self._put(FAILED, [self.rank, str(error), error.exit_status])
+                return False
+        except (RuntimeError, FlcompressError):
+            # The store is gone, with its keeper. Of each machine's processes two speak: the keeper may have been one.
+            return self._local_rank > 1
+        time.sleep(0.5)  # a launcher ends all processes with the first: leave the one that speaks time to do so
+        return True
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -118,150 +154,93 @@ class World:
             text = str(error).lower()
             if self.size == 1 or not any(word in text for word in _EXCHANGE_WORDS):
                 raise
-            raise self.broken(error) from error
+            raise self._broken(error) from error
 
-    def broken(self, error: RuntimeError) -> FlcompressError:
-        """What an error of a collective operation means: another process failed, died or hangs."""
-        time.sleep(0.5)  # the one that failed may be about to say why
-        for rank in range(self.size):
-            said = self._peek(f"failed/{rank}") if rank != self.rank else None
-            if said:
-                return _failure(rank, said)
+    def _broken(self, error: RuntimeError) -> FlcompressError:
+        """What an error of an exchange means: another process failed, died or hangs."""
         first = str(error).splitlines()[0][:200]
-        others = ", ".join(f"{rank} ({self._last(rank)})" for rank in range(self.size) if rank != self.rank)
-        return TrainingError(
-            f"process {self.rank} of {self.size} lost the others; one of them ended or cannot be reached. "
-            f"Last heard of process {others}. "
-            f"Give the same command again: it goes on from the last checkpoint ({first})"
-        )
+        assert self._watch is not None
+        try:
+            before = self._watch.lives()
+            end = time.monotonic() + 4 * self._watch.period
+            while time.monotonic() < end:
+                if self._store.check([FAILED]):  # the one that failed says why
+                    return self._failure()
+                time.sleep(0.05)
+            after = self._watch.lives()
+        except RuntimeError:
+            return TrainingError(
+                f"process {self.rank} of {self.size} lost the one that all meet at: the launcher, or process 0, ended "
+                f"or cannot be reached; {_AGAIN} ({first})"
+            )
+        gone = [f"{rank} (last: {one[1]})" for rank, one in enumerate(after) if one[0] == before[rank][0]]
+        if gone:
+            return TrainingError(
+                f"process {' and '.join(gone)} of {self.size} ended or cannot be reached; {_AGAIN} ({first})"
+            )
+        return TrainingError(f"process {self.rank} of {self.size} lost its connection to another; {_AGAIN} ({first})")
 
-    def _last(self, rank: int) -> str:
-        beat = self._peek(f"beat/{rank}")
-        return str(beat[1]) if beat else "nothing"
+    def _failure(self) -> FlcompressError:
+        """The failure that another process told."""
+        rank, message, status = json.loads(self._store.get(FAILED))
+        error = FlcompressError(f"process {rank}: {message}")
+        error.exit_status = status
+        return error
 
     def _put(self, key: str, value: Any) -> None:
-        assert self._store is not None
-        self._store.set(key, json.dumps(value))
-
-    def _peek(self, key: str) -> Any:
         import torch.distributed as dist
 
-        assert self._store is not None
         try:
-            return json.loads(self._store.get(key)) if self._store.check([key]) else None
-        except (dist.DistStoreError, dist.DistNetworkError):
-            return None
+            self._store.set(key, json.dumps(value))
+        except (dist.DistStoreError, dist.DistNetworkError) as error:
+            raise self._broken(error) from error
 
     def _get(self, key: str) -> Any:
         """Wait for a value, however long the work that makes it takes; a failure elsewhere ends the wait."""
         import torch.distributed as dist
 
-        assert self._store is not None
         wait = 0.001
         try:
             while not self._store.check([key]):
-                for rank in range(self.size):
-                    if rank != self.rank and (said := self._peek(f"failed/{rank}")):
-                        raise _failure(rank, said)
+                if self._store.check([FAILED]):
+                    raise self._failure()
                 time.sleep(wait)
                 wait = min(2 * wait, LONGEST_WAIT)
             return json.loads(self._store.get(key))
         except (dist.DistStoreError, dist.DistNetworkError) as error:
-            raise self.broken(error) from error
+            raise self._broken(error) from error
 
-    def _watch(self, client: Any, over: threading.Event) -> None:
-        """End this process when none has moved for `timeout` seconds, naming those that are behind."""
+    def _join(self, store: Any, timeout: float) -> None:
         import torch.distributed as dist
 
-        seen: list[Any] = []
-        since = time.monotonic()
-        while not over.wait(min(5.0, self.timeout / 4)):
-            try:
-                keys = [f"beat/{rank}" for rank in range(self.size)]
-                beats = [json.loads(client.get(key)) if client.check([key]) else [0, "nothing"] for key in keys]
-            except (dist.DistStoreError, dist.DistNetworkError):
-                return
-            if beats != seen:
-                seen, since = beats, time.monotonic()
-            elif time.monotonic() - since > self.timeout:
-                behind = [rank for rank, (count, _) in enumerate(beats) if count == min(one for one, _ in beats)]
-                named = " and ".join(f"process {rank} (last: {beats[rank][1]})" for rank in behind)
-                print(
-                    f"error: {named} of {self.size} has not moved for {self.timeout:g} s (training.timeout); "
-                    "give the same command again: it goes on from the last checkpoint",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                os._exit(1)  # the main thread waits in a collective operation that will never end
+        stores: Any = dist  # mypy does not see those that come from C++
+        self._store = stores.PrefixStore("flcompress", store)
+        client = stores.PrefixStore("flcompress", store.clone())
+        self._watch = Watch(client, self.rank, self.size, timeout, self._pulse)
+        self._watch.start()
+        self._control = dist.new_group(backend="gloo", timeout=timedelta(seconds=2 * timeout))
 
+    def _leave(self) -> None:
+        """The main process leaves last, since it may keep the store that tells the others how it ended."""
+        import torch.distributed as dist
 
-def _failure(rank: int, said: list[Any]) -> FlcompressError:
-    message, status = said
-    error = FlcompressError(f"process {rank}: {message}" if rank else message)
-    error.exit_status = status
-    return error
-
-
-@dataclass(frozen=True)
-class Launch:
-    """What the launcher says in the environment (torchrun's variables, which accelerate launch sets too)."""
-
-    rank: int
-    size: int
-    local_rank: int
-
-    @classmethod
-    def from_environment(cls) -> Launch:
-        def number(name: str, default: int) -> int:
-            return int(os.environ.get(name, default))
-
-        return cls(number("RANK", 0), number("WORLD_SIZE", 1), number("LOCAL_RANK", 0))
-
-
-def check_launch(training: Training, launch: Launch) -> None:
-    """Raise RequestError where the recipe and the launcher do not ask for the same."""
-    engine, wanted = training.engine, training.processes
-    how = f"torchrun --nproc-per-node {wanted or 2} -m flcompress apply RECIPE"
-    if wanted is not None and wanted != launch.size:
-        raise RequestError(
-            f"training.processes: {wanted} given, but the launcher started {launch.size} (WORLD_SIZE); "
-            f"start with {how}, or change it"
-        )
-    if engine == "local" and launch.size > 1:
-        raise RequestError(
-            f"training.engine: local given, but the launcher started {launch.size} processes (WORLD_SIZE); "
-            "set it to ddp, zero1, zero2, zero3 or fsdp2, or start one"
-        )
-    if engine != "local" and launch.size == 1 and wanted != 1:
-        raise RequestError(
-            f"training.engine: {engine} given, but only one process runs (WORLD_SIZE is unset or 1; "
-            f"`accelerate launch --cpu` starts one whatever it is told); start with {how}, "
-            "or set training.processes: 1 if one is meant"
-        )
-    asked = {"ACCELERATE_USE_DEEPSPEED": ("zero1", "zero2", "zero3"), "ACCELERATE_USE_FSDP": ("fsdp2",)}
-    for variable, engines in asked.items():
-        if os.environ.get(variable, "false").lower() == "true" and engine not in engines:
-            raise RequestError(
-                f"training.engine: {engine} given, but accelerate was configured for {' or '.join(engines)} "
-                f"({variable}); set one like the other"
-            )
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if precision != "no" and precision != training.precision:
-        raise RequestError(
-            f"training.precision: {training.precision} given, but accelerate was configured for {precision} "
-            "(ACCELERATE_MIXED_PRECISION); set one like the other"
-        )
+        assert self._watch is not None
+        with suppress(RuntimeError):
+            self._watch.leave()
+            end = time.monotonic() + LEAVE_SECONDS
+            while self.main and time.monotonic() < end and any(life != LEFT for life, _ in self._watch.lives()):
+                time.sleep(0.02)
+        self._control = None
+        dist.destroy_process_group()
 
 
 @contextmanager
-def joined(training: Training, device: str) -> Iterator[World]:
+def joined(training: Training, device: str, launch: Launch) -> Iterator[World]:
     """Join the processes that a launcher started.
 
     Raises:
-        RequestError: the recipe asks for other processes than there are.
+        RequestError: they cannot meet, or are not as many as the launcher says.
     """
-    launch = Launch.from_environment()
-    check_launch(training, launch)
     if launch.size == 1 and training.engine == "local":
         yield World()
         return
@@ -269,33 +248,40 @@ def joined(training: Training, device: str) -> Iterator[World]:
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
 
-    stores: Any = dist  # mypy does not see those that come from C++
+    stores: Any = dist
     if device == "cuda":
+        if launch.local_rank >= torch.cuda.device_count():
+            raise RequestError(
+                f"environment: LOCAL_RANK={launch.local_rank} given, but this machine has "
+                f"{torch.cuda.device_count()} GPUs; start one process for each"
+            )
         torch.cuda.set_device(launch.local_rank)
-    world = World(launch.rank, launch.size, training.timeout)
     limit = timedelta(seconds=training.timeout)
-    if launch.size > 1:
-        store, rank, size = next(rendezvous("env://", timeout=limit))
-    else:  # one process under a distributed engine: sharding with offload on one device
-        store, rank, size = stores.HashStore(), 0, 1
-    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-    # The collectives wait a little longer than the watch, which names who is late.
-    dist.init_process_group(
-        backend, store=stores.PrefixStore("torch", store), rank=rank, world_size=size, timeout=2 * limit
-    )
+    world = World(launch.rank, launch.size, launch.local_rank)
+    try:
+        # One process under a distributed engine: sharding with offload on one device.
+        store = next(rendezvous("env://", timeout=limit))[0] if launch.size > 1 else stores.HashStore()
+        # The collectives wait a little longer than the watch, which names who is late.
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
+            store=stores.PrefixStore("torch", store),
+            rank=launch.rank,
+            world_size=launch.size,
+            timeout=2 * limit,
+        )
+        if launch.size > 1:
+            world._join(store, training.timeout)
+    except (dist.DistStoreError, dist.DistNetworkError, dist.DistBackendError) as error:
+        raise RequestError(
+            f"the {launch.size} processes (WORLD_SIZE) did not meet within {training.timeout:g} s (training.timeout): "
+            f"{str(error).splitlines()[0][:200]}; start all of them, or set it higher"
+        ) from error
     if dist.get_world_size() != launch.size:
         raise RequestError(f"WORLD_SIZE: {launch.size} given, but {dist.get_world_size()} processes met; start anew")
-    over = threading.Event()
-    watch = threading.Thread(target=lambda: None)
-    if size > 1:
-        world._store = stores.PrefixStore("flcompress", store)
-        world._control = dist.new_group(backend="gloo", timeout=2 * limit)
-        client = stores.PrefixStore("flcompress", store.clone())
-        watch = threading.Thread(target=world._watch, args=(client, over), daemon=True)
-    watch.start()
     try:
         yield world
     finally:
-        over.set()
-        watch.join()
-        dist.destroy_process_group()
+        if launch.size > 1:
+            world._leave()
+        else:
+            dist.destroy_process_group()

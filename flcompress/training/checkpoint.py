@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -14,11 +17,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flcompress.errors import RequestError
-from flcompress.pipeline.durable import move_in_place, sync
-from flcompress.pipeline.store import CHECKPOINTS
+from flcompress.pipeline.durable import move_in_place, sync, write_text
+from flcompress.pipeline.store import CHECKPOINTS, key_of
 from flcompress.pipeline.world import World
 
 MANIFEST = "checkpoint.json"
+WORK = ".work-"
 Kind = Literal["step", "best"]
 KEPT: Mapping[Kind, int] = {"step": 2, "best": 1}
 """The newest, and the one before it in case the newest is damaged; and the one with the best held-out figure."""
@@ -48,42 +52,56 @@ class Checkpoints:
         return self.directory / CHECKPOINTS
 
     def save(self, step: int, tensors: Mapping[str, torch.Tensor], kind: Kind = "step") -> None:
-        """Store what this process gives; all processes call it together. An empty mapping writes no file."""
-        work, final = self._folder / f".work-{step:08d}", self._folder / f"{kind}-{step:08d}"
+        """Store what this process gives; all processes call it together. An empty mapping writes no file.
+
+        Where it fails, what was stored before is kept.
+        """
         self.world.beat(f"checkpoint of step {step}")
-        if self.world.main:
-            shutil.rmtree(work, ignore_errors=True)
-            work.mkdir(parents=True)
-        self.world.once(lambda: None)  # the folder is there
-        mine: dict[str, str] = {}
-        if tensors:
-            path = work / f"rank-{self.world.rank}.safetensors"
-            save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, str(path))
-            sync(path)
-            mine[path.name] = _digest(path)
-        files = {name: digest for one in self.world.gathered(mine) for name, digest in one.items()}
-        if self.world.main:
-            record = {"step": step, "layout": self.layout, "files": files}
-            (work / MANIFEST).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-            shutil.rmtree(final, ignore_errors=True)
-            move_in_place(work, final)
-            for old in self._written(kind)[KEPT[kind] :]:
-                shutil.rmtree(old)
-        self.world.once(lambda: None)  # it is in place: nobody goes on before
+        # A name of its own: a process that outlives a killed command cannot write into what the next one writes.
+        work = self._folder / self.world.once(lambda: self._prepared(step))
+        try:
+            mine: dict[str, str] = {}
+            if tensors:
+                path = work / f"rank-{self.world.rank}.safetensors"
+                save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, str(path))
+                sync(path)
+                mine[path.name] = _digest(path)
+            files = {name: digest for one in self.world.gathered(mine) for name, digest in one.items()}
+            self.world.once(lambda: self._put_in_place(step, kind, work, files))
+        except BaseException:
+            if self.world.main:
+                shutil.rmtree(work, ignore_errors=True)  # a full disk has the room back at once
+            raise
+
+    def _prepared(self, step: int) -> str:
+        work = self._folder / f"{WORK}{step:08d}-{os.getpid()}-{time.monotonic_ns()}"
+        work.mkdir(parents=True)
+        return work.name
+
+    def _put_in_place(self, step: int, kind: Kind, work: Path, files: Mapping[str, str]) -> None:
+        record = {"step": step, "layout": self.layout, "files": dict(files)}
+        write_text(work / MANIFEST, json.dumps({**record, "checksum": key_of(**record)}, indent=1) + "\n")
+        final = self._folder / f"{kind}-{step:08d}"
+        if final.exists():
+            _remove(final)
+        move_in_place(work, final)
+        for old in self._written(kind)[KEPT[kind] :]:
+            _remove(old)
 
     def load(self, kind: Kind = "step") -> tuple[int, dict[str, torch.Tensor]]:
         """(step, tensors) of the newest whole checkpoint of a kind; (0, {}) where there is none.
 
+        Damaged ones are said, and removed; so is what killed commands left behind.
+
         Raises:
             RequestError: it was written by other processes than these.
         """
-        for name in self.world.once(lambda: [folder.name for folder in self._written(kind)]):
+        for name in self.world.once(partial(self._tidied, kind)):
             folder = self._folder / name
-            record, trouble = self._verified(folder)
+            record, trouble = self._verified(folder, kind)
             troubles = [one for one in self.world.gathered(trouble) if one]
             if troubles:
-                if self.world.main:
-                    self.say(f"{folder}: damaged checkpoint passed over: {troubles[0]}")
+                self.world.once(partial(self._pass_over, folder, kind, troubles[0]))
                 continue
             if record["layout"] != self.layout:
                 raise RequestError(
@@ -94,24 +112,40 @@ class Checkpoints:
             return int(str(record["step"])), load_file(str(path)) if path.exists() else {}
         return 0, {}
 
+    def _tidied(self, kind: Kind) -> list[str]:
+        """Names of the checkpoints, newest first."""
+        for left in self._folder.glob(f"{WORK}*"):
+            shutil.rmtree(left)
+        return [folder.name for folder in self._written(kind)]
+
+    def _pass_over(self, folder: Path, kind: Kind, trouble: str) -> None:
+        # It must go: it would count as newer than those that are written from now on.
+        _remove(folder)
+        older = self._written(kind)
+        instead = f"going on from {older[0].name}" if older else "no other one is left; beginning this pass again"
+        self.say(f"{folder}: damaged checkpoint removed ({trouble}); {instead}")
+
     def drop_after(self, step: int) -> None:
         """Remove checkpoints newer than `step`."""
         if self.world.main:
             for folder in self._written("step"):
                 if folder.name > f"step-{step:08d}":
-                    shutil.rmtree(folder)
+                    _remove(folder)
         self.world.once(lambda: None)
 
     def _mine(self) -> str:
         return "rank-0.safetensors" if self.layout == WHOLE else f"rank-{self.world.rank}.safetensors"
 
-    def _verified(self, folder: Path) -> tuple[dict[str, object], str]:
+    def _verified(self, folder: Path, kind: Kind) -> tuple[dict[str, object], str]:
         """(the manifest, what is wrong with it or with the file that this process will read)."""
         try:
             record = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            checksum = record.pop("checksum")
             files = record["files"]
-        except (OSError, ValueError, KeyError) as error:
-            return {}, f"{MANIFEST} cannot be read ({error})"
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            return {}, f"{MANIFEST} cannot be read: {error}"
+        if checksum != key_of(**record) or folder.name != f"{kind}-{record['step']:08d}":
+            return {}, f"{MANIFEST} does not match its checksum"
         name = self._mine()
         if name in files and record["layout"] == self.layout:
             path = folder / name
@@ -126,6 +160,14 @@ class Checkpoints:
 
 
 WHOLE = "whole"
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint; a kill in the middle leaves none that looks whole."""
+    gone = folder.with_name(f"{WORK}gone-{folder.name}")
+    shutil.rmtree(gone, ignore_errors=True)
+    folder.rename(gone)
+    shutil.rmtree(gone)
 
 
 def _digest(path: Path) -> str:

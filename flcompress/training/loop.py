@@ -14,16 +14,14 @@ import torch
 
 from flcompress.draws import Draws, seed_of
 from flcompress.errors import Preempted, RequestError, TrainingError
-from flcompress.pipeline.durable import append_line, write_text
+from flcompress.pipeline.durable import append_line, sync, write_text
+from flcompress.pipeline.world import World
 from flcompress.training.checkpoint import Checkpoints, Kind
 from flcompress.training.engines import Engine
 from flcompress.training.health import BREACHES_FILE, Watch
 from flcompress.training.strips import strip_of
 from flcompress.training.trackers import trackers
 from flcompress.training.trained import Trained
-
-CHECKPOINT_SECONDS = 60.0
-"""A killed run loses at most this much work."""
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -73,7 +71,7 @@ def train(
     if world.main:
         work.directory.mkdir(parents=True, exist_ok=True)
         for file in (log, work.directory / BREACHES_FILE):
-            _truncate(file, start if start else -1)
+            _truncate(file, start)
     if watch is not None:
         watch.resume(_logged(log) if world.main else ())
 
@@ -101,7 +99,7 @@ def train(
         return back
 
     saved = time.monotonic()
-    with _termination() as asked, trackers(work, name, start) as tracked:
+    with _termination(name, world) as asked, trackers(work, name, start) as tracked:
         if start == 0:
             look(0)
         for step in range(start + 1, steps + 1):
@@ -110,7 +108,7 @@ def train(
             torch.manual_seed(seed_of(work.seed, name, step, "model", world.rank))  # dropout, where a model has it
             with engine.forward_mode(), world.together():
                 values = dict(train_step(step, draws))
-            due = time.monotonic() - saved > CHECKPOINT_SECONDS
+            due = time.monotonic() - saved >= work.checkpoint_seconds
             agreed = world.mean({**values, _SAVE: float(due and world.main), _END: float(asked.is_set())})
             save, end = agreed.pop(_SAVE) > 0, agreed.pop(_END) > 0
             write({"step": step, **agreed})
@@ -118,9 +116,11 @@ def train(
             if (watch is not None and watch.judge(step, agreed)) or look(step):
                 return _back_to_best(checkpoints, roles)
             if step == steps or save or end:
+                if world.main:
+                    sync(log)  # what was logged before a checkpoint must not be lost where that is kept
                 checkpoints.save(step, _stored(roles))
                 saved = time.monotonic()
-            if end and step < steps:
+            if end:
                 raise Preempted(
                     f"{name}: ended by SIGTERM after step {step} of {steps}; a checkpoint was written, "
                     "the same command goes on from it"
@@ -151,23 +151,34 @@ def _restore(checkpoints: Checkpoints, roles: Sequence[Trained], kind: Kind = "s
 
 
 @contextmanager
-def _termination() -> Iterator[threading.Event]:
+def _termination(name: str, world: World) -> Iterator[threading.Event]:
     """An event that SIGTERM sets, instead of ending the process at once."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
-    before = signal.signal(signal.SIGTERM, lambda number, frame: asked.set())
+
+    def ask(number: int, frame: object) -> None:
+        asked.set()
+        world.ending()
+
+    before = signal.signal(signal.SIGTERM, ask)
     try:
         yield asked
     finally:
         signal.signal(signal.SIGTERM, before)
+    if asked.is_set():  # too late for the last step to see it; everything is saved
+        raise Preempted(f"{name}: ended by SIGTERM after its last step; the same command goes on from there")
 
 
 def _truncate(log: Path, step: int) -> None:
-    """Drop what was logged after the checkpoint: those steps will be done, and logged, again."""
+    """Drop what was logged after the checkpoint: those steps will be done, and logged, again.
+
+    Without a checkpoint that is everything, what was held against step 0 too.
+    """
     if log.exists():
-        kept = [line for line in log.read_text(encoding="utf-8").splitlines() if line and _step(line) <= step]
+        lines = log.read_text(encoding="utf-8").splitlines() if step else []
+        kept = [line for line in lines if line and _step(line) <= step]
         write_text(log, "".join(line + "\n" for line in kept))
 
 

@@ -11,10 +11,12 @@ from torch import nn
 from flcompress.data.latents import LatentDataset
 from flcompress.draws import Draws
 from flcompress.errors import TrainingError
+from flcompress.pipeline.health import Health
 from flcompress.pipeline.passes import Work
 from flcompress.pipeline.program import Program
 from flcompress.training import loop
 from flcompress.training.engines import Engine, Hyper, engine_of
+from flcompress.training.health import Watch
 from flcompress.training.trained import Trained
 
 
@@ -26,8 +28,16 @@ def no_data(program: Program) -> LatentDataset:
     raise AssertionError("nothing here reads data")
 
 
-def engine(folder: Path = Path()) -> Engine:
-    return engine_of(Work(directory=folder, seed=0, data=no_data, progress=silent))
+def engine(folder: Path = Path(), checkpoint_seconds: float = 60.0) -> Engine:
+    work = Work(
+        directory=folder,
+        seed=0,
+        data=no_data,
+        progress=silent,
+        checkpoint_seconds=checkpoint_seconds,
+        health=Health(every=4),
+    )
+    return engine_of(work)
 
 
 def role() -> Trained:
@@ -35,20 +45,21 @@ def role() -> Trained:
     return Trained(engine(), "model", nn.Linear(3, 1), batch=8, hyper=Hyper(learning_rate=0.1), ema_decay=0.9)
 
 
-def run(trained: Trained, folder: Path, steps: int, fail_at: int | None = None) -> None:
+def run(trained: Trained, folder: Path, steps: int, fail_at: int | None = None, *, seconds: float = 0.0) -> None:
     def train_step(step: int, draws: Draws) -> Mapping[str, float]:
         if step == fail_at:
             raise KeyboardInterrupt
         x = draws.normal(3)
         return trained.update((trained.module(x) - x.sum(1, keepdim=True)).square().mean())
 
-    loop.train(train_step, [trained], engine=engine(folder), name="test", steps=steps, batch=8)
+    sharing = engine(folder, seconds)
+    watch = Watch(sharing.work, name="test", look=lambda step: {"held_out": 1.0 / (1.0 + step)}, held_out="held_out")
+    loop.train(train_step, [trained], engine=sharing, name="test", steps=steps, batch=8, watch=watch)
 
 
-def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(tmp_path: Path) -> None:
     whole = role()
     run(whole, tmp_path / "whole", 12)
-    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
     with pytest.raises(KeyboardInterrupt):
         run(role(), tmp_path / "broken", 12, fail_at=8)
     again = role()
@@ -64,7 +75,26 @@ def test_a_log_line_cut_in_half_by_a_kill_is_dropped(tmp_path: Path) -> None:
         log.write('{"step": 3, "los')
     run(role(), tmp_path, 4)
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [1, 2, 3, 4]
+    assert steps == [0, 1, 2, 2, 3, 4, 4]  # what is held out is looked at before the first, every fourth, and last
+
+
+def test_what_was_looked_at_before_the_first_checkpoint_is_logged_once(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(role(), tmp_path, 4, fail_at=3, seconds=1e9)
+    run(role(), tmp_path, 4)
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()].count(0) == 1
+
+
+def test_checkpoints_come_as_often_as_asked(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(role(), tmp_path / "seldom", 9, fail_at=8, seconds=1e9)
+    assert not (tmp_path / "seldom/checkpoints").exists()
+    with pytest.raises(KeyboardInterrupt):
+        run(role(), tmp_path / "always", 9, fail_at=8, seconds=0.0)
+    assert sorted(path.name for path in (tmp_path / "always/checkpoints").iterdir()) == [
+        "step-00000006",
+        "step-00000007",
+    ]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
+from flcompress.errors import TrainingError
 from flcompress.ir.graph import BlockGraph
 from flcompress.models.precision import half_precision
 from flcompress.pipeline.passes import Work
@@ -108,6 +110,26 @@ class Engine(ABC):
             hyper: of its optimiser.
             batch: samples of a step, over all processes.
         """
+
+    def proven(self, wrapped: Wrapped, kind: type) -> Wrapped:
+        """`wrapped`, proven to be what was asked: each of these has been seen to go wrong without a word.
+
+        Raises:
+            TrainingError: the library made something else of it.
+        """
+        size, name = self.work.world.size, type(wrapped.module).__name__
+        if not isinstance(wrapped.module, kind):
+            raise self._unproven(f"the model is a {name}", kind.__name__)
+        met = dist.get_world_size() if dist.is_initialized() else 1
+        if met != size:
+            raise self._unproven(f"{met} processes share the model", f"{size}")
+        odd = next(((key, one.dtype) for key, one in wrapped.shards().items() if one.dtype != torch.float32), None)
+        if odd:
+            raise self._unproven(f"{odd[0]} is held in {odd[1]}", "torch.float32")
+        return wrapped
+
+    def _unproven(self, found: str, expected: str) -> TrainingError:
+        return TrainingError(f"training.engine: {self.work.engine} asked, but {found}, expected {expected}")
 
     @abstractmethod
     def frozen(self, model: nn.Module) -> Any:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+import json
+import warnings
+from collections.abc import Hashable, Iterable, Mapping
+from functools import lru_cache
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from flcompress.errors import RequestError
@@ -59,11 +62,13 @@ class FullySharded(Engine):
         super().__init__(work)
         self.splits_weights = True
         self.layout = f"fsdp2 on {work.world.size} processes"
+        # A transformer's last reshape makes a view; nothing here writes into what a model returned.
+        warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
         self._mesh = init_device_mesh(torch.device(work.device).type, (work.world.size,))
 
     def trained(self, model: nn.Module, hyper: Hyper, *, batch: int) -> Wrapped:
         self._share(model, _blocks(model))
-        return Shards(self.work, model, model, hyper)
+        return self.proven(Shards(self.work, model, model, hyper), FSDPModule)
 
     def frozen(self, model: nn.Module) -> Any:
         self._share(model, _blocks(model))
@@ -81,9 +86,16 @@ class FullySharded(Engine):
 def _blocks(model: Any) -> list[nn.Module]:
     if not hasattr(model, "config"):  # a LoRA, split as one
         return []
+    settings = json.dumps(dict(model.config), sort_keys=True, default=str)
+    return [model.get_submodule(path) for path in _block_paths(cast(Hashable, type(model)), settings)]
+
+
+@lru_cache
+def _block_paths(kind: Any, settings: str) -> tuple[str, ...]:
+    """Traced once for all roles of one architecture."""
     with torch.device("meta"):
-        plain = type(model).from_config(model.config)
-    return [model.get_submodule(block.path) for block in graph_of(plain).blocks]
+        plain = kind.from_config(json.loads(settings))
+    return tuple(block.path for block in graph_of(plain).blocks)
 
 
 def _local(value: torch.Tensor) -> torch.Tensor:

@@ -101,7 +101,7 @@ class Local(Engine):
     layout = WHOLE
 
     def trained(self, model: nn.Module, hyper: Hyper, *, batch: int) -> Wrapped:
-        return Replica(self.work, model, model, hyper)
+        return self.proven(Replica(self.work, model, model, hyper), nn.Module)
 
     def frozen(self, model: nn.Module) -> Any:
         return model
@@ -119,7 +119,7 @@ class Distributed(Engine):
         # A skipped block has no gradient; it is skipped in every process alike.
         module = DistributedDataParallel(model, device_ids=devices, find_unused_parameters=True)
         warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
-        return Replica(self.work, model, module, hyper)
+        return self.proven(Replica(self.work, model, module, hyper), DistributedDataParallel)
 
     def frozen(self, model: nn.Module) -> Any:
         return model

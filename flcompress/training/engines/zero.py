@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -125,15 +126,22 @@ class Zero(Engine):
         if work.device == "cpu":
             # Else a shared-memory operation is compiled on first use, for minutes.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        os.environ.setdefault("LOCAL_RANK", "0")  # one process without a launcher, where training.processes is 1
         deepspeed.init_distributed(dist_init_required=False)
-        self._stage = stage
+        self._stage, self._kind = stage, deepspeed.DeepSpeedEngine
         self.layout = f"zero{stage} on {work.world.size} processes"
         # ZeRO-3 would take a block that was left out for one whose gradient is the last one's.
         self.skips = stage < 3
         self.splits_weights = stage == 3
 
     def trained(self, model: nn.Module, hyper: Hyper, *, batch: int) -> Wrapped:
-        return ZeroModel(self.work, self._stage, model, hyper, self._config(batch))
+        wrapped = ZeroModel(self.work, self._stage, model, hyper, self._config(batch))
+        found = wrapped.module.zero_optimization_stage(), wrapped.module.dp_world_size
+        if found != (self._stage, self.work.world.size):
+            raise self._unproven(
+                f"DeepSpeed runs ZeRO-{found[0]} on {found[1]}", f"ZeRO-{self._stage} on {self.work.world.size}"
+            )
+        return self.proven(wrapped, self._kind)
 
     def frozen(self, model: nn.Module) -> Any:
         if self._stage < 3:

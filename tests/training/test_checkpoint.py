@@ -1,0 +1,116 @@
+"""A damaged checkpoint is said and passed over; the one before it is used, or the training begins again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from flcompress.pipeline.world import World
+from flcompress.training.checkpoint import MANIFEST, WHOLE, Checkpoints
+
+TENSORS = "rank-0.safetensors"
+
+
+def checkpoints(folder: Path, said: list[str] | None = None) -> Checkpoints:
+    return Checkpoints(folder, World(), WHOLE, (said if said is not None else []).append)
+
+
+def saved(folder: Path, *steps: int) -> Checkpoints:
+    made = checkpoints(folder)
+    for step in steps:
+        made.save(step, {"weight": torch.full((64,), float(step))})
+    return made
+
+
+def flip(path: Path, place: int = -3) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def written(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "flipped byte": (lambda one: flip(one / TENSORS), f"{TENSORS} does not match its checksum"),
+    "cut file": (lambda one: cut(one / TENSORS), f"{TENSORS} does not match its checksum"),
+    "missing file": (lambda one: (one / TENSORS).unlink(), f"{TENSORS} is missing"),
+    "missing manifest": (lambda one: (one / MANIFEST).unlink(), f"{MANIFEST} cannot be read: "),
+    "empty manifest": (lambda one: written(one / MANIFEST, ""), f"{MANIFEST} cannot be read: "),
+    "manifest of nothing": (lambda one: written(one / MANIFEST, "{}"), f"{MANIFEST} cannot be read: 'checksum'"),
+    "manifest that is a list": (lambda one: written(one / MANIFEST, "[1]"), f"{MANIFEST} cannot be read: "),
+    "manifest of another step": (
+        lambda one: written(one / MANIFEST, (one / MANIFEST).read_text().replace('"step": 20', '"step": 21')),
+        f"{MANIFEST} does not match its checksum",
+    ),
+    "manifest that names no file": (
+        lambda one: written(one / MANIFEST, (one / MANIFEST).read_text().replace("rank-0", "rank-8")),
+        f"{MANIFEST} does not match its checksum",
+    ),
+    "renamed folder": (
+        lambda one: one.rename(one.with_name("step-00000030")),
+        f"{MANIFEST} does not match its checksum",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, damage: str) -> None:
+    saved(tmp_path, 10, 20)
+    harm, trouble = DAMAGE[damage]
+    newest = tmp_path / "checkpoints/step-00000020"
+    harm(newest)
+    if damage == "renamed folder":
+        newest = newest.with_name("step-00000030")
+    said: list[str] = []
+    step, tensors = checkpoints(tmp_path, said).load()
+    assert step == 10
+    assert torch.equal(tensors["weight"], torch.full((64,), 10.0))
+    (line,) = said
+    assert line.startswith(f"{newest}: damaged checkpoint removed ({trouble}")
+    assert line.endswith("); going on from step-00000010")
+    assert "\n" not in line
+
+
+def test_where_both_are_damaged_it_begins_again_and_later_ones_are_kept(tmp_path: Path) -> None:
+    saved(tmp_path, 10, 20)
+    for name in ("step-00000010", "step-00000020"):
+        flip(tmp_path / "checkpoints" / name / TENSORS)
+    said: list[str] = []
+    again = checkpoints(tmp_path, said)
+    assert again.load() == (0, {})
+    assert len(said) == 2
+    assert said[1].endswith("; no other one is left; beginning this pass again")
+    saved(tmp_path, 5)  # would go first if the damaged ones still counted as newer
+    assert checkpoints(tmp_path, said).load()[0] == 5
+    assert len(said) == 2
+
+
+def test_two_are_kept_and_what_a_kill_left_is_removed(tmp_path: Path) -> None:
+    saved(tmp_path, 10, 20, 30)
+    left = tmp_path / "checkpoints/.work-00000040-1-1"
+    left.mkdir()
+    (left / TENSORS).write_bytes(b"half")
+    assert checkpoints(tmp_path).load()[0] == 30
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000020", "step-00000030"]
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(tmp_path, 10)
+
+    def full(*given: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("flcompress.training.checkpoint.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        saved(tmp_path, 20)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000010"]
+    assert checkpoints(tmp_path).load()[0] == 10
