@@ -60,7 +60,8 @@ def test_a_run_and_what_it_leaves(write: WriteRecipe, tmp_path: Path, model: Pat
     assert (run.path / "exports" / "copy" / "copy.txt").read_text() == "hello"
     assert json.loads((run.path / "exports" / "text.json").read_text())["characters"] == 5
     assert [(event["event"], event["name"]) for event in run.journal()] == [
-        ("start", "tiny"), ("pass", "score"), ("pass", "cut"), ("export", "text"), ("export", "copy"), ("done", "tiny"),
+        ("start", "tiny"), ("begin", "score"), ("pass", "score"), ("begin", "cut"), ("pass", "cut"), ("export", "text"),
+        ("export", "copy"), ("done", "tiny"),
     ]  # fmt: skip
     assert run.recipe().passes[1].name == "cut"
     assert not list((run.path / "passes").glob(".work-*"))
