@@ -23,7 +23,6 @@ from flcompress.pipeline.manager import apply
 from flcompress.pipeline.program import Program
 from flcompress.pipeline.rundir import RunDirectory
 from flcompress.trace.skip import skip
-from flcompress.training import loop
 from flcompress.training.lora import LoRA, SharedBase, merge
 from flcompress.training.trained import Trained
 from tests.tiny import tiny_pipeline
@@ -106,7 +105,7 @@ def test_a_run_that_is_killed_goes_on_bit_for_bit(folder: Path, monkeypatch: pyt
     whole = applied(folder, "plain")
     store = folder / "store-killed"
     shutil.copytree(folder / "store", store, ignore=shutil.ignore_patterns("*-dmd-*"))
-    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
+    overrides = ["training.checkpoint_seconds=0"]
     update = Trained.update
 
     def killed(role: Trained, loss: torch.Tensor) -> dict[str, float]:
@@ -117,10 +116,24 @@ def test_a_run_that_is_killed_goes_on_bit_for_bit(folder: Path, monkeypatch: pyt
     with monkeypatch.context() as patch:
         patch.setattr(Trained, "update", killed)
         with pytest.raises(KeyboardInterrupt):
-            apply(folder / "plain.yaml", folder / "killed", store=store, display=QuietDisplay(), device="cpu")
+            apply(
+                folder / "plain.yaml",
+                folder / "killed",
+                overrides=overrides,
+                store=store,
+                display=QuietDisplay(),
+                device="cpu",
+            )
     (kept,) = store.glob("passes/.work-*/checkpoints/step-*/*.safetensors")
     assert kept.stat().st_size < 3e6  # two LoRAs with moments and an average; the base is not in it
-    again = apply(folder / "plain.yaml", folder / "killed", store=store, display=QuietDisplay(), device="cpu")
+    again = apply(
+        folder / "plain.yaml",
+        folder / "killed",
+        overrides=overrides,
+        store=store,
+        display=QuietDisplay(),
+        device="cpu",
+    )
     one, other = (load_transformer(run.final().components["transformer"]).state_dict() for run in (whole, again))
     assert all(torch.equal(value, other[name]) for name, value in one.items())
     assert logged(whole) == logged(again)

@@ -123,6 +123,8 @@ class Zero(Engine):
             ) from error
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         warnings.filterwarnings("ignore", message=".*is deprecated", module="torch.distributed")
+        # Under its bf16 norms keep their fp32 weights, which torch has no fused kernel for.
+        warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
         if work.device == "cpu":
             # Else a shared-memory operation is compiled on first use, for minutes.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
