@@ -15,7 +15,7 @@ from tests.training.processes import run
 
 pytestmark = pytest.mark.slow
 
-DEPTH = "by: middle, remove: 0.3, batch: 4, max_drift: 1e9"
+DEPTH = "by: middle, remove: 0.3, batch: 4"
 MATCHING = "student_steps: 2, critic_updates: 1, batch: 4"
 PASSES = (
     # One of the prune set, both, or none are skipped in a step; then always both.
