@@ -13,7 +13,13 @@ from flcompress.pipeline.manager import apply
 from flcompress.pipeline.recipe_loading import load_recipe
 from tests.tiny import tiny_pipeline
 
-HEAD = "version: 1\nmodel: {model}\nsampling: {{max_sequence_length: 16}}\ndata: {{{data}}}\npasses:\n"
+HEAD = """version: 1
+model: {model}
+sampling: {{max_sequence_length: 16}}
+data: {{{data}}}
+training: {{health: {{on_breach: warn, samples: 0}}, log_to: []}}
+passes:
+"""
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,13 @@ LIMITS = {"lag": Limit(setting="max_critic_lag", high=1.0), "motion": Limit(sett
 def work(folder: Path, said: list[str] | None = None, **health: Any) -> Work:
     said = [] if said is None else said
     return Work(
-        directory=folder, seed=0, data=no_data, progress=silent, say=said.append, health=Health(every=2, **health)
+        directory=folder,
+        seed=0,
+        data=no_data,
+        progress=silent,
+        say=said.append,
+        checkpoint_seconds=0.0,
+        health=Health(every=2, **health),
     )
 
 
@@ -174,7 +180,6 @@ def test_a_killed_training_rolls_back_to_the_same_weights(
     settings: dict[str, Any] = {"hot_from": 7, "on_breach": "rollback", "max_worsening": 0.5}
     whole = trained(tmp_path / "whole")
     ended = descend(whole, tmp_path / "whole", 40, **settings)
-    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
     with pytest.raises(KeyboardInterrupt):
         descend(trained(tmp_path / "broken"), tmp_path / "broken", 40, die_at=die_at, **settings)
     again = trained(tmp_path / "broken")
@@ -188,7 +193,6 @@ def test_a_killed_training_rolls_back_to_the_same_weights(
 def test_stop_keeps_the_last_good_checkpoint_and_another_limit_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
     with pytest.raises(TrainingError, match=r"test: step 12: loss .*max_worsening"):
         descend(trained(tmp_path), tmp_path, 20, hot_from=7, max_worsening=0.5)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
@@ -206,8 +210,7 @@ def test_rollback_without_a_good_look_stops(tmp_path: Path) -> None:
         descend(trained(tmp_path), tmp_path, 40, hot_from=1, on_breach="rollback", max_worsening=0.1)
 
 
-def test_a_damaged_best_checkpoint_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
+def test_a_damaged_best_checkpoint_is_told(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         descend(trained(tmp_path), tmp_path, 40, hot_from=7, die_at=8, on_breach="rollback", max_worsening=0.1)
     (tmp_path / "checkpoints/best-00000006/rank-0.safetensors").write_bytes(b"")
