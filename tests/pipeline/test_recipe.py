@@ -245,7 +245,9 @@ def test_data_that_is_not_there(tmp_path: Path, write: WriteRecipe) -> None:
 
 def test_guidance_is_converted_once(tmp_path: Path, write: WriteRecipe) -> None:
     recipe = load_recipe(write(""), ["sampling.guidance_scale=3.5", "sampling.guidance_convention=conditional"])
-    assert recipe.sampling.scale == 4.5
+    assert recipe.sampling.scale == recipe.sampling.scale_2 == 4.5
+    recipe = load_recipe(recipe.file, ["sampling.guidance_scale_2=2", "sampling.guidance_convention=conditional"])
+    assert (recipe.sampling.scale, recipe.sampling.scale_2) == (5.0, 3.0)
 
 
 def test_precondition_error_is_a_precondition_error(write: WriteRecipe) -> None:
