@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from flcompress.diffusion.experts import Expert, Experts
 from flcompress.diffusion.sampling import sample
 from flcompress.diffusion.student import student_contract
 from flcompress.errors import ModelError, PreconditionError, RequestError
+from flcompress.evaluation.bench import bench
 from flcompress.evaluation.contenders import run_contenders
 from flcompress.exporters.runtime import _denoiser, denoise, generate
 from flcompress.models import network
@@ -36,6 +38,7 @@ from tests.families.pipelines import EXPERTS
 from tests.families.test_apply import RECIPE, encoded
 
 PROMPT = "a three drifting up"
+DATA = "data: {moving-digits: {clips: 8}}"
 HIGH, LOW = (3, 4), (5, 6)
 """Blocks of the tiny high-noise and low-noise expert: pruned, and whole."""
 
@@ -164,6 +167,12 @@ def test_the_exported_pair_generates_by_onnx(runs: dict[Expert, Made], tmp_path:
         json.loads((run / "exports" / "onnx" / part / "manifest.json").read_text()) for part in ("", "partner")
     ]
     assert [len(manifest["kept"]) for manifest in manifests] == [LOW[0], HIGH[0]]
+    if find_spec("tensorrt_rtx"):
+        export(RunDirectory(run), ["tensorrt"], display=QuietDisplay())
+        engines = [run / "exports" / "tensorrt" / part for part in ("", "partner")]
+        assert all((engine / "model.engine").stat().st_size > 0 for engine in engines)
+        source = json.loads((engines[1] / "manifest.json").read_text())["source"]["file"]
+        assert (engines[1] / source).resolve() == run / "exports" / "onnx" / "partner" / "model.onnx"
     image = None
     if parts.from_image:
         image = tmp_path / "first.png"
@@ -178,7 +187,7 @@ def test_a_partner_that_does_not_fit_is_one_line(runs: dict[Expert, Made], tmp_p
     def refused(*overrides: str, passes: str = "[]", model: Path | None = None) -> str:
         recipe = tmp_path / "recipe.yaml"
         folder = model or low.recipe().model_folder()
-        recipe.write_text(f"version: 1\nmodel: {{path: {folder}, expert: low}}\npasses: {passes}\n")
+        recipe.write_text(f"version: 1\nmodel: {{path: {folder}, expert: low}}\npasses: {passes}\n{DATA}\n")
         with pytest.raises(RequestError) as caught:
             check(load_recipe(recipe, overrides), RunDirectory(tmp_path / "run"))
         return str(caught.value).partition(f"{recipe}:2: ")[2] or str(caught.value)
@@ -237,6 +246,13 @@ def test_an_evaluation_gives_the_teacher_its_own_partner(
             with torch.no_grad():
                 expected = network.as_network(load_transformer(program.components[component]))(x, t, given)
                 torch.testing.assert_close(found[name].network(x, t, given), expected, rtol=0.0, atol=0.0)
+
+
+def test_a_bench_of_a_pair_is_refused(runs: dict[Expert, Made]) -> None:
+    with pytest.raises(
+        RequestError, match="with two experts, which bench does not time yet; expected a model with one"
+    ):
+        bench(RunDirectory(runs["low"][0]))
 
 
 def test_an_inspection_shows_both_experts(pipeline_folder: Callable[[str], Path]) -> None:
