@@ -61,7 +61,8 @@ def write_model(folder: Path, size: str) -> None:
 
 def program_of(folder: Path) -> Any:
     """The program that a recipe would hand to the exporters."""
-    from flcompress.diffusion.contract import contract_of, student_contract
+    from flcompress.diffusion.contract import contract_of
+    from flcompress.diffusion.student import student_contract
     from flcompress.models import example_inputs
     from flcompress.models.loading import meta_transformer
     from flcompress.pipeline.program import Program

@@ -86,7 +86,7 @@ def child(model: str, folder: Path, roles: dict[str, Any], training: dict[str, A
     """Two steps; every figure in bytes."""
     import psutil
 
-    from flcompress.diffusion.contract import student_contract
+    from flcompress.diffusion.student import student_contract
     from flcompress.draws import Draws
     from flcompress.passes.dmd import DistributionMatching, _Matcher
     from flcompress.pipeline.clips import Clips

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,18 +13,18 @@ from flcompress.diffusion.contract import SamplingContract, levels_of, scheduler
 from flcompress.errors import PostconditionError
 from flcompress.exporters.files import copy_component, write_json
 from flcompress.exporters.model_card import model_card
+from flcompress.exporters.partner import KEPT_FILE
 from flcompress.exporters.shapes import clip_of
 from flcompress.models.families.family import Family
 from flcompress.models.folder import check_weights
 from flcompress.models.parts import part_names
 from flcompress.models.quiet import no_progress_bars
+from flcompress.pipeline.experts import FACTS_FILE
 from flcompress.pipeline.exporter import Exporter
 from flcompress.pipeline.passes import ProgressSink
 from flcompress.pipeline.program import Program
 
 WITH_WEIGHTS = ("transformer", "vae", "text_encoder", "image_encoder")
-KEPT_FILE = "kept_blocks.json"
-FACTS_FILE = "flcompress.json"
 
 
 class DiffusersExporter(Exporter):
@@ -36,12 +37,12 @@ class DiffusersExporter(Exporter):
 
     def export(self, program: Program, folder: Path, exports: Path, progress: ProgressSink) -> dict[str, Any]:
         """Write the folder and load it back by stock diffusers; see `Exporter.export`."""
-        names = ("transformer", *part_names(program.index))
-        for done, name in enumerate(names):
-            copy_component(program.components[name], folder / name)
+        parts = program.transformers | {name: program.components[name] for name in part_names(program.index)}
+        for done, (name, source) in enumerate(parts.items()):
+            copy_component(source, folder / name)
             if name.startswith(WITH_WEIGHTS):
                 check_weights(folder / name)
-            progress(done + 1, len(names) + 1, {})
+            progress(done + 1, len(parts) + 1, {})
         scheduler = scheduler_of(program.contract)
         scheduler.save_pretrained(str(folder / "scheduler"))
         index = {
@@ -50,7 +51,7 @@ class DiffusersExporter(Exporter):
             "scheduler": ["diffusers", type(scheduler).__name__],
         }
         write_json(folder / "model_index.json", index)
-        write_json(folder / "transformer" / KEPT_FILE, dict(program.kept))
+        write_json(folder / program.own_name / KEPT_FILE, dict(program.kept))
         size = clip_of(program).arguments()
         if program.family.image:
             del size["num_frames"]
@@ -66,7 +67,7 @@ class DiffusersExporter(Exporter):
         write_json(folder / FACTS_FILE, facts)
         (folder / "README.md").write_text(model_card(program, call), encoding="utf-8")
         check_folder(folder, program.pipeline_class, program.contract)
-        progress(len(names) + 1, len(names) + 1, {})
+        progress(len(parts) + 1, len(parts) + 1, {})
         return {
             "bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
             "parameters": program.graph.parameters,
@@ -79,8 +80,18 @@ def call_arguments(contract: SamplingContract, family: Family) -> dict[str, int 
     return {
         "num_inference_steps": contract.num_inference_steps,
         **family.call(contract.guidance_scale, contract.embedded_guidance),
+        **_experts_call(contract),
         "max_sequence_length": contract.max_sequence_length,
     }
+
+
+def _experts_call(contract: SamplingContract) -> dict[str, float]:
+    """Guidance arguments of two experts. The stock pipeline guides neither where the first scale is at most 1."""
+    if contract.experts is None:
+        return {}
+    scales = {"guidance_scale_2": contract.experts.guidance_scale}
+    only_second = contract.guidance_scale == 1.0 and contract.guided
+    return scales | ({"guidance_scale": math.nextafter(1.0, 2.0)} if only_second else {})
 
 
 def check_folder(folder: Path, pipeline_class: str, contract: SamplingContract) -> None:
@@ -93,7 +104,7 @@ def check_folder(folder: Path, pipeline_class: str, contract: SamplingContract) 
 
     with no_progress_bars():
         pipeline = getattr(diffusers, pipeline_class).from_pretrained(str(folder), use_safetensors=True)
-    for name in ("transformer", "vae"):
+    for name in ("transformer", "vae", *(("transformer_2",) if contract.experts else ())):
         _same_tensors(getattr(pipeline, name), folder / name)
     set_levels(pipeline.scheduler, contract)
     found = dict(zip(("sigmas", "timesteps"), levels_of(pipeline.scheduler), strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from flcompress.diffusion.contract import SamplingContract
 from flcompress.pipeline.program import Program
 
 CARD = """---
@@ -12,8 +13,8 @@ pipeline_tag: {task}
 ---
 # {blocks} blocks, {steps} steps
 
-A {pipeline_class} compressed by flcompress: {parameters:,} parameters in its transformer, {evaluations} network
-evaluations a sample (it was made from one sampled with {teacher_evaluations}).
+A {pipeline_class} compressed by flcompress: {parameters:,} parameters in its {transformer}, {evaluations} network
+evaluations a sample (it was made from one sampled with {teacher_evaluations}).{experts}
 
 ```python
 import torch
@@ -31,7 +32,7 @@ made = pipe(
 Give all of these arguments: the pipeline's own defaults are for an uncompressed model. {seed}
 
 The scheduler's noise levels are the ones the model was made for: sigmas {sigmas} (shift {shift:g}).
-`transformer/kept_blocks.json` maps every block to its place in the original; `flcompress.json` holds the sampling
+`{transformer}/kept_blocks.json` maps every block to its place in the original; `flcompress.json` holds the sampling
 contract.
 """
 
@@ -40,6 +41,17 @@ STOCHASTIC = (
     "`generator=` only its start."
 )
 DETERMINISTIC = "The seed decides the\nstarting noise, nothing else is random."
+
+
+EXPERTS = """
+
+Two experts share the timesteps: `transformer` answers from {boundary:g} on upward, `transformer_2` below. The
+{compressed}-noise one was compressed here."""
+
+SECOND_ALONE = (
+    " Only `transformer_2` is guided; stock diffusers guides neither unless\n`guidance_scale` is more than 1, hence "
+    "its odd value, which changes nothing."
+)
 
 
 def model_card(program: Program, call: Mapping[str, int | float]) -> str:
@@ -58,6 +70,8 @@ def model_card(program: Program, call: Mapping[str, int | float]) -> str:
         task=task,
         imports=imports,
         write=write,
+        transformer=program.own_name,
+        experts=_experts(contract),
         blocks=len(program.graph.blocks),
         steps=contract.num_inference_steps,
         pipeline_class=program.pipeline_class,
@@ -70,3 +84,10 @@ def model_card(program: Program, call: Mapping[str, int | float]) -> str:
         sigmas=", ".join(f"{sigma:.4g}" for sigma in contract.sigmas),
         shift=contract.shift,
     )
+
+
+def _experts(contract: SamplingContract) -> str:
+    if contract.experts is None:
+        return ""
+    told = EXPERTS.format(boundary=contract.experts.boundary, compressed=contract.experts.compressed)
+    return told + (SECOND_ALONE if contract.guided and contract.guidance_scale == 1.0 else "")

@@ -16,6 +16,7 @@ from flcompress.exporters.onnx_emulation import emulate_bf16
 from flcompress.exporters.onnx_graph import OPSETS, Axes, write_onnx
 from flcompress.exporters.onnx_session import OnnxSession
 from flcompress.exporters.parity import Inputs, Parity, cases, compare, outputs
+from flcompress.exporters.partner import PARTNER_FOLDER, partner_of
 from flcompress.exporters.precision import TOLERANCES, Precision
 from flcompress.exporters.reference import reference
 from flcompress.exporters.shapes import Size, size_of, step_of
@@ -54,17 +55,23 @@ class OnnxExporter(Exporter):
         return " ".join(f"{package} {version(package)}" for package in ("torch", "onnx", "onnxscript"))
 
     def export(self, program: Program, folder: Path, exports: Path, progress: ProgressSink) -> dict[str, Any]:
-        """Write and check the model; see `Exporter.export`."""
+        """Write and check the model, of two experts both; see `Exporter.export`."""
         self.require_room(program, folder)
+        summary = self._export(program, folder, exports / self.name / MODEL_FILE, progress)
+        if (other := partner_of(program)) is not None:
+            (folder / PARTNER_FOLDER).mkdir()
+            place = exports / self.name / PARTNER_FOLDER / MODEL_FILE
+            summary["partner"] = self._export(other, folder / PARTNER_FOLDER, place, progress)
+        return summary
+
+    def _export(self, program: Program, folder: Path, place: Path, progress: ProgressSink) -> dict[str, Any]:
         transformer, make = program.components["transformer"], arguments_of(program)
         model = folder / MODEL_FILE
         axes = write_onnx(transformer, make, size_of(program, batch=2), step_of(program), self.precision, model)
         progress(1, 3, {})
         sizes = checked_sizes(program, axes)
         checked = self._compare(program, make, sizes, model)
-        found = checked["same"].require(
-            str(exports / self.name / MODEL_FILE), "raise onnx.tolerance only if that is small enough for you"
-        )
+        found = checked["same"].require(str(place), "raise onnx.tolerance only if that is small enough for you")
         progress(2, 3, {})
         files = sorted(path for path in folder.iterdir() if path.is_file())
         manifest = {
@@ -102,8 +109,8 @@ class OnnxExporter(Exporter):
         preflight.check_text(config, text)
         tokens = preflight.attention_tokens(config, size, text)
         preflight.check_keys(self.precision, tokens, preflight.described(size))
-        weights = preflight.weight_bytes(transformer, self.precision)
-        preflight.check_room("onnx", folder, weights, preflight.needed(weights, preflight.ONNX_MEMORY))
+        weights = [preflight.weight_bytes(one, self.precision) for one in program.transformers.values()]
+        preflight.check_room("onnx", folder, sum(weights), preflight.needed(max(weights), preflight.ONNX_MEMORY))
 
     def _compare(self, program: Program, make: Arguments, sizes: list[Size], model: Path) -> dict[str, Parity]:
         """The export against torch at its own precision, and both against torch in fp32."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,15 +10,16 @@ import torch
 
 from flcompress.diffusion.conditioning import Conditioning, on, taken
 from flcompress.diffusion.contract import SamplingContract
+from flcompress.diffusion.experts import COMPONENTS, OTHER
 from flcompress.diffusion.sampling import Network, sample
 from flcompress.errors import RequestError
 from flcompress.exporters.arguments import tensors_of
 from flcompress.exporters.clip_files import check_target, read_picture, write_clip
-from flcompress.exporters.diffusers_folder import FACTS_FILE
 from flcompress.exporters.files import read_manifest, require_hash
 from flcompress.exporters.onnx_model import MANIFEST_FILE
 from flcompress.exporters.onnx_session import PROVIDERS, OnnxSession
 from flcompress.exporters.parity import Denoiser
+from flcompress.exporters.partner import PARTNER_FOLDER
 from flcompress.exporters.positions import with_positions
 from flcompress.exporters.tensorrt_api import cuda_driver
 from flcompress.exporters.tensorrt_session import TensorRTSession, require_gpu
@@ -26,6 +28,7 @@ from flcompress.models.folder import check_transformer_config
 from flcompress.models.loading import load_transformer
 from flcompress.models.network import as_network
 from flcompress.models.parts import Parts, open_parts
+from flcompress.pipeline.experts import FACTS_FILE
 from flcompress.pipeline.passes import ProgressSink
 
 Backend = Literal["torch", "onnx", "tensorrt"]
@@ -107,13 +110,27 @@ def _first_frame(parts: Parts, facts: dict[str, Any], prompt: str, image: Path |
 
 
 def _denoiser(run_dir: Path, backend: Backend, facts: dict[str, Any]) -> Network:
-    transformer = run_dir / "exports" / "diffusers" / "transformer"
+    """What predicts: the transformer, or both of two experts as one network."""
+    contract = SamplingContract.from_dict(facts["contract"])
+    make = _torch_network if backend == "torch" else partial(_exported_network, backend=backend)
+    if (experts := contract.experts) is None:
+        return make(run_dir, "transformer", "", facts)
+    compressed = make(run_dir, COMPONENTS[experts.compressed], "", facts)
+    return experts.joined(compressed, make(run_dir, COMPONENTS[OTHER[experts.compressed]], PARTNER_FOLDER, facts))
+
+
+def _torch_network(run_dir: Path, transformer: str, part: str, facts: dict[str, Any]) -> Network:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     guidance = SamplingContract.from_dict(facts["contract"]).embedded_guidance
-    if backend == "torch":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        network = as_network(load_transformer(transformer, device), guidance)
-        return lambda x, timestep, given: network(x.to(device), timestep.to(device), on(given, device)).to(x.device)
-    folder = run_dir / "exports" / backend
+    network = as_network(load_transformer(run_dir / "exports" / "diffusers" / transformer, device), guidance)
+    return lambda x, timestep, given: network(x.to(device), timestep.to(device), on(given, device)).to(x.device)
+
+
+def _exported_network(
+    run_dir: Path, transformer: str, part: str, facts: dict[str, Any], *, backend: Backend
+) -> Network:
+    """The export in folder `part` of a backend's, which stands for the named transformer of the diffusers export."""
+    folder = run_dir / "exports" / backend / part
     manifest = read_manifest(folder / MANIFEST_FILE, _make(run_dir, backend))
     if manifest["contract"] != facts["contract"]:
         raise RequestError(
@@ -125,7 +142,8 @@ def _denoiser(run_dir: Path, backend: Backend, facts: dict[str, Any]) -> Network
         require_hash(folder / name, expected, _make(run_dir, backend))
     model = folder / str(manifest["file"])
     session = _onnx_session(model) if backend == "onnx" else TensorRTSession(model)
-    return _as_network(session, check_transformer_config(transformer), guidance)
+    config = check_transformer_config(run_dir / "exports" / "diffusers" / transformer)
+    return _as_network(session, config, SamplingContract.from_dict(facts["contract"]).embedded_guidance)
 
 
 def _onnx_session(model: Path) -> OnnxSession:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -13,6 +14,7 @@ from flcompress.exporters.arguments import arguments_of, constants_of
 from flcompress.exporters.files import read_manifest, require_hash, sha256, write_json
 from flcompress.exporters.onnx_model import MANIFEST_FILE
 from flcompress.exporters.parity import Parity, cases, compare, outputs
+from flcompress.exporters.partner import PARTNER_FOLDER, partner_of
 from flcompress.exporters.precision import TOLERANCES, Precision
 from flcompress.exporters.profiles import Profile
 from flcompress.exporters.reference import reference
@@ -90,9 +92,21 @@ class TensorRTExporter(Exporter):
         return f"{trt.__name__} {trt.__version__}"
 
     def export(self, program: Program, folder: Path, exports: Path, progress: ProgressSink) -> dict[str, Any]:
-        """Build the engine, write its manifest, and run it where there is a GPU; see `Exporter.export`."""
+        """Build the engine, write its manifest, and run it where there is a GPU; of two experts both.
+
+        See `Exporter.export`.
+        """
         self.check()
-        source, onnx_manifest = self._source(program, exports)
+        summary = self._export(program, folder, exports / "onnx", progress)
+        if (other := partner_of(program)) is not None:
+            (folder / PARTNER_FOLDER).mkdir()
+            summary["partner"] = self._export(
+                other, folder / PARTNER_FOLDER, exports / "onnx" / PARTNER_FOLDER, progress
+            )
+        return summary
+
+    def _export(self, program: Program, folder: Path, onnx: Path, progress: ProgressSink) -> dict[str, Any]:
+        source, onnx_manifest = self._source(program, onnx)
         sizes = [profile.sizes(program, onnx_manifest["dynamic"]) for profile in self.profiles]
         self._require_room(program, folder, onnx_manifest["precision"], sizes)
         make = arguments_of(program)
@@ -129,7 +143,7 @@ class TensorRTExporter(Exporter):
             "guidance_scale": contract.guidance_scale,
             "contract": contract.to_dict(),
             "kept": dict(program.kept),
-            "source": {"file": f"../onnx/{source.name}", "sha256": sha256(source)},
+            "source": {"file": os.path.relpath(source, folder), "sha256": sha256(source)},
             "checked_on_gpu": found is not None,
             "difference": None if found is None else found.difference,
             "tolerance": GPU_TOLERANCE * TOLERANCES[precision],
@@ -139,9 +153,8 @@ class TensorRTExporter(Exporter):
         shown = ("bytes", "sha256", "builder", "targets", "precision", "checked_on_gpu", "difference")
         return {key: manifest[key] for key in shown}
 
-    def _source(self, program: Program, exports: Path) -> tuple[Path, dict[str, Any]]:
-        """The ONNX model, whole and of this very program, and its manifest."""
-        folder = exports / "onnx"
+    def _source(self, program: Program, folder: Path) -> tuple[Path, dict[str, Any]]:
+        """The ONNX model in a folder, whole and of this very program, and its manifest."""
         manifest = read_manifest(folder / MANIFEST_FILE, SAME_RECIPE)
         for name, expected in manifest["sha256"].items():
             require_hash(folder / name, expected, SAME_RECIPE)

@@ -14,9 +14,10 @@ from pydantic import Field, model_validator
 from flcompress.data.latents import LatentDataset
 from flcompress.diffusion import matching
 from flcompress.diffusion.conditioning import Conditioning, on, without_prompt
-from flcompress.diffusion.contract import SamplingContract, student_contract
+from flcompress.diffusion.contract import SamplingContract
 from flcompress.diffusion.guidance import well_guided
-from flcompress.diffusion.sampling import advance
+from flcompress.diffusion.sampling import advance, predict
+from flcompress.diffusion.student import student_contract
 from flcompress.draws import Draws, seed_of
 from flcompress.errors import RequestError
 from flcompress.models.loading import load_transformer, meta_transformer, save_transformer
@@ -31,7 +32,7 @@ from flcompress.training.discriminator import Discriminator, critic_term, genera
 from flcompress.training.engines import Engine, Hyper, engine_of
 from flcompress.training.loop import train
 from flcompress.training.lora import LoRA, SharedBase, lora_parameters, merge, unlike
-from flcompress.training.objectives import denoising_loss, draw_levels
+from flcompress.training.objectives import denoising_loss, draw_levels, level_range
 from flcompress.training.student_health import StudentHealth, student_watch
 from flcompress.training.trained import Trained
 
@@ -272,6 +273,16 @@ class _Matcher:
         )
         if not settings.gan_weight:
             self._fake = as_network(self._critic.module, guidance)
+        student, teacher, self._partner = self._generator, self._real, None
+        # A low-noise expert starts where its partner ends; what comes after a high-noise one concerns samples alone.
+        if (experts := contract.experts) is not None and (experts.compressed == "low" or fixed is not None):
+            self._partner = as_network(engine.frozen(work.frozen(parts["partner"])), guidance)
+            student, beside = experts.joined(student, self._partner), self._partner
+            if fixed is not None and parts["original_partner"] != parts["partner"]:
+                beside = as_network(engine.frozen(work.frozen(parts["original_partner"])), guidance)
+            teacher = experts.joined(teacher, beside)
+        low, high = settings.score_range
+        self._score_range = level_range(contract, self._shift, low=low, high=high, key="dmd.score_range")
         self.roles = (self.generator, self._critic)
         self.health: StudentHealth | None = None
         if fixed is not None:
@@ -282,10 +293,10 @@ class _Matcher:
                 fixed,
                 batch=settings.batch,
                 generator=self.generator,
-                student=self._generator,
+                student=student,
                 fake=self._fake,
-                real=self._real,
-                score_range=settings.score_range,
+                real=teacher,
+                score_range=self._score_range,
             )
 
     @staticmethod
@@ -306,14 +317,15 @@ class _Matcher:
     def _generate(self, draws: Draws, *, grad: bool) -> tuple[torch.Tensor, Conditioning]:
         """Backward simulation: reach a random one of the student's levels by its own steps, then predict x0 there.
 
-        Only the last prediction carries gradient. Returns x_g [n, ...] and its conditioning.
+        Only the last prediction carries gradient. Of two experts, the levels are those of the one that is compressed;
+        its partner makes the steps before. Returns x_g [n, ...] and its conditioning.
         """
         shape, given = self._data.conditions(draws.batch, draws.shared, self._latents, draws.mine)
         given = on(given, self._device)
-        sigmas, timesteps = self._contract.sigmas, self._contract.timesteps
+        sigmas, timesteps, places = self._contract.sigmas, self._contract.timesteps, self._contract.places
         # The same level for all processes: else they would wait for the one with most steps, or hang where weights
         # are split.
-        last = int(torch.randint(len(sigmas), (), generator=draws.shared))
+        last = places[int(torch.randint(len(places), (), generator=draws.shared))]
         x = self._start(draws.normal(*shape[1:]).to(self._device), given)
 
         def again(x: torch.Tensor) -> torch.Tensor:
@@ -322,14 +334,17 @@ class _Matcher:
         for place in range(last + 1):
             timestep = torch.full((len(x),), timesteps[place], device=self._device)
             with torch.set_grad_enabled(grad and place == last):
-                prediction = self._generator(x, timestep, given)
+                if place in places or self._partner is None:
+                    prediction = self._generator(x, timestep, given)
+                else:
+                    prediction = predict(self._partner, self._contract, place, x, given, self._negative)
             if place < last:
                 x = advance(self._contract, x, prediction, place, again)
         return self._process.tweedie(x, prediction, torch.full((len(x),), sigmas[last], device=self._device)), given
 
     def _noised(self, x: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(x_s, s, noise) at levels drawn from the score range and shifted."""
-        low, high = self._settings.score_range
+        low, high = self._score_range
         level = draw_levels(draws, self._shift, low=low, high=high).to(self._device)
         noise = draws.normal(*x.shape[1:]).to(self._device)
         return self._process.add_noise(x, noise, level), level, noise

@@ -23,6 +23,7 @@ from flcompress.models.network import as_network
 from flcompress.pipeline.passes import Cost, Pass, ProgressSink, Role, Work
 from flcompress.pipeline.program import Fact, Program
 from flcompress.trace.prefix import remember
+from flcompress.training.objectives import level_range
 
 
 class Importance(Pass):
@@ -62,7 +63,7 @@ class Importance(Pass):
         result = {
             "weighting": self.weighting,
             "draws": self.draws,
-            "levels": [list(level) for level in self._levels()],
+            "levels": [list(level) for level in self._levels(program.teacher_contract)],
             "blocks": [
                 {
                     "path": block.path,
@@ -79,11 +80,12 @@ class Importance(Pass):
         (work.directory / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         return replace(program, graph=graph)
 
-    def _levels(self) -> list[tuple[float, float]]:
-        width = (self.sigma_max - self.sigma_min) / self.noise_levels
-        return [
-            (self.sigma_min + width * level, self.sigma_min + width * (level + 1)) for level in range(self.noise_levels)
-        ]
+    def _levels(self, contract: SamplingContract) -> list[tuple[float, float]]:
+        low, high = level_range(
+            contract, low=self.sigma_min, high=self.sigma_max, key="importance.sigma_min, sigma_max"
+        )
+        width = (high - low) / self.noise_levels
+        return [(low + width * level, low + width * (level + 1)) for level in range(self.noise_levels)]
 
     def score(
         self,
@@ -98,7 +100,8 @@ class Importance(Pass):
         losses: dict[str, list[torch.Tensor]] = {block.path: [] for block in graph.blocks}
         per_level = math.ceil(self.draws / self.noise_levels)
         done, total = 0, per_level * self.noise_levels
-        for low, high in self._levels():
+        levels = self._levels(contract)
+        for low, high in levels:
             draw = generator(seed, self.name, low, high)
             level: dict[str, list[torch.Tensor]] = {path: [] for path in losses}
             for start in range(0, per_level, self.batch):
@@ -113,7 +116,7 @@ class Importance(Pass):
                 progress(done, total, {})
             for path, parts in level.items():
                 losses[path].append(torch.cat(parts))
-        return {path: self._estimate(strata) for path, strata in losses.items()}
+        return {path: self._estimate(levels, strata) for path, strata in losses.items()}
 
     @torch.no_grad()
     def _differences(
@@ -145,7 +148,7 @@ class Importance(Pass):
                     differences[block.path] = loss() - full
         return differences
 
-    def _estimate(self, strata: list[torch.Tensor]) -> Estimate:
+    def _estimate(self, levels: list[tuple[float, float]], strata: list[torch.Tensor]) -> Estimate:
         """Stratified mean and standard error: the strata are equally likely and equally large."""
         means = [float(values.mean()) for values in strata]
         errors = [float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan for values in strata]
@@ -153,6 +156,6 @@ class Importance(Pass):
             mean=sum(means) / len(means),
             standard_error=math.sqrt(sum(error**2 for error in errors)) / len(errors),
             per_level=tuple(
-                (low, high, mean, error) for (low, high), mean, error in zip(self._levels(), means, errors, strict=True)
+                (low, high, mean, error) for (low, high), mean, error in zip(levels, means, errors, strict=True)
             ),
         )

@@ -19,7 +19,7 @@ from flcompress.training.engines import Engine, Hyper, engine_of
 from flcompress.training.health import Watch
 from flcompress.training.loop import train
 from flcompress.training.monitors import HeldOutELBO
-from flcompress.training.objectives import denoising_loss, draw_levels
+from flcompress.training.objectives import denoising_loss, draw_levels, level_range
 from flcompress.training.trained import Trained, warmup_cosine
 
 MONITOR_CLIPS = 256
@@ -83,14 +83,16 @@ class Pretrain(Pass):
         data = work.data(program)
         training, heldout = data.split(min(MONITOR_CLIPS, len(data) // 4))
 
+        low, high = level_range(contract, self.shift, key=self.name)
+
         def train_step(step: int, draws: Draws) -> Mapping[str, float]:
             x0, given = training.batch(draws.batch, draws.shared, draws.mine)
             given = dropped(given, data.negative, draws.uniform() < self.caption_dropout)
-            noise, level = draws.normal(*x0.shape[1:]), draw_levels(draws, self.shift)
+            noise, level = draws.normal(*x0.shape[1:]), draw_levels(draws, self.shift, low=low, high=high)
             x0, noise, level = (t.to(work.device) for t in (x0, noise, level))
             return role.update(denoising_loss(network, process, x0, on(given, work.device), level, noise))
 
-        elbo = HeldOutELBO(heldout, process, len(heldout), work.seed, work.device, self.batch, work.world)
+        elbo = HeldOutELBO(heldout, contract, len(heldout), work.seed, work.device, self.batch, work.world)
         watch = Watch(work, name=self.name, look=lambda step: {"elbo": elbo(network)}, held_out="elbo")
         train(train_step, [role], engine=engine, name=self.name, steps=self.steps, batch=self.batch, watch=watch)
         return role.averaged_state()

@@ -25,7 +25,7 @@ from flcompress.training.engines import Engine, Hyper, engine_of
 from flcompress.training.health import Limit, Watch
 from flcompress.training.loop import METRICS_FILE, train
 from flcompress.training.monitors import HeldOutELBO
-from flcompress.training.objectives import draw_levels
+from flcompress.training.objectives import draw_levels, level_range
 from flcompress.training.trained import Trained, warmup_cosine
 
 HELD_OUT_CLIPS = 128
@@ -151,10 +151,12 @@ class StochasticDepth(Pass):
             with engine.skip(role.model, skipped, graph=graph):
                 return network(x, timestep, given), full
 
+        low, high = level_range(contract, contract.shift, key=self.name)
+
         def train_step(step: int, draws: Draws) -> Mapping[str, float]:
             x0, given = training.batch(draws.batch, draws.shared, draws.mine)
             given = dropped(given, training.negative, draws.uniform() < self.caption_dropout)
-            noise, level = draws.normal(*x0.shape[1:]), draw_levels(draws, contract.shift)
+            noise, level = draws.normal(*x0.shape[1:]), draw_levels(draws, contract.shift, low=low, high=high)
             # One mask for all processes: sharded engines hang, or go wrong, on masks that differ.
             mask = torch.rand(len(paths), generator=draws.shared) < self.skip_probability
             skipped = [path for path, gone in zip(paths, mask.tolist(), strict=True) if gone]
@@ -168,7 +170,7 @@ class StochasticDepth(Pass):
             with engine.skip(role.model, skipped, graph=graph):
                 return role.update(loss)
 
-        elbo = HeldOutELBO(heldout, process, len(heldout), work.seed, work.device, self.batch, work.world)
+        elbo = HeldOutELBO(heldout, contract, len(heldout), work.seed, work.device, self.batch, work.world)
         with engine.forward_mode():
             reference = elbo(original)
 

@@ -20,6 +20,8 @@ RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 REAL = {
     "wan2.1-t2v-1.3b": (1_418_996_800, (16, 21, 60, 104)),
     "wan2.1-t2v-14b": (14_288_491_584, (16, 21, 60, 104)),
+    "wan2.2-t2v-a14b-high": (14_288_491_584, (16, 21, 60, 104)),
+    "wan2.2-t2v-a14b-low": (14_288_491_584, (16, 21, 60, 104)),
     "wan2.2-ti2v-5b": (4_999_787_712, (48, 31, 44, 80)),
     "hunyuanvideo": (12_821_012_544, (16, 33, 90, 160)),
     "cogvideox-5b": (5_570_283_072, (16, 13, 60, 90)),
@@ -60,6 +62,17 @@ def test_the_largest_wan_is_planned_in_seconds_and_fits_16_gpus() -> None:
         "training: {engine: fsdp2, precision: bf16, gradient_checkpointing: true, processes: 16}"
     )
     assert plan.advice.batches == {"stochastic-depth": 16, "dmd": 16}
+
+
+def test_a_plan_of_two_experts_counts_both(tmp_path: Path) -> None:
+    """40 steps at shift 3: the low-noise expert answers 27 of them."""
+    small = ["sampling.num_frames=9", "sampling.height=64", "sampling.width=64"]
+    recipe = load_recipe(RECIPES / "wan2.2-t2v-a14b-low.yaml", small)
+    text = plan_text(make_plan(recipe, machine=gpu_machine(recipe, "h100")))
+    assert "partner 28.6 GB" in text
+    assert "80 evaluations a sample" in text
+    # The partner was not named: it is still guided, two evaluations at each of the student's first two steps.
+    assert "end: 6 evaluations with 68.0% of the parameters of the low-noise expert: 14.92x less work a sample" in text
 
 
 def test_configurations_can_be_planned_with_but_not_run(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+from flcompress.diffusion.experts import Experts
 from flcompress.diffusion.process import FLOW, Discrete, Process
 from flcompress.errors import ModelError
 
@@ -39,6 +40,8 @@ class SamplingContract:
         guidance_scale: w in u + w (c - u); 1 is none.
         max_sequence_length: tokens that a prompt is padded to.
         embedded_guidance: the scale that a guidance-distilled network (HunyuanVideo, FLUX.1-dev) is told as an input.
+        experts: of a pipeline with two transformers, who answers for which level; then `guidance_scale` is the
+            high-noise one's.
     """
 
     prediction: str = "flow"
@@ -51,6 +54,7 @@ class SamplingContract:
     max_sequence_length: int
     given_sigmas: tuple[float, ...] | None = None
     embedded_guidance: float | None = None
+    experts: Experts | None = None
 
     @property
     def process(self) -> Process:
@@ -70,7 +74,36 @@ class SamplingContract:
     @property
     def evaluations(self) -> int:
         """Network evaluations for one sample: guidance doubles them."""
-        return self.num_inference_steps * (2 if self.guidance_scale != 1.0 else 1)
+        return sum(2 if self.guidance_at(place) != 1.0 else 1 for place in range(len(self.timesteps)))
+
+    @property
+    def own_evaluations(self) -> int:
+        """Those of the compressed transformer, where it shares the levels with another."""
+        return sum(2 if self.guidance_at(place) != 1.0 else 1 for place in self.places)
+
+    @property
+    def guided(self) -> bool:
+        """Whether any call needs the empty prompt."""
+        return self.evaluations > len(self.timesteps)
+
+    def guidance_at(self, place: int) -> float:
+        """The guidance scale of call number `place`."""
+        if self.experts is None or self.experts.at(self.timesteps[place]) == "high":
+            return self.guidance_scale
+        return self.experts.guidance_scale
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """Numbers of the calls that the compressed transformer answers: all, but for one of two experts."""
+        every = range(len(self.timesteps))
+        if (experts := self.experts) is None:
+            return tuple(every)
+        return tuple(place for place in every if experts.at(self.timesteps[place]) == experts.compressed)
+
+    @property
+    def levels(self) -> tuple[float, float]:
+        """Lowest and highest noise level that the compressed transformer is responsible for."""
+        return (0.0, 1.0) if self.experts is None else self.experts.levels
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "scheduler": dict(self.scheduler), "guidance_convention": "u + w (c - u)"}
@@ -78,10 +111,12 @@ class SamplingContract:
     @classmethod
     def from_dict(cls, given: dict[str, Any]) -> SamplingContract:
         fields = {key: value for key, value in given.items() if key != "guidance_convention"}
-        fields["scheduler"] = _frozen(fields["scheduler"])
+        fields["scheduler"] = frozen(fields["scheduler"])
         for name in ("sigmas", "timesteps", "given_sigmas"):
             if fields.get(name) is not None:
                 fields[name] = tuple(fields[name])
+        if fields.get("experts") is not None:
+            fields["experts"] = Experts(**fields["experts"])
         return cls(**fields)
 
 
@@ -94,6 +129,7 @@ def contract_of(
     embedded_guidance: float | None = None,
     pipeline_sigmas: PipelineSigmas | None = None,
     mu: float | None = None,
+    experts: Experts | None = None,
 ) -> SamplingContract:
     """The contract that a stock scheduler with this configuration gives: its own levels, read off, never recomputed.
 
@@ -111,7 +147,7 @@ def contract_of(
     contract = SamplingContract(
         prediction="flow" if name == FLOW_SCHEDULER else str(config.get("prediction_type", "epsilon")),
         scheduler_class=name,
-        scheduler=_frozen(config),
+        scheduler=frozen(config),
         num_inference_steps=num_inference_steps,
         sigmas=(),
         timesteps=(),
@@ -119,11 +155,12 @@ def contract_of(
         max_sequence_length=max_sequence_length,
         given_sigmas=tuple(map(float, given)) if given is not None else None,
         embedded_guidance=embedded_guidance,
+        experts=experts,
     )
     scheduler = scheduler_of(contract)
     saved = {key: value for key, value in dict(scheduler.config).items() if not key.startswith("_")}
     sigmas, timesteps = levels_of(scheduler)
-    return replace(contract, scheduler=_frozen(saved), sigmas=sigmas, timesteps=timesteps)
+    return replace(contract, scheduler=frozen(saved), sigmas=sigmas, timesteps=timesteps)
 
 
 def scheduler_of(contract: SamplingContract) -> Any:
@@ -167,47 +204,8 @@ def resampled(
         max_sequence_length=contract.max_sequence_length,
         embedded_guidance=contract.embedded_guidance,
         pipeline_sigmas=pipeline_sigmas,
+        experts=contract.experts,
     )
-
-
-def student_contract(
-    teacher: SamplingContract, num_inference_steps: int, pipeline_sigmas: PipelineSigmas | None = None
-) -> SamplingContract:
-    """The few-step contract: levels 1, (N-1)/N ... 1/N under the teacher's shift, no guidance.
-
-    A flow student noises its prediction again at every step, a discrete one, and one whose scheduler counts backwards,
-    follows the ODE: those stock schedulers know no other way. A stock flow scheduler spaces its own levels from 1 down
-    to almost 0 and would all but waste the last call. Stretched to `shift_terminal` = T it gives the wanted ones
-    exactly: both maps are Moebius maps fixed at 1, so matching the value at 0 and one shift is enough
-    (docs/decisions/0003-student-schedule.md). With N steps, shift K and a = 1/N:
-
-        T = K a / (1 + (K - 1) a)        k = 1 + (1 - a) (K - 1) / (1 + a (K - 1))
-
-    Where the pipeline hands over the sigmas, they are the wanted ones (or, Mochi's, fixed), and K alone is left.
-
-    Raises:
-        ModelError: steps that do not divide the timesteps of a discrete process.
-    """
-    config = dict(teacher.scheduler)
-    given = teacher.given_sigmas
-    if teacher.prediction != "flow":
-        if config["num_train_timesteps"] % num_inference_steps:
-            raise ModelError(
-                f"dmd.student_steps: {num_inference_steps} given, expected a divisor of the scheduler's "
-                f"{config['num_train_timesteps']} timesteps, such as 4"
-            )
-    elif given is None:
-        k, a = teacher.shift, 1.0 / num_inference_steps
-        config |= {
-            "shift": 1.0 + (1.0 - a) * (k - 1.0) / (1.0 + a * (k - 1.0)),
-            # One call starts, and ends, at pure noise.
-            "shift_terminal": k * a / (1.0 + (k - 1.0) * a) if num_inference_steps > 1 else None,
-            "stochastic_sampling": True,
-        }
-    else:
-        config |= {"shift_terminal": None, "stochastic_sampling": not config.get("invert_sigmas")}
-    unguided = replace(teacher, scheduler=_frozen(config), guidance_scale=1.0)
-    return resampled(unguided, num_inference_steps, pipeline_sigmas)
 
 
 def _one_step(given: dict[str, Any], mu: float | None) -> tuple[str, dict[str, Any]]:
@@ -234,7 +232,8 @@ def _one_step(given: dict[str, Any], mu: float | None) -> tuple[str, dict[str, A
     return FLOW_SCHEDULER, config
 
 
-def _frozen(config: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+def frozen(config: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """A scheduler's configuration as a contract holds it."""
     return tuple((key, tuple(one) if isinstance(one, list) else one) for key, one in sorted(config.items()))
 
 

@@ -26,7 +26,7 @@ def sample(
     """Walk the contract's noise levels from `noise` to clean latents.
 
     Args:
-        network: what predicts.
+        network: what predicts; of two experts, both as one (`Experts.joined`).
         contract: levels, guidance and whether each step follows the ODE (Euler) or predicts x0 and noises it again.
         noise: starting latents [n, channels, frames, height, width].
         conditioning: of the n samples.
@@ -41,17 +41,28 @@ def sample(
         return torch.randn(x.shape, generator=generator, dtype=x.dtype)
 
     x = noise
-    guided = contract.guidance_scale != 1.0
-    if guided and negative is None:
+    if contract.guided and negative is None:
         raise ValueError("negative: None given, but the contract guides; pass the empty prompt's conditioning")
-    for place, timestep in enumerate(contract.timesteps):
-        t = torch.full((len(x),), timestep, device=x.device)
-        prediction = network(x, t, conditioning)
-        if guided and negative is not None:
-            unconditional = network(x, t, without_prompt(conditioning, negative))
-            prediction = guide(unconditional, prediction, contract.guidance_scale)
-        x = advance(contract, x, prediction, place, again)
+    for place in range(len(contract.timesteps)):
+        x = advance(contract, x, predict(network, contract, place, x, conditioning, negative), place, again)
     return x
+
+
+def predict(
+    network: Network,
+    contract: SamplingContract,
+    place: int,
+    x: torch.Tensor,
+    conditioning: Conditioning,
+    negative: Conditioning | None,
+) -> torch.Tensor:
+    """The network's prediction at the contract's level number `place`, guided where the contract guides there."""
+    timestep = torch.full((len(x),), contract.timesteps[place], device=x.device)
+    prediction = network(x, timestep, conditioning)
+    scale = contract.guidance_at(place)
+    if scale == 1.0 or negative is None:
+        return prediction
+    return guide(network(x, timestep, without_prompt(conditioning, negative)), prediction, scale)
 
 
 def advance(

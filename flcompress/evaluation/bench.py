@@ -17,6 +17,7 @@ from flcompress.diffusion.conditioning import Conditioning, taken
 from flcompress.diffusion.contract import SamplingContract
 from flcompress.diffusion.sampling import Network, sample
 from flcompress.draws import generator
+from flcompress.errors import RequestError
 from flcompress.evaluation.backends import BACKENDS, EAGER, Unusable, available_cores, compiled, cpu_name, onnx_network
 from flcompress.models.loading import load_transformer
 from flcompress.models.network import as_network
@@ -61,7 +62,7 @@ class _Stage:
 
     def conditioning(self, contract: SamplingContract) -> tuple[Conditioning, Conditioning | None]:
         """The prompt's conditioning and, only where the contract guides, the empty prompt's, as in a stock pipeline."""
-        prompts = [self._prompt, ""] if contract.guidance_scale != 1.0 else [self._prompt]
+        prompts = [self._prompt, ""] if contract.guided else [self._prompt]
         made = self._parts.encode_prompts(prompts, contract.max_sequence_length)
         return taken(made, slice(0, 1)), taken(made, slice(1, 2)) if len(prompts) == 2 else None
 
@@ -110,6 +111,11 @@ def bench(
         a backend that cannot run here is in "skipped" with the reason.
     """
     program, key = run.final(), run.key
+    if program.contract.experts is not None:
+        raise RequestError(
+            f"{run.path}: a {program.pipeline_class} with two experts, which bench does not time yet; expected a model "
+            "with one transformer; time 'flcompress generate' instead"
+        )
     stage = _Stage(program.parts())
     teacher_model = load_transformer(program.components["original"])
     student_model = load_transformer(program.components["transformer"])

@@ -52,7 +52,7 @@ def run_contenders(run: RunDirectory) -> list[Contender]:
     parts = _Parts(final, start.graph)
     teacher = final.teacher_contract
     few = final.contract.num_inference_steps if Fact.FEW_STEP in final.facts else SHORTCUT_STEPS
-    guided = f"{teacher.num_inference_steps} steps" + (", guided" if teacher.guidance_scale != 1.0 else "")
+    guided = f"{teacher.num_inference_steps} steps" + (", guided" if teacher.guided else "")
     found = [parts.contender(f"teacher-{teacher.num_inference_steps}", f"teacher, {guided}", "original", teacher)]
     if few != teacher.num_inference_steps:
         shortcut = resampled(teacher, few, final.family.sigmas)
@@ -89,18 +89,25 @@ class _Parts:
         shape = meta_transformer(folder)
         left_out = {id(p) for path in skipped for p in shape.get_submodule(path).parameters()}
 
-        guidance = contract.embedded_guidance
+        guidance, experts = contract.embedded_guidance, contract.experts
 
-        def network(x: torch.Tensor, timestep: torch.Tensor, given: Conditioning) -> torch.Tensor:
+        def own(x: torch.Tensor, timestep: torch.Tensor, given: Conditioning) -> torch.Tensor:
             model = self._load(folder)
             run = skipping(model, skipped, self._unpruned, guidance) if skipped else as_network(model, guidance)
             return run(x, timestep, given)
 
+        def partner(x: torch.Tensor, timestep: torch.Tensor, given: Conditioning) -> torch.Tensor:
+            return as_network(self._load(self._components[beside]), guidance)(x, timestep, given)
+
+        # A few-step student has the partner that its recipe names; teachers have the model's own.
+        beside = "partner" if component == "transformer" else "original_partner"
+        network = own if experts is None else experts.joined(own, partner)
+        decisive = (self.digest(component), *skipped, *((self.digest(beside),) if experts else ()))
         return Contender(
             name=name,
             label=label,
             network=network,
             contract=contract,
             parameters=sum(p.numel() for p in shape.parameters() if id(p) not in left_out),
-            identity=" ".join((self.digest(component), *skipped)),
+            identity=" ".join(decisive),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +35,46 @@ def check_pipeline(folder: Path, *, weights: bool = True, parts: bool = True) ->
     if name not in PIPELINES:
         raise ModelError(f"{folder / 'model_index.json'}: _class_name is {name!r}, expected {' or '.join(PIPELINES)}")
     named = [part for part, kind in index.items() if isinstance(kind, list) and kind[0] is not None]
-    for component in named if parts else ("transformer", "vae", "scheduler"):
+    transformers = _transformers(folder, index)
+    for component in named if parts else (*transformers, "vae", "scheduler"):
         if not (folder / component).is_dir():
             raise ModelError(f"{folder / component}: no such folder; model_index.json of a {name} names it")
-    found, expected = check_transformer_config(folder / "transformer")["_class_name"], family_of(name).transformers
-    if found not in expected:
-        path = folder / "transformer" / "config.json"
-        raise ModelError(f"{path}: _class_name is {found!r}, expected {' or '.join(expected)} in a {name}")
+    for component in transformers:
+        found, expected = check_transformer_config(folder / component)["_class_name"], family_of(name).transformers
+        if found not in expected:
+            path = folder / component / "config.json"
+            raise ModelError(f"{path}: _class_name is {found!r}, expected {' or '.join(expected)} in a {name}")
     if weights:
         for component in named:
             if component.startswith(("transformer", "vae", "text_encoder", "image_encoder")):
                 check_weights(folder / component)
     return index
+
+
+def _transformers(folder: Path, index: Mapping[str, Any]) -> tuple[str, ...]:
+    """The pipeline's transformers: one, or two experts; ModelError where the stock pipeline would miss one."""
+    path, ratio = folder / "model_index.json", index.get("boundary_ratio")
+    first, second = (bool((index.get(name) or [None])[0]) for name in ("transformer", "transformer_2"))
+    if not first and second:
+        raise ModelError(
+            f"{path}: transformer is null and transformer_2 is given: the low-noise expert alone; expected both, since "
+            "a clip starts from pure noise"
+        )
+    if second and ratio is None:
+        raise ModelError(
+            f"{path}: transformer_2 is given without boundary_ratio, so the stock pipeline would never call it; "
+            "set boundary_ratio (Wan 2.2 A14B: 0.875 from text, 0.9 from an image), or transformer_2 to [null, null]"
+        )
+    if ratio is None:
+        return ("transformer",)
+    if not second:
+        raise ModelError(
+            f"{path}: boundary_ratio is {ratio} without a transformer_2 for the timesteps below; set it to null, or "
+            "add the low-noise expert"
+        )
+    if not isinstance(ratio, int | float) or not 0.0 < ratio < 1.0:
+        raise ModelError(f"{path}: boundary_ratio is {ratio!r}, expected a number between 0 and 1")
+    return ("transformer", "transformer_2")
 
 
 def only_configurations(folder: Path) -> bool:

@@ -27,11 +27,15 @@ class Source:
     config: the transformer's `config.json`.
     pipeline: class that `model_index.json` names; None for a transformer on its own.
     others: names of the pipeline's further transformers.
+    other_configs: their `config.json`, in the same order; None where it is not there.
+    boundary_ratio: of two experts, the share of the timesteps below which the second answers.
     """
 
     config: Path
     pipeline: str | None = None
     others: tuple[str, ...] = ()
+    other_configs: tuple[Path | None, ...] = ()
+    boundary_ratio: float | None = None
 
 
 def find_source(model: str) -> Source:
@@ -54,10 +58,10 @@ def find_source(model: str) -> Source:
             raise ModelError(
                 f"{path}: no model folder; expected {INDEX} (a diffusers pipeline) or {CONFIG} (a transformer) in it"
             )
-        names, pipeline = _transformers(read_json(path / INDEX, ""), path / INDEX)
-        if not (path / names[0] / CONFIG).is_file():
-            raise ModelError(f"{path / names[0] / CONFIG}: no such file; {INDEX} of a {pipeline} names its folder")
-        return Source(config=path / names[0] / CONFIG, pipeline=pipeline, others=names[1:])
+        index = read_json(path / INDEX, "")
+        names, pipeline = _transformers(index, path / INDEX)
+        configs = [config if (config := path / name / CONFIG).is_file() else None for name in names]
+        return _source(path, names, pipeline, configs, index)
     if not _HUB_ID.fullmatch(model):
         raise ModelError(f"{model}: no such file or folder, and no Hub id (OWNER/NAME)")
     return _on_hub(model)
@@ -95,11 +99,23 @@ def _on_hub(model: str) -> Source:
         if config is None:
             raise ModelError(f"{model}: has neither {INDEX} nor {CONFIG} on the Hub; expected a diffusers model")
         return Source(config=config)
-    names, pipeline = _transformers(read_json(index, ""), Path(f"{model}/{INDEX}"))
-    config = _download(model, f"{names[0]}/{CONFIG}")
-    if config is None:
-        raise ModelError(f"{model}/{names[0]}/{CONFIG}: not on the Hub; {INDEX} of a {pipeline} names its folder")
-    return Source(config=config, pipeline=pipeline, others=names[1:])
+    told = read_json(index, "")
+    names, pipeline = _transformers(told, Path(f"{model}/{INDEX}"))
+    return _source(model, names, pipeline, [_download(model, f"{name}/{CONFIG}") for name in names], told)
+
+
+def _source(
+    model: Path | str, names: tuple[str, ...], pipeline: str, configs: list[Path | None], index: Mapping[str, Any]
+) -> Source:
+    if configs[0] is None:
+        raise ModelError(f"{model}/{names[0]}/{CONFIG}: no such file; {INDEX} of a {pipeline} names its folder")
+    return Source(
+        config=configs[0],
+        pipeline=pipeline,
+        others=names[1:],
+        other_configs=tuple(configs[1:]),
+        boundary_ratio=index.get("boundary_ratio"),
+    )
 
 
 def _download(model: str, name: str) -> Path | None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from flcompress.diffusion.process import NUM_TRAIN_TIMESTEPS
 from flcompress.errors import FlcompressError, PreconditionError
 from flcompress.ir.block import Block
 from flcompress.ir.graph import BlockGraph
 from flcompress.ir.selection import choose
 from flcompress.models.latent_size import ClipSize, usual_grid
+
+if TYPE_CHECKING:
+    from flcompress.models.source import Source
 
 SHARES = (0.3, 0.5)
 CHOICE = "the middle blocks, by parameters: there are no importance scores"
@@ -30,12 +34,27 @@ class Removal:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Other:
+    """A further transformer of the pipeline; None where its configuration is not there.
+
+    `timesteps` are those that it answers, where it is one of two experts.
+    """
+
+    name: str
+    timesteps: str
+    model_class: str | None = None
+    blocks: int | None = None
+    parameters: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Inspection:
     """Attributes:
     model: as it was asked for.
     graph: its FLOPs are those of `clip`; 0 where `unknown_flops` says why nothing was counted.
     clip: size in pixels and tokens; None where it has no meaning.
     latents: (frames, height, width); None likewise.
+    timesteps: those that this transformer answers, where it is one of two experts.
     others: further transformers of the pipeline.
     """
 
@@ -44,7 +63,8 @@ class Inspection:
     clip: ClipSize | None
     latents: tuple[int, int, int] | None
     unknown_flops: str
-    others: tuple[str, ...]
+    timesteps: str
+    others: tuple[Other, ...]
     removals: tuple[Removal, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -69,7 +89,8 @@ class Inspection:
             "no_flops_because": self.unknown_flops,
             "clip": asdict(self.clip) if self.clip else None,
             "latents": list(self.latents) if self.latents else None,
-            "other_transformers": list(self.others),
+            "timesteps": self.timesteps or None,
+            "other_transformers": [asdict(one) for one in self.others],
             "stacks": [
                 {
                     "path": stack,
@@ -139,9 +160,31 @@ def inspect_model(
         clip=clip,
         latents=latents,
         unknown_flops=problem,
-        others=source.others,
+        timesteps=_timesteps(source.boundary_ratio, 0),
+        others=_others(source),
         removals=tuple(_removal(graph, share, counted=not problem) for share in SHARES),
     )
+
+
+def _others(source: Source) -> tuple[Other, ...]:
+    from flcompress.models.loading import meta_transformer
+    from flcompress.trace.lists import listed_blocks
+
+    found = []
+    for place, (name, config) in enumerate(zip(source.others, source.other_configs, strict=True), start=1):
+        other = Other(name=name, timesteps=_timesteps(source.boundary_ratio, place))
+        if config is not None:
+            graph = listed_blocks(meta_transformer(config))
+            other = replace(other, model_class=graph.model_class, blocks=len(graph.blocks), parameters=graph.parameters)
+        found.append(other)
+    return tuple(found)
+
+
+def _timesteps(boundary_ratio: float | None, place: int) -> str:
+    """What the pipeline's transformer number `place` answers; empty where it does not share the timesteps."""
+    if boundary_ratio is None or place > 1:
+        return ""
+    return f"{'below' if place else 'from'} {boundary_ratio * NUM_TRAIN_TIMESTEPS:g}"
 
 
 def _graph(transformer: Any, clip: ClipSize | None, latents: tuple[int, int, int] | None) -> tuple[BlockGraph, str]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from flcompress.ir.graph import BlockGraph
-from flcompress.pipeline.inspecting import CHOICE, Inspection, Removal
+from flcompress.pipeline.inspecting import CHOICE, Inspection, Other, Removal
 
 
 def inspection_text(found: Inspection) -> str:
     """An inspection as text for people."""
     plain, graph = found.to_dict(), found.graph
     lines = [f"{found.model}: {graph.model_class}, {len(graph.blocks)} blocks, {graph.parameters:,} parameters"]
+    if found.timesteps:
+        lines.append(f"one of two experts: it answers the timesteps {found.timesteps} (high noise)")
     if found.clip and found.latents:
         shape = " x ".join(map(str, found.latents))
         lines.append(
@@ -45,7 +47,7 @@ def inspection_text(found: Inspection) -> str:
         lines.append("  ".join(cells).rstrip())
     lines += ["", f"what removals would leave ({CHOICE}):"]
     lines += [f"  {_removal_text(removal, graph)}" for removal in found.removals]
-    lines += [f"{one}: another transformer of this pipeline; inspect its folder" for one in found.others]
+    lines += [_other_text(one) for one in found.others]
     return "\n".join(lines)
 
 
@@ -53,6 +55,14 @@ def _figures(held: dict[str, Any]) -> tuple[str, str, str, str]:
     if held["flops"] is None:
         return f"{held['parameters']:,}", f"{held['share']:.2%}", "-", "-"
     return f"{held['parameters']:,}", f"{held['share']:.2%}", f"{held['flops']:,}", f"{held['flops_share']:.2%}"
+
+
+def _other_text(one: Other) -> str:
+    role = f"the other expert, timesteps {one.timesteps} (low noise)" if one.timesteps else "another transformer"
+    held = "its config.json is not here"
+    if one.blocks is not None:
+        held = f"{one.model_class}, {one.blocks} blocks, {one.parameters:,} parameters; inspect its folder for more"
+    return f"{one.name}: {role}: {held}"
 
 
 def _removal_text(left: Removal, graph: BlockGraph) -> str:

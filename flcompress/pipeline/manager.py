@@ -136,6 +136,7 @@ def check(recipe: Recipe, run: RunDirectory) -> None:
             "or leave it out"
         )
     check_pipeline(recipe.model_folder(), weights=recipe.model.weights == "trained")
+    start.check_experts(recipe)
     check_data(recipe)
 
 
@@ -148,6 +149,7 @@ def check_plan(recipe: Recipe, run: RunDirectory) -> None:
         for step in recipe.passes:
             step.check(recipe.training)
         check_pipeline(recipe.model_folder(), weights=False, parts=False)
+        start.check_experts(recipe)
     else:
         check(recipe, run)
 
@@ -233,11 +235,9 @@ def _entry_of_start(recipe: Recipe, store: Store) -> tuple[Entry, bool]:
         return store.make(0, "model", key, given, lambda folder: start.starting_program(recipe, folder)), True
     if recipe.model.weights == "trained":
         # The same model may have moved since; every later program is pointed to where it lies now.
-        home = recipe.model_folder()
-        program = found.program()
-        if program.components["transformer"] != home / "transformer":
-            moved = {name: home / path.name for name, path in program.components.items()}
-            replace(program, components=moved).save(found.folder)
+        program, here = found.program(), start.components_of(recipe, recipe.model_folder())
+        if program.components != here:
+            replace(program, components=here).save(found.folder)
     return found, False
 
 

@@ -12,6 +12,7 @@ from flcompress.ir.graph import BlockGraph
 from flcompress.pipeline.activations import kept_alive
 from flcompress.pipeline.gpus import Machine, this_machine
 from flcompress.pipeline.passes import Precision
+from flcompress.pipeline.planned_experts import PlannedExperts
 from flcompress.pipeline.planned_memory import PlannedMemory
 from flcompress.pipeline.planned_settings import (
     Advice,
@@ -75,6 +76,7 @@ class Plan:
         machine: what it is made for.
         setting: the recipe's own.
         advice: what fits instead, where a pass does not; None where nothing does, too.
+        expert: which of two is compressed; rows are of that one, evaluations of both.
     """
 
     recipe: str
@@ -90,6 +92,7 @@ class Plan:
     machine: Machine
     setting: Setting
     advice: Advice | None
+    expert: str | None = None
 
     @property
     def fits(self) -> bool:
@@ -128,7 +131,7 @@ def make_plan(recipe: Recipe, flops_per_second: float | None = None, machine: Ma
     """
     source = read_source(recipe)
     transformer, tokens, shape = (
-        source.folder / "transformer",
+        source.transformer,
         source.contract.max_sequence_length,
         _data_latents(recipe),
     )
@@ -142,10 +145,11 @@ def make_plan(recipe: Recipe, flops_per_second: float | None = None, machine: Ma
     checkpointing = _checkpointing(transformer)
     rows: list[PlannedPass] = []
     passes: list[Met] = []
+    experts = PlannedExperts(recipe, source)
     parameters, evaluations = float(graph.parameters), source.contract.evaluations
     for index, step in enumerate(recipe.passes):
         left = _whole_blocks(graph, parameters, step.remaining(parameters))
-        met = Met(step, parameters, _blocks(graph, parameters))
+        met = Met(step, parameters, _blocks(graph, parameters), experts.beside(step))
         passes.append(met)
         _check_batch(recipe, index, met, planner, own.processes(machine))
         cost, planned = met.cost(graph), planner.planned(met, own, machine)
@@ -168,7 +172,7 @@ def make_plan(recipe: Recipe, flops_per_second: float | None = None, machine: Ma
             )
         )
         parameters, evaluations = left, step.evaluations(evaluations)
-    before = source.contract.evaluations
+    final, ratio = experts.work_ratio(parameters, evaluations)
     fits = all(row.fits for row in rows)
     return Plan(
         recipe=recipe.name,
@@ -176,14 +180,15 @@ def make_plan(recipe: Recipe, flops_per_second: float | None = None, machine: Ma
         latents=shape,
         parameters=graph.parameters,
         flops=graph.flops,
-        evaluations=before,
+        evaluations=source.contract.evaluations,
         passes=tuple(rows),
         exports=tuple(exporter.name for exporter in recipe.exports),
-        final_evaluations=evaluations,
-        work_ratio=before / evaluations * graph.parameters / parameters,
+        final_evaluations=final,
+        work_ratio=ratio,
         machine=machine,
         setting=own,
         advice=None if fits else advise(planner, passes, machine, checkpointing),
+        expert=recipe.model.expert,
     )
 
 

@@ -31,6 +31,7 @@ def plan_text(plan: Plan, *, settings: bool = False) -> str:
         for row in plan.passes
     ]
     share = plan.passes[-1].parameters / plan.parameters if plan.passes else 1.0
+    whose = f" of the {plan.expert}-noise expert" if plan.expert else ""
     return "\n".join(
         [
             f"plan of {plan.recipe}: {plan.model}",
@@ -42,7 +43,7 @@ def plan_text(plan: Plan, *, settings: bool = False) -> str:
             *(_settings_lines(plan) if settings else ()),
             *_memory_lines(plan),
             f"time: about {_time(plan)}; exports: {', '.join(plan.exports) or 'none'}",
-            f"end: {plan.final_evaluations} evaluations with {share:.1%} of the parameters: "
+            f"end: {plan.final_evaluations} evaluations with {share:.1%} of the parameters{whose}: "
             f"{plan.work_ratio:.2f}x less work a sample",
             "nothing was written",
         ]

@@ -10,7 +10,7 @@ from typing import get_args
 from flcompress.ir.graph import BlockGraph
 from flcompress.pipeline.activations import Kept
 from flcompress.pipeline.gpus import Machine
-from flcompress.pipeline.passes import Cost, EngineName, Pass, Precision
+from flcompress.pipeline.passes import Cost, EngineName, Pass, Precision, Role
 from flcompress.pipeline.planned_memory import PlannedMemory, planned_memory, sizes_of
 from flcompress.pipeline.recipe import Training
 
@@ -72,17 +72,20 @@ class Met:
     Attributes:
         step: the pass.
         parameters, blocks: of the transformer then.
+        beside: models in memory that the pass cannot know of.
     """
 
     step: Pass
     parameters: float
     blocks: int
+    beside: tuple[Role, ...] = ()
 
     def cost(self, graph: BlockGraph, batch: int | None = None) -> Cost:
         """Of the pass, with another batch where one is given."""
         own = "batch" in type(self.step).model_fields
         step = self.step if batch is None or not own else self.step.model_copy(update={"batch": batch})
         cost = step.cost(self.parameters, self.blocks, float(graph.parameters))
+        cost = replace(cost, roles=(*cost.roles, *self.beside))
         return cost if batch is None else replace(cost, batch=batch)
 
 

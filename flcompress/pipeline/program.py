@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flcompress.diffusion.contract import SamplingContract
+from flcompress.diffusion.experts import COMPONENTS, OTHER
 from flcompress.ir.graph import BlockGraph
 from flcompress.ir.serial import content_hash, from_json, to_json
 
@@ -50,6 +51,8 @@ class Program:
         components: component name -> folder, as in a diffusers pipeline ("transformer", "vae", "text_encoder",
             "tokenizer", ...), and two more: "original", the transformer the recipe started from, and "elastic", the
             unpruned transformer that "transformer" was cut from (the original, or what stochastic depth made of it).
+            Of two experts these are the one that is compressed; "partner" is the other, as it is sampled beside
+            "transformer", and "original_partner" as it is sampled beside "original".
         contract: how the current transformer is sampled.
         teacher_contract: how "original" is sampled.
         facts: what holds.
@@ -84,6 +87,19 @@ class Program:
         from flcompress.models.parts import Parts
 
         return Parts(self.index, self.components, device)
+
+    @property
+    def transformers(self) -> dict[str, Path]:
+        """The transformers as the stock pipeline names them: "transformer", and "transformer_2" of two experts."""
+        found = {self.own_name: self.components["transformer"]}
+        if (experts := self.contract.experts) is not None:
+            found[COMPONENTS[OTHER[experts.compressed]]] = self.components["partner"]
+        return dict(sorted(found.items()))
+
+    @property
+    def own_name(self) -> str:
+        """What the stock pipeline calls the transformer that is compressed."""
+        return COMPONENTS[self.contract.experts.compressed] if self.contract.experts else "transformer"
 
     def with_component(self, name: str, folder: Path) -> Program:
         """The same program with one component replaced."""

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf, PrivateAttr, field_validator, model_validator
 
+from flcompress.diffusion.experts import Expert
 from flcompress.errors import DataError, ModelError
 from flcompress.pipeline.exporter import Exporter
 from flcompress.pipeline.health import Health
@@ -31,6 +32,16 @@ class Model(_Part):
         description="stock pipeline class to use it with, where not the one its model_index.json names: "
         "WanImageToVideoPipeline makes Wan 2.2 TI2V-5B start from a first frame",
     )
+    expert: Expert | None = Field(
+        None,
+        description="of a model with two (Wan 2.2 A14B), the one to compress: high or low noise; its partner stays as "
+        "it is, and is compressed by a recipe of its own",
+    )
+    partner: Path | None = Field(
+        None,
+        description="diffusers export of the recipe that compressed the other expert, which then takes its place; "
+        "the model's own where left out",
+    )
     weights: Literal["trained", "random"] = Field(
         "trained", description="`random` starts from the folder's configurations alone, to train a model from nothing"
     )
@@ -43,6 +54,11 @@ class Sampling(_Part):
     guidance_scale: float = Field(4.0, ge=0, description="text guidance, in the convention named below")
     guidance_convention: Literal["unconditional", "conditional"] = Field(
         "unconditional", description="`unconditional` is u + w (c - u); `conditional` is c + w (c - u)"
+    )
+    guidance_scale_2: float | None = Field(
+        None,
+        ge=0,
+        description="the same for the low-noise expert of a model with two; guidance_scale where left out",
     )
     max_sequence_length: int = Field(512, ge=1, description="tokens a prompt is padded to")
     embedded_guidance: float | None = Field(
@@ -72,11 +88,19 @@ class Sampling(_Part):
     @property
     def scale(self) -> float:
         """The guidance scale in the convention u + w (c - u)."""
+        return self._in_our_convention(self.guidance_scale)
+
+    @property
+    def scale_2(self) -> float:
+        """The low-noise expert's, in the same convention."""
+        return self.scale if self.guidance_scale_2 is None else self._in_our_convention(self.guidance_scale_2)
+
+    def _in_our_convention(self, scale: float) -> float:
         if self.guidance_convention == "unconditional":
-            return self.guidance_scale
+            return scale
         from flcompress.diffusion.guidance import from_conditional_convention
 
-        return from_conditional_convention(self.guidance_scale)
+        return from_conditional_convention(scale)
 
 
 class MovingDigits(_Part):
@@ -211,9 +235,17 @@ class Recipe(_Part):
 
     def model_folder(self) -> Path:
         """The model folder, absolute; ModelError, naming both places looked at, where there is none."""
-        found, tried = self._find(self.model.path)
+        return self._pipeline_folder(self.model.path, "")
+
+    def partner_folder(self) -> Path | None:
+        """The folder that `model.partner` names, absolute; ModelError likewise."""
+        return None if self.model.partner is None else self._pipeline_folder(self.model.partner, ".partner")
+
+    def _pipeline_folder(self, path: Path, key: str) -> Path:
+        found, tried = self._find(path)
         if found is None or not found.is_dir():
-            raise ModelError(f"{self.where('model')}: no folder {tried}; give the path of a diffusers pipeline folder")
+            where = f"{self.where('model')}{key}"
+            raise ModelError(f"{where}: no folder {tried}; give the path of a diffusers pipeline folder")
         return found
 
     def data_spec(self) -> dict[str, Any] | None:
@@ -236,6 +268,8 @@ class Recipe(_Part):
         """Every key with its value, defaults included, paths absolute where they exist: what RUN/recipe.yaml holds."""
         plain = self.model_dump(mode="json", by_alias=True, exclude={"passes", "exports"}, exclude_none=True)
         plain["model"]["path"] = str(self._find(self.model.path)[0] or self.model.path)
+        if self.model.partner is not None:
+            plain["model"]["partner"] = str(self._find(self.model.partner)[0] or self.model.partner)
         if self.data is not None and self.data.latents is not None:
             plain["data"]["latents"] = str(self._find(self.data.latents)[0] or self.data.latents)
         if self.data is not None and self.data.videos is not None:

@@ -85,6 +85,11 @@ def pruned_model(place: Path) -> PrunedModel:
             kept=program.kept,
             before=_shapes(program.components["original"]),
         )
+    if (place / "transformer_2").is_dir():
+        raise RequestError(
+            f"{place}: two experts; give the folder of the one that the LoRA is for, {place}/transformer or "
+            f"{place}/transformer_2"
+        )
     maps = [place, place / KEPT_FILE, place / "transformer" / KEPT_FILE]
     found = next((path for path in maps if path.is_file()), None)
     if found is None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from flcompress.diffusion.contract import SamplingContract
 from flcompress.errors import RecipeError, RequestError
 from flcompress.ir.graph import BlockGraph
+from flcompress.pipeline.experts import read_experts, transformer_folders, with_partner
 from flcompress.pipeline.program import Fact, Program, folder_digest
 from flcompress.pipeline.recipe import Recipe
 from flcompress.pipeline.store import key_of
@@ -22,27 +23,48 @@ VERSION = 2
 """Raise it when tracing gives another graph for the same model: it is part of the key."""
 
 
-@dataclass(frozen=True)
-class Source:
-    """What a recipe starts from, before anything is written.
-
-    Attributes:
-        folder: the model folder.
-        graph: the transformer's block graph.
-        contract: how the model is sampled.
-        index: its `model_index.json`.
-        latents: (channels, frames, height, width) of the latents that are sampled.
-    """
-
+@dataclass(frozen=True, kw_only=True)
+class _Sampled:
     folder: Path
-    graph: BlockGraph
+    transformer: Path
     contract: SamplingContract
     index: dict[str, Any]
     latents: tuple[int, int, int, int]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Source(_Sampled):
+    """What a recipe starts from, before anything is written.
+
+    Attributes:
+        folder: the model folder.
+        transformer: the folder of the transformer that is compressed.
+        graph: its block graph.
+        contract: how the model is sampled.
+        index: its `model_index.json`.
+        latents: (channels, frames, height, width) of the latents that are sampled.
+    """
+
+    graph: BlockGraph
+
+
 def read_source(recipe: Recipe) -> Source:
     """Trace the recipe's model and read its scheduler; no weights are loaded."""
+    model = _sampled(recipe)
+    graph = trace_folder(model.transformer, model.contract.max_sequence_length, model.latents[1:])
+    return Source(**vars(model), graph=graph)
+
+
+def check_experts(recipe: Recipe) -> None:
+    """RecipeError, before any work, where the recipe does not fit the experts of its model, or its partner."""
+    from flcompress.models.folder import read_json
+
+    index = read_json(recipe.model_folder() / "model_index.json", "a diffusers pipeline folder has one")
+    if read_experts(recipe, index) is not None:
+        _sampled(recipe)
+
+
+def _sampled(recipe: Recipe) -> _Sampled:
     from flcompress.diffusion.contract import contract_of
     from flcompress.models.families import family_of
     from flcompress.models.folder import check_transformer_config, read_json
@@ -53,7 +75,9 @@ def read_source(recipe: Recipe) -> Source:
     family = family_of(index["_class_name"])
     if recipe.model.pipeline is not None:
         index["_class_name"] = _other_pipeline(recipe, family)
-    config = check_transformer_config(folder / "transformer")
+    experts = read_experts(recipe, index)
+    transformer = transformer_folders(recipe, folder, experts)["transformer"]
+    config = check_transformer_config(transformer)
     shape = _latent_shape(recipe, family, config)
     contract = contract_of(
         scheduler,
@@ -63,9 +87,15 @@ def read_source(recipe: Recipe) -> Source:
         embedded_guidance=_embedded_guidance(recipe, family, config),
         pipeline_sigmas=family.sigmas,
         mu=family.mu(scheduler, config, shape),
+        experts=experts,
     )
-    graph = trace_folder(folder / "transformer", contract.max_sequence_length, shape)
-    return Source(folder, graph, contract, index, (family.channels(config), *shape))
+    return _Sampled(
+        folder=folder,
+        transformer=transformer,
+        contract=with_partner(recipe, contract, family.sigmas),
+        index=index,
+        latents=(family.channels(config), *shape),
+    )
 
 
 def _other_pipeline(recipe: Recipe, family: Family) -> str:
@@ -132,6 +162,8 @@ def start_key(recipe: Recipe) -> str:
     return key_of(
         start=VERSION,
         folder=folder_digest(recipe.model_folder()),
+        expert=recipe.model.expert,
+        partner=folder_digest(partner) if (partner := recipe.partner_folder()) else None,
         weights=recipe.model.weights,
         pipeline=recipe.model.pipeline,
         seed=recipe.seed if recipe.model.weights == "random" else None,
@@ -141,8 +173,6 @@ def start_key(recipe: Recipe) -> str:
 
 def starting_program(recipe: Recipe, folder: Path) -> Program:
     """The program before the first pass; random weights, where the recipe starts from them, are written to `folder`."""
-    from flcompress.models.parts import part_names
-
     source = read_source(recipe)
     home = source.folder
     if recipe.model.weights == "random":
@@ -150,13 +180,11 @@ def starting_program(recipe: Recipe, folder: Path) -> Program:
 
         home = folder / "model"
         initialise_pipeline(source.folder, home, recipe.seed)
-    components = {name: home / name for name in ("transformer", *part_names(source.index))}
-    components |= {"original": home / "transformer", "elastic": home / "transformer"}
     return Program(
         graph=source.graph,
         index=source.index,
         latents=source.latents,
-        components=components,
+        components=components_of(recipe, home),
         contract=source.contract,
         teacher_contract=source.contract,
         facts=frozenset({Fact.TRAINED}) if recipe.model.weights == "trained" else frozenset(),
@@ -164,6 +192,17 @@ def starting_program(recipe: Recipe, folder: Path) -> Program:
     )
 
 
+def components_of(recipe: Recipe, home: Path) -> dict[str, Path]:
+    """Component folders of the starting program, whose model lies in `home`."""
+    from flcompress.models.folder import read_json
+    from flcompress.models.parts import part_names
+
+    index = read_json(recipe.model_folder() / "model_index.json", "a diffusers pipeline folder has one")
+    parts = {name: home / name for name in part_names(index)}
+    return parts | transformer_folders(recipe, home, read_experts(recipe, index))
+
+
 def model_arguments(recipe: Recipe) -> dict[str, Any]:
     """What the entry of the starting program says it was made from."""
-    return {"path": str(recipe.model_folder()), "weights": recipe.model.weights}
+    given = recipe.model.model_dump(mode="json", include={"weights", "expert"}, exclude_none=True)
+    return {"path": str(recipe.model_folder()), **given}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from flcompress.diffusion.contract import SamplingContract
 from flcompress.ir.block import Block, Estimate
 from flcompress.ir.graph import BlockGraph
 from flcompress.report.reading import RunRecord
@@ -12,29 +13,41 @@ from flcompress.report.record import Interval, Record, ReportError
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How one model is sampled: the part of a sampling contract that decides its cost."""
+    """How one model is sampled: the part of a sampling contract that decides its cost.
+
+    Attributes:
+        evaluations: network evaluations for one sample: guidance doubles them.
+        own: those of the transformer that is compressed; fewer where it is one of two experts.
+    """
 
     steps: int
     guidance: float
     sigmas: tuple[float, ...]
-
-    @property
-    def evaluations(self) -> int:
-        """Network evaluations for one sample: guidance doubles them."""
-        return self.steps * (2 if self.guidance != 1.0 else 1)
+    evaluations: int
+    own: int
 
     @classmethod
     def read(cls, contract: Record) -> Sampling:
+        steps, guidance = int(contract.number("num_inference_steps")), contract.number("guidance_scale")
+        evaluations = own = steps * (2 if guidance != 1.0 else 1)
+        if contract.has("experts"):
+            whole = SamplingContract.from_dict(dict(contract.values))
+            evaluations, own = whole.evaluations, whole.own_evaluations
         return cls(
-            steps=int(contract.number("num_inference_steps")),
-            guidance=contract.number("guidance_scale"),
+            steps=steps,
+            guidance=guidance,
             sigmas=tuple(contract.numbers("sigmas")),
+            evaluations=evaluations,
+            own=own,
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Headline:
-    """Model before and after. `work_ratio` counts evaluations times parameters; `measured` is a wall-clock ratio."""
+    """Model before and after.
+
+    `work_ratio` counts evaluations of the compressed transformer times parameters; `measured` is a wall-clock ratio.
+    """
 
     parameters_before: int
     parameters_after: int
@@ -51,7 +64,7 @@ class Headline:
 
     @property
     def work_ratio(self) -> float:
-        return self.before.evaluations * self.parameters_before / (self.after.evaluations * self.parameters_after)
+        return self.before.own * self.parameters_before / (self.after.own * self.parameters_after)
 
 
 @dataclass(frozen=True, kw_only=True)

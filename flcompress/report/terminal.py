@@ -85,6 +85,8 @@ def _headline(top: Headline, console: Console) -> None:
     table.add_row("steps", str(top.before.steps), str(top.after.steps), "")
     table.add_row("guidance", f"{top.before.guidance:g}", f"{top.after.guidance:g}", "")
     table.add_row("network evaluations", str(top.before.evaluations), str(top.after.evaluations), "")
+    if top.before.own != top.before.evaluations:
+        table.add_row("of them the compressed expert's", str(top.before.own), str(top.after.own), "")
     table.add_row("work (evaluations x parameters)", "", "", wording.ratio(top.work_ratio))
     if top.measured is not None:
         table.add_row(f"measured time ({escape(top.measured_on)})", "", "", wording.ratio(top.measured.mean))

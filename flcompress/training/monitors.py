@@ -6,9 +6,11 @@ import torch
 
 from flcompress.data.latents import LatentDataset
 from flcompress.diffusion.conditioning import Conditioning, on, taken
+from flcompress.diffusion.contract import SamplingContract
 from flcompress.diffusion.process import Process
 from flcompress.diffusion.sampling import Network
 from flcompress.pipeline.world import World
+from flcompress.training.objectives import level_range
 
 
 class HeldOutELBO:
@@ -19,7 +21,7 @@ class HeldOutELBO:
 
     Args:
         data: held-out clips.
-        process: the model's noising process.
+        contract: names the noising process and the levels that the network is responsible for.
         draws: how many are scored.
         seed: of the draws.
         device: the networks' device.
@@ -30,15 +32,23 @@ class HeldOutELBO:
     LEVEL_RANGE = (0.02, 0.98)
 
     def __init__(
-        self, data: LatentDataset, process: Process, draws: int, seed: int, device: str, at_once: int, world: World
+        self,
+        data: LatentDataset,
+        contract: SamplingContract,
+        draws: int,
+        seed: int,
+        device: str,
+        at_once: int,
+        world: World,
     ) -> None:
         draw = torch.Generator().manual_seed(seed)
+        process, (low, high) = contract.process, self.LEVEL_RANGE
+        low, high = level_range(contract, low=low, high=high, key="held-out ELBO")
         self._process, self._device, self._world = process, device, world
         self._batches: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Conditioning]] = []
         # Clips of one size come together, and each size gets levels from the whole range.
         for x0, conditioning in data.by_size(draws, draw):
             noise, clips = torch.randn(x0.shape, generator=draw), len(x0)
-            low, high = self.LEVEL_RANGE
             level = low + (high - low) * (torch.arange(clips) + 0.5) / clips
             whole = process.add_noise(x0, noise, level)
             # Every process must make as many forwards as the others: the last ones repeat a draw, which does not count.

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 
 from flcompress.diffusion.conditioning import Conditioning
+from flcompress.diffusion.contract import SamplingContract
 from flcompress.diffusion.flow import shift
 from flcompress.diffusion.process import Process
 from flcompress.diffusion.sampling import Network
 from flcompress.draws import Draws
+from flcompress.errors import PreconditionError
 
 
 def draw_levels(draws: Draws, by: float, *, low: float = 0.0, high: float = 1.0) -> torch.Tensor:
@@ -19,6 +21,25 @@ def draw_levels(draws: Draws, by: float, *, low: float = 0.0, high: float = 1.0)
     order = torch.randperm(draws.batch, generator=draws.shared)
     u = (order[draws.mine] + draws.uniform()) / draws.batch
     return shift(low + (high - low) * u, by)
+
+
+def level_range(
+    contract: SamplingContract, by: float = 1.0, *, low: float = 0.0, high: float = 1.0, key: str
+) -> tuple[float, float]:
+    """The part of [low, high], levels before a shift, after which the contract's transformer is responsible for them.
+
+    Raises:
+        PreconditionError: there is none; `key` names what was given.
+    """
+    if contract.experts is None:
+        return low, high
+    first, last = (level / (by - (by - 1.0) * level) for level in contract.levels)
+    if not max(low, first) < min(high, last):
+        raise PreconditionError(
+            f"{key}: [{low:g}, {high:g}] given, but the {contract.experts.compressed}-noise expert is responsible for "
+            f"[{first:.3g}, {last:.3g}]; expected a range that reaches into it"
+        )
+    return max(low, first), min(high, last)
 
 
 def denoising_loss(

@@ -4,8 +4,9 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from flcompress.diffusion.contract import SamplingContract, contract_of, student_contract
+from flcompress.diffusion.contract import SamplingContract, contract_of
 from flcompress.diffusion.sampling import sample
+from flcompress.diffusion.student import student_contract
 from flcompress.errors import ModelError
 
 

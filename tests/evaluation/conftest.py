@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from flcompress.diffusion.contract import student_contract
+from flcompress.diffusion.student import student_contract
 from flcompress.pipeline.program import Fact, Program
 from flcompress.pipeline.recipe_loading import load_recipe
 from flcompress.pipeline.rundir import RunDirectory

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from flcompress.diffusion.contract import student_contract
+from flcompress.diffusion.student import student_contract
 from flcompress.errors import FlcompressError, RequestError
 from flcompress.evaluation.contenders import Contender, run_contenders
 from flcompress.evaluation.harness import evaluate, evaluate_contenders

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from flcompress.diffusion.contract import contract_of, student_contract
+from flcompress.diffusion.contract import contract_of
+from flcompress.diffusion.student import student_contract
 from flcompress.exporters.diffusers_folder import DiffusersExporter
 from flcompress.exporters.onnx_model import OnnxExporter
 from flcompress.models import example_inputs

@@ -37,7 +37,7 @@ def save(name: str, folder: Path) -> Path:
     """Write the pipeline to `folder`."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        EXPORTED[name].build().save_pretrained(str(folder), safe_serialization=True)
+        (EXPORTED | EXPERTS)[name].build().save_pretrained(str(folder), safe_serialization=True)
     return folder
 
 
@@ -108,6 +108,36 @@ def wan_ti2v() -> Any:
         scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
         transformer=_wan_transformer(),
         expand_timesteps=True,
+    )
+
+
+def wan_a14b() -> Any:
+    """Wan 2.2 A14B: two experts, of two depths here, so that taking one for the other is found out."""
+    from diffusers import UniPCMultistepScheduler, WanPipeline
+
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    return WanPipeline(
+        tokenizer(),
+        umt5(),
+        _wan_vae(),
+        scheduler,
+        _wan_transformer(),
+        transformer_2=_wan_transformer(num_layers=6),
+        boundary_ratio=0.875,
+    )
+
+
+def wan_a14b_i2v() -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline
+
+    return WanImageToVideoPipeline(
+        tokenizer=tokenizer(),
+        text_encoder=umt5(),
+        vae=_wan_vae(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+        transformer=_wan_transformer(in_channels=36),
+        transformer_2=_wan_transformer(in_channels=36, num_layers=6),
+        boundary_ratio=0.9,
     )
 
 
@@ -423,3 +453,8 @@ EXPORTED: dict[str, Tiny] = TINY | {
     "cogvideox-2b": Tiny(lambda: _cogvideox("CogVideoXPipeline", **SINE), (9, 32, 32), 4),
 }
 """And variants of a family that differ in nothing but what an export has to do about them."""
+EXPERTS: dict[str, Tiny] = {
+    "wan-a14b": Tiny(wan_a14b, (9, 32, 32), 4),
+    "wan-a14b-i2v": Tiny(wan_a14b_i2v, (9, 32, 32), 4),
+}
+"""Pipelines with two experts: a recipe has to choose one."""

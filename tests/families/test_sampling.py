@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from flcompress.diffusion.conditioning import taken
-from flcompress.diffusion.contract import SamplingContract, contract_of, levels_of, scheduler_of, student_contract
+from flcompress.diffusion.contract import SamplingContract, contract_of, levels_of, scheduler_of
 from flcompress.diffusion.sampling import sample
+from flcompress.diffusion.student import student_contract
 from flcompress.models.families import family_of
 from flcompress.models.folder import read_json
 from flcompress.models.latent_size import grid_of

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from flcompress.models.loading import load_transformer
 from tests.tiny import tiny_pipeline
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+PART = ["diffusers", "WanTransformer3DModel"]
 
 
 @pytest.fixture
@@ -64,3 +66,26 @@ def test_weights_of_another_model_are_refused(pipeline: Path) -> None:
     save_file(tensors, str(path), metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"1 missing keys, first proj_out\.bias; the weights do not belong"):
         load_transformer(pipeline / "transformer")
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        (
+            {"transformer_2": PART},
+            "transformer_2 is given without boundary_ratio, so the stock pipeline would",
+        ),
+        ({"transformer": [None, None], "transformer_2": PART, "boundary_ratio": 0.9}, "the low-noise expert alone"),
+        ({"boundary_ratio": 0.9}, r"boundary_ratio is 0\.9 without a transformer_2 for the timesteps below"),
+        ({"transformer_2": PART, "boundary_ratio": 1.5}, r"boundary_ratio is 1\.5, expected a number between 0 and 1"),
+        (
+            {"transformer_2": PART, "boundary_ratio": 0.9},
+            "transformer_2: no such folder; model_index",
+        ),
+    ],
+)
+def test_experts_that_the_stock_pipeline_would_miss(pipeline: Path, index: dict[str, Any], message: str) -> None:
+    path = pipeline / "model_index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | index))
+    with pytest.raises(ModelError, match=message):
+        check_pipeline(pipeline)

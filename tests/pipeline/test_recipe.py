@@ -59,7 +59,8 @@ def test_what_is_dumped_is_read_back(tmp_path: Path) -> None:
          "sampling, seed, training, version"),
         (("version: 1\n", ""), "x.yaml: version: missing, expected 1"),
         (("version: 1", "version: 2"), "x.yaml:1: version: 2 given, expected 1"),
-        (("model: teacher\n", ""), "x.yaml: model: missing, expected a mapping with path, pipeline, weights"),
+        (("model: teacher\n", ""),
+         "x.yaml: model: missing, expected a mapping with path, pipeline, expert, partner, weights"),
         (("teacher", "{path: t, weights: some}"),
          "x.yaml:2: model.weights: some given, expected one of trained, random; left out, it is trained"),
         (("keep: 0.7", ""), "x.yaml:5: passes[1].cut.keep: missing, expected a number above 0 and of at most 1"),
@@ -111,7 +112,8 @@ def test_what_is_dumped_is_read_back(tmp_path: Path) -> None:
          "left out, it is unconditional"),
         (("seed: 0", "sampling: 3"),
          "x.yaml:8: sampling: 3 given, expected a mapping with num_inference_steps, guidance_scale, "
-         "guidance_convention, max_sequence_length, embedded_guidance, num_frames, height, width; left out, it is "
+         "guidance_convention, guidance_scale_2, max_sequence_length, embedded_guidance, num_frames, height, width; "
+         "left out, it is "
          "{num_inference_steps: 50, guidance_scale: 4, "
          "guidance_convention: unconditional, max_sequence_length: 512}"),
     ],
@@ -245,7 +247,9 @@ def test_data_that_is_not_there(tmp_path: Path, write: WriteRecipe) -> None:
 
 def test_guidance_is_converted_once(tmp_path: Path, write: WriteRecipe) -> None:
     recipe = load_recipe(write(""), ["sampling.guidance_scale=3.5", "sampling.guidance_convention=conditional"])
-    assert recipe.sampling.scale == 4.5
+    assert recipe.sampling.scale == recipe.sampling.scale_2 == 4.5
+    recipe = load_recipe(recipe.file, ["sampling.guidance_scale_2=2", "sampling.guidance_convention=conditional"])
+    assert (recipe.sampling.scale, recipe.sampling.scale_2) == (5.0, 3.0)
 
 
 def test_precondition_error_is_a_precondition_error(write: WriteRecipe) -> None:

@@ -1,0 +1,445 @@
+"""Wan 2.2 A14B's two experts: one recipe compresses one of them, a second the other, and stock diffusers agrees."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flcompress.diffusion.contract import SamplingContract, contract_of
+from flcompress.diffusion.experts import Expert, Experts
+from flcompress.diffusion.sampling import sample
+from flcompress.diffusion.student import student_contract
+from flcompress.errors import ModelError, PreconditionError, RequestError
+from flcompress.evaluation.bench import bench
+from flcompress.evaluation.contenders import run_contenders
+from flcompress.exporters.runtime import _denoiser, denoise, generate
+from flcompress.models import network
+from flcompress.models.families.wan import Wan
+from flcompress.models.loading import load_transformer
+from flcompress.models.parts import open_parts
+from flcompress.pipeline.display import QuietDisplay
+from flcompress.pipeline.inspecting import inspect_model
+from flcompress.pipeline.inspection_text import inspection_text
+from flcompress.pipeline.manager import apply, check, export
+from flcompress.pipeline.recipe_loading import load_recipe
+from flcompress.pipeline.rundir import RunDirectory
+from flcompress.pipeline.start import components_of
+from flcompress.training.objectives import level_range
+from tests.families.pipelines import EXPERTS
+from tests.families.test_apply import RECIPE, encoded
+
+PROMPT = "a three drifting up"
+DATA = "data: {moving-digits: {clips: 8}}"
+HIGH, LOW = (3, 4), (5, 6)
+"""Blocks of the tiny high-noise and low-noise expert: pruned, and whole."""
+
+
+class Watched(Wan):
+    """Remembers the blocks and the timesteps of every call."""
+
+    seen: list[tuple[int, float]]
+
+    def arguments(
+        self, config: Mapping[str, Any], x: torch.Tensor, timestep: torch.Tensor, given: Any, guidance: float | None
+    ) -> dict[str, Any]:
+        self.seen += [(config["num_layers"], float(one)) for one in timestep]
+        return super().arguments(config, x, timestep, given, guidance)
+
+
+Made = tuple[Path, set[tuple[int, float]]]
+"""A run directory, and the (blocks, timestep) of every call of a network that its passes made."""
+
+
+@pytest.fixture(scope="module", params=EXPERTS)
+def made(
+    request: pytest.FixtureRequest, pipeline_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Expert], Made]:
+    """Applies the recipe for an expert, once."""
+    name = request.param
+    home, tiny, folder = tmp_path_factory.mktemp(name), EXPERTS[name], pipeline_folder(name)
+    data = encoded(folder, tiny.size, home)
+
+    @cache
+    def make(expert: Expert) -> Made:
+        recipe, partner = home / f"{expert}.yaml", home / "high" / "exports" / "diffusers"
+        recipe.write_text(RECIPE.format(model=folder, data=data, size=tiny.size, guidance=tiny.guidance))
+        chosen = [f"model.expert={expert}", "sampling.guidance_scale_2=2.0"]
+        chosen += [f"model.partner={partner}"] if expert == "low" else []
+        # Samples for the health of a training are of the pair; without them every call is training's own.
+        chosen += ["training.health.samples=0"] if name == "wan-a14b" else []
+        with pytest.MonkeyPatch.context() as patch:
+            family = Watched()
+            family.seen = []
+            patch.setattr(network, "family_of", lambda name: family)
+            apply(recipe, home / expert, display=QuietDisplay(), device="cpu", overrides=chosen)
+        return home / expert, set(family.seen)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def high(made: Callable[[Expert], Made]) -> Made:
+    """The recipe for the high-noise expert."""
+    return made("high")
+
+
+@pytest.fixture(scope="module")
+def runs(made: Callable[[Expert], Made], high: Made) -> dict[Expert, Made]:
+    """That one and the recipe for the low-noise expert, beside the other's student."""
+    return {"high": high, "low": made("low")}
+
+
+def test_the_first_expert_goes_all_the_way(high: Made) -> None:
+    """Its partner is still the teacher's, and guided."""
+    program = RunDirectory(high[0]).final()
+    assert (len(program.graph.blocks), program.contract.places) == (HIGH[0], (0, 1))
+    assert program.contract.evaluations == 2 + 2 * 2
+
+
+def test_the_second_expert_goes_all_the_way(runs: dict[Expert, Made]) -> None:
+    first, program = (RunDirectory(runs[expert][0]).final() for expert in ("high", "low"))
+    assert (len(program.graph.blocks), program.contract.places) == (LOW[0], (2, 3))
+    assert program.contract.evaluations == 4
+    assert program.contract.sigmas == first.contract.sigmas
+
+
+def test_an_expert_is_trained_in_its_own_noise_levels_alone(
+    runs: dict[Expert, Made],
+) -> None:
+    (high_run, high), (_, low) = runs["high"], runs["low"]
+    if RunDirectory(high_run).recipe().training.health.samples:
+        pytest.skip("samples call both")
+    contract = RunDirectory(high_run).final().contract
+    assert contract.experts is not None
+    boundary = contract.experts.boundary
+    assert {blocks for blocks, _ in high} == set(HIGH)
+    assert min(timestep for _, timestep in high) >= boundary
+    assert {blocks for blocks, _ in low} >= set(LOW)
+    assert max(timestep for blocks, timestep in low if blocks in LOW) < boundary
+    # The partner only simulates the student's earlier steps: both of them, pruned as it is.
+    assert {(blocks, timestep) for blocks, timestep in low if blocks not in LOW} == {
+        (HIGH[0], timestep) for timestep in contract.timesteps[:2]
+    }
+
+
+@pytest.mark.parametrize("expert", ["high", "low"])
+def test_a_stock_call_makes_the_latents_that_the_runtime_makes(runs: dict[Expert, Made], expert: Expert) -> None:
+    import diffusers
+
+    run = runs[expert][0]
+    folder = run / "exports" / "diffusers"
+    facts = json.loads((folder / "flcompress.json").read_text())
+    pipeline = getattr(diffusers, facts["pipeline_class"]).from_pretrained(str(folder), use_safetensors=True)
+    pipeline.set_progress_bar_config(disable=True)
+    given, first = first_frame(folder, facts)
+    torch.manual_seed(5)
+    stock = pipeline(prompt=PROMPT, **given, **facts["call"], output_type="latent").frames
+    ours = denoise(_denoiser(run, "torch", facts), open_parts(folder), facts, PROMPT, 5, first)
+    torch.testing.assert_close(ours, stock, rtol=0.0, atol=2e-5)
+    swapped = replace_experts(facts)
+    other = denoise(_denoiser(run, "torch", swapped), open_parts(folder), swapped, PROMPT, 5, first)
+    assert float((other - stock).abs().max()) > 1e-3, "the boundary decides nothing"
+
+
+def test_the_exported_pair_generates_by_onnx(runs: dict[Expert, Made], tmp_path: Path) -> None:
+    from PIL import Image
+
+    run = runs["low"][0]
+    export(RunDirectory(run), ["onnx"], display=QuietDisplay())
+    folder = run / "exports" / "diffusers"
+    facts = json.loads((folder / "flcompress.json").read_text())
+    first = first_frame(folder, facts)[1]
+    parts = open_parts(folder)
+    by_torch, by_onnx = (
+        denoise(_denoiser(run, backend, facts), parts, facts, PROMPT, 5, first) for backend in ("torch", "onnx")
+    )
+    torch.testing.assert_close(by_onnx, by_torch, rtol=0.0, atol=1e-3)
+    manifests = [
+        json.loads((run / "exports" / "onnx" / part / "manifest.json").read_text()) for part in ("", "partner")
+    ]
+    assert [len(manifest["kept"]) for manifest in manifests] == [LOW[0], HIGH[0]]
+    if find_spec("tensorrt_rtx"):
+        export(RunDirectory(run), ["tensorrt"], display=QuietDisplay())
+        engines = [run / "exports" / "tensorrt" / part for part in ("", "partner")]
+        assert all((engine / "model.engine").stat().st_size > 0 for engine in engines)
+        source = json.loads((engines[1] / "manifest.json").read_text())["source"]["file"]
+        assert (engines[1] / source).resolve() == run / "exports" / "onnx" / "partner" / "model.onnx"
+    image = None
+    if parts.from_image:
+        image = tmp_path / "first.png"
+        Image.new("RGB", (32, 32), (90, 10, 200)).save(image)
+    assert generate(run, PROMPT, "onnx", tmp_path / "clip.gif", image=image).stat().st_size > 0
+
+
+def test_a_partner_that_does_not_fit_is_one_line(runs: dict[Expert, Made], tmp_path: Path) -> None:
+    high, low = (RunDirectory(runs[expert][0]) for expert in ("high", "low"))
+    made, other = (run.path / "exports" / "diffusers" for run in (high, low))
+
+    def refused(*overrides: str, passes: str = "[]", model: Path | None = None) -> str:
+        recipe = tmp_path / "recipe.yaml"
+        folder = model or low.recipe().model_folder()
+        recipe.write_text(f"version: 1\nmodel: {{path: {folder}, expert: low}}\npasses: {passes}\n{DATA}\n")
+        with pytest.raises(RequestError) as caught:
+            check(load_recipe(recipe, overrides), RunDirectory(tmp_path / "run"))
+        return str(caught.value).partition(f"{recipe}:2: ")[2] or str(caught.value)
+
+    few = "[{dmd: {student_steps: 8, steps: 1}}]"
+    assert refused(f"model.partner={made}") == (
+        "model.partner: made for 4 steps, but no pass of this recipe gives few steps; expected a dmd pass with "
+        "student_steps: 4"
+    )
+    assert refused(f"model.partner={made}", passes=few) == (
+        "model.partner: made for 4 steps, but this recipe's student takes 8; expected a dmd pass with student_steps: 4"
+    )
+    assert refused(f"model.partner={other}") == (
+        f"model.partner: {other} is a pipeline compressed at its low-noise expert, expected at the high-noise one"
+    )
+    assert refused(model=made) == (
+        f"model.path: {made} is the few-step result of another recipe; give the model that one started from, and this "
+        "folder as model.partner"
+    )
+    moved = Path(shutil.copytree(low.recipe().model_folder(), tmp_path / "moved"))
+    scheduler = moved / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(json.dumps({**json.loads(scheduler.read_text()), "flow_shift": 9.0, "shift": 9.0}))
+    assert "a student of this model at [1, 0.9641, 0.8996, 0.75]; expected an export of the same model" in refused(
+        f"model.partner={made}", model=moved
+    )
+
+
+def test_a_model_of_two_experts_that_moved_is_found_again(runs: dict[Expert, Made], tmp_path: Path) -> None:
+    """Each component where it belongs: the partner is not the model's own."""
+    run = RunDirectory(runs["low"][0])
+    recipe = run.recipe()
+    moved = Path(shutil.copytree(recipe.model_folder(), tmp_path / "moved"))
+    found = components_of(recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": moved})}), moved)
+    assert found["transformer"] == found["original"] == moved / "transformer_2"
+    assert found["original_partner"] == moved / "transformer"
+    assert found["partner"] == run.start().components["partner"] == runs["high"][0] / "exports/diffusers/transformer"
+
+
+def test_an_evaluation_gives_the_teacher_its_own_partner(
+    runs: dict[Expert, Made],
+) -> None:
+    """The student's is the few-step expert of the other recipe."""
+    run = RunDirectory(runs["low"][0])
+    program, x = run.final(), torch.randn(1, 16, 3, 4, 4)
+    config = json.loads((program.components["transformer"] / "config.json").read_text())
+    given = Wan().example_conditioning(config, 1, (3, 4, 4), 16, torch.Generator().manual_seed(0))
+    found = {one.name: one for one in run_contenders(run)}
+    assert {"teacher-5", "teacher-4", "raw-pruned", "student"} <= set(found)
+    for name, high, low in (
+        ("teacher-5", "original_partner", "original"),
+        ("student", "partner", "transformer"),
+        ("stochastic-depth-full", "original_partner", "elastic"),
+    ):
+        for timestep, component in ((950.0, high), (300.0, low)):
+            t = torch.tensor([timestep])
+            with torch.no_grad():
+                expected = network.as_network(load_transformer(program.components[component]))(x, t, given)
+                torch.testing.assert_close(found[name].network(x, t, given), expected, rtol=0.0, atol=0.0)
+
+
+def test_a_bench_of_a_pair_is_refused(runs: dict[Expert, Made]) -> None:
+    with pytest.raises(RequestError, match="with two experts, which bench does not time yet; expected a model with"):
+        bench(RunDirectory(runs["low"][0]))
+
+
+def test_an_inspection_shows_both_experts(pipeline_folder: Callable[[str], Path]) -> None:
+    found = inspect_model(str(pipeline_folder("wan-a14b")), height=64, width=64, frames=9)
+    text = inspection_text(found)
+    assert "one of two experts: it answers the timesteps from 875 (high noise)" in text
+    assert "transformer_2: the other expert, timesteps below 875 (low noise): WanTransformer3DModel, 6 blocks" in text
+    (other,) = found.to_dict()["other_transformers"]
+    assert (other["name"], other["blocks"], other["timesteps"]) == ("transformer_2", 6, "below 875")
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_the_teacher_pair_is_sampled_as_its_stock_pipeline_samples_it(
+    pipeline_folder: Callable[[str], Path], name: str, tmp_path: Path
+) -> None:
+    """Guided by two scales, along the ODE."""
+    import diffusers
+
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"version: 1\nmodel: {{path: {pipeline_folder(name)}, expert: low}}\nexports: [diffusers]\nsampling:\n"
+        "  {num_inference_steps: 6, guidance_scale: 4.0, guidance_scale_2: 2.0, max_sequence_length: 16,\n"
+        "   num_frames: 9, height: 32, width: 32}\n"
+    )
+    run = apply(recipe, tmp_path / "run", display=QuietDisplay(), device="cpu")
+    folder = run.path / "exports" / "diffusers"
+    facts = json.loads((folder / "flcompress.json").read_text())
+    assert (facts["call"]["guidance_scale"], facts["call"]["guidance_scale_2"]) == (4.0, 2.0)
+    given, first = first_frame(folder, facts)
+    pipeline = getattr(diffusers, facts["pipeline_class"]).from_pretrained(str(folder), use_safetensors=True)
+    pipeline.set_progress_bar_config(disable=True)
+    torch.manual_seed(2)
+    stock = pipeline(prompt=PROMPT, **given, **facts["call"], output_type="latent").frames
+    ours = denoise(_denoiser(run.path, "torch", facts), open_parts(folder), facts, PROMPT, 2, first)
+    torch.testing.assert_close(ours, stock, rtol=0.0, atol=2e-4)
+
+
+def first_frame(folder: Path, facts: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """(the stock call's image, our conditioning by it); nothing for text to video."""
+    from PIL import Image
+
+    parts = open_parts(folder)
+    if not parts.from_image:
+        return {}, {}
+    pixels = (torch.rand(32, 32, 3, generator=torch.Generator().manual_seed(1)) * 255).byte()
+    clip = (pixels.permute(2, 0, 1).float() / 127.5 - 1.0)[None, :, None].expand(1, 3, 9, 32, 32)
+    return {"image": Image.fromarray(pixels.numpy())}, parts.encode_images(clip, [PROMPT], 16)
+
+
+def replace_experts(facts: dict[str, Any]) -> dict[str, Any]:
+    """The same facts with a boundary that gives the low-noise expert one step less."""
+    contract = SamplingContract.from_dict(facts["contract"])
+    assert contract.experts is not None
+    moved = replace(contract, experts=replace(contract.experts, boundary_ratio=contract.sigmas[2] - 1e-3))
+    return {**facts, "contract": json.loads(json.dumps(moved.to_dict()))}
+
+
+def contract(compressed: Expert, *, steps: int = 50, shift: float = 5.0, **more: Any) -> SamplingContract:
+    return contract_of(
+        {"shift": shift},
+        num_inference_steps=steps,
+        guidance_scale=4.0,
+        max_sequence_length=16,
+        experts=Experts(boundary_ratio=0.875, compressed=compressed, guidance_scale=3.0, **more),
+    )
+
+
+def test_each_call_goes_to_the_expert_of_its_timestep_at_its_own_scale() -> None:
+    """From pure noise, predictions that depend on the expert and the prompt alone; the sum of the steps by hand."""
+    teacher = contract("low", steps=8)
+    assert teacher.experts is not None
+
+    def constant(value: float) -> Any:
+        return lambda x, timestep, given: torch.full_like(x, value) + given["prompt"].reshape(-1, 1, 1, 1, 1)
+
+    joined = teacher.experts.joined(constant(10.0), constant(20.0))
+    prompt, negative = {"prompt": torch.tensor([1.0])}, {"prompt": torch.tensor([0.0])}
+    found = sample(joined, teacher, torch.zeros(1, 1, 1, 1, 1), prompt, negative)
+    sigmas = torch.tensor([*teacher.sigmas, 0.0])
+    high = sum(t >= 875.0 for t in teacher.timesteps)
+    widths = sigmas[1:] - sigmas[:-1]
+    assert 0 < high < 8
+    assert float(found) == pytest.approx(float(24.0 * widths[:high].sum() + 13.0 * widths[high:].sum()), rel=1e-5)
+    assert teacher.evaluations == 16
+
+
+@pytest.mark.parametrize("ratio", [0.9, 0.417, 0.7, 1.0 / 3.0])
+def test_the_boundary_itself_is_the_high_noise_experts_as_in_the_stock_pipeline(ratio: float) -> None:
+    experts = Experts(boundary_ratio=ratio, compressed="low", guidance_scale=1.0)
+    on = torch.tensor(ratio * 1000, dtype=torch.float32)
+    for t in (on, torch.nextafter(on, torch.tensor(0.0)), torch.nextafter(on, torch.tensor(2000.0))):
+        assert experts.at(float(t)) == ("high" if t >= ratio * 1000 else "low")
+
+
+def test_a_student_keeps_the_guidance_of_a_partner_that_is_no_student() -> None:
+    first = student_contract(contract("high"), 4)
+    assert first.experts is not None
+    assert (first.guidance_scale, first.experts.guidance_scale, first.places) == (1.0, 3.0, (0, 1))
+    alone = student_contract(contract("low"), 4)
+    assert alone.experts is not None
+    assert (alone.guidance_scale, alone.experts.guidance_scale, alone.places) == (4.0, 1.0, (2, 3))
+    second = student_contract(contract("low", partner_steps=4), 4)
+    assert (second.evaluations, second.sigmas) == (4, first.sigmas)
+    assert SamplingContract.from_dict(json.loads(json.dumps(second.to_dict()))) == second
+
+
+@pytest.mark.parametrize(
+    ("compressed", "steps", "more", "message"),
+    [
+        (
+            "low",
+            8,
+            {"partner_steps": 4},
+            "dmd.student_steps: 8 given, expected 4: the partner that model.partner names ",
+        ),
+        (
+            "low",
+            1,
+            {},
+            r"dmd.student_steps: 1 given, but none of its timesteps \(1000\) is the low-noise expert's, which answers "
+            "below 875; give more steps",
+        ),
+    ],
+)
+def test_a_student_needs_a_step_of_its_own(compressed: Expert, steps: int, more: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        student_contract(contract(compressed, **more), steps)
+
+
+@pytest.mark.parametrize("compressed", ["high", "low"])
+@pytest.mark.parametrize("by", [1.0, 3.0, 5.0])
+def test_the_levels_of_an_expert_before_the_shift(compressed: Expert, by: float) -> None:
+    low, high = level_range(contract(compressed), by, low=0.02, high=0.98, key="x")
+    after = [by * level / (1 + (by - 1) * level) for level in (low, high)]
+    wanted = (0.875, after[1]) if compressed == "high" else (after[0], 0.875)
+    assert after == pytest.approx(wanted)
+    assert (low, high) == pytest.approx((low, 0.98) if compressed == "high" else (0.02, high))
+
+
+def test_levels_that_an_expert_never_sees_are_refused() -> None:
+    with pytest.raises(PreconditionError) as refused:
+        level_range(contract("high"), 5.0, low=0.02, high=0.5, key="dmd.score_range")
+    assert str(refused.value) == (
+        "dmd.score_range: [0.02, 0.5] given, but the high-noise expert is responsible for [0.583, 1]; expected a range "
+        "that reaches into it"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "more", "message"),
+    [
+        (
+            "wan-a14b",
+            "",
+            "",
+            r"recipe\.yaml:2: model\.expert: nothing given, but this WanPipeline has two experts; expected high "
+            r"\(transformer, timesteps from 875\) or low \(transformer_2, those below\): a recipe compresses one",
+        ),
+        (
+            "wan",
+            ", expert: low",
+            "",
+            r"model\.expert: low given, but this WanPipeline has one transformer; leave it out",
+        ),
+        (
+            "wan",
+            "",
+            "sampling: {guidance_scale_2: 3.0}",
+            r"recipe\.yaml:3: sampling\.guidance_scale_2: 3\.0 given, but this WanPipeline has one transformer",
+        ),
+        (
+            "wan-a14b",
+            ", expert: low, partner: nowhere",
+            "",
+            r"recipe\.yaml:2: model\.partner: no folder .*nowhere.*; give the path of a diffusers pipeline folder",
+        ),
+        (
+            "wan-a14b",
+            ", expert: low, partner: .",
+            "",
+            r"model\.partner: .* has no flcompress\.json; expected the diffusers export of another recipe, "
+            "RUN/exports/diffusers",
+        ),
+    ],
+)
+def test_what_does_not_fit_the_experts_is_one_line(
+    pipeline_folder: Callable[[str], Path], tmp_path: Path, name: str, model: str, more: str, message: str
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"version: 1\nmodel: {{path: {pipeline_folder(name)}{model}}}\n{more}\n")
+    with pytest.raises(RequestError, match=message):
+        check(load_recipe(recipe), RunDirectory(tmp_path / "run"))
