@@ -174,9 +174,7 @@ def test_rollback_ends_with_the_weights_of_the_best_look(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("die_at", [1, 5, 6, 7, 9, 11])
-def test_a_killed_training_rolls_back_to_the_same_weights(
-    die_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_training_rolls_back_to_the_same_weights(die_at: int, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"hot_from": 7, "on_breach": "rollback", "max_worsening": 0.5}
     whole = trained(tmp_path / "whole")
     ended = descend(whole, tmp_path / "whole", 40, **settings)
@@ -190,9 +188,7 @@ def test_a_killed_training_rolls_back_to_the_same_weights(
         assert (tmp_path / "whole" / name).read_text() == (tmp_path / "broken" / name).read_text()
 
 
-def test_stop_keeps_the_last_good_checkpoint_and_another_limit_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stop_keeps_the_last_good_checkpoint_and_another_limit_goes_on(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"test: step 12: loss .*max_worsening"):
         descend(trained(tmp_path), tmp_path, 20, hot_from=7, max_worsening=0.5)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
