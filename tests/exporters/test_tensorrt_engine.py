@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -48,7 +49,7 @@ def test_a_real_engine_with_its_manifest(run: Path, program: Program, tmp_path: 
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["sha256"] == sha256(engine) == summary["sha256"]
     assert manifest["source"] == {
-        "file": "../onnx/model.onnx",
+        "file": os.path.relpath(run / "exports" / "onnx" / "model.onnx", tmp_path),
         "sha256": sha256(run / "exports" / "onnx" / "model.onnx"),
     }
     assert manifest["builder"] == {"name": trt.__name__, "version": trt.__version__}
