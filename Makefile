@@ -12,7 +12,7 @@ demo: .venv/.demo
 	$(BIN)/flcompress report $(RUN)
 
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 
 lint: .venv/.test
 	$(BIN)/ruff check .

@@ -51,7 +51,7 @@ def test_a_plan_for_a_gpu(tmp_path: Path) -> None:
     )
 
 
-ALONE = ["training.engine=local", "training.processes=1", "passes.stochastic-depth.batch=1", "passes.dmd.batch=1"]
+ALONE = ["training.engine=local", "passes.stochastic-depth.batch=1", "passes.dmd.batch=1"]
 
 
 def test_the_largest_wan_is_planned_in_seconds_and_fits_16_gpus() -> None:
@@ -72,7 +72,7 @@ def test_the_largest_wan_is_planned_in_seconds_and_fits_16_gpus() -> None:
 def test_a_plan_of_two_experts_counts_both(tmp_path: Path) -> None:
     """40 steps at shift 3: the low-noise expert answers 27 of them."""
     small = ["sampling.num_frames=9", "sampling.height=64", "sampling.width=64"]
-    recipe = load_recipe(RECIPES / "wan2.2-t2v-a14b-low.yaml", small + ALONE)
+    recipe = load_recipe(RECIPES / "wan2.2-t2v-a14b-low.yaml", ["training.processes=1", *small, *ALONE])
     text = plan_text(make_plan(recipe, machine=gpu_machine(recipe, "h100")))
     assert "partner 28.6 GB" in text
     assert "80 evaluations a sample" in text
