@@ -111,7 +111,7 @@ def _prefix(prune_set: tuple[str, ...]) -> None:
 def _loop() -> None:
     """`train` against the same step in a bare loop."""
     here = _Setting()
-    steps = 6
+    steps = 30
 
     def bare() -> None:
         optimizer = torch.optim.AdamW(here.model.parameters(), lr=1e-6, foreach=True)
@@ -136,7 +136,7 @@ def _loop() -> None:
 
             train(train_step, [role], engine=engine, name="speed", steps=steps, batch=BATCH)
 
-    print(f"training loop over a bare one ({steps} steps, one checkpoint): {_ratio(ours, bare, rounds=9)}")
+    print(f"training loop over a bare one ({steps} steps, one checkpoint): {_ratio(ours, bare, rounds=5)}")
 
 
 def _guidance() -> None:
