@@ -19,7 +19,7 @@ from flcompress.exporters.parity import Inputs, Parity, cases, compare, outputs
 from flcompress.exporters.partner import PARTNER_FOLDER, partner_of
 from flcompress.exporters.precision import TOLERANCES, Precision
 from flcompress.exporters.reference import reference
-from flcompress.exporters.shapes import Size, size_of, step_of
+from flcompress.exporters.shapes import Size, size_of, sizes_of, step_of
 from flcompress.models.folder import check_transformer_config
 from flcompress.pipeline.exporter import Exporter
 from flcompress.pipeline.passes import ProgressSink
@@ -151,7 +151,8 @@ def checked_sizes(program: Program, axes: Axes) -> list[Size]:
     another size. The graph was traced with two samples."""
     size, step = size_of(program), step_of(program)
     config = check_transformer_config(program.components["transformer"])
-    varies = set(axes.names) - {"batch"}
+    # Learned positions have one size, whatever the graph leaves open.
+    varies = set() if sizes_of(program).fixed else set(axes.names) - {"batch"}
     if varies and preflight.attention_tokens(config, size, 0) > CHECKED_UP_TO:
         frames = min(size.frames, 2 * max(step.frames, 1))
         size = replace(size, frames=frames, height=4 * step.height, width=6 * step.width)

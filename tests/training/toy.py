@@ -112,6 +112,8 @@ def fault(step: int, work: Work, data: Path) -> float:
     elif kind == "term":
         os.kill(os.getpid(), signal.SIGTERM)
     elif kind == "interrupt":
+        # A shell starts what runs in its background with this signal ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         os.kill(os.getpid(), signal.SIGINT)
     elif kind == "error":
         raise ValueError("a mistake in the code")
