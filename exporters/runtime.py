@@ -50,8 +50,8 @@ def generate(
         prompt: what the clip is to show.
         backend: what runs the denoiser.
         out: .gif, .mp4 or .png (a strip of the frames).
-        seed: of all noise; the same seed gives the same clip on every backend, within the export's tolerance, and the
-            same as `torch.manual_seed(seed)` before a stock pipeline's call.
+        seed: of all noise; the same seed gives the same clip on every backend, within the export's tolerance. The
+            noise is drawn as Wan's stock pipeline draws it after `torch.manual_seed(seed)`; others draw in other shapes.
         image: the first frame, for image-to-video models; scaled and cropped to the clip's size.
         progress: told of each denoising step.
 
