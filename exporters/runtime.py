@@ -51,7 +51,7 @@ def generate(
         backend: what runs the denoiser.
         out: .gif, .mp4 or .png (a strip of the frames).
         seed: of all noise; the same seed gives the same clip on every backend, within the export's tolerance. The
-            noise is drawn as Wan's stock pipeline draws it after `torch.manual_seed(seed)`; others draw in other shapes.
+            noise is drawn as stock Wan draws it after `torch.manual_seed(seed)`; other pipelines draw other shapes.
         image: the first frame, for image-to-video models; scaled and cropped to the clip's size.
         progress: told of each denoising step.
 
