@@ -88,7 +88,8 @@ def child(model: str, folder: Path, roles: dict[str, Any], training: dict[str, A
 
     from flcompress.diffusion.student import student_contract
     from flcompress.draws import Draws
-    from flcompress.passes.dmd import DistributionMatching, _Matcher
+    from flcompress.passes.dmd import DistributionMatching
+    from flcompress.passes.dmd_roles import Roles
     from flcompress.pipeline.clips import Clips
     from flcompress.pipeline.display import QuietDisplay
     from flcompress.pipeline.memory import peak_mb, reset_peak
@@ -108,18 +109,18 @@ def child(model: str, folder: Path, roles: dict[str, Any], training: dict[str, A
     alive, before = Alive(), psutil.Process().memory_info().rss
     reset_peak()
     with alive:
-        matcher = _Matcher(step, program, contract, engine_of(work))
+        made = Roles(step, program, contract, engine_of(work))
         for number in (1, 2):
-            with matcher.engine.forward_mode():
-                matcher.step(number, Draws(0, "memory", number, batch=step.batch))
-    base = list(matcher._real_model.parameters())
+            with made.engine.forward_mode():
+                made.step(number, Draws(0, "memory", number, batch=step.batch))
+    base = list(made.teacher.parameters())
     return {
-        "weights": _bytes([*base, *(one for role in matcher.roles for one in role.model.parameters())]),
-        "trained": _bytes(one for role in matcher.roles for one in role.model.parameters()),
+        "weights": _bytes([*base, *(one for role in made.trained for one in role.model.parameters())]),
+        "trained": _bytes(one for role in made.trained for one in role.model.parameters()),
         "moments": _bytes(
-            value for role in matcher.roles for key, value in role.checkpoint().items() if key.startswith("optimizer.")
+            value for role in made.trained for key, value in role.checkpoint().items() if key.startswith("optimizer.")
         ),
-        "average": _bytes(value for role in matcher.roles for value in (role._ema or {}).values()),
+        "average": _bytes(value for role in made.trained for value in (role._ema or {}).values()),
         "alive": alive.peak,
         "rss": peak_mb() * 1e6 - before,
     }

@@ -9,7 +9,7 @@ import pytest
 
 from flcompress.errors import DataError, ModelError
 from flcompress.pipeline.gpus import gpu_machine
-from flcompress.pipeline.manager import check, check_plan
+from flcompress.pipeline.manager import check
 from flcompress.pipeline.plan import make_plan
 from flcompress.pipeline.plan_text import plan_text
 from flcompress.pipeline.recipe_loading import load_recipe
@@ -31,7 +31,7 @@ REAL = {
 @pytest.mark.parametrize("name", REAL)
 def test_a_real_model_is_read_from_its_configuration(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(RECIPES / f"{name}.yaml")
-    check_plan(recipe, RunDirectory(tmp_path / "run"))
+    check(recipe, RunDirectory(tmp_path / "run"), plan=True)
     source = read_source(recipe)
     assert (source.graph.parameters, source.latents) == REAL[name]
     assert source.graph.flops > 1e14

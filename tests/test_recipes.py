@@ -13,7 +13,7 @@ from diffusers import WanPipeline
 
 from flcompress.cli import main
 from flcompress.exporters.tensorrt_engine import TensorRTExporter
-from flcompress.pipeline.manager import check_plan
+from flcompress.pipeline.manager import check
 from flcompress.pipeline.recipe_loading import load_recipe
 from flcompress.pipeline.rundir import RunDirectory
 
@@ -23,7 +23,7 @@ TEACHER_BYTES = 25 * 1024 * 1024
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.name)
 def test_every_recipe_passes_the_checks_before_any_work(path: Path, tmp_path: Path) -> None:
-    check_plan(load_recipe(path), RunDirectory(tmp_path / "run"))  # real models are here as configurations
+    check(load_recipe(path), RunDirectory(tmp_path / "run"), plan=True)  # real models are here as configurations
     assert not (tmp_path / "run").exists()
 
 

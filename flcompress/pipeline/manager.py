@@ -121,37 +121,29 @@ def export(
         return run_exports(run, program, chosen, display or default_display(), force=force)
 
 
-def check(recipe: Recipe, run: RunDirectory) -> None:
-    """Everything that can be known to be wrong before any work. Raises RequestError; writes nothing."""
-    from flcompress.models.folder import check_pipeline
+def check(recipe: Recipe, run: RunDirectory, *, plan: bool = False) -> None:
+    """Everything that can be known to be wrong before any work. Raises RequestError; writes nothing.
 
+    For a plan, a model folder may hold configurations alone; then neither data nor exporters need be there yet.
+    """
+    from flcompress.models.folder import check_pipeline, only_configurations
+
+    trained = recipe.model.weights == "trained"
+    bare = plan and trained and only_configurations(recipe.model_folder())
     run.check_recipe(recipe)
     for step in recipe.passes:
         step.check(recipe.training)
-    for exporter in recipe.exports:
+    for exporter in () if bare else recipe.exports:
         exporter.check()
-    if "wandb" in recipe.training.log_to and find_spec("wandb") is None:
+    if not bare and "wandb" in recipe.training.log_to and find_spec("wandb") is None:
         raise UnavailableError(
             "training.log_to: wandb given, but Weights & Biases is not installed; pip install 'flcompress[wandb]', "
             "or leave it out"
         )
-    check_pipeline(recipe.model_folder(), weights=recipe.model.weights == "trained")
+    check_pipeline(recipe.model_folder(), weights=trained and not bare, parts=not bare)
     start.check_experts(recipe)
-    check_data(recipe)
-
-
-def check_plan(recipe: Recipe, run: RunDirectory) -> None:
-    """`check`; of a model folder that holds configurations alone, whose data need not be there yet, what they tell."""
-    from flcompress.models.folder import check_pipeline, only_configurations
-
-    if recipe.model.weights == "trained" and only_configurations(recipe.model_folder()):
-        run.check_recipe(recipe)
-        for step in recipe.passes:
-            step.check(recipe.training)
-        check_pipeline(recipe.model_folder(), weights=False, parts=False)
-        start.check_experts(recipe)
-    else:
-        check(recipe, run)
+    if not bare:
+        check_data(recipe)
 
 
 def planned(
@@ -162,7 +154,7 @@ def planned(
     from flcompress.pipeline.plan import make_plan
 
     machine = gpu_machine(recipe, gpu, count, memory) if gpu else None
-    check_plan(recipe, run)
+    check(recipe, run, plan=True)
     return make_plan(recipe, machine=machine)
 
 

@@ -9,11 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flcompress.data.latents import LatentDataset
-from flcompress.diffusion.conditioning import Conditioning, on, taken, without_prompt
+from flcompress.diffusion.conditioning import Conditioning, on, taken
 from flcompress.diffusion.contract import SamplingContract
 from flcompress.diffusion.flow import spread
-from flcompress.diffusion.guidance import guide
-from flcompress.diffusion.sampling import Network, advance
+from flcompress.diffusion.sampling import Network, advance, predict
 from flcompress.draws import Draws
 from flcompress.pipeline.passes import Work
 from flcompress.pipeline.program import Program
@@ -84,7 +83,7 @@ class Prompts:
             x = self.start(again(noises[0]).to(self.work.device), given)
             seen = torch.zeros_like(x)
             for place, sigma in enumerate(levels):
-                prediction = self._guided(network, contract, place, x, given)
+                prediction = predict(network, contract, place, x, given, self.negative)
                 x0 = contract.process.tweedie(x, prediction, torch.full((len(x),), sigma, device=x.device))
                 here = (place_of[part] == place).to(x.device)
                 seen = torch.where(spread(here, x), x0, seen)
@@ -92,15 +91,6 @@ class Prompts:
             clean.append(x)
             along.append(seen)
         return torch.cat(clean), torch.cat(along)
-
-    def _guided(
-        self, network: Network, contract: SamplingContract, place: int, x: torch.Tensor, given: Conditioning
-    ) -> torch.Tensor:
-        timestep = torch.full((len(x),), contract.timesteps[place], device=x.device)
-        prediction = network(x, timestep, given)
-        if contract.guidance_scale == 1.0:
-            return prediction
-        return guide(network(x, timestep, without_prompt(given, self.negative)), prediction, contract.guidance_scale)
 
 
 class Samples:

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flcompress.data.latents import LatentDataset
 from flcompress.diffusion import matching
 from flcompress.diffusion.conditioning import Conditioning
+from flcompress.diffusion.contract import contract_of
+from flcompress.diffusion.experts import Experts
 from flcompress.diffusion.process import FLOW
-from flcompress.diffusion.sampling import Network
+from flcompress.diffusion.sampling import Network, sample
+from flcompress.pipeline.passes import Work
+from flcompress.pipeline.program import Program
 from flcompress.pipeline.world import World
 from flcompress.training.monitors import critic_lag
-from flcompress.training.samples import compared, moments
+from flcompress.training.samples import Prompts, compared, moments
 
 ALONE = World()
 
@@ -88,6 +94,32 @@ def linear(weight: float, constant: float = 0.0) -> Network:
         return weight * x + constant
 
     return call
+
+
+def test_the_fixed_samples_are_guided_as_the_sampler_guides(tmp_path: Path) -> None:
+    """Two experts, each with a scale of its own; predictions that depend on the prompt alone."""
+    teacher = contract_of(
+        {"shift": 5.0},
+        num_inference_steps=8,
+        guidance_scale=4.0,
+        max_sequence_length=16,
+        experts=Experts(boundary_ratio=0.875, compressed="low", guidance_scale=3.0),
+    )
+    given, negative = {"prompt": torch.tensor([1.0, 2.0, 5.0])}, {"prompt": torch.tensor([0.0])}
+
+    def network(x: torch.Tensor, timestep: torch.Tensor, given: Conditioning) -> torch.Tensor:
+        return torch.zeros_like(x) + given["prompt"].reshape(-1, 1, 1, 1, 1)
+
+    work = Work(directory=tmp_path, seed=0, data=_no_data, progress=lambda *told: None)
+    prompts = Prompts(work, given, negative, (3, 2, 2, 4, 4), 2, 3, lambda noise, given: torch.zeros_like(noise))
+    clean, _ = prompts.sampled(network, teacher)
+    expected = sample(network, teacher, torch.zeros(3, 2, 2, 4, 4), given, negative)
+    torch.testing.assert_close(clean, expected, rtol=0, atol=0)
+    assert len({teacher.guidance_at(place) for place in range(8)}) == 2
+
+
+def _no_data(program: Program) -> LatentDataset:
+    raise AssertionError("nothing here reads data")
 
 
 @pytest.mark.parametrize("error", [0.0, 0.3, -0.5])

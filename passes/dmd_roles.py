@@ -1,0 +1,202 @@
+"""The roles of distribution matching and the step that updates them; the pass itself is in dmd.py."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from flcompress.data.latents import LatentDataset
+from flcompress.diffusion import matching
+from flcompress.diffusion.conditioning import on
+from flcompress.diffusion.contract import SamplingContract
+from flcompress.diffusion.sampling import Network
+from flcompress.draws import Draws, seed_of
+from flcompress.models.loading import meta_transformer
+from flcompress.models.network import as_network
+from flcompress.pipeline.program import Program
+from flcompress.trace.skip import graph_of
+from flcompress.training.discriminator import Discriminator, critic_term, generator_term
+from flcompress.training.engines import Engine, Hyper
+from flcompress.training.guided_teacher import GuidedTeacher
+from flcompress.training.lora import LoRA, SharedBase
+from flcompress.training.objectives import denoising_loss, draw_levels, level_range
+from flcompress.training.simulation import Simulation
+from flcompress.training.student_health import StudentHealth
+from flcompress.training.trained import Trained
+
+if TYPE_CHECKING:
+    from flcompress.passes.dmd import DistributionMatching
+
+BETAS = (0.0, 0.999)
+"""AdamW's, for both roles: no momentum, since what each follows moves (Yin et al. 2024, DMD2)."""
+
+
+class Roles:
+    """Generator, fake score and guided teacher of one distillation.
+
+    Attributes:
+        engine: what trains them.
+        generator: what becomes the student.
+        trained: it and the fake score, with its discriminator where there is one.
+        teacher: the real score's model.
+        health: the looks at them; None where the recipe wants no samples.
+    """
+
+    def __init__(
+        self, settings: DistributionMatching, program: Program, contract: SamplingContract, engine: Engine
+    ) -> None:
+        work, parts = engine.work, program.components
+        self.engine, self._settings, self._device = engine, settings, work.device
+        self._process, self._shift = contract.process, program.teacher_contract.shift
+        self._embedded = contract.embedded_guidance
+        self._data, fixed = _split(work.data(program), work.health.samples)
+        negative = on(self._data.negative, work.device)
+        low, high = settings.score_range
+        self._score_range = level_range(contract, self._shift, low=low, high=high, key="dmd.score_range")
+
+        self.teacher = work.frozen(parts[settings.real_score])
+        self._graph = graph_of(meta_transformer(parts[settings.real_score]))
+        depth = [block.path for block in self._graph.blocks]
+        base = SharedBase(self.teacher, depth if settings.shares else ())
+        if settings.shares:
+            work.checkpoint_blocks(self.teacher, base.checkpoint)
+        real = as_network(engine.frozen(self.teacher), self._embedded)
+        self._teacher = GuidedTeacher(
+            engine,
+            self.teacher,
+            real,
+            self._graph,
+            program.prune_set,
+            inter_cfg=settings.inter_cfg,
+            intra_cfg=settings.intra_cfg,
+            negative=negative,
+        )
+        student = self._model("generator", settings.generator, parts["transformer"], base, program.kept.values())
+        self.generator = self._role("generator", student, settings.learning_rate, settings.ema_decay)
+        self._generator = as_network(self.generator.module, self._embedded)
+        self._critic, self._fake = self._scoring(program, base, depth)
+        self.trained = (self.generator, self._critic)
+
+        partner, sampled, guided = None, self._generator, real
+        # A low-noise expert starts where its partner ends; what comes after a high-noise one concerns samples alone.
+        if (experts := contract.experts) is not None and (experts.compressed == "low" or fixed is not None):
+            partner = beside = as_network(engine.frozen(work.frozen(parts["partner"])), self._embedded)
+            if fixed is not None and parts["original_partner"] != parts["partner"]:
+                beside = as_network(engine.frozen(work.frozen(parts["original_partner"])), self._embedded)
+            sampled, guided = experts.joined(sampled, partner), experts.joined(guided, beside)
+        self._simulation = Simulation(program, contract, self._data, negative, work.device, partner)
+        self.health: StudentHealth | None = None
+        if fixed is not None:
+            self.health = StudentHealth(
+                work,
+                program,
+                contract,
+                fixed,
+                batch=settings.batch,
+                generator=self.generator,
+                student=sampled,
+                fake=self._fake,
+                real=guided,
+                score_range=self._score_range,
+            )
+
+    def _model(self, name: str, kind: str, folder: Any, base: SharedBase, kept: Collection[str]) -> Any:
+        """A whole model, or a LoRA on the base that skips what is not kept."""
+        work, engine, graph = self.engine.work, self.engine, self._graph
+        if kind == "full":
+            return work.trained(folder)
+        gone = [block.path for block in graph.blocks if block.path not in kept]
+        return LoRA(
+            base,
+            kept,
+            self._settings.lora_rank,
+            seed=seed_of(work.seed, name),
+            around=lambda: engine.skip(self.teacher, gone, graph=graph),
+        )
+
+    def _role(self, name: str, model: Any, learning_rate: float, ema_decay: float | None = None) -> Trained:
+        hyper = Hyper(learning_rate=learning_rate, betas=BETAS)
+        return Trained(self.engine, name, model, batch=self._settings.batch, hyper=hyper, ema_decay=ema_decay)
+
+    def _scoring(self, program: Program, base: SharedBase, depth: Collection[str]) -> tuple[Trained, Network]:
+        """The critic's role and what predicts: the fake score, inside a discriminator with the adversarial term."""
+        settings, name = self._settings, "fake_score"
+        fake = self._model("fake score", settings.fake_score, program.components["elastic"], base, depth)
+        if not settings.gan_weight:
+            critic = self._role(name, fake, settings.critic_learning_rate)
+            return critic, as_network(critic.module, self._embedded)
+        middle = program.graph.blocks[len(program.graph.blocks) // 2]
+        width, network = middle.streams[0].spec.shape[-1], as_network(fake, self._embedded)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            judge = Discriminator(fake, network, middle.path, width).to(self._device)
+        return self._role(name, judge, settings.critic_learning_rate), network
+
+    def step(self, step: int, draws: Draws) -> Mapping[str, float]:
+        """The critic's updates, then one of the generator's (two-time-scale rule)."""
+        values: dict[str, float] = {}
+        for _ in range(self._settings.critic_updates):
+            values.update(self._update_critic(draws))
+        values.update(self._update_generator(draws))
+        return values
+
+    def _noised(self, x: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(x_s, s, noise) at levels drawn from the score range and shifted."""
+        low, high = self._score_range
+        level = draw_levels(draws, self._shift, low=low, high=high).to(self._device)
+        noise = draws.normal(*x.shape[1:]).to(self._device)
+        return self._process.add_noise(x, noise, level), level, noise
+
+    def _update_critic(self, draws: Draws) -> dict[str, float]:
+        x, given = self._simulation.sampled(self._generator, draws, grad=False)
+        noised, level, noise = self._noised(x, draws)
+        if not self._settings.gan_weight:
+            return self._critic.update(denoising_loss(self._fake, self._process, x, given, level, noise))
+        prediction, generated = self._critic.module(noised, self._process.timestep(level), given)
+        x_real, given_real = self._data.batch(draws.batch, draws.shared, draws.mine)
+        real, real_level, _ = self._noised(x_real.to(self._device), draws)
+        _, logits = self._critic.module(real, self._process.timestep(real_level), on(given_real, self._device))
+        loss = (prediction.float() - self._process.target(x, noise, level)).square().mean()
+        return self._critic.update(loss + self._settings.gan_weight * critic_term(logits, generated))
+
+    def _update_generator(self, draws: Draws) -> dict[str, float]:
+        x, given = self._simulation.sampled(self._generator, draws, grad=True)
+        noised, level, _ = self._noised(x, draws)
+        timestep = self._process.timestep(level)
+        with torch.no_grad():
+            fake = self._process.tweedie(noised, self._fake(noised, timestep, given), level)
+            real = self._process.tweedie(noised, self._teacher(noised, timestep, given, draws), level)
+            g = matching.gradient(x, fake, real)
+        loss = matching.loss(x, g)
+        if self._settings.gan_weight:
+            # The critic only lends its judgement: its own gradients of this term are thrown away.
+            _, logits = self._critic.model(noised, timestep, given)
+            loss = loss + self._settings.gan_weight * generator_term(logits)
+        values = self.generator.update(loss)
+        self._critic.clear()
+        scale = self._of_all(matching.normaliser(x.detach(), real), draws)
+        moving = x.detach().diff(dim=2).abs().mean()
+        return {
+            **values,
+            "score_gap": float((fake - real).abs().mean()),
+            "normaliser_mean": float(scale.mean()),
+            "normaliser_min": float(scale.min()),
+            "normaliser_max": float(scale.max()),
+            "generated_std": float(x.detach().flatten(1).std(dim=1).mean()),
+            "generated_motion": float(moving),
+        }
+
+    def _of_all(self, values: torch.Tensor, draws: Draws) -> torch.Tensor:
+        """One number for each sample of the batch, in every process, from each process's own [n]."""
+        world, whole = self.engine.work.world, torch.zeros(draws.batch, dtype=torch.float64)
+        whole[draws.mine] = values.double().cpu() * world.size
+        return torch.tensor(list(world.mean({str(n): one for n, one in enumerate(whole.tolist())}).values()))
+
+
+def _split(data: LatentDataset, samples: int) -> tuple[LatentDataset, LatentDataset | None]:
+    """(what is trained on, what the fixed samples are made from); prompts alone serve both."""
+    if not samples:
+        return data, None
+    return (data, data) if data.prompts_only else data.split(min(samples, max(1, len(data) // 4)))
