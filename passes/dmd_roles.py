@@ -56,12 +56,12 @@ class Roles:
         low, high = settings.score_range
         self._score_range = level_range(contract, self._shift, low=low, high=high, key="dmd.score_range")
 
-        self.teacher = work.frozen(parts[settings.real_score])
+        self.teacher = engine.load_frozen(parts[settings.real_score])
         self._graph = graph_of(meta_transformer(parts[settings.real_score]))
         depth = [block.path for block in self._graph.blocks]
         base = SharedBase(self.teacher, depth if settings.shares else ())
         if settings.shares:
-            work.checkpoint_blocks(self.teacher, base.checkpoint)
+            engine.checkpoint_blocks(self.teacher, base.checkpoint)
         real = as_network(engine.frozen(self.teacher), self._embedded)
         self._teacher = GuidedTeacher(
             engine,
@@ -82,9 +82,9 @@ class Roles:
         partner, sampled, guided = None, self._generator, real
         # A low-noise expert starts where its partner ends; what comes after a high-noise one concerns samples alone.
         if (experts := contract.experts) is not None and (experts.compressed == "low" or fixed is not None):
-            partner = beside = as_network(engine.frozen(work.frozen(parts["partner"])), self._embedded)
+            partner = beside = as_network(engine.frozen(engine.load_frozen(parts["partner"])), self._embedded)
             if fixed is not None and parts["original_partner"] != parts["partner"]:
-                beside = as_network(engine.frozen(work.frozen(parts["original_partner"])), self._embedded)
+                beside = as_network(engine.frozen(engine.load_frozen(parts["original_partner"])), self._embedded)
             sampled, guided = experts.joined(sampled, partner), experts.joined(guided, beside)
         self._simulation = Simulation(program, contract, self._data, negative, work.device, partner)
         self.health: StudentHealth | None = None
@@ -106,7 +106,7 @@ class Roles:
         """A whole model, or a LoRA on the base that skips what is not kept."""
         work, engine, graph = self.engine.work, self.engine, self._graph
         if kind == "full":
-            return work.trained(folder)
+            return engine.load_trained(folder)
         gone = [block.path for block in graph.blocks if block.path not in kept]
         return LoRA(
             base,

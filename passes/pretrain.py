@@ -72,7 +72,7 @@ class Pretrain(Pass):
         role = Trained(
             engine,
             "pretrain",
-            work.trained(program.components["transformer"]).train(),
+            engine.load_trained(program.components["transformer"]).train(),
             batch=self.batch,
             hyper=Hyper(learning_rate=self.learning_rate),
             ema_decay=self.ema_decay,

@@ -120,13 +120,14 @@ class StochasticDepth(Pass):
         role = Trained(
             engine,
             "stochastic_depth",
-            work.trained(source),
+            engine.load_trained(source),
             batch=self.batch,
             hyper=Hyper(learning_rate=self.learning_rate),
             ema_decay=TARGET_EMA_DECAY if self.target == "ema" else None,
             schedule=warmup_cosine(self.steps, min(20, self.steps)),
         )
-        network, original = as_network(role.module, guidance), as_network(engine.frozen(work.frozen(source)), guidance)
+        network = as_network(role.module, guidance)
+        original = as_network(engine.frozen(engine.load_frozen(source)), guidance)
 
         def both(
             x: torch.Tensor, timestep: torch.Tensor, given: Conditioning, skipped: list[str]

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 
 from flcompress.errors import ModelError
 from flcompress.models.configs import BUILD_ERRORS, build_error, check_config, settings
 from flcompress.models.folder import read_json
 from flcompress.models.parts import load_part
 from flcompress.models.quiet import no_progress_bars
+from flcompress.models.shards import StoredTensor, folder_tensors
 
 
 @no_progress_bars()
@@ -23,13 +26,66 @@ def load_transformer(folder: Path, device: str = "cpu", dtype: torch.dtype | Non
     kept = {} if dtype is None else {"torch_dtype": dtype}
     model, info = stock.from_pretrained(str(folder), use_safetensors=True, output_loading_info=True, **kept)
     # Stock loading is silent about missing and unexpected tensors; such a model is wrong.
-    for trouble in ("missing_keys", "unexpected_keys"):
-        if info[trouble]:
+    _check_keys(folder, info["missing_keys"], info["unexpected_keys"])
+    return frozen(model).to(device)
+
+
+def empty_transformer(
+    folder: Path, device: str = "cpu", dtype: torch.dtype | None = None
+) -> tuple[Any, dict[str, StoredTensor]]:
+    """What `load_transformer` gives, before its weights have memory: for engines that hold a part of each.
+
+    Parameters are on the meta device, in the dtype that stock loading gives them. Buffers are on `device`; those that
+    no file holds (rotary tables) have their numbers, computed as in stock loading.
+
+    Returns:
+        The model, and name -> tensor on disk of all that its state dict holds; what is read into one takes its dtype.
+
+    Raises:
+        ModelError: the weights do not belong to the configuration.
+    """
+    stored, usual = folder_tensors(folder), torch.get_default_dtype()
+    try:
+        # As stock loading does: buffers are computed in this dtype too.
+        torch.set_default_dtype(dtype or usual)
+        with init_empty_weights(include_buffers=False):
+            model = frozen(_built(folder / "config.json"))
+    finally:
+        torch.set_default_dtype(usual)
+    held = model.state_dict()
+    ignored = model._keys_to_ignore_on_load_unexpected or ()
+    unexpected = [name for name in stored.keys() - held.keys() if not any(re.search(one, name) for one in ignored)]
+    _check_keys(folder, held.keys() - stored.keys(), unexpected)
+    for name, tensor in held.items():
+        if stored[name].shape != tuple(tensor.shape):
             raise ModelError(
-                f"{folder}: {len(info[trouble])} {trouble.replace('_', ' ')}, first {info[trouble][0]}; "
+                f"{folder}: {name} has the shape {list(stored[name].shape)}, expected {list(tensor.shape)}; the "
+                "weights do not belong to this config.json"
+            )
+        if dtype is not None and stored[name].floating:
+            kept = set(name.split(".")) & set(model._keep_in_fp32_modules or ())
+            put(model, name, tensor.to(torch.float32 if kept else dtype))
+    for name, buffer in list(model.named_buffers(remove_duplicate=False)):
+        put(model, name, buffer.to(device))
+    return model, {name: stored[name] for name in held}
+
+
+def put(model: Any, name: str, value: torch.Tensor) -> None:
+    """Put a tensor in the place of the parameter or buffer of that name."""
+    path, _, own = name.rpartition(".")
+    module = model.get_submodule(path)
+    old = getattr(module, own)
+    parameter = isinstance(old, torch.nn.Parameter)
+    setattr(module, own, torch.nn.Parameter(value, old.requires_grad) if parameter else value)
+
+
+def _check_keys(folder: Path, missing: Collection[str], unexpected: Collection[str]) -> None:
+    for trouble, names in (("missing", missing), ("unexpected", unexpected)):
+        if names:
+            raise ModelError(
+                f"{folder}: {len(names)} {trouble} keys, first {min(names)}; "
                 "the weights do not belong to this config.json"
             )
-    return frozen(model).to(device)
 
 
 def transformer_class(folder: Path) -> Any:
@@ -40,12 +96,16 @@ def transformer_class(folder: Path) -> Any:
 
 def meta_transformer(config_path: Path) -> Any:
     """The transformer of a folder or a `config.json`, from it alone, on the meta device: no weights, no memory."""
-    path = config_path / "config.json" if config_path.is_dir() else config_path
+    with torch.device("meta"):
+        return _built(config_path / "config.json" if config_path.is_dir() else config_path).eval()
+
+
+def _built(path: Path) -> Any:
+    """The stock model of a `config.json`, its weights drawn at random where the default device has memory."""
     config = read_json(path, "a diffusers model folder has one")
     stock = check_config(config, path)
     try:
-        with torch.device("meta"):
-            return stock.from_config(settings(config, stock)).eval()
+        return stock.from_config(settings(config, stock))
     except BUILD_ERRORS as error:
         raise build_error(error, stock.__name__, path) from error
 

@@ -10,11 +10,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flcompress.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
 
 PIECE = 1 << 24
 """Bytes read at once."""
@@ -32,6 +35,7 @@ _FLOATS = {
     "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2",
 }
+_NUMBERS = {**_FLOATS, "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +59,32 @@ class StoredTensor:
                     raise ModelError(f"{self.file}: ends before its last tensor; copy the file again")
                 left -= len(piece)
                 yield piece
+
+    @property
+    def floating(self) -> bool:
+        """Whether its numbers have a fraction."""
+        return self.dtype in _FLOATS
+
+    def rows(self, first: int, count: int) -> StoredTensor:
+        """Rows `first` to `first + count - 1` of its first axis: a tensor that lies inside this one."""
+        row = self.size // max(self.shape[0], 1)
+        return replace(self, shape=(count, *self.shape[1:]), start=self.start + first * row, size=count * row)
+
+    def fill(self, target: torch.Tensor) -> None:
+        """Copy the numbers into a contiguous tensor of as many, in its dtype and on its device, piece by piece.
+
+        Raises:
+            ModelError: a dtype that is not known, or the file has become shorter.
+        """
+        import torch
+
+        if self.dtype not in _NUMBERS:
+            raise ModelError(f"{self.file}: a tensor in {self.dtype}, expected {', '.join(_NUMBERS)}; convert the file")
+        flat, place = target.detach().view(-1), 0
+        for piece in self.pieces():
+            numbers = torch.frombuffer(bytearray(piece), dtype=getattr(torch, _NUMBERS[self.dtype]))
+            flat[place : place + len(numbers)].copy_(numbers)
+            place += len(numbers)
 
 
 def file_tensors(path: Path) -> dict[str, StoredTensor]:

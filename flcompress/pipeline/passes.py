@@ -6,11 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict
 
-from flcompress.errors import PreconditionError, RequestError, UnavailableError
+from flcompress.errors import PreconditionError
 from flcompress.pipeline.health import Health
 from flcompress.pipeline.program import Fact, Program
 from flcompress.pipeline.world import World
@@ -68,56 +68,6 @@ class Work:
     log_to: tuple[LogName, ...] = ()
     note: Callable[..., None] = lambda event, name, **values: None
     checkpoint_seconds: float = 60.0
-
-    def trained(self, folder: Path) -> Any:
-        """A transformer to be trained: fp32 weights.
-
-        Raises:
-            RequestError: gradient checkpointing is asked of a class that has none.
-        """
-        from flcompress.models.loading import load_transformer
-
-        model = load_transformer(folder, self.device).requires_grad_(True)
-        self.checkpoint_blocks(model)
-        return self._compiled(model)
-
-    def checkpoint_blocks(self, model: Any, function: Callable[..., Any] | None = None) -> None:
-        """Let the model compute its blocks again in the backward, by `function` where given, if the training asks so.
-
-        Raises:
-            RequestError: its class cannot.
-        """
-        if not self.gradient_checkpointing:
-            return
-        if not model._supports_gradient_checkpointing:
-            raise RequestError(
-                f"training.gradient_checkpointing: {type(model).__name__} has none in this diffusers; set it to false"
-            )
-        model.enable_gradient_checkpointing(function)
-
-    def frozen(self, folder: Path) -> Any:
-        """A transformer that only judges: weights in the training's precision."""
-        import torch
-
-        from flcompress.models.loading import load_transformer
-
-        return self._compiled(
-            load_transformer(folder, self.device, torch.bfloat16 if self.precision == "bf16" else None)
-        )
-
-    def _compiled(self, model: Any) -> Any:
-        if self.compile:
-            import torch
-
-            from flcompress.trace.compiled import compile_blocks, missing_compiler
-            from flcompress.trace.skip import graph_of
-
-            if self.device == "cpu" and (missing := missing_compiler()):
-                raise UnavailableError(f"training.compile: {missing}, or set it to false")
-            with torch.device("meta"):
-                plain = type(model).from_config(model.config)
-            compile_blocks(model, graph_of(plain))
-        return model
 
 
 @dataclass(frozen=True, slots=True)

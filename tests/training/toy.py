@@ -54,10 +54,6 @@ class Toy(Pass):
         return Cost(steps=self.steps, batch=self.batch)
 
     def apply(self, program: Program, work: Work) -> Program:
-        if work.engine == "fsdp2":
-            from flcompress.training.engines import fsdp
-
-            fsdp._blocks = lambda model: list(model.children())  # no transformer: nothing to trace
         engine, roles = engine_of(work), []
         for place, name in enumerate(("student", "critic")):
             torch.manual_seed(place)

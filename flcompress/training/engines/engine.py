@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from flcompress.errors import TrainingError
+from flcompress.errors import RequestError, TrainingError, UnavailableError
 from flcompress.ir.graph import BlockGraph
+from flcompress.models.loading import load_transformer, meta_transformer
 from flcompress.models.precision import half_precision
 from flcompress.pipeline.passes import Work
-from flcompress.trace.skip import mute, skip
+from flcompress.trace.compiled import compile_blocks, missing_compiler
+from flcompress.trace.skip import graph_of, mute, skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,13 +103,61 @@ class Engine(ABC):
 
     def __init__(self, work: Work) -> None:
         self.work = work
+        self._graphs: dict[str, BlockGraph] = {}
+
+    def load_trained(self, folder: Path) -> Any:
+        """A transformer to be trained, or this process's part of it: fp32 weights. All processes call it together.
+
+        Raises:
+            RequestError: gradient checkpointing is asked of a class that has none.
+        """
+        model = self._load(folder, None, trained=True)
+        self.checkpoint_blocks(model)
+        return self._compiled(model, folder)
+
+    def load_frozen(self, folder: Path) -> Any:
+        """A transformer that only judges, or this process's part of it: weights in the training's precision."""
+        half = torch.bfloat16 if self.work.precision == "bf16" else None
+        return self._compiled(self._load(folder, half, trained=False), folder)
+
+    def _load(self, folder: Path, dtype: torch.dtype | None, *, trained: bool) -> Any:
+        """The transformer, as far as this process holds it, on its device."""
+        return load_transformer(folder, self.work.device, dtype).requires_grad_(trained)
+
+    def checkpoint_blocks(self, model: Any, function: Callable[..., Any] | None = None) -> None:
+        """Let the model compute its blocks again in the backward, by `function` where given, if the training asks so.
+
+        Raises:
+            RequestError: its class cannot.
+        """
+        if not self.work.gradient_checkpointing:
+            return
+        if not model._supports_gradient_checkpointing:
+            raise RequestError(
+                f"training.gradient_checkpointing: {type(model).__name__} has none in this diffusers; set it to false"
+            )
+        model.enable_gradient_checkpointing(function)
+
+    def _compiled(self, model: Any, folder: Path) -> Any:
+        if self.work.compile:
+            if self.work.device == "cpu" and (missing := missing_compiler()):
+                raise UnavailableError(f"training.compile: {missing}, or set it to false")
+            compile_blocks(model, self._graph(folder))
+        return model
+
+    def _graph(self, folder: Path) -> BlockGraph:
+        """Of the transformer in a folder, from its configuration; traced once for all roles of one architecture."""
+        settings = (folder / "config.json").read_text(encoding="utf-8")
+        if settings not in self._graphs:
+            self._graphs[settings] = graph_of(meta_transformer(folder))
+        return self._graphs[settings]
 
     @abstractmethod
     def trained(self, model: nn.Module, hyper: Hyper, *, batch: int) -> Wrapped:
         """Take a model into training.
 
         Args:
-            model: loaded alike in every process, on the training's device.
+            model: from `load_trained`, or a small one that was made alike in every process, on its device.
             hyper: of its optimiser.
             batch: samples of a step, over all processes.
         """
@@ -133,7 +184,7 @@ class Engine(ABC):
 
     @abstractmethod
     def frozen(self, model: nn.Module) -> Any:
-        """Take a model that only judges; what is called."""
+        """Take a model from `load_frozen` into the training; what is called."""
 
     def skip(self, model: nn.Module, paths: Iterable[str], *, graph: BlockGraph) -> AbstractContextManager[None]:
         """Blocks at `paths` are identities, in the way that is right with this engine; the same in every process."""

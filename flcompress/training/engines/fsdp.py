@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Hashable, Iterable, Mapping
-from functools import lru_cache
-from typing import Any, cast
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,8 +14,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from flcompress.errors import RequestError
+from flcompress.models.loading import empty_transformer
 from flcompress.pipeline.passes import Work
-from flcompress.trace.skip import graph_of
 from flcompress.training.engines.engine import Engine, Hyper, Wrapped
 from flcompress.training.engines.replicated import Replica
 
@@ -64,38 +63,40 @@ class FullySharded(Engine):
         self.layout = f"fsdp2 on {work.world.size} processes"
         # A transformer's last reshape makes a view; nothing here writes into what a model returned.
         warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
-        self._mesh = init_device_mesh(torch.device(work.device).type, (work.world.size,))
+        self._device = torch.device(work.device)
+        self._mesh = init_device_mesh(self._device.type, (work.world.size,))
+
+    def _load(self, folder: Path, dtype: torch.dtype | None, *, trained: bool) -> Any:
+        model, stored = empty_transformer(folder, self.work.device, dtype)
+        model.requires_grad_(trained)
+        self._share(model, [block.path for block in self._graph(folder).blocks])
+        # Only now memory, and only for this process's rows. Not by `to_empty`, which would empty the buffers too.
+        model._apply(lambda one: torch.empty_like(one, device=self._device) if one.device.type == "meta" else one)
+        for name, value in model.state_dict().items():
+            mine = stored[name]
+            if isinstance(value, DTensor):
+                # As torch.chunk: equal parts, the last ones smaller or empty.
+                rows = len(value)
+                first = min(self._mesh.get_local_rank() * -(-rows // self._mesh.size()), rows)
+                mine = mine.rows(first, len(value.to_local()))
+            mine.fill(_local(value))
+        return model
 
     def trained(self, model: nn.Module, hyper: Hyper, *, batch: int) -> Wrapped:
-        self._share(model, _blocks(model))
+        if not isinstance(model, FSDPModule):
+            self._share(model)
         return self.proven(Shards(self.work, model, model, hyper), FSDPModule)
 
     def frozen(self, model: nn.Module) -> Any:
-        self._share(model, _blocks(model))
         return model
 
-    def _share(self, model: nn.Module, blocks: Iterable[nn.Module]) -> None:
+    def _share(self, model: nn.Module, blocks: Iterable[str] = ()) -> None:
         for block in blocks:
-            fully_shard(block, mesh=self._mesh)
+            fully_shard(model.get_submodule(block), mesh=self._mesh)
         fully_shard(model, mesh=self._mesh)
         loose = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
         if loose:  # fully_shard is silent where it does nothing
             raise RequestError(f"training.engine: fsdp2 left {loose[0]} of {type(model).__name__} unshared; use ddp")
-
-
-def _blocks(model: Any) -> list[nn.Module]:
-    if not hasattr(model, "config"):  # a LoRA, split as one
-        return []
-    settings = json.dumps(dict(model.config), sort_keys=True, default=str)
-    return [model.get_submodule(path) for path in _block_paths(cast(Hashable, type(model)), settings)]
-
-
-@lru_cache
-def _block_paths(kind: Any, settings: str) -> tuple[str, ...]:
-    """Traced once for all roles of one architecture."""
-    with torch.device("meta"):
-        plain = kind.from_config(json.loads(settings))
-    return tuple(block.path for block in graph_of(plain).blocks)
 
 
 def _local(value: torch.Tensor) -> torch.Tensor:

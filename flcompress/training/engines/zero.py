@@ -7,12 +7,14 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from flcompress.errors import UnavailableError
+from flcompress.models.loading import empty_transformer, put
 from flcompress.models.precision import half_precision
 from flcompress.pipeline.passes import Work
 from flcompress.training.engines.engine import Engine, Hyper, NotFinite, Wrapped
@@ -135,6 +137,29 @@ class Zero(Engine):
         # ZeRO-3 would take a block that was left out for one whose gradient is the last one's.
         self.skips = stage < 3
         self.splits_weights = stage == 3
+
+    def _load(self, folder: Path, dtype: torch.dtype | None, *, trained: bool) -> Any:
+        if self._stage < 3:
+            return super()._load(folder, dtype, trained=trained)
+        import deepspeed
+
+        # Not inside `zero.Init`, which would round what buffers are computed from to one dtype.
+        model, stored = empty_transformer(folder, self.work.device, dtype)
+        model.requires_grad_(trained)
+        # Split here and now, block by block: `deepspeed.initialize` would want all of them whole.
+        for part in (*(block.path for block in self._graph(folder).blocks), ""):
+            for name, parameter in list(model.get_submodule(part).named_parameters(part)):
+                if parameter.device.type == "meta":
+                    whole = torch.empty_like(parameter, device=self.work.device, requires_grad=False)
+                    stored[name].fill(whole)
+                    put(model, name, whole)
+            deepspeed.zero.Init(
+                module=model.get_submodule(part), config_dict_or_path=self._config(self.work.world.size)
+            )
+        for name, _ in model.named_buffers():
+            if name in stored:
+                stored[name].fill(model.get_buffer(name))
+        return model
 
     def trained(self, model: nn.Module, hyper: Hyper, *, batch: int) -> Wrapped:
         wrapped = ZeroModel(self.work, self._stage, model, hyper, self._config(batch))
