@@ -117,7 +117,7 @@ def _check_value(value: Any, default: Any, key: str, path: Path) -> None:
     for kinds, given, wanted in (
         ((bool,), (bool,), "true or false"),
         ((int,), (int, list, tuple), "a whole number"),
-        ((float,), (int, float), "a number"),
+        ((float,), (int, float, list, tuple), "a number"),
         ((str,), (str, list, tuple), "text"),
         ((list, tuple), (list, tuple, int), "a list"),
     ):
