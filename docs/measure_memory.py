@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
@@ -51,7 +52,7 @@ class Alive(TorchDispatchMode):
         return output
 
     def note(self, values: Iterable[Any]) -> None:
-        for value in values:
+        for value in (one._local_tensor if isinstance(one, DTensor) else one for one in values):
             if isinstance(value, Tensor) and value.device.type != "meta":
                 storage = value.untyped_storage()
                 if storage not in self._known:

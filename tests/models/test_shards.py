@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from flcompress.errors import ModelError
 from flcompress.models.folder import check_weights
-from flcompress.models.shards import file_tensors, folder_tensors, write_tensors
+from flcompress.models.shards import StoredTensor, file_tensors, folder_tensors, write_tensors
 
 NAME, INDEX = "diffusion_pytorch_model", "diffusion_pytorch_model.safetensors.index.json"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8, torch.float8_e4m3fn)
@@ -72,6 +72,31 @@ def test_what_is_copied_is_byte_identical(
         else:
             assert [file.name for file in files] == [f"{NAME}.safetensors"]
             assert not (target / INDEX).exists()
+
+
+@given(stored=tensors(), first=st.integers(0, 5), count=st.integers(0, 5), wide=st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_rows_are_read_into_a_tensor(stored: dict[str, torch.Tensor], first: int, count: int, wide: bool) -> None:
+    with tempfile.TemporaryDirectory() as place, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flcompress.models.shards.PIECE", 8)  # several pieces, of one number or more
+        save_file(stored, f"{place}/{NAME}.safetensors", metadata={"format": "pt"})
+        for name, tensor in folder_tensors(Path(place)).items():
+            expected = stored[name]
+            if expected.dim():
+                start = min(first, len(expected))
+                expected = expected[start : start + count]
+                tensor = tensor.rows(start, len(expected))
+            target = torch.empty(expected.shape, dtype=torch.float64 if wide else expected.dtype)
+            tensor.fill(target)
+            assert tensor.shape == expected.shape
+            assert same(target, expected.to(target.dtype))
+
+
+def test_a_dtype_that_torch_lacks_is_named(tmp_path: Path) -> None:
+    path = tmp_path / f"{NAME}.safetensors"
+    tensor = StoredTensor(path, "I9", (4,), 0, 4)
+    with pytest.raises(ModelError, match=r"a tensor in I9, expected F64, F32, .*; convert the file$"):
+        tensor.fill(torch.empty(4))
 
 
 @pytest.fixture
