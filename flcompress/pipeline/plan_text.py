@@ -67,8 +67,6 @@ def _memory_lines(plan: Plan) -> Iterator[str]:
     memory, machine = fullest.memory, plan.machine
     parts = ", ".join(f"{name} {_short(value)}B" for name, value in memory.parts().items() if value)
     yield f"memory: {fullest.name} takes most, {_short(memory.total)}B a process: {parts}"
-    if memory.loading > memory.total - memory.process - 1:
-        yield f"memory: {fullest.name} is fullest while its models are read, which every process does whole"
     if machine.memory is None:
         return
     if plan.fits:
@@ -108,7 +106,7 @@ def _roles(row: PlannedPass) -> list[str]:
         (name, *(_gb(getattr(role, part)) for part in head[1:]))
         for name, role in sorted(memory.roles.items(), key=lambda item: -item[1].lasting)
     ]
-    more = (("activations", memory.activations), ("update, at once", memory.update), ("reading", memory.loading))
+    more = (("activations", memory.activations), ("update, at once", memory.update))
     lines = _table(head, rows)
     return [f"  {line}" for line in lines] + ["  " + "; ".join(f"{name} {_gb(size)}" for name, size in more)]
 

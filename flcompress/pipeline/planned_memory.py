@@ -49,20 +49,18 @@ class PlannedMemory:
         activations: what autograd keeps of a batch, and what one block is being computed with.
         update: the most that one role's update takes beside what lasts: activations or gradients, with all that the
             engine needs. Roles are updated one after the other, so it counts once.
-        loading: the most while models are read: every process reads each of them whole before it keeps its part.
     """
 
     process: float
     roles: Mapping[str, RoleMemory]
     activations: float
     update: float
-    loading: float
 
     @property
     def total(self) -> float:
         """The peak."""
         lasting = sum(role.lasting for role in self.roles.values())
-        return self.process + max(lasting + self.update, self.loading)
+        return self.process + lasting + self.update
 
     def parts(self) -> dict[str, float]:
         """Every part of the peak of the training by its name, the largest first."""
@@ -110,12 +108,10 @@ def planned_memory(
 
     roles: dict[str, RoleMemory] = {}
     updates: list[tuple[Updating, float]] = []
-    activations = loading = held = others = 0.0
+    activations = others = 0.0
     for role in cost.roles:
         size = role.parameters * (FLOAT if role.trained else width)
-        loading = max(loading, held + size)
         weights = place.weights(size)
-        held += weights * (1 + role.averaged)
         gathered = place.gathered(size, role.parameters, min(1.0, sizes.outside + 2.0 * sizes.block))
         if not role.trained:
             # ZeRO-3 lets gathered weights go late, FSDP2 when the next block has run.
@@ -139,6 +135,5 @@ def planned_memory(
     update = max((max(one.forward + others + alive, one.backward, one.step) for one, alive in updates), default=0.0)
     if not updates:
         activations = update = kept.alone.of(samples)
-    return PlannedMemory(
-        process=0.0 if gpu else PROCESS, roles=roles, activations=activations, update=update, loading=loading
-    )
+    # Models are loaded one after the other, by parts where they are split: never more than what is held in training.
+    return PlannedMemory(process=0.0 if gpu else PROCESS, roles=roles, activations=activations, update=update)

@@ -109,9 +109,3 @@ def test_a_gpu_reserves_deepspeeds_bucket_whole_and_has_no_interpreter() -> None
     found = memory(GENERATOR, engine="zero2", processes=4, gpu=True)
     assert found.process == 0
     assert found.update > 4 * BUCKET
-
-
-def test_every_process_reads_every_model_whole() -> None:
-    found = memory(GENERATOR, FAKE, REAL, engine="fsdp2", processes=4, batch=0)
-    assert found.loading == 800  # the generator; then its part, its average's part and the fake score
-    assert memory(FAKE, GENERATOR, engine="fsdp2", processes=4, batch=0).loading == 100 + 800
