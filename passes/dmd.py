@@ -41,7 +41,7 @@ class DistributionMatching(Pass):
     """
 
     name: ClassVar[str] = "dmd"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     needs_data: ClassVar[bool] = True
     distributed: ClassVar[bool] = True
     gives: ClassVar[frozenset[Fact]] = frozenset({Fact.FEW_STEP})
@@ -137,7 +137,7 @@ class DistributionMatching(Pass):
 
         def role(name: str, kind: str, parameters: float, blocks: float, *, averaged: bool = False) -> Role:
             own = lora_parameters(parameters, blocks, self.lora_rank) if kind == "lora" else parameters
-            return Role(name, own, trained=True, averaged=averaged, runs=parameters)
+            return Role(name, own, trained=True, moments=1, averaged=averaged, runs=parameters)
 
         return Cost(
             steps=self.steps,

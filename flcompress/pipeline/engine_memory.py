@@ -8,8 +8,6 @@ from flcompress.pipeline.passes import EngineName
 
 FLOAT, HALF = 4, 2
 """Bytes of a number. What is trained is fp32, with its gradients and moments; frozen weights are of the precision."""
-MOMENTS = 2
-"""AdamW keeps two per trained parameter."""
 BUCKET = 500_000_000
 """Numbers in the buffer that DeepSpeed reduces gradients from (`reduce_bucket_size`, its default)."""
 LIVE = 1_000_000_000
@@ -72,33 +70,35 @@ class Updating:
     step: float
 
 
-def moments(trained: float, place: Place) -> float:
-    """Bytes of AdamW's moments on one process, of `trained` parameters."""
+def moments(numbers: float, place: Place) -> float:
+    """Bytes on one process of the optimiser's moments, `numbers` over all."""
     shared = 1 if place.engine in ("local", "ddp") else place.processes
-    return MOMENTS * FLOAT * trained / shared
+    return FLOAT * numbers / shared
 
 
-def updating(trained: float, gathered: float, place: Place) -> Updating:
+def updating(trained: float, moments: int, gathered: float, place: Place) -> Updating:
     """What an update takes on one process.
 
     Args:
         trained: how many parameters are trained.
+        moments: of each of them.
         gathered: bytes of weights that are put together at once.
         place: the process.
     """
     whole = FLOAT * trained
     part = whole / place.processes
-    # AdamW's denominator: one more tensor. For a flat one on the CPU, two. And gloo adds up in a copy of its own.
-    denominator = part if place.gpu else 2.0 * part
+    # AdamW's denominator is as large as the tensor that is stepped: here one flat one. On the CPU there are two. With
+    # one moment it is stepped in slices.
+    denominator = 0.0 if moments == 1 else part if place.gpu else 2.0 * part
     sent = FLOAT * min(BUCKET, trained)
     bucket = FLOAT * BUCKET if place.gpu else sent
     match place.engine:
         case "local":
-            return Updating(gradients=whole, backward=whole, step=2.0 * whole)
-        case "ddp":  # its buckets are beside the gradients
-            return Updating(gradients=whole, lasting=whole, backward=whole, step=2.0 * whole)
+            return Updating(gradients=whole, backward=whole, step=whole)
+        case "ddp":  # gradients lie in its buckets, which stay
+            return Updating(gradients=0.0, lasting=whole, backward=0.0, step=0.0)
         case "fsdp2":  # gathered weights and their gradients, and the same again on their way to the others
-            return Updating(gradients=part, forward=gathered, backward=part + 3.0 * gathered, step=2.0 * part)
+            return Updating(gradients=part, forward=gathered, backward=part + 3.0 * gathered, step=part)
         case "zero3":  # its part of the gradients, the bucket and what was gathered stay; a step flattens the part
             return Updating(
                 gradients=part,

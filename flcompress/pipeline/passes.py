@@ -78,6 +78,7 @@ class Role:
         name: what it is for: "generator", "real score", ...
         parameters: how many are its own. Weights that several roles share (a LoRA's base) are a role of their own.
         trained: whether it has gradients and optimiser moments.
+        moments: what the optimiser keeps of a trained parameter: two numbers, one where beta1 is 0.
         averaged: whether a moving average of it is kept.
         runs: parameters of the transformer that it computes with, a shared base's included; its own where None.
     """
@@ -85,6 +86,7 @@ class Role:
     name: str
     parameters: float
     trained: bool = False
+    moments: int = 2
     averaged: bool = False
     runs: float | None = None
 

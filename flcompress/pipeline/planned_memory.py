@@ -119,11 +119,11 @@ def planned_memory(
             roles[role.name] = RoleMemory(weights=weights, engine=kept_gathered)
             others = max(others, gathered - kept_gathered)
             continue
-        taken = updating(role.parameters, gathered, place)
+        taken = updating(role.parameters, role.moments, gathered, place)
         roles[role.name] = RoleMemory(
             weights=weights,
             gradients=taken.gradients,
-            moments=moments(role.parameters, place),
+            moments=moments(role.moments * role.parameters, place),
             average=weights if role.averaged else 0.0,
             engine=taken.lasting,
         )

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from flcompress.models.loading import load_transformer, save_transformer
+from flcompress.models.precision import half_precision
 from flcompress.trace.skip import graph_of, skip
-from flcompress.training.lora import LoRA, SharedBase, lora_parameters, merge, unlike
+from flcompress.training.lora import OWN_SHARE, SCALE, LoRA, SharedBase, lora_parameters, merge, unlike
 
 LAYERS, GONE = 4, ("blocks.1", "blocks.2")
 DEPTH = tuple(f"blocks.{index}" for index in range(LAYERS))
@@ -56,8 +57,8 @@ def pruned(model: Any) -> Any:
 
 
 def lora(base: SharedBase, seed: int, *, generator: bool = False) -> LoRA:
-    """A LoRA whose B is not zero, on all blocks or as the generator, without the prune set."""
-    graph = graph_of(base.model)
+    """A LoRA that differs from the base, on all blocks or as the generator, without the prune set."""
+    graph = graph_of(wan())
 
     @contextmanager
     def around() -> Iterator[None]:
@@ -67,12 +68,14 @@ def lora(base: SharedBase, seed: int, *, generator: bool = False) -> LoRA:
     made = LoRA(base, KEPT.values() if generator else DEPTH, 4, seed=seed, around=around)
     draw = torch.Generator().manual_seed(seed)
     for value in made.lora_B.values():
-        value.data.normal_(std=0.1, generator=draw)
+        value.data.normal_(std=0.02, generator=draw)
+    for value in made.own.values():
+        value.data.add_(0.1 * torch.randn(value.shape, generator=draw))
     return made
 
 
 class Copy:
-    """The reference: a full copy of a model with a LoRA's weights added to its own, differentiated through both."""
+    """The reference: a full copy of a model with what a LoRA adds and replaces, differentiated through both."""
 
     def __init__(self, model: Any, like: LoRA, paths: dict[str, str]) -> None:
         self._model = copy.deepcopy(model)
@@ -86,7 +89,11 @@ class Copy:
             if key.startswith("lora_A."):
                 path = key.removeprefix("lora_A.").split("/")
                 place = ".".join([new[".".join(path[:2])], *path[2:], "weight"])
-                weights[place] = weights[place] + self.lora[key.replace("lora_A.", "lora_B.")] @ down
+                weights[place] = weights[place] + SCALE * self.lora[key.replace("lora_A.", "lora_B.")] @ down
+            elif key.startswith("own."):
+                path = key.removeprefix("own.").split("/")
+                block = ".".join(path[:2])
+                weights[".".join([new.get(block, block), *path[2:]])] = down
         output: Tensor = torch.func.functional_call(self._model, weights, (), {**given, "return_dict": False})[0]
         return output
 
@@ -162,22 +169,35 @@ def test_a_new_lora_changes_nothing_and_leaves_the_base_alone() -> None:
 
 
 def test_a_lora_owns_its_own_parameters_alone() -> None:
-    made = LoRA(SharedBase(wan(), DEPTH), ["blocks.0", "blocks.3"], 400, seed=0)
+    model = wan()
+    made = LoRA(SharedBase(model, DEPTH), ["blocks.0", "blocks.3"], 400, seed=0)
     # Ten linear layers a block, ranks capped at the 32 of the smaller side.
-    assert len(list(made.parameters())) == 2 * 10 * 2
+    assert len(made.lora_A) == len(made.lora_B) == 2 * 10
     assert {tuple(value.shape) for value in made.lora_A.values()} == {(32, 32), (32, 64)}
+    # A copy of everything else, but for blocks that it does without.
+    own = {name.replace("/", ".") for name in made.own}
+    assert {name for name in own if not name.startswith("blocks.")} == {
+        name for name, _ in model.named_parameters() if not name.startswith("blocks.")
+    }
+    assert {name for name in own if name.startswith("blocks.0.")} == {
+        name for name, value in model.named_parameters() if name.startswith("blocks.0.") and value.ndim != 2
+    }
+    assert not any(name.startswith(GONE) for name in own)
     assert set(made.state_dict()) == {name for name, _ in made.named_parameters()}
 
 
-def test_bf16_base_under_autocast_and_without() -> None:
-    base = SharedBase(wan().to(torch.bfloat16), DEPTH)
-    made, given = lora(base, 1), inputs(0)
-    given = {name: value.to(torch.bfloat16) if value.ndim > 1 else value for name, value in given.items()}
-    plain = made(**given, return_dict=False)[0]
-    with torch.autocast("cpu", torch.bfloat16):
-        half = made(**given, return_dict=False)[0]
-    assert plain.dtype == half.dtype == torch.bfloat16
-    torch.testing.assert_close(plain.float(), half.float(), rtol=0.1, atol=0.1)
+def test_a_base_in_bf16_is_trained_in_fp32() -> None:
+    half_base = wan()
+    for linear in SharedBase(half_base, DEPTH).linears.values():  # stock loading keeps norms and tables in fp32
+        linear.to(torch.bfloat16)
+    whole, base = lora(SharedBase(wan(), DEPTH), 1), SharedBase(half_base, DEPTH)
+    made = lora(base, 1)
+    assert {value.dtype for value in made.parameters()} == {torch.float32}
+    with half_precision("cpu", enabled=True):
+        half = made(**inputs(0), return_dict=False)[0]
+    half.float().square().mean().backward()
+    assert all(value.grad is not None and bool(value.grad.isfinite().all()) for value in made.parameters())
+    torch.testing.assert_close(half.float(), whole(**inputs(0), return_dict=False)[0], rtol=0.1, atol=0.1)
 
 
 def test_the_merged_model_is_the_trained_one_without_the_prune_set(tmp_path: Path) -> None:
@@ -213,6 +233,7 @@ def test_the_plan_knows_about_how_many_parameters_a_lora_has(heads: int, ffn: in
     with torch.device("meta"):
         model = wan(num_attention_heads=heads, attention_head_dim=128, ffn_dim=ffn, num_layers=layers)
         made = LoRA(SharedBase(model, [f"blocks.{index}" for index in range(layers)]), ["blocks.0"], 32, seed=0)
-    exact = layers * sum(value.numel() for value in made.parameters())
+    a_block = [*made.lora_A.values(), *made.lora_B.values()]
+    exact = layers * sum(value.numel() for value in a_block)
     inside = sum(value.numel() for value in model.blocks.parameters())
-    assert lora_parameters(inside, layers, 32) == pytest.approx(exact, rel=0.05)
+    assert lora_parameters(inside, layers, 32) - OWN_SHARE * inside == pytest.approx(exact, rel=0.05)

@@ -13,6 +13,7 @@ from torch import nn
 from flcompress.pipeline.passes import Work
 from flcompress.training.checkpoint import WHOLE
 from flcompress.training.engines.engine import Engine, Hyper, NotFinite, Wrapped
+from flcompress.training.engines.optimiser import optimiser
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
@@ -23,14 +24,7 @@ class Replica(Wrapped):
     def __init__(self, work: Work, model: Any, module: Any, hyper: Hyper) -> None:
         self.work, self.model, self.module, self._hyper = work, model, module, hyper
         self._named = {name: one for name, one in model.named_parameters() if one.requires_grad}
-        # `foreach` batches the many small tensors of a step; it changes no result.
-        self._optimizer = torch.optim.AdamW(
-            list(self._named.values()),
-            lr=hyper.learning_rate,
-            betas=hyper.betas,
-            weight_decay=hyper.weight_decay,
-            foreach=True,
-        )
+        self._optimizer = optimiser(list(self._named.values()), hyper)
 
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
@@ -117,7 +111,9 @@ class Distributed(Engine):
 
         devices = [torch.cuda.current_device()] if self.work.device == "cuda" else None
         # A skipped block has no gradient; it is skipped in every process alike.
-        module = DistributedDataParallel(model, device_ids=devices, find_unused_parameters=True)
+        module = DistributedDataParallel(
+            model, device_ids=devices, find_unused_parameters=True, gradient_as_bucket_view=True
+        )
         warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
         return self.proven(Replica(self.work, model, module, hyper), DistributedDataParallel)
 

@@ -18,6 +18,7 @@ from flcompress.models.loading import empty_transformer, put
 from flcompress.models.precision import half_precision
 from flcompress.pipeline.passes import Work
 from flcompress.training.engines.engine import Engine, Hyper, NotFinite, Wrapped
+from flcompress.training.engines.optimiser import optimiser
 
 
 class ZeroModel(Wrapped):
@@ -28,9 +29,7 @@ class ZeroModel(Wrapped):
 
         self.work, self.model, self._stage = work, model, stage
         self._named = {name: one for name, one in model.named_parameters() if one.requires_grad}
-        self._optimizer = torch.optim.AdamW(
-            list(self._named.values()), lr=hyper.learning_rate, betas=hyper.betas, weight_decay=hyper.weight_decay
-        )
+        self._optimizer = optimiser(list(self._named.values()), hyper)
         self.module, *_ = deepspeed.initialize(
             model=model,
             optimizer=self._optimizer,

@@ -1,0 +1,75 @@
+"""AdamW, with no more memory than the moments that it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from flcompress.training.engines.engine import Hyper
+
+SLICE = 1 << 24
+"""Numbers that are stepped at once (64 MiB): there is one temporary tensor of as many."""
+
+
+def optimiser(parameters: Sequence[torch.Tensor], hyper: Hyper) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter 2019); where beta1 is 0, without the first moment."""
+    if hyper.betas[0] == 0.0:
+        return MomentumFreeAdamW(
+            parameters, lr=hyper.learning_rate, beta2=hyper.betas[1], weight_decay=hyper.weight_decay
+        )
+    # Tensor by tensor: `foreach`, the default on a GPU, makes temporaries as large as the model.
+    return torch.optim.AdamW(
+        parameters, lr=hyper.learning_rate, betas=hyper.betas, weight_decay=hyper.weight_decay, foreach=False
+    )
+
+
+class MomentumFreeAdamW(torch.optim.Optimizer):
+    """AdamW with beta1 = 0, whose first moment is the gradient and need not be kept.
+
+        v <- beta2 v + (1 - beta2) g^2
+        p <- (1 - lr decay) p - lr g / (sqrt(v / (1 - beta2^t)) + eps)
+
+    One number a parameter instead of AdamW's two, and the same steps bit for bit.
+
+    Args:
+        parameters: fp32; tensors, or DTensors, of which each process steps its own part.
+        lr: learning rate.
+        beta2: decay of v.
+        weight_decay: decay of the parameters.
+        eps: added to the root.
+    """
+
+    def __init__(
+        self, parameters: Sequence[torch.Tensor], *, lr: float, beta2: float, weight_decay: float, eps: float = 1e-8
+    ) -> None:
+        super().__init__(parameters, {"lr": lr, "beta2": beta2, "weight_decay": weight_decay, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Step every parameter that has a gradient."""
+        for group in self.param_groups:
+            beta2, eps = group["beta2"], group["eps"]
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["step"] = torch.tensor(0.0)  # on the CPU, as AdamW's
+                    state["exp_avg_sq"] = torch.zeros_like(parameter)
+                state["step"] += 1
+                correction = (1.0 - beta2 ** float(state["step"])) ** 0.5
+                for p, g, v in _slices(parameter, parameter.grad, state["exp_avg_sq"]):
+                    p.mul_(1.0 - group["lr"] * group["weight_decay"])
+                    v.mul_(beta2).addcmul_(g, g, value=1.0 - beta2)
+                    p.addcdiv_(g, v.sqrt().div_(correction).add_(eps), value=-group["lr"])
+
+
+def _slices(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The same rows of tensors of one shape, as many at once as are about `SLICE` numbers."""
+    local = [one.to_local() if isinstance(one, DTensor) else one for one in tensors]
+    local = [one if one.ndim else one.reshape(1) for one in local]
+    rows = max(1, SLICE // max(1, local[0][:1].numel()))
+    return zip(*(torch.split(one, rows) for one in local), strict=True)
