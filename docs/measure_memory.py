@@ -1,6 +1,7 @@
 """Peak memory of distribution matching with and without shared weights: python -m docs.measure_memory [MODEL ...].
 
-Each line is a process of its own that makes the roles and takes two whole steps. Two measures, both over what the
+The first line is three full copies with torch's optimiser as it comes, the others are of this package; each is a
+process of its own that makes the roles and takes two whole steps. Two measures, both over what the
 process held before the roles were made: bytes of the tensors alive, counted as torch makes and frees them, which is the
 same on every run; and resident memory, which is what the system charges and moves with the allocator. Inside a kernel
 nothing is counted. `MODEL` is teacher (the embedded benchmark's, batch 16) or large (random, batch 2).
@@ -25,7 +26,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 ROOT = Path(__file__).resolve().parent.parent
 LARGE = {"layers": 16, "heads": 40, "feed_forward": 2560, "vae_channels": 4}
+NAIVE = "three full copies, torch's AdamW"
 ROLES: dict[str, dict[str, Any]] = {
+    NAIVE: {},
     "three full copies": {},
     "shared base, LoRA critic": {"fake_score": "lora"},
     "shared base, both LoRA": {"fake_score": "lora", "generator": "lora"},
@@ -83,9 +86,10 @@ def recipe_of(model: str, folder: Path, roles: dict[str, Any], training: dict[st
     return path
 
 
-def child(model: str, folder: Path, roles: dict[str, Any], training: dict[str, Any]) -> dict[str, float]:
+def child(model: str, folder: Path, name: str, training: dict[str, Any]) -> dict[str, float]:
     """Two steps; every figure in bytes."""
     import psutil
+    import torch
 
     from flcompress.diffusion.student import student_contract
     from flcompress.draws import Draws
@@ -97,9 +101,13 @@ def child(model: str, folder: Path, roles: dict[str, Any], training: dict[str, A
     from flcompress.pipeline.passes import Work
     from flcompress.pipeline.recipe_loading import load_recipe
     from flcompress.pipeline.rundir import RunDirectory
-    from flcompress.training.engines import engine_of
+    from flcompress.training.engines import engine_of, replicated
 
-    recipe = load_recipe(recipe_of(model, folder, roles, training))
+    if name == NAIVE:
+        replicated.optimiser = lambda parameters, hyper: torch.optim.AdamW(
+            parameters, lr=hyper.learning_rate, betas=hyper.betas, foreach=True
+        )
+    recipe = load_recipe(recipe_of(model, folder, ROLES[name], training))
     program = RunDirectory(folder / "run").final()
     step = recipe.passes[1]
     assert isinstance(step, DistributionMatching)
@@ -153,9 +161,9 @@ def measure(model: str) -> None:
               "resident | of naive |\n|---|---|---|---|---|---|---|---|---|")  # fmt: skip
         naive: dict[str, float] = {}
         for mode, training in MODES.items():
-            for name, roles in ROLES.items():
+            for name in ROLES:
                 told = subprocess.run(
-                    [sys.executable, "-m", "docs.measure_memory", "--child", model, place, json.dumps(roles),
+                    [sys.executable, "-m", "docs.measure_memory", "--child", model, place, name,
                      json.dumps(training)],
                     check=True, capture_output=True, text=True, cwd=ROOT,
                 )  # fmt: skip
@@ -172,8 +180,8 @@ def measure(model: str) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        model, place, roles, training = sys.argv[2:]
-        print(json.dumps(child(model, Path(place), json.loads(roles), json.loads(training))))
+        model, place, name, training = sys.argv[2:]
+        print(json.dumps(child(model, Path(place), name, json.loads(training))))
     else:
         for model in sys.argv[1:] or BATCH:
             measure(model)

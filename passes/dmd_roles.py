@@ -20,7 +20,7 @@ from flcompress.trace.skip import graph_of
 from flcompress.training.discriminator import Discriminator, critic_term, generator_term
 from flcompress.training.engines import Engine, Hyper
 from flcompress.training.guided_teacher import GuidedTeacher
-from flcompress.training.lora import LoRA, SharedBase
+from flcompress.training.lora import LoRA, SharedBase, loose
 from flcompress.training.objectives import denoising_loss, draw_levels, level_range
 from flcompress.training.simulation import Simulation
 from flcompress.training.student_health import StudentHealth
@@ -56,11 +56,14 @@ class Roles:
         low, high = settings.score_range
         self._score_range = level_range(contract, self._shift, low=low, high=high, key="dmd.score_range")
 
-        self.teacher = engine.load_frozen(parts[settings.real_score])
-        self._graph = graph_of(meta_transformer(parts[settings.real_score]))
+        plain = meta_transformer(parts[settings.real_score])
+        self._graph = graph_of(plain)
         depth = [block.path for block in self._graph.blocks]
-        base = SharedBase(self.teacher, depth if settings.shares else ())
-        if settings.shares:
+        self.teacher = engine.load_frozen(
+            parts[settings.real_score], whole=loose(plain, depth) if settings.shares else ()
+        )
+        base = SharedBase(self.teacher, depth) if settings.shares else None
+        if base is not None:
             engine.checkpoint_blocks(self.teacher, base.checkpoint)
         real = as_network(engine.frozen(self.teacher), self._embedded)
         self._teacher = GuidedTeacher(
@@ -102,10 +105,10 @@ class Roles:
                 score_range=self._score_range,
             )
 
-    def _model(self, name: str, kind: str, folder: Any, base: SharedBase, kept: Collection[str]) -> Any:
+    def _model(self, name: str, kind: str, folder: Any, base: SharedBase | None, kept: Collection[str]) -> Any:
         """A whole model, or a LoRA on the base that skips what is not kept."""
         work, engine, graph = self.engine.work, self.engine, self._graph
-        if kind == "full":
+        if kind == "full" or base is None:
             return engine.load_trained(folder)
         gone = [block.path for block in graph.blocks if block.path not in kept]
         return LoRA(
@@ -120,7 +123,7 @@ class Roles:
         hyper = Hyper(learning_rate=learning_rate, betas=BETAS)
         return Trained(self.engine, name, model, batch=self._settings.batch, hyper=hyper, ema_decay=ema_decay)
 
-    def _scoring(self, program: Program, base: SharedBase, depth: Collection[str]) -> tuple[Trained, Network]:
+    def _scoring(self, program: Program, base: SharedBase | None, depth: Collection[str]) -> tuple[Trained, Network]:
         """The critic's role and what predicts: the fake score, inside a discriminator with the adversarial term."""
         settings, name = self._settings, "fake_score"
         fake = self._model("fake score", settings.fake_score, program.components["elastic"], base, depth)

@@ -56,8 +56,7 @@ class SharedBase:
                 if isinstance(module, nn.Linear):
                     self.linears[name] = module
                     module.register_forward_hook(self._adding(name))
-        held = {f"{name}.weight" for name in self.linears}
-        self.loose = {name: one for name, one in model.named_parameters() if name not in held}
+        self.loose = {name: model.get_parameter(name) for name in loose(model, self.blocks)}
         self._places = {name: _place(model, name) for name in self.loose}
 
     @contextmanager
@@ -92,6 +91,18 @@ class SharedBase:
             return None if self._active is None else self._active.added(name, args[0], output)
 
         return hook
+
+
+def loose(model: Any, blocks: Iterable[str]) -> list[str]:
+    """Paths of the parameters that are no linear layer's weight in one of the blocks."""
+    inside = [(block, model.get_submodule(block)) for block in blocks]
+    linear = {
+        f"{name}.weight"
+        for block, part in inside
+        for name, module in part.named_modules(prefix=block)
+        if isinstance(module, nn.Linear)
+    }
+    return [name for name, _ in model.named_parameters() if name not in linear]
 
 
 class LoRA(nn.Module):

@@ -23,7 +23,9 @@ def test_every_half_of_a_lora_is_trained_and_merged(pipeline_folder: Callable[[s
     lora = LoRA(SharedBase(model, paths), paths, 2, seed=0)
     draw = torch.Generator().manual_seed(0)
     for value in lora.lora_B.values():
-        value.data.normal_(std=0.05, generator=draw)
+        value.data.normal_(std=0.01, generator=draw)
+    for value in lora.own.values():
+        value.data.add_(0.01 * torch.randn(value.shape, generator=draw))
     given = example_inputs(model, batch=2)
     output = lora(**given, return_dict=False)[0]
     output.float().square().mean().backward()
@@ -34,9 +36,14 @@ def test_every_half_of_a_lora_is_trained_and_merged(pipeline_folder: Callable[[s
     whole(**given, return_dict=False)[0].float().square().mean().backward()
     linears = [one for path in paths for one, found in whole.get_submodule(path).named_modules(prefix=path)
                if isinstance(found, nn.Linear)]  # fmt: skip
-    used = {one for one in linears if (grad := whole.get_parameter(f"{one}.weight").grad) is not None and grad.any()}
-    assert used
-    assert reached == {f"{half}.{one.replace('.', '/')}" for one in used for half in ("lora_A", "lora_B")}
+    used = {one for one, value in whole.named_parameters() if value.grad is not None and value.grad.any()}
+    adapted = {f"{one}.weight" for one in linears} & used
+    assert adapted
+    assert used > adapted
+    assert reached == {
+        *(f"{half}.{_key(one.removesuffix('.weight'))}" for one in adapted for half in ("lora_A", "lora_B")),
+        *(f"own.{_key(one)}" for one in used - adapted),
+    }
     merged = merge(model.state_dict(), lora.state_dict(), {path: path for path in paths})
     with torch.no_grad():
         before = model(**given, return_dict=False)[0]
@@ -44,3 +51,7 @@ def test_every_half_of_a_lora_is_trained_and_merged(pipeline_folder: Callable[[s
         after = model(**given, return_dict=False)[0]
     assert float((after - before).abs().max()) > 1e-4
     torch.testing.assert_close(after, output.detach(), rtol=1e-4, atol=1e-5)
+
+
+def _key(path: str) -> str:
+    return path.replace(".", "/")

@@ -22,7 +22,7 @@ from flcompress.pipeline.display import QuietDisplay
 from flcompress.pipeline.manager import apply
 from flcompress.pipeline.program import Program
 from flcompress.pipeline.rundir import RunDirectory
-from flcompress.trace.skip import skip
+from flcompress.trace.skip import graph_of, skip
 from flcompress.training.lora import LoRA, SharedBase, merge
 from flcompress.training.trained import Trained
 from tests.tiny import tiny_pipeline
@@ -37,7 +37,7 @@ training: {{health: {{on_breach: warn, samples: 0}}, log_to: []}}
 passes:
   - stochastic-depth: {{remove: 0.3, by: middle, steps: 2, batch: 2}}
   - prune: {{remove: 0.3, by: middle}}
-  - dmd: {{steps: 2, critic_updates: 1, student_steps: 2, batch: 2, intra_cfg: [0.2, 0.3], learning_rate: 1e-2, {dmd}}}
+  - dmd: {{steps: 2, critic_updates: 1, student_steps: 2, batch: 2, intra_cfg: [0.2, 0.3], learning_rate: 5e-4, {dmd}}}
 """
 
 
@@ -76,7 +76,9 @@ def test_the_finished_generator_is_the_trained_one_in_its_own_weights(
     student = load_transformer(program.components["transformer"])
     elastic = load_transformer(program.components["elastic"])
     assert (len(student.blocks), len(elastic.blocks)) == (2, 4)
-    generator = LoRA(SharedBase(elastic, program.kept.values()), program.kept.values(), 4, seed=0)
+    generator = LoRA(
+        SharedBase(elastic, [block.path for block in graph_of(elastic).blocks]), program.kept.values(), 4, seed=0
+    )
     generator.load_state_dict(trained)
     assert all(bool((value != 0).any()) for value in generator.lora_B.values())
     given = example_inputs(elastic, batch=2)

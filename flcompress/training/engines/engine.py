@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,12 +115,17 @@ class Engine(ABC):
         self.checkpoint_blocks(model)
         return self._compiled(model, folder)
 
-    def load_frozen(self, folder: Path) -> Any:
-        """A transformer that only judges, or this process's part of it: weights in the training's precision."""
-        half = torch.bfloat16 if self.work.precision == "bf16" else None
-        return self._compiled(self._load(folder, half, trained=False), folder)
+    def load_frozen(self, folder: Path, *, whole: Collection[str] = ()) -> Any:
+        """A transformer that only judges, or this process's part of it: weights in the training's precision.
 
-    def _load(self, folder: Path, dtype: torch.dtype | None, *, trained: bool) -> Any:
+        Args:
+            folder: of the transformer.
+            whole: paths of parameters that every process holds, since it puts others in their place at times.
+        """
+        half = torch.bfloat16 if self.work.precision == "bf16" else None
+        return self._compiled(self._load(folder, half, trained=False, whole=whole), folder)
+
+    def _load(self, folder: Path, dtype: torch.dtype | None, *, trained: bool, whole: Collection[str] = ()) -> Any:
         """The transformer, as far as this process holds it, on its device."""
         return load_transformer(folder, self.work.device, dtype).requires_grad_(trained)
 

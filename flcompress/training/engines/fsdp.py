@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +66,10 @@ class FullySharded(Engine):
         self._device = torch.device(work.device)
         self._mesh = init_device_mesh(self._device.type, (work.world.size,))
 
-    def _load(self, folder: Path, dtype: torch.dtype | None, *, trained: bool) -> Any:
+    def _load(self, folder: Path, dtype: torch.dtype | None, *, trained: bool, whole: Collection[str] = ()) -> Any:
         model, stored = empty_transformer(folder, self.work.device, dtype)
         model.requires_grad_(trained)
-        self._share(model, [block.path for block in self._graph(folder).blocks])
+        self._share(model, [block.path for block in self._graph(folder).blocks], whole)
         # Only now memory, and only for this process's rows. Not by `to_empty`, which would empty the buffers too.
         model._apply(lambda one: torch.empty_like(one, device=self._device) if one.device.type == "meta" else one)
         for name, value in model.state_dict().items():
@@ -90,13 +90,13 @@ class FullySharded(Engine):
     def frozen(self, model: nn.Module) -> Any:
         return model
 
-    def _share(self, model: nn.Module, blocks: Iterable[str] = ()) -> None:
-        for block in blocks:
-            fully_shard(model.get_submodule(block), mesh=self._mesh)
-        fully_shard(model, mesh=self._mesh)
-        loose = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
-        if loose:  # fully_shard is silent where it does nothing
-            raise RequestError(f"training.engine: fsdp2 left {loose[0]} of {type(model).__name__} unshared; use ddp")
+    def _share(self, model: nn.Module, blocks: Iterable[str] = (), whole: Collection[str] = ()) -> None:
+        ignored = {model.get_parameter(name) for name in whole}
+        for part in (*(model.get_submodule(block) for block in blocks), model):
+            fully_shard(part, mesh=self._mesh, ignored_params=ignored)
+        left = {name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)}
+        if odd := left ^ set(whole):  # fully_shard is silent where it does nothing
+            raise RequestError(f"training.engine: fsdp2 left {min(odd)} of {type(model).__name__} unshared; use ddp")
 
 
 def _local(value: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -137,7 +137,7 @@ class Zero(Engine):
         self.skips = stage < 3
         self.splits_weights = stage == 3
 
-    def _load(self, folder: Path, dtype: torch.dtype | None, *, trained: bool) -> Any:
+    def _load(self, folder: Path, dtype: torch.dtype | None, *, trained: bool, whole: Collection[str] = ()) -> Any:
         if self._stage < 3:
             return super()._load(folder, dtype, trained=trained)
         import deepspeed
