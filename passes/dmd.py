@@ -33,9 +33,9 @@ class DistributionMatching(Pass):
 
     with b1 and b2 drawn from ranges for every sample. A discriminator on the fake score's features is optional.
 
-    The fake score, and the generator too, can be LoRAs on the one frozen copy of the real score's weights, see
-    docs/training-memory.md. A LoRA generator computes with the prune set skipped; the finished one is merged into the
-    pruned transformer's own weights.
+    The fake score can be a LoRA on the real score's frozen weights. The generator can be one too: on the same weights
+    where the real score is the elastic model, with the prune set skipped; else on its own weights, frozen. The finished
+    one is merged into the pruned transformer. See docs/training-memory.md.
 
     `- dmd: {student_steps: 4, inter_cfg: [3, 4], steps: 200}`
     """
@@ -61,7 +61,7 @@ class DistributionMatching(Pass):
         "full", description="a whole model, or a LoRA on the real score's weights, which it then starts from"
     )
     generator: Literal["full", "lora"] = Field(
-        "full", description="a whole model, or a LoRA on the real score's weights, which then must be elastic"
+        "full", description="a whole model, or a LoRA on the pruned transformer's frozen weights"
     )
     lora_rank: int = Field(32, ge=1, description="rank of LoRAs, on every linear layer of the blocks")
     critic_updates: int = Field(5, ge=1, description="updates of the fake score for each of the generator's")
@@ -76,12 +76,7 @@ class DistributionMatching(Pass):
     gan_weight: float = Field(0.0, ge=0, description="weight of the adversarial term; 0 is none")
 
     @model_validator(mode="after")
-    def _lora_has_its_base(self) -> DistributionMatching:
-        if self.generator == "lora" and self.real_score != "elastic":
-            raise ValueError(
-                "generator: lora given with real_score: original, expected elastic: a LoRA starts from the weights it "
-                "shares, and the generator from those of stochastic depth; set real_score: elastic or generator: full"
-            )
+    def _adversary_has_its_model(self) -> DistributionMatching:
         if self.gan_weight and self.fake_score == "lora":
             raise ValueError(
                 f"gan_weight: {self.gan_weight:g} given with fake_score: lora, expected 0: the term reads inside a "
@@ -90,9 +85,19 @@ class DistributionMatching(Pass):
         return self
 
     @property
-    def shares(self) -> bool:
-        """Whether roles share the real score's weights."""
+    def loras(self) -> bool:
+        """Whether a role is a LoRA."""
         return "lora" in (self.fake_score, self.generator)
+
+    @property
+    def generator_shares(self) -> bool:
+        """Whether the generator is a LoRA on the real score's weights, without the prune set."""
+        return self.generator == "lora" and self.real_score == "elastic"
+
+    @property
+    def shares(self) -> bool:
+        """Whether any role is a LoRA on the real score's weights."""
+        return self.fake_score == "lora" or self.generator_shares
 
     def evaluations(self, evaluations: int) -> int:
         return self.student_steps
@@ -119,10 +124,10 @@ class DistributionMatching(Pass):
                 f"dmd.gan_weight: {self.gan_weight:g} given with training.engine {engine}, expected 0: the "
                 "term reads the fake score from outside its engine; use local or ddp"
             )
-        if self.shares and engine == "zero3":
+        if self.loras and engine == "zero3":
             return (
                 "training.engine: zero3 given with LoRA roles in dmd, expected local, ddp, zero1, zero2 or fsdp2: "
-                "DeepSpeed does not split weights that roles share; use fsdp2"
+                "DeepSpeed does not split weights that a LoRA lies on; use fsdp2"
             )
         return None
 
@@ -139,6 +144,7 @@ class DistributionMatching(Pass):
             own = lora_parameters(parameters, blocks, self.lora_rank) if kind == "lora" else parameters
             return Role(name, own, trained=True, moments=1, averaged=averaged, runs=parameters)
 
+        own_base = self.generator == "lora" and not self.generator_shares
         return Cost(
             steps=self.steps,
             forwards=self.steps * self.batch * (generator + self.critic_updates * critic),
@@ -148,26 +154,27 @@ class DistributionMatching(Pass):
                 role("generator", self.generator, parameters, blocks, averaged=True),
                 role("fake score", self.fake_score, original, blocks / pruned),
                 Role("shared base" if self.shares else "real score", original),
+                *((Role("generator's base", parameters),) if own_base else ()),
             ),
         )
 
     def check(self, training: Training) -> None:
         if against := self._against(training.engine):
             raise RequestError(against)
-        if self.shares and training.compile:
+        if self.loras and training.compile:
             raise RequestError(
                 "training.compile: true given with LoRA roles in dmd, expected false: every role's every layer would "
                 "be compiled by itself; set it to false, or fake_score and generator to full"
             )
 
     def apply(self, program: Program, work: Work) -> Program:
-        if self.generator == "lora":
+        if self.generator_shares:
             parts = program.components
             odd = work.world.once(lambda: unlike(parts["transformer"], parts["elastic"], program.kept))
             if odd:
                 raise RequestError(
                     f"dmd.generator: lora given, but {odd} of the transformer is not that of the elastic one, whose "
-                    "weights a LoRA would start from; set generator: full"
+                    "weights a LoRA would start from; set real_score: original or generator: full"
                 )
         contract = student_contract(program.teacher_contract, self.student_steps, program.family.sigmas)
         started = time.monotonic()
@@ -186,7 +193,7 @@ class DistributionMatching(Pass):
         if work.world.main:
             if self.generator == "lora":
                 whole = load_transformer(program.components["transformer"]).state_dict()
-                weights = merge(whole, weights, program.kept)
+                weights = merge(whole, weights, program.kept if self.generator_shares else {b: b for b in program.kept})
             save_transformer(program.components["transformer"], weights, target)
             result = {
                 "sigmas": list(contract.sigmas),

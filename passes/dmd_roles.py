@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from flcompress.diffusion.conditioning import on
 from flcompress.diffusion.contract import SamplingContract
 from flcompress.diffusion.sampling import Network
 from flcompress.draws import Draws, seed_of
+from flcompress.ir.graph import BlockGraph
 from flcompress.models.loading import meta_transformer
 from flcompress.models.network import as_network
 from flcompress.pipeline.program import Program
@@ -56,15 +58,12 @@ class Roles:
         low, high = settings.score_range
         self._score_range = level_range(contract, self._shift, low=low, high=high, key="dmd.score_range")
 
-        plain = meta_transformer(parts[settings.real_score])
-        self._graph = graph_of(plain)
-        depth = [block.path for block in self._graph.blocks]
-        self.teacher = engine.load_frozen(
-            parts[settings.real_score], whole=loose(plain, depth) if settings.shares else ()
-        )
-        base = SharedBase(self.teacher, depth) if settings.shares else None
-        if base is not None:
-            engine.checkpoint_blocks(self.teacher, base.checkpoint)
+        real_score, base = parts[settings.real_score], None
+        if settings.shares:
+            base, self._graph = self._base(real_score)
+            self.teacher = base.model
+        else:
+            self.teacher, self._graph = engine.load_frozen(real_score), graph_of(meta_transformer(real_score))
         real = as_network(engine.frozen(self.teacher), self._embedded)
         self._teacher = GuidedTeacher(
             engine,
@@ -76,10 +75,10 @@ class Roles:
             intra_cfg=settings.intra_cfg,
             negative=negative,
         )
-        student = self._model("generator", settings.generator, parts["transformer"], base, program.kept.values())
+        student = self._student(program, base)
         self.generator = self._role("generator", student, settings.learning_rate, settings.ema_decay)
         self._generator = as_network(self.generator.module, self._embedded)
-        self._critic, self._fake = self._scoring(program, base, depth)
+        self._critic, self._fake = self._scoring(program, base)
         self.trained = (self.generator, self._critic)
 
         partner, sampled, guided = None, self._generator, real
@@ -105,28 +104,42 @@ class Roles:
                 score_range=self._score_range,
             )
 
-    def _model(self, name: str, kind: str, folder: Any, base: SharedBase | None, kept: Collection[str]) -> Any:
-        """A whole model, or a LoRA on the base that skips what is not kept."""
-        work, engine, graph = self.engine.work, self.engine, self._graph
-        if kind == "full" or base is None:
+    def _base(self, folder: Path) -> tuple[SharedBase, BlockGraph]:
+        """A frozen transformer that LoRAs lie on."""
+        plain = meta_transformer(folder)
+        graph = graph_of(plain)
+        blocks = [block.path for block in graph.blocks]
+        base = SharedBase(self.engine.load_frozen(folder, whole=loose(plain, blocks)), blocks)
+        self.engine.checkpoint_blocks(base.model, base.checkpoint)
+        return base, graph
+
+    def _student(self, program: Program, base: SharedBase | None) -> Any:
+        """The pruned transformer, or a LoRA that computes like it."""
+        engine, settings, graph = self.engine, self._settings, self._graph
+        folder, seed = program.components["transformer"], seed_of(engine.work.seed, "generator")
+        if settings.generator == "full":
             return engine.load_trained(folder)
+        if base is None or not settings.generator_shares:
+            own, _ = self._base(folder)
+            return LoRA(own, own.blocks, settings.lora_rank, seed=seed)
+        kept = program.kept.values()
         gone = [block.path for block in graph.blocks if block.path not in kept]
         return LoRA(
-            base,
-            kept,
-            self._settings.lora_rank,
-            seed=seed_of(work.seed, name),
-            around=lambda: engine.skip(self.teacher, gone, graph=graph),
+            base, kept, settings.lora_rank, seed=seed, around=lambda: engine.skip(self.teacher, gone, graph=graph)
         )
 
     def _role(self, name: str, model: Any, learning_rate: float, ema_decay: float | None = None) -> Trained:
         hyper = Hyper(learning_rate=learning_rate, betas=BETAS)
         return Trained(self.engine, name, model, batch=self._settings.batch, hyper=hyper, ema_decay=ema_decay)
 
-    def _scoring(self, program: Program, base: SharedBase | None, depth: Collection[str]) -> tuple[Trained, Network]:
+    def _scoring(self, program: Program, base: SharedBase | None) -> tuple[Trained, Network]:
         """The critic's role and what predicts: the fake score, inside a discriminator with the adversarial term."""
         settings, name = self._settings, "fake_score"
-        fake = self._model("fake score", settings.fake_score, program.components["elastic"], base, depth)
+        if settings.fake_score == "lora" and base is not None:
+            seed = seed_of(self.engine.work.seed, "fake score")
+            fake: Any = LoRA(base, base.blocks, settings.lora_rank, seed=seed)
+        else:
+            fake = self.engine.load_trained(program.components["elastic"])
         if not settings.gan_weight:
             critic = self._role(name, fake, settings.critic_learning_rate)
             return critic, as_network(critic.module, self._embedded)
