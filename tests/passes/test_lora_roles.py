@@ -28,6 +28,9 @@ from flcompress.training.trained import Trained
 from tests.tiny import tiny_pipeline
 
 LORA = "fake_score: lora, generator: lora, real_score: elastic, lora_rank: 4"
+"""On one base."""
+APART = "fake_score: lora, generator: lora, lora_rank: 4"
+"""The generator on a base of its own."""
 RECIPE = """
 version: 1
 model: model
@@ -61,8 +64,9 @@ def logged(run: RunDirectory) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines]
 
 
+@pytest.mark.parametrize(("name", "settings"), [("merged", LORA), ("merged-apart", APART)])
 def test_the_finished_generator_is_the_trained_one_in_its_own_weights(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, settings: str
 ) -> None:
     trained: dict[str, torch.Tensor] = {}
 
@@ -71,19 +75,19 @@ def test_the_finished_generator_is_the_trained_one_in_its_own_weights(
         return merge(weights, lora, paths)
 
     monkeypatch.setattr("flcompress.passes.dmd.merge", watched)
-    run = applied(folder, "merged")
+    run = applied(folder, name, settings)
     program = run.final()
     student = load_transformer(program.components["transformer"])
-    elastic = load_transformer(program.components["elastic"])
-    assert (len(student.blocks), len(elastic.blocks)) == (2, 4)
-    generator = LoRA(
-        SharedBase(elastic, [block.path for block in graph_of(elastic).blocks]), program.kept.values(), 4, seed=0
-    )
+    pruned = Program.load(next(folder.glob("store/passes/*-prune-*"))).components["transformer"]
+    base = load_transformer(pruned if settings == APART else program.components["elastic"])
+    blocks = [block.path for block in graph_of(base).blocks]
+    assert (len(student.blocks), len(blocks)) == (2, 2 if settings == APART else 4)
+    generator = LoRA(SharedBase(base, blocks), blocks if settings == APART else program.kept.values(), 4, seed=0)
     generator.load_state_dict(trained)
     assert all(bool((value != 0).any()) for value in generator.lora_B.values())
-    given = example_inputs(elastic, batch=2)
-    with torch.no_grad(), skip(elastic, program.prune_set):
-        start = elastic(**given, return_dict=False)[0]
+    given = example_inputs(base, batch=2)
+    with torch.no_grad(), skip(base, () if settings == APART else program.prune_set):
+        start = base(**given, return_dict=False)[0]
         expected = generator(**given, return_dict=False)[0]
     with torch.no_grad():
         found = student(**given, return_dict=False)[0]
@@ -152,9 +156,6 @@ def test_a_lora_critic_beside_a_full_generator(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"generator": "lora"},
-         "generator: lora given with real_score: original, expected elastic: a LoRA starts from the weights it shares, "
-         "and the generator from those of stochastic depth; set real_score: elastic or generator: full"),
         ({"fake_score": "lora", "gan_weight": 0.1},
          "gan_weight: 0.1 given with fake_score: lora, expected 0: the term reads inside a fake score of its own; "
          "set fake_score: full or gan_weight: 0"),
@@ -171,7 +172,7 @@ def test_combinations_that_cannot_be(settings: dict[str, Any], message: str) -> 
     [
         ("training.engine=zero3",
          "training.engine: zero3 given with LoRA roles in dmd, expected local, ddp, zero1, zero2 or fsdp2: DeepSpeed "
-         "does not split weights that roles share; use fsdp2"),
+         "does not split weights that a LoRA lies on; use fsdp2"),
         ("training.compile=true",
          "training.compile: true given with LoRA roles in dmd, expected false: every role's every layer would be "
          "compiled by itself; set it to false, or fake_score and generator to full"),
@@ -198,7 +199,8 @@ def test_a_generator_that_did_not_start_from_the_base_is_refused(folder: Path) -
         step.apply(odd, work)
     assert str(told.value).startswith("dmd.generator: lora given, but ")
     assert str(told.value).endswith(
-        " of the transformer is not that of the elastic one, whose weights a LoRA would start from; set generator: full"
+        " of the transformer is not that of the elastic one, whose weights a LoRA would start from; "
+        "set real_score: original or generator: full"
     )
 
 
@@ -220,26 +222,36 @@ def test_the_plan_counts_the_base_once_and_what_is_trained() -> None:
     assert (generator.runs, fake.runs) == (7e8, 1e9)
     assert "zero3" not in step.engines
     assert {"ddp", "zero2", "fsdp2"} < set(step.engines)
+    apart = DistributionMatching(steps=1, generator="lora").cost(7e8, 21, 1e9)
+    assert [(role.name, role.parameters, role.trained) for role in apart.roles[1:]] == [
+        ("fake score", 1e9, True),
+        ("real score", 1e9, False),
+        ("generator's base", 7e8, False),
+    ]
     full = DistributionMatching(steps=1).cost(7e8, 21, 1e9)
     assert [role.name for role in full.roles] == ["generator", "fake score", "real score"]
     assert step.cost(7e8, 21, 1e9).forwards < full.forwards
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["ddp", "zero2", "fsdp2"])
-def test_two_processes_agree_with_one(folder: Path, engine: str) -> None:
-    alone = applied(folder, "plain")
-    recipe, store = folder / "plain.yaml", folder / f"store-{engine}"
+@pytest.mark.parametrize(
+    ("engine", "name", "settings"),
+    [("ddp", "plain", LORA), ("zero2", "apart", APART), ("fsdp2", "plain", LORA), ("fsdp2", "apart", APART)],
+)
+def test_two_processes_agree_with_one(folder: Path, engine: str, name: str, settings: str) -> None:
+    alone = applied(folder, name, settings)
+    recipe, store = folder / f"{name}.yaml", folder / f"store-{engine}-{name}"
     shutil.copytree(folder / "store", store, ignore=shutil.ignore_patterns("*-dmd-*"))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    place = folder / f"{engine}-{name}"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port),
-               "-m", "flcompress", "apply", str(recipe), "--run-dir", str(folder / engine), "--store", str(store),
+               "-m", "flcompress", "apply", str(recipe), "--run-dir", str(place), "--store", str(store),
                "--set", f"training.engine={engine}"]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     subprocess.run(command, check=True, capture_output=True, env=environment)
-    shared = RunDirectory(folder / engine)
+    shared = RunDirectory(place)
     for one, other in zip(logged(alone), logged(shared), strict=True):
         assert other == pytest.approx(one, rel=1e-5)
     weights, others = (load_transformer(run.final().components["transformer"]).state_dict() for run in (alone, shared))
