@@ -30,8 +30,9 @@ NAIVE = "three full copies, torch's AdamW"
 ROLES: dict[str, dict[str, Any]] = {
     NAIVE: {},
     "three full copies": {},
-    "shared base, LoRA critic": {"fake_score": "lora"},
-    "shared base, both LoRA": {"fake_score": "lora", "generator": "lora"},
+    "LoRA critic": {"fake_score": "lora"},
+    "both LoRA": {"fake_score": "lora", "generator": "lora"},
+    "both LoRA on one base": {"fake_score": "lora", "generator": "lora", "real_score": "elastic"},
 }
 MODES: dict[str, dict[str, Any]] = {
     "": {},
@@ -71,7 +72,7 @@ class Alive(TorchDispatchMode):
 
 def recipe_of(model: str, folder: Path, roles: dict[str, Any], training: dict[str, Any]) -> Path:
     """A recipe that cuts the model without training and distils for two steps."""
-    dmd = {"steps": 2, "batch": BATCH[model], "critic_updates": 1, "student_steps": 2, "real_score": "elastic", **roles}
+    dmd = {"steps": 2, "batch": BATCH[model], "critic_updates": 1, "student_steps": 2, **roles}
     source = ROOT / "recipes/moving-digits/teacher" if model == "teacher" else folder / "model"
     recipe = {
         "version": 1,
@@ -102,6 +103,7 @@ def child(model: str, folder: Path, name: str, training: dict[str, Any]) -> dict
     from flcompress.pipeline.recipe_loading import load_recipe
     from flcompress.pipeline.rundir import RunDirectory
     from flcompress.training.engines import engine_of, replicated
+    from flcompress.training.lora import LoRA
 
     if name == NAIVE:
         replicated.optimiser = lambda parameters, hyper: torch.optim.AdamW(
@@ -123,6 +125,9 @@ def child(model: str, folder: Path, name: str, training: dict[str, Any]) -> dict
             with made.engine.forward_mode():
                 made.step(number, Draws(0, "memory", number, batch=step.batch))
     base = list(made.teacher.parameters())
+    for role in made.trained:
+        if isinstance(role.model, LoRA):
+            base += role.model.inner.parameters()
     return {
         "weights": _bytes([*base, *(one for role in made.trained for one in role.model.parameters())]),
         "trained": _bytes(one for role in made.trained for one in role.model.parameters()),
