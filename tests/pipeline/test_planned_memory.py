@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from flcompress.pipeline.activations import Bytes, Kept
-from flcompress.pipeline.engine_memory import BUCKET
+from flcompress.pipeline.engine_memory import BUCKET, Place, updating
 from flcompress.pipeline.passes import Cost, EngineName, Precision, Role
 from flcompress.pipeline.planned_memory import PROCESS, PlannedMemory, Sizes, planned_memory
 from flcompress.pipeline.recipe import Training
@@ -53,9 +53,18 @@ def test_each_part_of_a_training_pass() -> None:
     assert found.total == PROCESS + 3200 + 1200 + 200 + 10850
 
 
-def test_the_step_takes_most_where_activations_are_few() -> None:
-    """Gradients, and the denominator of AdamW."""
-    assert memory(GENERATOR, batch=0).update == 2 * 4 * 200
+def test_gradients_take_most_where_activations_are_few() -> None:
+    """AdamW steps one tensor at a time."""
+    assert memory(GENERATOR, batch=0).update == 4 * 200
+    assert memory(GENERATOR, batch=0, engine="ddp", processes=4).update == 50  # in the buckets, which stay
+
+
+def test_one_moment_takes_half_of_two() -> None:
+    one = Role("generator", 200, trained=True, moments=1)
+    assert memory(one).roles["generator"].moments == 4 * 200
+    assert memory(one, engine="zero2", processes=4).roles["generator"].moments == 4 * 200 / 4
+    step = [updating(200, moments, 0.0, Place("zero2", 4, gpu=False)).step for moments in (1, 2)]
+    assert step == [2 * 4 * 200 / 4, 4 * 4 * 200 / 4]  # stepped in slices, or with denominators
 
 
 def test_half_precision_and_checkpointing_save_what_they_can() -> None:
@@ -81,7 +90,7 @@ def test_a_shallow_role_keeps_fewer_activations() -> None:
 @pytest.mark.parametrize(
     ("engine", "weights", "gradients", "moments", "average", "kept"),
     [
-        ("ddp", 800, 800, 1600, 800, 800),  # kept: its buckets
+        ("ddp", 800, 0, 1600, 800, 800),  # kept: its buckets, where gradients lie
         ("zero1", 800, 800, 400, 800, 200),  # kept: the fp32 part
         ("zero2", 800, 200, 400, 800, 200),
         ("zero3", 200, 200, 400, 200, 200 + 800 + 800),  # kept: gradients, bucket, gathered weights
