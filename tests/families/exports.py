@@ -1,14 +1,19 @@
-"""A tiny pipeline of any family as the program that its exporters are handed."""
+"""A tiny pipeline of any family as the program that its exporters are handed, and what its export is given."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import torch
+
+from flcompress.models.parts import open_parts
 from flcompress.pipeline.program import Program
 from flcompress.pipeline.recipe_loading import load_recipe
 from flcompress.pipeline.start import starting_program
 from tests.families.pipelines import EXPORTED, save
 
+PROMPT = "a three drifting up"
 RECIPE = """
 version: 1
 model: {{path: {model}}}
@@ -26,3 +31,15 @@ def exportable(name: str, folder: Path) -> Program:
     model = save(name, folder / "model")
     recipe.write_text(RECIPE.format(model=model, guidance=tiny.guidance, tokens=tokens, size=tiny.size))
     return starting_program(load_recipe(recipe), folder)
+
+
+def first_frame(folder: Path, facts: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """(the stock call's image, our conditioning by it); nothing for text to video."""
+    from PIL import Image
+
+    parts = open_parts(folder)
+    if not parts.from_image:
+        return {}, {}
+    pixels = (torch.rand(32, 32, 3, generator=torch.Generator().manual_seed(1)) * 255).byte()
+    clip = (pixels.permute(2, 0, 1).float() / 127.5 - 1.0)[None, :, None].expand(1, 3, 9, 32, 32)
+    return {"image": Image.fromarray(pixels.numpy())}, parts.encode_images(clip, [PROMPT], 16)

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from tests.families import encoders
-from tests.families.encoders import WIDTH, clip, llama, qwen, t5, tokenizer, umt5
+from tests.families.encoders import WIDTH, clip, llama, t5, tokenizer
+from tests.families.image_pipelines import flux, qwen_image, sd3
+from tests.families.wan_pipelines import wan, wan_a14b, wan_a14b_i2v, wan_i2v, wan_ti2v
 
 Size = tuple[int, int, int]
 
@@ -39,106 +41,6 @@ def save(name: str, folder: Path) -> Path:
         torch.manual_seed(0)
         (EXPORTED | EXPERTS)[name].build().save_pretrained(str(folder), safe_serialization=True)
     return folder
-
-
-def _wan_vae() -> Any:
-    from diffusers import AutoencoderKLWan
-
-    return AutoencoderKLWan(
-        base_dim=4,
-        z_dim=16,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False, True, True],
-        scale_factor_spatial=8,
-        scale_factor_temporal=4,
-    ).eval()
-
-
-def _wan_transformer(**more: Any) -> Any:
-    from diffusers import WanTransformer3DModel
-
-    settings: dict[str, Any] = {
-        "patch_size": (1, 2, 2),
-        "num_attention_heads": 2,
-        "attention_head_dim": 12,
-        "in_channels": 16,
-        "out_channels": 16,
-        "text_dim": WIDTH,
-        "freq_dim": 32,
-        "ffn_dim": 32,
-        "num_layers": 4,
-        "cross_attn_norm": True,
-        "qk_norm": "rms_norm_across_heads",
-        "rope_max_seq_len": 32,
-    }
-    return WanTransformer3DModel(**(settings | more)).eval()
-
-
-def wan() -> Any:
-    """As the real ones are saved: with a multistep solver of flow sigmas."""
-    from diffusers import UniPCMultistepScheduler, WanPipeline
-
-    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    return WanPipeline(tokenizer(), umt5(), _wan_vae(), scheduler, _wan_transformer())
-
-
-def wan_i2v() -> Any:
-    from diffusers import FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline
-    from transformers import CLIPImageProcessor
-
-    return WanImageToVideoPipeline(
-        tokenizer=tokenizer(),
-        text_encoder=umt5(),
-        vae=_wan_vae(),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        image_processor=CLIPImageProcessor(crop_size=32, size=32),
-        image_encoder=encoders.clip_vision(),
-        transformer=_wan_transformer(in_channels=36, image_dim=4, added_kv_proj_dim=24),
-    )
-
-
-def wan_ti2v() -> Any:
-    from diffusers import FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline
-
-    return WanImageToVideoPipeline(
-        tokenizer=tokenizer(),
-        text_encoder=umt5(),
-        vae=_wan_vae(),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
-        transformer=_wan_transformer(),
-        expand_timesteps=True,
-    )
-
-
-def wan_a14b() -> Any:
-    """Wan 2.2 A14B: two experts, of two depths here, so that taking one for the other is found out."""
-    from diffusers import UniPCMultistepScheduler, WanPipeline
-
-    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    return WanPipeline(
-        tokenizer(),
-        umt5(),
-        _wan_vae(),
-        scheduler,
-        _wan_transformer(),
-        transformer_2=_wan_transformer(num_layers=6),
-        boundary_ratio=0.875,
-    )
-
-
-def wan_a14b_i2v() -> Any:
-    from diffusers import FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline
-
-    return WanImageToVideoPipeline(
-        tokenizer=tokenizer(),
-        text_encoder=umt5(),
-        vae=_wan_vae(),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
-        transformer=_wan_transformer(in_channels=36),
-        transformer_2=_wan_transformer(in_channels=36, num_layers=6),
-        boundary_ratio=0.9,
-    )
 
 
 def _hunyuan_transformer(**more: Any) -> Any:
@@ -328,105 +230,6 @@ def mochi() -> Any:
         layers_per_block=(1, 1, 1, 1, 1),
     ).eval()
     return MochiPipeline(FlowMatchEulerDiscreteScheduler(invert_sigmas=True), vae, t5(), tokenizer(), transformer)
-
-
-def _image_vae(channels: int, **more: Any) -> Any:
-    from diffusers import AutoencoderKL
-
-    return AutoencoderKL(
-        sample_size=32,
-        block_out_channels=(4, 4),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=1,
-        latent_channels=channels,
-        norm_num_groups=1,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        shift_factor=0.0609,
-        scaling_factor=1.5035,
-        **more,
-    ).eval()
-
-
-def flux() -> Any:
-    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-
-    transformer = FluxTransformer2DModel(
-        in_channels=16,
-        num_layers=2,
-        num_single_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=WIDTH,
-        pooled_projection_dim=WIDTH,
-        axes_dims_rope=[4, 4, 8],
-        guidance_embeds=True,
-    ).eval()
-    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, shift=3.0)
-    return FluxPipeline(scheduler, _image_vae(4), clip(), tokenizer(), t5(), tokenizer(), transformer)
-
-
-def sd3() -> Any:
-    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-
-    transformer = SD3Transformer2DModel(
-        sample_size=32,
-        patch_size=2,
-        in_channels=4,
-        out_channels=4,
-        num_layers=5,
-        attention_head_dim=8,
-        num_attention_heads=4,
-        caption_projection_dim=32,
-        joint_attention_dim=WIDTH,
-        pooled_projection_dim=64,
-        pos_embed_max_size=32,
-    ).eval()
-    return StableDiffusion3Pipeline(
-        transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=_image_vae(4),
-        text_encoder=clip(projection=True, width=16),
-        tokenizer=tokenizer(77),
-        text_encoder_2=clip(projection=True, width=16),
-        tokenizer_2=tokenizer(77),
-        text_encoder_3=t5(),
-        tokenizer_3=tokenizer(),
-    )
-
-
-def qwen_image() -> Any:
-    from diffusers import (
-        AutoencoderKLQwenImage,
-        FlowMatchEulerDiscreteScheduler,
-        QwenImagePipeline,
-        QwenImageTransformer2DModel,
-    )
-
-    transformer = QwenImageTransformer2DModel(
-        patch_size=2,
-        in_channels=16,
-        out_channels=4,
-        num_layers=4,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        axes_dims_rope=(8, 4, 4),
-    ).eval()
-    vae = AutoencoderKLQwenImage(
-        base_dim=8,
-        z_dim=4,
-        dim_mult=[1, 2, 4],
-        num_res_blocks=1,
-        temperal_downsample=[False, True],
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-    ).eval()
-    scheduler = FlowMatchEulerDiscreteScheduler(
-        use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
-    )
-    return QwenImagePipeline(scheduler, vae, qwen(), tokenizer(), transformer)
 
 
 TINY: dict[str, Tiny] = {

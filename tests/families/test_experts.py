@@ -14,11 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from flcompress.diffusion.contract import SamplingContract, contract_of
-from flcompress.diffusion.experts import Expert, Experts
-from flcompress.diffusion.sampling import sample
-from flcompress.diffusion.student import student_contract
-from flcompress.errors import ModelError, PreconditionError, RequestError
+from flcompress.diffusion.contract import SamplingContract
+from flcompress.diffusion.experts import Expert
+from flcompress.errors import RequestError
 from flcompress.evaluation.bench import bench
 from flcompress.evaluation.contenders import run_contenders
 from flcompress.exporters.runtime import _denoiser, denoise, generate
@@ -27,17 +25,14 @@ from flcompress.models.families.wan import Wan
 from flcompress.models.loading import load_transformer
 from flcompress.models.parts import open_parts
 from flcompress.pipeline.display import QuietDisplay
-from flcompress.pipeline.inspecting import inspect_model
-from flcompress.pipeline.inspection_text import inspection_text
 from flcompress.pipeline.manager import apply, check, export
 from flcompress.pipeline.recipe_loading import load_recipe
 from flcompress.pipeline.rundir import RunDirectory
 from flcompress.pipeline.start import components_of
-from flcompress.training.objectives import level_range
+from tests.families.exports import PROMPT, first_frame
 from tests.families.pipelines import EXPERTS
 from tests.families.test_apply import RECIPE, encoded
 
-PROMPT = "a three drifting up"
 DATA = "data: {moving-digits: {clips: 8}}"
 HIGH, LOW = (3, 4), (5, 6)
 """Blocks of the tiny high-noise and low-noise expert: pruned, and whole."""
@@ -253,193 +248,9 @@ def test_a_bench_of_a_pair_is_refused(runs: dict[Expert, Made]) -> None:
         bench(RunDirectory(runs["low"][0]))
 
 
-def test_an_inspection_shows_both_experts(pipeline_folder: Callable[[str], Path]) -> None:
-    found = inspect_model(str(pipeline_folder("wan-a14b")), height=64, width=64, frames=9)
-    text = inspection_text(found)
-    assert "one of two experts: it answers the timesteps from 875 (high noise)" in text
-    assert "transformer_2: the other expert, timesteps below 875 (low noise): WanTransformer3DModel, 6 blocks" in text
-    (other,) = found.to_dict()["other_transformers"]
-    assert (other["name"], other["blocks"], other["timesteps"]) == ("transformer_2", 6, "below 875")
-
-
-@pytest.mark.parametrize("name", EXPERTS)
-def test_the_teacher_pair_is_sampled_as_its_stock_pipeline_samples_it(
-    pipeline_folder: Callable[[str], Path], name: str, tmp_path: Path
-) -> None:
-    """Guided by two scales, along the ODE."""
-    import diffusers
-
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(
-        f"version: 1\nmodel: {{path: {pipeline_folder(name)}, expert: low}}\nexports: [diffusers]\nsampling:\n"
-        "  {num_inference_steps: 6, guidance_scale: 4.0, guidance_scale_2: 2.0, max_sequence_length: 16,\n"
-        "   num_frames: 9, height: 32, width: 32}\n"
-    )
-    run = apply(recipe, tmp_path / "run", display=QuietDisplay(), device="cpu")
-    folder = run.path / "exports" / "diffusers"
-    facts = json.loads((folder / "flcompress.json").read_text())
-    assert (facts["call"]["guidance_scale"], facts["call"]["guidance_scale_2"]) == (4.0, 2.0)
-    given, first = first_frame(folder, facts)
-    pipeline = getattr(diffusers, facts["pipeline_class"]).from_pretrained(str(folder), use_safetensors=True)
-    pipeline.set_progress_bar_config(disable=True)
-    torch.manual_seed(2)
-    stock = pipeline(prompt=PROMPT, **given, **facts["call"], output_type="latent").frames
-    ours = denoise(_denoiser(run.path, "torch", facts), open_parts(folder), facts, PROMPT, 2, first)
-    torch.testing.assert_close(ours, stock, rtol=0.0, atol=2e-4)
-
-
-def first_frame(folder: Path, facts: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """(the stock call's image, our conditioning by it); nothing for text to video."""
-    from PIL import Image
-
-    parts = open_parts(folder)
-    if not parts.from_image:
-        return {}, {}
-    pixels = (torch.rand(32, 32, 3, generator=torch.Generator().manual_seed(1)) * 255).byte()
-    clip = (pixels.permute(2, 0, 1).float() / 127.5 - 1.0)[None, :, None].expand(1, 3, 9, 32, 32)
-    return {"image": Image.fromarray(pixels.numpy())}, parts.encode_images(clip, [PROMPT], 16)
-
-
 def replace_experts(facts: dict[str, Any]) -> dict[str, Any]:
     """The same facts with a boundary that gives the low-noise expert one step less."""
     contract = SamplingContract.from_dict(facts["contract"])
     assert contract.experts is not None
     moved = replace(contract, experts=replace(contract.experts, boundary_ratio=contract.sigmas[2] - 1e-3))
     return {**facts, "contract": json.loads(json.dumps(moved.to_dict()))}
-
-
-def contract(compressed: Expert, *, steps: int = 50, shift: float = 5.0, **more: Any) -> SamplingContract:
-    return contract_of(
-        {"shift": shift},
-        num_inference_steps=steps,
-        guidance_scale=4.0,
-        max_sequence_length=16,
-        experts=Experts(boundary_ratio=0.875, compressed=compressed, guidance_scale=3.0, **more),
-    )
-
-
-def test_each_call_goes_to_the_expert_of_its_timestep_at_its_own_scale() -> None:
-    """From pure noise, predictions that depend on the expert and the prompt alone; the sum of the steps by hand."""
-    teacher = contract("low", steps=8)
-    assert teacher.experts is not None
-
-    def constant(value: float) -> Any:
-        return lambda x, timestep, given: torch.full_like(x, value) + given["prompt"].reshape(-1, 1, 1, 1, 1)
-
-    joined = teacher.experts.joined(constant(10.0), constant(20.0))
-    prompt, negative = {"prompt": torch.tensor([1.0])}, {"prompt": torch.tensor([0.0])}
-    found = sample(joined, teacher, torch.zeros(1, 1, 1, 1, 1), prompt, negative)
-    sigmas = torch.tensor([*teacher.sigmas, 0.0])
-    high = sum(t >= 875.0 for t in teacher.timesteps)
-    widths = sigmas[1:] - sigmas[:-1]
-    assert 0 < high < 8
-    assert float(found) == pytest.approx(float(24.0 * widths[:high].sum() + 13.0 * widths[high:].sum()), rel=1e-5)
-    assert teacher.evaluations == 16
-
-
-@pytest.mark.parametrize("ratio", [0.9, 0.417, 0.7, 1.0 / 3.0])
-def test_the_boundary_itself_is_the_high_noise_experts_as_in_the_stock_pipeline(ratio: float) -> None:
-    experts = Experts(boundary_ratio=ratio, compressed="low", guidance_scale=1.0)
-    on = torch.tensor(ratio * 1000, dtype=torch.float32)
-    for t in (on, torch.nextafter(on, torch.tensor(0.0)), torch.nextafter(on, torch.tensor(2000.0))):
-        assert experts.at(float(t)) == ("high" if t >= ratio * 1000 else "low")
-
-
-def test_a_student_keeps_the_guidance_of_a_partner_that_is_no_student() -> None:
-    first = student_contract(contract("high"), 4)
-    assert first.experts is not None
-    assert (first.guidance_scale, first.experts.guidance_scale, first.places) == (1.0, 3.0, (0, 1))
-    alone = student_contract(contract("low"), 4)
-    assert alone.experts is not None
-    assert (alone.guidance_scale, alone.experts.guidance_scale, alone.places) == (4.0, 1.0, (2, 3))
-    second = student_contract(contract("low", partner_steps=4), 4)
-    assert (second.evaluations, second.sigmas) == (4, first.sigmas)
-    assert SamplingContract.from_dict(json.loads(json.dumps(second.to_dict()))) == second
-
-
-@pytest.mark.parametrize(
-    ("compressed", "steps", "more", "message"),
-    [
-        (
-            "low",
-            8,
-            {"partner_steps": 4},
-            "dmd.student_steps: 8 given, expected 4: the partner that model.partner names ",
-        ),
-        (
-            "low",
-            1,
-            {},
-            r"dmd.student_steps: 1 given, but none of its timesteps \(1000\) is the low-noise expert's, which answers "
-            "below 875; give more steps",
-        ),
-    ],
-)
-def test_a_student_needs_a_step_of_its_own(compressed: Expert, steps: int, more: dict[str, Any], message: str) -> None:
-    with pytest.raises(ModelError, match=message):
-        student_contract(contract(compressed, **more), steps)
-
-
-@pytest.mark.parametrize("compressed", ["high", "low"])
-@pytest.mark.parametrize("by", [1.0, 3.0, 5.0])
-def test_the_levels_of_an_expert_before_the_shift(compressed: Expert, by: float) -> None:
-    low, high = level_range(contract(compressed), by, low=0.02, high=0.98, key="x")
-    after = [by * level / (1 + (by - 1) * level) for level in (low, high)]
-    wanted = (0.875, after[1]) if compressed == "high" else (after[0], 0.875)
-    assert after == pytest.approx(wanted)
-    assert (low, high) == pytest.approx((low, 0.98) if compressed == "high" else (0.02, high))
-
-
-def test_levels_that_an_expert_never_sees_are_refused() -> None:
-    with pytest.raises(PreconditionError) as refused:
-        level_range(contract("high"), 5.0, low=0.02, high=0.5, key="dmd.score_range")
-    assert str(refused.value) == (
-        "dmd.score_range: [0.02, 0.5] given, but the high-noise expert is responsible for [0.583, 1]; expected a range "
-        "that reaches into it"
-    )
-
-
-@pytest.mark.parametrize(
-    ("name", "model", "more", "message"),
-    [
-        (
-            "wan-a14b",
-            "",
-            "",
-            r"recipe\.yaml:2: model\.expert: nothing given, but this WanPipeline has two experts; expected high "
-            r"\(transformer, timesteps from 875\) or low \(transformer_2, those below\): a recipe compresses one",
-        ),
-        (
-            "wan",
-            ", expert: low",
-            "",
-            r"model\.expert: low given, but this WanPipeline has one transformer; leave it out",
-        ),
-        (
-            "wan",
-            "",
-            "sampling: {guidance_scale_2: 3.0}",
-            r"recipe\.yaml:3: sampling\.guidance_scale_2: 3\.0 given, but this WanPipeline has one transformer",
-        ),
-        (
-            "wan-a14b",
-            ", expert: low, partner: nowhere",
-            "",
-            r"recipe\.yaml:2: model\.partner: no folder .*nowhere.*; give the path of a diffusers pipeline folder",
-        ),
-        (
-            "wan-a14b",
-            ", expert: low, partner: .",
-            "",
-            r"model\.partner: .* has no flcompress\.json; expected the diffusers export of another recipe, "
-            "RUN/exports/diffusers",
-        ),
-    ],
-)
-def test_what_does_not_fit_the_experts_is_one_line(
-    pipeline_folder: Callable[[str], Path], tmp_path: Path, name: str, model: str, more: str, message: str
-) -> None:
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"version: 1\nmodel: {{path: {pipeline_folder(name)}{model}}}\n{more}\n")
-    with pytest.raises(RequestError, match=message):
-        check(load_recipe(recipe), RunDirectory(tmp_path / "run"))

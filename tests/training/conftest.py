@@ -4,7 +4,10 @@ import os
 
 import pytest
 
+from tests.training import toy
+from tests.training.faulty import command
 from tests.training.home import Home
+from tests.training.processes import run
 
 
 @pytest.fixture(scope="session")
@@ -13,3 +16,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     return Home.make(tmp_path_factory.mktemp("training"))
+
+
+@pytest.fixture(scope="session")
+def whole(home: Home) -> bytes:
+    """The weights that the training gives in which no fault is met."""
+    folder = home.begun(home.folder / "faults-whole/run")
+    run(command(home, folder), home.folder / "faults-output", processes=2)
+    return toy.weights(folder)
