@@ -47,11 +47,11 @@ def train(file: Path, out: Path) -> None:
     """In a process of the training: run the pass, write what it took."""
     from flcompress.pipeline.clips import Clips
     from flcompress.pipeline.display import QuietDisplay
+    from flcompress.pipeline.joining import joined
     from flcompress.pipeline.memory import peak_mb, reset_peak
     from flcompress.pipeline.passes import Work
     from flcompress.pipeline.recipe_loading import load_recipe
     from flcompress.pipeline.start import starting_program
-    from flcompress.pipeline.world import joined
 
     recipe = load_recipe(file)
     (step,) = recipe.passes

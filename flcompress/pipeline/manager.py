@@ -18,6 +18,7 @@ from flcompress.pipeline.data_check import check_data
 from flcompress.pipeline.display import Display, QuietDisplay, default_display
 from flcompress.pipeline.durable import full_disk_told, locked
 from flcompress.pipeline.exporting import run_exports
+from flcompress.pipeline.joining import joined
 from flcompress.pipeline.launch import Launch, check_launch
 from flcompress.pipeline.passes import Pass, Work
 from flcompress.pipeline.program import Program
@@ -26,7 +27,7 @@ from flcompress.pipeline.recipe_loading import load_recipe
 from flcompress.pipeline.registry import find_exporter
 from flcompress.pipeline.rundir import RunDirectory
 from flcompress.pipeline.store import Entry, Store, key_of
-from flcompress.pipeline.world import World, joined
+from flcompress.pipeline.world import World
 
 if TYPE_CHECKING:
     from flcompress.pipeline.plan import Plan

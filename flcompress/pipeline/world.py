@@ -9,14 +9,11 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from flcompress.errors import INTERRUPTED, FlcompressError, RequestError, TrainingError
-from flcompress.pipeline.launch import Launch
+from flcompress.errors import INTERRUPTED, FlcompressError, TrainingError
 from flcompress.pipeline.watch import FAILED, LEFT, TOLD, Pulse, Watch
 
 if TYPE_CHECKING:
     import torch.distributed as dist
-
-    from flcompress.pipeline.recipe import Training
 
 LONGEST_WAIT = 0.2
 """Seconds between two looks for what another process will give."""
@@ -81,11 +78,6 @@ class World:
         self._moved(doing, alone=before)
         self._put(f"once/{number}", value)
         return value
-
-    def barrier(self, what: str) -> None:
-        """Wait until every process is here."""
-        self.beat(what)
-        self.mean({"here": 1.0})
 
     def beat(self, what: str) -> None:
         """Say that this process moves on together with the others, and to what: a hung one is told by its last word."""
@@ -210,7 +202,8 @@ class World:
         except (dist.DistStoreError, dist.DistNetworkError) as error:
             raise self._broken(error) from error
 
-    def _join(self, store: Any, timeout: float) -> None:
+    def join(self, store: Any, timeout: float) -> None:
+        """Meet the others in torch's process group, which stands, and in the store that they share."""
         import torch.distributed as dist
 
         stores: Any = dist  # mypy does not see those that come from C++
@@ -220,7 +213,7 @@ class World:
         self._watch.start()
         self._control = dist.new_group(backend="gloo", timeout=timedelta(seconds=2 * timeout))
 
-    def _leave(self) -> None:
+    def leave(self) -> None:
         """The main process leaves last, since it may keep the store that tells the others how it ended."""
         import torch.distributed as dist
 
@@ -232,56 +225,3 @@ class World:
                 time.sleep(0.02)
         self._control = None
         dist.destroy_process_group()
-
-
-@contextmanager
-def joined(training: Training, device: str, launch: Launch) -> Iterator[World]:
-    """Join the processes that a launcher started.
-
-    Raises:
-        RequestError: they cannot meet, or are not as many as the launcher says.
-    """
-    if launch.size == 1 and training.engine == "local":
-        yield World()
-        return
-    import torch
-    import torch.distributed as dist
-    from torch.distributed.rendezvous import rendezvous
-
-    stores: Any = dist
-    if device == "cuda":
-        if launch.local_rank >= torch.cuda.device_count():
-            raise RequestError(
-                f"environment: LOCAL_RANK={launch.local_rank} given, but this machine has "
-                f"{torch.cuda.device_count()} GPUs; start one process for each"
-            )
-        torch.cuda.set_device(launch.local_rank)
-    limit = timedelta(seconds=training.timeout)
-    world = World(launch.rank, launch.size, launch.local_rank)
-    try:
-        # One process under a distributed engine: sharding with offload on one device.
-        store = next(rendezvous("env://", timeout=limit))[0] if launch.size > 1 else stores.HashStore()
-        # The collectives wait a little longer than the watch, which names who is late.
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
-            store=stores.PrefixStore("torch", store),
-            rank=launch.rank,
-            world_size=launch.size,
-            timeout=2 * limit,
-        )
-        if launch.size > 1:
-            world._join(store, training.timeout)
-    except (dist.DistStoreError, dist.DistNetworkError, dist.DistBackendError) as error:
-        raise RequestError(
-            f"the {launch.size} processes (WORLD_SIZE) did not meet within {training.timeout:g} s (training.timeout): "
-            f"{str(error).splitlines()[0][:200]}; start all of them, or set it higher"
-        ) from error
-    if dist.get_world_size() != launch.size:
-        raise RequestError(f"WORLD_SIZE: {launch.size} given, but {dist.get_world_size()} processes met; start anew")
-    try:
-        yield world
-    finally:
-        if launch.size > 1:
-            world._leave()
-        else:
-            dist.destroy_process_group()

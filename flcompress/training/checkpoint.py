@@ -125,14 +125,6 @@ class Checkpoints:
         instead = f"going on from {older[0].name}" if older else "no other one is left; beginning this pass again"
         self.say(f"{folder}: damaged checkpoint removed ({trouble}); {instead}")
 
-    def drop_after(self, step: int) -> None:
-        """Remove checkpoints newer than `step`."""
-        if self.world.main:
-            for folder in self._written("step"):
-                if folder.name > f"step-{step:08d}":
-                    _remove(folder)
-        self.world.once(lambda: None)
-
     def _mine(self) -> str:
         return "rank-0.safetensors" if self.layout == WHOLE else f"rank-{self.world.rank}.safetensors"
 
