@@ -7,11 +7,10 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flcompress.errors import FlcompressError, PostconditionError, RequestError, UnavailableError
+from flcompress.errors import FlcompressError, PostconditionError, RequestError
 from flcompress.pipeline import start
 from flcompress.pipeline.clips import Clips, fingerprint
 from flcompress.pipeline.data_check import check_data
@@ -27,6 +26,7 @@ from flcompress.pipeline.recipe_loading import load_recipe
 from flcompress.pipeline.registry import find_exporter
 from flcompress.pipeline.rundir import RunDirectory
 from flcompress.pipeline.store import Entry, Store, key_of
+from flcompress.pipeline.wandb_access import check_wandb_installed, check_wandb_login
 from flcompress.pipeline.world import World
 
 if TYPE_CHECKING:
@@ -78,6 +78,8 @@ def apply(
     check_launch(recipe.training, launch, recipe.passes)
     with joined(recipe.training, device, launch) as world, world.telling(), full_disk_told(run.path):
         if world.main:
+            if "wandb" in recipe.training.log_to:
+                check_wandb_login()
             with _own(run):
                 _apply(recipe, run, shared, display, device, world)
         else:
@@ -136,11 +138,8 @@ def check(recipe: Recipe, run: RunDirectory, *, plan: bool = False) -> None:
         step.check(recipe.training)
     for exporter in () if bare else recipe.exports:
         exporter.check()
-    if not bare and "wandb" in recipe.training.log_to and find_spec("wandb") is None:
-        raise UnavailableError(
-            "training.log_to: wandb given, but Weights & Biases is not installed; pip install 'flcompress[wandb]', "
-            "or leave it out"
-        )
+    if not bare and "wandb" in recipe.training.log_to:
+        check_wandb_installed()
     check_pipeline(recipe.model_folder(), weights=trained and not bare, parts=not bare)
     start.check_experts(recipe)
     if not bare:

@@ -19,8 +19,8 @@ from flcompress.pipeline.world import World
 from flcompress.training.checkpoint import Checkpoints, Kind
 from flcompress.training.engines import Engine
 from flcompress.training.health import BREACHES_FILE, Watch
-from flcompress.training.strips import strip_of
-from flcompress.training.trackers import trackers
+from flcompress.training.strips import STRIPS, strip_of
+from flcompress.training.trackers import figures_of, trackers
 from flcompress.training.trained import Trained
 
 METRICS_FILE = "metrics.jsonl"
@@ -72,14 +72,15 @@ def train(
         work.directory.mkdir(parents=True, exist_ok=True)
         for file in (log, work.directory / BREACHES_FILE):
             _truncate(file, start)
+    logged = _logged(log) if world.main else []
     if watch is not None:
-        watch.resume(_logged(log) if world.main else ())
+        watch.resume(logged)
 
     def write(record: Mapping[str, float]) -> None:
         if world.main:
             append_line(log, json.dumps(record))
             for tracker in tracked:
-                tracker.log(int(record["step"]), {name: one for name, one in record.items() if name != "step"})
+                tracker.log(int(record["step"]), figures_of(record))
 
     def look(step: int) -> bool:
         """Whether to go back to the best look."""
@@ -92,14 +93,14 @@ def train(
             write({"step": step, **figures})
         strip = strip_of(work.directory, step)
         for tracker in tracked if strip.exists() else ():
-            tracker.picture(step, "samples", strip)
+            tracker.picture(step, STRIPS, strip)
         back = watch.judge(step, figures)
         if watch.best[0] == step > 0:
             checkpoints.save(step, _stored(roles), "best")
         return back
 
     saved = time.monotonic()
-    with _termination(name, world) as asked, trackers(work, name, start) as tracked:
+    with _termination(name, world) as asked, trackers(work, name, start, logged) as tracked:
         if start == 0:
             look(0)
         for step in range(start + 1, steps + 1):

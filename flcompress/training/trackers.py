@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import secrets
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+from flcompress.pipeline.durable import write_text
 from flcompress.pipeline.passes import Work
+from flcompress.pipeline.wandb_access import refused
+from flcompress.training.strips import STRIPS, strip_of
 
 FOLDER = "tensorboard"
+ID_FILE = "wandb-run-id.txt"
+
+
+def figures_of(record: Mapping[str, float]) -> dict[str, float]:
+    """A line of `metrics.jsonl` without its step."""
+    return {name: value for name, value in record.items() if name != "step"}
 
 
 class Tracker(Protocol):
@@ -45,30 +55,70 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """One run a pass; where it goes is the environment's to say (WANDB_PROJECT, WANDB_MODE, ...)."""
+    """One run a pass; where it goes is the environment's to say (WANDB_PROJECT, WANDB_MODE, ...).
 
-    def __init__(self, folder: Path, name: str) -> None:
+    A killed training goes on in the same run: the pass's folder keeps its id, which no other folder has. What the
+    server does not have of the steps before is given again, and offline all of it: a killed command may have lost some.
+
+    Args:
+        folder: of the pass.
+        name: of the pass.
+        logged: what `metrics.jsonl` has of the steps that the training goes on from.
+    """
+
+    def __init__(self, folder: Path, name: str, logged: Iterable[Mapping[str, float]]) -> None:
         import wandb
 
-        self.run: Any = wandb.init(dir=str(folder), name=name, id=folder.name.strip("."), resume="allow")
+        file = folder / ID_FILE
+        if not file.exists():
+            write_text(file, secrets.token_hex(8) + "\n")
+        try:
+            self.run: Any = wandb.init(
+                dir=str(folder),
+                name=name,
+                id=file.read_text(encoding="utf-8").strip(),
+                resume="allow",
+                # Without its summary of every curve, and without taking in what the command prints.
+                settings=wandb.Settings(quiet=True, console="off"),
+            )
+        except wandb.errors.Error as error:
+            raise refused(error) from error
+        before: dict[int, dict[str, float]] = {}
+        for record in logged:
+            before.setdefault(int(record["step"]), {}).update(figures_of(record))
+        for step, figures in before.items():
+            self.log(step, figures)
+            if (strip := strip_of(folder, step)).exists():
+                self.picture(step, STRIPS, strip)
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
-        self.run.log(dict(figures), step=step)
+        self._log(step, dict(figures))
 
     def picture(self, step: int, name: str, path: Path) -> None:
         import wandb
 
-        self.run.log({name: wandb.Image(str(path))}, step=step)
+        self._log(step, {name: wandb.Image(str(path))})
+
+    def _log(self, step: int, values: dict[str, Any]) -> None:
+        if step >= self.run.step:  # the server has those before
+            self.run.log(values, step=step)
+
+    def close(self, kind: type[BaseException] | None, *_: object) -> None:
+        """A training that was ended before its time is no finished run."""
+        self.run.finish(exit_code=int(kind is not None))
 
 
 @contextmanager
-def trackers(work: Work, name: str, start: int) -> Iterator[Sequence[Tracker]]:
+def trackers(
+    work: Work, name: str, start: int = 0, logged: Iterable[Mapping[str, float]] = ()
+) -> Iterator[Sequence[Tracker]]:
     """Those that the recipe asks for, in the main process; none in the others.
 
     Args:
         work: of the pass.
         name: of the pass.
         start: the step that the training goes on from.
+        logged: the figures of the steps up to that one.
     """
     found: list[Tracker] = []
     with ExitStack() as open_ones:
@@ -77,7 +127,7 @@ def trackers(work: Work, name: str, start: int) -> Iterator[Sequence[Tracker]]:
             open_ones.callback(board.writer.close)
             found.append(board)
         if work.world.main and "wandb" in work.log_to:
-            bias = WeightsAndBiases(work.directory, name)
-            open_ones.callback(bias.run.finish)
+            bias = WeightsAndBiases(work.directory, name, logged)
+            open_ones.push(bias.close)
             found.append(bias)
         yield found

@@ -14,7 +14,7 @@ from torch import nn
 
 from flcompress.draws import Draws
 from flcompress.errors import UnavailableError
-from flcompress.pipeline import manager
+from flcompress.pipeline import wandb_access
 from flcompress.pipeline.manager import apply
 from flcompress.training import loop
 from flcompress.training.engines import Hyper, engine_of
@@ -53,7 +53,7 @@ def test_tensorboard_gets_every_figure_and_strip(tmp_path: Path) -> None:
 
 def test_tensorboard_is_left_out_where_it_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flcompress.training.trackers.find_spec", lambda name: None)
-    with trackers(replace(work(tmp_path), log_to=("tensorboard",)), "test", 0) as found:
+    with trackers(replace(work(tmp_path), log_to=("tensorboard",)), "test") as found:
         assert found == []
     assert not (tmp_path / FOLDER).exists()
 
@@ -64,7 +64,7 @@ def test_wandb_is_refused_before_any_work_where_it_is_not_installed(
     tiny_pipeline(tmp_path / "model", layers=1)
     content = {"version": 1, "model": {"path": "model"}, "training": {"log_to": ["wandb"]}}
     (tmp_path / "logged.yaml").write_text(yaml.safe_dump(content))
-    monkeypatch.setattr(manager, "find_spec", lambda name: None)
+    monkeypatch.setattr(wandb_access, "find_spec", lambda name: None)
     with pytest.raises(UnavailableError) as error:
         apply(tmp_path / "logged.yaml", tmp_path / "run")
     assert str(error.value) == (
