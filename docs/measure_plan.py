@@ -48,6 +48,7 @@ def train(file: Path, out: Path) -> None:
     from flcompress.pipeline.clips import Clips
     from flcompress.pipeline.display import QuietDisplay
     from flcompress.pipeline.joining import joined
+    from flcompress.pipeline.launch import Launch
     from flcompress.pipeline.memory import peak_mb, reset_peak
     from flcompress.pipeline.passes import Work
     from flcompress.pipeline.recipe_loading import load_recipe
@@ -67,7 +68,7 @@ def train(file: Path, out: Path) -> None:
         seen.append((peak_mb() - base, time.process_time()))
         reset_peak()
 
-    with joined(recipe.training, "cpu") as world:
+    with joined(recipe.training, "cpu", Launch.from_environment()) as world:
         work = Work(
             directory=file.parent / "work",
             seed=0,
