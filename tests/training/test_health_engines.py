@@ -46,5 +46,6 @@ def test_looks_on_two_processes_are_those_of_one(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     one, two = logged(tmp_path / "one"), logged(tmp_path / "two")
     assert len(one) == len(two) == 7
+    assert two[0] == pytest.approx(one[0], rel=1e-6, abs=1e-6)  # the same draws; later a hot rate makes rounding grow
     for line, other in zip(one, two, strict=True):
         assert other == pytest.approx(line, rel=1e-3, abs=1e-5)
