@@ -27,6 +27,11 @@ def load_transformer(folder: Path, device: str = "cpu", dtype: torch.dtype | Non
     model, info = stock.from_pretrained(str(folder), use_safetensors=True, output_loading_info=True, **kept)
     # Stock loading is silent about missing and unexpected tensors; such a model is wrong.
     _check_keys(folder, info["missing_keys"], info["unexpected_keys"])
+    if dtype is not None:
+        # Weights are mapped from their files. The few that a class keeps in fp32 would hold the whole files in memory.
+        for value in (*model.parameters(), *model.buffers()):
+            if value.dtype != dtype:
+                value.data = value.data.clone()
     return frozen(model).to(device)
 
 

@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from flcompress.models.loading import load_transformer
 from flcompress.pipeline.display import QuietDisplay
 from flcompress.pipeline.manager import apply
 from tests.tiny import tiny_pipeline
@@ -54,3 +56,11 @@ def test_half_precision_stays_near(tmp_path: Path) -> None:
     for one, other in zip(plain, half, strict=True):
         for name in set(one) & {"elbo_full", "elbo_pruned", "fake_score_loss", "stochastic_depth_loss"}:
             assert other[name] == pytest.approx(one[name], rel=0.05), name
+
+
+def test_a_frozen_model_in_bf16_leaves_its_weights_file(tmp_path: Path) -> None:
+    """Layers that stay in fp32 are views of the mapped file: they would hold all of it in memory."""
+    folder = tiny_pipeline(tmp_path / "model") / "transformer"
+    model = load_transformer(folder, dtype=torch.bfloat16)
+    assert {value.dtype for value in model.parameters()} == {torch.bfloat16, torch.float32}
+    assert str(folder) not in Path("/proc/self/maps").read_text()
