@@ -156,7 +156,7 @@ class LoRA(nn.Module):
         key = _key(name)
         if key not in self.lora_A:
             return output
-        return output + SCALE * F.linear(F.linear(x, self.lora_A[key]), self.lora_B[key]).to(output.dtype)
+        return output + F.linear(SCALE * F.linear(x, self.lora_A[key]), self.lora_B[key]).to(output.dtype)
 
 
 def merge(weights: Mapping[str, Tensor], lora: Mapping[str, Tensor], paths: Mapping[str, str]) -> dict[str, Tensor]:
