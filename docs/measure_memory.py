@@ -31,6 +31,7 @@ ROLES: dict[str, dict[str, Any]] = {
     NAIVE: {},
     "three full copies": {},
     "LoRA critic": {"fake_score": "lora"},
+    "LoRA critic, rank 16": {"fake_score": "lora", "lora_rank": 16},
     "both LoRA": {"fake_score": "lora", "generator": "lora"},
     "both LoRA on one base": {"fake_score": "lora", "generator": "lora", "real_score": "elastic"},
 }
