@@ -131,8 +131,10 @@ def _loop() -> None:
             role = Trained(engine, "model", here.model, batch=BATCH, hyper=Hyper(learning_rate=1e-6))
 
             def train_step(step: int, draws: Draws) -> dict[str, float]:
-                noise = draws.normal(*LATENTS)
-                return role.update((here.network(noise, here.timestep, here.given) - noise).square().mean())
+                for part in role.micro_batches(draws):
+                    noise = part.normal(*LATENTS)
+                    role.backward((here.network(noise, here.timestep, here.given) - noise).square().mean(), part)
+                return role.step()
 
             train(train_step, [role], engine=engine, name="speed", steps=steps, batch=BATCH)
 

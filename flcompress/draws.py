@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+from collections.abc import Iterator
 
 import torch
 
@@ -29,6 +31,12 @@ class Draws:
         batch: samples of the whole step, over all processes.
         rank: which process this is.
         processes: how many there are; they must divide `batch`.
+
+    Attributes:
+        batch: as given.
+        mine: which of the batch's samples these are.
+        share: what part of its process's samples they are; see `micro_batches`.
+        shared: draws for the whole batch.
     """
 
     def __init__(self, *parts: object, batch: int, rank: int = 0, processes: int = 1) -> None:
@@ -37,12 +45,31 @@ class Draws:
         own = batch // processes
         self.batch = batch
         self.mine = slice(rank * own, (rank + 1) * own)
+        self.share = 1.0
         self.shared = generator(*parts)
         self._own = [generator(*parts, "sample", place) for place in range(batch)[self.mine]]
 
     def __len__(self) -> int:
-        """Samples of this process."""
+        """Samples of this process, or of a micro batch of them."""
         return len(self._own)
+
+    def micro_batches(self, size: int) -> Iterator[Draws]:
+        """These samples, at most `size` at a time, one after the other: together they draw what these would.
+
+        What is shared is drawn again for each, so all must draw alike. Afterwards `shared` stands where they left it.
+        """
+        if size >= len(self):
+            yield self
+            return
+        start = self.shared.get_state()
+        for first in range(0, len(self), size):
+            part = copy.copy(self)
+            part._own = self._own[first : first + size]
+            place = self.mine.start + first
+            part.mine = slice(place, place + len(part))
+            part.share = len(part) / len(self)
+            self.shared.set_state(start)
+            yield part
 
     def uniform(self) -> torch.Tensor:
         """A number in [0, 1) for each of this process's samples, [n]."""

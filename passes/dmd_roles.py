@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -166,49 +167,60 @@ class Roles:
         return self._process.add_noise(x, noise, level), level, noise
 
     def _update_critic(self, draws: Draws) -> dict[str, float]:
+        for part in self._critic.micro_batches(draws):
+            self._critic.backward(self._critic_loss(part), part)
+        return self._critic.step()
+
+    def _critic_loss(self, draws: Draws) -> torch.Tensor:
         x, given = self._simulation.sampled(self._generator, draws, grad=False)
         noised, level, noise = self._noised(x, draws)
         if not self._settings.gan_weight:
-            return self._critic.update(denoising_loss(self._fake, self._process, x, given, level, noise))
+            return denoising_loss(self._fake, self._process, x, given, level, noise)
         prediction, generated = self._critic.module(noised, self._process.timestep(level), given)
         x_real, given_real = self._data.batch(draws.batch, draws.shared, draws.mine)
         real, real_level, _ = self._noised(x_real.to(self._device), draws)
         _, logits = self._critic.module(real, self._process.timestep(real_level), on(given_real, self._device))
-        loss = (prediction.float() - self._process.target(x, noise, level)).square().mean()
-        return self._critic.update(loss + self._settings.gan_weight * critic_term(logits, generated))
+        loss: torch.Tensor = (prediction.float() - self._process.target(x, noise, level)).square().mean()
+        return loss + self._settings.gan_weight * critic_term(logits, generated)
 
     def _update_generator(self, draws: Draws) -> dict[str, float]:
-        x, given = self._simulation.sampled(self._generator, draws, grad=True)
-        noised, level, _ = self._noised(x, draws)
-        timestep = self._process.timestep(level)
-        with torch.no_grad():
-            fake = self._process.tweedie(noised, self._fake(noised, timestep, given), level)
-            real = self._process.tweedie(noised, self._teacher(noised, timestep, given, draws), level)
-            g = matching.gradient(x, fake, real)
-        loss = matching.loss(x, g)
-        if self._settings.gan_weight:
-            # The critic only lends its judgement: its own gradients of this term are thrown away.
-            _, logits = self._critic.model(noised, timestep, given)
-            loss = loss + self._settings.gan_weight * generator_term(logits)
-        values = self.generator.update(loss)
+        means: dict[str, float] = defaultdict(float)
+        scales = torch.zeros(draws.batch, dtype=torch.float64)
+        for part in self.generator.micro_batches(draws):
+            x, given = self._simulation.sampled(self._generator, part, grad=True)
+            noised, level, _ = self._noised(x, part)
+            timestep = self._process.timestep(level)
+            with torch.no_grad():
+                fake = self._process.tweedie(noised, self._fake(noised, timestep, given), level)
+                real = self._process.tweedie(noised, self._teacher(noised, timestep, given, part), level)
+                g = matching.gradient(x, fake, real)
+            loss = matching.loss(x, g)
+            if self._settings.gan_weight:
+                # The critic only lends its judgement: its own gradients of this term are thrown away.
+                _, logits = self._critic.model(noised, timestep, given)
+                loss = loss + self._settings.gan_weight * generator_term(logits)
+            self.generator.backward(loss, part)
+            x = x.detach()
+            scales[part.mine] = matching.normaliser(x, real).double().cpu()
+            means["score_gap"] += part.share * float((fake - real).abs().mean())
+            means["generated_std"] += part.share * float(x.flatten(1).std(dim=1).mean())
+            means["generated_motion"] += part.share * float(x.diff(dim=2).abs().mean())
+        values = self.generator.step()
         self._critic.clear()
-        scale = self._of_all(matching.normaliser(x.detach(), real), draws)
-        moving = x.detach().diff(dim=2).abs().mean()
+        scale = self._of_all(scales)
         return {
             **values,
-            "score_gap": float((fake - real).abs().mean()),
+            **means,
             "normaliser_mean": float(scale.mean()),
             "normaliser_min": float(scale.min()),
             "normaliser_max": float(scale.max()),
-            "generated_std": float(x.detach().flatten(1).std(dim=1).mean()),
-            "generated_motion": float(moving),
         }
 
-    def _of_all(self, values: torch.Tensor, draws: Draws) -> torch.Tensor:
-        """One number for each sample of the batch, in every process, from each process's own [n]."""
-        world, whole = self.engine.work.world, torch.zeros(draws.batch, dtype=torch.float64)
-        whole[draws.mine] = values.double().cpu() * world.size
-        return torch.tensor(list(world.mean({str(n): one for n, one in enumerate(whole.tolist())}).values()))
+    def _of_all(self, values: torch.Tensor) -> torch.Tensor:
+        """One number for each sample of the batch, in every process, from [batch] with zeros for others' samples."""
+        world = self.engine.work.world
+        sums = world.mean({str(n): one * world.size for n, one in enumerate(values.tolist())})
+        return torch.tensor(list(sums.values()))
 
 
 def _split(data: LatentDataset, samples: int) -> tuple[LatentDataset, LatentDataset | None]:

@@ -86,13 +86,17 @@ class Pretrain(Pass):
         low, high = level_range(contract, self.shift, key=self.name)
 
         def train_step(step: int, draws: Draws) -> Mapping[str, float]:
-            x0, given = training.batch(draws.batch, draws.shared, draws.mine)
-            given = dropped(given, data.negative, draws.uniform() < self.caption_dropout)
-            noise, level = draws.normal(*x0.shape[1:]), draw_levels(draws, self.shift, low=low, high=high)
-            x0, noise, level = (t.to(work.device) for t in (x0, noise, level))
-            return role.update(denoising_loss(network, process, x0, on(given, work.device), level, noise))
+            for part in role.micro_batches(draws):
+                x0, given = training.batch(part.batch, part.shared, part.mine)
+                given = dropped(given, data.negative, part.uniform() < self.caption_dropout)
+                noise, level = part.normal(*x0.shape[1:]), draw_levels(part, self.shift, low=low, high=high)
+                x0, noise, level = (t.to(work.device) for t in (x0, noise, level))
+                loss = denoising_loss(network, process, x0, on(given, work.device), level, noise)
+                role.backward(loss, part)
+            return role.step()
 
-        elbo = HeldOutELBO(heldout, contract, len(heldout), work.seed, work.device, self.batch, work.world)
+        at_once = work.at_once(self.batch)
+        elbo = HeldOutELBO(heldout, contract, len(heldout), work.seed, work.device, at_once, work.world)
         watch = Watch(work, name=self.name, look=lambda step: {"elbo": elbo(network)}, held_out="elbo")
         train(train_step, [role], engine=engine, name=self.name, steps=self.steps, batch=self.batch, watch=watch)
         return role.averaged_state()

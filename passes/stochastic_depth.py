@@ -155,23 +155,26 @@ class StochasticDepth(Pass):
         low, high = level_range(contract, contract.shift, key=self.name)
 
         def train_step(step: int, draws: Draws) -> Mapping[str, float]:
-            x0, given = training.batch(draws.batch, draws.shared, draws.mine)
-            given = dropped(given, training.negative, draws.uniform() < self.caption_dropout)
-            noise, level = draws.normal(*x0.shape[1:]), draw_levels(draws, contract.shift, low=low, high=high)
-            # One mask for all processes: sharded engines hang, or go wrong, on masks that differ.
-            mask = torch.rand(len(paths), generator=draws.shared) < self.skip_probability
-            skipped = [path for path, gone in zip(paths, mask.tolist(), strict=True) if gone]
-            x0, noise, level = (t.to(work.device) for t in (x0, noise, level))
-            x = process.add_noise(x0, noise, level)
-            pruned, full = both(x, process.timestep(level), on(given, work.device), skipped)
-            loss = self.alpha * (pruned - full).square().mean()
-            if self.alpha < 1.0:
-                loss = loss + (1.0 - self.alpha) * (pruned - process.target(x0, noise, level)).square().mean()
-            # The backward too: under gradient checkpointing it computes blocks again, and must skip the same ones.
-            with engine.skip(role.model, skipped, graph=graph):
-                return role.update(loss)
+            for part in role.micro_batches(draws):
+                x0, given = training.batch(part.batch, part.shared, part.mine)
+                given = dropped(given, training.negative, part.uniform() < self.caption_dropout)
+                noise, level = part.normal(*x0.shape[1:]), draw_levels(part, contract.shift, low=low, high=high)
+                # One mask for all processes: sharded engines hang, or go wrong, on masks that differ.
+                mask = torch.rand(len(paths), generator=part.shared) < self.skip_probability
+                skipped = [path for path, gone in zip(paths, mask.tolist(), strict=True) if gone]
+                x0, noise, level = (t.to(work.device) for t in (x0, noise, level))
+                x = process.add_noise(x0, noise, level)
+                pruned, full = both(x, process.timestep(level), on(given, work.device), skipped)
+                loss = self.alpha * (pruned - full).square().mean()
+                if self.alpha < 1.0:
+                    loss = loss + (1.0 - self.alpha) * (pruned - process.target(x0, noise, level)).square().mean()
+                # The backward too: under gradient checkpointing it computes blocks again, and must skip the same ones.
+                with engine.skip(role.model, skipped, graph=graph):
+                    role.backward(loss, part)
+            return role.step()
 
-        elbo = HeldOutELBO(heldout, contract, len(heldout), work.seed, work.device, self.batch, work.world)
+        at_once = work.at_once(self.batch)
+        elbo = HeldOutELBO(heldout, contract, len(heldout), work.seed, work.device, at_once, work.world)
         with engine.forward_mode():
             reference = elbo(original)
 

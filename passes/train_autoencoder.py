@@ -73,12 +73,14 @@ class TrainAutoencoder(Pass):
         )
 
         def train_step(step: int, draws: Draws) -> Mapping[str, float]:
-            x, _ = moving_digits.sample(self.batch, "train", draws.shared)
-            latents = vae.encode(x).latent_dist.mode()
-            noise = draws.normal(*latents.shape[1:])
-            error = _decode_unclamped(vae, latents + LATENT_NOISE * noise) - x
-            loss = error.square().mean() + error.abs().mean() + LATENT_PENALTY * latents.square().mean()
-            return role.update(loss)
+            for part in role.micro_batches(draws):
+                x = moving_digits.sample(self.batch, "train", part.shared)[0][part.mine]
+                latents = vae.encode(x).latent_dist.mode()
+                noise = part.normal(*latents.shape[1:])
+                error = _decode_unclamped(vae, latents + LATENT_NOISE * noise) - x
+                loss = error.square().mean() + error.abs().mean() + LATENT_PENALTY * latents.square().mean()
+                role.backward(loss, part)
+            return role.step()
 
         train(train_step, [role], engine=engine, name=self.name, steps=self.steps, batch=self.batch)
         vae.eval()

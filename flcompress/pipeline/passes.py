@@ -51,6 +51,7 @@ class Work:
         log_to: where its figures go beside the report.
         note: adds an event to the run's journal.
         checkpoint_seconds: between two checkpoints of a training; 0 writes one after every step.
+        micro_batch: samples that are in memory at once in one process, at most; see `at_once`.
     """
 
     directory: Path
@@ -68,6 +69,12 @@ class Work:
     log_to: tuple[LogName, ...] = ()
     note: Callable[..., None] = lambda event, name, **values: None
     checkpoint_seconds: float = 60.0
+    micro_batch: int | None = None
+
+    def at_once(self, batch: int) -> int:
+        """Samples in one forward of a process, of a batch over all of them."""
+        own = max(1, batch // self.world.size)
+        return min(own, self.micro_batch or own)
 
 
 @dataclass(frozen=True, slots=True)

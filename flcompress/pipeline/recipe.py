@@ -140,7 +140,7 @@ class Evaluation(_Part):
     seeds: int = Field(4, ge=2, description="independent repetitions; the confidence intervals come from them")
 
 
-_NOT_DECISIVE = {"engine", "processes", "timeout", "checkpoint_seconds", "health", "log_to"}
+_NOT_DECISIVE = {"engine", "processes", "timeout", "checkpoint_seconds", "micro_batch", "health", "log_to"}
 
 
 class Training(_Part):
@@ -164,6 +164,12 @@ class Training(_Part):
     precision: Precision = Field("fp32", description="bf16: autocast over fp32 weights, and frozen models held in bf16")
     gradient_checkpointing: bool = Field(
         False, description="compute blocks again in the backward instead of keeping what they did; a third more work"
+    )
+    micro_batch: int | None = Field(
+        None,
+        ge=1,
+        description="samples in memory at once in one process, at most; gradients of a larger batch are added up, with "
+        "the same result and one optimiser step a batch. Its whole share where left out",
     )
     compile: bool = Field(
         False,

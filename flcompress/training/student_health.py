@@ -27,7 +27,7 @@ class StudentHealth:
         program: what it distils; its teacher's contract is how the real score is sampled.
         contract: the student's.
         data: where the fixed prompts come from.
-        batch: samples of a training step, over all processes: as many are sampled at once.
+        batch: samples of a training step, over all processes: as many at a time are sampled as are trained on.
         generator: the trained role. What is kept is its moving average, so that is what is sampled.
         student: the generator as a network.
         fake: the fake score.
@@ -51,7 +51,7 @@ class StudentHealth:
     ) -> None:
         self._work, self._contract, self._generator = work, contract, generator
         self._student, self._fake, self._real = student, fake, real
-        self._at_once = max(1, batch // work.world.size)
+        self._at_once = work.at_once(batch)
         self._range, self._shift = score_range, program.teacher_contract.shift
         self._prompts = Prompts.of(work, program, data, self._at_once)
         self._samples = Samples(self._prompts, program, real, program.teacher_contract)

@@ -9,12 +9,19 @@ from typing import Any
 
 import torch
 
+from flcompress.draws import Draws
 from flcompress.errors import TrainingError
 from flcompress.training.engines import Engine, Hyper, NotFinite
 
 
 class Trained:
     """One trained role (a generator, a critic, ...) with AdamW, gradient clipping and an optional moving average.
+
+    An update is
+
+        for part in role.micro_batches(draws):
+            role.backward(loss_of(part), part)
+        figures = role.step()
 
     Args:
         engine: what shares it over the processes.
@@ -44,25 +51,37 @@ class Trained:
     ) -> None:
         self.name = name
         self.ema_decay = ema_decay
-        self._world = engine.work.world
+        self._world, self._at_once = engine.work.world, engine.work.at_once(batch)
         self._learning_rate, self._schedule = hyper.learning_rate, schedule
         self._wrapped = engine.trained(model, hyper, batch=batch)
         self.model, self.module = self._wrapped.model, self._wrapped.module
         self.updates = 0
+        self._loss: torch.Tensor | float = 0.0
         shards = self._wrapped.shards()
         self._ema = {name: one.clone() for name, one in shards.items()} if ema_decay is not None else None
 
-    def update(self, loss: torch.Tensor) -> dict[str, float]:
-        """Back-propagate and take one optimiser step; all processes together, each with the loss of its samples.
+    def micro_batches(self, draws: Draws) -> Iterator[Draws]:
+        """This process's samples of a batch, as many at a time as the training allows; see `Draws.micro_batches`."""
+        for part in draws.micro_batches(self._at_once):
+            with self._wrapped.micro_batch(last=part.mine.stop == draws.mine.stop):
+                yield part
+
+    def backward(self, loss: torch.Tensor, part: Draws) -> None:
+        """Back-propagate the loss of a micro batch, a mean over its samples; gradients add up to those of the batch."""
+        self._loss = self._loss + part.share * loss.detach()
+        self._wrapped.backward(part.share * loss)
+
+    def step(self) -> dict[str, float]:
+        """Take one optimiser step; all processes together. The loss is that of the batch.
 
         Raises:
             TrainingError: the loss or its gradient is not finite in some process; nothing was changed.
         """
-        value = self._world.mean({"loss": float(loss.detach())})["loss"]
+        value = self._world.mean({"loss": float(self._loss)})["loss"]
+        self._loss = 0.0
         if not math.isfinite(value):
             self._wrapped.clear()
             raise self._stopped("loss", value)
-        self._wrapped.backward(loss)
         factor = self._schedule(self.updates) if self._schedule is not None else 1.0
         try:
             norm = self._wrapped.step(self._learning_rate * factor)

@@ -112,15 +112,15 @@ def test_a_run_that_is_killed_goes_on_bit_for_bit(folder: Path, monkeypatch: pyt
     store = folder / "store-killed"
     shutil.copytree(folder / "store", store, ignore=shutil.ignore_patterns("*-dmd-*"))
     overrides = ["training.checkpoint_seconds=0"]
-    update = Trained.update
+    step = Trained.step
 
-    def killed(role: Trained, loss: torch.Tensor) -> dict[str, float]:
+    def killed(role: Trained) -> dict[str, float]:
         if role.name == "generator" and role.updates == 1:
             raise KeyboardInterrupt
-        return update(role, loss)
+        return step(role)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trained, "update", killed)
+        patch.setattr(Trained, "step", killed)
         with pytest.raises(KeyboardInterrupt):
             apply(
                 folder / "plain.yaml",

@@ -152,7 +152,8 @@ def descend(role: Trained, folder: Path, steps: int, *, hot_from: int = 99, die_
     def train_step(step: int, draws: Draws) -> Mapping[str, float]:
         if step == die_at:
             raise KeyboardInterrupt
-        return role.update(error(draws.normal(3)) * (-1.0 if step >= hot_from else 1.0))
+        role.backward(error(draws.normal(3)) * (-1.0 if step >= hot_from else 1.0), draws)
+        return role.step()
 
     def look(step: int) -> Mapping[str, float]:
         with torch.no_grad():

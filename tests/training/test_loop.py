@@ -49,8 +49,10 @@ def run(trained: Trained, folder: Path, steps: int, fail_at: int | None = None, 
     def train_step(step: int, draws: Draws) -> Mapping[str, float]:
         if step == fail_at:
             raise KeyboardInterrupt
-        x = draws.normal(3)
-        return trained.update((trained.module(x) - x.sum(1, keepdim=True)).square().mean())
+        for part in trained.micro_batches(draws):
+            x = part.normal(3)
+            trained.backward((trained.module(x) - x.sum(1, keepdim=True)).square().mean(), part)
+        return trained.step()
 
     sharing = engine(folder, seconds)
     watch = Watch(sharing.work, name="test", look=lambda step: {"held_out": 1.0 / (1.0 + step)}, held_out="held_out")
@@ -101,8 +103,10 @@ def test_checkpoints_come_as_often_as_asked(tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_stops_before_the_step(bad: float) -> None:
     trained = role()
     before = {key: value.clone() for key, value in trained.model.state_dict().items()}
+    draws = Draws("bad", batch=1)
+    trained.backward(trained.model(torch.ones(1, 3)).sum() * bad, draws)
     with pytest.raises(TrainingError, match=r"model: the loss is (nan|-?inf) at update 1; expected a finite number"):
-        trained.update(trained.model(torch.ones(1, 3)).sum() * bad)
+        trained.step()
     for key, value in trained.model.state_dict().items():
         assert torch.equal(value, before[key])
 
@@ -111,8 +115,9 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step() -> None:
     trained = role()
     before = {key: value.clone() for key, value in trained.model.state_dict().items()}
     zero = trained.model(torch.ones(1, 3)).sum() * 0.0
+    trained.backward(torch.sqrt(zero.abs()), Draws("bad", batch=1))
     with pytest.raises(TrainingError, match="model: the gradient norm is nan"):
-        trained.update(torch.sqrt(zero.abs()))
+        trained.step()
     for key, value in trained.model.state_dict().items():
         assert torch.equal(value, before[key])
     assert all(parameter.grad is None for parameter in trained.model.parameters())

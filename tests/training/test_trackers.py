@@ -31,7 +31,8 @@ def test_tensorboard_gets_every_figure_and_strip(tmp_path: Path) -> None:
     role = Trained(engine_of(given), "model", nn.Linear(3, 1), batch=4, hyper=Hyper(learning_rate=0.1))
 
     def train_step(step: int, draws: Draws) -> Mapping[str, float]:
-        return role.update(role.module(draws.normal(3)).square().mean())
+        role.backward(role.module(draws.normal(3)).square().mean(), draws)
+        return role.step()
 
     def look(step: int) -> Mapping[str, float]:
         strip_of(tmp_path, step).parent.mkdir(exist_ok=True)

@@ -70,9 +70,14 @@ class Toy(Pass):
             time.sleep(self.seconds)
             if data and step >= self.reads_from:
                 data.batch(draws.batch, draws.shared, draws.mine)
-            x = draws.normal(8)
-            values = critic.update((critic.module(x) - student.module(x).detach().cos()).square().mean() * broken)
-            values |= student.update((student.module(x) - critic.module(x).detach().sin() - x).square().mean())
+            for part in critic.micro_batches(draws):
+                x = part.normal(8)
+                critic.backward((critic.module(x) - student.module(x).detach().cos()).square().mean() * broken, part)
+            values = critic.step()
+            for part in student.micro_batches(draws):
+                x = part.normal(8)
+                student.backward((student.module(x) - critic.module(x).detach().sin() - x).square().mean(), part)
+            values |= student.step()
             critic.clear()
             return values
 

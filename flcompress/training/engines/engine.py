@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,9 +54,13 @@ class Wrapped(ABC):
     model: Any
     module: Any
 
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
+        """Around forward and backward of each micro batch of a step; `last` before the step."""
+        return nullcontext()
+
     @abstractmethod
     def backward(self, loss: torch.Tensor) -> None:
-        """Compute gradients, averaged over the processes."""
+        """Add gradients to those since the last step; after the last micro batch they are means over the processes."""
 
     @abstractmethod
     def step(self, learning_rate: float) -> float:

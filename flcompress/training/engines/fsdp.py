@@ -21,7 +21,10 @@ from flcompress.training.engines.replicated import Replica
 
 
 class Shards(Replica):
-    """A model whose parameters are DTensors; this process holds its part of each."""
+    """A model whose parameters are DTensors; this process holds its part of each.
+
+    Gradients are exchanged after every micro batch: kept back until the last one they would be whole in every process.
+    """
 
     def _norm(self) -> float:
         norm: Any = nn.utils.clip_grad_norm_(self._named.values(), self._hyper.max_grad_norm)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -89,6 +90,14 @@ class Replica(Wrapped):
         return value.to(parameter.device)
 
 
+class Averaged(Replica):
+    """One of several alike."""
+
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
+        """Gradients are exchanged once a step."""
+        return nullcontext() if last else self.module.no_sync()
+
+
 class Local(Engine):
     """One process."""
 
@@ -115,7 +124,7 @@ class Distributed(Engine):
             model, device_ids=devices, find_unused_parameters=True, gradient_as_bucket_view=True
         )
         warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
-        return self.proven(Replica(self.work, model, module, hyper), DistributedDataParallel)
+        return self.proven(Averaged(self.work, model, module, hyper), DistributedDataParallel)
 
     def frozen(self, model: nn.Module) -> Any:
         return model

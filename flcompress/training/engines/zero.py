@@ -47,6 +47,12 @@ class ZeroModel(Wrapped):
         )
         return list(found)
 
+    @contextmanager
+    def micro_batch(self, *, last: bool) -> Iterator[None]:
+        """ZeRO-1 exchanges gradients once a step; 2 and 3, which keep this process's part, after every backward."""
+        self.module.set_gradient_accumulation_boundary(last)
+        yield
+
     def backward(self, loss: torch.Tensor) -> None:
         self.module.backward(loss)
 
@@ -180,7 +186,7 @@ class Zero(Engine):
         half = self.work.precision == "bf16"
         return {
             "train_micro_batch_size_per_gpu": batch // self.work.world.size,
-            "gradient_accumulation_steps": 1,
+            "gradient_accumulation_steps": 1,  # it would divide the loss; see `micro_batch`
             "steps_per_print": 1 << 62,
             # Small parameters are split like all others: what a process holds is then its share of everything.
             "zero_optimization": {"stage": self._stage, "stage3_param_persistence_threshold": 0},
