@@ -58,7 +58,8 @@ class Updating:
     Attributes:
         gradients: of one process when they are reduced.
         lasting: what stays from step to step beside weights, moments and average.
-        forward: what is there beside the activations when the backward begins.
+        forward: what is there beside the activations when the backward begins; of a later micro batch the gradients of
+            those before too.
         backward: the most at the end of the backward.
         step: the most while AdamW steps.
     """
@@ -76,7 +77,9 @@ def moments(numbers: float, place: Place) -> float:
     return FLOAT * numbers / shared
 
 
-def updating(trained: float, moments: int, gathered: float, place: Place) -> Updating:
+def updating(
+    trained: float, moments: int, gathered: float, place: Place, *, micro_batches: bool = False
+) -> Updating:
     """What an update takes on one process.
 
     Args:
@@ -84,6 +87,7 @@ def updating(trained: float, moments: int, gathered: float, place: Place) -> Upd
         moments: of each of them.
         gathered: bytes of weights that are put together at once.
         place: the process.
+        micro_batches: whether gradients add up over several.
     """
     whole = FLOAT * trained
     part = whole / place.processes
@@ -92,13 +96,14 @@ def updating(trained: float, moments: int, gathered: float, place: Place) -> Upd
     denominator = 0.0 if moments == 1 else part if place.gpu else 2.0 * part
     sent = FLOAT * min(BUCKET, trained)
     bucket = FLOAT * BUCKET if place.gpu else sent
+    waiting = (part if place.engine in ("zero2", "fsdp2") else whole) * micro_batches
     match place.engine:
         case "local":
-            return Updating(gradients=whole, backward=whole, step=whole)
-        case "ddp":  # gradients lie in its buckets, which stay
-            return Updating(gradients=0.0, lasting=whole, backward=0.0, step=0.0)
+            return Updating(gradients=whole, forward=waiting, backward=whole, step=whole)
+        case "ddp":  # gradients lie in its buckets, which stay; until the last micro batch they lie outside
+            return Updating(gradients=0.0, lasting=whole, forward=waiting, backward=0.0, step=0.0)
         case "fsdp2":  # gathered weights and their gradients, and the same again on their way to the others
-            return Updating(gradients=part, forward=gathered, backward=part + 3.0 * gathered, step=part)
+            return Updating(gradients=part, forward=waiting + gathered, backward=part + 3.0 * gathered, step=part)
         case "zero3":  # its part of the gradients, the bucket and what was gathered stay; a step flattens the part
             return Updating(
                 gradients=part,
@@ -107,11 +112,12 @@ def updating(trained: float, moments: int, gathered: float, place: Place) -> Upd
                 step=part + denominator,
             )
     # zero1 and zero2: the fp32 part that is stepped is a copy. The bucket is reduced in a flat copy of its own.
-    left = whole - sent if place.engine == "zero1" else 0.0
+    # And zero2 adds the part of a micro batch to those before.
+    left = whole - sent if place.engine == "zero1" else waiting
     return Updating(
         gradients=whole if place.engine == "zero1" else part,
         lasting=part,
-        forward=bucket,
+        forward=waiting + bucket,
         backward=left + bucket + sent + part,
         step=2.0 * part + denominator,
     )

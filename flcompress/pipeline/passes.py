@@ -106,7 +106,7 @@ class Cost:
         steps: training steps, or 0.
         forwards: forwards of one sample through the full transformer, in total; a backward counts as two.
         again: of these forwards, those that gradient checkpointing does twice.
-        batch: samples that are in memory at once, over all processes.
+        batch: samples of a step, over all processes; of a pass that does not train, those in memory at once.
         roles: the models that are in memory at once.
     """
 

@@ -154,7 +154,7 @@ def make_plan(recipe: Recipe, flops_per_second: float | None = None, machine: Ma
         _check_batch(recipe, index, met, planner, own.processes(machine))
         cost, planned = met.cost(graph), planner.planned(met, own, machine)
         trains = any(role.trained for role in cost.roles)
-        others = [one for one in settings(checkpointing) if trains and one.engine in step.engines]
+        others = [one for one in settings(checkpointing, own.micro_batch) if trains and one.engine in step.engines]
         rows.append(
             PlannedPass(
                 name=step.name,

@@ -131,7 +131,8 @@ def _totals(plan: Plan, row: PlannedPass) -> list[str]:
 
 
 def _named(setting: Setting) -> str:
-    return f"{setting.engine}, {setting.precision}" + (", gradient checkpointing" * setting.gradient_checkpointing)
+    told = [setting.engine, setting.precision, *(["gradient checkpointing"] * setting.gradient_checkpointing)]
+    return ", ".join([*told, *([f"micro batch {setting.micro_batch}"] if setting.micro_batch else [])])
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -46,7 +46,7 @@ class PlannedMemory:
     Attributes:
         process: the interpreter and its libraries.
         roles: of each model.
-        activations: what autograd keeps of a batch, and what one block is being computed with.
+        activations: what autograd keeps of the samples in memory at once, and what one block is being computed with.
         update: the most that one role's update takes beside what lasts: activations or gradients, with all that the
             engine needs. Roles are updated one after the other, so it counts once.
     """
@@ -96,7 +96,7 @@ def planned_memory(
     Args:
         cost: what the pass says it holds.
         kept: what a forward of the whole transformer keeps alive, in the training's precision.
-        training: engine, precision and gradient checkpointing.
+        training: engine, precision, gradient checkpointing and micro batch.
         sizes: of the transformer's parts.
         original: parameters of the transformer that `kept` was counted for.
         processes: how many share the pass.
@@ -104,7 +104,8 @@ def planned_memory(
     """
     place = Place(training.engine, processes, gpu)
     width = HALF if training.precision == "bf16" and cost.steps else FLOAT
-    samples = cost.batch / processes
+    own = cost.batch / processes
+    samples = min(own, training.micro_batch or own) if cost.steps else own
 
     roles: dict[str, RoleMemory] = {}
     updates: list[tuple[Updating, float]] = []
@@ -119,7 +120,7 @@ def planned_memory(
             roles[role.name] = RoleMemory(weights=weights, engine=kept_gathered)
             others = max(others, gathered - kept_gathered)
             continue
-        taken = updating(role.parameters, role.moments, gathered, place)
+        taken = updating(role.parameters, role.moments, gathered, place, micro_batches=samples < own)
         roles[role.name] = RoleMemory(
             weights=weights,
             gradients=taken.gradients,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -27,6 +28,7 @@ class Setting:
     engine: EngineName
     precision: Precision
     gradient_checkpointing: bool
+    micro_batch: int | None = None
 
     def processes(self, machine: Machine) -> int:
         """How many a distributed pass runs on."""
@@ -35,13 +37,13 @@ class Setting:
 
 def setting_of(training: Training) -> Setting:
     """A recipe's own."""
-    return Setting(training.engine, training.precision, training.gradient_checkpointing)
+    return Setting(training.engine, training.precision, training.gradient_checkpointing, training.micro_batch)
 
 
-def settings(checkpointing: bool) -> list[Setting]:
-    """All that there are; without gradient checkpointing where the model's class has none."""
+def settings(checkpointing: bool, micro_batch: int | None = None) -> list[Setting]:
+    """All that there are with one micro batch; without gradient checkpointing where the model's class has none."""
     choices = product(ENGINES, get_args(Precision), (False, True) if checkpointing else (False,))
-    return [Setting(*choice) for choice in choices]
+    return [Setting(*choice, micro_batch) for choice in choices]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,23 +103,18 @@ class Planner:
     graph: BlockGraph
     kept: Mapping[Precision, Kept]
 
-    def planned(self, met: Met, setting: Setting, machine: Machine, batch: int | None = None) -> PlannedSetting:
-        """One pass under one setting.
-
-        Args:
-            met: the pass.
-            setting: under which.
-            machine: on what.
-            batch: instead of the pass's own, or the next that the processes divide.
-        """
+    def planned(self, met: Met, setting: Setting, machine: Machine) -> PlannedSetting:
+        """One pass under one setting, with its batch or the next that the processes divide."""
         cost = met.cost(self.graph)
         processes = setting.processes(machine) if met.step.distributed else 1
         if cost.steps:
-            batch = -(-(batch or cost.batch) // processes) * processes
-            cost = met.cost(self.graph, batch)
+            cost = met.cost(self.graph, -(-cost.batch // processes) * processes)
         engine = setting.engine if met.step.distributed else "local"
         training = Training(
-            engine=engine, precision=setting.precision, gradient_checkpointing=setting.gradient_checkpointing
+            engine=engine,
+            precision=setting.precision,
+            gradient_checkpointing=setting.gradient_checkpointing,
+            micro_batch=setting.micro_batch,
         )
         precision: Precision = setting.precision if cost.steps else "fp32"
         memory = planned_memory(
@@ -147,7 +144,7 @@ class Advice:
     Attributes:
         setting: which.
         gpus: how many it needs.
-        batches: of the passes that train, where they differ from the recipe's.
+        batches: of the passes that train, where the GPUs do not divide the recipe's.
         seconds: of all passes.
     """
 
@@ -161,40 +158,51 @@ class Advice:
         one = self.setting
         checkpointing = str(one.gradient_checkpointing).lower()
         training = f"engine: {one.engine}, precision: {one.precision}, gradient_checkpointing: {checkpointing}"
+        parts = f", micro_batch: {one.micro_batch}" if one.micro_batch else ""
         count = f", processes: {self.gpus}" if one.engine != "local" else ""
         passes = [
             f"  - {name}: {{batch: {batch}}}  # beside its other arguments" for name, batch in self.batches.items()
         ]
-        return [f"training: {{{training}{count}}}", *(["passes:", *passes] if passes else [])]
+        return [f"training: {{{training}{parts}{count}}}", *(["passes:", *passes] if passes else [])]
 
 
 def advise(planner: Planner, passes: Sequence[Met], machine: Machine, checkpointing: bool) -> Advice | None:
     """The cheapest setting that fits this machine, or a larger one of the same GPUs; None where none does.
 
-    The batches are kept where that is possible, else they are one clip a GPU. Of what is left the quickest counts, then
-    the fewest GPUs, then the simplest engine.
+    Batches are kept, or rounded up to what the GPUs divide. Of what fits the quickest counts, then the largest micro
+    batch, then the fewest GPUs, then the simplest engine.
     """
     counts = [machine.count, *(2**power for power in range(11) if machine.count < 2**power <= MOST)]
     for count in counts:
         found = list(_fitting(planner, passes, replace(machine, count=count), checkpointing))
         if found:
-            return min(found, key=lambda one: (*one[0], one[1].seconds, one[1].gpus))[1]
+            return min(found, key=lambda one: (one.seconds, -(one.setting.micro_batch or math.inf), one.gpus))
     return None
 
 
-def _fitting(
-    planner: Planner, passes: Sequence[Met], machine: Machine, checkpointing: bool
-) -> Iterator[tuple[tuple[bool, ...], Advice]]:
-    for setting, smallest in product(settings(checkpointing), (False, True)):
+def _fitting(planner: Planner, passes: Sequence[Met], machine: Machine, checkpointing: bool) -> Iterator[Advice]:
+    """Every setting that fits, with the largest micro batch that does."""
+    for setting in settings(checkpointing):
         if any(setting.engine not in met.step.engines for met in passes):
             continue
         count = setting.processes(machine)
-        planned = [planner.planned(met, setting, machine, count if smallest else None) for met in passes]
-        if all(one.fits for one in planned):
-            batches = {
-                met.step.name: one.batch
-                for met, one in zip(passes, planned, strict=True)
-                if met.cost(planner.graph).steps and one.batch != met.cost(planner.graph).batch
-            }
-            seconds = sum(one.seconds for one in planned)
-            yield (smallest,), Advice(setting=setting, gpus=count, batches=batches, seconds=seconds)
+        costs = [met.cost(planner.graph) for met in passes]
+        own = -(-max((cost.batch for cost in costs if cost.steps), default=1) // count)
+        for micro_batch in (None, *_halves(own)):
+            one = replace(setting, micro_batch=micro_batch)
+            planned = [planner.planned(met, one, machine) for met in passes]
+            if all(each.fits for each in planned):
+                batches = {
+                    met.step.name: each.batch
+                    for met, each, cost in zip(passes, planned, costs, strict=True)
+                    if cost.steps and each.batch != cost.batch
+                }
+                yield Advice(setting=one, gpus=count, batches=batches, seconds=sum(each.seconds for each in planned))
+                break
+
+
+def _halves(samples: int) -> Iterator[int]:
+    """8 -> 4, 2, 1."""
+    while samples > 1:
+        samples = -(-samples // 2)
+        yield samples

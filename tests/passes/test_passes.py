@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from diffusers import WanTransformer3DModel
 from PIL import Image
 
 from flcompress.errors import PreconditionError, TrainingError
@@ -151,6 +152,26 @@ def test_the_other_targets_train(folder: Path, run: RunDirectory, target: str) -
     passes = [PASSES[0], {"stochastic-depth": {**PASSES[1]["stochastic-depth"], "target": target, "alpha": 0.5}}]
     done = apply(recipe(folder, passes, f"target-{target}"), folder / target, store=folder / "run")
     assert at(done, "stochastic-depth")[1]["target"] == target
+
+
+def test_no_forward_has_more_samples_than_a_micro_batch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what is trained, what judges it, and what is looked at."""
+    sizes: list[int] = []
+    forward = WanTransformer3DModel.forward
+
+    def counted(model: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        sizes.append(len(hidden_states))
+        return forward(model, hidden_states, *args, **kwargs)
+
+    monkeypatch.setattr(WanTransformer3DModel, "forward", counted)
+    passes: list[dict[str, Any]] = [
+        {"pretrain": {"steps": 1, "batch": 5}},
+        {"stochastic-depth": {"remove": 0.2, "by": "middle", "steps": 1, "batch": 5}},
+        {"prune": {"remove": 0.2, "by": "middle"}},
+        {"dmd": {"steps": 1, "batch": 5, "critic_updates": 1}},
+    ]
+    apply(recipe(folder, passes, "parts", samples=8), folder / "parts", overrides=["training.micro_batch=2"])
+    assert max(sizes) == 2
 
 
 SELF_AND_HOT = {"stochastic-depth": {"remove": 0.2, "steps": 12, "batch": 4, "learning_rate": 0.05, "target": "self"}}

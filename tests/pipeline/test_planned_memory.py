@@ -34,8 +34,9 @@ def memory(
     again: bool = False,
     batch: int = 8,
     steps: int = 1,
+    micro_batch: int | None = None,
 ) -> PlannedMemory:
-    training = Training(engine=engine, precision=precision, gradient_checkpointing=again)
+    training = Training(engine=engine, precision=precision, gradient_checkpointing=again, micro_batch=micro_batch)
     cost = Cost(steps=steps, batch=batch, roles=roles)
     return planned_memory(cost, KEPT, training, SIZES, 200.0, processes=processes, gpu=gpu)
 
@@ -118,3 +119,30 @@ def test_a_gpu_reserves_deepspeeds_bucket_whole_and_has_no_interpreter() -> None
     found = memory(GENERATOR, engine="zero2", processes=4, gpu=True)
     assert found.process == 0
     assert found.update > 4 * BUCKET
+
+
+@pytest.mark.parametrize(
+    ("engine", "processes", "waiting"),
+    [
+        ("local", 1, 4 * 200),
+        ("ddp", 4, 4 * 200),
+        ("zero1", 4, 4 * 200),
+        ("zero2", 4, 200),
+        ("zero3", 4, 0),  # its gradients' place is there all the time
+        ("fsdp2", 4, 200),
+    ],
+)
+def test_gradients_of_earlier_micro_batches_are_beside_the_activations(
+    engine: EngineName, processes: int, waiting: float
+) -> None:
+    batch = 8 * processes
+    one, whole = (memory(GENERATOR, engine=engine, processes=processes, batch=n * processes) for n in (2, 8))
+    parts = memory(GENERATOR, engine=engine, processes=processes, batch=batch, micro_batch=2)
+    assert parts.activations == one.activations < whole.activations
+    assert parts.update == one.update + waiting
+    assert parts.roles == whole.roles
+
+
+def test_a_micro_batch_as_large_as_the_share_changes_nothing() -> None:
+    assert memory(GENERATOR, engine="ddp", processes=4, micro_batch=2) == memory(GENERATOR, engine="ddp", processes=4)
+    assert memory(REAL, steps=0, micro_batch=1) == memory(REAL, steps=0)  # what does not train has none

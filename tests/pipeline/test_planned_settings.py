@@ -53,6 +53,22 @@ def test_the_advice_fits_and_is_the_quickest_of_what_fits(write: WriteRecipe) ->
     assert mended.passes[1].fits
 
 
+def test_what_does_not_fit_at_once_is_advised_in_micro_batches(write: WriteRecipe) -> None:
+    one = replace(GPU, count=1)
+    whole, parts = (totals(plan(write, one, text))["local", "bf16", True] for text in ("{}", "{micro_batch: 1}"))
+    assert parts < whole
+    tight = replace(one, memory=(parts + 1) / (1 - RESERVE))
+    found = plan(write, tight)
+    assert found.advice is not None
+    assert found.advice.lines() == [
+        "training: {engine: local, precision: bf16, gradient_checkpointing: true, micro_batch: 1}"
+    ]
+    mended = plan(write, tight, found.advice.lines()[0].removeprefix("training: "))
+    assert mended.fits
+    assert mended.passes[1].batch == found.passes[1].batch
+    assert "with local, bf16, gradient checkpointing, micro batch 1, batch 2" in plan_text(mended, settings=True)
+
+
 def test_nothing_fits(write: WriteRecipe) -> None:
     found = plan(write, replace(GPU, memory=1.0))
     assert found.advice is None

@@ -42,7 +42,7 @@ def killed(home: Home, engine: str, kills: int, seed: int) -> Iterator[Kill]:
     recipe = home.recipe("killed", [f"toy: {{steps: {STEPS}, batch: 4}}"])
 
     def command(folder: Path) -> list[str | Path]:
-        settings = f"training.engine={engine}", "training.checkpoint_seconds=0"
+        settings = f"training.engine={engine}", "training.checkpoint_seconds=0", "training.micro_batch=1"
         return ["apply", recipe, "--run-dir", folder, "--quiet", *(w for one in settings for w in ("--set", one))]
 
     output = home.folder / f"killed-{engine}-output"

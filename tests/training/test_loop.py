@@ -28,7 +28,7 @@ def no_data(program: Program) -> LatentDataset:
     raise AssertionError("nothing here reads data")
 
 
-def engine(folder: Path = Path(), checkpoint_seconds: float = 60.0) -> Engine:
+def engine(folder: Path = Path(), checkpoint_seconds: float = 60.0, micro_batch: int | None = None) -> Engine:
     work = Work(
         directory=folder,
         seed=0,
@@ -36,13 +36,15 @@ def engine(folder: Path = Path(), checkpoint_seconds: float = 60.0) -> Engine:
         progress=silent,
         checkpoint_seconds=checkpoint_seconds,
         health=Health(every=4),
+        micro_batch=micro_batch,
     )
     return engine_of(work)
 
 
-def role() -> Trained:
+def role(micro_batch: int | None = None) -> Trained:
     torch.manual_seed(0)
-    return Trained(engine(), "model", nn.Linear(3, 1), batch=8, hyper=Hyper(learning_rate=0.1), ema_decay=0.9)
+    sharing, hyper = engine(micro_batch=micro_batch), Hyper(learning_rate=0.1)
+    return Trained(sharing, "model", nn.Linear(3, 1), batch=8, hyper=hyper, ema_decay=0.9)
 
 
 def run(trained: Trained, folder: Path, steps: int, fail_at: int | None = None, *, seconds: float = 0.0) -> None:
@@ -59,16 +61,50 @@ def run(trained: Trained, folder: Path, steps: int, fail_at: int | None = None, 
     loop.train(train_step, [trained], engine=sharing, name="test", steps=steps, batch=8, watch=watch)
 
 
-def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(tmp_path: Path) -> None:
-    whole = role()
+@pytest.mark.parametrize("micro_batch", [None, 3])
+def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(tmp_path: Path, micro_batch: int | None) -> None:
+    whole = role(micro_batch)
     run(whole, tmp_path / "whole", 12)
     with pytest.raises(KeyboardInterrupt):
-        run(role(), tmp_path / "broken", 12, fail_at=8)
-    again = role()
+        run(role(micro_batch), tmp_path / "broken", 12, fail_at=8)
+    again = role(micro_batch)
     run(again, tmp_path / "broken", 12)
     for key, value in whole.averaged_state().items():
         assert torch.equal(value, again.averaged_state()[key])
     assert (tmp_path / "whole/metrics.jsonl").read_text() == (tmp_path / "broken/metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 4, 7])
+def test_micro_batches_add_up_to_the_batch(tmp_path: Path, micro_batch: int) -> None:
+    whole, parts = role(), role(micro_batch)
+    run(whole, tmp_path / "whole", 5)
+    run(parts, tmp_path / "parts", 5)
+    assert parts.updates == whole.updates == 5
+    for key, value in whole.averaged_state().items():
+        torch.testing.assert_close(parts.averaged_state()[key], value, rtol=1e-6, atol=1e-7)
+    logs = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "parts")]
+    for one, other in zip(*logs, strict=True):
+        assert json.loads(other) == pytest.approx(json.loads(one), rel=1e-5)
+
+
+@pytest.mark.parametrize("micro_batch", [8, 9, 1000])
+def test_micro_batches_as_large_as_the_batch_are_the_batch(tmp_path: Path, micro_batch: int) -> None:
+    run(role(), tmp_path / "whole", 5)
+    run(role(micro_batch), tmp_path / "parts", 5)
+    assert (tmp_path / "parts/metrics.jsonl").read_text() == (tmp_path / "whole/metrics.jsonl").read_text()
+
+
+def test_a_micro_batch_that_is_not_finite_stops_before_the_step() -> None:
+    """The others are; nothing of them stays."""
+    trained = role(4)
+    before = {key: value.clone() for key, value in trained.model.state_dict().items()}
+    for place, part in enumerate(trained.micro_batches(Draws("bad", batch=8))):
+        trained.backward(trained.model(part.normal(3)).square().mean() * (float("nan") if place == 0 else 1.0), part)
+    with pytest.raises(TrainingError, match=r"model: the loss is nan at update 1; expected a finite number"):
+        trained.step()
+    for key, value in trained.model.state_dict().items():
+        assert torch.equal(value, before[key])
+    assert all(parameter.grad is None for parameter in trained.model.parameters())
 
 
 def test_a_log_line_cut_in_half_by_a_kill_is_dropped(tmp_path: Path) -> None:

@@ -1,0 +1,58 @@
+"""A batch done in micro batches against the same batch done at once: losses, and weights after the steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.training.home import Home
+from tests.training.test_engines import DEPTH, LOSS_TOLERANCE, MATCHING, WEIGHT_TOLERANCE, applied, differences
+
+pytestmark = pytest.mark.slow
+
+PASSES = (
+    "pretrain: {steps: 2, batch: 4}",
+    f"stochastic-depth: {{{DEPTH}, steps: 2, target: self, alpha: 0.7}}",
+    f"stochastic-depth: {{{DEPTH}, steps: 2, target: ema}}",
+    "prune: {remove: 0.3, by: middle}",
+    f"dmd: {{{MATCHING}, steps: 2, intra_cfg: [0.2, 0.3]}}",
+)
+ADVERSARIAL = (*PASSES[:2], PASSES[3], f"dmd: {{{MATCHING}, steps: 2, gan_weight: 0.1}}")
+LORA = (
+    *PASSES[:2],
+    PASSES[3],
+    f"dmd: {{{MATCHING}, steps: 2, fake_score: lora, generator: lora, real_score: elastic}}",
+)
+
+
+@pytest.fixture(scope="module")
+def whole(home: Home) -> Path:
+    return applied(home, "whole", PASSES, "local", 1)
+
+
+@pytest.mark.parametrize(
+    ("engine", "processes", "size"),
+    [("local", 1, 3), ("ddp", 2, 1), ("zero1", 2, 1), ("zero2", 2, 1), ("zero3", 2, 1), ("fsdp2", 2, 1)],
+)
+def test_micro_batches_equal_the_batch(home: Home, whole: Path, engine: str, processes: int, size: int) -> None:
+    parts = applied(home, "parts", PASSES, engine, processes, f"training.micro_batch={size}")
+    logged, weights = differences(whole, parts)
+    print(f"{engine}: losses {logged:.1e}, weights {weights:.1e}")
+    assert logged < LOSS_TOLERANCE
+    assert weights < WEIGHT_TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("passes", "options"), [(ADVERSARIAL, ()), (LORA, ("training.gradient_checkpointing=true",))], ids=["gan", "lora"]
+)
+def test_of_roles_that_share(home: Home, passes: tuple[str, ...], options: tuple[str, ...]) -> None:
+    """The generator's loss leaves gradients in the critic; LoRAs compute on one base, and blocks again."""
+    name = "gan" if passes is ADVERSARIAL else "lora"
+    one = applied(home, f"{name}-whole", passes, "local", 1, *options)
+    logged, weights = differences(
+        one, applied(home, f"{name}-parts", passes, "ddp", 2, "training.micro_batch=1", *options)
+    )
+    print(f"{name}: losses {logged:.1e}, weights {weights:.1e}")
+    assert logged < LOSS_TOLERANCE
+    assert weights < WEIGHT_TOLERANCE
