@@ -41,6 +41,8 @@ MODES: dict[str, dict[str, Any]] = {
     "checkpointing, bf16": {"gradient_checkpointing": True, "precision": "bf16"},
 }
 BATCH = {"teacher": 16, "large": 2}
+MICRO: dict[str, dict[str, Any]] = {f"micro batch {size}": {"micro_batch": size} for size in (8, 4, 2, 1)}
+"""Modes of the teacher alone."""
 
 
 class Alive(TorchDispatchMode):
@@ -166,7 +168,7 @@ def measure(model: str) -> None:
         print("| roles | mode | weights | moments, average | gradients, activations, temporaries | peak | of naive | "
               "resident | of naive |\n|---|---|---|---|---|---|---|---|---|")  # fmt: skip
         naive: dict[str, float] = {}
-        for mode, training in MODES.items():
+        for mode, training in (MODES | MICRO if model == "teacher" else MODES).items():
             for name in ROLES:
                 told = subprocess.run(
                     [sys.executable, "-m", "docs.measure_memory", "--child", model, place, name,

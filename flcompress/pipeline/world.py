@@ -79,10 +79,13 @@ class World:
         self._put(f"once/{number}", value)
         return value
 
-    def beat(self, what: str) -> None:
-        """Say that this process moves on together with the others, and to what: a hung one is told by its last word."""
+    def beat(self, what: str = "") -> None:
+        """Say that this process moves on together with the others, and to what: a hung one is told by its last word.
+
+        Where nothing is said, it moves on with the same.
+        """
         self._pulse.beats += 1
-        self._moved(what, alone=False)
+        self._moved(what or self._pulse.doing, alone=False)
 
     def ending(self) -> None:
         """Say that this process was asked to end: it does not wait for long for one that gives no sign of life."""

@@ -63,6 +63,8 @@ class Trained:
     def micro_batches(self, draws: Draws) -> Iterator[Draws]:
         """This process's samples of a batch, as many at a time as the training allows; see `Draws.micro_batches`."""
         for part in draws.micro_batches(self._at_once):
+            if part is not draws:
+                self._world.beat()  # the more there are, the longer a step takes
             with self._wrapped.micro_batch(last=part.mine.stop == draws.mine.stop):
                 yield part
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from flcompress.errors import DataError, FlcompressError, ModelError, PreconditionError, RecipeError
+from flcompress.pipeline.recipe import Training
 from flcompress.pipeline.recipe_loading import dump_recipe, load_recipe
 from tests.pipeline.conftest import WriteRecipe
 from tests.pipeline.fakes import Cut, Score, Text
@@ -110,6 +111,9 @@ def test_what_is_dumped_is_read_back(tmp_path: Path) -> None:
         (("seed: 0", "sampling: {guidance_convention: other}"),
          "x.yaml:8: sampling.guidance_convention: other given, expected one of unconditional, conditional; "
          "left out, it is unconditional"),
+        (("seed: 0", "training: {micro_batch: 0}"),
+         "x.yaml:8: training.micro_batch: 0 given, expected a whole number of at least 1 or null; "
+         "left out, it is null"),
         (("seed: 0", "sampling: 3"),
          "x.yaml:8: sampling: 3 given, expected a mapping with num_inference_steps, guidance_scale, "
          "guidance_convention, guidance_scale_2, max_sequence_length, embedded_guidance, num_frames, height, width; "
@@ -152,6 +156,12 @@ def test_a_missing_recipe_file(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_needs_are_checked_before_any_work(tmp_path: Path, passes: str, message: str) -> None:
     assert load(tmp_path, f"version: 1\nmodel: t\npasses:\n{passes}") == message
+
+
+def test_how_a_training_is_shared_is_no_part_of_its_result() -> None:
+    shared = Training(engine="zero2", processes=4, micro_batch=2)
+    assert shared.decisive == Training().decisive
+    assert Training(precision="bf16").decisive != Training().decisive
 
 
 def test_random_weights_are_not_trained(tmp_path: Path) -> None:
