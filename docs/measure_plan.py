@@ -29,14 +29,15 @@ DEFAULT = [f"{size}:dmd:{batch}:{engine}" for size, batch in (("5M", 32), ("19M"
 
 
 def write_recipe(home: Path, case: str) -> Path:
-    """The recipe of one case: SIZE:PASS:BATCH:ENGINE; `local-again` is with gradient checkpointing."""
+    """The recipe of one case: SIZE:PASS:BATCH:ENGINE; `local-again` is with gradient checkpointing, `ddp-4` by four."""
     _, name, batch, engine = case.split(":")
     kind, _, more = engine.partition("-")
     path = home / "recipe.yaml"
     path.write_text(
         "version: 1\nmodel: model\nsampling: {max_sequence_length: 16}\ndata: {moving-digits: {clips: 80}}\n"
         f"training: {{engine: {kind}, processes: {1 if kind == 'local' else 2}, "
-        f"precision: {'bf16' if more == 'bf16' else 'fp32'}, gradient_checkpointing: {str(more == 'again').lower()}}}\n"
+        f"precision: {'bf16' if more == 'bf16' else 'fp32'}, gradient_checkpointing: {str(more == 'again').lower()}, "
+        f"micro_batch: {more if more.isdecimal() else 'null'}}}\n"
         f"passes:\n  - {PASSES[name].replace('BATCH', batch)}\n",
         encoding="utf-8",
     )
@@ -78,6 +79,7 @@ def train(file: Path, out: Path) -> None:
             engine=recipe.training.engine,
             precision=recipe.training.precision,
             gradient_checkpointing=recipe.training.gradient_checkpointing,
+            micro_batch=recipe.training.micro_batch,
         )
         reset_peak()
         base = peak_mb()
