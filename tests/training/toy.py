@@ -72,11 +72,15 @@ class Toy(Pass):
                 data.batch(draws.batch, draws.shared, draws.mine)
             for part in critic.micro_batches(draws):
                 x = part.normal(8)
-                critic.backward((critic.module(x) - student.module(x).detach().cos()).square().mean() * broken, part)
+                with torch.no_grad():
+                    target = student.module(x).cos()
+                critic.backward((critic.module(x) - target).square().mean() * broken, part)
             values = critic.step()
             for part in student.micro_batches(draws):
                 x = part.normal(8)
-                student.backward((student.module(x) - critic.module(x).detach().sin() - x).square().mean(), part)
+                with torch.no_grad():
+                    target = critic.module(x).sin() + x
+                student.backward((student.module(x) - target).square().mean(), part)
             values |= student.step()
             critic.clear()
             return values

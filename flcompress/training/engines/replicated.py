@@ -94,7 +94,11 @@ class Averaged(Replica):
     """One of several alike."""
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
-        """Gradients are exchanged once a step."""
+        """Gradients are exchanged once a step.
+
+        A forward without `torch.no_grad` whose output is then detached makes torch wait for a backward: the next one is
+        exchanged, whatever is said here, and a resumed training adds up in another order than an unbroken one.
+        """
         return nullcontext() if last else self.module.no_sync()
 
 
