@@ -77,9 +77,7 @@ def moments(numbers: float, place: Place) -> float:
     return FLOAT * numbers / shared
 
 
-def updating(
-    trained: float, moments: int, gathered: float, place: Place, *, micro_batches: bool = False
-) -> Updating:
+def updating(trained: float, moments: int, gathered: float, place: Place, *, micro_batches: bool = False) -> Updating:
     """What an update takes on one process.
 
     Args:

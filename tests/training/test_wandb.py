@@ -53,7 +53,8 @@ def train(folder: Path, *, ends_at: int = 0) -> None:
     def train_step(step: int, draws: Draws) -> Mapping[str, float]:
         if step == ends_at:
             raise TrainingError("ended")
-        return role.update(role.module(draws.normal(3)).square().mean())
+        role.backward(role.module(draws.normal(3)).square().mean(), draws)
+        return role.step()
 
     def look(step: int) -> Mapping[str, float]:
         strip_of(folder, step).parent.mkdir(exist_ok=True)
