@@ -43,7 +43,7 @@ LATENTS = (16, 3, 8, 8)
 def main(run: RunDirectory, processes: bool) -> None:
     """Measure and print."""
     if processes:
-        _processes(run)
+        _processes()
         return
     prune_set = run.final().prune_set
     print(f"prune set: {', '.join(prune_set)}; batch {BATCH}; {torch.get_num_threads()} threads")
@@ -176,27 +176,29 @@ def _compile() -> None:
     print(f"forward and backward, torch.compile over eager: {_ratio(step(compiled), step(eager), rounds=12)}")
 
 
-def _processes(run: RunDirectory) -> None:
+def _processes() -> None:
     """The same global batch on one process and on two, one thread each; the start-up is subtracted."""
-    ratios = []
-    with tempfile.TemporaryDirectory() as home:
-        for turn in range(3):
-            rates = {}
-            for size in (1, 2) if turn % 2 else (2, 1):
-                long, short = (_timed(Path(home) / f"{turn}-{size}-{steps}", size, steps) for steps in (40, 8))
-                rates[size] = 32 / (long - short)
-            ratios.append(rates[2] / rates[1])
-    print(f"two processes (ddp) over one, steps a second at the same batch: {_spread(ratios)}")
+    for batch, few, many in ((BATCH, 8, 40), (4 * BATCH, 4, 16)):
+        ratios = []
+        with tempfile.TemporaryDirectory() as home:
+            for turn in range(3):
+                rates = {}
+                for size in (1, 2) if turn % 2 else (2, 1):
+                    run = Path(home) / f"{turn}-{size}"
+                    long, short = (_timed(run.with_suffix(f".{steps}"), size, batch, steps) for steps in (many, few))
+                    rates[size] = (many - few) / (long - short)
+                ratios.append(rates[2] / rates[1])
+        print(f"two processes (ddp) over one, steps a second at batch {batch}: {_spread(ratios)}", flush=True)
 
 
-def _timed(run: Path, size: int, steps: int) -> float:
+def _timed(run: Path, size: int, batch: int, steps: int) -> float:
     """Seconds of the training pass alone, as its record says."""
-    recipe = run.with_suffix(".yaml")
+    recipe = run.with_name(f"{run.name}.yaml")
     recipe.write_text(
         f"version: 1\nname: speed\nmodel: {TEACHER.parent.resolve()}\nsampling: {{max_sequence_length: {TOKENS}}}\n"
         "data: {moving-digits: {clips: 64}}\n"
         f"training: {{engine: {'ddp' if size == 2 else 'local'}}}\n"
-        f"passes:\n  - pretrain: {{steps: {steps}, batch: {BATCH}, learning_rate: 1e-6}}\n"
+        f"passes:\n  - pretrain: {{steps: {steps}, batch: {batch}, learning_rate: 1e-6}}\n"
     )
     start = [sys.executable, "-m"]
     if size == 2:
