@@ -17,7 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from docs.measure_memory import ROOT, Alive
+from docs.measure_memory import ROOT
+from flcompress.pipeline.alive import Alive
 
 MODEL = {"layers": 16, "heads": 56, "feed_forward": 3584, "vae_channels": 4}
 ENGINES = ("ddp", "fsdp2", "zero3")
@@ -44,13 +45,13 @@ def child(engine: str, folder: Path) -> None:
     before, started = psutil.Process().memory_info().rss / 1e6, time.monotonic()
     told, kept = [], []
     reset_peak()
-    with Alive() as alive:
+    with Alive(given=True) as alive:
         for load in (made.load_trained, made.load_frozen):
             kept.append(load(folder / "model/transformer"))
             for parameter in kept[-1].parameters():
                 held = parameter._local_tensor if isinstance(parameter, DTensor) else parameter
                 getattr(parameter, "ds_tensor", held).detach().view(-1).sum()
-            told += [alive.peak / 1e6, peak_mb() - before]
+            told += [alive.most / 1e6, peak_mb() - before]
     told.append(time.monotonic() - started)
     dist.barrier()
     (folder / f"{rank}.json").write_text(json.dumps(told), encoding="utf-8")

@@ -13,16 +13,11 @@ import json
 import subprocess
 import sys
 import tempfile
-import weakref
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
 
 ROOT = Path(__file__).resolve().parent.parent
 LARGE = {"layers": 16, "heads": 40, "feed_forward": 2560, "vae_channels": 4}
@@ -43,34 +38,6 @@ MODES: dict[str, dict[str, Any]] = {
 BATCH = {"teacher": 16, "large": 2}
 MICRO: dict[str, dict[str, Any]] = {f"micro batch {size}": {"micro_batch": size} for size in (8, 4, 2, 1)}
 """Modes of the teacher alone."""
-
-
-class Alive(TorchDispatchMode):
-    """Bytes of the storages that came out of any operation and are still held."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known = WeakIdKeyDictionary()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        self.note(tree_leaves(output))
-        return output
-
-    def note(self, values: Iterable[Any]) -> None:
-        for value in (one._local_tensor if isinstance(one, DTensor) else one for one in values):
-            if isinstance(value, Tensor) and value.device.type != "meta":
-                storage = value.untyped_storage()
-                if storage not in self._known:
-                    size = storage.nbytes()
-                    self._known[storage] = size
-                    self.now += size
-                    weakref.finalize(storage, self._freed, size)
-        self.peak = max(self.peak, self.now)
-
-    def _freed(self, size: int) -> None:
-        self.now -= size
 
 
 def recipe_of(model: str, folder: Path, roles: dict[str, Any], training: dict[str, Any]) -> Path:
@@ -99,6 +66,7 @@ def child(model: str, folder: Path, name: str, training: dict[str, Any]) -> dict
     from flcompress.draws import Draws
     from flcompress.passes.dmd import DistributionMatching
     from flcompress.passes.dmd_roles import Roles
+    from flcompress.pipeline.alive import Alive
     from flcompress.pipeline.clips import Clips
     from flcompress.pipeline.display import QuietDisplay
     from flcompress.pipeline.memory import peak_mb, reset_peak
@@ -109,7 +77,7 @@ def child(model: str, folder: Path, name: str, training: dict[str, Any]) -> dict
     from flcompress.training.lora import LoRA
 
     if name == NAIVE:
-        replicated.optimiser = lambda parameters, hyper: torch.optim.AdamW(
+        vars(replicated)["optimiser"] = lambda parameters, hyper: torch.optim.AdamW(
             parameters, lr=hyper.learning_rate, betas=hyper.betas, foreach=True
         )
     recipe = load_recipe(recipe_of(model, folder, ROLES[name], training))
@@ -120,7 +88,7 @@ def child(model: str, folder: Path, name: str, training: dict[str, Any]) -> dict
     data(program)
     work = Work(directory=folder, seed=0, data=data, progress=lambda *_: None, **training)
     contract = student_contract(program.teacher_contract, step.student_steps, program.family.sigmas)
-    alive, before = Alive(), psutil.Process().memory_info().rss
+    alive, before = Alive(given=True), psutil.Process().memory_info().rss
     reset_peak()
     with alive:
         made = Roles(step, program, contract, engine_of(work))
@@ -130,7 +98,7 @@ def child(model: str, folder: Path, name: str, training: dict[str, Any]) -> dict
     base = list(made.teacher.parameters())
     for role in made.trained:
         if isinstance(role.model, LoRA):
-            base += role.model.inner.parameters()
+            base += vars(role.model)["inner"].parameters()
     return {
         "weights": _bytes([*base, *(one for role in made.trained for one in role.model.parameters())]),
         "trained": _bytes(one for role in made.trained for one in role.model.parameters()),
@@ -138,7 +106,7 @@ def child(model: str, folder: Path, name: str, training: dict[str, Any]) -> dict
             value for role in made.trained for key, value in role.checkpoint().items() if key.startswith("optimizer.")
         ),
         "average": _bytes(value for role in made.trained for value in (role._ema or {}).values()),
-        "alive": alive.peak,
+        "alive": alive.most,
         "rss": peak_mb() * 1e6 - before,
     }
 

@@ -1,4 +1,4 @@
-"""The most bytes of tensors that are alive at once, of work on tensors that hold no memory."""
+"""The most bytes of tensors that are alive at once, also of work on tensors that hold no memory."""
 
 from __future__ import annotations
 
@@ -13,21 +13,26 @@ from torch.utils._pytree import tree_leaves
 class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the storages that operations make, until they are freed.
 
+    Args:
+        given: count a storage that no operation made too, once one returns it: weights read from a file.
+
     Attributes:
         most: bytes at the fullest moment so far.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, given: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.most = self._now = 0
+        self._given, self.most, self._now = given, 0, 0
         self._known: weakref.WeakKeyDictionary[UntypedStorage, None] = weakref.WeakKeyDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
-        given = {one.untyped_storage()._cdata for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)}
+        old = () if self._given else tree_leaves((args, kwargs))
+        given = {one.untyped_storage()._cdata for one in old if isinstance(one, Tensor)}
         for tensor in tree_leaves(made):
             if not isinstance(tensor, Tensor) or tensor.device.type == "meta":
                 continue
+            tensor = getattr(tensor, "_local_tensor", tensor)  # of a DTensor, this process's part
             storage = tensor.untyped_storage()
             if storage._cdata not in given and storage not in self._known:
                 self._known[storage] = None

@@ -14,10 +14,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from docs.measure_memory import Alive
 from flcompress.errors import ModelError
 from flcompress.ir.serial import from_json, to_json
 from flcompress.models.loading import empty_transformer, load_transformer, meta_transformer
+from flcompress.pipeline.alive import Alive
 from flcompress.pipeline.passes import Work
 from flcompress.pipeline.world import World
 from flcompress.trace.skip import graph_of
@@ -121,12 +121,12 @@ def test_the_parts_are_what_stock_loading_gives(engine: str, size: int, folders:
 
 
 def count(engine: Engine, folder: Path, out: Path) -> None:
-    with Alive() as alive:
+    with Alive(given=True) as alive:
         trained = engine.load_trained(folder)
-        first = alive.peak
+        first = alive.most
         frozen = engine.load_frozen(folder)
     parts = [sum(part(one).nbytes for one in model.parameters()) for model in (trained, frozen)]
-    told = {"first": first, "both": alive.peak, "trained": parts[0], "frozen": parts[1]}
+    told = {"first": first, "both": alive.most, "trained": parts[0], "frozen": parts[1]}
     out.with_name(f"{engine.work.world.rank}.json").write_text(json.dumps(told))
 
 
