@@ -45,7 +45,7 @@ def test_a_plan_for_a_gpu(tmp_path: Path) -> None:
     text = plan_text(make_plan(recipe, machine=gpu_machine(recipe, "h100")))
     assert "hours on 1 x H100 80 GB at 40% of the stated speed" in text
     assert "memory: every pass fits a H100 80 GB" in text
-    assert "fake score 17 GB" in text  # 1.42 G x (4 weights + 8 moments)
+    assert "fake score 11.4 GB" in text  # 1.42 G x (4 weights + 4 of one moment)
     assert "memory: more than a RTX 4090 24 GB has for " in plan_text(
         make_plan(recipe, machine=gpu_machine(recipe, "rtx4090"))
     )

@@ -40,7 +40,7 @@ training: {{health: {{on_breach: warn, samples: 0}}, log_to: []}}
 passes:
   - stochastic-depth: {{remove: 0.3, by: middle, steps: 2, batch: 2}}
   - prune: {{remove: 0.3, by: middle}}
-  - dmd: {{steps: 2, critic_updates: 1, student_steps: 2, batch: 2, intra_cfg: [0.2, 0.3], learning_rate: 5e-4, {dmd}}}
+  - dmd: {{steps: 2, critic_updates: 1, student_steps: 2, batch: 2, intra_cfg: [0.2, 0.3], learning_rate: 1e-4, {dmd}}}
 """
 
 

@@ -75,9 +75,13 @@ def test_wandb_is_refused_before_any_work_where_it_is_not_installed(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_resumed_training_purges_what_tensorboard_had_after_the_checkpoint(tmp_path: Path) -> None:
+def test_a_resumed_training_purges_what_tensorboard_had_after_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given = replace(work(tmp_path), log_to=("tensorboard",))
     for start, values in ((0, [(1, 1.0), (2, 2.0), (3, 3.0)]), (2, [(3, 30.0)])):
+        # TensorBoard reads its files by name, which begins with the second that they were opened in.
+        monkeypatch.setattr("tensorboard.summary.writer.event_file_writer.time.time", lambda at=1e9 + start: at)
         with trackers(given, "test", start) as (board,):
             for step, value in values:
                 board.log(step, {"loss": value})
