@@ -15,11 +15,9 @@ from flcompress.diffusion.conditioning import on
 from flcompress.diffusion.contract import SamplingContract
 from flcompress.diffusion.sampling import Network
 from flcompress.draws import Draws, seed_of
-from flcompress.ir.graph import BlockGraph
 from flcompress.models.loading import meta_transformer
 from flcompress.models.network import as_network
 from flcompress.pipeline.program import Program
-from flcompress.trace.skip import graph_of
 from flcompress.training.discriminator import Discriminator, critic_term, generator_term
 from flcompress.training.engines import Engine, Hyper
 from flcompress.training.guided_teacher import GuidedTeacher
@@ -59,12 +57,10 @@ class Roles:
         low, high = settings.score_range
         self._score_range = level_range(contract, self._shift, low=low, high=high, key="dmd.score_range")
 
-        real_score, base = parts[settings.real_score], None
-        if settings.shares:
-            base, self._graph = self._base(real_score)
-            self.teacher = base.model
-        else:
-            self.teacher, self._graph = engine.load_frozen(real_score), graph_of(meta_transformer(real_score))
+        real_score = parts[settings.real_score]
+        self._graph = engine.graph(real_score)
+        base = self._base(real_score) if settings.shares else None
+        self.teacher = base.model if base is not None else engine.load_frozen(real_score)
         real = as_network(engine.frozen(self.teacher), self._embedded)
         self._teacher = GuidedTeacher(
             engine,
@@ -105,14 +101,13 @@ class Roles:
                 score_range=self._score_range,
             )
 
-    def _base(self, folder: Path) -> tuple[SharedBase, BlockGraph]:
+    def _base(self, folder: Path) -> SharedBase:
         """A frozen transformer that LoRAs lie on."""
-        plain = meta_transformer(folder)
-        graph = graph_of(plain)
-        blocks = [block.path for block in graph.blocks]
-        base = SharedBase(self.engine.load_frozen(folder, whole=loose(plain, blocks)), blocks)
+        blocks = [block.path for block in self.engine.graph(folder).blocks]
+        whole = loose(meta_transformer(folder), blocks)
+        base = SharedBase(self.engine.load_frozen(folder, whole=whole), blocks)
         self.engine.checkpoint_blocks(base.model, base.checkpoint)
-        return base, graph
+        return base
 
     def _student(self, program: Program, base: SharedBase | None) -> Any:
         """The pruned transformer, or a LoRA that computes like it."""
@@ -121,7 +116,7 @@ class Roles:
         if settings.generator == "full":
             return engine.load_trained(folder)
         if base is None or not settings.generator_shares:
-            own, _ = self._base(folder)
+            own = self._base(folder)
             return LoRA(own, own.blocks, settings.lora_rank, seed=seed)
         kept = program.kept.values()
         gone = [block.path for block in graph.blocks if block.path not in kept]

@@ -27,7 +27,6 @@ from flcompress.models.shards import folder_tensors
 SCALE = 5.0
 """c: under AdamW, which moves every parameter alike, B A then moves as far as a whole weight does at the same rate."""
 
-
 OWN_SHARE = 0.02
 """Of a transformer's parameters, those that a role has a copy of, for the plan: 1.9 % of Wan 1.3B's, 0.4 % of CogVideoX
 5B's."""
@@ -49,15 +48,12 @@ class SharedBase:
     def __init__(self, model: Any, blocks: Iterable[str]) -> None:
         self.model = model
         self._active: LoRA | None = None
-        self.linears: dict[str, nn.Linear] = {}
         self.blocks = tuple(blocks)
-        for block in self.blocks:
-            for name, module in model.get_submodule(block).named_modules(prefix=block):
-                if isinstance(module, nn.Linear):
-                    self.linears[name] = module
-                    module.register_forward_hook(self._adding(name))
+        self.linears = _linears(model, self.blocks)
+        for name, module in self.linears.items():
+            module.register_forward_hook(self._adding(name))
         self.loose = {name: model.get_parameter(name) for name in loose(model, self.blocks)}
-        self._places = {name: _place(model, name) for name in self.loose}
+        self._places = [(_key(name), *_place(model, name), one) for name, one in self.loose.items()]
 
     @contextmanager
     def using(self, lora: LoRA | None) -> Iterator[None]:
@@ -72,9 +68,8 @@ class SharedBase:
             self._put(before)
 
     def _put(self, lora: LoRA | None) -> None:
-        own = nn.ParameterDict() if lora is None else lora.own
-        for name, (module, key) in self._places.items():
-            module._parameters[key] = own[_key(name)] if _key(name) in own else self.loose[name]
+        for key, module, attribute, plain in self._places:
+            module._parameters[attribute] = plain if lora is None or key not in lora.own else lora.own[key]
 
     def checkpoint(self, module: nn.Module, *args: Any) -> Any:
         """Gradient checkpointing for diffusers' `enable_gradient_checkpointing`.
@@ -95,14 +90,17 @@ class SharedBase:
 
 def loose(model: Any, blocks: Iterable[str]) -> list[str]:
     """Paths of the parameters that are no linear layer's weight in one of the blocks."""
-    inside = [(block, model.get_submodule(block)) for block in blocks]
-    linear = {
-        f"{name}.weight"
-        for block, part in inside
-        for name, module in part.named_modules(prefix=block)
+    held = {f"{name}.weight" for name in _linears(model, blocks)}
+    return [name for name, _ in model.named_parameters() if name not in held]
+
+
+def _linears(model: Any, blocks: Iterable[str]) -> dict[str, nn.Linear]:
+    return {
+        name: module
+        for block in blocks
+        for name, module in model.get_submodule(block).named_modules(prefix=block)
         if isinstance(module, nn.Linear)
     }
-    return [name for name, _ in model.named_parameters() if name not in linear]
 
 
 class LoRA(nn.Module):
@@ -152,7 +150,7 @@ class LoRA(nn.Module):
             return vars(self)["inner"](*args, **kwargs)
 
     def added(self, name: str, x: Tensor, output: Tensor) -> Tensor:
-        """What the linear layer at `name` gives with this LoRA: its output [..., out] of x [..., in], and B (A x)."""
+        """What the linear layer at `name` gives with this LoRA: its output [..., out] of x [..., in], and c B (A x)."""
         key = _key(name)
         if key not in self.lora_A:
             return output
@@ -160,7 +158,7 @@ class LoRA(nn.Module):
 
 
 def merge(weights: Mapping[str, Tensor], lora: Mapping[str, Tensor], paths: Mapping[str, str]) -> dict[str, Tensor]:
-    """The weights of a model with a LoRA added to them: W + B A, summed in fp64 and rounded once.
+    """The weights of a model with a LoRA merged into them: W + c B A, summed in fp64 and rounded once, and its own.
 
     Args:
         weights: the model's state dict.

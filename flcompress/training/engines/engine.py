@@ -151,10 +151,10 @@ class Engine(ABC):
         if self.work.compile:
             if self.work.device == "cpu" and (missing := missing_compiler()):
                 raise UnavailableError(f"training.compile: {missing}, or set it to false")
-            compile_blocks(model, self._graph(folder))
+            compile_blocks(model, self.graph(folder))
         return model
 
-    def _graph(self, folder: Path) -> BlockGraph:
+    def graph(self, folder: Path) -> BlockGraph:
         """Of the transformer in a folder, from its configuration; traced once for all roles of one architecture."""
         settings = (folder / "config.json").read_text(encoding="utf-8")
         if settings not in self._graphs:

@@ -72,7 +72,7 @@ class FullySharded(Engine):
     def _load(self, folder: Path, dtype: torch.dtype | None, *, trained: bool, whole: Collection[str] = ()) -> Any:
         model, stored = empty_transformer(folder, self.work.device, dtype)
         model.requires_grad_(trained)
-        self._share(model, [block.path for block in self._graph(folder).blocks], whole)
+        self._share(model, [block.path for block in self.graph(folder).blocks], whole)
         # Only now memory, and only for this process's rows. Not by `to_empty`, which would empty the buffers too.
         model._apply(lambda one: torch.empty_like(one, device=self._device) if one.device.type == "meta" else one)
         for name, value in model.state_dict().items():

@@ -152,7 +152,7 @@ class Zero(Engine):
         model, stored = empty_transformer(folder, self.work.device, dtype)
         model.requires_grad_(trained)
         # Split here and now, block by block: `deepspeed.initialize` would want all of them whole.
-        for part in (*(block.path for block in self._graph(folder).blocks), ""):
+        for part in (*(block.path for block in self.graph(folder).blocks), ""):
             for name, parameter in list(model.get_submodule(part).named_parameters(part)):
                 if parameter.device.type == "meta":
                     whole = torch.empty_like(parameter, device=self.work.device, requires_grad=False)
