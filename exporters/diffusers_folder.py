@@ -10,21 +10,20 @@ from typing import Any, ClassVar
 import torch
 
 from flcompress.diffusion.contract import SamplingContract, levels_of, scheduler_of, set_levels
-from flcompress.errors import PostconditionError
+from flcompress.errors import ModelError, PostconditionError
 from flcompress.exporters.files import copy_component, write_json
 from flcompress.exporters.model_card import model_card
 from flcompress.exporters.partner import KEPT_FILE
 from flcompress.exporters.shapes import clip_of
 from flcompress.models.families.family import Family
-from flcompress.models.folder import check_weights
+from flcompress.models.folder import WITH_WEIGHTS, check_weights
+from flcompress.models.part_check import matching_tensors
 from flcompress.models.parts import part_names
 from flcompress.models.quiet import no_progress_bars
 from flcompress.pipeline.experts import FACTS_FILE
 from flcompress.pipeline.exporter import Exporter
 from flcompress.pipeline.passes import ProgressSink
 from flcompress.pipeline.program import Program
-
-WITH_WEIGHTS = ("transformer", "vae", "text_encoder", "image_encoder")
 
 
 class DiffusersExporter(Exporter):
@@ -117,21 +116,17 @@ def check_folder(folder: Path, pipeline_class: str, contract: SamplingContract) 
             )
 
 
-def _same_tensors(module: torch.nn.Module, folder: Path) -> None:
-    from safetensors import safe_open
-
-    left = dict(module.state_dict())
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(str(path), framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 (not a dict)
-                if key not in left:
-                    raise PostconditionError(
-                        f"{path}: stock diffusers has no place for tensor {key}; check config.json"
-                    )
-                if not torch.equal(left.pop(key), file.get_tensor(key)):
-                    raise PostconditionError(f"{path}: stock diffusers reads another value for tensor {key}")
-    if left:
-        raise PostconditionError(f"{folder}: {len(left)} tensors missing, first {min(left)}; check config.json")
+def _same_tensors(module: Any, folder: Path) -> None:
+    """PostconditionError unless what stock diffusers loaded is what the files hold, in its own dtype."""
+    try:
+        stored = matching_tensors(folder, module)
+    except ModelError as error:
+        raise PostconditionError(str(error)) from error
+    for name, loaded in module.state_dict().items():
+        written = torch.empty(loaded.shape, dtype=loaded.dtype)
+        stored[name].fill(written)
+        if not torch.equal(loaded, written):
+            raise PostconditionError(f"{stored[name].file}: stock diffusers reads another value for tensor {name}")
 
 
 def _few(numbers: tuple[float, ...]) -> str:

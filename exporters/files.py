@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flcompress.errors import RequestError
+from flcompress.models.stock_files import leftovers, stock_files
 
 KEPT_SUFFIXES = (".json", ".safetensors", ".model", ".txt")
 """What a component of a pipeline is made of; anything else (a pickle, an editor's leftover) is not exported."""
@@ -55,8 +56,19 @@ def require_hash(path: Path, expected: str, make_it: str) -> None:
 
 
 def copy_component(source: Path, target: Path) -> None:
-    """Copy a component's configuration and weights, at the top level of its folder, and nothing else."""
+    """Copy a component's configuration and the weights that stock loading reads, and nothing else.
+
+    Weights that lie there as a variant alone get their plain names, so that the copy loads without naming it.
+    """
     target.mkdir(parents=True)
+    weights, skipped = stock_files(source), leftovers(source)
     for path in sorted(source.iterdir()):
-        if path.is_file() and path.suffix in KEPT_SUFFIXES:
-            shutil.copyfile(path, target / path.name)
+        if not path.is_file() or path.suffix not in KEPT_SUFFIXES or path in skipped:
+            continue
+        if path == weights.index and weights.variant is not None:
+            index = json.loads(path.read_text(encoding="utf-8"))
+            names = {file.name: weights.plain_name(file) for file in weights.files}
+            index["weight_map"] = {name: names[file] for name, file in index["weight_map"].items()}
+            write_json(target / weights.plain_name(path), index)
+        else:
+            shutil.copyfile(path, target / (weights.plain_name(path) if path in weights.files else path.name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from flcompress.errors import RequestError
 from flcompress.exporters.precision import Precision, dtype_of
 from flcompress.exporters.shapes import Size, patch_of
 from flcompress.models.loading import transformer_class
+from flcompress.models.shards import folder_tensors
 
 FP16_KEYS = 65_504
 """Largest fp16 number; a softmax that sums more keys than that in fp16 can overflow."""
@@ -26,17 +28,9 @@ TENSORRT_MEMORY = (1.0e9, 3.2)
 
 def weight_bytes(folder: Path, precision: Precision) -> int:
     """Bytes of a transformer's weights at a precision, from the headers of its files."""
-    from safetensors import safe_open
-
-    factory, total = transformer_class(folder), 0
-    for path in folder.glob("*.safetensors"):
-        with safe_open(str(path), framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                count = 1
-                for axis in file.get_slice(name).get_shape():
-                    count *= axis
-                total += count * dtype_of(name, factory, precision).itemsize
-    return total
+    factory = transformer_class(folder)
+    stored = folder_tensors(folder).items()
+    return sum(math.prod(tensor.shape) * dtype_of(name, factory, precision).itemsize for name, tensor in stored)
 
 
 def attention_tokens(config: dict[str, Any], size: Size, text: int) -> int:

@@ -9,22 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flcompress.errors import ModelError
 from flcompress.exporters.precision import DTYPES, Precision, dtype_of
 from flcompress.models.loading import frozen, transformer_class
+from flcompress.models.part_check import matching_tensors
+from flcompress.models.shards import folder_tensors
 
 
 class WeightFiles(Mapping[str, Tensor]):
     """The tensors of a component's safetensors files by name; each is read when asked for and not kept."""
 
     def __init__(self, folder: Path) -> None:
-        from safetensors import safe_open
-
         self.folder = folder
-        self.files: dict[str, Path] = {}
-        for path in sorted(folder.glob("*.safetensors")):
-            with safe_open(str(path), framework="pt") as file:
-                self.files |= dict.fromkeys(file.keys(), path)
+        self.files = {name: tensor.file for name, tensor in folder_tensors(folder).items()}
 
     def __getitem__(self, name: str) -> Tensor:
         from safetensors import safe_open
@@ -58,12 +54,7 @@ def skeleton(folder: Path, precision: Precision) -> Any:
             model = factory.from_config(factory.load_config(str(folder)))
     finally:
         torch.set_default_dtype(default)
-    wanted = set(model.state_dict())
-    for trouble, names in (("missing keys", wanted - set(files)), ("unexpected keys", set(files) - wanted)):
-        if names:
-            raise ModelError(
-                f"{folder}: {len(names)} {trouble}, first {min(names)}; the weights do not belong to this config.json"
-            )
+    matching_tensors(folder, model)
     for name, parameter in list(model.named_parameters()):
         owner, leaf = _owner(model, name)
         empty = torch.empty(parameter.shape, dtype=dtype_of(name, factory, precision), device="meta")

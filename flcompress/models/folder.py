@@ -11,9 +11,11 @@ from flcompress.errors import ModelError
 from flcompress.models.configs import check_config
 from flcompress.models.families import FAMILIES, family_of
 from flcompress.models.shards import check_finite, index_places
+from flcompress.models.stock_files import PICKLES, required_files
 
+WITH_WEIGHTS = ("transformer", "vae", "text_encoder", "image_encoder")
+"""How the names of components with weights begin."""
 PIPELINES = tuple(name for family in FAMILIES for name in family.pipelines)
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 def check_pipeline(folder: Path, *, weights: bool = True, parts: bool = True) -> dict[str, Any]:
@@ -44,11 +46,25 @@ def check_pipeline(folder: Path, *, weights: bool = True, parts: bool = True) ->
         if found not in expected:
             path = folder / component / "config.json"
             raise ModelError(f"{path}: _class_name is {found!r}, expected {' or '.join(expected)} in a {name}")
+    if parts:
+        check_parts(folder, index, weights=weights)
     if weights:
         for component in named:
-            if component.startswith(("transformer", "vae", "text_encoder", "image_encoder")):
+            if component.startswith(WITH_WEIGHTS):
                 check_weights(folder / component)
     return index
+
+
+def check_parts(folder: Path, index: Mapping[str, Any], *, weights: bool = True) -> None:
+    """Check, from headers alone, that every component of a pipeline folder loads whole; see `check_part`.
+
+    `weights`: also those that have weights; False for a folder of configurations.
+    """
+    from flcompress.models.part_check import check_part
+
+    for component, kind in index.items():
+        if isinstance(kind, list) and kind[0] is not None and component != "scheduler":
+            check_part(folder / component, kind, weights=weights)
 
 
 def _transformers(folder: Path, index: Mapping[str, Any]) -> tuple[str, ...]:
@@ -79,7 +95,8 @@ def _transformers(folder: Path, index: Mapping[str, Any]) -> tuple[str, ...]:
 
 def only_configurations(folder: Path) -> bool:
     """Whether a pipeline folder holds no weights of any kind: enough to plan with, and to look at."""
-    return not any(path.suffix in (".safetensors", *_PICKLES) for path in folder.rglob("*"))
+    kinds = (".safetensors", *PICKLES)
+    return not any(path.suffix in kinds and not path.name.startswith(".") for path in folder.rglob("*"))
 
 
 def check_transformer_config(folder: Path) -> dict[str, Any]:
@@ -90,23 +107,15 @@ def check_transformer_config(folder: Path) -> dict[str, Any]:
 
 
 def check_weights(folder: Path) -> None:
-    """Every weight file of a component is safetensors, whole, and finite.
+    """Every weight file of a component that stock loading reads is safetensors, whole, and finite.
 
     Raises:
         ModelError: names the file (and the tensor) and what is wrong.
     """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        pickled = sorted(path for path in folder.iterdir() if path.suffix in _PICKLES)
-        if pickled:
-            raise ModelError(
-                f"{pickled[0]}: a pickle checkpoint can run code when loaded and is refused; expected *.safetensors; "
-                "save the model again with save_pretrained(..., safe_serialization=True)"
-            )
-        raise ModelError(f"{folder}: no weights; expected *.safetensors")
-    for index in folder.glob("*.safetensors.index.json"):
-        index_places(index)
-    for path in files:
+    found = required_files(folder)
+    if found.index:
+        index_places(found.index)
+    for path in found.files:
         check_finite(path)
 
 

@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
-import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 
-from flcompress.errors import ModelError
 from flcompress.models.configs import BUILD_ERRORS, build_error, check_config, settings
 from flcompress.models.folder import read_json
+from flcompress.models.part_check import check_loaded, matching_tensors
 from flcompress.models.parts import load_part
 from flcompress.models.quiet import no_progress_bars
-from flcompress.models.shards import StoredTensor, folder_tensors
+from flcompress.models.shards import StoredTensor
+from flcompress.models.stock_files import stock_files
 
 
 @no_progress_bars()
 def load_transformer(folder: Path, device: str = "cpu", dtype: torch.dtype | None = None) -> Any:
     """The transformer, in evaluation mode, without gradients; in fp32 where no dtype is given."""
     stock = transformer_class(folder)
-    kept = {} if dtype is None else {"torch_dtype": dtype}
-    model, info = stock.from_pretrained(str(folder), use_safetensors=True, output_loading_info=True, **kept)
     # Stock loading is silent about missing and unexpected tensors; such a model is wrong.
-    _check_keys(folder, info["missing_keys"], info["unexpected_keys"])
+    matching_tensors(folder, meta_transformer(folder))
+    kept = {} if dtype is None else {"torch_dtype": dtype}
+    variant = stock_files(folder).variant
+    model, info = stock.from_pretrained(
+        str(folder), use_safetensors=True, variant=variant, output_loading_info=True, **kept
+    )
+    check_loaded(folder, info)
     if dtype is not None:
         # Weights are mapped from their files. The few that a class keeps in fp32 would hold the whole files in memory.
         for value in (*model.parameters(), *model.buffers()):
@@ -49,7 +53,7 @@ def empty_transformer(
     Raises:
         ModelError: the weights do not belong to the configuration.
     """
-    stored, usual = folder_tensors(folder), torch.get_default_dtype()
+    usual = torch.get_default_dtype()
     try:
         # As stock loading does: buffers are computed in this dtype too.
         torch.set_default_dtype(dtype or usual)
@@ -57,22 +61,14 @@ def empty_transformer(
             model = frozen(_built(folder / "config.json"))
     finally:
         torch.set_default_dtype(usual)
-    held = model.state_dict()
-    ignored = model._keys_to_ignore_on_load_unexpected or ()
-    unexpected = [name for name in stored.keys() - held.keys() if not any(re.search(one, name) for one in ignored)]
-    _check_keys(folder, held.keys() - stored.keys(), unexpected)
-    for name, tensor in held.items():
-        if stored[name].shape != tuple(tensor.shape):
-            raise ModelError(
-                f"{folder}: {name} has the shape {list(stored[name].shape)}, expected {list(tensor.shape)}; the "
-                "weights do not belong to this config.json"
-            )
+    stored = matching_tensors(folder, model)
+    for name, tensor in model.state_dict().items():
         if dtype is not None and stored[name].floating:
             kept = set(name.split(".")) & set(model._keep_in_fp32_modules or ())
             put(model, name, tensor.to(torch.float32 if kept else dtype))
     for name, buffer in list(model.named_buffers(remove_duplicate=False)):
         put(model, name, buffer.to(device))
-    return model, {name: stored[name] for name in held}
+    return model, stored
 
 
 def put(model: Any, name: str, value: torch.Tensor) -> None:
@@ -82,15 +78,6 @@ def put(model: Any, name: str, value: torch.Tensor) -> None:
     old = getattr(module, own)
     parameter = isinstance(old, torch.nn.Parameter)
     setattr(module, own, torch.nn.Parameter(value, old.requires_grad) if parameter else value)
-
-
-def _check_keys(folder: Path, missing: Collection[str], unexpected: Collection[str]) -> None:
-    for trouble, names in (("missing", missing), ("unexpected", unexpected)):
-        if names:
-            raise ModelError(
-                f"{folder}: {len(names)} {trouble} keys, first {min(names)}; "
-                "the weights do not belong to this config.json"
-            )
 
 
 def transformer_class(folder: Path) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -10,14 +9,14 @@ from typing import Any
 
 import torch
 
-from flcompress.errors import ModelError
 from flcompress.models.families import family_of
 from flcompress.models.folder import check_transformer_config, read_json
+from flcompress.models.part_check import check_loaded, check_part, load_tables
 from flcompress.models.quiet import no_progress_bars
+from flcompress.models.shards import folder_tensors
+from flcompress.models.stock import stock_class
+from flcompress.models.stock_files import stock_files
 from flcompress.models.video import decode_latents, encode_clips
-
-LIBRARIES = ("diffusers", "transformers")
-"""A part of any other library would be code from the model folder, which is never run."""
 
 NOT_HERE = ("transformer", "transformer_2", "scheduler")
 
@@ -139,23 +138,31 @@ def load_part(folder: Path, kind: Sequence[str], device: str = "cpu") -> Any:
         kind: (library, class name), as `model_index.json` has it.
 
     Raises:
-        ModelError: a library other than diffusers and transformers, or a class it does not have.
+        ModelError: a class that is not known, or files that are not those of a whole part; see `check_part`.
     """
-    library, name = kind
-    if library not in LIBRARIES:
-        raise ModelError(
-            f"{folder.parent / 'model_index.json'}: {folder.name} is of library {library!r}, expected "
-            f"{' or '.join(LIBRARIES)}; code of a model folder is not run"
-        )
-    factory = getattr(importlib.import_module(library), name, None)
-    if factory is None:
-        raise ModelError(
-            f"{folder.parent / 'model_index.json'}: {folder.name} is a {name}, which this {library} does not have; "
-            "install the version the model was saved with"
-        )
+    factory = stock_class(folder, kind)
     if not issubclass(factory, torch.nn.Module):
-        return factory.from_pretrained(str(folder))
-    return factory.from_pretrained(str(folder), use_safetensors=True).eval().requires_grad_(False).to(device)
+        return load_tables(folder, factory)
+    check_part(folder, kind)
+    variant = stock_files(folder).variant
+    loaded, info = factory.from_pretrained(
+        str(folder), use_safetensors=True, variant=variant, output_loading_info=True, **_computed_in(folder, kind[0])
+    )
+    check_loaded(folder, info)
+    return loaded.eval().requires_grad_(False).to(device)
+
+
+def _computed_in(folder: Path, library: str) -> dict[str, Any]:
+    """fp32 for a text encoder stored in fp8 whose configuration names no other type: fp8 is no type to compute in.
+
+    Every other type is stock loading's own choice.
+    """
+    if library != "transformers":
+        return {}
+    config = read_json(folder / "config.json", "a transformers model folder has one")
+    named = str(config.get("dtype") or config.get("torch_dtype") or "float8")
+    stored = any(tensor.dtype.startswith("F8") for tensor in folder_tensors(folder).values())
+    return {"dtype": torch.float32} if stored and "float8" in named else {}
 
 
 def _floats(made: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

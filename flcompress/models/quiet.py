@@ -20,3 +20,17 @@ def no_progress_bars() -> Iterator[None]:
     finally:
         for library in libraries:
             library.enable_progress_bar()
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Stock loading also reports what does not fit, in tables on stderr; for callers that report it themselves."""
+    from transformers.utils import logging as of_transformers
+
+    level = of_transformers.get_verbosity()
+    of_transformers.set_verbosity_error()
+    try:
+        with no_progress_bars():
+            yield
+    finally:
+        of_transformers.set_verbosity(level)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flcompress.errors import ModelError
+from flcompress.models.stock_files import DIFFUSERS, required_files, weight_map
 
 if TYPE_CHECKING:
     import torch
@@ -25,8 +26,6 @@ PIECE = 1 << 24
 LARGEST_SHARD = 5 * 10**9
 """Bytes of tensors in one written file, unless a single tensor is larger."""
 
-_INDEX = ".safetensors.index.json"
-_NAME = "diffusion_pytorch_model"
 _FLOATS = {
     "F64": "float64",
     "F32": "float32",
@@ -112,19 +111,26 @@ def file_metadata(path: Path) -> dict[str, str]:
 
 
 def folder_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """The tensors of a model folder, of all its shards.
+    """The tensors that stock loading reads from a component's folder, of all its shards.
 
     Raises:
-        ModelError: no weights, a shard missing or short, a tensor that the index places in another file.
+        ModelError: no weights, a shard missing or short, a tensor that the index places in another file, or that two
+            shards hold.
     """
-    index = folder / f"{_NAME}{_INDEX}"
-    if not index.is_file():
-        if not (folder / f"{_NAME}.safetensors").is_file():
-            raise ModelError(f"{folder}: no weights; expected {_NAME}.safetensors, or shards with {index.name}")
-        return file_tensors(folder / f"{_NAME}.safetensors")
-    places = index_places(index)
-    stored = {name: file_tensors(folder / name) for name in sorted(set(places.values()))}
-    return {name: stored[file][name] for name, file in places.items()}
+    found = required_files(folder)
+    places = index_places(found.index) if found.index else None
+    stored: dict[str, StoredTensor] = {}
+    for file in found.files:
+        for name, tensor in file_tensors(file).items():
+            if name in stored:
+                raise ModelError(
+                    f"{file}: tensor {name} lies in {stored[name].file.name} too; expected it in one shard, copy all "
+                    "of them again"
+                )
+            stored[name] = tensor
+    if places is None or found.name != DIFFUSERS:
+        return stored
+    return {name: stored[name] for name in places}  # diffusers goes by the index, transformers by the files
 
 
 def index_places(index: Path) -> dict[str, str]:
@@ -133,21 +139,15 @@ def index_places(index: Path) -> dict[str, str]:
     Raises:
         ModelError: names the index or the shard.
     """
-    try:
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = sorted(set(places.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{index}: no index of shards (weight_map); copy the file again") from error
-    for name in files:
-        path = index.parent / str(name)
-        if Path(str(name)).name != name:
-            raise ModelError(f"{index}: names the shard {name!r}, expected a file of its own folder")
+    places = weight_map(index)
+    for name in sorted(set(places.values())):
+        path = index.parent / name
         if not path.is_file():
             raise ModelError(f"{path}: missing; {index.name} names it; copy the shard again")
         lacking = sorted({one for one, file in places.items() if file == name} - set(file_tensors(path)))
         if lacking:
             raise ModelError(f"{path}: lacks tensor {lacking[0]}, which {index.name} places in it; copy both again")
-    return dict(places)
+    return places
 
 
 def check_finite(path: Path) -> None:
@@ -179,15 +179,17 @@ def write_tensors(folder: Path, tensors: Mapping[str, StoredTensor], largest: in
         shards[-1][name] = tensor
     places: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
-        file = f"{_NAME}.safetensors"
+        file = f"{DIFFUSERS}.safetensors"
         if len(shards) > 1:
-            file = f"{_NAME}-{number:05d}-of-{len(shards):05d}.safetensors"
+            file = f"{DIFFUSERS}-{number:05d}-of-{len(shards):05d}.safetensors"
         places |= dict.fromkeys(shard, file)
         write_file(folder / file, shard)
     if len(shards) > 1:
         total = sum(tensor.size for tensor in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-        (folder / f"{_NAME}{_INDEX}").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (folder / f"{DIFFUSERS}.safetensors.index.json").write_text(
+            json.dumps(index, indent=2) + "\n", encoding="utf-8"
+        )
 
 
 def write_file(path: Path, tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str] | None = None) -> None:

@@ -152,10 +152,11 @@ class Program:
 
 
 def folder_digest(folder: Path) -> str:
-    """SHA-256 over the names and contents of a folder's files."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    """SHA-256 over the names and contents of a folder's files, those aside that stock loading never opens."""
+    from flcompress.models.stock_files import files_of
+
     digest = hashlib.sha256()
-    for path in files:
+    for path in files_of(folder):
         stat = path.stat()
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
         digest.update(_file_digest(path, stat.st_mtime_ns, stat.st_size).encode())

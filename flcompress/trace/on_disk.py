@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -14,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flcompress.errors import ModelError, NotRemovable, PostconditionError
+from flcompress.errors import NotRemovable, PostconditionError
 from flcompress.ir.graph import BlockGraph
 from flcompress.models import example_inputs
 from flcompress.models.folder import check_transformer_config
 from flcompress.models.loading import load_transformer, meta_transformer
-from flcompress.models.shards import LARGEST_SHARD, StoredTensor, folder_tensors, write_tensors
+from flcompress.models.part_check import matching_tensors
+from flcompress.models.shards import LARGEST_SHARD, StoredTensor, write_tensors
 from flcompress.trace.certificate import Certificate
 from flcompress.trace.config_keys import build
 from flcompress.trace.remove import certify, remove
@@ -67,7 +67,7 @@ def remove_on_disk(
     """
     config = check_transformer_config(folder)
     large = meta_transformer(folder)
-    stored = _matching(folder, large)
+    stored = matching_tensors(folder, large)
     count = sum(parameter.numel() for parameter in large.parameters())
     model, changed = _to_try(folder, large, device, own_weights)
     small: Any = remove(model, paths, example_inputs(model))
@@ -129,28 +129,6 @@ def _to_try(
         return load_transformer(folder, device), None
     model, changed = stand_in(large)
     return model.to(device), changed
-
-
-def _matching(folder: Path, model: nn.Module) -> dict[str, StoredTensor]:
-    """The stored tensors, which are those the configuration asks for."""
-    stored = folder_tensors(folder)
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    unknown = sorted(
-        name for name in set(stored) - set(wanted) if not any(re.search(pattern, name) for pattern in ignored)
-    )
-    for what, names in (("missing keys", sorted(set(wanted) - set(stored))), ("unexpected keys", unknown)):
-        if names:
-            raise ModelError(
-                f"{folder}: {len(names)} {what}, first {names[0]}; the weights do not belong to this config.json"
-            )
-    for name, shape in wanted.items():
-        if stored[name].shape != shape:
-            raise ModelError(
-                f"{stored[name].file}: tensor {name} has shape {list(stored[name].shape)}, expected {list(shape)}; "
-                "the weights do not belong to this config.json"
-            )
-    return stored
 
 
 def _observed(model: nn.Module, small: nn.Module, kept: Mapping[str, str], *, exact: bool) -> dict[str, str]:

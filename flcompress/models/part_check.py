@@ -1,0 +1,217 @@
+"""Does a part of a pipeline load whole? Checked before any work, from configurations and the headers of files alone.
+
+Stock loading draws a tensor that it does not find at random, ignores one that it does not know, and puts an empty
+vocabulary in the place of one that is not there. Here each of them is an error.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+
+from flcompress.errors import ModelError
+from flcompress.models.configs import BUILD_ERRORS, build_error, check_config, settings
+from flcompress.models.folder import read_json
+from flcompress.models.quiet import quiet_loading
+from flcompress.models.shards import StoredTensor, folder_tensors
+from flcompress.models.stock import Fit, diffusers_fit, stock_class, transformers_fit
+from flcompress.models.stock_files import stock_files
+
+_SCALES = re.compile(
+    r"(^|\.)(scaled_fp8|scale_(weight|input)|(weight|input)_scale(_inv)?|scales|absmax|quant_map|quant_state|SCB|qweight|"
+    r"qzeros|_data|_scale|comfy_quant)(\.|$)"
+)
+"""Names that quantisers store beside a weight."""
+
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "tekken.json", "tiktoken.model")
+"""Read by every tokenizer of transformers, whatever its class names."""
+
+
+def check_part(folder: Path, kind: Sequence[str], *, weights: bool = True) -> None:
+    """Check that a component's configuration, weights and class belong together; only headers of weights are read.
+
+    Args:
+        folder: the component's.
+        kind: (library, class name), as `model_index.json` has it.
+        weights: False where a class with weights has none yet, only a configuration.
+
+    Raises:
+        ModelError: names the file, and the tensor or the key.
+    """
+    factory = stock_class(folder, kind)
+    if not issubclass(factory, torch.nn.Module):
+        load_tables(folder, factory)
+        return
+    if not weights:
+        return
+    config = read_json(folder / "config.json", f"the weights of a {factory.__name__} need it")
+    _check_not_quantised(config, folder / "config.json")
+    if kind[0] == "transformers":
+        _check_of_transformers(folder, factory, config)
+        return
+    if (name := config.get("_class_name", factory.__name__)) != factory.__name__:
+        raise ModelError(
+            f"{folder / 'config.json'}: _class_name is {name!r}, but model_index.json says {factory.__name__}; "
+            "expected the same, copy both again"
+        )
+    matching_tensors(folder, _empty(factory, config, folder / "config.json"))
+
+
+def matching_tensors(folder: Path, model: Any) -> dict[str, StoredTensor]:
+    """Name -> tensor on disk of all that the state dict of a model of diffusers holds.
+
+    Raises:
+        ModelError: no weights, or weights that do not belong to the configuration.
+    """
+    stored = folder_tensors(folder)
+    fit = diffusers_fit(model, stored, sharded=stock_files(folder).index is not None)
+    _check_fit(folder, fit, stored)
+    held = model.state_dict()
+    for name, tensor in held.items():
+        if tensor.is_floating_point() and not stored[name].floating:
+            raise _quantised(stored[name].file, name, stored[name].dtype)
+    return {name: stored[name] for name in held}
+
+
+def load_tables(folder: Path, factory: Any) -> Any:
+    """A component without weights (tokenizer, image processor), by its stock class; ModelError where that fails."""
+    names = set((getattr(factory, "vocab_files_names", None) or {}).values())
+    here = {path.name for path in folder.iterdir() if path.is_file()}
+    if names and not here & {*names, *_VOCABULARIES}:
+        raise ModelError(
+            f"{folder}: no vocabulary of a {factory.__name__}, which stock loading would replace by an empty one; "
+            f"expected {' or '.join(sorted(names))}; copy the folder again"
+        )
+    try:
+        with quiet_loading():
+            return factory.from_pretrained(str(folder))
+    except Exception as error:  # the library of tokenizers raises Exception itself
+        for name in sorted(here):
+            if name.endswith(".model"):
+                _check_sentencepiece(folder / name)
+        raise ModelError(
+            f"{folder}: no {factory.__name__} can be loaded from its files ({type(error).__name__}: {_first(error)}); "
+            "copy the folder again"
+        ) from error
+
+
+def check_loaded(folder: Path, info: Mapping[str, Any]) -> None:
+    """ModelError where stock loading, which has now read the weights, drew some of them at random."""
+    shapes = {one[0] if isinstance(one, tuple) else one for one in info.get("mismatched_keys", ())}
+    _check_names(folder, "missing", {*info["missing_keys"], *shapes})
+
+
+def _check_of_transformers(folder: Path, factory: Any, config: Mapping[str, Any]) -> None:
+    path, kind = folder / "config.json", factory.config_class
+    given, inner = config.get("model_type"), [one for one in config.values() if isinstance(one, dict)]
+    if given not in (None, kind.model_type) and not any(one.get("model_type") == kind.model_type for one in inner):
+        raise ModelError(
+            f"{path}: model_type is {given!r}, expected {kind.model_type!r}, since model_index.json says "
+            f"{factory.__name__}; copy both again"
+        )
+    if isinstance(own := config.get("transformers_weights"), str):
+        raise ModelError(f"{path}: transformers_weights is {own!r}, which is not read; rename it to model.safetensors")
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            f"{folder / 'adapter_config.json'}: an adapter, which stock loading adds to the weights only where PEFT is "
+            "installed; merge it into the weights, or move it away"
+        )
+    stored = folder_tensors(folder)
+    for name, tensor in stored.items():
+        if name.endswith(("weight", "bias")) and not tensor.floating:
+            raise _quantised(tensor.file, name, tensor.dtype)
+    fit = _fit_of_transformers(folder, factory, stored)
+    saved = (config.get("architectures") or [None])[0]
+    if fit.unexpected and isinstance(saved, str) and saved != factory.__name__:
+        # A text encoder saved as a part of the whole model that it comes from: the rest is not read, and rightly so.
+        whole = stock_class(folder, ("transformers", saved))
+        if not _fit_of_transformers(folder, whole, stored).unexpected:
+            fit = Fit(missing=fit.missing, unexpected=frozenset(), shapes=fit.shapes)
+    _check_fit(folder, fit, stored)
+
+
+def _fit_of_transformers(folder: Path, factory: Any, stored: Mapping[str, StoredTensor]) -> Fit:
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        with quiet_loading():
+            config = factory.config_class.from_pretrained(str(folder))
+        return transformers_fit(factory, config, stored)
+    except (*BUILD_ERRORS, StrictDataclassError, OSError) as error:
+        raise build_error(error, factory.__name__, folder / "config.json") from error
+
+
+def _empty(factory: Any, config: Mapping[str, Any], path: Path) -> Any:
+    """A model of diffusers whose weights have no memory."""
+    from diffusers.models import transformers as denoisers
+
+    if getattr(denoisers, factory.__name__, None) is factory:
+        check_config(config, path)
+    try:
+        with init_empty_weights():
+            return factory.from_config(settings(config, factory))
+    except BUILD_ERRORS as error:
+        raise build_error(error, factory.__name__, path) from error
+
+
+def _check_fit(folder: Path, fit: Fit, stored: Mapping[str, StoredTensor]) -> None:
+    for name in sorted(fit.unexpected):
+        if _SCALES.search(name):
+            raise ModelError(
+                f"{folder}: tensor {name} is the scale of quantised weights, which are not read; expected the model's "
+                "weights in F32, BF16 or F16"
+            )
+    _check_names(folder, "missing", fit.missing)
+    _check_names(folder, "unexpected", fit.unexpected)
+    for name, (given, wanted) in sorted(fit.shapes.items()):
+        place = stored[name].file if name in stored else folder
+        raise ModelError(
+            f"{place}: tensor {name} has shape {list(given)}, expected {list(wanted)}; "
+            "the weights do not belong to this config.json"
+        )
+
+
+def _check_names(folder: Path, trouble: str, names: Collection[str]) -> None:
+    if names:
+        raise ModelError(
+            f"{folder}: {len(names)} {trouble} keys, first {min(names)}; the weights do not belong to this config.json"
+        )
+
+
+def _check_not_quantised(config: Mapping[str, Any], path: Path) -> None:
+    for one in (config, *(value for value in config.values() if isinstance(value, dict))):
+        if (given := one.get("quantization_config")) is not None:
+            method = given.get("quant_method") if isinstance(given, dict) else given
+            raise ModelError(
+                f"{path}: quantization_config is of {method}; quantised weights are not read, expected the model's "
+                "weights in F32, BF16 or F16"
+            )
+
+
+def _quantised(file: Path, name: str, dtype: str) -> ModelError:
+    return ModelError(
+        f"{file}: tensor {name} is stored in {dtype}; quantised weights are not read, expected the model's weights in "
+        "F32, BF16 or F16"
+    )
+
+
+def _check_sentencepiece(path: Path) -> None:
+    """ModelError unless the file is a SentencePiece model: of any other, stock loading says that it needs tiktoken."""
+    if importlib.util.find_spec("sentencepiece") is None:
+        raise ModelError(f"{path}: sentencepiece is not installed, which reads it; pip install sentencepiece protobuf")
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        SentencePieceProcessor(model_file=str(path))
+    except (OSError, RuntimeError) as error:
+        raise ModelError(f"{path}: no whole SentencePiece model ({_first(error)}); copy the file again") from error
+
+
+def _first(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

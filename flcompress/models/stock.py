@@ -1,0 +1,102 @@
+"""Stock classes of a pipeline's parts, and how a folder's weights fit them by the rules of stock loading."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flcompress.errors import ModelError
+from flcompress.models.quiet import quiet_loading
+from flcompress.models.shards import StoredTensor
+
+LIBRARIES = ("diffusers", "transformers")
+"""A part of any other library would be code from the model folder, which is never run."""
+
+
+def stock_class(folder: Path, kind: Sequence[str]) -> Any:
+    """The class of a component.
+
+    Args:
+        folder: the component's.
+        kind: (library, class name), as `model_index.json` has it.
+
+    Raises:
+        ModelError: a library other than diffusers and transformers, or a class it does not have.
+    """
+    library, name = kind
+    if library not in LIBRARIES:
+        raise ModelError(
+            f"{folder.parent / 'model_index.json'}: {folder.name} is of library {library!r}, expected "
+            f"{' or '.join(LIBRARIES)}; code of a model folder is not run"
+        )
+    with quiet_loading():
+        found = getattr(importlib.import_module(library), name, None)
+    if not isinstance(found, type):
+        raise ModelError(
+            f"{folder.parent / 'model_index.json'}: {folder.name} is a {name}, which this {library} does not have; "
+            "install the version the model was saved with"
+        )
+    return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fit:
+    """How a folder's tensors fit the model of its configuration, by the rules of stock loading.
+
+    Attributes:
+        missing: names that the model has and the folder lacks, ties aside: stock loading would draw them at random.
+        unexpected: names that the model has no place for.
+        shapes: name -> (the folder's shape, the model's), where they differ.
+    """
+
+    missing: frozenset[str]
+    unexpected: frozenset[str]
+    shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
+
+
+def diffusers_fit(model: Any, stored: dict[str, StoredTensor], *, sharded: bool) -> Fit:
+    """The fit to a model of diffusers. What stock loading renames (old attention blocks) is renamed in `stored`."""
+    if not sharded:
+        model._fix_state_dict_keys_on_load(stored)
+    held = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    ignored = model._keys_to_ignore_on_load_unexpected or ()
+    return Fit(
+        missing=frozenset(held.keys() - stored.keys()),
+        unexpected=frozenset(
+            name for name in stored.keys() - held.keys() if not any(re.search(one, name) for one in ignored)
+        ),
+        shapes={
+            name: (stored[name].shape, shape)
+            for name, shape in held.items()
+            if name in stored and stored[name].shape != shape
+        },
+    )
+
+
+def transformers_fit(factory: Any, config: Any, stored: Mapping[str, StoredTensor]) -> Fit:
+    """The fit to a class of transformers: its own loading of tensors that have a shape and no numbers.
+
+    So names are converted, prefixes cut and ties known as they will be when the part is loaded.
+    """
+    shapes = {name: torch.empty(tensor.shape, device="meta") for name, tensor in stored.items()}
+    with quiet_loading():
+        _, info = factory.from_pretrained(
+            None,
+            config=config,
+            state_dict=shapes,
+            device_map={"": "meta"},
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    return Fit(
+        missing=frozenset(info["missing_keys"]),
+        unexpected=frozenset(info["unexpected_keys"]),
+        shapes={name: (tuple(given), tuple(wanted)) for name, given, wanted in info["mismatched_keys"]},
+    )

@@ -1,0 +1,156 @@
+"""Which files of a component's folder stock loading reads its weights from; all others there are leftovers.
+
+Folders from the Hub hold a model twice (an fp16 twin, an EMA), pickles beside safetensors, or shards beside the single
+file that they came from. What is checked, hashed, read and exported has to be what a stock pipeline would load.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flcompress.errors import ModelError
+
+DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"
+"""What the two libraries name their weights."""
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_SUFFIXES = (".safetensors", *PICKLES, ".gguf", ".msgpack", ".h5", ".ot", ".onnx")
+_INDEX = re.compile(r".+\.index(\.[^.]+)?\.json")
+_SHARD = re.compile(r"-\d{5}-of-\d{5}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StockFiles:
+    """Attributes:
+    name: what the library names the weights.
+    variant: such as fp16, where the folder has no weights without one; `from_pretrained(variant=...)` reads them.
+    index: of the shards; None of a single file.
+    files: one safetensors file or several; none where stock loading finds no weights.
+    """
+
+    name: str
+    variant: str | None = None
+    index: Path | None = None
+    files: tuple[Path, ...] = ()
+
+    def plain_name(self, path: Path) -> str:
+        """The name of one of the files, or of the index, for stock loading without a variant."""
+        return path.name if self.variant is None else path.name.replace(f".{self.variant}", "", 1)
+
+
+def stock_files(folder: Path) -> StockFiles:
+    """The files that stock loading reads a component's weights from.
+
+    The plain ones, or those of the only variant. Of a single file and an index diffusers takes the index, transformers
+    the file.
+
+    Raises:
+        ModelError: an index that cannot be read.
+    """
+    name = _library_name(folder)
+    for variant in (None, *_only(_variants(folder, name))):
+        single, index = (folder / _named(f"{name}.safetensors{end}", variant) for end in ("", ".index.json"))
+        if index.is_file() and (name == DIFFUSERS or not single.is_file()):
+            files = sorted(set(weight_map(index).values()))
+            return StockFiles(name=name, variant=variant, index=index, files=tuple(folder / file for file in files))
+        if single.is_file():
+            return StockFiles(name=name, variant=variant, files=(single,))
+    return StockFiles(name=name)
+
+
+def required_files(folder: Path) -> StockFiles:
+    """As `stock_files`; ModelError, which says what there is instead, where stock loading finds no weights."""
+    found = stock_files(folder)
+    if found.files:
+        return found
+    name, here = found.name, sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    plain = f"{name}.safetensors"
+    for path in here:
+        if old := re.fullmatch(rf"{name}\.safetensors\.([^.]+)\.index\.json", path.name):
+            raise ModelError(f"{path}: an index under its old name; rename it to {plain}.index.{old[1]}.json")
+    if variants := _variants(folder, name):
+        first, second = (_named(plain, one) for one in variants[:2])
+        raise ModelError(
+            f"{folder}: several variants ({', '.join(variants)}) and no {plain}; expected one set of weights: keep one "
+            f"of {first} and {second}, or rename one to {plain}"
+        )
+    for path in here:
+        if path.suffix in PICKLES:
+            raise ModelError(
+                f"{path}: a pickle checkpoint can run code when loaded and is refused; expected *.safetensors; "
+                "save the model again with save_pretrained(..., safe_serialization=True)"
+            )
+        if path.suffix == ".gguf":
+            raise ModelError(f"{path}: quantised weights (GGUF) are not read; expected {plain}")
+        if path.suffix == ".safetensors":
+            raise ModelError(
+                f"{path}: stock loading does not read a file of this name; expected {plain}, or shards with "
+                f"{plain}.index.json"
+            )
+    raise ModelError(f"{folder}: no weights; expected {plain}, or shards with {plain}.index.json")
+
+
+def leftovers(folder: Path) -> frozenset[Path]:
+    """Files of a folder that stock loading never opens: hidden ones, and weights other than those it reads."""
+    files = [path for path in folder.iterdir() if path.is_file()]
+    hidden = frozenset(path for path in files if path.name.startswith("."))
+    found = stock_files(folder)
+    if not found.files and not (folder / "model_index.json").is_file():
+        return hidden
+    weights = {path for path in files if path.suffix in _SUFFIXES or _INDEX.fullmatch(path.name)}
+    return hidden | (weights - {*found.files, found.index})
+
+
+def files_of(folder: Path) -> list[Path]:
+    """All files of a folder and those below it, sorted, without hidden ones and leftovers."""
+    below = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    skipped = leftovers(folder)
+    own = [path for path in folder.iterdir() if path.is_file() and path not in skipped]
+    return sorted([*own, *(path for one in below for path in files_of(one))])
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """{tensor: file name} as an index of shards says it; ModelError unless it names files of its own folder."""
+    try:
+        places = {str(name): str(file) for name, file in json.loads(index.read_bytes())["weight_map"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index}: no index of shards (weight_map); copy the file again") from error
+    for file in places.values():
+        if Path(file).name != file:
+            raise ModelError(f"{index}: names the shard {file!r}, expected a file of its own folder")
+    return places
+
+
+def _library_name(folder: Path) -> str:
+    """What the library that a folder's `config.json` is of names weights; without one, what the files are named."""
+    config: Any = None
+    with suppress(OSError, ValueError):  # a damaged one is found where configurations are checked
+        config = json.loads((folder / "config.json").read_bytes())
+    config = config if isinstance(config, dict) else {}
+    if "_class_name" not in config and ("model_type" in config or "architectures" in config):
+        return TRANSFORMERS
+    named = any(folder.glob(f"{TRANSFORMERS}*.safetensors*")) and not any(folder.glob(f"{DIFFUSERS}*.safetensors*"))
+    return TRANSFORMERS if named and "_class_name" not in config else DIFFUSERS
+
+
+def _variants(folder: Path, name: str) -> list[str]:
+    """Variants that a folder holds weights of."""
+    pattern = re.compile(rf"{name}\.(?:(?P<single>[^.]+)\.safetensors|safetensors\.index\.(?P<index>[^.]+)\.json)")
+    found = (match for path in folder.iterdir() if path.is_file() and (match := pattern.fullmatch(path.name)))
+    names = {match["single"] or match["index"] for match in found}
+    return sorted(one for one in names if not _SHARD.search(one))
+
+
+def _only(variants: list[str]) -> list[str]:
+    return variants if len(variants) == 1 else []
+
+
+def _named(file: str, variant: str | None) -> str:
+    """A file's name with a variant, as both libraries put it: before the last suffix."""
+    stem, _, suffix = file.rpartition(".")
+    return file if variant is None else f"{stem}.{variant}.{suffix}"
