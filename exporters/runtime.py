@@ -24,7 +24,7 @@ from flcompress.exporters.positions import with_positions
 from flcompress.exporters.tensorrt_api import cuda_driver
 from flcompress.exporters.tensorrt_session import TensorRTSession, require_gpu
 from flcompress.models.families import family_of
-from flcompress.models.folder import check_transformer_config
+from flcompress.models.folder import check_parts, check_transformer_config
 from flcompress.models.loading import load_transformer
 from flcompress.models.network import as_network
 from flcompress.models.parts import Parts, open_parts
@@ -67,6 +67,7 @@ def generate(
         require_gpu()
     pipeline = run_dir / "exports" / "diffusers"
     facts = read_manifest(pipeline / FACTS_FILE, _make(run_dir, "diffusers"))
+    check_parts(pipeline)
     parts = open_parts(pipeline)
     first = _first_frame(parts, facts, prompt, image)
     latents = denoise(_denoiser(run_dir, backend, facts), parts, facts, prompt, seed, first, progress)

@@ -58,6 +58,7 @@ def evaluate(
             f"{recipe.where('data')}: {given} given, expected moving-digits; only that benchmark has a classifier and "
             "held-out prompts to evaluate with"
         )
+    run.final().check()
     known = {contender.name: contender for contender in run_contenders(run)}
     for name in contenders or ():
         if name not in known:

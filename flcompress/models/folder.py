@@ -47,7 +47,7 @@ def check_pipeline(folder: Path, *, weights: bool = True, parts: bool = True) ->
             path = folder / component / "config.json"
             raise ModelError(f"{path}: _class_name is {found!r}, expected {' or '.join(expected)} in a {name}")
     if parts:
-        check_parts(folder, index, weights=weights)
+        check_parts(folder, weights=weights)
     if weights:
         for component in named:
             if component.startswith(WITH_WEIGHTS):
@@ -55,14 +55,14 @@ def check_pipeline(folder: Path, *, weights: bool = True, parts: bool = True) ->
     return index
 
 
-def check_parts(folder: Path, index: Mapping[str, Any], *, weights: bool = True) -> None:
+def check_parts(folder: Path, *, weights: bool = True) -> None:
     """Check, from headers alone, that every component of a pipeline folder loads whole; see `check_part`.
 
     `weights`: also those that have weights; False for a folder of configurations.
     """
     from flcompress.models.part_check import check_part
 
-    for component, kind in index.items():
+    for component, kind in read_json(folder / "model_index.json", "a diffusers pipeline folder has one").items():
         if isinstance(kind, list) and kind[0] is not None and component != "scheduler":
             check_part(folder / component, kind, weights=weights)
 

@@ -44,6 +44,8 @@ def check_part(folder: Path, kind: Sequence[str], *, weights: bool = True) -> No
     Raises:
         ModelError: names the file, and the tensor or the key.
     """
+    if not folder.is_dir():
+        raise ModelError(f"{folder}: no such folder; a {kind[1]} is expected in it")
     factory = stock_class(folder, kind)
     if not issubclass(factory, torch.nn.Module):
         load_tables(folder, factory)

@@ -12,7 +12,7 @@ import torch
 from flcompress.models.families import family_of
 from flcompress.models.folder import check_transformer_config, read_json
 from flcompress.models.part_check import check_loaded, check_part, load_tables
-from flcompress.models.quiet import no_progress_bars
+from flcompress.models.quiet import no_progress_bars, quiet_loading
 from flcompress.models.shards import folder_tensors
 from flcompress.models.stock import stock_class
 from flcompress.models.stock_files import stock_files
@@ -145,9 +145,9 @@ def load_part(folder: Path, kind: Sequence[str], device: str = "cpu") -> Any:
         return load_tables(folder, factory)
     check_part(folder, kind)
     variant = stock_files(folder).variant
-    loaded, info = factory.from_pretrained(
-        str(folder), use_safetensors=True, variant=variant, output_loading_info=True, **_computed_in(folder, kind[0])
-    )
+    options = {"variant": variant, "output_loading_info": True, **_computed_in(folder, kind[0])}
+    with quiet_loading():
+        loaded, info = factory.from_pretrained(str(folder), use_safetensors=True, **options)
     check_loaded(folder, info)
     return loaded.eval().requires_grad_(False).to(device)
 

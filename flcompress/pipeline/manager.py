@@ -118,6 +118,7 @@ def export(
     chosen = [ours.get(name) or find_exporter(name)() for name in names] or list(ours.values())
     for exporter in chosen:
         exporter.check()
+    program.check()
     with full_disk_told(run.path), locked(run.path, wait=False) as mine:
         if not mine:
             raise RequestError(f"{run.path}: another flcompress is working in this run directory; wait for it")

@@ -88,6 +88,15 @@ class Program:
 
         return Parts(self.index, self.components, device)
 
+    def check(self) -> None:
+        """ModelError, from the headers of files alone, unless every component loads whole; for later commands."""
+        from flcompress.models.part_check import check_part
+
+        own = self.index["transformer"] or self.index["transformer_2"]
+        kinds = {folder: self.index.get(name) or own for name, folder in self.components.items()}
+        for folder, kind in kinds.items():
+            check_part(folder, kind)
+
     @property
     def transformers(self) -> dict[str, Path]:
         """The transformers as the stock pipeline names them: "transformer", and "transformer_2" of two experts."""
