@@ -63,7 +63,7 @@ def check_parts(folder: Path, *, weights: bool = True) -> None:
     from flcompress.models.part_check import check_part
 
     for component, kind in read_json(folder / "model_index.json", "a diffusers pipeline folder has one").items():
-        if isinstance(kind, list) and kind[0] is not None and component != "scheduler":
+        if isinstance(kind, list) and len(kind) == 2 and kind[0] is not None and component != "scheduler":
             check_part(folder / component, kind, weights=weights)
 
 

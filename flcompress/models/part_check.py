@@ -17,7 +17,7 @@ from accelerate import init_empty_weights
 
 from flcompress.errors import ModelError
 from flcompress.models.configs import BUILD_ERRORS, build_error, check_config, settings
-from flcompress.models.folder import read_json
+from flcompress.models.folder import WITH_WEIGHTS, read_json
 from flcompress.models.quiet import quiet_loading
 from flcompress.models.shards import StoredTensor, folder_tensors
 from flcompress.models.stock import Fit, diffusers_fit, stock_class, transformers_fit
@@ -48,6 +48,11 @@ def check_part(folder: Path, kind: Sequence[str], *, weights: bool = True) -> No
         raise ModelError(f"{folder}: no such folder; a {kind[1]} is expected in it")
     factory = stock_class(folder, kind)
     if not issubclass(factory, torch.nn.Module):
+        if folder.name.startswith(WITH_WEIGHTS):
+            raise ModelError(
+                f"{folder.parent / 'model_index.json'}: {folder.name} is a {kind[1]}, expected a class with weights of "
+                f"its own, such as the one that {folder.name}/config.json names"
+            )
         load_tables(folder, factory)
         return
     if not weights:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from flcompress.errors import ModelError
 from flcompress.models.families import family_of
 from flcompress.models.folder import check_transformer_config, read_json
 from flcompress.models.part_check import check_loaded, check_part, load_tables
@@ -68,6 +69,7 @@ class Parts:
     def encode_prompts(self, prompts: Sequence[str], max_sequence_length: int) -> dict[str, torch.Tensor]:
         """Conditioning of prompts, [prompts, ...] each, as the stock pipeline makes it."""
         with no_progress_bars():
+            self._check_tokens(prompts)
             return _floats(self.family.encode_prompts(self._pipeline, self.config, prompts, max_sequence_length))
 
     def encode_clips(self, clips: torch.Tensor) -> torch.Tensor:
@@ -99,6 +101,20 @@ class Parts:
         """Clips [n, 3, frames, height, width] in [-1, 1], of the frames that the stock pipeline shows."""
         clips = decode_latents(self.vae, latents[:, :, self._padding :].to(self._device))
         return clips[:, :, self.family.cut_frames(self.config) :]
+
+    def _check_tokens(self, prompts: Sequence[str]) -> None:
+        """ModelError where a tokenizer gives a token that its text encoder has no embedding for."""
+        for name in self.folders:
+            encoder = getattr(self._pipeline, name.replace("tokenizer", "text_encoder"), None)
+            if not name.startswith("tokenizer") or encoder is None:
+                continue
+            rows = encoder.get_input_embeddings().num_embeddings
+            given = getattr(self._pipeline, name)(list(prompts), verbose=False).input_ids
+            if (largest := max((token for row in given for token in row), default=0)) >= rows:
+                raise ModelError(
+                    f"{self.folders[name]}: gives the token {largest} for a prompt, the text encoder knows {rows:,}; "
+                    "the two are not of one model, copy both again"
+                )
 
     @property
     def _padding(self) -> int:

@@ -36,7 +36,7 @@ def stock_class(folder: Path, kind: Sequence[str]) -> Any:
             f"{' or '.join(LIBRARIES)}; code of a model folder is not run"
         )
     with quiet_loading():
-        found = getattr(importlib.import_module(library), name, None)
+        found = getattr(importlib.import_module(library), str(name), None)
     if not isinstance(found, type):
         raise ModelError(
             f"{folder.parent / 'model_index.json'}: {folder.name} is a {name}, which this {library} does not have; "

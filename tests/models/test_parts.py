@@ -252,6 +252,11 @@ def test_old_names_that_stock_loading_converts_are_accepted(tmp_path: Path) -> N
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_a_class_without_weights_of_its_own_is_named(pipeline: Path) -> None:
+    configure(pipeline / "model_index.json", text_encoder=["transformers", "AutoModel"])
+    assert "text_encoder is a AutoModel, expected a class with weights of its own" in refused(pipeline)
+
+
 def test_an_adapter_beside_a_text_encoder_is_named(pipeline: Path) -> None:
     (pipeline / "text_encoder" / "adapter_config.json").write_text("{}")
     assert "adapter_config.json: an adapter, which stock loading adds to the weights only where PEFT" in refused(

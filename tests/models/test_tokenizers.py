@@ -11,7 +11,7 @@ import pytest
 
 from flcompress.errors import ModelError
 from flcompress.models.folder import check_pipeline
-from flcompress.models.parts import load_part
+from flcompress.models.parts import load_part, open_parts
 from tests.tiny import tiny_pipeline
 
 WORDS = "a the red blue square ball moves left right up down slowly fast over ground"
@@ -70,6 +70,14 @@ def test_a_sentencepiece_model_alone_is_read(pipeline: Path, spiece: Path) -> No
         assert words(text).input_ids == [*expected.encode(text), 1]
 
 
+def test_a_tokenizer_of_another_model_is_named(pipeline: Path) -> None:
+    """Its tokens go past the embeddings of the text encoder, which has no more words than the benchmark."""
+    parts = open_parts(pipeline)
+    parts.encode_prompts(["a"], 16)
+    with pytest.raises(ModelError, match=r"tokenizer: gives the token \d+ for a prompt, the text encoder knows 23; "):
+        parts.encode_prompts(["a", "over ground"], 16)
+
+
 def test_a_tokenizer_without_its_files_is_named(pipeline: Path) -> None:
     """Stock loading makes an empty vocabulary of it, and every word becomes unknown."""
     folder = pipeline / "tokenizer"
@@ -119,10 +127,11 @@ def test_an_image_processor_without_its_file_is_named(pipeline: Path) -> None:
             ["own_code", "Tokenizer"],
             "tokenizer is of library 'own_code', expected diffusers or transformers; code of a",
         ),
+        (["transformers", None], "tokenizer is a None, which this transformers does not have"),
         (["transformers", "NoSuchTokenizer"], "tokenizer is a NoSuchTokenizer, which this transformers does not have"),
     ],
 )
-def test_a_class_that_is_not_known_is_named(pipeline: Path, kind: list[str], message: str) -> None:
+def test_a_class_that_is_not_known_is_named(pipeline: Path, kind: list[str | None], message: str) -> None:
     index = json.loads((pipeline / "model_index.json").read_text())
     (pipeline / "model_index.json").write_text(json.dumps(index | {"tokenizer": kind}))
     assert message in refused(pipeline)
