@@ -6,6 +6,7 @@ vocabulary in the place of one that is not there. Here each of them is an error.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -50,8 +51,8 @@ def check_part(folder: Path, kind: Sequence[str], *, weights: bool = True) -> No
     if not issubclass(factory, torch.nn.Module):
         if folder.name.startswith(WITH_WEIGHTS):
             raise ModelError(
-                f"{folder.parent / 'model_index.json'}: {folder.name} is a {kind[1]}, expected a class with weights of "
-                f"its own, such as the one that {folder.name}/config.json names"
+                f"{folder.parent / 'model_index.json'}: {folder.name} is of class {kind[1]}, expected one with weights "
+                f"of its own, such as the one that {folder.name}/config.json names"
             )
         load_tables(folder, factory)
         return
@@ -134,12 +135,11 @@ def _check_of_transformers(folder: Path, factory: Any, config: Mapping[str, Any]
         if name.endswith(("weight", "bias")) and not tensor.floating:
             raise _quantised(tensor.file, name, tensor.dtype)
     fit = _fit_of_transformers(folder, factory, stored)
-    saved = (config.get("architectures") or [None])[0]
-    if fit.unexpected and isinstance(saved, str) and saved != factory.__name__:
+    whole = getattr(importlib.import_module("transformers"), str((config.get("architectures") or [None])[0]), None)
+    known = isinstance(whole, type) and issubclass(whole, torch.nn.Module)
+    if fit.unexpected and known and not _fit_of_transformers(folder, whole, stored).unexpected:
         # A text encoder saved as a part of the whole model that it comes from: the rest is not read, and rightly so.
-        whole = stock_class(folder, ("transformers", saved))
-        if not _fit_of_transformers(folder, whole, stored).unexpected:
-            fit = Fit(missing=fit.missing, unexpected=frozenset(), shapes=fit.shapes)
+        fit = Fit(missing=fit.missing, unexpected=frozenset(), shapes=fit.shapes)
     _check_fit(folder, fit, stored)
 
 

@@ -254,7 +254,7 @@ def test_old_names_that_stock_loading_converts_are_accepted(tmp_path: Path) -> N
 
 def test_a_class_without_weights_of_its_own_is_named(pipeline: Path) -> None:
     configure(pipeline / "model_index.json", text_encoder=["transformers", "AutoModel"])
-    assert "text_encoder is a AutoModel, expected a class with weights of its own" in refused(pipeline)
+    assert "text_encoder is of class AutoModel, expected one with weights of its own" in refused(pipeline)
 
 
 def test_an_adapter_beside_a_text_encoder_is_named(pipeline: Path) -> None:
