@@ -18,13 +18,14 @@ KEPT_FILE = "kept_blocks.json"
 """Beside an exported transformer's weights: path of every block -> path in the original."""
 
 
-def remap_lora(lora: Path, pruned: Path, out: Path) -> dict[str, Any]:
+def remap_lora(lora: Path, pruned: Path, out: Path, model: Path | None = None) -> dict[str, Any]:
     """Write `lora`, which was made for the teacher, to `out` for the pruned model; returns what was done, plain data.
 
     Args:
         lora: a safetensors file; keys as diffusers, PEFT, kohya or Wan's own code name them. They stay in that style.
         pruned: a run directory, an exported folder, or the `kept_blocks.json` beside an exported transformer.
         out: file to write.
+        model: the model that a run directory started from, if it has moved.
 
     Raises:
         RequestError: not such files, a LoRA for another model, or one for removed blocks alone.
@@ -38,10 +39,10 @@ def remap_lora(lora: Path, pruned: Path, out: Path) -> dict[str, Any]:
             raise RequestError(f"--out: {out} is what is read; give another file")
     if not out.parent.is_dir():
         raise RequestError(f"--out: {out.parent}: no such folder; make it first")
-    model = pruned_model(pruned)
+    target = pruned_model(pruned, model)
     tensors = file_tensors(lora)
     try:
-        done = remap({key: tensor.shape for key, tensor in tensors.items()}, model)
+        done = remap({key: tensor.shape for key, tensor in tensors.items()}, target)
         metadata = file_metadata(lora)
         if SETTINGS in metadata:
             metadata[SETTINGS] = remap_settings(metadata[SETTINGS], done.modules)
@@ -70,14 +71,16 @@ def remapping_text(done: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def pruned_model(place: Path) -> PrunedModel:
+def pruned_model(place: Path, model: Path | None = None) -> PrunedModel:
     """The pruned model of a run directory, of an exported folder, or beside a map of kept blocks.
+
+    `model` is where the model that a run directory started from is now, if it has moved.
 
     Raises:
         RequestError: none of these.
     """
     if (place / RUN_FILE).is_file():
-        run = RunDirectory(place)
+        run = RunDirectory(place, model)
         program = run.final()
         return PrunedModel(
             name=program.graph.model_class,
