@@ -61,7 +61,9 @@ def main(busy: int) -> None:
     for name, rows in found.items():
         seconds, computed = ([row[place] for row in rows] for place in (0, 1))
         ratios = [mine / installed[0] for mine, installed in zip(seconds, found["as installed"], strict=True)]
-        cells = (f"{statistics.median(one):.3f} [{min(one):.3f}, {max(one):.3f}]" for one in (seconds, ratios, computed))
+        cells = (
+            f"{statistics.median(one):.3f} [{min(one):.3f}, {max(one):.3f}]" for one in (seconds, ratios, computed)
+        )
         print(f"| {name} | {rows[0][2]:.0f} | {' | '.join(cells)} |")
 
 
