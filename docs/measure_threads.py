@@ -1,7 +1,7 @@
 """What OpenMP's waiting costs a training step, on a quiet and on a busy machine.
 
-`python -m docs.measure_threads` times forward and backward of the benchmark's teacher (batch 16) under several settings of
-OpenMP, interleaved, each in a process of its own; `--busy N` does so beside N processes that compute without end.
+`python -m docs.measure_threads` times forward and backward of the benchmark's teacher (batch 16) under several settings
+of OpenMP, interleaved, each in a process of its own; `--busy N` does so beside N processes that compute without end.
 """
 
 from __future__ import annotations

@@ -108,8 +108,8 @@ def _unknown(key: str, place: Place, model: PrunedModel) -> str:
     where = f"{place.block}.{place.rest}" if place.stack else place.rest
     project = ", and of its own project's code" if model.original.modules else ""
     return (
-        f"{key}: {model.name} has no module '{where}' by this name; names of diffusers, PEFT and kohya are read{project}; "
-        "convert the names, or give a LoRA of this model"
+        f"{key}: {model.name} has no module '{where}' by this name; names of diffusers, PEFT and kohya are read"
+        f"{project}; convert the names, or give a LoRA of this model"
     )
 
 

@@ -111,7 +111,7 @@ def _sides(*names: str) -> tuple[str, ...]:
 
 
 # Not `linear1` and `self_attn_qkv`: the converters split them at the width of the release, or in three at any rank.
-CONVERTED = {
+CONVERTED: dict[str, dict[str, tuple[str, ...]]] = {
     "WanTransformer3DModel": {"blocks": ("self_attn.q", "self_attn.o", "cross_attn.k", "ffn.0", "ffn.2")},
     "HunyuanVideoTransformer3DModel": {
         "double_blocks": _sides("attn_qkv", "attn_proj", "mod.linear", "mlp.fc1", "mlp.fc2"),
