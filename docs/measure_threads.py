@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 TEACHER = Path("recipes/moving-digits/teacher/transformer")
-BATCH, STEPS, ROUNDS = 16, 8, 5
+BATCH, STEPS, ROUNDS = 16, 4, 5
 SETTINGS: dict[str, dict[str, str]] = {
     "as installed": {},
     "OMP_WAIT_POLICY=passive": {"OMP_WAIT_POLICY": "passive"},

@@ -169,8 +169,10 @@ def pass_key(step: Pass, program: Program, recipe: Recipe) -> str:
 
 
 def _apply(recipe: Recipe, run: RunDirectory, shared: Path, display: Display, device: str, world: World) -> None:
+    import torch
+
     run.begin(recipe)
-    run.note("start", recipe.name)
+    run.note("start", recipe.name, threads=torch.get_num_threads())
     store = Store(shared / "passes")
     clips = Clips(recipe, shared / "data", display, device)
     current = recipe.name

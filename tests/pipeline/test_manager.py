@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from flcompress.errors import (
     FlcompressError,
@@ -64,6 +65,7 @@ def test_a_run_and_what_it_leaves(write: WriteRecipe, tmp_path: Path, model: Pat
         ("start", "tiny"), ("begin", "score"), ("pass", "score"), ("begin", "cut"), ("pass", "cut"), ("export", "text"),
         ("export", "copy"), ("done", "tiny"),
     ]  # fmt: skip
+    assert run.journal()[0]["threads"] == torch.get_num_threads()
     assert run.recipe().passes[1].name == "cut"
     assert not list((run.path / "passes").glob(".work-*"))
 
