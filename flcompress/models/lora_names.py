@@ -91,25 +91,29 @@ class Modules:
                 return Place(stack, int(found[1]), self._flat.get(rest, rest) if flat else rest, spelled)
         return Place("", -1, self._flat.get(text, text) if flat else text)
 
+    def shapes(self, place: Place) -> list[Shape]:
+        """Shapes of the weight (or of the parameter itself) in the uncut model; none where it has no such module.
+
+        Several where only the pruned model is known: a block has the shapes that it has there, or those of its
+        neighbours if it is gone or has become another kind.
+        """
+        now = self.shape(place)
+        if not place.stack:
+            return [] if now is None else [now]
+        if self.model.before is not None:
+            known = self._weight(self.model.before, f"{place.block}.", place.rest)
+            return [shape for shape in (known or now,) if shape is not None]
+        alike = [new for new in self.model.kept if new.rpartition(".")[0] == place.stack]
+        shapes = [now, *(self._weight(self.model.shapes, f"{path}.", place.rest) for path in alike)]
+        return list(dict.fromkeys(shape for shape in shapes if shape is not None))
+
     def shape(self, place: Place) -> Shape | None:
-        """Shape of the weight (or of the parameter itself); None where the model, cut or uncut, has no such module."""
+        """Shape of the weight in the pruned model; None where it is not in it."""
         if not place.stack:
             return self._weight(self.model.shapes, "", place.rest)
-        if self.model.before is not None:
-            return self._weight(self.model.before, f"{place.block}.", place.rest)
-        if place.block in self.new:
-            return self._weight(self.model.shapes, f"{self.new[place.block]}.", place.rest)
-        # The block is gone and so are its shapes: those of its neighbours must do.
-        alike = (new for new in self.model.kept if new.rpartition(".")[0] == place.stack)
-        shapes = (self._weight(self.model.shapes, f"{path}.", place.rest) for path in alike)
-        return next((shape for shape in shapes if shape is not None), None)
-
-    def unchanged(self, place: Place) -> bool:
-        """Whether a module of a kept block is what it was; a new last block can be of another kind."""
-        if not place.stack or self.model.before is None:
-            return True
-        now = self._weight(self.model.shapes, f"{self.new[place.block]}.", place.rest)
-        return now == self._weight(self.model.before, f"{place.block}.", place.rest)
+        if place.block not in self.new:
+            return None
+        return self._weight(self.model.shapes, f"{self.new[place.block]}.", place.rest)
 
     def _weight(self, shapes: Mapping[str, Shape], prefix: str, rest: str) -> Shape | None:
         for name in (rest, *self.model.original.modules.get(rest, rest).split(" | ")):

@@ -154,7 +154,7 @@ def test_what_a_pruned_block_has_in_another_form_is_dropped() -> None:
     model = PrunedModel(name="Cut", shapes=now, kept=KEPT, before=shapes(4))
     lora = pair("blocks.3.ffn.net.0.proj", (32, 8)) | pair("blocks.3.attn1.to_q") | pair("blocks.0.attn1.to_q")
     done = remap(lora, model)
-    assert done.changed == ("blocks.3.ffn.net.0.proj", "blocks.3.attn1.to_q")
+    assert done.dropped == {"blocks.3": ("attn1.to_q", "ffn.net.0.proj")}
     assert list(done.keys) == list(pair("blocks.0.attn1.to_q"))
 
 
