@@ -92,7 +92,7 @@ class Program:
         """ModelError, from the headers of files alone, unless every component loads whole; for later commands."""
         from flcompress.models.part_check import check_part
 
-        own = self.index["transformer"] or self.index["transformer_2"]
+        own = self.index["transformer"]  # of the components beside the stock pipeline's, too
         kinds = {folder: self.index.get(name) or own for name, folder in self.components.items()}
         for folder, kind in kinds.items():
             check_part(folder, kind)
