@@ -20,7 +20,7 @@ from flcompress.trace.call import (
     first_line,
     named,
 )
-from flcompress.trace.config_keys import count_keys
+from flcompress.trace.config_keys import count_keys, list_keys
 from flcompress.trace.flows import flows_of
 from flcompress.trace.memory import keep
 from flcompress.trace.replay import Layout, adopted, layout_of, signature
@@ -101,7 +101,7 @@ def _block(model: nn.Module, path: str, flops: int, layout: Layout) -> Block:
         flops=flops,
         outputs=layout.outputs,
         silent=layout.silent,
-        removable=None if layout.streams and not layout.silent else False,
+        removable=None if layout.streams else False,
         reason=layout.reason,
     )
 
@@ -205,4 +205,5 @@ def _stacks(
         if not any(f"{one}.".startswith(f"{name}.") or name.startswith(f"{one}.") for one in kept)
     }
     keys = count_keys(model, [*kept, *apart])
+    keys |= list_keys(model, [name for name in [*kept, *apart] if name not in keys])
     return {*kept, *(name for name in apart if name in keys)}, keys
