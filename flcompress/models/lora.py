@@ -22,7 +22,8 @@ _ELSEWHERE = ("text_encoder", "lora_te")
 class Remapped:
     """Attributes:
     keys: {key in the LoRA: its new key}, for all that is kept.
-    dropped: {removed block: its modules that the LoRA touched}.
+    dropped: {block of the uncut model: its modules that the LoRA touched and that have no place any more}. The block
+        was removed; or it became another kind, such as the last one without a text branch.
     modules: {name: new name} of the transformer's modules that are kept.
     renumbered: those of them whose block has another number now.
     """
@@ -46,6 +47,7 @@ def remap(lora: Mapping[str, Shape], model: PrunedModel) -> Remapped:
     known = Modules(model)
     keys: dict[str, str] = {}
     kept: dict[str, Place] = {}
+    places: dict[str, tuple[str, Place]] = {}
     gone: dict[str, dict[str, None]] = {}
     ranks: dict[str, dict[str, int]] = {}
     for key, shape in lora.items():
@@ -62,18 +64,20 @@ def remap(lora: Mapping[str, Shape], model: PrunedModel) -> Remapped:
             raise RequestError(f"{key}: no tensor of a LoRA; expected names such as blocks.0.attn1.to_q.lora_A.weight")
         module = key[: ending.start()]
         place = known.place(module)
-        weight = known.shape(place)
-        if weight is None:
+        weights = known.shapes(place)
+        if not weights:
             where = f"'{place.block}.{place.rest}'" if place.stack else f"'{place.rest}'"
             raise RequestError(f"{key}: {model.name} has no module {where}; this LoRA is for another model")
-        wrong = _misfit(ending, shape, weight, ranks.setdefault(module, {}))
-        if wrong:
-            raise RequestError(f"{key}: has shape {list(shape)}, {wrong}; this LoRA is for another model")
-        if place.stack and place.block not in known.new:
+        wrong = {weight: _misfit(ending, shape, weight, ranks.setdefault(module, {})) for weight in weights}
+        if all(wrong.values()):
+            raise RequestError(f"{key}: has shape {list(shape)}, {wrong[weights[0]]}; this LoRA is for another model")
+        places[key] = module, place
+        if known.shape(place) not in [weight for weight, fault in wrong.items() if not fault]:
             gone.setdefault(place.block, {})[place.rest] = None
-            continue
-        keys[key] = renamed(key, place, known.new)
-        kept[module] = place
+    for key, (module, place) in places.items():
+        if place.rest not in gone.get(place.block, {}):
+            keys[key] = renamed(key, place, known.new)
+            kept[module] = place
     if not kept:
         if gone:
             raise RequestError(

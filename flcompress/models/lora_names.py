@@ -99,18 +99,30 @@ class Modules:
                 return Place(stack, int(found[1]), found[2])
         return Place("", -1, text)
 
+    def shapes(self, place: Place) -> list[Shape]:
+        """Shapes of the weight (or of the parameter itself) in the uncut model; none where it has no such module.
+
+        Several where the uncut model is not at hand: a block has the shapes of the pruned model, or those of its
+        neighbours if it is gone or has become another kind.
+        """
+        now = self.shape(place)
+        if not place.stack:
+            return [] if now is None else [now]
+        if self.model.before is not None:
+            known = _weight(self.model.before, f"{place.block}.", place.rest)
+            # The uncut model may be known in part.
+            return [shape for shape in (known or now,) if shape is not None]
+        alike = [new for new in self.model.kept if new.rpartition(".")[0] == place.stack]
+        shapes = [now, *(_weight(self.model.shapes, f"{path}.", place.rest) for path in alike)]
+        return list(dict.fromkeys(shape for shape in shapes if shape is not None))
+
     def shape(self, place: Place) -> Shape | None:
-        """Shape of the weight (or of the parameter itself); None where the model, cut or uncut, has no such module."""
+        """Shape of the weight in the pruned model; None where it is not in it."""
         if not place.stack:
             return _weight(self.model.shapes, "", place.rest)
-        if place.block in self.new:
-            return _weight(self.model.shapes, f"{self.new[place.block]}.", place.rest)
-        if self.model.before is not None:
-            return _weight(self.model.before, f"{place.block}.", place.rest)
-        # The block is gone and so are its shapes: those of its neighbours must do.
-        alike = (new for new in self.model.kept if new.rpartition(".")[0] == place.stack)
-        shapes = (_weight(self.model.shapes, f"{path}.", place.rest) for path in alike)
-        return next((shape for shape in shapes if shape is not None), None)
+        if place.block not in self.new:
+            return None
+        return _weight(self.model.shapes, f"{self.new[place.block]}.", place.rest)
 
 
 def renamed(key: str, place: Place, new: Mapping[str, str]) -> str:

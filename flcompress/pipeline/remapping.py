@@ -64,7 +64,7 @@ def remapping_text(done: dict[str, Any]) -> str:
     dropped = sum(map(len, done["dropped"].values()))
     lines = [
         f"{done['out']}: {done['modules']} modules kept, {done['renumbered']} of them in blocks with another number; "
-        f"{dropped} dropped" + (f", which touched {len(done['dropped'])} removed blocks:" if dropped else "")
+        f"{dropped} dropped" + (f", which touched {len(done['dropped'])} removed or changed blocks:" if dropped else "")
     ]
     lines += [f"  {block}: {', '.join(modules)}" for block, modules in done["dropped"].items()]
     return "\n".join(lines)

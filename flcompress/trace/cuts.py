@@ -30,7 +30,7 @@ class Cut:
         if self.axis is None:
             return type(value)(one for place, one in enumerate(value) if place not in self.entries)
         kept = [place for place in range(value.shape[self.axis]) if place not in self.entries]
-        return value.index_select(self.axis, torch.tensor(kept, device=value.device))
+        return value.index_select(self.axis, torch.tensor(kept, dtype=torch.long, device=value.device))
 
 
 def cut_inputs(inputs: Mapping[str, Any], cuts: Mapping[str, Cut]) -> dict[str, Any]:
@@ -47,6 +47,8 @@ def input_cuts(inputs: Mapping[str, Any], lost: Sequence[Lost]) -> Iterator[dict
     found: list[dict[str, Cut]] = []
     for name, value in inputs.items():
         for length, places in lost:
+            if len(places) == length:
+                continue
             if isinstance(value, list | tuple) and len(value) == length:
                 found.append({name: Cut(places)})
             for axis, size in enumerate(value.shape) if isinstance(value, Tensor) else ():

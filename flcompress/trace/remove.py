@@ -11,11 +11,12 @@ from torch import nn
 
 from flcompress.errors import NotRemovable, RequestError
 from flcompress.ir.graph import BlockGraph
+from flcompress.trace.candidates import Candidate
 from flcompress.trace.certificate import Certificate
 from flcompress.trace.config_keys import has_config
 from flcompress.trace.cuts import cut_inputs
 from flcompress.trace.memory import keep, recall
-from flcompress.trace.proof import Candidate, Prover
+from flcompress.trace.proof import Prover
 from flcompress.trace.rebuild import needs_streams, removed_indices
 from flcompress.trace.skip import require_blocks
 from flcompress.trace.tracer import inputs_for, trace

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from flcompress.trace.call import (
 from flcompress.trace.config_keys import count_keys, list_keys
 from flcompress.trace.flows import flows_of
 from flcompress.trace.memory import keep
-from flcompress.trace.replay import Layout, adopted, layout_of, signature
+from flcompress.trace.replay import Layout, adopted, layout_of, passing, signature
 from flcompress.trace.running import Run, flop_counter, lacks_values, runs
 
 
@@ -38,6 +39,9 @@ def trace(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> BlockGra
     with evaluating(model), torch.random.fork_rng(devices=[]):
         run, calls, flops, layouts = _recorded(model, inputs)
         stacks, config_keys = _stacks(model, calls, layouts)
+        if not stacks:
+            layouts = _passing_layouts(model, calls, layouts)
+            stacks, config_keys = _stacks(model, calls, layouts)
         order = [path for path in calls if path.rpartition(".")[0] in stacks]
         if not order:
             raise RequestError(
@@ -177,6 +181,20 @@ def _layouts(model: nn.Module, calls: Mapping[str, Call]) -> dict[str, Layout]:
         if sibling is not None and not found[path].streams:
             inputs = named(model.get_submodule(path), call.args, call.kwargs)
             found[path] = adopted(found[path], call, inputs, sibling)
+    return found
+
+
+def _passing_layouts(model: nn.Module, calls: Mapping[str, Call], layouts: Mapping[str, Layout]) -> dict[str, Layout]:
+    """For a model without any residual block: the entries of the lists that its config counts, matched by shape.
+
+    DreamLite's variant without self-attention lets only the norm of its stream into a block.
+    """
+    lists = {name for name, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part)}
+    counted = count_keys(model, lists)
+    found = {path: replace(layout, streams=()) for path, layout in layouts.items()}
+    for path, call in calls.items():
+        if path.rpartition(".")[0] in counted:
+            found[path] = passing(model.get_submodule(path), call, layouts[path])
     return found
 
 
