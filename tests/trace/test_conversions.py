@@ -65,7 +65,7 @@ def test_the_scale_comes_before_the_shift() -> None:
 
 
 class Gated(nn.Module):
-    """x + gate (wx): without `linear`, as in the last block, it is the identity."""
+    """A residual block with a gated branch, which the last one lacks."""
 
     def __init__(self, *, last: bool) -> None:
         super().__init__()
@@ -77,10 +77,10 @@ class Gated(nn.Module):
         return x if self.linear is None else x + gate * self.linear(x)
 
 
-class GatedTransformer(ModelMixin, ConfigMixin):
+class GatedTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """A toy whose last block is of another kind, which the inputs can hide."""
 
-    @register_to_config
+    @register_to_config  # type: ignore[untyped-decorator]
     def __init__(self, num_layers: int = 3) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(Gated(last=index == num_layers - 1) for index in range(num_layers))
