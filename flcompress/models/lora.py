@@ -18,15 +18,14 @@ _ELSEWHERE = ("text_encoder", "lora_te", "clip_l.", "clip_g.", "t5xxl.", "llava.
 class Remapped:
     """Attributes:
     keys: {key in the LoRA: its new key}, for all that is kept.
-    dropped: {removed block: its modules that the LoRA touched}.
-    changed: modules of kept blocks that the cut model lacks, or has in another size, and that are dropped, too.
+    dropped: {block of the uncut model: its modules that the LoRA touched and that have no place any more}. The block
+        was removed; or it became another kind, such as the last one without a text branch.
     modules: {name: new name} of the transformer's modules that are kept.
     renumbered: those of them whose block has another number now.
     """
 
     keys: Mapping[str, str]
     dropped: Mapping[str, tuple[str, ...]]
-    changed: tuple[str, ...]
     modules: Mapping[str, str]
     renumbered: int
 
@@ -48,8 +47,7 @@ def remap(lora: Mapping[str, Shape], model: PrunedModel, whole: Collection[str] 
     kept: dict[str, Place] = {}
     places: dict[str, tuple[str, Place]] = {}
     gone: dict[str, dict[str, None]] = {}
-    changed: dict[str, None] = {}
-    others: dict[str, dict[str, int]] = {}
+    others: dict[tuple[str, Shape], dict[str, int]] = {}
     for key in sorted(lora, key=lies_between, reverse=True):
         shape = lora[key]
         if key.startswith(_ELSEWHERE):
@@ -62,24 +60,17 @@ def remap(lora: Mapping[str, Shape], model: PrunedModel, whole: Collection[str] 
             )
         module, kind = _module_of(key, whole or ())
         place = known.place(module)
-        weight = known.shape(place)
-        if weight is None:
+        weights = known.shapes(place)
+        if not weights:
             raise RequestError(_unknown(key, place, model))
-        wrong = misfit(kind, shape, weight, others.setdefault(module, {}))
-        for other in known.other_shapes(place) if wrong else ():
-            if not misfit(kind, shape, other, others[module]):
-                weight, wrong = other, ""
-                break
-        if wrong:
-            raise RequestError(f"{key}: has shape {list(shape)}, {wrong}; this LoRA is for another model")
-        if place.stack and place.block not in known.new:
-            gone.setdefault(place.block, {})[place.rest] = None
-            continue
+        wrong = {weight: misfit(kind, shape, weight, others.setdefault((module, weight), {})) for weight in weights}
+        if all(wrong.values()):
+            raise RequestError(f"{key}: has shape {list(shape)}, {wrong[weights[0]]}; this LoRA is for another model")
         places[key] = module, place
-        if not known.unchanged(place, weight):
-            changed[plain(module)] = None
+        if known.shape(place) not in [weight for weight, fault in wrong.items() if not fault]:
+            gone.setdefault(place.block, {})[place.rest] = None
     for key, (module, place) in places.items():
-        if plain(module) not in changed:
+        if place.rest not in gone.get(place.block, {}):
             keys[key] = renamed(key, place, known.new)
             kept[module] = place
     if not kept:
@@ -92,7 +83,6 @@ def remap(lora: Mapping[str, Shape], model: PrunedModel, whole: Collection[str] 
     return Remapped(
         keys={key: keys[key] for key in lora if key in keys},
         dropped={block: tuple(sorted(gone[block])) for block in sorted(gone, key=_numbered)},
-        changed=tuple(changed),
         modules={plain(old): plain(renamed(old, place, known.new)) for old, place in kept.items()},
         renumbered=sum(bool(one.stack) and known.new[one.block] != one.block for one in kept.values()),
     )

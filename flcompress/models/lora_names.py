@@ -91,31 +91,29 @@ class Modules:
                 return Place(stack, int(found[1]), self._flat.get(rest, rest) if flat else rest, spelled)
         return Place("", -1, self._flat.get(text, text) if flat else text)
 
-    def shape(self, place: Place) -> Shape | None:
-        """Shape of the weight (or of the parameter itself); None where the model, cut or uncut, has no such module."""
-        if not place.stack:
-            return self._weight(self.model.shapes, "", place.rest)
-        if self.model.before is not None:
-            return self._weight(self.model.before, f"{place.block}.", place.rest)
-        return next(iter(self._without_the_uncut(place)), None)
+    def shapes(self, place: Place) -> list[Shape]:
+        """Shapes of the weight (or of the parameter itself) in the uncut model; none where it has no such module.
 
-    def other_shapes(self, place: Place) -> list[Shape]:
-        """What else the weight may be in the uncut model where that is not at hand.
-
-        A block that became another kind, as the last one, was what its neighbours are.
+        Several where only the pruned model is known: a block has the shapes that it has there, or those of its
+        neighbours if it is gone or has become another kind.
         """
-        return [] if not place.stack or self.model.before is not None else self._without_the_uncut(place)[1:]
-
-    def _without_the_uncut(self, place: Place) -> list[Shape]:
-        """The block's own shape in the pruned model, then those of its neighbours, which must do where it is gone."""
+        now = self.shape(place)
+        if not place.stack:
+            return [] if now is None else [now]
+        if self.model.before is not None:
+            known = self._weight(self.model.before, f"{place.block}.", place.rest)
+            return [shape for shape in (known or now,) if shape is not None]
         alike = [new for new in self.model.kept if new.rpartition(".")[0] == place.stack]
-        paths = [self.new[place.block], *alike] if place.block in self.new else alike
-        shapes = (self._weight(self.model.shapes, f"{path}.", place.rest) for path in paths)
+        shapes = [now, *(self._weight(self.model.shapes, f"{path}.", place.rest) for path in alike)]
         return list(dict.fromkeys(shape for shape in shapes if shape is not None))
 
-    def unchanged(self, place: Place, weight: Shape) -> bool:
-        """Whether a module of a kept block has the shape that it had; a new last block can be of another kind."""
-        return not place.stack or weight == self._weight(self.model.shapes, f"{self.new[place.block]}.", place.rest)
+    def shape(self, place: Place) -> Shape | None:
+        """Shape of the weight in the pruned model; None where it is not in it."""
+        if not place.stack:
+            return self._weight(self.model.shapes, "", place.rest)
+        if place.block not in self.new:
+            return None
+        return self._weight(self.model.shapes, f"{self.new[place.block]}.", place.rest)
 
     def _weight(self, shapes: Mapping[str, Shape], prefix: str, rest: str) -> Shape | None:
         for name in (rest, *self.model.original.modules.get(rest, rest).split(" | ")):

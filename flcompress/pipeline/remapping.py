@@ -52,7 +52,6 @@ def remap_lora(lora: Path, pruned: Path, out: Path, model: Path | None = None) -
         "modules": len(done.modules),
         "renumbered": done.renumbered,
         "dropped": {block: list(modules) for block, modules in done.dropped.items()},
-        "changed": list(done.changed),
     }
 
 
@@ -147,11 +146,9 @@ def remapping_text(done: dict[str, Any]) -> str:
     lines = [
         f"{done['out']}: {keys['used']} of {keys['given']} keys used; {done['modules']} modules kept, "
         f"{done['renumbered']} of them in blocks with another number; {dropped} dropped"
-        + (f", which touched {len(done['dropped'])} removed blocks:" if dropped else "")
+        + (f", which touched {len(done['dropped'])} removed or changed blocks:" if dropped else "")
     ]
     lines += [f"  {block}: {', '.join(modules)}" for block, modules in done["dropped"].items()]
-    if done["changed"]:
-        lines.append(f"  dropped, too, since they have another form in the pruned model: {', '.join(done['changed'])}")
     return "\n".join(lines)
 
 
