@@ -78,6 +78,7 @@ def cause(refusal: str) -> str:
         "ask for both": "goes with a partner",
         "carries no input on": "no residual",
         "weights": "the config cannot say it: other weights",
+        "config is refused": "the config cannot say it: refused",
         "differs from the skip": "the config cannot say it: other answers",
         "fails with": "the config cannot say it: the forward fails",
     }

@@ -61,7 +61,7 @@ class Prune(Pass):
         shutil.rmtree(target, ignore_errors=True)  # of an attempt that was killed
         removal = remove_on_disk(source, paths, target, device=work.device)
         certificate = removal.certificate
-        result = graph.without(paths)
+        result = removal.without(graph)
         record = {
             "removed": list(paths),
             "kept": {new: old for old, new in certificate.kept.items()},

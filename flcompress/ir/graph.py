@@ -122,12 +122,16 @@ class BlockGraph:
         )
 
     def with_blocks(self, blocks: Iterable[Block]) -> BlockGraph:
-        """The graph with some blocks, matched by path, replaced; RequestError on an unknown path."""
+        """The graph with some blocks, matched by path, replaced, and as much larger or smaller as they are.
+
+        Raises RequestError on an unknown path.
+        """
         updated = {self.block(block.path).path: block for block in blocks}
         return BlockGraph(
             model_class=self.model_class,
-            parameters=self.parameters,
-            flops=self.flops,
+            parameters=self.parameters
+            + sum(one.parameters - self.block(path).parameters for path, one in updated.items()),
+            flops=self.flops + sum(one.flops - self.block(path).flops for path, one in updated.items()),
             blocks=[updated.get(block.path, block) for block in self.blocks],
             flows=self.flows,
             config_keys=self.config_keys,

@@ -86,6 +86,33 @@ class StoredTensor:
             place += len(numbers)
 
 
+@dataclass(frozen=True, slots=True)
+class StackedTensor:
+    """Rows of tensors, one part after the other, as one tensor to write."""
+
+    parts: tuple[StoredTensor, ...]
+
+    @property
+    def dtype(self) -> str:
+        return self.parts[0].dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:])
+
+    @property
+    def size(self) -> int:
+        return sum(part.size for part in self.parts)
+
+    def pieces(self) -> Iterator[bytes]:
+        """Its bytes, at most `PIECE` at once."""
+        for part in self.parts:
+            yield from part.pieces()
+
+
+Writable = StoredTensor | StackedTensor
+
+
 def file_tensors(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one safetensors file, in the order they lie in it; ModelError unless it is whole."""
     from safetensors import SafetensorError, safe_open
@@ -167,12 +194,12 @@ def check_finite(path: Path) -> None:
                 )
 
 
-def write_tensors(folder: Path, tensors: Mapping[str, StoredTensor], largest: int = LARGEST_SHARD) -> None:
+def write_tensors(folder: Path, tensors: Mapping[str, Writable], largest: int = LARGEST_SHARD) -> None:
     """Copy tensors, byte by byte and under new names, into `folder` as stock diffusers saves a model.
 
     One file, or shards of at most `largest` bytes with their index. Takes memory for one piece.
     """
-    shards: list[dict[str, StoredTensor]] = [{}]
+    shards: list[dict[str, Writable]] = [{}]
     for name, tensor in tensors.items():
         if shards[-1] and sum(one.size for one in shards[-1].values()) + tensor.size > largest:
             shards.append({})
@@ -192,7 +219,7 @@ def write_tensors(folder: Path, tensors: Mapping[str, StoredTensor], largest: in
         )
 
 
-def write_file(path: Path, tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str] | None = None) -> None:
+def write_file(path: Path, tensors: Mapping[str, Writable], metadata: Mapping[str, str] | None = None) -> None:
     """Copy tensors, byte by byte and under new names, into one file."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     # The widest numbers first, so that every tensor starts at a multiple of its numbers' width.
@@ -221,6 +248,6 @@ def _header(path: Path) -> tuple[int, dict[str, Any]]:
         return length, dict(json.loads(file.read(length)))
 
 
-def _width(tensor: StoredTensor) -> int:
+def _width(tensor: Writable) -> int:
     """Bytes of one number."""
     return tensor.size // max(math.prod(tensor.shape), 1)

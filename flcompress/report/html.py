@@ -98,7 +98,7 @@ def _curves(training: Training) -> list[Markup]:
 def _certificate(found: Blocks | None) -> dict[str, str]:
     """What the check of the cut found; which blocks went is in the table above it."""
     facts = flatten(found.certificate) if found is not None and found.certificate is not None else {}
-    return {key: value for key, value in facts.items() if key != "removed" and not key.startswith("kept.")}
+    return {key: value for key, value in facts.items() if value and key != "removed" and not key.startswith("kept.")}
 
 
 def _strips(run: RunRecord, measured: Quality | None) -> list[tuple[str, str]]:

@@ -62,7 +62,7 @@ def _as_saved(value: Any) -> Any:
 
 
 def followers(model: nn.Module, key: str) -> set[str]:
-    """The lists whose length follows the config value at `key`, entry by entry."""
+    """The lists of modules whose length follows the config value at `key`, a number or a list, entry by entry."""
     config: Any = model.config
     known = _followers.setdefault(model, {})
     snapshot = (key, repr(config), repr(list_lengths(model)))
@@ -74,14 +74,38 @@ def followers(model: nn.Module, key: str) -> set[str]:
 def _followers_of(model: nn.Module, key: str) -> set[str]:
     config: Any = model.config
     lengths = list_lengths(model)
+    value = config[key]
+    count = value if type(value) is int else len(value)
     # Down first; up where that cannot be built: nothing left in a list, or an index list that names the last block.
-    for step in (-1, 1) if config[key] > 1 else (1,):
+    for step in (-1, 1) if count > 1 else (1,):
         try:
-            changed = list_lengths(build(model, {key: config[key] + step}))
+            changed = list_lengths(build(model, {key: _longer(value, step)}))
         except BUILD_ERRORS:
             continue
         return {name for name, length in lengths.items() if changed.get(name, 0) == length + step}
     return set()
+
+
+def _longer(value: Any, step: int) -> Any:
+    """A number plus `step` (1 or -1); a list with as many entries more."""
+    if type(value) is int:
+        return value + step
+    return [*value, value[-1]] if step > 0 else [*value][:step]
+
+
+def list_keys(model: nn.Module, stacks: Iterable[str]) -> dict[str, str]:
+    """{stack: config key} of stacks with a module for every entry of a list, such as the places of Wan VACE's hints."""
+    found: dict[str, str] = {}
+    if not has_config(model):
+        return found
+    config: Any = model.config
+    lengths = list_lengths(model)
+    for stack in stacks:
+        for key, value in config.items():
+            listed = isinstance(value, list | tuple) and not key.startswith("_")
+            if listed and len(value) == lengths[stack] and stack in followers(model, key):
+                found.setdefault(stack, key)
+    return found
 
 
 def count_keys(model: nn.Module, stacks: Iterable[str]) -> dict[str, str]:

@@ -19,10 +19,11 @@ from flcompress.models import example_inputs
 from flcompress.models.folder import check_transformer_config
 from flcompress.models.loading import load_transformer, meta_transformer
 from flcompress.models.part_check import matching_tensors
-from flcompress.models.shards import LARGEST_SHARD, StoredTensor, write_tensors
+from flcompress.models.shards import LARGEST_SHARD, StackedTensor, StoredTensor, Writable, write_tensors
 from flcompress.trace.certificate import Certificate
 from flcompress.trace.config_keys import build
 from flcompress.trace.remove import certify, remove
+from flcompress.trace.sources import Chunks
 from flcompress.trace.stand_in import stand_in
 
 OWN_WEIGHTS = 32_000_000
@@ -36,12 +37,28 @@ class DiskRemoval:
     Attributes:
         certificate: of the removal, on the model's own weights or on a stand-in.
         stand_in: {config key: (the model's value, the stand-in's)}; None for the model's own weights.
-        names: {name of a tensor in the new checkpoint: name in the old one}.
+        names: {name of a tensor in the new checkpoint: name in the old one, which it is or of which it is rows}.
+        resized: {path of a kept block in the new checkpoint: its parameters}, of those that became another kind.
     """
 
     certificate: Certificate
     stand_in: Mapping[str, tuple[Any, Any]] | None
     names: Mapping[str, str]
+    resized: Mapping[str, int]
+
+    def without(self, graph: BlockGraph) -> BlockGraph:
+        """The new checkpoint's graph, from the old one's.
+
+        A block that became the kind of one that is gone, such as the last one's, costs as much as that did.
+        """
+        small = graph.without(self.certificate.removed)
+        gone = [graph.block(path) for path in self.certificate.removed]
+        blocks = []
+        for path, count in self.resized.items():
+            block = small.block(path)
+            alike = next((one for one in gone if (one.stack, one.parameters) == (block.stack, count)), block)
+            blocks.append(replace(block, parameters=count, flops=alike.flops))
+        return small.with_blocks(blocks)
 
 
 def remove_on_disk(
@@ -54,6 +71,8 @@ def remove_on_disk(
     largest_shard: int = LARGEST_SHARD,
 ) -> DiskRemoval:
     """Write to `target` the transformer of `folder` without the blocks at `paths`; kept tensors keep every byte.
+
+    Where a kept block becomes one of another kind, as the certificate says, rows of a tensor are copied instead.
 
     A model of at most `own_weights` parameters is removed from in memory and certified as `remove` does. A larger one
     is never loaded: the certificate is that of a stand-in (same class, same depth, fewer channels), and its findings,
@@ -72,7 +91,7 @@ def remove_on_disk(
     model, changed = _to_try(folder, large, device, own_weights)
     small: Any = remove(model, paths, example_inputs(model))
     certificate: Certificate = small.flcompress_certificate
-    names = _observed(model, small, certificate.kept, exact=changed is None)
+    names = _observed(model, small, certificate, exact=changed is None)
     changes = {key: after for key, (_, after) in certificate.config_changes.items()}
     both = sorted(set(changes) & set(changed or ()))
     if both:
@@ -80,15 +99,19 @@ def remove_on_disk(
             f"{folder}: the removal changes the config value {both[0]!r}, which also decides the width: it can only be "
             f"certified with the model's own weights, {count:,} parameters in memory; expected at most {own_weights:,}"
         )
-    _fits(build(large, changes), names, stored)
+    tensors = {new: _rows(stored[old], certificate.chunked.get(new)) for new, old in names.items()}
+    built = build(large, changes)
+    _fits(built, tensors)
     work = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    write_tensors(work, {new: stored[old] for new, old in names.items()}, largest_shard)
+    write_tensors(work, tensors, largest_shard)
     text = json.dumps({**config, **changes}, indent=2) + "\n"
     (work / "config.json").write_text(text, encoding="utf-8")
     work.rename(target)
-    return DiskRemoval(certificate=certificate, stand_in=changed, names=names)
+    return DiskRemoval(
+        certificate=certificate, stand_in=changed, names=names, resized=_resized(large, built, certificate)
+    )
 
 
 def choose_removable(
@@ -131,17 +154,23 @@ def _to_try(
     return model.to(device), changed
 
 
-def _observed(model: nn.Module, small: nn.Module, kept: Mapping[str, str], *, exact: bool) -> dict[str, str]:
+def _observed(model: nn.Module, small: nn.Module, certificate: Certificate, *, exact: bool) -> dict[str, str]:
     """{name in `small`: name in `model`}, told by the tensors' values alone.
 
-    `exact`: these are the values that will be written, so that of several equal tensors any one will do.
+    Of chunks the certificate gives the name, and the values must be those. `exact`: these are the values that will be
+    written, so that of several equal tensors any one will do.
     """
+    state = model.state_dict()
     places: dict[bytes, list[str]] = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in state.items():
         places.setdefault(_digest(tensor), []).append(name)
-    before = {new: old for old, new in kept.items()}
+    before = {new: old for old, new in certificate.kept.items()}
     found: dict[str, str] = {}
     for name, tensor in small.state_dict().items():
+        chunks = certificate.chunked.get(name)
+        if chunks is not None and _digest(chunks.of(state[chunks.name])) == _digest(tensor):
+            found[name] = chunks.name
+            continue
         names = places.get(_digest(tensor), [])
         likely = _renamed(name, before)
         if likely in names:
@@ -173,12 +202,30 @@ def _digest(tensor: Tensor) -> bytes:
     return digest.digest()
 
 
-def _fits(small: nn.Module, names: Mapping[str, str], stored: Mapping[str, StoredTensor]) -> None:
+def _rows(tensor: StoredTensor, chunks: Chunks | None) -> Writable:
+    if chunks is None:
+        return tensor
+    count = tensor.shape[0] // chunks.count
+    return StackedTensor(tuple(tensor.rows(place * count, count) for place in chunks.taken))
+
+
+def _resized(large: nn.Module, built: nn.Module, certificate: Certificate) -> dict[str, int]:
+    """{path in `built`: parameters} of the kept blocks that have another number of them than in `large`."""
+
+    def count(model: nn.Module, path: str) -> int:
+        return sum(parameter.numel() for parameter in model.get_submodule(path).parameters())
+
+    sizes = {new: count(built, new) for new in certificate.kept.values()}
+    return {new: sizes[new] for old, new in certificate.kept.items() if sizes[new] != count(large, old)}
+
+
+def _fits(built: nn.Module, tensors: Mapping[str, Writable]) -> None:
     """The smaller configuration, at full width, must ask for exactly the tensors that will be written."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in small.state_dict().items()}
-    given = {new: stored[old].shape for new, old in names.items()}
-    for name in sorted(set(wanted) ^ set(given)):
+    wanted = {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()}
+    for name in sorted(set(wanted) ^ set(tensors)):
         raise PostconditionError(f"{name}: {'is' if name in wanted else 'is not'} asked for by the smaller config.json")
     for name, shape in wanted.items():
-        if given[name] != shape:
-            raise PostconditionError(f"{name}: has shape {given[name]}, the smaller config.json asks for {shape}")
+        if tensors[name].shape != shape:
+            raise PostconditionError(
+                f"{name}: has shape {tensors[name].shape}, the smaller config.json asks for {shape}"
+            )

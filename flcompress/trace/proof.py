@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,14 +14,14 @@ from torch.utils._pytree import tree_map_only
 from flcompress.ir.graph import BlockGraph
 from flcompress.models.configs import BUILD_ERRORS
 from flcompress.trace.call import FORWARD_ERRORS, evaluating, first_line, tensors_of
-from flcompress.trace.rebuild import companions, misfit, rebuilt, reindexed
-from flcompress.trace.repairs import Changes, Indices, counts_blocks, list_repairs, lowered, number_repairs
+from flcompress.trace.candidates import Candidate, Candidates
+from flcompress.trace.cuts import cut_inputs
+from flcompress.trace.repairs import Indices
 from flcompress.trace.skip import skip
+from flcompress.trace.sources import drawn
 
 RANDOM_SEED = 0
 PARTNERS = 8  # how many blocks are tried as the partner of one that cannot go alone
-
-Candidate = tuple[Changes, dict[str, Indices], nn.Module]
 
 
 class Prover:
@@ -34,19 +34,16 @@ class Prover:
     def __init__(self, model: nn.Module, graph: BlockGraph, inputs: Mapping[str, Any]) -> None:
         self._model, self._graph, self._inputs = model, graph, dict(inputs)
         self._probe: nn.Module | None = None
-        self._built: dict[str, nn.Module | str] = {}  # by the config changes
+        self._candidates = Candidates(model, graph, inputs)
 
-    def changes_for(self, paths: tuple[str, ...], removed: Mapping[str, Indices]) -> Candidate | str:
-        """The config changes, the removed entries of every list, and the model to fill; a sentence if there are none.
-
-        The sentence is about the plainest config, which only lowers the counts.
-        """
+    def candidate_for(self, paths: tuple[str, ...], removed: Mapping[str, Indices]) -> Candidate | str:
+        """The way to remove `paths`; a sentence if there is none, about the plainest config: lower counts alone."""
         cause = ""
         expectations = self._expectations(paths)
         if isinstance(expectations, str):
             return expectations
-        for candidate in self._candidates(removed):
-            fault = candidate if isinstance(candidate, str) else self._refuted(candidate, expectations)
+        for candidate in self._candidates.without(removed):
+            fault = candidate if isinstance(candidate, str) else self._refuted(candidate, expectations, paths)
             if not fault and not isinstance(candidate, str):
                 return candidate
             cause = cause or str(fault)
@@ -54,20 +51,20 @@ class Prover:
 
     def smaller(self, paths: tuple[str, ...], candidate: Candidate) -> nn.Module | str:
         """The smaller model with the model's own weights, as stock diffusers loads it, or why it is not the skip."""
-        _, gone, built = candidate
+        built = candidate.built
         probe = self._random()
         for name, parameter in probe.named_parameters():
             # Fresh memory, as in `_reloaded`: kernels round differently on weights that lie unaligned in a mapped file.
             parameter.data = self._model.get_parameter(name).detach().clone()
         self._probe = None
-        built.load_state_dict(reindexed(probe.state_dict(), gone), assign=True)
+        built.load_state_dict(drawn(probe.state_dict(), candidate.sources), assign=True)
         loaded = _reloaded(built, probe)
         if isinstance(loaded, str):
             return loaded
         with evaluating(probe, loaded):
             with skip(probe, paths, graph=self._graph):
                 expected = tensors_of(probe(**self._inputs))
-            return _answers(loaded, self._inputs, expected) or loaded
+            return _answers(loaded, cut_inputs(self._inputs, candidate.cuts), expected) or loaded
 
     def partner(self, paths: tuple[str, ...], stack: str) -> str:
         """A block of the same list with which `paths` can go, nearest or in the mirrored place first; or nothing."""
@@ -81,34 +78,9 @@ class Prover:
             path = f"{stack}.{index}"
             if len(paths) + 1 < len(self._graph.blocks) and self._graph.block(path).streams:
                 removed = {stack: frozenset([*given, index])}
-                if not isinstance(self.changes_for((*paths, path), removed), str):
+                if not isinstance(self.candidate_for((*paths, path), removed), str):
                     return path
         return ""
-
-    def _candidates(self, removed: Mapping[str, Indices]) -> Iterator[Candidate | str]:
-        model, graph = self._model, self._graph
-        config: Any = model.config
-        counts = lowered(config, graph, removed)
-        ways = companions(model, graph, removed)
-        plain = list(self._fitting(counts, ways))
-        yield from plain
-        for repair in list_repairs(model, graph, removed):
-            yield from self._fitting(counts | repair, ways)
-        fits = any(not isinstance(one, str) for one in plain)
-        for key, value in number_repairs(model, graph, removed):
-            if counts_blocks(key) or not fits:
-                yield from self._fitting(counts | {key: value}, ways)
-
-    def _fitting(self, changes: Changes, ways: list[dict[str, Indices]]) -> Iterator[Candidate | str]:
-        key = repr(sorted(changes.items()))
-        if key not in self._built:
-            self._built[key] = rebuilt(self._model, changes)
-        built = self._built[key]
-        if isinstance(built, str):
-            yield built
-            return
-        for gone in ways:
-            yield misfit(reindexed(self._model.state_dict(), gone), built) or (changes, gone, built)
 
     def _expectations(self, paths: tuple[str, ...]) -> list[tuple[dict[str, Any], list[Tensor]]] | str:
         """What the random probe answers with `paths` skipped: to the given inputs, and to them moved a little.
@@ -132,14 +104,47 @@ class Prover:
         finite = all(one.isfinite().all() for one in also)
         return [(self._inputs, expected), *([(moved, also)] if finite else [])]
 
-    def _refuted(self, candidate: Candidate, expectations: list[tuple[dict[str, Any], list[Tensor]]]) -> str:
+    def _refuted(
+        self, candidate: Candidate, expectations: list[tuple[dict[str, Any], list[Tensor]]], paths: tuple[str, ...]
+    ) -> str:
         """Why the candidate with random weights is not the skip; empty where it is."""
-        _, gone, built = candidate
-        probe = self._random()
-        built.load_state_dict(reindexed(probe.state_dict(), gone), assign=True)
+        built, probe = candidate.built, self._random()
+        built.load_state_dict(drawn(probe.state_dict(), candidate.sources), assign=True)
         _settle_buffers(built, probe)
         with evaluating(built):
-            return next(filter(None, (_answers(built, inputs, expected) for inputs, expected in expectations)), "")
+            for inputs, expected in expectations:
+                fault = _answers(built, cut_inputs(inputs, candidate.cuts), expected)
+                if fault:
+                    return fault
+        return self._matters(candidate, paths)
+
+    def _matters(self, candidate: Candidate, paths: tuple[str, ...]) -> str:
+        """Which weight that the candidate does without the output is computed from with `paths` skipped; or nothing.
+
+        Weights that happen not to change the output for these inputs are not enough: no way may lead from them to it.
+        """
+        probe = self._random()
+        chunked = {source.name: source for source in candidate.chunked.values()}
+        parameters = dict(probe.named_parameters())
+        names = [name for name in (*candidate.unused, *chunked) if name in parameters]
+        if not names:
+            return ""
+        with evaluating(probe), skip(probe, paths, graph=self._graph), torch.enable_grad():
+            for name in names:
+                parameters[name].requires_grad_(True)
+            answers = [one for one in tensors_of(probe(**self._inputs)) if one.requires_grad]
+            if not answers:
+                return ""
+            total = torch.stack([one.double().sum() for one in answers]).sum()
+            gradients = torch.autograd.grad(total, [parameters[name] for name in names], allow_unused=True)
+        for name, gradient in zip(names, gradients, strict=True):
+            parts = gradient.chunk(chunked[name].count) if gradient is not None and name in chunked else [gradient]
+            left_out = [
+                part for place, part in enumerate(parts) if name not in chunked or place not in chunked[name].taken
+            ]
+            if any(part is not None and (name not in chunked or part.any()) for part in left_out):
+                return f"the smaller model has no place for '{name}', which the output depends on"
+        return ""
 
     def _random(self) -> nn.Module:
         if self._probe is None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from itertools import accumulate
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from flcompress.errors import NotRemovable
 from flcompress.ir.block import Block
@@ -64,21 +64,6 @@ def companions(model: nn.Module, graph: BlockGraph, removed: Mapping[str, Indice
     return ways
 
 
-def reindexed(state: Mapping[str, Tensor], removed: Mapping[str, Indices]) -> dict[str, Tensor]:
-    """The state dict without the removed entries, the others moved up to close the gaps."""
-    kept: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        stack = next((one for one in removed if name.startswith(f"{one}.")), None)
-        if stack is None:
-            kept[name] = tensor
-            continue
-        index, _, rest = name.removeprefix(f"{stack}.").partition(".")
-        if int(index) not in removed[stack]:
-            place = int(index) - sum(one < int(index) for one in removed[stack])
-            kept[f"{stack}.{place}.{rest}"] = tensor
-    return kept
-
-
 def rebuilt(model: nn.Module, changes: Mapping[str, Any]) -> nn.Module | str:
     """A weightless model of the changed config; a sentence where the class refuses it."""
     try:
@@ -87,24 +72,9 @@ def rebuilt(model: nn.Module, changes: Mapping[str, Any]) -> nn.Module | str:
         return f"the smaller config is refused with {type(error).__name__}: {first_line(error)}"
 
 
-def misfit(state: Mapping[str, Tensor], built: nn.Module) -> str:
-    """Why the weights are not those of `built`; empty where they are."""
-    wanted = built.state_dict()
-    unknown, missing = sorted(set(state) - set(wanted)), sorted(set(wanted) - set(state))
-    wrong = sorted(name for name in set(state) & set(wanted) if state[name].shape != wanted[name].shape)
-    for names, fault in (
-        (missing, "needs weights that the model lacks"),
-        (unknown, "has no place for weights"),
-        (wrong, "expects another shape for weights"),
-    ):
-        if names:
-            return f"rebuilt from its config, the smaller model {fault}: '{names[0]}' ({len(names)} in all)"
-    return ""
-
-
 def needs_streams(blocks: list[Block]) -> None:
     """Raise NotRemovable for the first block that carries nothing on."""
     for block in blocks:
-        if not block.streams or block.silent:
+        if not block.streams:
             reason = block.reason or "it carries no residual stream"
             raise NotRemovable(f"'{block.path}' cannot be removed: {reason}")

@@ -11,10 +11,12 @@ from torch import nn
 
 from flcompress.errors import NotRemovable, RequestError
 from flcompress.ir.graph import BlockGraph
+from flcompress.trace.candidates import Candidate
 from flcompress.trace.certificate import Certificate
 from flcompress.trace.config_keys import has_config
+from flcompress.trace.cuts import cut_inputs
 from flcompress.trace.memory import keep, recall
-from flcompress.trace.proof import Candidate, Prover
+from flcompress.trace.proof import Prover
 from flcompress.trace.rebuild import needs_streams, removed_indices
 from flcompress.trace.skip import require_blocks
 from flcompress.trace.tracer import inputs_for, trace
@@ -47,14 +49,20 @@ def remove(model: nn.Module, paths: Iterable[str], inputs: Mapping[str, Any] | N
         model_class=name,
         removed=wanted,
         kept=graph.renamed(wanted),
-        config_changes={key: (config[key], value) for key, value in candidate[0].items()},
+        config_changes={key: (config[key], value) for key, value in candidate.changes.items()},
         inputs=tuple(inputs),
         max_abs_difference=0.0,
         random_max_abs_difference=0.0,
         diffusers_version=_diffusers_version(),
+        chunked=candidate.chunked,
+        dropped=candidate.unused,
+        input_cuts=candidate.cuts,
     )
     smaller: nn.Module = result
-    keep(smaller, inputs, graph.without(wanted))
+    if candidate.unused or candidate.chunked or candidate.cuts:
+        trace(smaller, cut_inputs(inputs, candidate.cuts))  # kept blocks of another size, or other arguments
+    else:
+        keep(smaller, inputs, graph.without(wanted))
     return smaller
 
 
@@ -98,7 +106,7 @@ def _proved(prover: Prover, graph: BlockGraph, wanted: tuple[str, ...]) -> Candi
     """The way to remove `wanted`; raises NotRemovable with the cause, and the block that would have to go with it."""
     needs_streams([graph.block(path) for path in wanted])
     removed = removed_indices(graph, wanted)
-    found = prover.changes_for(wanted, removed)
+    found = prover.candidate_for(wanted, removed)
     if not isinstance(found, str):
         return found
     stack = graph.block(wanted[0]).stack

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -10,14 +10,19 @@ from torch import nn
 
 from flcompress.ir.graph import BlockGraph
 from flcompress.trace.config_keys import COUNTING_WORDS
+from flcompress.trace.cuts import Lost
 
 Indices = frozenset[int]
 Changes = dict[str, Any]
 
 
 def lowered(config: Mapping[str, Any], graph: BlockGraph, removed: Mapping[str, Indices]) -> Changes:
-    """The config keys that count the stacks, lowered by what is removed."""
-    return {graph.config_keys[stack]: config[graph.config_keys[stack]] - len(one) for stack, one in removed.items()}
+    """The config keys that count the stacks, lowered by what is removed; of lists, without those entries."""
+    changes: Changes = {}
+    for stack, gone in removed.items():
+        value = config[graph.config_keys[stack]]
+        changes[graph.config_keys[stack]] = value - len(gone) if type(value) is int else _without(value, gone)
+    return changes
 
 
 def list_repairs(model: nn.Module, graph: BlockGraph, removed: Mapping[str, Indices]) -> Iterator[Changes]:
@@ -26,12 +31,12 @@ def list_repairs(model: nn.Module, graph: BlockGraph, removed: Mapping[str, Indi
     modes = [_renumbered(model, graph, removed, gap) for gap in (None, -1, 1)]
     singles += [{key: value} for mode in modes for key, value in mode.items()]
     config: Any = model.config
-    tried: list[Changes] = [dict(config)]
+    tried: list[Changes] = [{**config, **lowered(config, graph, removed)}]
     several = [one | two for one, two in combinations(singles, 2)]
     together = [{key: value for repair in singles for key, value in repair.items()}]
     for repair in [*singles, *several, *together]:
-        if {**config, **repair} not in tried:
-            tried.append({**config, **repair})
+        if {**tried[0], **repair} not in tried:
+            tried.append({**tried[0], **repair})
             yield repair
 
 
@@ -55,23 +60,44 @@ def counts_blocks(key: str) -> bool:
     return any(word in key for word in COUNTING_WORDS)
 
 
+def lost_entries(model: nn.Module, graph: BlockGraph, removed: Mapping[str, Indices]) -> list[Lost]:
+    """What loses entries: stacks, several of them in a row, and lists of indices that name removed blocks."""
+    config: Any = model.config
+    found = list(_runs(graph, removed))
+    for stack, gone in removed.items():
+        for value in _index_lists(config, len(graph.stacks[stack])).values():
+            found.append((len(value), tuple(place for place, item in enumerate(value) if item in gone)))
+    return [(length, places) for length, places in found if places]
+
+
+def _runs(graph: BlockGraph, removed: Mapping[str, Indices]) -> Iterator[Lost]:
+    stacks = graph.stacks
+    for first in range(len(stacks)):
+        for last in range(first, len(stacks)):
+            run = list(stacks)[first : last + 1]
+            if set(run) & set(removed):
+                yield sum(len(stacks[stack]) for stack in run), tuple(sorted(_places(run, stacks, removed)))
+
+
 def _without_entries(model: nn.Module, graph: BlockGraph, removed: Mapping[str, Indices]) -> Changes:
     """Lists of settings, as long as a stack or as several in a row, without the entries of the removed blocks."""
     config: Any = model.config
-    stacks = graph.stacks
+    counts = lowered(config, graph, removed)
     found: Changes = {}
     for key, value in config.items():
         # A list that the config leaves out is made by the constructor, often from the index of each block.
         values = value if value is not None else vars(model).get(key)
-        if not isinstance(values, list | tuple) or key.startswith("_"):
+        if not isinstance(values, list | tuple) or key.startswith("_") or key in counts:
             continue
-        for first in range(len(stacks)):
-            for last in range(first, len(stacks)):
-                run = list(stacks)[first : last + 1]
-                if len(values) == sum(len(stacks[stack]) for stack in run) and set(run) & set(removed):
-                    gone = _places(run, stacks, removed)
-                    found.setdefault(key, type(values)(item for n, item in enumerate(values) if n not in gone))
+        for length, gone in _runs(graph, removed):
+            if len(values) == length:
+                found.setdefault(key, _without(values, gone))
     return found
+
+
+def _without(values: Any, gone: Iterable[int]) -> Any:
+    left_out = set(gone)
+    return type(values)(item for place, item in enumerate(values) if place not in left_out)
 
 
 def _places(run: Sequence[str], stacks: Mapping[str, Sequence[Any]], removed: Mapping[str, Indices]) -> Indices:
@@ -94,14 +120,10 @@ def _renumbered(model: nn.Module, graph: BlockGraph, removed: Mapping[str, Indic
     for stack, gone in removed.items():
         depth = len(graph.stacks[stack])
         new = {old: place for place, old in enumerate(index for index in range(depth) if index not in gone)}
-        for key, value in config.items():
-            if not isinstance(value, list | tuple) or key.startswith("_"):
-                continue
-            numbers = [item for item in value if type(item) is int and 0 <= item < depth]
-            if numbers != list(value) or sorted(set(numbers)) != numbers:
-                continue
+        for key, numbers in _index_lists({**config, **lowered(config, graph, removed)}, depth).items():
             moved = []
-            for item in numbers:
+            for number in numbers:
+                item = number
                 while gap is not None and item in gone:
                     item += gap
                 if item in new:
@@ -110,5 +132,16 @@ def _renumbered(model: nn.Module, graph: BlockGraph, removed: Mapping[str, Indic
                     break
             else:
                 if sorted(set(moved)) == moved:
-                    found[key] = type(value)(moved)
+                    found[key] = type(config[key])(moved)
+    return found
+
+
+def _index_lists(config: Mapping[str, Any], depth: int) -> dict[str, list[int]]:
+    """The settings that are lists of indices of a stack's blocks, in ascending order."""
+    found: dict[str, list[int]] = {}
+    for key, value in config.items():
+        if isinstance(value, list | tuple) and not key.startswith("_"):
+            numbers = [item for item in value if type(item) is int and 0 <= item < depth]
+            if numbers == list(value) and sorted(set(numbers)) == numbers:
+                found[key] = numbers
     return found

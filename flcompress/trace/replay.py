@@ -7,7 +7,7 @@ anything else is a stream of the input by whose shift it is shifted.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -94,6 +94,16 @@ def adopted(layout: Layout, call: Call, inputs: Mapping[str, Any], sibling: Layo
         ends = inputs.get(stream.input), outputs[stream.output]
         fits = all(isinstance(end, Blank) and spec_of(end) == stream.spec for end in ends)
     return Layout(sibling.streams, layout.outputs, f"it is no plain residual: {layout.reason}") if fits else layout
+
+
+def passing(block: nn.Module, call: Call, layout: Layout) -> Layout:
+    """The streams of a block that is no residual at all, such as one that starts with a norm: matched by shape.
+
+    Without the block what enters it goes on, where something of the same shape leaves it.
+    """
+    inputs = {name: value for name, value in named(block, call.args, call.kwargs).items() if isinstance(value, Blank)}
+    found = _by_shape(inputs, outputs_of(call.output), layout.outputs, layout.reason)
+    return replace(found, reason=f"it is no plain residual: {layout.reason}") if found.streams else found
 
 
 def _shifter(

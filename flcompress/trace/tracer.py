@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,10 +21,10 @@ from flcompress.trace.call import (
     first_line,
     named,
 )
-from flcompress.trace.config_keys import count_keys
+from flcompress.trace.config_keys import count_keys, list_keys
 from flcompress.trace.flows import flows_of
 from flcompress.trace.memory import keep
-from flcompress.trace.replay import Layout, adopted, layout_of, signature
+from flcompress.trace.replay import Layout, adopted, layout_of, passing, signature
 from flcompress.trace.running import Run, flop_counter, lacks_values, runs
 
 
@@ -38,6 +39,9 @@ def trace(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> BlockGra
     with evaluating(model), torch.random.fork_rng(devices=[]):
         run, calls, flops, layouts = _recorded(model, inputs)
         stacks, config_keys = _stacks(model, calls, layouts)
+        if not stacks:
+            layouts = _passing_layouts(model, calls, layouts)
+            stacks, config_keys = _stacks(model, calls, layouts)
         order = [path for path in calls if path.rpartition(".")[0] in stacks]
         if not order:
             raise RequestError(
@@ -101,7 +105,7 @@ def _block(model: nn.Module, path: str, flops: int, layout: Layout) -> Block:
         flops=flops,
         outputs=layout.outputs,
         silent=layout.silent,
-        removable=None if layout.streams and not layout.silent else False,
+        removable=None if layout.streams else False,
         reason=layout.reason,
     )
 
@@ -180,6 +184,20 @@ def _layouts(model: nn.Module, calls: Mapping[str, Call]) -> dict[str, Layout]:
     return found
 
 
+def _passing_layouts(model: nn.Module, calls: Mapping[str, Call], layouts: Mapping[str, Layout]) -> dict[str, Layout]:
+    """For a model without any residual block: the entries of the lists that its config counts, matched by shape.
+
+    DreamLite's variant without self-attention lets only the norm of its stream into a block.
+    """
+    lists = {name for name, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part)}
+    counted = count_keys(model, lists)
+    found = {path: replace(layout, streams=()) for path, layout in layouts.items()}
+    for path, call in calls.items():
+        if path.rpartition(".")[0] in counted:
+            found[path] = passing(model.get_submodule(path), call, layouts[path])
+    return found
+
+
 def _stacks(
     model: nn.Module, calls: Mapping[str, Call], layouts: Mapping[str, Layout]
 ) -> tuple[set[str], dict[str, str]]:
@@ -205,4 +223,5 @@ def _stacks(
         if not any(f"{one}.".startswith(f"{name}.") or name.startswith(f"{one}.") for one in kept)
     }
     keys = count_keys(model, [*kept, *apart])
+    keys |= list_keys(model, [name for name in [*kept, *apart] if name not in keys])
     return {*kept, *(name for name in apart if name in keys)}, keys

@@ -227,27 +227,27 @@ def wan_vace() -> Case:
     }
 
 
-def mochi() -> Case:
+def mochi(**config: Any) -> Case:
     """The last block differs, and still returns its text stream."""
     from diffusers import MochiTransformer3DModel
 
-    model = MochiTransformer3DModel(
-        patch_size=2,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        num_layers=2,
-        pooled_projection_dim=16,
-        in_channels=4,
-        out_channels=None,
-        qk_norm="rms_norm",
-        text_embed_dim=16,
-        time_embed_dim=4,
-        activation_fn="swiglu",
-        max_sequence_length=16,
-    )
-    return model, {
+    base: dict[str, Any] = {
+        "patch_size": 2,
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "num_layers": 2,
+        "pooled_projection_dim": 16,
+        "in_channels": 4,
+        "qk_norm": "rms_norm",
+        "text_embed_dim": 16,
+        "time_embed_dim": 4,
+        "activation_fn": "swiglu",
+        "max_sequence_length": 16,
+    }
+    config = {**base, **config}
+    return MochiTransformer3DModel(**config), {
         "hidden_states": draw(1, 4, 2, 8, 8),
-        "encoder_hidden_states": draw(1, 8, 16),
+        "encoder_hidden_states": draw(1, 8, config["text_embed_dim"]),
         "timestep": torch.ones(1),
         "encoder_attention_mask": torch.ones(1, 8, dtype=torch.bool),
     }

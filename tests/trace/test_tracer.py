@@ -50,7 +50,7 @@ def test_text_is_the_golden_one(case: Callable[[], Case]) -> None:
             {"transformer_blocks": "num_layers", "temporal_transformer_blocks": "num_layers"},
             ["hidden_states"],
         ),
-        (models.wan_vace, {"blocks": "num_layers"}, ["hidden_states"]),
+        (models.wan_vace, {"blocks": "num_layers", "vace_blocks": "vace_layers"}, ["hidden_states"]),
     ],
 )
 def test_stacks_keys_and_streams(case: Callable[[], Case], keys: dict[str, str], streams: list[str]) -> None:

@@ -150,6 +150,14 @@ ENTRIES = [
         blocks={"transformer_blocks": 4},
     ),
     Entry(
+        name="dreamlite-cross",  # no self-attention: only the norm of the stream enters a block
+        module="transformer_2d_dreamlite",
+        model_class="DreamLiteTransformer2DModel",
+        config={**BASIC, "norm_num_groups": 1, "cross_attention_dim": 8, "use_self_attention": False},
+        inputs=lambda: {"hidden_states": x(1, 4, 4, 4), "encoder_hidden_states": x(1, 5, 8)},
+        blocks={"transformer_blocks": 4},
+    ),
+    Entry(
         name="prior",
         module="prior_transformer",
         model_class="PriorTransformer",

@@ -18,6 +18,7 @@ from diffusers.models.modeling_utils import ModelMixin
 
 import flcompress
 from flcompress.errors import NotRemovable
+from flcompress.trace.cuts import Cut
 from flcompress.trace.remove import certify
 from tests.zoo import ZOO
 from tests.zoo.check import answer, largest_difference, named_set, randomised
@@ -116,6 +117,27 @@ def test_what_the_config_says_besides_the_depth_is_changed_with_it(
     entry = ZOO[name]
     smaller: Any = flcompress.remove(randomised(entry), [path], entry.draw(0))
     assert smaller.flcompress_certificate.config_changes == changes
+
+
+@pytest.mark.parametrize(
+    ("name", "paths", "cuts"),
+    [
+        ("bria-fibo", ("transformer_blocks.1",), {"text_encoder_layers": Cut((1,))}),
+        ("bria-fibo", ("single_transformer_blocks.2", "transformer_blocks.0"), {"text_encoder_layers": Cut((0, 5))}),
+        ("bria-fibo-2", ("layers.1",), {"encoder_hidden_states": Cut((1,), 1)}),  # the first bundle is the resampler's
+        ("wan-vace", ("vace_blocks.1",), {"control_hidden_states_scale": Cut((1,), 0)}),
+        ("wan-vace", ("blocks.2", "vace_blocks.1"), {"control_hidden_states_scale": Cut((1,), 0)}),
+        ("wan-vace", ("blocks.2",), {}),
+    ],
+)
+def test_arguments_with_an_entry_for_every_block_lose_it(
+    name: str, paths: tuple[str, ...], cuts: dict[str, Cut]
+) -> None:
+    entry = ZOO[name]
+    model, inputs = randomised(entry), entry.draw(0)
+    smaller: Any = flcompress.remove(model, paths, inputs)
+    assert smaller.flcompress_certificate.input_cuts == cuts
+    assert largest_difference(entry, model, smaller, paths) == 0
 
 
 def test_certify_decides_every_block() -> None:

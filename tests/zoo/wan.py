@@ -105,8 +105,11 @@ ENTRIES = [
         module="transformer_wan_vace",
         model_class="WanVACETransformer3DModel",
         config={**NORMED, "num_layers": 5, "vace_layers": [0, 2], "vace_in_channels": 8},
-        inputs=lambda: {**video(), "control_hidden_states": x(1, 8, 2, 4, 4)},
-        optional=lambda: {"control_hidden_states_scale": t(0.5, 0.7)},
+        inputs=lambda: {
+            **video(),
+            "control_hidden_states": x(1, 8, 2, 4, 4),
+            "control_hidden_states_scale": t(0.5, 0.7),  # one a hint
+        },
         blocks={"blocks": 5, "vace_blocks": 2},
     ),
     Entry(
