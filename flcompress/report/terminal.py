@@ -152,12 +152,14 @@ def _trainings(found: list[Training], console: Console) -> None:
         row = [escape(training.entry.name), training.status, step]
         for figure in [one for one in training.figures if one.decides]:
             best = f"{wording.number(figure.best)} at {training.best_step}" if figure.best is not None else ""
-            row += [escape(figure.name), wording.number(figure.first), best, wording.number(figure.latest)]
+            latest = wording.number(figure.latest) + wording.spread(figure.spread)
+            row += [escape(figure.name), wording.number(figure.first), best, latest]
         table.add_row(*row)
     console.print(table)
     for training in watched:
         for breach in training.breaches:
             value = wording.number(breach.value) if breach.value is not None else "not finite"
+            value += wording.spread(breach.spread)
             console.print(
                 f"{breach.action}: {training.entry.name}: step {breach.step}: {breach.figure} {value}, expected "
                 f"{wording.bounds(breach.bounds)}",

@@ -55,6 +55,11 @@ def bounds(limits: tuple[float | None, float | None]) -> str:
     return f"at most {number(high)}" if high is not None else f"at least {number(low)}" if low is not None else ""
 
 
+def spread(limits: tuple[float | None, float | None]) -> str:
+    """(0.5, 2.0) -> " (0.500 to 2.00)", for behind a number; "" where there is none."""
+    return f" ({bounds(limits)})" if limits != (None, None) else ""
+
+
 def share(value: float) -> str:
     """0.7 -> "70.0 %"."""
     return f"{100 * value:.1f} %"

@@ -64,16 +64,21 @@ class Prompts:
         return cls(work, given, negative, shape, at_once, total, program.family.start)
 
     @torch.no_grad()
-    def sampled(self, network: Network, contract: SamplingContract) -> tuple[torch.Tensor, torch.Tensor]:
+    def sampled(self, network: Network, contract: SamplingContract, draw: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """Sample them all.
 
         Every sample has noise of its own, so that it does not matter how many processes there are.
+
+        Args:
+            network: what predicts.
+            contract: the network's.
+            draw: which noises: those that the teacher starts from too, or number 1, 2, ... of the others.
 
         Returns:
             Clean latents, and predictions of x0 on the way there: sample i's at the contract's level i modulo their
             number, which is what a critic is trained on. Both [n, channels, frames, height, width].
         """
-        draws, levels = _draws(self.work, self.total), contract.sigmas
+        draws, levels = _draws(self.work, self.total, draw), contract.sigmas
         noises = [draws.normal(*self.shape[1:]) for _ in range(1 + len(levels) * contract.stochastic)]
         place_of = torch.arange(self.total)[draws.mine] % len(levels)
         clean, along = [], []
@@ -88,6 +93,7 @@ class Prompts:
                 here = (place_of[part] == place).to(x.device)
                 seen = torch.where(spread(here, x), x0, seen)
                 x = advance(contract, x, prediction, place, again)
+                self.work.world.beat()
             clean.append(x)
             along.append(seen)
         return torch.cat(clean), torch.cat(along)
@@ -119,6 +125,12 @@ class Samples:
         if self._work.world.main:
             draw_strip(self._program, clean[:SHOWN], strip_of(self._work.directory, step), self._work.device)
         return compared(clean, reference, self._work.world)
+
+    def redrawn(self, draw: int, student: Network, contract: SamplingContract) -> dict[str, float]:
+        """The figures of the same prompts with other noises; after `figures`, all processes together."""
+        assert self._reference is not None
+        clean, _ = self._prompts.sampled(student, contract, draw)
+        return compared(clean, self._reference, self._work.world)
 
     def _made(self) -> Moments:
         """The teacher's moments: those of an earlier start of this training, else its samples are made now."""
@@ -199,5 +211,6 @@ def _one_by_one(noises: Sequence[torch.Tensor]) -> Callable[[torch.Tensor], torc
     return lambda like: next(source)
 
 
-def _draws(work: Work, total: int) -> Draws:
-    return Draws(work.seed, "health", "samples", batch=total, rank=work.world.rank, processes=work.world.size)
+def _draws(work: Work, total: int, draw: int = 0) -> Draws:
+    parts = (work.seed, "health", "samples", *([draw] if draw else []))
+    return Draws(*parts, batch=total, rank=work.world.rank, processes=work.world.size)
