@@ -199,7 +199,7 @@ class DistributionMatching(Pass):
                 "sigmas": list(contract.sigmas),
                 "timesteps": list(contract.timesteps),
                 "steps": steps,
-                "seconds": time.monotonic() - started,
+                "seconds": work.earlier_seconds + time.monotonic() - started,
             }
             (work.directory / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         return replace(program.with_component("transformer", target), contract=contract)

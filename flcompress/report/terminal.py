@@ -54,7 +54,7 @@ def print_summary(run_dir: Path, console: Console) -> None:
             table.add_row(
                 escape(step.name),
                 step.status,
-                wording.duration(step.seconds) if step.seconds is not None else "",
+                wording.taken(step.seconds, step.attempts) if step.seconds is not None else "",
                 wording.size(step.peak_rss_mb * 1e6) if step.peak_rss_mb is not None else "",
             )
         console.print(table)

@@ -47,6 +47,11 @@ def number(value: float) -> str:
     return f"{value:.2e}"
 
 
+def taken(seconds: float, attempts: int) -> str:
+    """2700 in 3 attempts -> "45 min 00 s in 3 attempts"."""
+    return duration(seconds) + (f" in {attempts} attempts" if attempts > 1 else "")
+
+
 def bounds(limits: tuple[float | None, float | None]) -> str:
     """(0.5, 2.0) -> "0.500 to 2.00"; "" where there is no limit."""
     low, high = limits

@@ -19,8 +19,10 @@ beside `metrics.jsonl`.
 """
 
 REDRAWS = 8
-"""Other draws on which a look repeats its figures. A figure that luck alone puts beyond its limit on half of all draws is
-beyond it on all of these in one look of 256; tests/training/test_redraws.py has the rates of whole trainings.
+"""Other draws on which a look repeats its figures.
+
+A figure that luck alone puts beyond its limit on half of all draws is beyond it on all of these in one look of 256;
+tests/training/test_redraws.py has the rates of whole trainings.
 """
 
 Figures = Mapping[str, float]
@@ -76,13 +78,13 @@ class _Breach:
 class Watch:
     """Looks at one training again and again, and judges what it and the training itself report.
 
-    The figures of a look come from a few draws (noises, clips), so each has a spread. `again` gives them on other draws,
-    the same ones at every look. A figure is beyond its limit where it is on every draw; a limit relative to the best look
-    compares each draw with the same draw there, and the best look is the one with the lowest mean over all draws.
+    The figures of a look come from few draws (noises, clips), so each has a spread. `again` gives them on other draws,
+    the same ones at every look. A figure is beyond its limit where it is on every draw; a limit relative to the best
+    look compares each draw with the same draw there, and the best look is the one with the lowest mean over all draws.
 
-    Its state is a function of `metrics.jsonl` and `redraws.jsonl`, so a resumed training judges as an unbroken one. Every
-    process of the work's world has one and comes to the same verdict, since figures are agreed upon; only the main one
-    writes.
+    Its state is a function of `metrics.jsonl` and `redraws.jsonl`, so a resumed training judges as an unbroken one.
+    Every process of the work's world has one and comes to the same verdict, since figures are agreed upon; only the
+    main one writes.
 
     Args:
         work: of the pass; its `health` says how often to look and what follows a breach.

@@ -15,7 +15,6 @@ from flcompress.diffusion.sampling import Network
 from flcompress.pipeline.world import World
 from flcompress.training.objectives import level_range
 
-
 GROUPS = 8
 """Parts of the held-out draws whose losses are told each by itself; fewer where there are fewer draws."""
 

@@ -178,7 +178,7 @@ def test_a_training_begun_before_there_were_redraws_is_not_stopped_by_luck(tmp_p
     one.resume([{"step": 0, "distance": 0.15}, {"step": 50, "distance": 0.0017}])
     one.judge(100, *distances([0.0078] * 9))
     assert one.best == (100, 0.0078)
-    with pytest.raises(TrainingError, match="step 100, had 0.0078"):
+    with pytest.raises(TrainingError, match=r"step 100, had 0\.0078"):
         one.judge(150, *distances([0.08] * 9))
 
 
