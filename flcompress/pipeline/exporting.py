@@ -54,7 +54,9 @@ def run_exports(
         else:
             record = {**_export(run, program, exporter, key, display), "status": "ran"}
             display.line(f"export {exporter.name}: {told(record)}")
-        noted = {name: record[name] for name in ("status", "seconds", "peak_rss_mb", "attempts", "key") if name in record}
+        noted = {
+            name: record[name] for name in ("status", "seconds", "peak_rss_mb", "attempts", "key") if name in record
+        }
         run.note("export", exporter.name, **noted)
         records[exporter.name] = record
     return records

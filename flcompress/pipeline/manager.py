@@ -273,9 +273,7 @@ def _follow(recipe: Recipe, shared: Path, device: str, world: World) -> None:
         step(program, replace(work, directory=Path(call["directory"])))
 
 
-def _builder(
-    step: Pass, program: Program, stored: Path, work: Work, index: int, key: str
-) -> Callable[[Path], Program]:
+def _builder(step: Pass, program: Program, stored: Path, work: Work, index: int, key: str) -> Callable[[Path], Program]:
     """Applies one pass in the folder that the store gives, and verifies what comes back.
 
     Args:

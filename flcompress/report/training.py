@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
+from flcompress.pipeline.health import highest
 from flcompress.report.reading import Entry, RunRecord
 from flcompress.report.record import Record, read_lines, read_object
 
@@ -107,11 +108,14 @@ def _training(entry: Entry, status: str) -> Training | None:
     breaches = [_breach(record) for record in read_lines(entry.folder / "breaches.jsonl")]
     held_out = health.text("held_out") if health is not None else ""
     looks = dict(fields.get(held_out, []))
-    redraws = {record.number("step"): record.each("draws") for record in read_lines(entry.folder / "redraws.jsonl")}
+    lines = read_lines(entry.folder / "redraws.jsonl")
+    redraws = {record.number("step"): record.each("draws") for record in lines}
+    reference = lines[-1].each("reference") if lines else []
     means = _means(held_out, looks, redraws)
     ended = [breach.best_step for breach in breaches if breach.action == "rollback"]
     best = int(ended[-1] if ended else min(means, key=lambda step: means[step])) if looks else None
-    bounds = {name: _bounds(name, health, looks.get(best) if best is not None else None) for name in fields}
+    of_best = looks.get(best) if best is not None else None
+    bounds = {name: _bounds(name, health, of_best, _redrawn(name, reference)) for name in fields}
     beyond = {breach.figure for breach in breaches}
     return Training(
         entry=entry,
@@ -195,16 +199,17 @@ def _words(field: str) -> str:
     return field.replace("_", " ").replace(".", " ").strip()
 
 
-def _bounds(field: str, health: Record | None, best: float | None) -> Bounds:
-    """Limits of a figure; `best` is the held-out one at the best look."""
+def _bounds(field: str, health: Record | None, best: float | None, reference: Sequence[float]) -> Bounds:
+    """Limits of a figure; `best` is the held-out one at the best look, `reference` the teacher's own on other draws."""
     if health is None:
         return None, None
     if field == health.text("held_out") and health.has("max_worsening") and best is not None:
-        return None, best * (1.0 + health.number("max_worsening"))
+        return None, highest(best, health.number("max_worsening"), fmean(reference) if reference else 0.0)
     if field.endswith("_grad_norm"):
         return None, health.number("max_grad_norm") if health.has("max_grad_norm") else None
     limits = health.sub("limits")
-    return _low_high(limits.sub(field)) if limits.has(field) else (None, None)
+    low, high = _low_high(limits.sub(field)) if limits.has(field) else (None, None)
+    return low and min([low, *reference]), high and max([high, *reference])
 
 
 def _low_high(record: Record) -> Bounds:

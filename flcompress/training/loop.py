@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -91,8 +92,8 @@ def train(
             figures, again = watch.look(step), watch.again(step)
         if figures:
             write({"step": step, **figures})
-        if again and world.main:
-            append_line(redraws, json.dumps({"step": step, "draws": [dict(one) for one in again]}))
+        if again.draws and world.main:
+            append_line(redraws, json.dumps({"step": step, **asdict(again)}))
         strip = strip_of(work.directory, step)
         for tracker in tracked if strip.exists() else ():
             tracker.picture(step, STRIPS, strip)

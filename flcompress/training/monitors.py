@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from flcompress.diffusion.contract import SamplingContract
 from flcompress.diffusion.process import Process
 from flcompress.diffusion.sampling import Network
 from flcompress.pipeline.world import World
+from flcompress.training.health import Redraws
 from flcompress.training.objectives import level_range
 
 GROUPS = 8
@@ -127,10 +128,10 @@ class HeldOutHealth:
         self._scored = {name: self._elbo(network) for name, network in self._networks.items()} | self._fixed
         return self._figures({name: one.loss for name, one in self._scored.items()})
 
-    def again(self, step: int) -> Sequence[Mapping[str, float]]:
+    def again(self, step: int) -> Redraws:
         """The same of each group; after `look`, at no cost."""
         by_group = zip(*(one.groups for one in self._scored.values()), strict=True)
-        return [self._figures(dict(zip(self._scored, losses, strict=True))) for losses in by_group]
+        return Redraws([dict(self._figures(dict(zip(self._scored, losses, strict=True)))) for losses in by_group])
 
 
 @torch.no_grad()

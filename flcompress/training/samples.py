@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from flcompress.diffusion.contract import SamplingContract
 from flcompress.diffusion.flow import spread
 from flcompress.diffusion.sampling import Network, advance, predict
 from flcompress.draws import Draws
+from flcompress.pipeline.durable import write_text
 from flcompress.pipeline.passes import Work
 from flcompress.pipeline.program import Program
 from flcompress.pipeline.store import CHECKPOINTS
@@ -22,6 +24,9 @@ from flcompress.training.strips import draw_strip, reference_strip, strip_of
 
 SHOWN = 4
 """Of the main process's samples, those whose frames are drawn."""
+
+TEACHER_REDRAWS = 2
+"""How often the teacher samples the prompts again with other noises: how near it is to itself."""
 
 BEYOND = 3.0
 """The teacher's deviations from its mean, channel by channel, from which on a value counts as saturated."""
@@ -113,6 +118,7 @@ class Samples:
         self._prompts, self._program, self._teacher, self._contract = prompts, program, teacher, contract
         self._work = prompts.work
         self._reference: Moments | None = None
+        self._teacher_redraws: list[dict[str, float]] | None = None
 
     def figures(self, step: int, student: Network, contract: SamplingContract) -> dict[str, float]:
         """Sample the student, draw a few, and compare; all processes together.
@@ -131,6 +137,18 @@ class Samples:
         assert self._reference is not None
         clean, _ = self._prompts.sampled(student, contract, draw)
         return compared(clean, self._reference, self._work.world)
+
+    def of_teacher(self) -> list[dict[str, float]]:
+        """The figures of the teacher's own samples with other noises; after `figures`, all processes together."""
+        path, world = self._work.directory / CHECKPOINTS / "teacher-redraws.json", self._work.world
+        if self._teacher_redraws is None:
+            self._teacher_redraws = world.once(lambda: json.loads(path.read_text()) if path.exists() else [])
+        while len(self._teacher_redraws) < TEACHER_REDRAWS:
+            draw = 1 + len(self._teacher_redraws)
+            self._teacher_redraws.append(self.redrawn(draw, self._teacher, self._contract))
+            if world.main:
+                write_text(path, json.dumps(self._teacher_redraws) + "\n")
+        return self._teacher_redraws
 
     def _made(self) -> Moments:
         """The teacher's moments: those of an earlier start of this training, else its samples are made now."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 
@@ -13,7 +13,7 @@ from flcompress.diffusion.sampling import Network
 from flcompress.draws import Draws
 from flcompress.pipeline.passes import Work
 from flcompress.pipeline.program import Program
-from flcompress.training.health import REDRAWS, Limit, Watch
+from flcompress.training.health import REDRAWS, Limit, Redraws, Watch
 from flcompress.training.monitors import critic_lag
 from flcompress.training.samples import Prompts, Samples
 from flcompress.training.trained import Trained
@@ -65,13 +65,13 @@ class StudentHealth:
         self._lagging = highest is not None and lag > highest
         return {**figures, "critic_lag": lag}
 
-    def again(self, step: int) -> Sequence[Mapping[str, float]]:
+    def again(self, step: int) -> Redraws:
         """The figures of the same weights with other noises; after `look`. The lag only where it is in question."""
         with self._generator.averaged():
             found = [self._samples.redrawn(draw, self._student, self._contract) for draw in range(1, 1 + REDRAWS)]
         if self._lagging:
             found = [{**one, "critic_lag": self._lag(draw)} for draw, one in enumerate(found, start=1)]
-        return found
+        return Redraws(found, self._samples.of_teacher())
 
     def _lag(self, draw: int = 0) -> float:
         """Of the fake score behind the generator as it is trained, at as many levels as there are samples."""
