@@ -191,6 +191,7 @@ class DistributionMatching(Pass):
         weights = roles.generator.averaged_state()
         target = work.directory / "transformer"
         if work.world.main:
+            work.world.alone(f"saving what {self.name} trained")
             if self.generator == "lora":
                 whole = load_transformer(program.components["transformer"]).state_dict()
                 weights = merge(whole, weights, program.kept if self.generator_shares else {b: b for b in program.kept})

@@ -85,6 +85,7 @@ class StochasticDepth(Pass):
         weights = self._trained(engine_of(work), program)
         target = work.directory / "transformer"
         if work.world.main:
+            work.world.alone(f"saving what {self.name} trained")
             save_transformer(program.components["transformer"], weights, target)
             self._write_result(program, work)
         return program.with_component("transformer", target).with_component("elastic", target)
@@ -149,6 +150,7 @@ class StochasticDepth(Pass):
                 else:
                     with role.averaged():
                         full = network(x, timestep, given)
+            work.world.beat()
             with engine.skip(role.model, skipped, graph=graph):
                 return network(x, timestep, given), full
 

@@ -29,9 +29,9 @@ def highest(best: float, worsening: float, floor: float = 0.0) -> float:
         best: the lowest figure so far.
         worsening: the share.
         floor: of a squared distance to a reference, which is made of few samples: the expected one of the reference
-            itself, made again with other noises. That is twice the expected square of the reference's own error e. By the
-            triangle inequality the distances to what the reference stands for are within |e| of the measured ones, now
-            and at the best look.
+            itself, made again with other noises. That is twice the expected square of the reference's own error e.
+            By the triangle inequality the distances to what the reference stands for are within |e| of the measured
+            ones, now and at the best look.
     """
     if floor <= 0.0:
         return best * (1.0 + worsening)
@@ -57,7 +57,7 @@ class Health(BaseModel):
     max_worsening: float | None = Field(
         2.0,
         gt=0,
-        description="by what share the held-out figure may be worse than at the best look so far, beyond its own spread",
+        description="by what share the held-out figure may be worse than at the best look, beyond its own spread",
     )
     max_drift: float | None = Field(
         1.0, gt=0, description="by what share the full path's held-out ELBO may be worse than the original's (stage II)"

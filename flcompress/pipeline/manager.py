@@ -190,6 +190,7 @@ def _apply(recipe: Recipe, run: RunDirectory, shared: Path, display: Display, de
             found = store.find(index, step.name, key)
             if found is None:
                 world.alone(title)
+                world.longest = (0.0, "")
                 display.line(f"{title}: running")
                 building = os.path.relpath(store.place(index, step.name, key), run.path)
                 run.note("begin", step.name, key=key, folder=building, arguments=arguments(step))
@@ -208,6 +209,8 @@ def _apply(recipe: Recipe, run: RunDirectory, shared: Path, display: Display, de
             run.record_entries(entries, finished=index == len(recipe.passes))
             noted = ("seconds", "peak_rss_mb", "attempts")
             measured = {name: entry.record[name] for name in noted if name in entry.record}
+            if found is None and world.longest[0] > 0.0:
+                measured["longest_beat"] = dict(zip(("seconds", "at"), world.longest, strict=True))
             run.note("pass", step.name, status="cached" if found else "ran", key=key, **measured)
         current = "exports"
         world.once(lambda: None)  # no more passes to share

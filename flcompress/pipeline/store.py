@@ -92,8 +92,8 @@ class Store:
     ) -> Entry:
         """Build a result in a work folder and store it whole.
 
-        A killed attempt leaves its work folder, and the next one builds in it again; its time counts. If another process is building
-        the same result, this waits for it and returns that one's.
+        A killed attempt leaves its work folder, and the next one builds in it again; its time counts. If another
+        process is building the same result, this waits for it and returns that one's.
         """
         work = self.place(index, name, key)
         work.mkdir(parents=True, exist_ok=True)

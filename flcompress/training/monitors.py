@@ -175,6 +175,7 @@ def critic_lag(
         columns = [fake(x, timestep, conditioning), other(x, timestep, conditioning), x, torch.ones_like(x)]
         flat = torch.stack([one.double().flatten() for one in (*columns, process.target(clean, e, s))])
         gram += (flat @ flat.T).cpu()
+        world.beat()
     mean = world.mean({str(place): one for place, one in enumerate(gram.flatten().tolist())})
     gram = torch.tensor(list(mean.values()), dtype=torch.float64).reshape(5, 5)
     inner, onto, square = gram[:4, :4], gram[:4, 4], gram[4, 4]

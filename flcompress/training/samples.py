@@ -130,6 +130,7 @@ class Samples:
         clean, _ = self._prompts.sampled(student, contract)
         if self._work.world.main:
             draw_strip(self._program, clean[:SHOWN], strip_of(self._work.directory, step), self._work.device)
+            self._work.world.beat()
         return compared(clean, reference, self._work.world)
 
     def redrawn(self, draw: int, student: Network, contract: SamplingContract) -> dict[str, float]:
@@ -160,6 +161,7 @@ class Samples:
         made = moments(clean, world)
         if world.main:
             draw_strip(self._program, clean[:SHOWN], reference_strip(self._work.directory), self._work.device)
+            world.beat()
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_suffix(".tmp")
             save_file(dict(made), str(temporary))

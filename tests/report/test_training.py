@@ -65,7 +65,7 @@ def test_a_running_training_is_shown(tmp_path: Path) -> None:
 def test_figures_are_shown_with_their_range_on_other_draws(tmp_path: Path) -> None:
     folder = begun(tmp_path)
     lines = [
-        {"step": step, "draws": [{"sample_distance": value * factor} for factor in (0.5, 1.5, 3.0 if step == 20 else 1)],
+        {"step": step, "draws": [{"sample_distance": value * share} for share in (0.5, 1.5, 3.0 if step == 20 else 1)],
          "reference": [{"sample_distance": 0.01}, {"sample_distance": 0.03}]}
         for step, value in DISTANCES.items()
     ]  # fmt: skip
