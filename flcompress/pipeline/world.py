@@ -86,7 +86,7 @@ class World:
     def beat(self, what: str = "") -> None:
         """Say that this process moves on together with the others, and to what: a hung one is told by its last word.
 
-        Where nothing is said, it moves on with the same. All that can take long must beat: each network call, each file.
+        Where nothing is said, it moves on with the same. All that can take long beats: each network call, each file.
         """
         still = time.monotonic() - self._since
         if not self._pulse.alone and still > self.longest[0]:

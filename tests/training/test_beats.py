@@ -94,7 +94,7 @@ def slow_calls() -> None:
         time.sleep(0.8)
         return forward(self, *given, **named)
 
-    WanTransformer3DModel.forward = slow  # type: ignore[method-assign]
+    WanTransformer3DModel.forward = slow
 
 
 def hanging() -> None:
@@ -109,7 +109,7 @@ def hanging() -> None:
             os.kill(os.getpid(), signal.SIGSTOP)
         return forward(self, *given, **named)
 
-    WanTransformer3DModel.forward = hung  # type: ignore[method-assign]
+    WanTransformer3DModel.forward = hung
 
 
 def command(home: Home, folder: Path) -> list[str]:

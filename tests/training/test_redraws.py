@@ -28,7 +28,7 @@ from flcompress.training import samples
 from flcompress.training.health import BREACHES_FILE, NONE, REDRAWS, REDRAWS_FILE, Limit, Redraws, Watch
 from flcompress.training.monitors import GROUPS, HeldOutELBO, HeldOutHealth
 from flcompress.training.samples import TEACHER_REDRAWS, Prompts, Samples
-from tests.training.test_health import no_data, silent
+from tests.training.test_loop import no_data, silent
 
 LIMITS = {"lag": Limit(setting="max_critic_lag", high=1.0)}
 
@@ -76,7 +76,7 @@ class Distances:
 
     def distance(self, truth: float) -> float:
         mean = [math.sqrt(truth), 0.0, 0.0]
-        return sum((mu + n - m) ** 2 for mu, n, m in zip(mean, self.noise(), self.reference, strict=True))
+        return math.dist([mu + n for mu, n in zip(mean, self.noise(), strict=True)], self.reference) ** 2
 
     def look(self, truth: float) -> tuple[dict[str, float], Redraws]:
         return distances([self.distance(truth) for _ in range(1 + REDRAWS)], self.teacher)
