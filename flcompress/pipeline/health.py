@@ -29,13 +29,13 @@ def highest(best: float, worsening: float, floor: float = 0.0) -> float:
         best: the lowest figure so far.
         worsening: the share.
         floor: of a squared distance to a reference, which is made of few samples: the expected one of the reference
-            itself, made again with other noises. That is twice the expected square of the reference's own error e.
-            By the triangle inequality the distances to what the reference stands for are within |e| of the measured
-            ones, now and at the best look.
+            itself, made again with other noises. That is twice the mean square of the reference's own error e. By the
+            triangle inequality the distances to what the reference stands for are within |e| of the measured ones, now
+            and at the best look.
     """
     if floor <= 0.0:
         return best * (1.0 + worsening)
-    error = math.sqrt(floor)
+    error = math.sqrt(floor / 2.0)
     return (math.sqrt(1.0 + worsening) * (math.sqrt(best) + error) + error) ** 2
 
 

@@ -76,7 +76,8 @@ class Distances:
 
     def distance(self, truth: float) -> float:
         mean = [math.sqrt(truth), 0.0, 0.0]
-        return math.dist([mu + n for mu, n in zip(mean, self.noise(), strict=True)], self.reference) ** 2
+        away = math.dist([mu + n for mu, n in zip(mean, self.noise(), strict=True)], self.reference)
+        return away * away
 
     def look(self, truth: float) -> tuple[dict[str, float], Redraws]:
         return distances([self.distance(truth) for _ in range(1 + REDRAWS)], self.teacher)
@@ -113,7 +114,7 @@ def test_a_student_at_the_noise_floor_is_not_stopped(truth: Callable[[int], floa
     assert sum(at is not None for at in by_one_draw) > 45
 
 
-@pytest.mark.parametrize(("truth", "at_once", "in_time"), [(1.0, 100, 100), (0.15, 99, 100), (0.05, 55, 65)])
+@pytest.mark.parametrize(("truth", "at_once", "in_time"), [(1.0, 100, 100), (0.15, 99, 100), (0.05, 75, 85)])
 def test_a_student_that_runs_away_is_stopped(truth: float, at_once: int, in_time: int, tmp_path: Path) -> None:
     """From the 21st look on it is beyond where it began, as far as there, at a third of that.
 
@@ -145,7 +146,7 @@ def test_what_was_seen_is_no_breach(tmp_path: Path) -> None:
     with pytest.raises(TrainingError) as error:
         one.judge(300, *distances(halfway, TEACHER))
     assert str(error.value) == (
-        "test: step 300: distance 0.0749 (0.06545 to 0.0834 on 8 other draws), expected at most 0.03265 "
+        "test: step 300: distance 0.0749 (0.06545 to 0.0834 on 8 other draws), expected at most 0.02211 "
         "(training.health.max_worsening); the best look, step 100, had 0.0017: train for fewer steps, or lower "
         "learning_rate; see docs/health.md; stopped, the last good checkpoint is kept"
     )
@@ -164,7 +165,7 @@ def test_without_the_teachers_spread_every_draw_is_compared_with_itself(tmp_path
 def test_the_limit_allows_for_the_error_of_the_reference_at_both_looks() -> None:
     """|mu| <= sqrt(D) + e at the best look and |mu| >= sqrt(D') - e now: worse by w for sure only beyond that."""
     assert highest(0.04, 2.0) == pytest.approx(0.12, rel=1e-15)
-    assert math.sqrt(highest(0.04, 3.0, 0.01)) - 0.1 == pytest.approx(2 * (0.2 + 0.1), rel=1e-12)
+    assert math.sqrt(highest(0.04, 3.0, 0.02)) - 0.1 == pytest.approx(2 * (0.2 + 0.1), rel=1e-12)
 
 
 def test_no_limit_is_narrower_than_the_teacher_itself(tmp_path: Path) -> None:
