@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 from diffusers import WanTransformer3DModel
 
+from flcompress.diffusion.sampling import Network
 from flcompress.pipeline.display import QuietDisplay
 from flcompress.pipeline.manager import apply
 from flcompress.pipeline.world import World
 from flcompress.report.reading import read_run
+from flcompress.training.monitors import HeldOutELBO, Scored
 from tests.training.home import Home
 from tests.training.processes import start
 
@@ -86,58 +88,62 @@ def test_the_longest_time_without_a_beat_is_noted(home: Home, tmp_path: Path, mo
     assert read_run(run.path).journal
 
 
-def slow_calls() -> None:
-    """Every call of a transformer takes 0.8 s."""
-    forward = WanTransformer3DModel.forward
+def slow_looks(stop_at: int = 0) -> None:
+    """Every network call of a held-out loss takes 0.8 s; one of them, by number, never returns."""
+    score, forward = HeldOutELBO.__call__, WanTransformer3DModel.forward
+    scoring, calls = False, 0
+
+    def scored(self: HeldOutELBO, network: Network) -> Scored:
+        nonlocal scoring
+        scoring = True
+        try:
+            return score(self, network)
+        finally:
+            scoring = False
 
     def slow(self: Any, *given: Any, **named: Any) -> Any:
-        time.sleep(0.8)
+        nonlocal calls
+        if scoring:
+            calls += 1
+            if calls == stop_at:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(0.8)
         return forward(self, *given, **named)
 
-    WanTransformer3DModel.forward = slow
+    HeldOutELBO.__call__, WanTransformer3DModel.forward = scored, slow
 
 
 def hanging() -> None:
-    """The same, but the ninth call never returns."""
-    slow_calls()
-    forward, calls = WanTransformer3DModel.forward, 0
-
-    def hung(self: Any, *given: Any, **named: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 9:
-            os.kill(os.getpid(), signal.SIGSTOP)
-        return forward(self, *given, **named)
-
-    WanTransformer3DModel.forward = hung
+    """In the first look of the training; the three calls before score the original."""
+    slow_looks(stop_at=6)
 
 
 def command(home: Home, folder: Path) -> list[str]:
     recipe = home.recipe("slow", ["stochastic-depth: {remove: 0.3, by: middle, steps: 1, batch: 2}"])
-    settings = "training.engine=ddp", "training.timeout=6", "training.micro_batch=1"
+    settings = "training.engine=ddp", "training.timeout=4", "training.micro_batch=1"
     return ["apply", str(recipe), "--run-dir", str(folder), "--quiet", *(w for one in settings for w in ("--set", one))]
 
 
 @pytest.mark.slow
 def test_a_look_that_takes_longer_than_the_limit_is_not_ended(home: Home, tmp_path: Path) -> None:
-    """Ten calls of 0.8 s each, in each of two processes, under a limit of 6 s."""
+    """Six calls of 0.8 s each, in each of two processes, under a limit of 4 s."""
     folder = home.begun(tmp_path / "run")
-    hooks = dict.fromkeys(range(2), slow_calls)
+    hooks = dict.fromkeys(range(2), slow_looks)
     started = start(command(home, folder), tmp_path / "output", processes=2, hooks=hooks)
     assert started.wait(200) == [0, 0], started.errors()
     events = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
     (event,) = [one for one in events if one["event"] == "pass"]
-    assert 0.8 <= event["longest_beat"]["seconds"] < 6.0
+    assert 0.8 <= event["longest_beat"]["seconds"] < 4.0
 
 
 @pytest.mark.slow
 def test_a_process_that_hangs_in_a_look_is_named(home: Home, tmp_path: Path) -> None:
     folder = home.begun(tmp_path / "run")
-    started = start(command(home, folder), tmp_path / "output", processes=2, hooks={0: slow_calls, 1: hanging})
+    started = start(command(home, folder), tmp_path / "output", processes=2, hooks={0: slow_looks, 1: hanging})
     started.wait_any(120)
     assert started.processes[0].exitcode == 1
     (line,) = started.errors()[0].splitlines()
-    assert line.startswith("error: process 1 (last: held-out figures of step 0) of 2 has not moved for 6 s")
+    assert line.startswith("error: process 1 (last: held-out figures of step 0) of 2 has not moved for 4 s")
     started.signal(1, signal.SIGCONT)
     assert None not in started.wait(60)
     started.kill()
