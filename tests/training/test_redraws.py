@@ -97,7 +97,7 @@ def stopped_at(seed: int, folder: Path, truth: Callable[[int], float], *, redraw
 
 def descending(look: int) -> float:
     """From 0.15, half of it at every look, down to a student that is as the teacher is."""
-    return 0.15 / 2**look
+    return 0.15 * 0.5**look
 
 
 def wandering(look: int) -> float:
