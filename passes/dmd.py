@@ -191,6 +191,7 @@ class DistributionMatching(Pass):
         weights = roles.generator.averaged_state()
         target = work.directory / "transformer"
         if work.world.main:
+            work.world.alone(f"saving what {self.name} trained")
             if self.generator == "lora":
                 whole = load_transformer(program.components["transformer"]).state_dict()
                 weights = merge(whole, weights, program.kept if self.generator_shares else {b: b for b in program.kept})
@@ -199,7 +200,7 @@ class DistributionMatching(Pass):
                 "sigmas": list(contract.sigmas),
                 "timesteps": list(contract.timesteps),
                 "steps": steps,
-                "seconds": time.monotonic() - started,
+                "seconds": work.earlier_seconds + time.monotonic() - started,
             }
             (work.directory / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         return replace(program.with_component("transformer", target), contract=contract)

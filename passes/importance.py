@@ -74,7 +74,7 @@ class Importance(Pass):
                 for block in graph.blocks
             ],
             "u_index": u_index(means),
-            "seconds": time.monotonic() - started,
+            "seconds": work.earlier_seconds + time.monotonic() - started,
             "forwards_equivalent": (len(graph.blocks) + 3) / 2.0,
         }
         (work.directory / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -18,7 +18,7 @@ from flcompress.pipeline.program import Fact, Program
 from flcompress.training.engines import Engine, Hyper, engine_of
 from flcompress.training.health import Watch
 from flcompress.training.loop import train
-from flcompress.training.monitors import HeldOutELBO
+from flcompress.training.monitors import HeldOutELBO, HeldOutHealth
 from flcompress.training.objectives import denoising_loss, draw_levels, level_range
 from flcompress.training.trained import Trained, warmup_cosine
 
@@ -58,6 +58,7 @@ class Pretrain(Pass):
         weights = self._trained(engine_of(work), program)
         target = work.directory / "transformer"
         if work.world.main:
+            work.world.alone(f"saving what {self.name} trained")
             save_transformer(program.components["transformer"], weights, target)
             (work.directory / "result.json").write_text(json.dumps({"steps": self.steps}) + "\n", encoding="utf-8")
         return (
@@ -97,6 +98,7 @@ class Pretrain(Pass):
 
         at_once = work.at_once(self.batch)
         elbo = HeldOutELBO(heldout, contract, len(heldout), work.seed, work.device, at_once, work.world)
-        watch = Watch(work, name=self.name, look=lambda step: {"elbo": elbo(network)}, held_out="elbo")
+        health = HeldOutHealth(elbo, {"elbo": network})
+        watch = Watch(work, name=self.name, look=health.look, again=health.again, held_out="elbo")
         train(train_step, [role], engine=engine, name=self.name, steps=self.steps, batch=self.batch, watch=watch)
         return role.averaged_state()

@@ -24,7 +24,7 @@ from flcompress.trace.prefix import remember
 from flcompress.training.engines import Engine, Hyper, engine_of
 from flcompress.training.health import Limit, Watch
 from flcompress.training.loop import METRICS_FILE, train
-from flcompress.training.monitors import HeldOutELBO
+from flcompress.training.monitors import HeldOutELBO, HeldOutHealth
 from flcompress.training.objectives import draw_levels, level_range
 from flcompress.training.trained import Trained, warmup_cosine
 
@@ -85,6 +85,7 @@ class StochasticDepth(Pass):
         weights = self._trained(engine_of(work), program)
         target = work.directory / "transformer"
         if work.world.main:
+            work.world.alone(f"saving what {self.name} trained")
             save_transformer(program.components["transformer"], weights, target)
             self._write_result(program, work)
         return program.with_component("transformer", target).with_component("elastic", target)
@@ -149,6 +150,7 @@ class StochasticDepth(Pass):
                 else:
                     with role.averaged():
                         full = network(x, timestep, given)
+            work.world.beat()
             with engine.skip(role.model, skipped, graph=graph):
                 return network(x, timestep, given), full
 
@@ -178,13 +180,22 @@ class StochasticDepth(Pass):
         with engine.forward_mode():
             reference = elbo(original)
 
-        def look(step: int) -> Mapping[str, float]:
-            full, pruned = elbo(network), elbo(skipping(role.module, paths, graph, guidance, engine.skip))
-            figures = {"elbo_full": full, "elbo_pruned": pruned, "elbo_original": reference}
-            return {**figures, "elbo_mean": (full + pruned) / 2.0, "drift": full / reference - 1.0}
+        def figures(losses: Mapping[str, float]) -> Mapping[str, float]:
+            full, pruned, first = (losses[f"elbo_{name}"] for name in ("full", "pruned", "original"))
+            return {**losses, "elbo_mean": (full + pruned) / 2.0, "drift": full / first - 1.0}
 
+        pruned_path = skipping(role.module, paths, graph, guidance, engine.skip)
+        networks = {"elbo_full": network, "elbo_pruned": pruned_path}
+        health = HeldOutHealth(elbo, networks, figures, fixed={"elbo_original": reference})
         mend = "lower learning_rate" if self.target == "frozen" else "lower learning_rate, or set target: frozen"
         drift = Limit(setting="max_drift", high=work.health.max_drift, mend=mend)
-        watch = Watch(work, name=self.name, look=look, held_out="elbo_mean", limits={"drift": drift})
+        watch = Watch(
+            work,
+            name=self.name,
+            look=health.look,
+            again=health.again,
+            held_out="elbo_mean",
+            limits={"drift": drift},
+        )
         train(train_step, [role], engine=engine, name=self.name, steps=self.steps, batch=self.batch, watch=watch)
         return role.gathered()

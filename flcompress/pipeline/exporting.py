@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from flcompress.errors import PreconditionError
+from flcompress.pipeline.attempts import attempt, told
 from flcompress.pipeline.display import Display
 from flcompress.pipeline.durable import move_in_place, write_text
 from flcompress.pipeline.exporter import Exporter
-from flcompress.pipeline.memory import peak_mb, reset_peak
 from flcompress.pipeline.program import Program
 from flcompress.pipeline.recipe import arguments
 from flcompress.pipeline.rundir import RunDirectory
@@ -26,8 +25,8 @@ def run_exports(
     """Write the exports that are not there yet; `force` writes all again.
 
     Returns:
-        name -> the record of RUN/exports/<name>.json: the exporter's summary, key, seconds, peak_rss_mb; and
-        status, "ran" or "cached".
+        name -> the record of RUN/exports/<name>.json: the exporter's summary, key, seconds, peak_rss_mb,
+        attempts; and status, "ran" or "cached".
 
     Raises:
         PreconditionError: an exporter reads the output of another that is not there.
@@ -54,8 +53,10 @@ def run_exports(
             display.line(f"export {exporter.name}: unchanged")
         else:
             record = {**_export(run, program, exporter, key, display), "status": "ran"}
-            display.line(f"export {exporter.name}: {record['seconds']:.1f} s, peak {record['peak_rss_mb']:.0f} MB")
-        noted = {name: record[name] for name in ("status", "seconds", "peak_rss_mb", "key")}
+            display.line(f"export {exporter.name}: {told(record)}")
+        noted = {
+            name: record[name] for name in ("status", "seconds", "peak_rss_mb", "attempts", "key") if name in record
+        }
         run.note("export", exporter.name, **noted)
         records[exporter.name] = record
     return records
@@ -65,16 +66,10 @@ def _export(run: RunDirectory, program: Program, exporter: Exporter, key: str, d
     work = run.exports / f".work-{exporter.name}"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
-    reset_peak()
-    started = time.monotonic()
-    with display.stage(f"export {exporter.name}") as progress:
+    tried = run.exports / f".attempts-{exporter.name}"  # beside the folder, which every attempt begins anew
+    with attempt(tried, key) as attempts, display.stage(f"export {exporter.name}") as progress:
         summary = exporter.export(program, work, run.exports, progress)
-    record = {
-        **summary,
-        "key": key,
-        "seconds": round(time.monotonic() - started, 3),
-        "peak_rss_mb": peak_mb(),
-    }
+    record = {**summary, "key": key, **attempts.record()}
     # The record goes first and comes last: whatever is interrupted here is exported again, never trusted.
     record_file(run, exporter.name).unlink(missing_ok=True)
     final, old = run.exports / exporter.name, run.exports / f".old-{exporter.name}"
@@ -83,6 +78,7 @@ def _export(run: RunDirectory, program: Program, exporter: Exporter, key: str, d
         final.rename(old)
     move_in_place(work, final)
     write_text(record_file(run, exporter.name), json.dumps(record, indent=1) + "\n")
+    tried.unlink(missing_ok=True)
     shutil.rmtree(old, ignore_errors=True)
     return record
 

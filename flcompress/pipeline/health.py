@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
@@ -21,6 +22,23 @@ def _ascending(given: tuple[float, float]) -> tuple[float, float]:
 Range = Annotated[tuple[float, float], AfterValidator(_ascending)]
 
 
+def highest(best: float, worsening: float, floor: float = 0.0) -> float:
+    """The largest held-out figure that is not surely worse than the best one by more than a share.
+
+    Args:
+        best: the lowest figure so far.
+        worsening: the share.
+        floor: of a squared distance to a reference, which is made of few samples: the expected one of the reference
+            itself, made again with other noises. That is twice the mean square of the reference's own error e. By the
+            triangle inequality the distances to what the reference stands for are within |e| of the measured ones, now
+            and at the best look.
+    """
+    if floor <= 0.0:
+        return best * (1.0 + worsening)
+    error = math.sqrt(floor / 2.0)
+    return (math.sqrt(1.0 + worsening) * (math.sqrt(best) + error) + error) ** 2
+
+
 class Health(BaseModel):
     """How trainings are watched. Every figure, its formula and what to do about it: docs/health.md.
 
@@ -36,9 +54,10 @@ class Health(BaseModel):
         "that had the best held-out figure",
     )
     samples: int = Field(8, ge=0, description="fixed prompts that stage III samples at every look; 0 for none")
-    # Wide: near the teacher the distance of a few samples goes up and down by a third from look to look.
     max_worsening: float | None = Field(
-        2.0, gt=0, description="by what share the held-out figure may be worse than at the best look so far"
+        2.0,
+        gt=0,
+        description="by what share the held-out figure may be worse than at the best look, beyond its own spread",
     )
     max_drift: float | None = Field(
         1.0, gt=0, description="by what share the full path's held-out ELBO may be worse than the original's (stage II)"

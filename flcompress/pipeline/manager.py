@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from flcompress.errors import FlcompressError, PostconditionError
 from flcompress.pipeline import start
+from flcompress.pipeline.attempts import ATTEMPTS_FILE, seconds_so_far, told
 from flcompress.pipeline.clips import Clips, fingerprint
 from flcompress.pipeline.data_check import check_data
 from flcompress.pipeline.display import Display, QuietDisplay, default_display
@@ -189,15 +190,16 @@ def _apply(recipe: Recipe, run: RunDirectory, shared: Path, display: Display, de
             found = store.find(index, step.name, key)
             if found is None:
                 world.alone(title)
+                world.longest = (0.0, "")
                 display.line(f"{title}: running")
                 building = os.path.relpath(store.place(index, step.name, key), run.path)
                 run.note("begin", step.name, key=key, folder=building, arguments=arguments(step))
                 with display.stage(title) as progress:
                     shown = {"progress": progress, "say": display.line, "note": run.note}
                     work = _work(recipe, step, clips, device, world, **shown)
-                    build = _builder(step, program, entry.folder, work, index)
+                    build = _builder(step, program, entry.folder, work, index, key)
                     entry = store.make(index, step.name, key, arguments(step), build)
-                display.line(f"{title}: {entry.record['seconds']:.1f} s, peak {entry.record['peak_rss_mb']:.0f} MB")
+                display.line(f"{title}: {told(entry.record)}")
                 ran += 1
             else:
                 entry = found
@@ -205,7 +207,10 @@ def _apply(recipe: Recipe, run: RunDirectory, shared: Path, display: Display, de
             program = _at_home(entry, beginning)
             entries.append(entry)
             run.record_entries(entries, finished=index == len(recipe.passes))
-            measured = {name: entry.record[name] for name in ("seconds", "peak_rss_mb")}
+            noted = ("seconds", "peak_rss_mb", "attempts")
+            measured = {name: entry.record[name] for name in noted if name in entry.record}
+            if found is None and world.longest[0] > 0.0:
+                measured["longest_beat"] = dict(zip(("seconds", "at"), world.longest, strict=True))
             run.note("pass", step.name, status="cached" if found else "ran", key=key, **measured)
         current = "exports"
         world.once(lambda: None)  # no more passes to share
@@ -271,7 +276,7 @@ def _follow(recipe: Recipe, shared: Path, device: str, world: World) -> None:
         step(program, replace(work, directory=Path(call["directory"])))
 
 
-def _builder(step: Pass, program: Program, stored: Path, work: Work, index: int) -> Callable[[Path], Program]:
+def _builder(step: Pass, program: Program, stored: Path, work: Work, index: int, key: str) -> Callable[[Path], Program]:
     """Applies one pass in the folder that the store gives, and verifies what comes back.
 
     Args:
@@ -280,15 +285,17 @@ def _builder(step: Pass, program: Program, stored: Path, work: Work, index: int)
         stored: where that program is stored, for the other processes of a distributed pass.
         work: everything but the folder.
         index: the pass's place in the recipe, from 1.
+        key: of the result.
     """
 
     def build(folder: Path) -> Program:
+        before = seconds_so_far(folder / ATTEMPTS_FILE, key)
         if step.distributed:
             if step.needs_data:
                 work.data(program)  # encoding takes its time: here, where the others wait without being missed
             call = {"index": index, "program": str(stored), "directory": str(folder)}
             work.world.once(lambda: call)
-        result = step(program, replace(work, directory=folder))
+        result = step(program, replace(work, directory=folder, earlier_seconds=before))
         work.world.alone(f"end of {step.name}")
         verify(step.name, result)
         return result

@@ -52,6 +52,7 @@ class Work:
         note: adds an event to the run's journal.
         checkpoint_seconds: between two checkpoints of a training; 0 writes one after every step.
         micro_batch: samples that are in memory at once in one process, at most; see `at_once`.
+        earlier_seconds: what attempts that were ended before took; for the main process, which writes what a pass took.
     """
 
     directory: Path
@@ -70,6 +71,7 @@ class Work:
     note: Callable[..., None] = lambda event, name, **values: None
     checkpoint_seconds: float = 60.0
     micro_batch: int | None = None
+    earlier_seconds: float = 0.0
 
     def at_once(self, batch: int) -> int:
         """Samples in one forward of a process, of a batch over all of them."""

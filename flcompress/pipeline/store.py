@@ -5,15 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flcompress.ir.text import to_text
+from flcompress.pipeline.attempts import ATTEMPTS_FILE, attempt
 from flcompress.pipeline.durable import locked, move_in_place
-from flcompress.pipeline.memory import peak_mb, reset_peak
 from flcompress.pipeline.program import Program
 
 ENTRY_FILE = "entry.json"
@@ -35,7 +34,7 @@ class Entry:
     Attributes:
         folder: holds `entry.json`, the program and what the pass wrote.
         index: place in the recipe, from 1; 0 is the starting program.
-        record: what `entry.json` says: key, name, index, arguments, seconds, peak_rss_mb.
+        record: what `entry.json` says: key, name, index, arguments, seconds, peak_rss_mb, attempts.
     """
 
     folder: Path
@@ -93,8 +92,8 @@ class Store:
     ) -> Entry:
         """Build a result in a work folder and store it whole.
 
-        A killed attempt leaves its work folder, and the next one builds in it again. If another process is building
-        the same result, this waits for it and returns that one's.
+        A killed attempt leaves its work folder, and the next one builds in it again; its time counts. If another
+        process is building the same result, this waits for it and returns that one's.
         """
         work = self.place(index, name, key)
         work.mkdir(parents=True, exist_ok=True)
@@ -103,17 +102,9 @@ class Store:
             if found is not None:
                 return found
             work.mkdir(exist_ok=True)
-            reset_peak()
-            started = time.monotonic()
-            program = build(work)
-            record = {
-                "key": key,
-                "name": name,
-                "index": index,
-                "arguments": arguments,
-                "seconds": round(time.monotonic() - started, 3),
-                "peak_rss_mb": peak_mb(),
-            }
+            with attempt(work / ATTEMPTS_FILE, key) as attempts:
+                program = build(work)
+            record = {"key": key, "name": name, "index": index, "arguments": arguments, **attempts.record()}
             shutil.rmtree(work / CHECKPOINTS, ignore_errors=True)
             program.save(work)  # its component paths are relative, so they stay right when the folder is renamed
             (work / "graph.txt").write_text(to_text(program.graph), encoding="utf-8")

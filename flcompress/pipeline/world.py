@@ -30,6 +30,8 @@ class World:
     Attributes:
         rank: which process this is; 0 is the main one, which writes and speaks.
         size: how many there are.
+        longest: (seconds, at what) between two beats, at most, while it worked with the others; `training.timeout` must
+            be longer than that.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0) -> None:
@@ -40,6 +42,8 @@ class World:
         self._control: dist.ProcessGroup | None = None
         self._watch: Watch | None = None
         self._messages = 0
+        self.longest = (0.0, "")
+        self._since = time.monotonic()
 
     @property
     def main(self) -> bool:
@@ -82,8 +86,11 @@ class World:
     def beat(self, what: str = "") -> None:
         """Say that this process moves on together with the others, and to what: a hung one is told by its last word.
 
-        Where nothing is said, it moves on with the same.
+        Where nothing is said, it moves on with the same. All that can take long beats: each network call, each file.
         """
+        still = time.monotonic() - self._since
+        if not self._pulse.alone and still > self.longest[0]:
+            self.longest = (round(still, 3), self._pulse.doing)
         self._pulse.beats += 1
         self._moved(what or self._pulse.doing, alone=False)
 
@@ -98,7 +105,7 @@ class World:
     def _moved(self, what: str, *, alone: bool) -> None:
         import torch.distributed as dist
 
-        self._pulse.doing, self._pulse.alone = what, alone
+        self._pulse.doing, self._pulse.alone, self._since = what, alone, time.monotonic()
         if self._watch is not None:
             try:
                 self._watch.publish(self._store)

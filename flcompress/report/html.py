@@ -49,7 +49,7 @@ def render(run: RunRecord) -> str:
         lstrip_blocks=True,
     )
     for filter_ in (wording.count, wording.size, wording.duration, wording.number, wording.share, wording.ratio,
-                    wording.moment, wording.bounds):  # fmt: skip
+                    wording.moment, wording.bounds, wording.spread, wording.taken):  # fmt: skip
         environment.filters[filter_.__name__] = filter_
     style, _, _ = environment.loader.get_source(environment, "report.css")  # type: ignore[union-attr]
     found, trained = blocks(run), trainings(run)

@@ -11,13 +11,17 @@ from typing import Any
 from flcompress.errors import RequestError
 from flcompress.ir.graph import BlockGraph
 from flcompress.ir.serial import from_json
+from flcompress.pipeline.attempts import ATTEMPTS_FILE, seconds_so_far
 from flcompress.pipeline.durable import Lock, locked
 from flcompress.report.record import Record, ReportError, read_lines, read_object
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One stored pass: its folder and what `entry.json` says. Index 0 is the starting model."""
+    """One stored pass: its folder and what `entry.json` says. Index 0 is the starting model.
+
+    Time and memory are of all its attempts; of one that is under way, of those so far.
+    """
 
     folder: Path
     index: int
@@ -26,6 +30,7 @@ class Entry:
     given: Mapping[str, Any]
     seconds: float
     peak_rss_mb: float | None
+    attempts: int = 1
 
     @property
     def arguments(self) -> str:
@@ -154,6 +159,7 @@ def _entry(folder: Path, index: int) -> Entry:
         given=_arguments(record),
         seconds=record.number("seconds") if record.has("seconds") else 0.0,
         peak_rss_mb=record.number("peak_rss_mb") if record.has("peak_rss_mb") else None,
+        attempts=int(record.number("attempts")) if record.has("attempts") else 1,
     )
 
 
@@ -170,7 +176,7 @@ def _unfinished(run_dir: Path, journal: list[Record], index: int) -> Unfinished 
         name=begun.text("name"),
         key=begun.text("key"),
         given=_arguments(begun),
-        seconds=0.0,
+        seconds=seconds_so_far(folder / ATTEMPTS_FILE, begun.text("key")),
         peak_rss_mb=None,
     )
     try:

@@ -11,13 +11,14 @@ from flcompress.report.record import Record
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One pass or export of the latest attempt, as the journal has it."""
+    """One pass or export of the latest attempt, as the journal has it; time and memory are of all its attempts."""
 
     event: str
     name: str
     status: str
     seconds: float | None
     peak_rss_mb: float | None
+    attempts: int = 1
     arguments: str = ""  # of a failed step: the error
 
 
@@ -41,6 +42,7 @@ def steps(run: RunRecord) -> list[Step]:
             status=event.text("status") if event.has("status") else "",
             seconds=event.number("seconds") if event.has("seconds") else None,
             peak_rss_mb=event.number("peak_rss_mb") if event.has("peak_rss_mb") else None,
+            attempts=int(event.number("attempts")) if event.has("attempts") else 1,
             arguments=arguments.get(str(event.values.get("key")), "") or str(event.values.get("error") or ""),
         )
         for event in run.latest
@@ -53,6 +55,7 @@ def steps(run: RunRecord) -> list[Step]:
             status="stored",
             seconds=entry.seconds,
             peak_rss_mb=entry.peak_rss_mb,
+            attempts=entry.attempts,
             arguments=entry.arguments,
         )
         for entry in run.entries[1:]

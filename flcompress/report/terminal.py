@@ -54,7 +54,7 @@ def print_summary(run_dir: Path, console: Console) -> None:
             table.add_row(
                 escape(step.name),
                 step.status,
-                wording.duration(step.seconds) if step.seconds is not None else "",
+                wording.taken(step.seconds, step.attempts) if step.seconds is not None else "",
                 wording.size(step.peak_rss_mb * 1e6) if step.peak_rss_mb is not None else "",
             )
         console.print(table)
@@ -152,12 +152,14 @@ def _trainings(found: list[Training], console: Console) -> None:
         row = [escape(training.entry.name), training.status, step]
         for figure in [one for one in training.figures if one.decides]:
             best = f"{wording.number(figure.best)} at {training.best_step}" if figure.best is not None else ""
-            row += [escape(figure.name), wording.number(figure.first), best, wording.number(figure.latest)]
+            latest = wording.number(figure.latest) + wording.spread(figure.spread)
+            row += [escape(figure.name), wording.number(figure.first), best, latest]
         table.add_row(*row)
     console.print(table)
     for training in watched:
         for breach in training.breaches:
             value = wording.number(breach.value) if breach.value is not None else "not finite"
+            value += wording.spread(breach.spread)
             console.print(
                 f"{breach.action}: {training.entry.name}: step {breach.step}: {breach.figure} {value}, expected "
                 f"{wording.bounds(breach.bounds)}",

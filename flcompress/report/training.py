@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
+from flcompress.pipeline.health import highest
 from flcompress.report.reading import Entry, RunRecord
 from flcompress.report.record import Record, read_lines, read_object
 
@@ -31,11 +33,12 @@ class Panel:
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """One held-out figure over the looks."""
+    """One held-out figure over the looks; `spread` is its range on other draws at the latest one, where it has one."""
 
     name: str
     first: float
     latest: float
+    spread: Bounds
     best: float | None
     bounds: Bounds
     healthy: bool
@@ -44,11 +47,15 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True)
 class Breach:
-    """A figure that went beyond its limit, and what followed: "warn", "stop" or "rollback"."""
+    """A figure that went beyond its limit, and what followed: "warn", "stop" or "rollback".
+
+    `spread` is its range on other draws, where it has one.
+    """
 
     step: int
     figure: str
     value: float | None
+    spread: Bounds
     bounds: Bounds
     setting: str
     mend: str
@@ -101,9 +108,14 @@ def _training(entry: Entry, status: str) -> Training | None:
     breaches = [_breach(record) for record in read_lines(entry.folder / "breaches.jsonl")]
     held_out = health.text("held_out") if health is not None else ""
     looks = dict(fields.get(held_out, []))
+    lines = read_lines(entry.folder / "redraws.jsonl")
+    redraws = {record.number("step"): record.each("draws") for record in lines}
+    reference = lines[-1].each("reference") if lines else []
+    means = _means(held_out, looks, redraws)
     ended = [breach.best_step for breach in breaches if breach.action == "rollback"]
-    best = int(ended[-1] if ended else min(looks, key=lambda step: looks[step])) if looks else None
-    bounds = {name: _bounds(name, health, looks) for name in fields}
+    best = int(ended[-1] if ended else min(means, key=lambda step: means[step])) if looks else None
+    of_best = looks.get(best) if best is not None else None
+    bounds = {name: _bounds(name, health, of_best, _redrawn(name, reference)) for name in fields}
     beyond = {breach.figure for breach in breaches}
     return Training(
         entry=entry,
@@ -116,6 +128,7 @@ def _training(entry: Entry, status: str) -> Training | None:
                 name=_words(name),
                 first=curve[0][1],
                 latest=curve[-1][1],
+                spread=_spread(name, redraws.get(curve[-1][0], [])),
                 best=dict(curve).get(best) if best is not None else None,
                 bounds=bounds[name],
                 healthy=_words(name) not in beyond or _within(curve[-1][1], bounds[name]),
@@ -128,6 +141,22 @@ def _training(entry: Entry, status: str) -> Training | None:
         best_step=best,
         strips=_strips(entry.folder / "samples"),
     )
+
+
+def _means(figure: str, looks: Mapping[float, float], redraws: Mapping[float, list[Record]]) -> dict[float, float]:
+    """Step -> mean of a figure over all draws of a look; looks without redraws count where none has any."""
+    counted = looks.keys() & redraws.keys() or looks.keys()
+    return {step: fmean([looks[step], *_redrawn(figure, redraws.get(step, []))]) for step in sorted(counted)}
+
+
+def _redrawn(figure: str, draws: Iterable[Record]) -> list[float]:
+    """A figure on each of the other draws."""
+    return [draw.number(figure) for draw in draws if draw.has(figure)]
+
+
+def _spread(figure: str, draws: Iterable[Record]) -> Bounds:
+    found = _redrawn(figure, draws)
+    return (min(found), max(found)) if found else (None, None)
 
 
 def _fields(records: Iterable[Record]) -> dict[str, Curve]:
@@ -170,15 +199,17 @@ def _words(field: str) -> str:
     return field.replace("_", " ").replace(".", " ").strip()
 
 
-def _bounds(field: str, health: Record | None, looks: Mapping[float, float]) -> Bounds:
+def _bounds(field: str, health: Record | None, best: float | None, reference: Sequence[float]) -> Bounds:
+    """Limits of a figure; `best` is the held-out one at the best look, `reference` the teacher's own on other draws."""
     if health is None:
         return None, None
-    if field == health.text("held_out") and health.has("max_worsening") and looks:
-        return None, min(looks.values()) * (1.0 + health.number("max_worsening"))
+    if field == health.text("held_out") and health.has("max_worsening") and best is not None:
+        return None, highest(best, health.number("max_worsening"), fmean(reference) if reference else 0.0)
     if field.endswith("_grad_norm"):
         return None, health.number("max_grad_norm") if health.has("max_grad_norm") else None
     limits = health.sub("limits")
-    return _low_high(limits.sub(field)) if limits.has(field) else (None, None)
+    low, high = _low_high(limits.sub(field)) if limits.has(field) else (None, None)
+    return low and min([low, *reference]), high and max([high, *reference])
 
 
 def _low_high(record: Record) -> Bounds:
@@ -192,10 +223,12 @@ def _within(value: float, bounds: Bounds) -> bool:
 
 
 def _breach(record: Record) -> Breach:
+    redrawn = [one for one in record.values.get("redrawn", []) if one is not None]
     return Breach(
         step=int(record.number("step")),
         figure=_words(record.text("figure")),
         value=record.number("value") if record.has("value") else None,
+        spread=(min(redrawn), max(redrawn)) if redrawn else (None, None),
         bounds=_low_high(record),
         setting=record.text("setting"),
         mend=record.text("mend"),

@@ -47,12 +47,22 @@ def number(value: float) -> str:
     return f"{value:.2e}"
 
 
+def taken(seconds: float, attempts: int) -> str:
+    """2700 in 3 attempts -> "45 min 00 s in 3 attempts"."""
+    return duration(seconds) + (f" in {attempts} attempts" if attempts > 1 else "")
+
+
 def bounds(limits: tuple[float | None, float | None]) -> str:
     """(0.5, 2.0) -> "0.500 to 2.00"; "" where there is no limit."""
     low, high = limits
     if low is not None and high is not None:
         return f"{number(low)} to {number(high)}"
     return f"at most {number(high)}" if high is not None else f"at least {number(low)}" if low is not None else ""
+
+
+def spread(limits: tuple[float | None, float | None]) -> str:
+    """(0.5, 2.0) -> " (0.500 to 2.00)", for behind a number; "" where there is none."""
+    return f" ({bounds(limits)})" if limits != (None, None) else ""
 
 
 def share(value: float) -> str:

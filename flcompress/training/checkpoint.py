@@ -23,6 +23,9 @@ from flcompress.pipeline.world import World
 
 MANIFEST = "checkpoint.json"
 WORK = ".work-"
+BLOCK = 1 << 28
+"""Bytes that are read at once."""
+
 Kind = Literal["step", "best"]
 KEPT: Mapping[Kind, int] = {"step": 2, "best": 1}
 """The newest, and the one before it in case the newest is damaged; and the one with the best held-out figure."""
@@ -63,9 +66,12 @@ class Checkpoints:
             mine: dict[str, str] = {}
             if tensors:
                 path = work / f"rank-{self.world.rank}.safetensors"
-                save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, str(path))
+                here = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+                self.world.beat()
+                save_file(here, str(path))
+                self.world.beat()
                 sync(path)
-                mine[path.name] = _digest(path)
+                mine[path.name] = self._digest(path)
             files = {name: digest for one in self.world.gathered(mine) for name, digest in one.items()}
             self.world.once(lambda: self._put_in_place(step, kind, work, files))
         except BaseException:
@@ -143,9 +149,17 @@ class Checkpoints:
             path = folder / name
             if not path.is_file():
                 return record, f"{name} is missing"
-            if _digest(path) != files[name]:
+            if self._digest(path) != files[name]:
                 return record, f"{name} does not match its checksum"
         return record, ""
+
+    def _digest(self, path: Path) -> str:
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while block := file.read(BLOCK):
+                digest.update(block)
+                self.world.beat()
+        return digest.hexdigest()
 
     def _written(self, kind: Kind) -> Sequence[Path]:
         return sorted(self._folder.glob(f"{kind}-*"), reverse=True)
@@ -160,8 +174,3 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
     folder.rename(gone)
     shutil.rmtree(gone)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

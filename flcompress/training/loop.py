@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from flcompress.pipeline.durable import append_line, sync, write_text
 from flcompress.pipeline.world import World
 from flcompress.training.checkpoint import Checkpoints, Kind
 from flcompress.training.engines import Engine
-from flcompress.training.health import BREACHES_FILE, Watch
+from flcompress.training.health import BREACHES_FILE, REDRAWS_FILE, Watch
 from flcompress.training.strips import STRIPS, strip_of
 from flcompress.training.trackers import figures_of, trackers
 from flcompress.training.trained import Trained
@@ -66,11 +67,11 @@ def train(
     if batch % world.size:
         raise RequestError(f"{name}: batch {batch} given, expected a multiple of the {world.size} processes")
     checkpoints = Checkpoints(work.directory, world, engine.layout, work.say)
-    log = work.directory / METRICS_FILE
+    log, redraws = work.directory / METRICS_FILE, work.directory / REDRAWS_FILE
     start = _restore(checkpoints, roles)
     if world.main:
         work.directory.mkdir(parents=True, exist_ok=True)
-        for file in (log, work.directory / BREACHES_FILE):
+        for file in (log, redraws, work.directory / BREACHES_FILE):
             _truncate(file, start)
     logged = _logged(log) if world.main else []
     if watch is not None:
@@ -88,13 +89,15 @@ def train(
             return False
         world.beat(f"held-out figures of step {step}")
         with engine.forward_mode(), world.together():
-            figures = watch.look(step)
+            figures, again = watch.look(step), watch.again(step)
         if figures:
             write({"step": step, **figures})
+        if again.draws and world.main:
+            append_line(redraws, json.dumps({"step": step, **asdict(again)}))
         strip = strip_of(work.directory, step)
         for tracker in tracked if strip.exists() else ():
             tracker.picture(step, STRIPS, strip)
-        back = watch.judge(step, figures)
+        back = watch.judge(step, figures, again)
         if watch.best[0] == step > 0:
             checkpoints.save(step, _stored(roles), "best")
         return back
@@ -118,7 +121,8 @@ def train(
                 return _back_to_best(checkpoints, roles)
             if step == steps or save or end:
                 if world.main:
-                    sync(log)  # what was logged before a checkpoint must not be lost where that is kept
+                    for file in filter(Path.exists, (log, redraws)):
+                        sync(file)  # what was logged before a checkpoint must not be lost where that is kept
                 checkpoints.save(step, _stored(roles))
                 saved = time.monotonic()
             if end:

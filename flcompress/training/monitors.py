@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
 import torch
 
 from flcompress.data.latents import LatentDataset
@@ -10,7 +13,24 @@ from flcompress.diffusion.contract import SamplingContract
 from flcompress.diffusion.process import Process
 from flcompress.diffusion.sampling import Network
 from flcompress.pipeline.world import World
+from flcompress.training.health import Redraws
 from flcompress.training.objectives import level_range
+
+GROUPS = 8
+"""Parts of the held-out draws whose losses are told each by itself; fewer where there are fewer draws."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The held-out loss of one network.
+
+    Attributes:
+        loss: over all draws.
+        groups: over each group of them: other clips and noises, levels from the whole range.
+    """
+
+    loss: float
+    groups: tuple[float, ...]
 
 
 class HeldOutELBO:
@@ -46,6 +66,7 @@ class HeldOutELBO:
         low, high = level_range(contract, low=low, high=high, key="held-out ELBO")
         self._process, self._device, self._world = process, device, world
         self._batches: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Conditioning]] = []
+        self._groups: list[torch.Tensor] = []
         # Clips of one size come together, and each size gets levels from the whole range.
         for x0, conditioning in data.by_size(draws, draw):
             noise, clips = torch.randn(x0.shape, generator=draw), len(x0)
@@ -56,20 +77,61 @@ class HeldOutELBO:
             mine = torch.arange(world.rank * own, (world.rank + 1) * own)
             counts = torch.split((mine < clips).double(), at_once)
             for part, count in zip(torch.split(mine.clamp(max=clips - 1), at_once), counts, strict=True):
+                self._groups.append(part % GROUPS)
                 self._batches.append((x0[part], whole[part], level[part], count, taken(conditioning, part)))
 
     @torch.no_grad()
-    def __call__(self, network: Network) -> float:
+    def __call__(self, network: Network) -> Scored:
         total = draws = 0.0
-        for batch in self._batches:
+        sums = torch.zeros(2, GROUPS, dtype=torch.float64)
+        for batch, group in zip(self._batches, self._groups, strict=True):
             x0, x, level, count = (tensor.to(self._device) for tensor in batch[:4])
             prediction = network(x, self._process.timestep(level), on(batch[4], self._device))
             error = x0 - self._process.tweedie(x, prediction, level)
             per_draw = error.double().square().mean(dim=tuple(range(1, error.ndim)))
-            total += float((count * self._process.elbo_weight(level) * per_draw).sum())
+            weighted = count * self._process.elbo_weight(level) * per_draw
+            total += float(weighted.sum())
             draws += float(count.sum())
-        sums = self._world.mean({"total": total, "draws": draws})
-        return sums["total"] / sums["draws"]
+            for kind, values in enumerate((weighted, count)):
+                sums[kind].index_add_(0, group, values.double().cpu())
+            self._world.beat()
+        found = {"total": total, "draws": draws}
+        found |= {f"{kind} {group}": one for kind, row in enumerate(sums.tolist()) for group, one in enumerate(row)}
+        agreed = self._world.mean(found)
+        groups = [(agreed[f"0 {group}"], agreed[f"1 {group}"]) for group in range(GROUPS)]
+        return Scored(agreed["total"] / agreed["draws"], tuple(part / count for part, count in groups if count > 0))
+
+
+class HeldOutHealth:
+    """The looks at a training by held-out losses.
+
+    Args:
+        elbo: scores a network.
+        networks: name -> one that is trained.
+        figures: name -> loss, to the figures; of all held-out draws, and of each group.
+        fixed: name -> losses that do not change, for `figures` too.
+    """
+
+    def __init__(
+        self,
+        elbo: HeldOutELBO,
+        networks: Mapping[str, Network],
+        figures: Callable[[Mapping[str, float]], Mapping[str, float]] = dict,
+        fixed: Mapping[str, Scored] | None = None,
+    ) -> None:
+        self._elbo, self._networks, self._figures = elbo, networks, figures
+        self._fixed = dict(fixed or {})
+        self._scored: dict[str, Scored] = {}
+
+    def look(self, step: int) -> Mapping[str, float]:
+        """The figures of a step."""
+        self._scored = {name: self._elbo(network) for name, network in self._networks.items()} | self._fixed
+        return self._figures({name: one.loss for name, one in self._scored.items()})
+
+    def again(self, step: int) -> Redraws:
+        """The same of each group; after `look`, at no cost."""
+        by_group = zip(*(one.groups for one in self._scored.values()), strict=True)
+        return Redraws([dict(self._figures(dict(zip(self._scored, losses, strict=True)))) for losses in by_group])
 
 
 @torch.no_grad()
@@ -113,6 +175,7 @@ def critic_lag(
         columns = [fake(x, timestep, conditioning), other(x, timestep, conditioning), x, torch.ones_like(x)]
         flat = torch.stack([one.double().flatten() for one in (*columns, process.target(clean, e, s))])
         gram += (flat @ flat.T).cpu()
+        world.beat()
     mean = world.mean({str(place): one for place, one in enumerate(gram.flatten().tolist())})
     gram = torch.tensor(list(mean.values()), dtype=torch.float64).reshape(5, 5)
     inner, onto, square = gram[:4, :4], gram[:4, 4], gram[4, 4]

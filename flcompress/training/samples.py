@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from flcompress.diffusion.contract import SamplingContract
 from flcompress.diffusion.flow import spread
 from flcompress.diffusion.sampling import Network, advance, predict
 from flcompress.draws import Draws
+from flcompress.pipeline.durable import write_text
 from flcompress.pipeline.passes import Work
 from flcompress.pipeline.program import Program
 from flcompress.pipeline.store import CHECKPOINTS
@@ -22,6 +24,9 @@ from flcompress.training.strips import draw_strip, reference_strip, strip_of
 
 SHOWN = 4
 """Of the main process's samples, those whose frames are drawn."""
+
+TEACHER_REDRAWS = 2
+"""How often the teacher samples the prompts again with other noises: how near it is to itself."""
 
 BEYOND = 3.0
 """The teacher's deviations from its mean, channel by channel, from which on a value counts as saturated."""
@@ -64,16 +69,21 @@ class Prompts:
         return cls(work, given, negative, shape, at_once, total, program.family.start)
 
     @torch.no_grad()
-    def sampled(self, network: Network, contract: SamplingContract) -> tuple[torch.Tensor, torch.Tensor]:
+    def sampled(self, network: Network, contract: SamplingContract, draw: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """Sample them all.
 
         Every sample has noise of its own, so that it does not matter how many processes there are.
+
+        Args:
+            network: what predicts.
+            contract: the network's.
+            draw: which noises: those that the teacher starts from too, or number 1, 2, ... of the others.
 
         Returns:
             Clean latents, and predictions of x0 on the way there: sample i's at the contract's level i modulo their
             number, which is what a critic is trained on. Both [n, channels, frames, height, width].
         """
-        draws, levels = _draws(self.work, self.total), contract.sigmas
+        draws, levels = _draws(self.work, self.total, draw), contract.sigmas
         noises = [draws.normal(*self.shape[1:]) for _ in range(1 + len(levels) * contract.stochastic)]
         place_of = torch.arange(self.total)[draws.mine] % len(levels)
         clean, along = [], []
@@ -88,6 +98,7 @@ class Prompts:
                 here = (place_of[part] == place).to(x.device)
                 seen = torch.where(spread(here, x), x0, seen)
                 x = advance(contract, x, prediction, place, again)
+                self.work.world.beat()
             clean.append(x)
             along.append(seen)
         return torch.cat(clean), torch.cat(along)
@@ -107,6 +118,7 @@ class Samples:
         self._prompts, self._program, self._teacher, self._contract = prompts, program, teacher, contract
         self._work = prompts.work
         self._reference: Moments | None = None
+        self._teacher_redraws: list[dict[str, float]] | None = None
 
     def figures(self, step: int, student: Network, contract: SamplingContract) -> dict[str, float]:
         """Sample the student, draw a few, and compare; all processes together.
@@ -118,7 +130,26 @@ class Samples:
         clean, _ = self._prompts.sampled(student, contract)
         if self._work.world.main:
             draw_strip(self._program, clean[:SHOWN], strip_of(self._work.directory, step), self._work.device)
+            self._work.world.beat()
         return compared(clean, reference, self._work.world)
+
+    def redrawn(self, draw: int, student: Network, contract: SamplingContract) -> dict[str, float]:
+        """The figures of the same prompts with other noises; after `figures`, all processes together."""
+        assert self._reference is not None
+        clean, _ = self._prompts.sampled(student, contract, draw)
+        return compared(clean, self._reference, self._work.world)
+
+    def of_teacher(self) -> list[dict[str, float]]:
+        """The figures of the teacher's own samples with other noises; after `figures`, all processes together."""
+        path, world = self._work.directory / CHECKPOINTS / "teacher-redraws.json", self._work.world
+        if self._teacher_redraws is None:
+            self._teacher_redraws = world.once(lambda: json.loads(path.read_text()) if path.exists() else [])
+        while len(self._teacher_redraws) < TEACHER_REDRAWS:
+            draw = 1 + len(self._teacher_redraws)
+            self._teacher_redraws.append(self.redrawn(draw, self._teacher, self._contract))
+            if world.main:
+                write_text(path, json.dumps(self._teacher_redraws) + "\n")
+        return self._teacher_redraws
 
     def _made(self) -> Moments:
         """The teacher's moments: those of an earlier start of this training, else its samples are made now."""
@@ -130,6 +161,7 @@ class Samples:
         made = moments(clean, world)
         if world.main:
             draw_strip(self._program, clean[:SHOWN], reference_strip(self._work.directory), self._work.device)
+            world.beat()
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_suffix(".tmp")
             save_file(dict(made), str(temporary))
@@ -199,5 +231,6 @@ def _one_by_one(noises: Sequence[torch.Tensor]) -> Callable[[torch.Tensor], torc
     return lambda like: next(source)
 
 
-def _draws(work: Work, total: int) -> Draws:
-    return Draws(work.seed, "health", "samples", batch=total, rank=work.world.rank, processes=work.world.size)
+def _draws(work: Work, total: int, draw: int = 0) -> Draws:
+    parts = (work.seed, "health", "samples", *([draw] if draw else []))
+    return Draws(*parts, batch=total, rank=work.world.rank, processes=work.world.size)

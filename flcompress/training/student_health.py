@@ -13,7 +13,7 @@ from flcompress.diffusion.sampling import Network
 from flcompress.draws import Draws
 from flcompress.pipeline.passes import Work
 from flcompress.pipeline.program import Program
-from flcompress.training.health import Limit, Watch
+from flcompress.training.health import REDRAWS, Limit, Redraws, Watch
 from flcompress.training.monitors import critic_lag
 from flcompress.training.samples import Prompts, Samples
 from flcompress.training.trained import Trained
@@ -55,18 +55,30 @@ class StudentHealth:
         self._range, self._shift = score_range, program.teacher_contract.shift
         self._prompts = Prompts.of(work, program, data, self._at_once)
         self._samples = Samples(self._prompts, program, real, program.teacher_contract)
+        self._lagging = False
 
     def look(self, step: int) -> Mapping[str, float]:
         """The figures of a step."""
         with self._generator.averaged():
             figures = self._samples.figures(step, self._student, self._contract)
-        return {**figures, "critic_lag": self._lag()}
+        lag, highest = self._lag(), self._work.health.max_critic_lag
+        self._lagging = highest is not None and lag > highest
+        return {**figures, "critic_lag": lag}
 
-    def _lag(self) -> float:
+    def again(self, step: int) -> Redraws:
+        """The figures of the same weights with other noises; after `look`. The lag only where it is in question."""
+        with self._generator.averaged():
+            found = [self._samples.redrawn(draw, self._student, self._contract) for draw in range(1, 1 + REDRAWS)]
+        if self._lagging:
+            found = [{**one, "critic_lag": self._lag(draw)} for draw, one in enumerate(found, start=1)]
+        return Redraws(found, self._samples.of_teacher())
+
+    def _lag(self, draw: int = 0) -> float:
         """Of the fake score behind the generator as it is trained, at as many levels as there are samples."""
-        _, fresh = self._prompts.sampled(self._student, self._contract)
+        _, fresh = self._prompts.sampled(self._student, self._contract, draw)
         total, world = self._prompts.total, self._work.world
-        draws = Draws(self._work.seed, "health", "critic lag", batch=total, rank=world.rank, processes=world.size)
+        parts = (self._work.seed, "health", "critic lag", *([draw] if draw else []))
+        draws = Draws(*parts, batch=total, rank=world.rank, processes=world.size)
         low, high = self._range
         # Which level a sample gets has nothing to do with which of the student's steps predicted it.
         u = (torch.randperm(total, generator=draws.shared)[draws.mine] + 0.5) / total
@@ -88,6 +100,7 @@ def student_watch(work: Work, name: str, health: StudentHealth | None) -> Watch:
         work,
         name=name,
         look=health.look if health is not None else lambda step: {},
+        again=health.again if health is not None else None,
         held_out="sample_distance",
         limits={
             "sample_deviation": Limit(setting="deviation", low=low, high=high, mend=over_driven),

@@ -63,15 +63,15 @@ class Trained:
     def micro_batches(self, draws: Draws) -> Iterator[Draws]:
         """This process's samples of a batch, as many at a time as the training allows; see `Draws.micro_batches`."""
         for part in draws.micro_batches(self._at_once):
-            if part is not draws:
-                self._world.beat()  # the more there are, the longer a step takes
             with self._wrapped.micro_batch(last=part.mine.stop == draws.mine.stop):
                 yield part
 
     def backward(self, loss: torch.Tensor, part: Draws) -> None:
         """Back-propagate the loss of a micro batch, a mean over its samples; gradients add up to those of the batch."""
         self._loss = self._loss + part.share * loss.detach()
+        self._world.beat()
         self._wrapped.backward(part.share * loss)
+        self._world.beat()
 
     def step(self) -> dict[str, float]:
         """Take one optimiser step; all processes together. The loss is that of the batch.
@@ -90,6 +90,7 @@ class Trained:
         except NotFinite as error:
             raise self._stopped("gradient norm", error.norm) from error
         self.updates += 1
+        self._world.beat()
         if self._ema is not None and self.ema_decay is not None:
             # A short run must not stay near its start: the decay warms up with the number of updates.
             decay = min(self.ema_decay, (1.0 + self.updates) / (10.0 + self.updates))
@@ -123,6 +124,7 @@ class Trained:
 
     def gathered(self) -> dict[str, torch.Tensor]:
         """The whole state dict in the main process; empty in the others. All processes call it together."""
+        self._world.beat(f"gathering the weights of {self.name}")
         return self._wrapped.gathered()
 
     def averaged_state(self) -> dict[str, torch.Tensor]:

@@ -11,6 +11,7 @@ from PIL import Image
 from rich.console import Console
 
 from flcompress.pipeline.durable import Lock, append_line, locked
+from flcompress.pipeline.health import highest
 from flcompress.report.html import write_report
 from flcompress.report.reading import read_run
 from flcompress.report.terminal import print_summary
@@ -59,6 +60,26 @@ def test_a_running_training_is_shown(tmp_path: Path) -> None:
     assert '<td class="n worse">2.50</td><td>at most 1.00</td>' in page
     assert page.count("data:image/png;base64,") == 1 + len(DISTANCES)
     assert "step 20, best look" in page
+
+
+def test_figures_are_shown_with_their_range_on_other_draws(tmp_path: Path) -> None:
+    folder = begun(tmp_path)
+    lines = [
+        {"step": step, "draws": [{"sample_distance": value * share} for share in (0.5, 1.5, 3.0 if step == 20 else 1)],
+         "reference": [{"sample_distance": 0.01}, {"sample_distance": 0.03}]}
+        for step, value in DISTANCES.items()
+    ]  # fmt: skip
+    (folder / "redraws.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    breaches = folder / "breaches.jsonl"
+    breaches.write_text(breaches.read_text().replace('"value": 2.5', '"value": 2.5, "redrawn": [1.5, null, 3.5]'))
+    (found,) = trainings(read_run(tmp_path))
+    figure = next(one for one in found.figures if one.decides)
+    assert found.best_step == 20  # mean of four draws 0.15; 0.2 at step 10
+    assert [round(one or 0.0, 9) for one in figure.spread] == [0.15, 0.45]
+    assert figure.bounds[1] == pytest.approx(highest(0.1, 1.0, 0.02))
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "<strong>Step 30: critic lag 2.50</strong> (1.50 to 3.50 on other draws), expected at most 1.00" in page
+    assert "0.300 (0.150 to 0.450)" in page
 
 
 def test_a_stopped_training_says_how_to_go_on(tmp_path: Path) -> None:
