@@ -30,7 +30,7 @@ def sample(
         contract: levels, guidance and whether each step follows the ODE (Euler) or predicts x0 and noises it again.
         noise: starting latents [n, channels, frames, height, width].
         conditioning: of the n samples.
-        negative: of the empty prompt, [1, ...]; needed where the contract guides.
+        negative: of the negative prompt, [1, ...]; needed where the contract guides.
         generator: source of the re-noising of a stochastic contract.
 
     Returns:
@@ -42,7 +42,7 @@ def sample(
 
     x = noise
     if contract.guided and negative is None:
-        raise ValueError("negative: None given, but the contract guides; pass the empty prompt's conditioning")
+        raise ValueError("negative: None given, but the contract guides; pass the negative prompt's conditioning")
     for place in range(len(contract.timesteps)):
         x = advance(contract, x, predict(network, contract, place, x, conditioning, negative), place, again)
     return x
@@ -74,10 +74,11 @@ def advance(
 ) -> torch.Tensor:
     """From the contract's level number `place` to the next one (0 after the last), as its stock scheduler steps.
 
+    A stock scheduler of higher order has the same levels and other steps; this is the one of first order.
+
     `again` gives standard normal noise shaped as a tensor, for a stochastic contract.
     """
-    following = (*contract.sigmas, 0.0)[place + 1]
-    level, target = (torch.full((len(x),), s, device=x.device) for s in (contract.sigmas[place], following))
+    level, target = (torch.full((len(x),), s, device=x.device) for s in contract.steps[place])
     if not contract.stochastic:
         return contract.process.step(x, prediction, level, target)
     x0 = contract.process.tweedie(x, prediction, level)

@@ -119,22 +119,23 @@ class Family(ABC):
         """Channels of the latents."""
         return int(config["in_channels"])
 
-    def sigmas(self, steps: int) -> Sequence[float] | None:
-        """What the stock pipeline hands to the scheduler; None where the scheduler spaces its own."""
+    def sigmas(self, steps: int, scheduler: Config) -> Sequence[float] | None:
+        """What the stock pipeline hands to a scheduler of this configuration; None where that spaces its own."""
         return None
 
-    def sequence_length(self, config: Config, shape: LatentShape) -> int:
-        """Tokens that the stock pipeline counts for dynamic shifting."""
-        raise NotImplementedError(f"{self.name} has no dynamic shifting")
+    def sequence_length(self, config: Config, shape: LatentShape) -> int | None:
+        """Tokens that the stock pipeline counts for dynamic shifting; None where it knows none."""
+        return None
 
     def mu(self, scheduler: Config, config: Config, shape: LatentShape) -> float | None:
-        """The shift, before its exponential, of a scheduler with dynamic shifting: linear in the number of tokens."""
-        if not scheduler.get("use_dynamic_shifting"):
+        """What the stock pipeline hands to a scheduler with dynamic shifting: linear in the number of tokens."""
+        tokens = self.sequence_length(config, shape)
+        if tokens is None or not scheduler.get("use_dynamic_shifting"):
             return None
         low, high = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
         base, top = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
         slope = (top - base) / (high - low)
-        return float(self.sequence_length(config, shape) * slope + base - slope * low)
+        return float(tokens * slope + base - slope * low)
 
 
 def normal(draw: torch.Generator, *shape: int) -> torch.Tensor:

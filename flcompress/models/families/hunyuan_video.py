@@ -148,7 +148,7 @@ class HunyuanVideo(Family):
         told = {} if embedded is None else {"guidance_scale": embedded}
         return {**told, "true_cfg_scale": guidance_scale}
 
-    def sigmas(self, steps: int) -> Sequence[float] | None:
+    def sigmas(self, steps: int, scheduler: Config) -> Sequence[float] | None:
         return evenly(steps)
 
 

@@ -43,7 +43,7 @@ class _Packed(Family):
     def channels(self, config: Config) -> int:
         return int(config["in_channels"]) // 4
 
-    def sigmas(self, steps: int) -> Sequence[float] | None:
+    def sigmas(self, steps: int, scheduler: Config) -> Sequence[float] | None:
         return evenly(steps)
 
     def sequence_length(self, config: Config, shape: LatentShape) -> int:
@@ -58,6 +58,9 @@ class Flux(_Packed):
     transformers: ClassVar[tuple[str, ...]] = ("FluxTransformer2DModel",)
     prompt_names: ClassVar[tuple[str, ...]] = _POOLED
     embedded_guidance: ClassVar[float | None] = 3.5
+
+    def sigmas(self, steps: int, scheduler: Config) -> Sequence[float] | None:
+        return None if scheduler.get("use_flow_sigmas") else super().sigmas(steps, scheduler)
 
     def arguments(
         self, config: Config, x: torch.Tensor, timestep: torch.Tensor, given: Conditioning, guidance: float | None

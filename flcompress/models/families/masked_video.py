@@ -60,7 +60,7 @@ class LTX(Family):
     def _scale(self, over_time: int, over_space: int) -> torch.Tensor:
         return torch.tensor([[over_time / self.FRAME_RATE, float(over_space), float(over_space)]])
 
-    def sigmas(self, steps: int) -> Sequence[float] | None:
+    def sigmas(self, steps: int, scheduler: Config) -> Sequence[float] | None:
         return evenly(steps)
 
     def sequence_length(self, config: Config, shape: LatentShape) -> int:
@@ -102,7 +102,7 @@ class Mochi(Family):
     ) -> dict[str, torch.Tensor]:
         return _masked_prompts(pipeline, prompts, length)
 
-    def sigmas(self, steps: int) -> Sequence[float] | None:
+    def sigmas(self, steps: int, scheduler: Config) -> Sequence[float] | None:
         from diffusers.pipelines.mochi.pipeline_mochi import linear_quadratic_schedule
 
         return list(map(float, linear_quadratic_schedule(steps, self.THRESHOLD_NOISE)))
