@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
+
 from flcompress.diffusion.process import NUM_TRAIN_TIMESTEPS
 from flcompress.errors import ModelError
 
@@ -31,6 +33,8 @@ DISCRETE_ALIKE = (DISCRETE_SCHEDULER, "CogVideoXDPMScheduler")
 ONE_STEP = (FLOW_SCHEDULER, DISCRETE_SCHEDULER)
 """Those whose own steps are the ones of `flcompress.diffusion.sampling`."""
 
+_ROUNDING = 1e-6
+"""Euler's scheduler shifts in fp32 and can start at 1.0000001."""
 _REFUSALS = (ValueError, TypeError, AttributeError, AssertionError, NotImplementedError, ImportError, IndexError)
 """What stock schedulers raise for a configuration that they cannot follow."""
 
@@ -127,7 +131,7 @@ def set_timesteps(scheduler: Any, steps: int, given_sigmas: Sequence[float] | No
         if given_sigmas is None:
             scheduler.set_timesteps(steps, **arguments)
         else:
-            scheduler.set_timesteps(sigmas=list(given_sigmas), **arguments)
+            scheduler.set_timesteps(sigmas=np.array(given_sigmas), **arguments)
     except _REFUSALS as error:
         raise ModelError(f"scheduler: {name} cannot be set to {steps} steps: {error}") from error
 
@@ -148,7 +152,7 @@ def check_levels(scheduler: Any, levels: Levels) -> None:
     """ModelError unless the levels fall from 1 towards 0, one a call."""
     sigmas = levels.sigmas
     falling = all(before > after for before, after in pairwise(sigmas))
-    if not falling or not all(0.0 < sigma <= 1.0 for sigma in sigmas) or len(sigmas) != len(levels.timesteps):
+    if not falling or not 0.0 < sigmas[-1] <= sigmas[0] < 1.0 + _ROUNDING or len(sigmas) != len(levels.timesteps):
         shown = ", ".join(f"{sigma:.4g}" for sigma in sigmas[:4])
         raise ModelError(
             f"scheduler: {type(scheduler).__name__} has the noise levels {shown}{', ...' if len(sigmas) > 4 else ''}, "

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from flcompress.diffusion.conditioning import taken
-from flcompress.diffusion.contract import SamplingContract, contract_of, levels_of, scheduler_of
+from flcompress.diffusion.contract import SamplingContract, contract_of, levels_of
 from flcompress.diffusion.sampling import sample
 from flcompress.diffusion.student import student_contract
 from flcompress.models.families import family_of
@@ -21,6 +21,7 @@ from flcompress.models.loading import load_transformer
 from flcompress.models.network import as_network
 from flcompress.models.parts import open_parts
 from tests.families.pipelines import TINY
+from tests.first_order import first_order_scheduler
 
 PROMPT, LENGTH = "a three drifting up and left, fast", 16
 
@@ -52,7 +53,7 @@ def stock(folder: Path, contract: SamplingContract, name: str, noise: torch.Tens
     family = family_of(index["_class_name"])
     pipeline = getattr(diffusers, index["_class_name"]).from_pretrained(str(folder), use_safetensors=True)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.scheduler = scheduler_of(contract)
+    pipeline.scheduler = first_order_scheduler(contract)
     frames, height, width = TINY[name].size
     size: dict[str, Any] = {"height": height, "width": width} | ({} if family.image else {"num_frames": frames})
     given = {"image": image} if image is not None else {}
@@ -81,7 +82,7 @@ def stock(folder: Path, contract: SamplingContract, name: str, noise: torch.Tens
         **size,
         **given,
     )[0]
-    assert levels_of(pipeline.scheduler)[0] == contract.sigmas
+    assert levels_of(pipeline.scheduler) == (contract.sigmas, contract.timesteps)
     if name in ("flux", "qwen-image"):
         return unpacked(found, noise)
     if name == "ltx":
