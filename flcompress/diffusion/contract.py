@@ -17,6 +17,8 @@ from flcompress.diffusion.schedulers import (
     FLOW_SCHEDULER,
     ONE_STEP,
     check_levels,
+    check_steps,
+    is_solver,
     prediction_of,
     read_levels,
     scheduler_from,
@@ -38,8 +40,7 @@ class SamplingContract:
 
     Attributes:
         prediction: what the network predicts: "flow" (the velocity e - x0), "v_prediction" or "epsilon".
-        scheduler_class: of diffusers, the one that is saved with the model: its own, or a few-step student's. Of a
-            solver of higher order sampling here has the levels, not the steps.
+        scheduler_class: of diffusers, the one that is saved with the model: its own, or a few-step student's.
         scheduler: its configuration.
         given_sigmas: what the stock pipeline hands to the scheduler; None where the scheduler spaces its own.
         num_inference_steps: network calls along a sampling path.
@@ -81,9 +82,14 @@ class SamplingContract:
         return self.scheduler_class == FLOW_SCHEDULER and bool(dict(self.scheduler).get("stochastic_sampling", False))
 
     @property
-    def one_step(self) -> bool:
-        """Whether the saved scheduler's own steps are the ones that sampling here takes."""
-        return self.scheduler_class in ONE_STEP
+    def solver(self) -> bool:
+        """Whether the saved scheduler looks back at earlier steps, so that only itself can take them."""
+        return is_solver(self.scheduler_class, dict(self.scheduler))
+
+    @property
+    def replaced(self) -> bool:
+        """Whether sampling follows the levels of the saved scheduler by other steps, since that one adds noise."""
+        return self.scheduler_class not in ONE_STEP and not self.solver
 
     @property
     def shift(self) -> float:
@@ -178,6 +184,8 @@ def contract_of(
     set_timesteps(scheduler, num_inference_steps, given, mu)
     levels = read_levels(scheduler)
     check_levels(scheduler, levels)
+    if is_solver(name, config):
+        check_steps(scheduler)
     return SamplingContract(
         prediction=prediction,
         scheduler_class=name,

@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import torch
 
 from flcompress.diffusion.process import NUM_TRAIN_TIMESTEPS
 from flcompress.errors import ModelError
@@ -26,12 +27,12 @@ FLOW_SOLVERS = (
     "DEISMultistepScheduler",
     "SASolverScheduler",
 )
-"""Solvers of higher order that can follow a flow; their levels are kept, their steps are Euler's here."""
+"""Solvers of higher order that can follow a flow."""
 DISCRETE_SCHEDULER = "CogVideoXDDIMScheduler"
 DISCRETE_ALIKE = (DISCRETE_SCHEDULER, "CogVideoXDPMScheduler")
 """Stock schedulers of one and the same process; the first is the one that follows its ODE step by step."""
 ONE_STEP = (FLOW_SCHEDULER, DISCRETE_SCHEDULER)
-"""Those whose own steps are the ones of `flcompress.diffusion.sampling`."""
+"""Those whose steps know nothing of the steps before."""
 
 _ROUNDING = 1e-6
 """Euler's scheduler shifts in fp32 and can start at 1.0000001."""
@@ -91,6 +92,12 @@ def prediction_of(name: str, config: Mapping[str, Any]) -> str:
             "network of a flow model is told is its noise level times that"
         )
     return "flow"
+
+
+def is_solver(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether a scheduler looks back at earlier steps and adds no noise on the way."""
+    noisy = name == "SASolverScheduler" or str(config.get("algorithm_type", "")).startswith("sde")
+    return name in FLOW_SOLVERS and not noisy
 
 
 def shift_of(name: str, config: Mapping[str, Any], mu: float | None) -> float:
@@ -158,6 +165,23 @@ def check_levels(scheduler: Any, levels: Levels) -> None:
             f"scheduler: {type(scheduler).__name__} has the noise levels {shown}{', ...' if len(sigmas) > 4 else ''}, "
             "expected ones that fall from 1 towards 0, one a step; leave out use_karras_sigmas, "
             "use_exponential_sigmas, use_beta_sigmas and use_lu_lambdas, which this class spaces for another process"
+        )
+
+
+def check_steps(scheduler: Any) -> None:
+    """ModelError unless a solver whose timesteps are set can walk to the end; its state is that of the end then."""
+    x = torch.zeros(1, 1, 1, 1, 1)
+    scheduler.set_begin_index(0)
+    name = type(scheduler).__name__
+    try:
+        for timestep in scheduler.timesteps:
+            x = scheduler.step(x, timestep, x, return_dict=False)[0]
+    except _REFUSALS as error:
+        raise ModelError(f"scheduler: {name} cannot take its steps with this configuration: {error}") from error
+    if not bool(x.isfinite().all()):
+        raise ModelError(
+            f"scheduler: {name} ends at values that are not finite with this configuration; leave out its settings of "
+            "solver_order, lower_order_final, predict_x0 and final_sigmas_type"
         )
 
 

@@ -11,14 +11,13 @@ import pytest
 import torch
 
 from flcompress.diffusion.contract import SamplingContract, contract_of, resampled, scheduler_of
-from flcompress.diffusion.sampling import sample
+from flcompress.diffusion.sampling import advance, predict, sample
 from flcompress.diffusion.schedulers import DISCRETE_ALIKE, FLOW_SCHEDULER, FLOW_SOLVERS
 from flcompress.diffusion.student import student_contract
 from flcompress.errors import ModelError
-from tests.first_order import FIRST_ORDER, first_order_scheduler
 
-# diffusers hands tensors to numpy in a way that the newest numpy deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+# diffusers hands tensors to numpy in ways that the newest numpy deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
 
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
 COGVIDEOX = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "snr_shift_scale": 3.0}
@@ -39,6 +38,13 @@ FLOW_CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "deis": ("DEISMultistepScheduler", FLOW),
     "sa": ("SASolverScheduler", FLOW),
 }
+FIRST_ORDER: dict[str, dict[str, Any]] = {
+    "UniPCMultistepScheduler": {"solver_order": 1, "disable_corrector": list(range(50))},
+    "DPMSolverMultistepScheduler": {"solver_order": 1},
+    "DPMSolverSinglestepScheduler": {"solver_order": 1},
+    "DEISMultistepScheduler": {"solver_order": 1},
+}
+"""SASolver adds noise on the way and has no such setting."""
 
 
 def contract(name: str, config: dict[str, Any], steps: int = 4, **more: Any) -> SamplingContract:
@@ -77,27 +83,59 @@ def test_the_last_of_four_levels_is_the_solvers() -> None:
     assert contract(FLOW_SCHEDULER, {"shift": 3.0}).sigmas[-1] == pytest.approx(0.009, abs=1e-3)
 
 
-@pytest.mark.parametrize("case", [case for case, (name, _) in FLOW_CASES.items() if name in FIRST_ORDER])
-def test_sampling_is_the_solver_at_order_one(case: str) -> None:
-    """At those levels, with what the network is told there, the solver of first order is Euler's step."""
-    name, config = FLOW_CASES[case]
-    made = contract(name, config, 6)
-    theirs = first_order_scheduler(made)
-    theirs.sigmas = theirs.sigmas.double()  # DEIS divides by 1 - sigma, which is 3e-4 at first
-    noise = torch.randn(2, 3, 1, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    told: list[float] = []
+class Recording:
+    """A network of a known formula, and what it was told."""
 
-    def network(x: torch.Tensor, t: torch.Tensor, given: object) -> torch.Tensor:
-        told.append(float(t[0]))
+    def __init__(self) -> None:
+        self.told: list[float] = []
+
+    def __call__(self, x: torch.Tensor, t: torch.Tensor, given: object = None) -> torch.Tensor:
+        self.told.append(float(t[0]))
         return torch.tanh(x) + t.reshape(-1, 1, 1, 1, 1) / 1000.0
 
-    ours = sample(network, made, noise, {})
-    x, ours_told = noise, list(told)
-    told.clear()
-    for t in theirs.timesteps:
-        x = theirs.step(network(x, t.expand(2), None), t, x, return_dict=False)[0]
-    assert told == ours_told
-    torch.testing.assert_close(ours, x, atol=2e-6, rtol=2e-6)
+
+def noise(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(2, 3, 1, 2, 2, generator=torch.Generator().manual_seed(0), dtype=dtype)
+
+
+def walked(scheduler: Any, network: Recording, x: torch.Tensor) -> torch.Tensor:
+    """What a stock pipeline's loop makes of `x`."""
+    for t in scheduler.timesteps:
+        x = scheduler.step(network(x, t.expand(2)), t, x, return_dict=False)[0]
+    return x
+
+
+@pytest.mark.parametrize("steps", [4, 20])
+@pytest.mark.parametrize("case", [case for case in FLOW_CASES if case != "sa"])
+def test_sampling_takes_the_steps_of_the_folders_scheduler(case: str, steps: int) -> None:
+    name, config = FLOW_CASES[case]
+    ours, theirs = Recording(), Recording()
+    made = sample(ours, contract(name, config, steps), noise(), {})
+    torch.testing.assert_close(made, walked(stock(name, config, steps), theirs, noise()), atol=1e-5, rtol=1e-5)
+    assert ours.told == theirs.told
+
+
+@pytest.mark.parametrize("case", [case for case, (name, _) in FLOW_CASES.items() if name in FIRST_ORDER])
+def test_a_solver_of_first_order_takes_the_steps_of_its_ode(case: str) -> None:
+    """So its levels are what they are taken for: where noise and clip are mixed, and what the network is told."""
+    name, config = FLOW_CASES[case]
+    made = contract(name, config, 6)
+    theirs = stock(name, config | FIRST_ORDER[name], 6)
+    theirs.sigmas = theirs.sigmas.double()  # DEIS divides by 1 - sigma, which is 3e-4 at first
+    x, network, unused = noise(torch.float64), Recording(), torch.randn_like
+    for place in range(6):
+        x = advance(made, x, predict(network, made, place, x, {}, None), place, unused)
+    torch.testing.assert_close(x, walked(theirs, Recording(), noise(torch.float64)), atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize("more", [{"algorithm_type": "sde-dpmsolver++"}, {"_class_name": "SASolverScheduler"}])
+def test_a_solver_that_adds_noise_is_followed_along_its_ode(more: dict[str, Any]) -> None:
+    given = {"_class_name": "DPMSolverMultistepScheduler", **FLOW, **more}
+    made = contract_of(given, num_inference_steps=6, guidance_scale=1.0, max_sequence_length=4)
+    assert made.replaced
+    assert not made.stochastic
+    once, again = (sample(Recording(), made, noise(), {}) for _ in range(2))
+    assert torch.equal(once, again)
 
 
 @pytest.mark.parametrize("steps", [4, 6, 7, 50])
@@ -108,19 +146,12 @@ def test_a_discrete_contract_has_the_spacing_of_the_folders_scheduler(
 ) -> None:
     config = COGVIDEOX | (spacing if isinstance(spacing, dict) else {"timestep_spacing": spacing}) | more
     theirs = stock("CogVideoXDDIMScheduler", config, steps)
-    noise = torch.randn(2, 3, 1, 2, 2, generator=torch.Generator().manual_seed(0))
-
-    def network(x: torch.Tensor, t: torch.Tensor, given: object) -> torch.Tensor:
-        return torch.tanh(x) + t.reshape(-1, 1, 1, 1, 1) / 1000.0
-
-    x = noise
-    for t in theirs.timesteps:
-        x = theirs.step(network(x, t.expand(2), None), t, x, return_dict=False)[0]
+    x = walked(theirs, Recording(), noise())
     for name in DISCRETE_ALIKE:
         made = contract(name, config, steps)
         assert made.scheduler_class == name
         assert list(made.timesteps) == theirs.timesteps.tolist()
-        torch.testing.assert_close(sample(network, made, noise, {}), x.float(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(sample(Recording(), made, noise(), {}), x.float(), atol=1e-5, rtol=1e-5)
 
 
 DYNAMIC = {"use_dynamic_shifting": True}
@@ -191,6 +222,7 @@ def test_levels_that_the_pipeline_hands_over_go_to_a_solver_too() -> None:
         ("DPMSolverMultistepScheduler", FLOW | {"use_karras_sigmas": True}, "has the noise levels"),
         ("UniPCMultistepScheduler", FLOW | {"use_beta_sigmas": True}, "has the noise levels"),
         ("UniPCMultistepScheduler", FLOW | {"final_sigmas_type": "none"}, "cannot be set to 4 steps"),
+        ("UniPCMultistepScheduler", FLOW | {"predict_x0": False}, "cannot take its steps"),
         (FLOW_SCHEDULER, {"use_beta_sigmas": True, "use_karras_sigmas": True}, "cannot be made from"),
         (FLOW_SCHEDULER, DYNAMIC, "gives it no mu; set shift instead"),
         ("UniPCMultistepScheduler", FLOW | DYNAMIC, "gives it no mu; set flow_shift instead"),

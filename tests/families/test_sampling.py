@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from flcompress.diffusion.conditioning import taken
-from flcompress.diffusion.contract import SamplingContract, contract_of, levels_of
+from flcompress.diffusion.contract import SamplingContract, contract_of, levels_of, scheduler_of
 from flcompress.diffusion.sampling import sample
 from flcompress.diffusion.student import student_contract
 from flcompress.models.families import family_of
@@ -21,7 +21,6 @@ from flcompress.models.loading import load_transformer
 from flcompress.models.network import as_network
 from flcompress.models.parts import open_parts
 from tests.families.pipelines import TINY
-from tests.first_order import first_order_scheduler
 
 PROMPT, LENGTH = "a three drifting up and left, fast", 16
 
@@ -48,12 +47,15 @@ def contracts(folder: Path, name: str) -> tuple[SamplingContract, SamplingContra
 def stock(folder: Path, contract: SamplingContract, name: str, noise: torch.Tensor, image: Any) -> torch.Tensor:
     """Latents of the stock pipeline from the given starting noise, in the canonical layout."""
     import diffusers
+    from diffusers import CogVideoXDDIMScheduler
 
     index = read_json(folder / "model_index.json", "")
     family = family_of(index["_class_name"])
     pipeline = getattr(diffusers, index["_class_name"]).from_pretrained(str(folder), use_safetensors=True)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.scheduler = first_order_scheduler(contract)
+    pipeline.scheduler = scheduler_of(contract)
+    if contract.replaced:  # CogVideoX's DPM adds noise; its ODE is that of the other one
+        pipeline.scheduler = CogVideoXDDIMScheduler.from_config(dict(contract.scheduler))
     frames, height, width = TINY[name].size
     size: dict[str, Any] = {"height": height, "width": width} | ({} if family.image else {"num_frames": frames})
     given = {"image": image} if image is not None else {}
