@@ -36,7 +36,16 @@ ONE_STEP = (FLOW_SCHEDULER, DISCRETE_SCHEDULER)
 
 _ROUNDING = 1e-6
 """Euler's scheduler shifts in fp32 and can start at 1.0000001."""
-_REFUSALS = (ValueError, TypeError, AttributeError, AssertionError, NotImplementedError, ImportError, IndexError)
+_REFUSALS = (
+    ValueError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    NotImplementedError,
+    ImportError,
+    IndexError,
+    RuntimeError,
+)
 """What stock schedulers raise for a configuration that they cannot follow."""
 
 
@@ -180,8 +189,8 @@ def check_steps(scheduler: Any) -> None:
         raise ModelError(f"scheduler: {name} cannot take its steps with this configuration: {error}") from error
     if not bool(x.isfinite().all()):
         raise ModelError(
-            f"scheduler: {name} ends at values that are not finite with this configuration; leave out its settings of "
-            "solver_order, lower_order_final, predict_x0 and final_sigmas_type"
+            f"scheduler: {name} ends at values that are not finite with this configuration; leave out solver_order, "
+            "lower_order_final and final_sigmas_type"
         )
 
 

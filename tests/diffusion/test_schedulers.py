@@ -223,6 +223,8 @@ def test_levels_that_the_pipeline_hands_over_go_to_a_solver_too() -> None:
         ("UniPCMultistepScheduler", FLOW | {"use_beta_sigmas": True}, "has the noise levels"),
         ("UniPCMultistepScheduler", FLOW | {"final_sigmas_type": "none"}, "cannot be set to 4 steps"),
         ("UniPCMultistepScheduler", FLOW | {"predict_x0": False}, "cannot take its steps"),
+        ("UniPCMultistepScheduler", FLOW | {"lower_order_final": False}, "ends at values that are not finite"),
+        ("UniPCMultistepScheduler", FLOW | {"lower_order_final": False, "solver_order": 3}, "cannot take its steps"),
         (FLOW_SCHEDULER, {"use_beta_sigmas": True, "use_karras_sigmas": True}, "cannot be made from"),
         (FLOW_SCHEDULER, DYNAMIC, "gives it no mu; set shift instead"),
         ("UniPCMultistepScheduler", FLOW | DYNAMIC, "gives it no mu; set flow_shift instead"),
