@@ -75,11 +75,12 @@ class DiffusersExporter(Exporter):
         }
 
 
-def call_arguments(contract: SamplingContract, family: Family) -> dict[str, int | float]:
+def call_arguments(contract: SamplingContract, family: Family) -> dict[str, int | float | str]:
     """Arguments that a stock pipeline's call needs beside prompt and size; its own defaults are a teacher's."""
+    negative = contract.negative_prompt if contract.guided else ""
     return {
         "num_inference_steps": contract.num_inference_steps,
-        **family.call(contract.guidance_scale, contract.embedded_guidance),
+        **family.call(contract.guidance_scale, contract.embedded_guidance, negative),
         **_experts_call(contract),
         "max_sequence_length": contract.max_sequence_length,
     }

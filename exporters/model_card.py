@@ -54,7 +54,7 @@ SECOND_ALONE = (
 )
 
 
-def model_card(program: Program, call: Mapping[str, int | float]) -> str:
+def model_card(program: Program, call: Mapping[str, int | float | str]) -> str:
     """Markdown with the snippet that runs the exported folder; `call` are the arguments beside the prompt."""
     contract, family = program.contract, program.family
     if family.image:

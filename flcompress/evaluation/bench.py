@@ -61,8 +61,8 @@ class _Stage:
         self.noise = torch.randn(parts.encode_clips(clip).shape, generator=generator("bench", "noise"))
 
     def conditioning(self, contract: SamplingContract) -> tuple[Conditioning, Conditioning | None]:
-        """The prompt's conditioning and, only where the contract guides, the empty prompt's, as in a stock pipeline."""
-        prompts = [self._prompt, ""] if contract.guided else [self._prompt]
+        """The prompt's conditioning and, only where the contract guides, the negative one's, as in a stock pipeline."""
+        prompts = [self._prompt, contract.negative_prompt] if contract.guided else [self._prompt]
         made = self._parts.encode_prompts(prompts, contract.max_sequence_length)
         return taken(made, slice(0, 1)), taken(made, slice(1, 2)) if len(prompts) == 2 else None
 

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flcompress.data.shards import INDEX_FILE
+from flcompress.data.shards import INDEX_FILE, NEGATIVE
 from flcompress.errors import DataError, RequestError
 from flcompress.pipeline.display import Display
 from flcompress.pipeline.durable import locked, move_in_place
@@ -42,6 +42,8 @@ class Clips:
             "parts": parts_digests(program.index, program.components),
             "max_sequence_length": program.contract.max_sequence_length,
         }
+        if negative := program.teacher_contract.negative_prompt:
+            request[NEGATIVE] = negative
         size = self._recipe.sampling.size if "videos" in spec else None
         key = key_of(data=fingerprint(spec), seed=self._recipe.seed, size=size, **request)
         if key not in self._loaded:
@@ -72,6 +74,7 @@ class Clips:
             videos=Path(given["folder"]),
             target=target_of(self._recipe),
             max_sequence_length=program.contract.max_sequence_length,
+            negative_prompt=program.teacher_contract.negative_prompt,
             device=self._device,
         )
         self._display.line(summary_text(encode(request, self._display, wait=True)))

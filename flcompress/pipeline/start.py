@@ -60,9 +60,14 @@ def read_source(recipe: Recipe) -> Source:
 def check_sampling(recipe: Recipe) -> None:
     """RequestError, before any work, where the recipe's model cannot be sampled as the recipe says.
 
-    Its scheduler, its experts and their partner, the size.
+    Its scheduler, its experts and their partner, the size, and a negative prompt that nothing would use.
     """
-    _sampled(recipe)
+    contract = _sampled(recipe).contract
+    if contract.negative_prompt and not contract.guided and not any(step.guides for step in recipe.passes):
+        raise RecipeError(
+            f"{recipe.where('sampling')}.negative_prompt: given, but neither the model (guidance_scale 1) nor a pass "
+            "guides by text, so it has no effect; leave it out or set sampling.guidance_scale"
+        )
 
 
 def _sampled(recipe: Recipe) -> _Sampled:

@@ -38,7 +38,7 @@ class Prompts:
     Attributes:
         work: of the pass.
         given: conditioning of this process's samples, on the training's device.
-        negative: of the empty prompt, [1, ...].
+        negative: of the negative prompt, [1, ...].
         shape: of this process's latents [n, channels, frames, height, width].
         at_once: samples in one forward.
         total: samples over all processes.

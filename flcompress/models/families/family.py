@@ -88,9 +88,9 @@ class Family(ABC):
         """What decides, beside the pipeline and its parts, how a first frame conditions; None where nothing does."""
         return None
 
-    def call(self, guidance_scale: float, embedded: float | None) -> dict[str, float]:
+    def call(self, guidance_scale: float, embedded: float | None, negative_prompt: str = "") -> dict[str, float | str]:
         """Guidance arguments of the stock pipeline's call."""
-        return {"guidance_scale": guidance_scale}
+        return {"guidance_scale": guidance_scale, **({"negative_prompt": negative_prompt} if negative_prompt else {})}
 
     def noise(self, shape: Sequence[int], draw: torch.Generator) -> torch.Tensor:
         """Starting noise [1, *shape] with the numbers that the stock pipeline draws from the same generator."""
@@ -136,6 +136,15 @@ class Family(ABC):
         base, top = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
         slope = (top - base) / (high - low)
         return float(tokens * slope + base - slope * low)
+
+
+def true_guidance(scale: float, embedded: float | None, negative_prompt: str) -> dict[str, float | str]:
+    """Guidance arguments of a pipeline whose `guidance_scale` is the embedded one and the other `true_cfg_scale`.
+
+    It guides only where it is given a negative prompt, be it the empty one.
+    """
+    made: dict[str, float | str] = {} if embedded is None else {"guidance_scale": embedded}
+    return {**made, "true_cfg_scale": scale, **({"negative_prompt": negative_prompt} if scale != 1.0 else {})}
 
 
 def normal(draw: torch.Generator, *shape: int) -> torch.Tensor:

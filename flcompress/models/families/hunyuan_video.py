@@ -23,6 +23,7 @@ from flcompress.models.families.family import (
     padded,
     picture_of,
     replaced,
+    true_guidance,
 )
 from flcompress.models.video import encode_clips
 
@@ -143,10 +144,8 @@ class HunyuanVideo(Family):
         channels = int(config["in_channels"])
         return (channels - 1) // 2 if self.image_condition(config) == "latent_concat" else channels
 
-    def call(self, guidance_scale: float, embedded: float | None) -> dict[str, float]:
-        # The pipeline's guidance_scale is the embedded one; the other is called true_cfg_scale.
-        told = {} if embedded is None else {"guidance_scale": embedded}
-        return {**told, "true_cfg_scale": guidance_scale}
+    def call(self, guidance_scale: float, embedded: float | None, negative_prompt: str = "") -> dict[str, float | str]:
+        return true_guidance(guidance_scale, embedded, negative_prompt)
 
     def sigmas(self, steps: int, scheduler: Config) -> Sequence[float] | None:
         return evenly(steps)

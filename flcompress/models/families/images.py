@@ -16,6 +16,7 @@ from flcompress.models.families.family import (
     normal,
     packed,
     padded,
+    true_guidance,
     unpacked,
 )
 
@@ -32,10 +33,8 @@ class _Packed(Family):
     ) -> torch.Tensor:
         return unpacked(output, x)
 
-    def call(self, guidance_scale: float, embedded: float | None) -> dict[str, float]:
-        # The pipeline's guidance_scale is the embedded one; the other is called true_cfg_scale.
-        told = {} if embedded is None else {"guidance_scale": embedded}
-        return {**told, "true_cfg_scale": guidance_scale}
+    def call(self, guidance_scale: float, embedded: float | None, negative_prompt: str = "") -> dict[str, float | str]:
+        return true_guidance(guidance_scale, embedded, negative_prompt)
 
     def patch(self, config: Config) -> tuple[int, int]:
         return 1, 2
