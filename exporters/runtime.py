@@ -25,7 +25,7 @@ from flcompress.exporters.positions import with_positions
 from flcompress.exporters.tensorrt_api import cuda_driver
 from flcompress.exporters.tensorrt_session import TensorRTSession, require_gpu
 from flcompress.models.families import family_of
-from flcompress.models.folder import check_transformer_config
+from flcompress.models.folder import check_transformer_config, read_json
 from flcompress.models.loading import load_transformer
 from flcompress.models.network import as_network
 from flcompress.models.parts import Parts, open_parts
@@ -76,7 +76,7 @@ def generate(
     parts = open_parts(pipeline)
     first = _first_frame(parts, facts, prompt, image)
     latents = denoise(_denoiser(run_dir, backend, facts), parts, facts, prompt, seed, first, progress)
-    return write_clip(parts.decode_latents(latents)[0], out)
+    return write_clip(parts.decode_latents(latents)[0], out, fps or _frame_rate(pipeline, facts))
 
 
 def denoise(
@@ -99,6 +99,14 @@ def denoise(
     start = parts.family.start(parts.family.noise(facts["latents"], draw), given)
     told = _counted(network, contract.evaluations, progress) if progress else network
     return sample(told, contract, start, given, taken(prompts, slice(1, 2)), draw)
+
+
+def _frame_rate(pipeline: Path, facts: dict[str, Any]) -> float:
+    """Frames a second of the export's clips; exports of before this was noted have their family's."""
+    if "frame_rate" in facts:
+        return float(facts["frame_rate"])
+    index = read_json(pipeline / "model_index.json", "a diffusers pipeline folder has one")
+    return family_of(facts["pipeline_class"]).frame_rate(index, check_transformer_config(pipeline / "transformer"))
 
 
 def _with_negative(facts: dict[str, Any], negative_prompt: str | None) -> dict[str, Any]:

@@ -185,6 +185,7 @@ def remap_lora_command(lora: Path, pruned: Path, out: Path, as_json: bool) -> No
 @click.option("--width", type=click.IntRange(min=1), help="See --height.")
 @click.option("--max-sequence-length", type=click.IntRange(min=1), default=512, show_default=True,
               help="Tokens a prompt is padded to; the recipe's sampling names the same.")  # fmt: skip
+@click.option("--negative-prompt", default="", help="What guidance leads away from, as the recipe's sampling.")
 @click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes; one a GPU.")
 @as_json
 @quiet
@@ -199,6 +200,7 @@ def encode_command(
     height: int | None,
     width: int | None,
     max_sequence_length: int,
+    negative_prompt: str,
     workers: int,
     as_json: bool,
     quiet: bool,
@@ -211,7 +213,9 @@ def encode_command(
     from flcompress.pipeline.encoding import encode, folder_request, summary_text
 
     target = Target(frames, height, width)
-    request = folder_request(pipeline, captions, out, videos, target, max_sequence_length, workers, pipeline_class, fps)
+    request = folder_request(
+        pipeline, captions, out, videos, target, max_sequence_length, workers, pipeline_class, fps, negative_prompt
+    )
     made = encode(request, _display(quiet))
     if as_json:
         _print(made)
@@ -266,16 +270,30 @@ def export_command(run: Path, formats: Sequence[str], force: bool, as_json: bool
     "--seed", type=int, default=0, show_default=True, help="Seed of all noise; the same one gives the same clip."
 )
 @click.option("--image", type=_FOLDER, help="First frame, for image-to-video models.")
+@click.option(
+    "--fps",
+    type=click.FloatRange(min=0, min_open=True, max=1000),
+    help="Frames a second of the file.  [default: those of the run's data, or of the model's family]",
+)
+@click.option("--negative-prompt", help="What guidance leads away from.  [default: the recipe's]")
 @quiet
 def generate_command(
-    run: Path, prompt: str, backend: Backend, out: Path, seed: int, image: Path | None, quiet: bool
+    run: Path,
+    prompt: str,
+    backend: Backend,
+    out: Path,
+    seed: int,
+    image: Path | None,
+    fps: float | None,
+    negative_prompt: str | None,
+    quiet: bool,
 ) -> None:
     """Generate one clip with the exported student of RUN."""
     from flcompress.exporters.runtime import generate
     from flcompress.pipeline.durable import full_disk_told
 
     with full_disk_told(out), _display(quiet).stage("generate") as progress:
-        generate(run, prompt, backend, out, seed, image, progress)
+        generate(run, prompt, backend, out, seed, image, progress, fps, negative_prompt)
     click.echo(str(out))
 
 

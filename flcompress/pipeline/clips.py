@@ -97,6 +97,22 @@ class Clips:
             move_in_place(work, final)
 
 
+def data_frame_rate(recipe: Recipe) -> float | None:
+    """Frames a second of a recipe's clips; None where nothing says it: videos at their own rates, a dataset gone."""
+    from flcompress.data import moving_digits
+    from flcompress.data.shards import Index
+
+    if recipe.data is None or recipe.data.videos is not None:
+        return None
+    if recipe.data.moving_digits is not None:
+        return moving_digits.FRAMES_PER_SECOND
+    try:
+        found = Index.read(Path((recipe.data_spec() or {})["latents"])).request.get("fps")
+    except DataError:
+        return None
+    return None if found is None else float(found)
+
+
 def target_of(recipe: Recipe) -> Target:
     """The size that a recipe's videos are encoded at: the one it samples, or their own."""
     from flcompress.data.sizes import OWN_SIZE, Target

@@ -92,6 +92,17 @@ class Family(ABC):
         """Guidance arguments of the stock pipeline's call."""
         return {"guidance_scale": guidance_scale, **({"negative_prompt": negative_prompt} if negative_prompt else {})}
 
+    def frame_rate(self, index: Config, config: Config) -> float:
+        """Frames a second of the clips that it makes; of an image, whose frame is shown for a second, 1.
+
+        Args:
+            index: the pipeline's `model_index.json`.
+            config: the transformer's.
+        """
+        if self.image:
+            return 1.0
+        raise NotImplementedError(f"{self.name} has no frame rate")
+
     def noise(self, shape: Sequence[int], draw: torch.Generator) -> torch.Tensor:
         """Starting noise [1, *shape] with the numbers that the stock pipeline draws from the same generator."""
         return torch.randn(1, *shape, generator=draw)

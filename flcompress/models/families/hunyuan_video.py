@@ -137,6 +137,9 @@ class HunyuanVideo(Family):
             return noise
         return noise * self.NOISE_SHARE + given["first_frame"].to(noise) * (1.0 - self.NOISE_SHARE)
 
+    def frame_rate(self, index: Config, config: Config) -> float:
+        return 24.0
+
     def cut_frames(self, config: Config) -> int:
         return 4 if self.image_condition(config) == "latent_concat" else 0
 

@@ -57,6 +57,9 @@ class LTX(Family):
         scale = self._scale(pipeline.vae_temporal_compression_ratio, pipeline.vae_spatial_compression_ratio)
         return {**_masked_prompts(pipeline, prompts, length), "rope_interpolation_scale": scale.repeat(len(prompts), 1)}
 
+    def frame_rate(self, index: Config, config: Config) -> float:
+        return self.FRAME_RATE
+
     def _scale(self, over_time: int, over_space: int) -> torch.Tensor:
         return torch.tensor([[over_time / self.FRAME_RATE, float(over_space), float(over_space)]])
 
@@ -76,6 +79,9 @@ class Mochi(Family):
     prompt_names: ClassVar[tuple[str, ...]] = _MASKED
 
     THRESHOLD_NOISE = 0.025
+
+    def frame_rate(self, index: Config, config: Config) -> float:
+        return 30.0
 
     def arguments(
         self, config: Config, x: torch.Tensor, timestep: torch.Tensor, given: Conditioning, guidance: float | None
