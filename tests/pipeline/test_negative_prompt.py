@@ -1,4 +1,4 @@
-"""`sampling.negative_prompt`, from the recipe through the dataset into the contract; absent, nothing is as it was not."""
+"""`sampling.negative_prompt`, from the recipe through the dataset into the contract."""
 
 from __future__ import annotations
 
