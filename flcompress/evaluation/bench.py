@@ -63,10 +63,8 @@ class _Stage:
 
     def conditioning(self, contract: SamplingContract) -> tuple[Conditioning, Conditioning | None]:
         """The prompt's conditioning and, only where the contract guides, the negative one's, as in a stock pipeline."""
-        prompts, length = (
-            [PROMPT, contract.negative_prompt] if contract.guided else [PROMPT],
-            contract.max_sequence_length,
-        )
+        prompts = [PROMPT, contract.negative_prompt] if contract.guided else [PROMPT]
+        length = contract.max_sequence_length
         made = self._parts.encode_prompts(prompts, length)
         given = taken(made, slice(0, 1)) | self._parts.encode_images(self._clip, [PROMPT], length)
         return given, taken(made, slice(1, 2)) if contract.guided else None
