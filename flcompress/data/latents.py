@@ -88,14 +88,14 @@ class LatentDataset:
 
     Attributes:
         folder: where it lies.
-        prompts: the texts; the first is the empty prompt.
+        captions: the texts; the first is the empty prompt.
         captions_start: number of the first of them that is a caption.
         empty: conditioning by the empty prompt, [1, ...] each.
         negative: the same by what guidance leads away from, which is the empty prompt in most datasets.
     """
 
     folder: Path
-    prompts: tuple[str, ...]
+    captions: tuple[str, ...]
     captions_start: int
     empty: dict[str, torch.Tensor]
     negative: dict[str, torch.Tensor]
@@ -158,7 +158,7 @@ class LatentDataset:
             mine: which of the samples are read and returned.
         """
         if self.prompts_only:
-            chosen = torch.randint(self.captions_start, len(self.prompts), (n,), generator=generator)
+            chosen = torch.randint(self.captions_start, len(self.captions), (n,), generator=generator)
             chosen = chosen[mine]
             return (len(chosen), *latents), self._reader.prompts(chosen.tolist())
         rows, prompts = _split(self._draw(n, generator, mine))

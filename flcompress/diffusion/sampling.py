@@ -84,7 +84,9 @@ class Walk:
         """See `advance`; `place` is 0, 1, 2 ... in turn."""
         if self._solver is None:
             return advance(self._contract, x, prediction, place, again)
-        stepped: torch.Tensor = self._solver.step(prediction, self._solver.timesteps[place], x, return_dict=False)[0]
+        timestep = self._solver.timesteps[place]
+        # Some solvers return the prediction's dtype.
+        stepped: torch.Tensor = self._solver.step(prediction.to(x.dtype), timestep, x, return_dict=False)[0]
         return stepped
 
 
