@@ -98,7 +98,8 @@ def denoise(
     draw = torch.Generator().manual_seed(seed)
     start = parts.family.start(parts.family.noise(facts["latents"], draw), given)
     told = _counted(network, contract.evaluations, progress) if progress else network
-    return sample(told, contract, start, given, taken(prompts, slice(1, 2)), draw)
+    made = sample(told, contract, start, given, taken(prompts, slice(1, 2)), draw)
+    return parts.family.end(parts.config, made, given)
 
 
 def _frame_rate(pipeline: Path, facts: dict[str, Any]) -> float:

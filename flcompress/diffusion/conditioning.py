@@ -21,7 +21,7 @@ def on(given: Conditioning, device: torch.device | str) -> dict[str, torch.Tenso
 
 
 def without_prompt(given: Conditioning, negative: Conditioning) -> dict[str, torch.Tensor]:
-    """`given` with the negative prompt's tensors [1, ...] in place of its own; what is no prompt (a first frame) stays."""
+    """`given` with the negative prompt's tensors [1, ...] in place of its own; what is no prompt (a frame) stays."""
     n = len(next(iter(given.values())))
     return {**given, **{name: one.expand(n, *one.shape[1:]) for name, one in negative.items()}}
 

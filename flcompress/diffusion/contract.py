@@ -21,6 +21,7 @@ from flcompress.diffusion.schedulers import (
     is_solver,
     prediction_of,
     read_levels,
+    saved_config,
     scheduler_from,
     set_timesteps,
     shift_of,
@@ -180,7 +181,6 @@ def contract_of(
         shift_of(name, config, mu)  # a shift that depends on the size needs the pipeline to say it
     given = pipeline_sigmas(num_inference_steps, config) if pipeline_sigmas else None
     scheduler = scheduler_from(name, config)
-    saved = {key: value for key, value in dict(scheduler.config).items() if not key.startswith("_")}
     set_timesteps(scheduler, num_inference_steps, given, mu)
     levels = read_levels(scheduler)
     check_levels(scheduler, levels)
@@ -189,7 +189,7 @@ def contract_of(
     return SamplingContract(
         prediction=prediction,
         scheduler_class=name,
-        scheduler=frozen(saved),
+        scheduler=frozen(saved_config(scheduler)),
         num_inference_steps=num_inference_steps,
         sigmas=levels.sigmas,
         timesteps=levels.timesteps,

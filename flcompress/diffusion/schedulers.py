@@ -131,6 +131,15 @@ def scheduler_from(name: str, config: Mapping[str, Any]) -> Any:
         raise ModelError(f"scheduler: {name} cannot be made from its configuration: {error}") from error
 
 
+def saved_config(scheduler: Any) -> dict[str, Any]:
+    """A stock scheduler's whole configuration, without what JSON has no word for.
+
+    That is infinity, which the classes that clip at a level have as the default, for no clipping.
+    """
+    endless = {key for key, value in scheduler.config.items() if isinstance(value, float) and math.isinf(value)}
+    return {key: value for key, value in scheduler.config.items() if not key.startswith("_") and key not in endless}
+
+
 def set_timesteps(scheduler: Any, steps: int, given_sigmas: Sequence[float] | None, mu: float | None) -> None:
     """Set a scheduler's timesteps with the arguments that the stock pipeline of the model gives.
 

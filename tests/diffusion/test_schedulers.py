@@ -72,6 +72,7 @@ def test_a_flow_contract_has_the_levels_and_timesteps_of_the_folders_scheduler(c
     assert list(made.timesteps) == theirs.timesteps.tolist()
     assert made.shift == (8.0 if case == "unipc shift 8" else 3.0)
     assert not made.stochastic
+    assert SamplingContract.from_dict(json.loads(json.dumps(made.to_dict(), allow_nan=False))) == made
     again = scheduler_of(made)
     assert type(again).__name__ == name
     assert again.sigmas.tolist() == theirs.sigmas.tolist()

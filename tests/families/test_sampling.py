@@ -119,6 +119,7 @@ def difference(folder: Path, name: str, contract: SamplingContract, own: bool = 
         given |= parts.encode_images(clip, [PROMPT], LENGTH)
     network = as_network(load_transformer(folder / "transformer"), contract.embedded_guidance)
     ours = sample(network, contract, parts.family.start(noise, given), given, taken(prompts, slice(1, 2)))
+    ours = parts.family.end(config, ours, given)
     theirs = stock(folder, contract, name, noise, image, own)
     if name == "hunyuan-video-i2v-concat":
         ours = ours[:, :, 1:]  # the pipeline keeps back the first latent frame

@@ -111,6 +111,10 @@ class Family(ABC):
         """Latents that sampling starts from; noise alone in most pipelines."""
         return noise
 
+    def end(self, config: Config, x: torch.Tensor, given: Conditioning) -> torch.Tensor:
+        """Latents that sampling ends with: a given first frame as it was given, free of what rounding made of it."""
+        return x
+
     def cut_frames(self, config: Config) -> int:
         """First frames of what the autoencoder decodes that the stock pipeline does not show."""
         return 0

@@ -137,6 +137,9 @@ class HunyuanVideo(Family):
             return noise
         return noise * self.NOISE_SHARE + given["first_frame"].to(noise) * (1.0 - self.NOISE_SHARE)
 
+    def end(self, config: Config, x: torch.Tensor, given: Conditioning) -> torch.Tensor:
+        return replaced(x, given["first_frame"]) if "first_frame" in given and self._replaces(config) else x
+
     def frame_rate(self, index: Config, config: Config) -> float:
         return 24.0
 
