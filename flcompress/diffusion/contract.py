@@ -46,7 +46,7 @@ class SamplingContract:
         given_sigmas: what the stock pipeline hands to the scheduler; None where the scheduler spaces its own.
         num_inference_steps: network calls along a sampling path.
         sigmas: the noise level of each call, in order, as that scheduler gives them (without the final 0).
-        timesteps: what the network is told at each call: sigma times the number of training timesteps.
+        timesteps: what the network is told at each call, as that scheduler gives it.
         guidance_scale: w in u + w (c - u); 1 is none.
         max_sequence_length: tokens that a prompt is padded to.
         embedded_guidance: the scale that a guidance-distilled network (HunyuanVideo, FLUX.1-dev) is told as an input.
