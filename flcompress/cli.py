@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -11,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import click
 
 from flcompress import __version__
-from flcompress.errors import INTERRUPTED, FlcompressError, RequestError
+from flcompress.command_group import Commands
+from flcompress.errors import RequestError
 
 if TYPE_CHECKING:
     from flcompress.pipeline.display import Display
@@ -22,23 +25,9 @@ _GPUS = ("a100", "h100", "h200", "l40s", "rtx4090")  # those of pipeline/gpus.py
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")
 quiet = click.option("--quiet", is_flag=True, help="Show no progress.")
-
-
-class Commands(click.Group):
-    """Ends a failed command with one line and the error's exit status instead of a traceback."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except FlcompressError as error:
-            if ctx.params.get("debug"):
-                raise
-            if not (error.told if error.told is not None else _not_first()):
-                click.echo(f"error: {error}", err=True)
-            ctx.exit(error.exit_status)
-        except KeyboardInterrupt:
-            click.echo("interrupted; the same command goes on from here", err=True)
-            ctx.exit(INTERRUPTED)
+moved_model = click.option(
+    "--model", type=_FOLDER, help="The model that the run started from, if it has moved.  [default: where it was]"
+)
 
 
 @click.group(cls=Commands)
@@ -46,6 +35,9 @@ class Commands(click.Group):
 @click.version_option(__version__, prog_name="flcompress")
 def main(debug: bool) -> None:
     """Compress video diffusion transformers: fewer blocks, fewer steps, one recipe."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a sign gets its number, not a traceback
+            stream.reconfigure(errors="backslashreplace")
     # Loading a model draws a bar of its own in the libraries below; what is shown here is ours to say.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # And torch's exchange between processes warns of every wait.
@@ -160,12 +152,13 @@ def inspect_command(
 @click.argument("lora", type=_FOLDER)
 @click.argument("pruned", type=_FOLDER)
 @click.option("--out", type=_FOLDER, required=True, help="File to write.")
+@moved_model
 @as_json
-def remap_lora_command(lora: Path, pruned: Path, out: Path, as_json: bool) -> None:
+def remap_lora_command(lora: Path, pruned: Path, out: Path, model: Path | None, as_json: bool) -> None:
     """Fit a LORA of the teacher to the PRUNED model. A run, an exported folder, or its kept_blocks.json."""
     from flcompress.pipeline.remapping import remap_lora, remapping_text
 
-    done = remap_lora(lora, pruned, out)
+    done = remap_lora(lora, pruned, out, model)
     if as_json:
         _print(done)
     else:
@@ -241,14 +234,17 @@ def report_command(run: Path) -> None:
 @click.argument("run", type=_FOLDER)
 @click.option("--format", "formats", multiple=True, metavar="NAME", help="diffusers, onnx or tensorrt; repeatable.")
 @click.option("--force", is_flag=True, help="Write again what is unchanged.")
+@moved_model
 @as_json
 @quiet
-def export_command(run: Path, formats: Sequence[str], force: bool, as_json: bool, quiet: bool) -> None:
+def export_command(
+    run: Path, formats: Sequence[str], force: bool, model: Path | None, as_json: bool, quiet: bool
+) -> None:
     """Write the exports of the finished RUN. Those of its recipe, or the given formats."""
     from flcompress.pipeline.manager import export
     from flcompress.pipeline.rundir import RunDirectory
 
-    records = export(RunDirectory(run), formats, force=force, display=_display(quiet))
+    records = export(RunDirectory(run, model), formats, force=force, display=_display(quiet))
     if as_json:
         _print(records)
 
@@ -290,9 +286,8 @@ def generate_command(
 ) -> None:
     """Generate one clip with the exported student of RUN."""
     from flcompress.exporters.runtime import generate
-    from flcompress.pipeline.durable import full_disk_told
 
-    with full_disk_told(out), _display(quiet).stage("generate") as progress:
+    with _display(quiet).stage("generate") as progress:
         generate(run, prompt, backend, out, seed, image, progress, fps, negative_prompt)
     click.echo(str(out))
 
@@ -309,17 +304,19 @@ def generate_command(
     type=click.IntRange(min=2),
     help="Repetitions, from which the intervals come; the recipe's evaluation.seeds where left out.",
 )
+@moved_model
 @as_json
 @quiet
-def eval_command(run: Path, clips_per_prompt: int | None, seeds: int | None, as_json: bool, quiet: bool) -> None:
+def eval_command(
+    run: Path, clips_per_prompt: int | None, seeds: int | None, model: Path | None, as_json: bool, quiet: bool
+) -> None:
     """Compare teacher, stages and student of RUN on held-out prompts. Writes RUN/eval."""
     from flcompress.evaluation.harness import evaluate
-    from flcompress.pipeline.durable import full_disk_told
     from flcompress.pipeline.rundir import RunDirectory
 
-    opened = RunDirectory(run)
+    opened = RunDirectory(run, model)
     size = opened.recipe().evaluation
-    with full_disk_told(run), _display(quiet).stage("evaluation") as progress:
+    with _display(quiet).stage("evaluation") as progress:
         results = evaluate(opened, clips_per_prompt or size.clips_per_prompt, seeds or size.seeds, progress)
     _tell(results, as_json, run)
 
@@ -327,16 +324,16 @@ def eval_command(run: Path, clips_per_prompt: int | None, seeds: int | None, as_
 @main.command("bench")
 @click.argument("run", type=_FOLDER)
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Interleaved repetitions.")
+@moved_model
 @as_json
 @quiet
-def bench_command(run: Path, rounds: int, as_json: bool, quiet: bool) -> None:
+def bench_command(run: Path, rounds: int, model: Path | None, as_json: bool, quiet: bool) -> None:
     """Time teacher and student of RUN side by side. Writes RUN/bench."""
     from flcompress.evaluation.bench import bench
-    from flcompress.pipeline.durable import full_disk_told
     from flcompress.pipeline.rundir import RunDirectory
 
-    with full_disk_told(run), _display(quiet).stage("bench") as progress:
-        results = bench(RunDirectory(run), rounds, progress)
+    with _display(quiet).stage("bench") as progress:
+        results = bench(RunDirectory(run, model), rounds, progress)
     _tell(results, as_json, run)
 
 
@@ -367,11 +364,6 @@ def _display(quiet: bool) -> Display:
     from flcompress.pipeline.display import QuietDisplay, default_display
 
     return QuietDisplay() if quiet else default_display()
-
-
-def _not_first() -> bool:
-    """Whether a launcher started this process beside others of the same machine, the first of which speaks."""
-    return os.environ.get("LOCAL_RANK", "0") != "0" and "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def _tell(results: dict[str, Any], as_json: bool, run: Path) -> None:
