@@ -60,9 +60,17 @@ def read_source(recipe: Recipe) -> Source:
 def check_sampling(recipe: Recipe) -> None:
     """RequestError, before any work, where the recipe's model cannot be sampled as the recipe says.
 
-    Its scheduler, its experts and their partner, the size, and a negative prompt that nothing would use.
+    Its scheduler and that of a student, its experts and their partner, the size, and a negative prompt that nothing
+    would use.
     """
-    contract = _sampled(recipe).contract
+    from flcompress.diffusion.student import student_contract
+    from flcompress.models.families import family_of
+
+    model = _sampled(recipe)
+    contract, sigmas = model.contract, family_of(model.index["_class_name"]).sigmas
+    for step in recipe.passes:
+        if Fact.FEW_STEP in step.gives:
+            student_contract(contract, step.evaluations(contract.evaluations), sigmas)
     if contract.negative_prompt and not contract.guided and not any(step.guides for step in recipe.passes):
         raise RecipeError(
             f"{recipe.where('sampling')}.negative_prompt: given, but neither the model (guidance_scale 1) nor a pass "

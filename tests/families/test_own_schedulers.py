@@ -101,6 +101,18 @@ def test_a_scheduler_that_cannot_be_followed_is_refused_before_any_work(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_student_that_cannot_be_is_refused_before_any_work(
+    pipeline_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """A discrete student starts at the last timestep only where its steps divide them."""
+    text = recipe(tmp_path, pipeline_folder("cogvideox")).read_text()
+    (tmp_path / "recipe.yaml").write_text(
+        f"{text}data: {{latents: nowhere}}\npasses: [{{dmd: {{student_steps: 3, steps: 1}}}}]\n"
+    )
+    with pytest.raises(ModelError, match=r"dmd\.student_steps: 3 given, expected a divisor of the scheduler's 1000"):
+        check(load_recipe(tmp_path / "recipe.yaml"), RunDirectory(tmp_path / "run"))
+
+
 def test_a_scheduler_whose_noise_is_left_out_is_exported_and_named(
     pipeline_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
