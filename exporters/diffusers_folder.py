@@ -57,17 +57,18 @@ class DiffusersExporter(Exporter):
         if program.family.image:
             del size["num_frames"]
         call = call_arguments(program.contract, program.family) | size
+        frame_rate = frame_rate_of(program)
         facts = {
             "contract": program.contract.to_dict(),
             "call": call,
             "parameters": program.graph.parameters,
             "kept": dict(program.kept),
             "latents": list(program.latents),
-            "frame_rate": frame_rate_of(program),
+            "frame_rate": frame_rate,
             "pipeline_class": program.pipeline_class,
         }
         write_json(folder / FACTS_FILE, facts)
-        card = model_card(program, call, facts["frame_rate"])
+        card = model_card(program, call, frame_rate)
         (folder / "README.md").write_text(card, encoding="utf-8")
         check_folder(folder, program.pipeline_class, program.contract)
         progress(len(parts) + 1, len(parts) + 1, {})

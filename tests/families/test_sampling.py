@@ -80,15 +80,12 @@ def stock(
         given["negative_prompt"] = ""
     found: torch.Tensor = pipeline(
         prompt=PROMPT,
-        negative_prompt=given.pop("negative_prompt", "" if TINY[name].guidance != 1.0 else None),
         num_inference_steps=contract.num_inference_steps,
         max_sequence_length=LENGTH,
         latents=start,
         output_type="latent",
         return_dict=False,
-        **family.call(contract.guidance_scale, contract.embedded_guidance),
-        **size,
-        **given,
+        **family.call(contract.guidance_scale, contract.embedded_guidance) | size | given,
     )[0]
     assert levels_of(pipeline.scheduler) == (contract.sigmas, contract.timesteps)
     if name in ("flux", "qwen-image"):
