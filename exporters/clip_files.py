@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,9 +15,10 @@ from flcompress.errors import RequestError
 if TYPE_CHECKING:
     from PIL import Image
 
-FRAMES_PER_SECOND = 8
+ENLARGED = 128
+"""Pixels; clips with a side below that are for looking at: they are enlarged, pixels kept square and sharp."""
 SMALLEST_SIDE = 256
-"""Pixels; smaller clips are enlarged by a whole factor, pixels kept square and sharp."""
+"""Pixels of the shorter side that an enlarged clip has at least; the factor is a whole number."""
 
 
 def check_target(out: Path) -> None:
@@ -29,13 +32,19 @@ def check_target(out: Path) -> None:
         raise RequestError(f"{out}: {above} is a file, expected a folder")
 
 
-def write_clip(clip: torch.Tensor, out: Path) -> Path:
-    """Write a clip [3, frames, height, width] with values in [-1, 1]; the file appears whole or not at all."""
+def write_clip(clip: torch.Tensor, out: Path, frame_rate: float) -> Path:
+    """Write a clip [3, frames, height, width] with values in [-1, 1]; the file appears whole or not at all.
+
+    Args:
+        clip: what to write.
+        out: where to; its extension says as what.
+        frame_rate: frames a second at which it plays.
+    """
     check_target(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.stem}.partial{out.suffix}")
     try:
-        WRITERS[out.suffix.lower()](frames_of(clip), partial)
+        WRITERS[out.suffix.lower()](frames_of(clip), partial, frame_rate)
         partial.replace(out)
     finally:
         partial.unlink(missing_ok=True)
@@ -43,12 +52,13 @@ def write_clip(clip: torch.Tensor, out: Path) -> Path:
 
 
 def frames_of(clip: torch.Tensor) -> list[Image.Image]:
-    """RGB pictures, the shorter side at least `SMALLEST_SIDE` pixels."""
+    """RGB pictures; see `ENLARGED`."""
     from PIL import Image
 
     pixels = ((clip.float().clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
     height, width = pixels.shape[-2:]
-    factor = -(-SMALLEST_SIDE // min(height, width))
+    smaller = min(height, width)
+    factor = -(-SMALLEST_SIDE // smaller) if smaller < ENLARGED else 1
     size = (width * factor, height * factor)
     frames = pixels.permute(1, 2, 3, 0).cpu().numpy()
     return [Image.fromarray(frame).resize(size, Image.Resampling.NEAREST) for frame in frames]
@@ -71,16 +81,19 @@ def read_picture(path: Path, height: int, width: int) -> torch.Tensor:
     return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 127.5 - 1.0
 
 
-def _gif(frames: list[Image.Image], path: Path) -> None:
+def _gif(frames: list[Image.Image], path: Path, frame_rate: float) -> None:
     first, *others = frames
-    first.save(path, save_all=True, append_images=others, duration=1000 // FRAMES_PER_SECOND, loop=0)
+    # A GIF counts hundredths of a second: each frame ends at the one that is nearest to its time.
+    ends = [round(100 * place / frame_rate) for place in range(len(frames) + 1)]
+    durations = [10 * (end - start) for start, end in pairwise(ends)]
+    first.save(path, save_all=True, append_images=others, duration=durations, loop=0)
 
 
-def _mp4(frames: list[Image.Image], path: Path) -> None:
+def _mp4(frames: list[Image.Image], path: Path, frame_rate: float) -> None:
     import av
 
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=FRAMES_PER_SECOND)
+        stream = container.add_stream("libx264", rate=Fraction(frame_rate).limit_denominator(1001))
         # 4:2:0 colour, the kind every player reads, wants even sides.
         stream.width, stream.height = (side - side % 2 for side in frames[0].size)
         stream.pix_fmt = "yuv420p"
@@ -90,7 +103,7 @@ def _mp4(frames: list[Image.Image], path: Path) -> None:
         container.mux(stream.encode())
 
 
-def _png(frames: list[Image.Image], path: Path) -> None:
+def _png(frames: list[Image.Image], path: Path, frame_rate: float) -> None:
     from PIL import Image
 
     width, height = frames[0].size
@@ -100,4 +113,4 @@ def _png(frames: list[Image.Image], path: Path) -> None:
     strip.save(path)
 
 
-WRITERS: dict[str, Callable[[list[Image.Image], Path], None]] = {".gif": _gif, ".mp4": _mp4, ".png": _png}
+WRITERS: dict[str, Callable[[list[Image.Image], Path, float], None]] = {".gif": _gif, ".mp4": _mp4, ".png": _png}

@@ -16,7 +16,7 @@ from flcompress.exporters.model_card import model_card
 from flcompress.exporters.partner import KEPT_FILE
 from flcompress.exporters.shapes import clip_of
 from flcompress.models.families.family import Family
-from flcompress.models.folder import WITH_WEIGHTS, check_weights
+from flcompress.models.folder import WITH_WEIGHTS, check_transformer_config, check_weights
 from flcompress.models.part_check import matching_tensors
 from flcompress.models.parts import part_names
 from flcompress.models.quiet import no_progress_bars
@@ -30,6 +30,7 @@ class DiffusersExporter(Exporter):
     """`diffusers: {}`: RUN/exports/diffusers, for the stock pipeline; safetensors only, dtype as stored."""
 
     name: ClassVar[str] = "diffusers"
+    version: ClassVar[int] = 2
 
     def fingerprint(self) -> str:
         return f"diffusers {version('diffusers')}"
@@ -55,16 +56,19 @@ class DiffusersExporter(Exporter):
         if program.family.image:
             del size["num_frames"]
         call = call_arguments(program.contract, program.family) | size
+        frame_rate = frame_rate_of(program)
         facts = {
             "contract": program.contract.to_dict(),
             "call": call,
             "parameters": program.graph.parameters,
             "kept": dict(program.kept),
             "latents": list(program.latents),
+            "frame_rate": frame_rate,
             "pipeline_class": program.pipeline_class,
         }
         write_json(folder / FACTS_FILE, facts)
-        (folder / "README.md").write_text(model_card(program, call), encoding="utf-8")
+        card = model_card(program, call, frame_rate)
+        (folder / "README.md").write_text(card, encoding="utf-8")
         check_folder(folder, program.pipeline_class, program.contract)
         progress(len(parts) + 1, len(parts) + 1, {})
         return {
@@ -74,14 +78,23 @@ class DiffusersExporter(Exporter):
         }
 
 
-def call_arguments(contract: SamplingContract, family: Family) -> dict[str, int | float]:
+def call_arguments(contract: SamplingContract, family: Family) -> dict[str, int | float | str]:
     """Arguments that a stock pipeline's call needs beside prompt and size; its own defaults are a teacher's."""
+    negative = contract.negative_prompt if contract.guided else ""
     return {
         "num_inference_steps": contract.num_inference_steps,
-        **family.call(contract.guidance_scale, contract.embedded_guidance),
+        **family.call(contract.guidance_scale, contract.embedded_guidance, negative),
         **_experts_call(contract),
         "max_sequence_length": contract.max_sequence_length,
     }
+
+
+def frame_rate_of(program: Program) -> float:
+    """Frames a second of its clips: those of the run's data where they are known, else the family's."""
+    if program.frame_rate is not None:
+        return program.frame_rate
+    config = check_transformer_config(program.components["transformer"])
+    return program.family.frame_rate(program.index, config)
 
 
 def _experts_call(contract: SamplingContract) -> dict[str, float]:

@@ -31,7 +31,7 @@ made = pipe(
 
 Give all of these arguments: the pipeline's own defaults are for an uncompressed model. {seed}
 
-The scheduler's noise levels are the ones the model was made for: sigmas {sigmas} (shift {shift:g}).
+The scheduler's noise levels are the ones the model was made for: sigmas {sigmas} (shift {shift:g}).{solver}
 `{transformer}/kept_blocks.json` maps every block to its place in the original; `flcompress.json` holds the sampling
 contract.
 """
@@ -41,6 +41,10 @@ STOCHASTIC = (
     "`generator=` only its start."
 )
 DETERMINISTIC = "The seed decides the\nstarting noise, nothing else is random."
+
+REPLACED = """
+The scheduler is the model's own {scheduler}, which adds noise on the way; flcompress samples at its levels along the
+ODE, so its clips are not those of a stock call."""
 
 
 EXPERTS = """
@@ -54,13 +58,13 @@ SECOND_ALONE = (
 )
 
 
-def model_card(program: Program, call: Mapping[str, int | float]) -> str:
+def model_card(program: Program, call: Mapping[str, int | float | str], frame_rate: float) -> str:
     """Markdown with the snippet that runs the exported folder; `call` are the arguments beside the prompt."""
     contract, family = program.contract, program.family
     if family.image:
         task, imports, write = "text-to-image", "", 'made.images[0].save("picture.png")'
     else:
-        task, write = "text-to-video", 'export_to_video(made.frames[0], "clip.mp4", fps=8)'
+        task, write = "text-to-video", f'export_to_video(made.frames[0], "clip.mp4", fps={frame_rate:g})'
         imports = "from diffusers.utils import export_to_video\n"
     given = [f"    {name}={value!r}," for name, value in call.items()]
     if program.pipeline_class in family.from_image:
@@ -78,11 +82,12 @@ def model_card(program: Program, call: Mapping[str, int | float]) -> str:
         parameters=program.graph.parameters,
         evaluations=contract.evaluations,
         teacher_evaluations=program.teacher_contract.evaluations,
-        prompt="a three drifting up and left, fast",
+        prompt="what the {} shows".format("picture" if family.image else "clip"),
         arguments="\n".join(given),
         seed=STOCHASTIC if contract.stochastic else DETERMINISTIC,
         sigmas=", ".join(f"{sigma:.4g}" for sigma in contract.sigmas),
         shift=contract.shift,
+        solver=REPLACED.format(scheduler=contract.scheduler_class) if contract.replaced else "",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +25,7 @@ from flcompress.exporters.positions import with_positions
 from flcompress.exporters.tensorrt_api import cuda_driver
 from flcompress.exporters.tensorrt_session import TensorRTSession, require_gpu
 from flcompress.models.families import family_of
-from flcompress.models.folder import check_parts, check_transformer_config
+from flcompress.models.folder import check_parts, check_transformer_config, read_json
 from flcompress.models.loading import load_transformer
 from flcompress.models.network import as_network
 from flcompress.models.parts import Parts, open_parts
@@ -42,6 +43,8 @@ def generate(
     seed: int = 0,
     image: Path | None = None,
     progress: ProgressSink | None = None,
+    fps: float | None = None,
+    negative_prompt: str | None = None,
 ) -> Path:
     """Run the whole pipeline of `run_dir/exports` and write the clip.
 
@@ -54,6 +57,8 @@ def generate(
             noise is drawn as stock Wan draws it after `torch.manual_seed(seed)`; other pipelines draw other shapes.
         image: the first frame, for image-to-video models; scaled and cropped to the clip's size.
         progress: told of each denoising step.
+        fps: frames a second of the file; the export's own rate where left out.
+        negative_prompt: what guidance leads away from; the recipe's where left out.
 
     Returns:
         `out`.
@@ -68,10 +73,11 @@ def generate(
     pipeline = run_dir / "exports" / "diffusers"
     facts = read_manifest(pipeline / FACTS_FILE, _make(run_dir, "diffusers"))
     check_parts(pipeline)
+    facts = _with_negative(facts, negative_prompt)
     parts = open_parts(pipeline)
     first = _first_frame(parts, facts, prompt, image)
     latents = denoise(_denoiser(run_dir, backend, facts), parts, facts, prompt, seed, first, progress)
-    return write_clip(parts.decode_latents(latents)[0], out)
+    return write_clip(parts.decode_latents(latents)[0], out, fps or _frame_rate(pipeline, facts))
 
 
 def denoise(
@@ -88,12 +94,34 @@ def denoise(
     Starting noise and every re-noising come from one generator in the order a stock pipeline draws them.
     """
     contract = SamplingContract.from_dict(facts["contract"])
-    prompts = parts.encode_prompts([prompt, ""], contract.max_sequence_length)
+    prompts = parts.encode_prompts([prompt, contract.negative_prompt], contract.max_sequence_length)
     given = taken(prompts, slice(0, 1)) | dict(first_frame or {})
     draw = torch.Generator().manual_seed(seed)
     start = parts.family.start(parts.family.noise(facts["latents"], draw), given)
     told = _counted(network, contract.evaluations, progress) if progress else network
-    return sample(told, contract, start, given, taken(prompts, slice(1, 2)), draw)
+    made = sample(told, contract, start, given, taken(prompts, slice(1, 2)), draw)
+    return parts.family.end(parts.config, made, given)
+
+
+def _frame_rate(pipeline: Path, facts: dict[str, Any]) -> float:
+    """Frames a second of the export's clips; exports of before this was noted have their family's."""
+    if "frame_rate" in facts:
+        return float(facts["frame_rate"])
+    index = read_json(pipeline / "model_index.json", "a diffusers pipeline folder has one")
+    return family_of(facts["pipeline_class"]).frame_rate(index, check_transformer_config(pipeline / "transformer"))
+
+
+def _with_negative(facts: dict[str, Any], negative_prompt: str | None) -> dict[str, Any]:
+    """The facts with another negative prompt; RequestError where nothing is guided, so that it would do nothing."""
+    if negative_prompt is None:
+        return facts
+    contract = SamplingContract.from_dict(facts["contract"])
+    if not contract.guided:
+        raise RequestError(
+            f"--negative-prompt: {negative_prompt!r} given, but this model is sampled without text guidance, so it has "
+            "no effect; leave it out"
+        )
+    return {**facts, "contract": replace(contract, negative_prompt=negative_prompt).to_dict()}
 
 
 def _first_frame(parts: Parts, facts: dict[str, Any], prompt: str, image: Path | None) -> Conditioning:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import click
 
 from flcompress import __version__
-from flcompress.errors import INTERRUPTED, FlcompressError, RequestError
+from flcompress.command_group import Commands
+from flcompress.errors import RequestError
 
 if TYPE_CHECKING:
     from flcompress.pipeline.display import Display
@@ -27,38 +28,6 @@ quiet = click.option("--quiet", is_flag=True, help="Show no progress.")
 moved_model = click.option(
     "--model", type=_FOLDER, help="The model that the run started from, if it has moved.  [default: where it was]"
 )
-
-
-class Command(click.Command):
-    """A command whose every error of the operating system becomes one line."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        from flcompress.pipeline.system_errors import check_writable, system_errors_in_one_line
-
-        written = next((ctx.params[name] for name in ("out", "run_dir", "run") if ctx.params.get(name)), None)
-        with system_errors_in_one_line(written):
-            if written is not None and not ctx.params.get("dry_run"):
-                check_writable(written)  # before hours of work
-            return super().invoke(ctx)
-
-
-class Commands(click.Group):
-    """Ends a failed command with one line and the error's exit status instead of a traceback."""
-
-    command_class = Command
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except FlcompressError as error:
-            if ctx.params.get("debug"):
-                raise
-            if not (error.told if error.told is not None else _not_first()):
-                click.echo(f"error: {error}", err=True)
-            ctx.exit(error.exit_status)
-        except KeyboardInterrupt:
-            click.echo("interrupted; the same command goes on from here", err=True)
-            ctx.exit(INTERRUPTED)
 
 
 @click.group(cls=Commands)
@@ -209,6 +178,7 @@ def remap_lora_command(lora: Path, pruned: Path, out: Path, model: Path | None, 
 @click.option("--width", type=click.IntRange(min=1), help="See --height.")
 @click.option("--max-sequence-length", type=click.IntRange(min=1), default=512, show_default=True,
               help="Tokens a prompt is padded to; the recipe's sampling names the same.")  # fmt: skip
+@click.option("--negative-prompt", default="", help="What guidance leads away from, as the recipe's sampling.")
 @click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes; one a GPU.")
 @as_json
 @quiet
@@ -223,6 +193,7 @@ def encode_command(
     height: int | None,
     width: int | None,
     max_sequence_length: int,
+    negative_prompt: str,
     workers: int,
     as_json: bool,
     quiet: bool,
@@ -235,7 +206,9 @@ def encode_command(
     from flcompress.pipeline.encoding import encode, folder_request, summary_text
 
     target = Target(frames, height, width)
-    request = folder_request(pipeline, captions, out, videos, target, max_sequence_length, workers, pipeline_class, fps)
+    request = folder_request(
+        pipeline, captions, out, videos, target, max_sequence_length, workers, pipeline_class, fps, negative_prompt
+    )
     made = encode(request, _display(quiet))
     if as_json:
         _print(made)
@@ -293,15 +266,29 @@ def export_command(
     "--seed", type=int, default=0, show_default=True, help="Seed of all noise; the same one gives the same clip."
 )
 @click.option("--image", type=_FOLDER, help="First frame, for image-to-video models.")
+@click.option(
+    "--fps",
+    type=click.FloatRange(min=0, min_open=True, max=1000),
+    help="Frames a second of the file.  [default: those of the run's data, or of the model's family]",
+)
+@click.option("--negative-prompt", help="What guidance leads away from.  [default: the recipe's]")
 @quiet
 def generate_command(
-    run: Path, prompt: str, backend: Backend, out: Path, seed: int, image: Path | None, quiet: bool
+    run: Path,
+    prompt: str,
+    backend: Backend,
+    out: Path,
+    seed: int,
+    image: Path | None,
+    fps: float | None,
+    negative_prompt: str | None,
+    quiet: bool,
 ) -> None:
     """Generate one clip with the exported student of RUN."""
     from flcompress.exporters.runtime import generate
 
     with _display(quiet).stage("generate") as progress:
-        generate(run, prompt, backend, out, seed, image, progress)
+        generate(run, prompt, backend, out, seed, image, progress, fps, negative_prompt)
     click.echo(str(out))
 
 
@@ -377,11 +364,6 @@ def _display(quiet: bool) -> Display:
     from flcompress.pipeline.display import QuietDisplay, default_display
 
     return QuietDisplay() if quiet else default_display()
-
-
-def _not_first() -> bool:
-    """Whether a launcher started this process beside others of the same machine, the first of which speaks."""
-    return os.environ.get("LOCAL_RANK", "0") != "0" and "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def _tell(results: dict[str, Any], as_json: bool, run: Path) -> None:

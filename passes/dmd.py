@@ -18,6 +18,7 @@ from flcompress.pipeline.passes import Cost, EngineName, Pass, Role, Work
 from flcompress.pipeline.program import Fact, Program
 from flcompress.pipeline.recipe import Training
 from flcompress.training.engines import engine_of
+from flcompress.training.guided_teacher import NO_INTER
 from flcompress.training.loop import train
 from flcompress.training.lora import lora_parameters, merge, unlike
 from flcompress.training.student_health import student_watch
@@ -108,6 +109,10 @@ class DistributionMatching(Pass):
         if self.intra_cfg != (0.0, 0.0):
             needed.add(Fact.PRUNED)
         return frozenset(needed)
+
+    @property
+    def guides(self) -> bool:
+        return self.inter_cfg != NO_INTER
 
     @property
     def needs_clips(self) -> bool:

@@ -89,7 +89,7 @@ class Pretrain(Pass):
         def train_step(step: int, draws: Draws) -> Mapping[str, float]:
             for part in role.micro_batches(draws):
                 x0, given = training.batch(part.batch, part.shared, part.mine)
-                given = dropped(given, data.negative, part.uniform() < self.caption_dropout)
+                given = dropped(given, data.empty, part.uniform() < self.caption_dropout)
                 noise, level = part.normal(*x0.shape[1:]), draw_levels(part, self.shift, low=low, high=high)
                 x0, noise, level = (t.to(work.device) for t in (x0, noise, level))
                 loss = denoising_loss(network, process, x0, on(given, work.device), level, noise)

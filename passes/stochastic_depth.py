@@ -61,7 +61,9 @@ class StochasticDepth(Pass):
     steps: int = Field(gt=0, description="optimiser steps")
     batch: int = Field(16, gt=0, description="clips a step")
     learning_rate: float = Field(5e-4, gt=0, description="peak; rises for 20 steps, then half a cosine")
-    caption_dropout: float = Field(0.1, ge=0, lt=1, description="share of clips with the empty prompt")
+    caption_dropout: float = Field(
+        0.1, ge=0, lt=1, description="share of clips with the negative prompt (by default empty)"
+    )
 
     @property
     def needs(self) -> frozenset[Fact]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from flcompress.data import moving_digits
 from flcompress.data.encoder import clip_tensors, joined
-from flcompress.data.shards import Clip, ClipShard, Index, PromptShard, write_shard
+from flcompress.data.shards import NEGATIVE, Clip, ClipShard, Index, PromptShard, leading, write_shard
 from flcompress.draws import generator
 from flcompress.models.parts import Parts
 
@@ -26,14 +26,16 @@ def build_moving_digits(
         folder: where the dataset is written.
         clips: how many.
         parts: autoencoder and text encoders of the pipeline.
-        request: what the index says it was made from; "max_sequence_length" is the tokens a prompt is padded to.
+        request: what the index says it was made from; "max_sequence_length" is the tokens a prompt is padded to,
+            "negative_prompt", if there, what guidance leads away from.
         seed: of the clips.
         progress: told how many clips are encoded.
     """
     known = moving_digits.captions("train")
     rendered, wanted = moving_digits.sample(clips, "train", generator(seed, "moving-digits", clips))
-    prompts = ("", *(caption.text for caption in known))
-    place = {caption: number for number, caption in enumerate(known, start=1)}
+    first = leading(request.get(NEGATIVE, ""))
+    prompts = (*first, *(caption.text for caption in known))
+    place = {caption: number for number, caption in enumerate(known, start=len(first))}
     said, length = [caption.text for caption in wanted], request["max_sequence_length"]
     encoded = []
     for start in range(0, clips, _BATCH):

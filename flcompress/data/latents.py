@@ -89,11 +89,15 @@ class LatentDataset:
     Attributes:
         folder: where it lies.
         captions: the texts; the first is the empty prompt.
-        negative: conditioning by the empty prompt, [1, ...] each.
+        captions_start: number of the first of them that is a caption.
+        empty: conditioning by the empty prompt, [1, ...] each.
+        negative: the same by what guidance leads away from, which is the empty prompt in most datasets.
     """
 
     folder: Path
     captions: tuple[str, ...]
+    captions_start: int
+    empty: dict[str, torch.Tensor]
     negative: dict[str, torch.Tensor]
     _reader: _Reader
     _buckets: tuple[_Bucket, ...]
@@ -112,7 +116,8 @@ class LatentDataset:
             places.setdefault(shard.size, []).extend((number, row, clip.prompt) for row, clip in enumerate(shard.clips))
         buckets = tuple(_Bucket(size, torch.tensor(places[size])) for size in sorted(places))
         reader = _Reader(folder, index)
-        return cls(folder, index.prompts, reader.prompts([EMPTY]), reader, buckets)
+        empty, negative = reader.prompts([EMPTY]), reader.prompts([index.captions_start - 1])
+        return cls(folder, index.prompts, index.captions_start, empty, negative, reader, buckets)
 
     def __len__(self) -> int:
         return sum(len(bucket.places) for bucket in self._buckets)
@@ -153,7 +158,7 @@ class LatentDataset:
             mine: which of the samples are read and returned.
         """
         if self.prompts_only:
-            chosen = torch.randint(1, len(self.captions), (n,), generator=generator)
+            chosen = torch.randint(self.captions_start, len(self.captions), (n,), generator=generator)
             chosen = chosen[mine]
             return (len(chosen), *latents), self._reader.prompts(chosen.tolist())
         rows, prompts = _split(self._draw(n, generator, mine))

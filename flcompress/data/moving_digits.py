@@ -24,6 +24,7 @@ PIXELS_PER_FRAME = (0.75, 1.75)
 """Drift per frame for each of `SPEEDS`."""
 
 FRAMES, HEIGHT, WIDTH = 9, 32, 32
+FRAMES_PER_SECOND = 8.0
 DIGIT_PIXELS = 14
 """Mean side of a digit; each clip's differs by up to 8 %."""
 

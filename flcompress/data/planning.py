@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from flcompress.data.captions import Captioned
 from flcompress.data.encoder import ClipTask, PromptTask, Skipped
-from flcompress.data.shards import Clip
+from flcompress.data.shards import Clip, leading
 from flcompress.data.sizes import Size, Target
 from flcompress.models.latent_size import Grid
 
@@ -23,7 +23,7 @@ class Plan:
     makes the same shards.
 
     Attributes:
-        prompts: each text once; the first is the empty prompt.
+        prompts: each text once; the first is the empty prompt, the second the negative one where there is one.
         tasks: shards of prompts, then shards of clips.
         skipped: videos left out already.
     """
@@ -33,9 +33,9 @@ class Plan:
     skipped: tuple[Skipped, ...] = ()
 
 
-def plan_prompts(texts: Sequence[str]) -> Plan:
+def plan_prompts(texts: Sequence[str], negative_prompt: str = "") -> Plan:
     """A dataset of prompts only."""
-    prompts = tuple(dict.fromkeys(["", *texts]))
+    prompts = tuple(dict.fromkeys([*leading(negative_prompt), *texts]))
     return Plan(prompts, _prompt_tasks(prompts))
 
 
@@ -45,6 +45,7 @@ def plan_clips(
     uncaptioned: Sequence[str],
     target: Target,
     grid: Grid,
+    negative_prompt: str = "",
 ) -> Plan:
     """A dataset of clips: those of one bucket share shards, in the order of the captions file.
 
@@ -54,6 +55,7 @@ def plan_clips(
         uncaptioned: videos without a text, which are left out.
         target: the size wanted.
         grid: the sizes that the model takes.
+        negative_prompt: what guidance leads away from.
     """
     skipped = [Skipped(file, "no caption names it") for file in uncaptioned]
     chosen: dict[Size, list[Captioned]] = {}
@@ -66,7 +68,8 @@ def plan_clips(
             skipped.append(Skipped(one.file, f"smaller than the smallest size, {grid.pixels} x {grid.pixels}"))
         else:
             chosen.setdefault(bucket, []).append(one)
-    prompts = tuple(dict.fromkeys(["", *(one.caption for members in chosen.values() for one in members)]))
+    said = (one.caption for members in chosen.values() for one in members)
+    prompts = tuple(dict.fromkeys([*leading(negative_prompt), *said]))
     place = {text: number for number, text in enumerate(prompts)}
     groups = []
     for bucket in sorted(chosen):

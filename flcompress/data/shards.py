@@ -24,7 +24,9 @@ LATENTS = "latents"
 PER_CLIP = "conditioning."
 """Prefix, in a shard of clips, of what else conditions each clip, such as its first frame."""
 EMPTY = 0
-"""The empty prompt is the first of every dataset: guidance and dropped captions need it."""
+"""The empty prompt is the first of every dataset: dropped captions need it, and guidance without another negative."""
+NEGATIVE = "negative_prompt"
+"""Key of a request, absent where guidance leads away from the empty prompt."""
 
 _MEND = "encode again with the same command: only the damaged shard is redone"
 
@@ -66,7 +68,7 @@ class Index(_Part):
 
     Attributes:
         request: what the dataset was made from and how; another request is another dataset.
-        prompts: the texts, each once; the first is the empty one.
+        prompts: the texts, each once; the first is the empty one, the second the negative one where there is one.
         prompt_shards: prompts, in order.
         clip_shards: clips, in order; none in a dataset of prompts only.
     """
@@ -77,6 +79,16 @@ class Index(_Part):
     prompts: tuple[str, ...]
     prompt_shards: tuple[PromptShard, ...]
     clip_shards: tuple[ClipShard, ...] = ()
+
+    @property
+    def negative_prompt(self) -> str:
+        """What guidance leads away from; "" is the empty prompt."""
+        return str(self.request.get(NEGATIVE, ""))
+
+    @property
+    def captions_start(self) -> int:
+        """Number of the first prompt that is a caption."""
+        return len(leading(self.negative_prompt))
 
     @property
     def shards(self) -> tuple[Shard, ...]:
@@ -118,6 +130,11 @@ class Index(_Part):
         if told != held or any(clip.prompt >= told for shard in made.clip_shards for clip in shard.clips):
             raise DataError(f"{path}: its prompts and shards do not fit together; encode again into a new folder")
         return made
+
+
+def leading(negative_prompt: str) -> tuple[str, ...]:
+    """Prompts of a dataset before its captions."""
+    return ("", negative_prompt) if negative_prompt else ("",)
 
 
 def write_shard(path: Path, tensors: Mapping[str, torch.Tensor]) -> tuple[str, int]:

@@ -21,13 +21,13 @@ def on(given: Conditioning, device: torch.device | str) -> dict[str, torch.Tenso
 
 
 def without_prompt(given: Conditioning, negative: Conditioning) -> dict[str, torch.Tensor]:
-    """`given` with the empty prompt's tensors [1, ...] in place of its own; what is no prompt (a first frame) stays."""
+    """`given` with the negative prompt's tensors [1, ...] in place of its own; what is no prompt (a frame) stays."""
     n = len(next(iter(given.values())))
     return {**given, **{name: one.expand(n, *one.shape[1:]) for name, one in negative.items()}}
 
 
 def dropped(given: Conditioning, negative: Conditioning, where: torch.Tensor) -> dict[str, torch.Tensor]:
-    """`given` with the empty prompt [1, ...] in the samples where `where` [n] holds (caption dropout)."""
+    """`given` with the empty or negative prompt [1, ...] in the samples where `where` [n] holds (caption dropout)."""
     kept = dict(given)
     for name, one in negative.items():
         kept[name] = torch.where(where.reshape(-1, *([1] * (one.ndim - 1))), one.to(given[name].dtype), given[name])

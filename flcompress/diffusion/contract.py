@@ -6,23 +6,33 @@ apart, and a student sampled at other noise levels than it was trained on is wor
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
 
 from flcompress.diffusion.experts import Experts
 from flcompress.diffusion.process import FLOW, Discrete, Process
-from flcompress.errors import ModelError
+from flcompress.diffusion.schedulers import (
+    FLOW_SCHEDULER,
+    ONE_STEP,
+    check_levels,
+    check_steps,
+    is_solver,
+    prediction_of,
+    read_levels,
+    saved_config,
+    scheduler_from,
+    set_timesteps,
+    shift_of,
+)
 
-FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
-DISCRETE_SCHEDULER = "CogVideoXDDIMScheduler"
-DISCRETE_ALIKE = (DISCRETE_SCHEDULER, "CogVideoXDPMScheduler")
-"""Stock schedulers of one and the same process; the first is the one that follows its ODE step by step."""
+PipelineSigmas = Callable[[int, Mapping[str, Any]], Sequence[float] | None]
+"""(Steps, the scheduler's configuration) -> the sigmas that a stock pipeline hands to its scheduler; None where the
+scheduler spaces its own."""
 
-PipelineSigmas = Callable[[int], Sequence[float] | None]
-"""Steps -> the sigmas that a stock pipeline hands to its scheduler; None where the scheduler spaces its own."""
+_LATER: dict[str, Any] = {"mu": None, "ends": None, "negative_prompt": ""}
+"""Fields that the first contracts did not have, left out where they say nothing: equal contracts stay equal files."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,17 +41,20 @@ class SamplingContract:
 
     Attributes:
         prediction: what the network predicts: "flow" (the velocity e - x0), "v_prediction" or "epsilon".
-        scheduler_class: of diffusers, the one that is saved with the model.
+        scheduler_class: of diffusers, the one that is saved with the model: its own, or a few-step student's.
         scheduler: its configuration.
         given_sigmas: what the stock pipeline hands to the scheduler; None where the scheduler spaces its own.
         num_inference_steps: network calls along a sampling path.
         sigmas: the noise level of each call, in order, as that scheduler gives them (without the final 0).
-        timesteps: what the network is told at each call: sigma times the number of training timesteps.
+        timesteps: what the network is told at each call, as that scheduler gives it.
         guidance_scale: w in u + w (c - u); 1 is none.
         max_sequence_length: tokens that a prompt is padded to.
         embedded_guidance: the scale that a guidance-distilled network (HunyuanVideo, FLUX.1-dev) is told as an input.
         experts: of a pipeline with two transformers, who answers for which level; then `guidance_scale` is the
             high-noise one's.
+        mu: what the stock pipeline hands to a scheduler with dynamic shifting, at the size that is sampled.
+        ends: the noise level after each call, where it is not the next call's and 0 after the last.
+        negative_prompt: what guidance leads away from.
     """
 
     prediction: str = "flow"
@@ -55,6 +68,9 @@ class SamplingContract:
     given_sigmas: tuple[float, ...] | None = None
     embedded_guidance: float | None = None
     experts: Experts | None = None
+    mu: float | None = None
+    ends: tuple[float, ...] | None = None
+    negative_prompt: str = ""
 
     @property
     def process(self) -> Process:
@@ -64,12 +80,22 @@ class SamplingContract:
     @property
     def stochastic(self) -> bool:
         """Whether each step predicts x0 and noises it again (few-step students) or follows the ODE (Euler)."""
-        return bool(dict(self.scheduler).get("stochastic_sampling", False))
+        return self.scheduler_class == FLOW_SCHEDULER and bool(dict(self.scheduler).get("stochastic_sampling", False))
+
+    @property
+    def solver(self) -> bool:
+        """Whether the saved scheduler looks back at earlier steps, so that only itself can take them."""
+        return is_solver(self.scheduler_class, dict(self.scheduler))
+
+    @property
+    def replaced(self) -> bool:
+        """Whether sampling follows the levels of the saved scheduler by other steps, since that one adds noise."""
+        return self.scheduler_class not in ONE_STEP and not self.solver
 
     @property
     def shift(self) -> float:
         """Timestep shift of a flow model; 1 where the levels are not shifted."""
-        return float(dict(self.scheduler).get("shift", 1.0)) if self.prediction == "flow" else 1.0
+        return shift_of(self.scheduler_class, dict(self.scheduler), self.mu) if self.prediction == "flow" else 1.0
 
     @property
     def evaluations(self) -> int:
@@ -83,7 +109,7 @@ class SamplingContract:
 
     @property
     def guided(self) -> bool:
-        """Whether any call needs the empty prompt."""
+        """Whether any call needs the negative prompt."""
         return self.evaluations > len(self.timesteps)
 
     def guidance_at(self, place: int) -> float:
@@ -91,6 +117,11 @@ class SamplingContract:
         if self.experts is None or self.experts.at(self.timesteps[place]) == "high":
             return self.guidance_scale
         return self.experts.guidance_scale
+
+    @property
+    def steps(self) -> tuple[tuple[float, float], ...]:
+        """(noise level before, after) of each call."""
+        return tuple(zip(self.sigmas, self.ends or (*self.sigmas[1:], 0.0), strict=True))
 
     @property
     def places(self) -> tuple[int, ...]:
@@ -106,13 +137,14 @@ class SamplingContract:
         return (0.0, 1.0) if self.experts is None else self.experts.levels
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "scheduler": dict(self.scheduler), "guidance_convention": "u + w (c - u)"}
+        told = {key: value for key, value in asdict(self).items() if key not in _LATER or value != _LATER[key]}
+        return {**told, "scheduler": dict(self.scheduler), "guidance_convention": "u + w (c - u)"}
 
     @classmethod
     def from_dict(cls, given: dict[str, Any]) -> SamplingContract:
         fields = {key: value for key, value in given.items() if key != "guidance_convention"}
         fields["scheduler"] = frozen(fields["scheduler"])
-        for name in ("sigmas", "timesteps", "given_sigmas"):
+        for name in ("sigmas", "timesteps", "given_sigmas", "ends"):
             if fields.get(name) is not None:
                 fields[name] = tuple(fields[name])
         if fields.get("experts") is not None:
@@ -121,7 +153,7 @@ class SamplingContract:
 
 
 def contract_of(
-    scheduler_config: dict[str, Any],
+    scheduler_config: Mapping[str, Any],
     *,
     num_inference_steps: int,
     guidance_scale: float,
@@ -130,67 +162,64 @@ def contract_of(
     pipeline_sigmas: PipelineSigmas | None = None,
     mu: float | None = None,
     experts: Experts | None = None,
+    negative_prompt: str = "",
 ) -> SamplingContract:
     """The contract that a stock scheduler with this configuration gives: its own levels, read off, never recomputed.
 
     Args:
-        scheduler_config: of a pipeline folder. A multistep solver of the same process is replaced by the one-step
-            scheduler (Euler, DDIM) whose path it approximates.
+        scheduler_config: of a pipeline folder.
         pipeline_sigmas: the sigmas that the stock pipeline hands over.
-        mu: of a scheduler with dynamic shifting, at the size that is sampled; fixed from here on.
+        mu: of a scheduler with dynamic shifting, at the size that is sampled.
 
     Raises:
-        ModelError: a scheduler of another process.
+        ModelError: a scheduler of another process, or one that cannot be followed.
     """
-    name, config = _one_step(scheduler_config, mu)
-    given = pipeline_sigmas(num_inference_steps) if pipeline_sigmas else None
-    contract = SamplingContract(
-        prediction="flow" if name == FLOW_SCHEDULER else str(config.get("prediction_type", "epsilon")),
+    name = str(scheduler_config.get("_class_name", FLOW_SCHEDULER))
+    config = {key: value for key, value in scheduler_config.items() if not key.startswith("_")}
+    prediction = prediction_of(name, config)
+    if prediction == "flow":
+        shift_of(name, config, mu)  # a shift that depends on the size needs the pipeline to say it
+    given = pipeline_sigmas(num_inference_steps, config) if pipeline_sigmas else None
+    scheduler = scheduler_from(name, config)
+    set_timesteps(scheduler, num_inference_steps, given, mu)
+    levels = read_levels(scheduler)
+    check_levels(scheduler, levels)
+    if is_solver(name, config):
+        check_steps(scheduler)
+    return SamplingContract(
+        prediction=prediction,
         scheduler_class=name,
-        scheduler=frozen(config),
+        scheduler=frozen(saved_config(scheduler)),
         num_inference_steps=num_inference_steps,
-        sigmas=(),
-        timesteps=(),
+        sigmas=levels.sigmas,
+        timesteps=levels.timesteps,
         guidance_scale=guidance_scale,
         max_sequence_length=max_sequence_length,
         given_sigmas=tuple(map(float, given)) if given is not None else None,
         embedded_guidance=embedded_guidance,
         experts=experts,
+        mu=mu,
+        ends=levels.odd_ends,
+        negative_prompt=negative_prompt,
     )
-    scheduler = scheduler_of(contract)
-    saved = {key: value for key, value in dict(scheduler.config).items() if not key.startswith("_")}
-    sigmas, timesteps = levels_of(scheduler)
-    return replace(contract, scheduler=frozen(saved), sigmas=sigmas, timesteps=timesteps)
 
 
 def scheduler_of(contract: SamplingContract) -> Any:
     """The stock scheduler, its timesteps set as the stock pipeline of the model sets them."""
-    import diffusers
-
-    scheduler = getattr(diffusers, contract.scheduler_class).from_config(dict(contract.scheduler))
+    scheduler = scheduler_from(contract.scheduler_class, dict(contract.scheduler))
     set_levels(scheduler, contract)
     return scheduler
 
 
 def set_levels(scheduler: Any, contract: SamplingContract) -> None:
     """Set a scheduler's timesteps as the stock pipeline of the model does."""
-    if contract.given_sigmas is None:
-        scheduler.set_timesteps(contract.num_inference_steps)
-    else:
-        scheduler.set_timesteps(sigmas=list(contract.given_sigmas))
+    set_timesteps(scheduler, contract.num_inference_steps, contract.given_sigmas, contract.mu)
 
 
 def levels_of(scheduler: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """(noise levels, timesteps) of a stock scheduler whose timesteps are set, 1 or T being pure noise."""
-    timesteps = tuple(float(t) for t in scheduler.timesteps)
-    if not hasattr(scheduler, "sigmas"):
-        count = scheduler.config.num_train_timesteps
-        return tuple((t + 1.0) / count for t in timesteps), timesteps
-    sigmas = tuple(float(s) for s in scheduler.sigmas[:-1])
-    if scheduler.config.get("invert_sigmas"):  # Mochi counts from noise to data
-        sigmas = tuple(1.0 - s for s in sigmas)
-        timesteps = tuple(s * scheduler.config.num_train_timesteps for s in sigmas)
-    return sigmas, timesteps
+    levels = read_levels(scheduler)
+    return levels.sigmas, levels.timesteps
 
 
 def resampled(
@@ -204,32 +233,10 @@ def resampled(
         max_sequence_length=contract.max_sequence_length,
         embedded_guidance=contract.embedded_guidance,
         pipeline_sigmas=pipeline_sigmas,
+        mu=contract.mu,
         experts=contract.experts,
+        negative_prompt=contract.negative_prompt,
     )
-
-
-def _one_step(given: dict[str, Any], mu: float | None) -> tuple[str, dict[str, Any]]:
-    """(class, configuration) of the one-step scheduler of the same process, with a fixed shift."""
-    name = given.get("_class_name", FLOW_SCHEDULER)
-    config = {key: value for key, value in given.items() if not key.startswith("_")}
-    if name in DISCRETE_ALIKE:
-        # From pure noise on, evenly: the other spacings never see the last timestep.
-        return DISCRETE_SCHEDULER, {**config, "timestep_spacing": "trailing"}
-    if config.get("use_flow_sigmas") and config.get("prediction_type") == "flow_prediction":
-        return FLOW_SCHEDULER, {"shift": config.get("flow_shift", 1.0)}
-    if name != FLOW_SCHEDULER:
-        raise ModelError(
-            f"scheduler: {name} given, expected {FLOW_SCHEDULER}, a solver with flow sigmas, or "
-            f"{' or '.join(DISCRETE_ALIKE)}; save the pipeline with one of them as its scheduler"
-        )
-    if config.get("use_dynamic_shifting"):
-        if mu is None:
-            raise ModelError(
-                "scheduler: use_dynamic_shifting is set, but this pipeline gives it no mu; set shift instead"
-            )
-        exponential = config.get("time_shift_type", "exponential") == "exponential"
-        config |= {"use_dynamic_shifting": False, "shift": math.exp(mu) if exponential else mu}
-    return FLOW_SCHEDULER, config
 
 
 def frozen(config: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
@@ -241,7 +248,4 @@ def frozen(config: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
 def _process(scheduler_class: str, prediction: str, config: tuple[tuple[str, Any], ...]) -> Process:
     if prediction == "flow":
         return FLOW
-    import diffusers
-
-    scheduler = getattr(diffusers, scheduler_class).from_config(dict(config))
-    return Discrete(scheduler.alphas_cumprod, prediction)
+    return Discrete(scheduler_from(scheduler_class, dict(config)).alphas_cumprod, prediction)

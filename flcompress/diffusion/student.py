@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from flcompress.diffusion.contract import PipelineSigmas, SamplingContract, frozen, resampled
+from flcompress.diffusion.schedulers import DISCRETE_SCHEDULER, FLOW_SCHEDULER
 from flcompress.errors import ModelError
+
+OTHER_SPACINGS = ("use_dynamic_shifting", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 
 
 def student_contract(
@@ -26,28 +30,45 @@ def student_contract(
     Raises:
         ModelError: steps that do not divide the timesteps of a discrete process.
     """
-    config = dict(teacher.scheduler)
-    given = teacher.given_sigmas
     if teacher.prediction != "flow":
-        if config["num_train_timesteps"] % num_inference_steps:
-            raise ModelError(
-                f"dmd.student_steps: {num_inference_steps} given, expected a divisor of the scheduler's "
-                f"{config['num_train_timesteps']} timesteps, such as 4"
-            )
-    elif given is None:
-        k, a = teacher.shift, 1.0 / num_inference_steps
-        config |= {
-            "shift": 1.0 + (1.0 - a) * (k - 1.0) / (1.0 + a * (k - 1.0)),
-            # One call starts, and ends, at pure noise.
-            "shift_terminal": k * a / (1.0 + (k - 1.0) * a) if num_inference_steps > 1 else None,
-            "stochastic_sampling": True,
-        }
+        name, config = DISCRETE_SCHEDULER, _discrete(teacher, num_inference_steps)
     else:
-        config |= {"shift_terminal": None, "stochastic_sampling": not config.get("invert_sigmas")}
-    unguided = _unguided(replace(teacher, scheduler=frozen(config)))
+        name, config = FLOW_SCHEDULER, _flow(teacher, num_inference_steps, pipeline_sigmas)
+    unguided = _unguided(replace(teacher, scheduler_class=name, scheduler=frozen(config), mu=None))
     student = resampled(unguided, num_inference_steps, pipeline_sigmas)
     _check_experts(student)
-    return student
+    return student if student.guided else replace(student, negative_prompt="")
+
+
+def _discrete(teacher: SamplingContract, num_inference_steps: int) -> dict[str, Any]:
+    """The scheduler that starts at the last timestep, pure noise, whatever the teacher's spacing."""
+    config = dict(teacher.scheduler)
+    if config["num_train_timesteps"] % num_inference_steps:
+        raise ModelError(
+            f"dmd.student_steps: {num_inference_steps} given, expected a divisor of the scheduler's "
+            f"{config['num_train_timesteps']} timesteps, such as 4"
+        )
+    if teacher.prediction == "epsilon" and config["rescale_betas_zero_snr"]:
+        raise ModelError(
+            "scheduler: rescale_betas_zero_snr is set with prediction_type epsilon, expected v_prediction: a student "
+            "starts at pure noise, of which the noise says nothing about a clip"
+        )
+    return {**config, "timestep_spacing": "trailing"}
+
+
+def _flow(teacher: SamplingContract, steps: int, pipeline_sigmas: PipelineSigmas | None) -> dict[str, Any]:
+    """Euler's scheduler with the wanted levels; options of the teacher's that would space them otherwise are off."""
+    given = dict(teacher.scheduler) if teacher.scheduler_class == FLOW_SCHEDULER else {}
+    config: dict[str, Any] = {**given, **dict.fromkeys(OTHER_SPACINGS, False)}
+    k, a = teacher.shift, 1.0 / steps
+    if pipeline_sigmas is not None and pipeline_sigmas(steps, config) is not None:
+        return config | {"shift": k, "shift_terminal": None, "stochastic_sampling": not config.get("invert_sigmas")}
+    return config | {
+        "shift": 1.0 + (1.0 - a) * (k - 1.0) / (1.0 + a * (k - 1.0)),
+        # One call starts, and ends, at pure noise.
+        "shift_terminal": k * a / (1.0 + (k - 1.0) * a) if steps > 1 else None,
+        "stochastic_sampling": True,
+    }
 
 
 def _unguided(teacher: SamplingContract) -> SamplingContract:

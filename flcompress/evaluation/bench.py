@@ -12,22 +12,23 @@ from typing import Any
 
 import torch
 
-from flcompress.data import moving_digits
 from flcompress.diffusion.conditioning import Conditioning, taken
 from flcompress.diffusion.contract import SamplingContract
 from flcompress.diffusion.sampling import Network, sample
 from flcompress.draws import generator
 from flcompress.errors import RequestError
 from flcompress.evaluation.backends import BACKENDS, EAGER, Unusable, available_cores, compiled, cpu_name, onnx_network
+from flcompress.models.latent_size import folder_grid
 from flcompress.models.loading import load_transformer
 from flcompress.models.network import as_network
-from flcompress.models.parts import Parts
 from flcompress.pipeline.durable import write_text
 from flcompress.pipeline.passes import ProgressSink
 from flcompress.pipeline.program import Program
 from flcompress.pipeline.rundir import RunDirectory
 
 DENOISING, PIPELINE = "denoising", "pipeline"
+PROMPT = "what the clip shows"
+"""Every prompt is padded to one length, so its text does not matter."""
 
 
 @dataclass
@@ -52,19 +53,21 @@ class Sampler:
 
 
 class _Stage:
-    """What both models share: text encoder and autoencoder, one prompt, one noise."""
+    """What both models share: text encoder and autoencoder, one prompt, one noise of the size that is sampled."""
 
-    def __init__(self, parts: Parts) -> None:
-        self._parts = parts
-        self._prompt = moving_digits.captions("heldout")[0].text
-        clip = torch.zeros(1, 3, moving_digits.FRAMES, moving_digits.HEIGHT, moving_digits.WIDTH)
-        self.noise = torch.randn(parts.encode_clips(clip).shape, generator=generator("bench", "noise"))
+    def __init__(self, program: Program) -> None:
+        self._parts = program.parts()
+        self.noise = torch.randn(1, *program.latents, generator=generator("bench", "noise"))
+        grid = folder_grid(program.components["transformer"], program.components["vae"])
+        self._clip = torch.zeros(1, 3, *grid.clip(program.latents[1:]))  # its first frame is black
 
     def conditioning(self, contract: SamplingContract) -> tuple[Conditioning, Conditioning | None]:
-        """The prompt's conditioning and, only where the contract guides, the empty prompt's, as in a stock pipeline."""
-        prompts = [self._prompt, ""] if contract.guided else [self._prompt]
-        made = self._parts.encode_prompts(prompts, contract.max_sequence_length)
-        return taken(made, slice(0, 1)), taken(made, slice(1, 2)) if len(prompts) == 2 else None
+        """The prompt's conditioning and, only where the contract guides, the negative one's, as in a stock pipeline."""
+        prompts = [PROMPT, contract.negative_prompt] if contract.guided else [PROMPT]
+        length = contract.max_sequence_length
+        made = self._parts.encode_prompts(prompts, length)
+        given = taken(made, slice(0, 1)) | self._parts.encode_images(self._clip, [PROMPT], length)
+        return given, taken(made, slice(1, 2)) if contract.guided else None
 
     @torch.no_grad()
     def generate(self, sampler: Sampler) -> tuple[float, float]:
@@ -74,7 +77,8 @@ class _Stage:
         prompt, negative = self.conditioning(sampler.contract)
         encoded = time.perf_counter()
         again = generator("bench", "noise again")
-        latents = sample(sampler.counted, sampler.contract, self.noise, prompt, negative, again)
+        start = self._parts.family.start(self.noise, prompt)
+        latents = sample(sampler.counted, sampler.contract, start, prompt, negative, again)
         denoised = time.perf_counter()
         self._parts.decode_latents(latents)
         return denoised - encoded, time.perf_counter() - started
@@ -116,7 +120,7 @@ def bench(
             f"{run.path}: a {program.pipeline_class} with two experts, which bench does not time yet; expected a model "
             "with one transformer; time 'flcompress generate' instead"
         )
-    stage = _Stage(program.parts())
+    stage = _Stage(program)
     teacher_model = load_transformer(program.components["original"])
     student_model = load_transformer(program.components["transformer"])
     pairs = {EAGER: (as_network(teacher_model), as_network(student_model))}

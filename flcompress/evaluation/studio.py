@@ -94,24 +94,25 @@ class Studio:
         key = key_of(**self._decided_by, identity=contender.identity, contract=contract, seed=seed)
         return self._cache / f"{key}.safetensors"
 
-    def _load(self, length: int) -> tuple[Conditioning, Conditioning, torch.Size]:
-        """The prompts' conditioning [n, ...], the empty prompt's [1, ...], the shape of one clip's latents."""
+    def _load(self, length: int, negative: str) -> tuple[Conditioning, Conditioning, torch.Size]:
+        """The prompts' conditioning [n, ...], the negative prompt's [1, ...], the shape of one clip's latents."""
         prompts = moving_digits.captions("heldout")
-        given = self._parts.encode_prompts([*(caption.text for caption in prompts), ""], length)
+        given = self._parts.encode_prompts([*(caption.text for caption in prompts), negative], length)
         every = torch.arange(len(prompts)).repeat(len(self._captions) // len(prompts))
         one = torch.zeros(1, 3, moving_digits.FRAMES, moving_digits.HEIGHT, moving_digits.WIDTH)
         return taken(given, every), taken(given, slice(-1, None)), self._parts.encode_clips(one).shape[1:]
 
     @torch.no_grad()
     def _clips(self, contender: Contender, seed: int, counter: Counter) -> torch.Tensor:
-        prompts, negative, shape = self._loaded(contender.contract.max_sequence_length)
+        contract = contender.contract
+        prompts, negative, shape = self._loaded(contract.max_sequence_length, contract.negative_prompt)
         noise = torch.randn(len(self._captions), *shape, generator=generator("evaluation", "noise", seed))
         network = counter.around(contender.network)
         clips = []
         for number, first in enumerate(range(0, len(noise), BATCH)):
             some = slice(first, first + BATCH)
             again = generator("evaluation", "noise again", seed, number)
-            latents = sample(network, contender.contract, noise[some], taken(prompts, some), negative, again)
+            latents = sample(network, contract, noise[some], taken(prompts, some), negative, again)
             if not bool(torch.isfinite(latents).all()):
                 raise FlcompressError(
                     f"{contender.name}: its latents are not finite at seed {seed}; expected numbers. Its training went "

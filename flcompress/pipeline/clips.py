@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flcompress.data.shards import INDEX_FILE
+from flcompress.data.shards import INDEX_FILE, NEGATIVE
 from flcompress.errors import DataError, RequestError
 from flcompress.pipeline.display import Display
 from flcompress.pipeline.durable import locked, move_in_place
@@ -42,6 +42,8 @@ class Clips:
             "parts": parts_digests(program.index, program.components),
             "max_sequence_length": program.contract.max_sequence_length,
         }
+        if negative := program.teacher_contract.negative_prompt:
+            request[NEGATIVE] = negative
         size = self._recipe.sampling.size if "videos" in spec else None
         key = key_of(data=fingerprint(spec), seed=self._recipe.seed, size=size, **request)
         if key not in self._loaded:
@@ -72,6 +74,7 @@ class Clips:
             videos=Path(given["folder"]),
             target=target_of(self._recipe),
             max_sequence_length=program.contract.max_sequence_length,
+            negative_prompt=program.teacher_contract.negative_prompt,
             device=self._device,
         )
         self._display.line(summary_text(encode(request, self._display, wait=True)))
@@ -92,6 +95,22 @@ class Clips:
             with self._display.stage("encoding clips") as progress:
                 build_moving_digits(work, clips, program.parts(self._device), request, self._recipe.seed, progress)
             move_in_place(work, final)
+
+
+def data_frame_rate(recipe: Recipe) -> float | None:
+    """Frames a second of a recipe's clips; None where nothing says it: videos at their own rates, a dataset gone."""
+    from flcompress.data import moving_digits
+    from flcompress.data.shards import Index
+
+    if recipe.data is None or recipe.data.videos is not None:
+        return None
+    if recipe.data.moving_digits is not None:
+        return moving_digits.FRAMES_PER_SECOND
+    try:
+        found = Index.read(Path((recipe.data_spec() or {})["latents"])).request.get("fps")
+    except DataError:
+        return None
+    return None if found is None else float(found)
 
 
 def target_of(recipe: Recipe) -> Target:

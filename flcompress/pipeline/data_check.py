@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
+from flcompress.data.shards import NEGATIVE
 from flcompress.errors import DataError
 from flcompress.pipeline.clips import grid_and_target
 from flcompress.pipeline.recipe import Recipe
@@ -66,6 +68,12 @@ def _check_origin(recipe: Recipe, folder: Path, request: dict[str, Any]) -> None
         raise DataError(
             f"{where}: its prompts are padded to {length} tokens, expected sampling.max_sequence_length, {wanted}; "
             f"set that to {length}, or encode with --max-sequence-length {wanted}"
+        )
+    negative, meant = request.get(NEGATIVE, ""), recipe.sampling.negative_prompt
+    if negative != meant:
+        raise DataError(
+            f"{where}: its negative prompt is {negative!r}, expected sampling.negative_prompt, {meant!r}; set that to "
+            f"{negative!r}, or encode with --negative-prompt {shlex.quote(meant)}"
         )
     if recipe.model.weights == "random":
         return  # its parts do not exist yet

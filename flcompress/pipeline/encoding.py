@@ -13,7 +13,7 @@ from typing import Any
 from flcompress.data.captions import read_captions, read_prompts, without_caption
 from flcompress.data.encoder import Encoder, Skipped
 from flcompress.data.planning import plan_clips, plan_prompts
-from flcompress.data.shards import INDEX_FILE, SKIPPED_FILE, WORK, Index
+from flcompress.data.shards import INDEX_FILE, NEGATIVE, SKIPPED_FILE, WORK, Index
 from flcompress.data.sizes import OWN_SIZE, Size, Target
 from flcompress.data.workers import Run, workers
 from flcompress.errors import DataError
@@ -26,6 +26,8 @@ from flcompress.pipeline.display import Display
 from flcompress.pipeline.durable import locked, working_alone
 from flcompress.pipeline.program import folder_digest
 
+_TOLD = ("max_sequence_length", "fps", NEGATIVE)
+"""Parts of a request that are said in full where they differ."""
 _TOGETHER = 32
 """Videos that a process measures at once."""
 
@@ -43,6 +45,7 @@ class Request:
         target: size of the clips.
         fps: frames a second of the clips; None takes every frame of a video.
         max_sequence_length: tokens a prompt is padded to.
+        negative_prompt: what guidance leads away from.
         processes: how many encode.
         device: "cpu" or "cuda".
     """
@@ -55,6 +58,7 @@ class Request:
     target: Target = OWN_SIZE
     fps: float | None = None
     max_sequence_length: int = 512
+    negative_prompt: str = ""
     processes: int = 1
     device: str = "cpu"
 
@@ -72,6 +76,7 @@ class Request:
             "target": asdict(self.target),
             "fps": self.fps,
             "max_sequence_length": self.max_sequence_length,
+            **({NEGATIVE: self.negative_prompt} if self.negative_prompt else {}),
         }
 
 
@@ -95,6 +100,7 @@ def folder_request(
     processes: int = 1,
     pipeline_class: str | None = None,
     fps: float | None = None,
+    negative_prompt: str = "",
 ) -> Request:
     """A request to encode with the parts of a pipeline folder, on a GPU if there is one.
 
@@ -123,6 +129,7 @@ def folder_request(
         target=target,
         fps=fps,
         max_sequence_length=max_sequence_length,
+        negative_prompt=negative_prompt,
         processes=processes,
         device=device,
     )
@@ -157,6 +164,11 @@ def encode(request: Request, display: Display, *, wait: bool = False) -> dict[st
                 "give --videos"
             )
         captioned, uncaptioned, prompts = [], [], read_prompts(request.captions)
+        if request.negative_prompt in prompts:
+            raise DataError(
+                f"{request.captions}: the negative prompt is one of the prompts ({request.negative_prompt!r}); a model "
+                "is not trained towards it: take it out of the file"
+            )
     else:
         grid = folder_grid(request.components["transformer"], request.components["vae"])
         target.check(grid)
@@ -183,10 +195,10 @@ def encode(request: Request, display: Display, *, wait: bool = False) -> dict[st
             plan = stored_plan(request.out)
             if plan is None:
                 if request.videos is None:
-                    plan = plan_prompts(prompts)
+                    plan = plan_prompts(prompts, request.negative_prompt)
                 else:
                     measured = _measure([one.file for one in captioned], run, display)
-                    plan = plan_clips(captioned, measured, uncaptioned, target, grid)
+                    plan = plan_clips(captioned, measured, uncaptioned, target, grid, request.negative_prompt)
                 store_plan(request.out, plan, identity)
             made = make(request.out, plan, identity, run, display)
     clean(request.out)
@@ -203,7 +215,7 @@ def summary(out: Path, made: int) -> dict[str, Any]:
     return {
         "out": str(out),
         "clips": index.clips,
-        "prompts": len(index.prompts) - 1,
+        "prompts": len(index.prompts) - index.captions_start,
         "skipped": len(skipped.read_text(encoding="utf-8").splitlines()) if skipped.exists() else 0,
         "buckets": [{"frames": f, "height": h, "width": w, "clips": n} for (f, h, w), n in sorted(buckets.items())],
         "shards": len(index.shards),
@@ -235,10 +247,10 @@ def _check_out(out: Path, identity: dict[str, Any]) -> None:
         if out.is_dir() and any(path.name != WORK for path in out.iterdir()):
             raise DataError(f"{out}: not empty and no latent dataset (no {INDEX_FILE}); choose another --out")
         return
-    for key, value in identity.items():
-        if found.get(key) != value:
-            number = key in ("max_sequence_length", "fps")
-            told = f"{key}: {found.get(key)} there, {value} given" if number else f"other {key}"
+    for key in (*identity, *(key for key in found if key not in identity)):
+        there, given = found.get(key), identity.get(key)
+        if there != given:
+            told = f"{key}: {there} there, {given} given" if key in _TOLD else f"other {key}"
             raise DataError(f"{out}: holds a dataset made from another request ({told}); choose another --out")
 
 

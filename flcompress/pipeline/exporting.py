@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from flcompress.errors import PreconditionError
 from flcompress.pipeline.attempts import attempt, told
+from flcompress.pipeline.clips import data_frame_rate
 from flcompress.pipeline.display import Display
 from flcompress.pipeline.durable import move_in_place, write_text
 from flcompress.pipeline.exporter import Exporter
@@ -32,6 +34,7 @@ def run_exports(
         PreconditionError: an exporter reads the output of another that is not there.
     """
     run.exports.mkdir(exist_ok=True)
+    program = replace(program, frame_rate=data_frame_rate(run.recipe()))
     records: dict[str, dict[str, Any]] = {}
     for exporter in exporters:
         missing = [name for name in exporter.after if not (run.exports / name).is_dir()]

@@ -140,7 +140,7 @@ def check(recipe: Recipe, run: RunDirectory, *, plan: bool = False) -> None:
     if not bare and "wandb" in recipe.training.log_to:
         check_wandb_installed()
     check_pipeline(recipe.model_folder(), weights=trained and not bare, parts=not bare)
-    start.check_experts(recipe)
+    start.check_sampling(recipe)
     if not bare:
         check_data(recipe)
 

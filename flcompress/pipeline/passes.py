@@ -151,6 +151,11 @@ class Pass(BaseModel, ABC):
         return get_args(EngineName)
 
     @property
+    def guides(self) -> bool:
+        """Whether it guides by text itself, so that a negative prompt has an effect whatever the model's own scale."""
+        return False
+
+    @property
     def needs_clips(self) -> bool:
         """Whether prompts alone do not do. A property, since it may depend on the arguments."""
         return self.needs_data

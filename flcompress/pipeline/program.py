@@ -58,6 +58,7 @@ class Program:
         facts: what holds.
         prune_set: paths, in the unpruned transformer, of the blocks chosen for removal.
         kept: path in the current transformer -> path in the original, for every block.
+        frame_rate: frames a second of the run's data, where it knows them; it belongs to the run, so it is not saved.
     """
 
     graph: BlockGraph
@@ -69,6 +70,7 @@ class Program:
     facts: frozenset[Fact] = frozenset()
     prune_set: tuple[str, ...] = ()
     kept: Mapping[str, str] = field(default_factory=dict)
+    frame_rate: float | None = None
 
     @property
     def pipeline_class(self) -> str:

@@ -60,6 +60,10 @@ class Sampling(_Part):
         ge=0,
         description="the same for the low-noise expert of a model with two; guidance_scale where left out",
     )
+    negative_prompt: str = Field(
+        "",
+        description="what text guidance leads away from: the model's own sampling, and the teacher in a distillation",
+    )
     max_sequence_length: int = Field(512, ge=1, description="tokens a prompt is padded to")
     embedded_guidance: float | None = Field(
         None, gt=0, description="scale that a guidance-distilled network is told; the family's usual one where left out"
@@ -77,6 +81,11 @@ class Sampling(_Part):
                 f"nothing given for {' and '.join(missing)}, expected num_frames, height and width together"
             )
         return self
+
+    @property
+    def decisive(self) -> dict[str, Any]:
+        """Its part of a cache key; an empty negative prompt leaves keys as they were before there was one."""
+        return self.model_dump(mode="json", exclude=None if self.negative_prompt else {"negative_prompt"})
 
     @property
     def size(self) -> tuple[int, int, int] | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flcompress.diffusion.contract import SamplingContract
-from flcompress.errors import RecipeError, RequestError
+from flcompress.errors import ModelError, RecipeError, RequestError
 from flcompress.ir.graph import BlockGraph
 from flcompress.pipeline.experts import read_experts, transformer_folders, with_partner
 from flcompress.pipeline.program import Fact, Program, folder_digest
@@ -19,8 +19,10 @@ from flcompress.pipeline.store import key_of
 if TYPE_CHECKING:
     from flcompress.models.families.family import Family, LatentShape
 
-VERSION = 2
-"""Raise it when tracing gives another graph for the same model: it is part of the key."""
+VERSION = 3
+"""Raise it when the same model and recipe give another program: it is part of the key."""
+
+SCHEDULER_FILE = Path("scheduler") / "scheduler_config.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,13 +57,25 @@ def read_source(recipe: Recipe) -> Source:
     return Source(**vars(model), graph=graph)
 
 
-def check_experts(recipe: Recipe) -> None:
-    """RecipeError, before any work, where the recipe does not fit the experts of its model, or its partner."""
-    from flcompress.models.folder import read_json
+def check_sampling(recipe: Recipe) -> None:
+    """RequestError, before any work, where the recipe's model cannot be sampled as the recipe says.
 
-    index = read_json(recipe.model_folder() / "model_index.json", "a diffusers pipeline folder has one")
-    if read_experts(recipe, index) is not None:
-        _sampled(recipe)
+    Its scheduler and that of a student, its experts and their partner, the size, and a negative prompt that nothing
+    would use.
+    """
+    from flcompress.diffusion.student import student_contract
+    from flcompress.models.families import family_of
+
+    model = _sampled(recipe)
+    contract, sigmas = model.contract, family_of(model.index["_class_name"]).sigmas
+    for step in recipe.passes:
+        if Fact.FEW_STEP in step.gives:
+            student_contract(contract, step.evaluations(contract.evaluations), sigmas)
+    if contract.negative_prompt and not contract.guided and not any(step.guides for step in recipe.passes):
+        raise RecipeError(
+            f"{recipe.where('sampling')}.negative_prompt: given, but neither the model (guidance_scale 1) nor a pass "
+            "guides by text, so it has no effect; leave it out or set sampling.guidance_scale"
+        )
 
 
 def _sampled(recipe: Recipe) -> _Sampled:
@@ -70,8 +84,8 @@ def _sampled(recipe: Recipe) -> _Sampled:
     from flcompress.models.folder import check_transformer_config, read_json
 
     folder, sampling = recipe.model_folder(), recipe.sampling
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json", "a diffusers pipeline folder has one")
     index = read_json(folder / "model_index.json", "a diffusers pipeline folder has one")
+    scheduler = _scheduler_config(folder, index)
     family = family_of(index["_class_name"])
     if recipe.model.pipeline is not None:
         index["_class_name"] = _other_pipeline(recipe, family)
@@ -79,16 +93,21 @@ def _sampled(recipe: Recipe) -> _Sampled:
     transformer = transformer_folders(recipe, folder, experts)["transformer"]
     config = check_transformer_config(transformer)
     shape = _latent_shape(recipe, family, config)
-    contract = contract_of(
-        scheduler,
-        num_inference_steps=sampling.num_inference_steps,
-        guidance_scale=sampling.scale,
-        max_sequence_length=sampling.max_sequence_length,
-        embedded_guidance=_embedded_guidance(recipe, family, config),
-        pipeline_sigmas=family.sigmas,
-        mu=family.mu(scheduler, config, shape),
-        experts=experts,
-    )
+    embedded = _embedded_guidance(recipe, family, config)
+    try:
+        contract = contract_of(
+            scheduler,
+            num_inference_steps=sampling.num_inference_steps,
+            guidance_scale=sampling.scale,
+            max_sequence_length=sampling.max_sequence_length,
+            embedded_guidance=embedded,
+            pipeline_sigmas=family.sigmas,
+            mu=family.mu(scheduler, config, shape),
+            experts=experts,
+            negative_prompt=sampling.negative_prompt,
+        )
+    except ModelError as error:
+        raise ModelError(f"{folder / SCHEDULER_FILE}: {error}") from error
     return _Sampled(
         folder=folder,
         transformer=transformer,
@@ -96,6 +115,15 @@ def _sampled(recipe: Recipe) -> _Sampled:
         index=index,
         latents=(family.channels(config), *shape),
     )
+
+
+def _scheduler_config(folder: Path, index: dict[str, Any]) -> dict[str, Any]:
+    """The scheduler's configuration; its class is the one that stock diffusers loads, that of `model_index.json`."""
+    from flcompress.models.folder import read_json
+
+    config = read_json(folder / SCHEDULER_FILE, "a diffusers pipeline folder has one")
+    named = index.get("scheduler")
+    return {**config, "_class_name": named[1]} if named and named[1] else config
 
 
 def _other_pipeline(recipe: Recipe, family: Family) -> str:
@@ -167,7 +195,7 @@ def start_key(recipe: Recipe) -> str:
         weights=recipe.model.weights,
         pipeline=recipe.model.pipeline,
         seed=recipe.seed if recipe.model.weights == "random" else None,
-        sampling=recipe.sampling.model_dump(mode="json"),
+        sampling=recipe.sampling.decisive,
     )
 
 

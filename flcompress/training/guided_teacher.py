@@ -34,7 +34,7 @@ class GuidedTeacher:
         prune_set: blocks that its pruned self skips, in order of depth.
         inter_cfg: range of b1, text guidance; 1 is none.
         intra_cfg: range of b2, guidance away from the pruned self; 0 is none.
-        negative: conditioning of the empty prompt, [1, ...].
+        negative: conditioning of the negative prompt, [1, ...].
     """
 
     def __init__(

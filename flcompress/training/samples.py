@@ -13,7 +13,7 @@ from flcompress.data.latents import LatentDataset
 from flcompress.diffusion.conditioning import Conditioning, on, taken
 from flcompress.diffusion.contract import SamplingContract
 from flcompress.diffusion.flow import spread
-from flcompress.diffusion.sampling import Network, advance, predict
+from flcompress.diffusion.sampling import Network, Walk, predict
 from flcompress.draws import Draws
 from flcompress.pipeline.durable import write_text
 from flcompress.pipeline.passes import Work
@@ -43,7 +43,7 @@ class Prompts:
     Attributes:
         work: of the pass.
         given: conditioning of this process's samples, on the training's device.
-        negative: of the empty prompt, [1, ...].
+        negative: of the negative prompt, [1, ...].
         shape: of this process's latents [n, channels, frames, height, width].
         at_once: samples in one forward.
         total: samples over all processes.
@@ -91,13 +91,13 @@ class Prompts:
             given = taken(self.given, part.to(self.work.device))
             again = _one_by_one([noise[part] for noise in noises])
             x = self.start(again(noises[0]).to(self.work.device), given)
-            seen = torch.zeros_like(x)
+            seen, walk = torch.zeros_like(x), Walk(contract)
             for place, sigma in enumerate(levels):
                 prediction = predict(network, contract, place, x, given, self.negative)
                 x0 = contract.process.tweedie(x, prediction, torch.full((len(x),), sigma, device=x.device))
                 here = (place_of[part] == place).to(x.device)
                 seen = torch.where(spread(here, x), x0, seen)
-                x = advance(contract, x, prediction, place, again)
+                x = walk(x, prediction, place, again)
                 self.work.world.beat()
             clean.append(x)
             along.append(seen)

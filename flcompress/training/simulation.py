@@ -23,7 +23,7 @@ class Simulation:
         program: whose latents and start of sampling they have.
         contract: the student's levels.
         data: gives sizes and conditioning.
-        negative: conditioning of the empty prompt, [1, ...].
+        negative: conditioning of the negative prompt, [1, ...].
         device: the training's.
         partner: of two experts the other one, where it makes steps before the student's; it is not trained.
         beat: called after every network call.

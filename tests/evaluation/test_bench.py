@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from flcompress.evaluation import backends
-from flcompress.evaluation.bench import bench
+from flcompress.evaluation.bench import _Stage, bench
 from flcompress.models.loading import load_transformer
 from flcompress.pipeline.rundir import RunDirectory
 
@@ -36,6 +37,11 @@ def test_work_is_counted_and_rounds_are_timed(run: RunDirectory) -> None:
     assert skipped["backend"] == "ONNX Runtime"
     assert "model.onnx; add `- onnx`" in skipped["reason"]
     assert json.loads((run.path / "bench" / "results.json").read_text(encoding="utf-8")) == results
+
+
+def test_clips_are_timed_at_the_size_that_is_sampled(run: RunDirectory) -> None:
+    program = replace(run.final(), latents=(16, 2, 6, 10))
+    assert _Stage(program).noise.shape == (1, 16, 2, 6, 10)
 
 
 def test_no_compiler_is_a_stated_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -12,13 +13,15 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from flcompress.cli import main
 from flcompress.errors import RequestError, UnavailableError
 from flcompress.exporters.clip_files import frames_of, write_clip
+from flcompress.exporters.diffusers_folder import DiffusersExporter
 from flcompress.exporters.runtime import generate
 from flcompress.exporters.tensorrt_api import cuda_driver
+from flcompress.pipeline.program import Program
 
 PROMPT = "a three drifting up and left, fast"
 
@@ -45,19 +48,59 @@ def test_torch_and_onnx_make_the_same_clip(run: Path, tmp_path: Path) -> None:
 
 def test_a_gif_and_a_video(tmp_path: Path) -> None:
     clip = torch.linspace(-1, 1, 3 * 9 * 32 * 48).reshape(3, 9, 32, 48)
-    with Image.open(write_clip(clip, tmp_path / "new" / "clip.gif")) as gif:
+    with Image.open(write_clip(clip, tmp_path / "new" / "clip.gif", 24.0)) as gif:
         assert (gif.size, getattr(gif, "n_frames", 0)) == ((384, 256), 9)
-    with av.open(str(write_clip(clip, tmp_path / "clip.mp4"))) as video:
+        shown = [frame.info["duration"] for frame in ImageSequence.Iterator(gif)]
+    assert shown == [40, 40, 40, 50, 40, 40, 40, 40, 50]  # hundredths of a second, 0.38 of one in all
+    with av.open(str(write_clip(clip, tmp_path / "clip.mp4", 23.976))) as video:
+        assert float(video.streams.video[0].average_rate or 0) == pytest.approx(23.976, abs=1e-3)
         frames = list(video.decode(video=0))
     assert (len(frames), frames[0].width, frames[0].height) == (9, 384, 256)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clip.mp4", "new"]
 
 
+def rate(path: Path) -> float:
+    with av.open(str(path)) as video:
+        return float(video.streams.video[0].average_rate or 0)
+
+
+def test_a_clip_plays_at_its_models_rate_or_as_asked(copy: Path, tmp_path: Path) -> None:
+    assert rate(generate(copy, PROMPT, "torch", tmp_path / "a.mp4")) == 16.0
+    facts = copy / "exports" / "diffusers" / "flcompress.json"
+    told = json.loads(facts.read_text())
+    assert "fps=16)" in (copy / "exports" / "diffusers" / "README.md").read_text()
+    facts.write_text(json.dumps({**told, "frame_rate": 8.0}))  # as of a run whose data has that rate
+    assert rate(generate(copy, PROMPT, "torch", tmp_path / "b.mp4")) == 8.0
+    del told["frame_rate"]  # as exported before it was noted
+    facts.write_text(json.dumps(told))
+    assert rate(generate(copy, PROMPT, "torch", tmp_path / "c.mp4")) == 16.0
+    given = ["generate", str(copy), "--prompt", PROMPT, "--out", str(tmp_path / "d.mp4"), "--fps", "12.5", "--quiet"]
+    assert CliRunner().invoke(main, given).exit_code == 0
+    assert rate(tmp_path / "d.mp4") == 12.5
+
+
+def test_a_negative_prompt_is_for_guided_models(copy: Path, guided: Program, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="--negative-prompt: 'slow' given, but this model is sampled without text"):
+        generate(copy, PROMPT, "torch", tmp_path / "a.png", negative_prompt="slow")
+    shutil.rmtree(copy / "exports" / "diffusers")
+    (copy / "exports" / "diffusers").mkdir()
+    program = replace(guided, contract=replace(guided.contract, negative_prompt="a two, slow"))
+    DiffusersExporter().export(program, copy / "exports" / "diffusers", copy / "exports", lambda *told: None)
+    facts = json.loads((copy / "exports" / "diffusers" / "flcompress.json").read_text())
+    assert facts["call"]["negative_prompt"] == facts["contract"]["negative_prompt"] == "a two, slow"
+    assert "negative_prompt='a two, slow'," in (copy / "exports" / "diffusers" / "README.md").read_text()
+    usual = generate(copy, PROMPT, "torch", tmp_path / "a.png")
+    same = generate(copy, PROMPT, "torch", tmp_path / "b.png", negative_prompt="a two, slow")
+    other = generate(copy, PROMPT, "torch", tmp_path / "c.png", negative_prompt="")
+    assert np.array_equal(pixels(usual), pixels(same))
+    assert not np.array_equal(pixels(usual), pixels(other))
+
+
 def test_large_clips_keep_their_size_and_every_pixel_its_place() -> None:
-    clip = torch.full((3, 2, 300, 280), -1.0)
+    clip = torch.full((3, 2, 240, 416), -1.0)
     clip[:, 1, 0, 0] = 1.0
     frames = frames_of(clip)
-    assert [frame.size for frame in frames] == [(280, 300), (280, 300)]
+    assert [frame.size for frame in frames] == [(416, 240), (416, 240)]
     assert frames[1].getpixel((0, 0)) == (255, 255, 255)
     assert frames[0].getpixel((0, 0)) == (0, 0, 0)
 

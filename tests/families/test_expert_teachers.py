@@ -11,6 +11,7 @@ import torch
 
 from flcompress.errors import RequestError
 from flcompress.exporters.runtime import _denoiser, denoise
+from flcompress.models.folder import read_json
 from flcompress.models.parts import open_parts
 from flcompress.pipeline.display import QuietDisplay
 from flcompress.pipeline.inspecting import inspect_model
@@ -48,6 +49,8 @@ def test_the_teacher_pair_is_sampled_as_its_stock_pipeline_samples_it(
     folder = run.path / "exports" / "diffusers"
     facts = json.loads((folder / "flcompress.json").read_text())
     assert (facts["call"]["guidance_scale"], facts["call"]["guidance_scale_2"]) == (4.0, 2.0)
+    before = read_json(pipeline_folder(name) / "scheduler" / "scheduler_config.json", "")
+    assert read_json(folder / "scheduler" / "scheduler_config.json", "") == before  # nothing was distilled
     given, first = first_frame(folder, facts)
     pipeline = getattr(diffusers, facts["pipeline_class"]).from_pretrained(str(folder), use_safetensors=True)
     pipeline.set_progress_bar_config(disable=True)

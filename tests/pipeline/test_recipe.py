@@ -116,10 +116,10 @@ def test_what_is_dumped_is_read_back(tmp_path: Path) -> None:
          "left out, it is null"),
         (("seed: 0", "sampling: 3"),
          "x.yaml:8: sampling: 3 given, expected a mapping with num_inference_steps, guidance_scale, "
-         "guidance_convention, guidance_scale_2, max_sequence_length, embedded_guidance, num_frames, height, width; "
-         "left out, it is "
+         "guidance_convention, guidance_scale_2, negative_prompt, max_sequence_length, embedded_guidance, num_frames, "
+         "height, width; left out, it is "
          "{num_inference_steps: 50, guidance_scale: 4, "
-         "guidance_convention: unconditional, max_sequence_length: 512}"),
+         "guidance_convention: unconditional, negative_prompt: '', max_sequence_length: 512}"),
     ],
 )  # fmt: skip
 def test_faults_in_one_line(tmp_path: Path, change: tuple[str, str], message: str) -> None:

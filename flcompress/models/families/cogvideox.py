@@ -76,6 +76,9 @@ class CogVideoX(Family):
         empty = (clips.shape[2] - 1) // pipeline.vae_scale_factor_temporal + self.patch(config)[0] - 1
         return {"image_latents": F.pad(first, (0, 0, 0, 0, 0, empty))}
 
+    def frame_rate(self, index: Config, config: Config) -> float:
+        return 8.0 if config.get("patch_size_t") is None else 16.0  # CogVideoX, CogVideoX 1.5
+
     def noise(self, shape: Sequence[int], draw: torch.Generator) -> torch.Tensor:
         channels, frames, *rest = shape
         return torch.randn(1, frames, channels, *rest, generator=draw).transpose(1, 2)

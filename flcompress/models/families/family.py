@@ -91,9 +91,20 @@ class Family(ABC):
         """What decides, beside the pipeline and its parts, how a first frame conditions; None where nothing does."""
         return None
 
-    def call(self, guidance_scale: float, embedded: float | None) -> dict[str, float]:
+    def call(self, guidance_scale: float, embedded: float | None, negative_prompt: str = "") -> dict[str, float | str]:
         """Guidance arguments of the stock pipeline's call."""
-        return {"guidance_scale": guidance_scale}
+        return {"guidance_scale": guidance_scale, **({"negative_prompt": negative_prompt} if negative_prompt else {})}
+
+    def frame_rate(self, index: Config, config: Config) -> float:
+        """Frames a second of the clips that it makes; of an image, whose frame is shown for a second, 1.
+
+        Args:
+            index: the pipeline's `model_index.json`.
+            config: the transformer's.
+        """
+        if self.image:
+            return 1.0
+        raise NotImplementedError(f"{self.name} has no frame rate")
 
     def noise(self, shape: Sequence[int], draw: torch.Generator) -> torch.Tensor:
         """Starting noise [1, *shape] with the numbers that the stock pipeline draws from the same generator."""
@@ -102,6 +113,10 @@ class Family(ABC):
     def start(self, noise: torch.Tensor, given: Conditioning) -> torch.Tensor:
         """Latents that sampling starts from; noise alone in most pipelines."""
         return noise
+
+    def end(self, config: Config, x: torch.Tensor, given: Conditioning) -> torch.Tensor:
+        """Latents that sampling ends with: a given first frame as it was given, free of what rounding made of it."""
+        return x
 
     def cut_frames(self, config: Config) -> int:
         """First frames of what the autoencoder decodes that the stock pipeline does not show."""
@@ -122,22 +137,32 @@ class Family(ABC):
         """Channels of the latents."""
         return int(config["in_channels"])
 
-    def sigmas(self, steps: int) -> Sequence[float] | None:
-        """What the stock pipeline hands to the scheduler; None where the scheduler spaces its own."""
+    def sigmas(self, steps: int, scheduler: Config) -> Sequence[float] | None:
+        """What the stock pipeline hands to a scheduler of this configuration; None where that spaces its own."""
         return None
 
-    def sequence_length(self, config: Config, shape: LatentShape) -> int:
-        """Tokens that the stock pipeline counts for dynamic shifting."""
-        raise NotImplementedError(f"{self.name} has no dynamic shifting")
+    def sequence_length(self, config: Config, shape: LatentShape) -> int | None:
+        """Tokens that the stock pipeline counts for dynamic shifting; None where it knows none."""
+        return None
 
     def mu(self, scheduler: Config, config: Config, shape: LatentShape) -> float | None:
-        """The shift, before its exponential, of a scheduler with dynamic shifting: linear in the number of tokens."""
-        if not scheduler.get("use_dynamic_shifting"):
+        """What the stock pipeline hands to a scheduler with dynamic shifting: linear in the number of tokens."""
+        tokens = self.sequence_length(config, shape)
+        if tokens is None or not scheduler.get("use_dynamic_shifting"):
             return None
         low, high = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
         base, top = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
         slope = (top - base) / (high - low)
-        return float(self.sequence_length(config, shape) * slope + base - slope * low)
+        return float(tokens * slope + base - slope * low)
+
+
+def true_guidance(scale: float, embedded: float | None, negative_prompt: str) -> dict[str, float | str]:
+    """Guidance arguments of a pipeline whose `guidance_scale` is the embedded one and the other `true_cfg_scale`.
+
+    It guides only where it is given a negative prompt, be it the empty one.
+    """
+    made: dict[str, float | str] = {} if embedded is None else {"guidance_scale": embedded}
+    return {**made, "true_cfg_scale": scale, **({"negative_prompt": negative_prompt} if scale != 1.0 else {})}
 
 
 def normal(draw: torch.Generator, *shape: int) -> torch.Tensor:

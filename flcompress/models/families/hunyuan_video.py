@@ -24,6 +24,7 @@ from flcompress.models.families.family import (
     padded,
     picture_of,
     replaced,
+    true_guidance,
 )
 from flcompress.models.families.original_names import OriginalNames
 from flcompress.models.video import encode_clips
@@ -139,6 +140,12 @@ class HunyuanVideo(Family):
             return noise
         return noise * self.NOISE_SHARE + given["first_frame"].to(noise) * (1.0 - self.NOISE_SHARE)
 
+    def end(self, config: Config, x: torch.Tensor, given: Conditioning) -> torch.Tensor:
+        return replaced(x, given["first_frame"]) if "first_frame" in given and self._replaces(config) else x
+
+    def frame_rate(self, index: Config, config: Config) -> float:
+        return 24.0
+
     def cut_frames(self, config: Config) -> int:
         return 4 if self.image_condition(config) == "latent_concat" else 0
 
@@ -146,12 +153,10 @@ class HunyuanVideo(Family):
         channels = int(config["in_channels"])
         return (channels - 1) // 2 if self.image_condition(config) == "latent_concat" else channels
 
-    def call(self, guidance_scale: float, embedded: float | None) -> dict[str, float]:
-        # The pipeline's guidance_scale is the embedded one; the other is called true_cfg_scale.
-        told = {} if embedded is None else {"guidance_scale": embedded}
-        return {**told, "true_cfg_scale": guidance_scale}
+    def call(self, guidance_scale: float, embedded: float | None, negative_prompt: str = "") -> dict[str, float | str]:
+        return true_guidance(guidance_scale, embedded, negative_prompt)
 
-    def sigmas(self, steps: int) -> Sequence[float] | None:
+    def sigmas(self, steps: int, scheduler: Config) -> Sequence[float] | None:
         return evenly(steps)
 
 

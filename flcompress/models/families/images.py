@@ -17,6 +17,7 @@ from flcompress.models.families.family import (
     normal,
     packed,
     padded,
+    true_guidance,
     unpacked,
 )
 from flcompress.models.families.original_names import OriginalNames
@@ -34,10 +35,8 @@ class _Packed(Family):
     ) -> torch.Tensor:
         return unpacked(output, x)
 
-    def call(self, guidance_scale: float, embedded: float | None) -> dict[str, float]:
-        # The pipeline's guidance_scale is the embedded one; the other is called true_cfg_scale.
-        told = {} if embedded is None else {"guidance_scale": embedded}
-        return {**told, "true_cfg_scale": guidance_scale}
+    def call(self, guidance_scale: float, embedded: float | None, negative_prompt: str = "") -> dict[str, float | str]:
+        return true_guidance(guidance_scale, embedded, negative_prompt)
 
     def patch(self, config: Config) -> tuple[int, int]:
         return 1, 2
@@ -45,7 +44,7 @@ class _Packed(Family):
     def channels(self, config: Config) -> int:
         return int(config["in_channels"]) // 4
 
-    def sigmas(self, steps: int) -> Sequence[float] | None:
+    def sigmas(self, steps: int, scheduler: Config) -> Sequence[float] | None:
         return evenly(steps)
 
     def sequence_length(self, config: Config, shape: LatentShape) -> int:
@@ -61,6 +60,9 @@ class Flux(_Packed):
     original: ClassVar[OriginalNames] = original_names.FLUX
     prompt_names: ClassVar[tuple[str, ...]] = _POOLED
     embedded_guidance: ClassVar[float | None] = 3.5
+
+    def sigmas(self, steps: int, scheduler: Config) -> Sequence[float] | None:
+        return None if scheduler.get("use_flow_sigmas") else super().sigmas(steps, scheduler)
 
     def arguments(
         self, config: Config, x: torch.Tensor, timestep: torch.Tensor, given: Conditioning, guidance: float | None

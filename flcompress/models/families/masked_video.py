@@ -60,10 +60,13 @@ class LTX(Family):
         scale = self._scale(pipeline.vae_temporal_compression_ratio, pipeline.vae_spatial_compression_ratio)
         return {**_masked_prompts(pipeline, prompts, length), "rope_interpolation_scale": scale.repeat(len(prompts), 1)}
 
+    def frame_rate(self, index: Config, config: Config) -> float:
+        return self.FRAME_RATE
+
     def _scale(self, over_time: int, over_space: int) -> torch.Tensor:
         return torch.tensor([[over_time / self.FRAME_RATE, float(over_space), float(over_space)]])
 
-    def sigmas(self, steps: int) -> Sequence[float] | None:
+    def sigmas(self, steps: int, scheduler: Config) -> Sequence[float] | None:
         return evenly(steps)
 
     def sequence_length(self, config: Config, shape: LatentShape) -> int:
@@ -80,6 +83,9 @@ class Mochi(Family):
     prompt_names: ClassVar[tuple[str, ...]] = _MASKED
 
     THRESHOLD_NOISE = 0.025
+
+    def frame_rate(self, index: Config, config: Config) -> float:
+        return 30.0
 
     def arguments(
         self, config: Config, x: torch.Tensor, timestep: torch.Tensor, given: Conditioning, guidance: float | None
@@ -106,7 +112,7 @@ class Mochi(Family):
     ) -> dict[str, torch.Tensor]:
         return _masked_prompts(pipeline, prompts, length)
 
-    def sigmas(self, steps: int) -> Sequence[float] | None:
+    def sigmas(self, steps: int, scheduler: Config) -> Sequence[float] | None:
         from diffusers.pipelines.mochi.pipeline_mochi import linear_quadratic_schedule
 
         return list(map(float, linear_quadratic_schedule(steps, self.THRESHOLD_NOISE)))

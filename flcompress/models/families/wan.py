@@ -95,5 +95,11 @@ class Wan(Family):
         found = {"condition": torch.cat(conditions)}
         return found | ({"encoder_hidden_states_image": torch.cat(embeds)} if embeds else {})
 
+    def end(self, config: Config, x: torch.Tensor, given: Conditioning) -> torch.Tensor:
+        return replaced(x, given["first_frame"]) if "first_frame" in given else x
+
+    def frame_rate(self, index: Config, config: Config) -> float:
+        return 24.0 if index.get("expand_timesteps") else 16.0  # Wan 2.2 TI2V-5B, all others
+
     def channels(self, config: Config) -> int:
         return int(config["out_channels"])

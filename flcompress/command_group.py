@@ -1,0 +1,47 @@
+"""How a command ends: with its result, or with one line and an exit status, never with a traceback."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import click
+
+from flcompress.errors import INTERRUPTED, FlcompressError
+
+
+class Command(click.Command):
+    """A command whose every error of the operating system becomes one line."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        from flcompress.pipeline.system_errors import check_writable, system_errors_in_one_line
+
+        written = next((ctx.params[name] for name in ("out", "run_dir", "run") if ctx.params.get(name)), None)
+        with system_errors_in_one_line(written):
+            if written is not None and not ctx.params.get("dry_run"):
+                check_writable(written)  # before hours of work
+            return super().invoke(ctx)
+
+
+class Commands(click.Group):
+    """Ends a failed command with one line and the error's exit status instead of a traceback."""
+
+    command_class = Command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except FlcompressError as error:
+            if ctx.params.get("debug"):
+                raise
+            if not (error.told if error.told is not None else _not_first()):
+                click.echo(f"error: {error}", err=True)
+            ctx.exit(error.exit_status)
+        except KeyboardInterrupt:
+            click.echo("interrupted; the same command goes on from here", err=True)
+            ctx.exit(INTERRUPTED)
+
+
+def _not_first() -> bool:
+    """Whether a launcher started this process beside others of the same machine, the first of which speaks."""
+    return os.environ.get("LOCAL_RANK", "0") != "0" and "RANK" in os.environ and "WORLD_SIZE" in os.environ
