@@ -173,6 +173,7 @@ def encode(request: Request, display: Display, *, wait: bool = False) -> dict[st
         videos=request.videos or Path(),
         resize=target.height is not None,
         fps=request.fps,
+        frames=target.frames,
     )
     request.out.mkdir(parents=True, exist_ok=True)
     with full_disk_told(request.out), _alone(request.out, wait), workers(encoder, request.processes) as run:
