@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageChops, ImageCms, UnidentifiedImageError
+from PIL import Image, ImageCms, UnidentifiedImageError
 
 from flcompress.errors import FlcompressError
 
@@ -30,7 +30,17 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, struct.error, zlib.error, OverflowError)
+_UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    LookupError,
+    TypeError,
+    struct.error,
+    zlib.error,
+    OverflowError,
+)
 """What Pillow's decoders raise for damaged files."""
 
 _SAME = 2
@@ -127,6 +137,5 @@ def _changes_nothing(convert: ImageCms.ImageCmsTransform, mode: str) -> bool:
     steps = np.linspace(0, 255, 18).round().astype(np.uint8)
     colours = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(1, -1, 3)
     probe = Image.fromarray(colours if mode == "RGB" else colours[..., 0])
-    changed = ImageCms.applyTransform(probe, convert)
-    difference = ImageChops.difference(probe.convert("RGB"), changed or probe)
-    return max(high for _, high in difference.getextrema()) <= _SAME  # type: ignore[arg-type]
+    changed = np.asarray(ImageCms.applyTransform(probe, convert), dtype=int)
+    return bool(np.abs(changed - np.asarray(probe.convert("RGB"))).max() <= _SAME)

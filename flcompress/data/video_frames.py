@@ -31,7 +31,6 @@ _OFF_SCREEN = {8: "linear", 9: "logarithmic", 10: "logarithmic", 17: "SMPTE 428"
 """Transfer characteristics that are not a screen's of standard range, and not HDR."""
 _WIDE = {8: "film", _BT2020: "BT.2020", 10: "XYZ", 11: "DCI-P3", 12: "Display P3"}
 """Primaries far from those of BT.709; of the others even players that convert them change little."""
-DOLBY_TAGS = frozenset({"dav1", "dva1", "dvav", "dvh1", "dvhe"})
 
 _MOST_APART = 10
 """No camera or disc has pixels this many times as wide as high, or as high as wide."""

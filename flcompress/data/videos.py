@@ -15,7 +15,6 @@ import torch
 from flcompress.data.pictures import BrokenPicture, is_still, open_picture
 from flcompress.data.sizes import Size
 from flcompress.data.video_frames import (
-    DOLBY_TAGS,
     BrokenVideo,
     Colours,
     Geometry,
@@ -41,6 +40,7 @@ _EXIF = frozenset({"apng", "mjpeg", "png", "tiff", "webp"})
 """Codecs whose frames can carry EXIF data. PyAV (17.0 to 18.1) frees that twice when a frame's side data are listed."""
 
 _CROPPED = re.compile(r"^ +frame cropping: ", re.IGNORECASE | re.MULTILINE)
+_DOLBY_TAGS = frozenset({"dav1", "dva1", "dvav", "dvh1", "dvhe"})
 _DOLBY = re.compile(r"^ +dovi configuration record: ", re.IGNORECASE | re.MULTILINE)
 """Lines of FFmpeg's description of a file; metadata of the user's have a name before the colon."""
 
@@ -166,7 +166,7 @@ def _decoded(container: Any, stream: Any) -> Iterator[ShownFrame]:
     """Every frame that is shown; what an edit list hides is decoded and dropped by FFmpeg."""
     container_colours = Colours.of(stream.codec_context)  # some decoders forget what only the container says
     promised, count, known = _promised(stream), 0, None
-    for count, frame in enumerate(container.decode(stream), start=1):
+    for frame in container.decode(stream):
         if frame.is_corrupt:
             raise BrokenVideo("a damaged frame")
         if frame.interlaced_frame:
@@ -176,7 +176,7 @@ def _decoded(container: Any, stream: Any) -> Iterator[ShownFrame]:
         shape = _geometry(frame, stream), stream.codec_context.sample_aspect_ratio
         if shape != (known or shape):
             raise BrokenVideo("its picture changes size or shape")
-        known = shape
+        count, known = count + 1, shape
         yield ShownFrame(frame, shape[0], frame.time)
     if count < promised:
         raise BrokenVideo(f"{count} frames can be decoded, {promised} expected from its header")
@@ -217,14 +217,16 @@ def _times(path: Path) -> tuple[list[float], bool]:
 def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
     """A container and its video stream, which can be shown as far as the header says."""
     import av
+    from av.stream import Disposition
 
     try:
         if path.stat().st_size == 0:
             raise BrokenVideo("an empty file")
         # An absolute path is no protocol ("a:b.mp4"), and a % in it no pattern for many files.
         with av.open(str(path.absolute()), metadata_errors="ignore", options={"pattern_type": "none"}) as container:
-            stream = container.streams.best("video")
-            if stream is None or "attached_pic" in str(stream.disposition):
+            films = (one for one in container.streams.video if not one.disposition & Disposition.attached_pic)
+            stream = next(films, None)
+            if stream is None:
                 raise BrokenVideo("no video in it")
             if stream.codec_context is None:
                 raise BrokenVideo("no decoder for it")
@@ -243,7 +245,7 @@ def _check_header(container: Any, stream: Any) -> None:
     if stream.metadata.get("alpha_mode") == "1":
         raise BrokenVideo("transparent in parts; put it over a background first")
     described = _described(container)
-    if stream.codec_context.codec_tag in DOLBY_TAGS or _DOLBY.search(described):
+    if stream.codec_context.codec_tag in _DOLBY_TAGS or _DOLBY.search(described):
         raise BrokenVideo("Dolby Vision; convert it to standard range (BT.709) first")
     if _CROPPED.search(described):
         raise BrokenVideo("its container crops the picture, which players do or do not; crop it first")
