@@ -55,7 +55,7 @@ def frames_of(clip: torch.Tensor) -> list[Image.Image]:
 
 
 def read_picture(path: Path, height: int, width: int) -> torch.Tensor:
-    """A picture as a viewer shows it, scaled to cover the size and cropped to its centre: [3, height, width] in [-1, 1].
+    """A picture as viewers show it, scaled to cover the size and cropped to its centre: [3, height, width] in [-1, 1].
 
     Raises:
         RequestError: no picture that can be read.

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
+from flcompress.data.video_frames import BrokenVideo, Colours
 from flcompress.errors import FlcompressError
 
 _STILLS = ("AVIF", "BMP", "JPEG", "JPEG2000", "PNG", "TIFF", "WEBP")
@@ -57,7 +58,7 @@ def is_still(path: Path) -> bool:
     known = [name for name in _STILLS if name in Image.OPEN]
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore")
             with Image.open(path, formats=known) as file:
                 return file.format in ("JPEG", "MPO", "TIFF") or getattr(file, "n_frames", 1) == 1
     except Image.DecompressionBombError:
@@ -74,9 +75,11 @@ def open_picture(path: Path) -> Image.Image:
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore")
             with Image.open(path) as file:
                 file.load()
+                if file.format == "AVIF":
+                    _check_range(path)
                 turn = _UPRIGHT.get(_orientation(file))
                 shown = _on_screen(_eight_bits(_opaque(file)), file.info.get("icc_profile"))
     except Image.DecompressionBombError as error:
@@ -86,6 +89,17 @@ def open_picture(path: Path) -> Image.Image:
     except _UNREADABLE as error:
         raise BrokenPicture(f"not a picture that can be read ({error}); give a PNG or JPEG file") from error
     return shown if turn is None else shown.transpose(turn)
+
+
+def _check_range(path: Path) -> None:
+    """Raise BrokenPicture for HDR or a wide gamut; Pillow decodes AVIF without saying so."""
+    import av
+
+    try:
+        with av.open(str(path.absolute())) as container:
+            Colours.of(container.streams.video[0].codec_context).check()
+    except BrokenVideo as error:
+        raise BrokenPicture(str(error)) from error
 
 
 def _orientation(file: Image.Image) -> Any:
@@ -120,7 +134,8 @@ def _on_screen(picture: Image.Image, profile: bytes | None) -> Image.Image:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         kind = source.profile.xcolor_space.strip()
         mode = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}.get(kind)
-        if mode is None or (mode == "CMYK") != (picture.mode == "CMYK") or (mode == "L" and picture.mode not in "1LA"):
+        grey = picture.mode in ("1", "L", "LA")
+        if mode is None or (mode == "CMYK") != (picture.mode == "CMYK") or (mode == "L" and not grey):
             return picture.convert("RGB")
         screen = ImageCms.createProfile("sRGB")
         intent = ImageCms.Intent(ImageCms.getDefaultIntent(source))

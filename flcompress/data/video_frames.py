@@ -207,6 +207,6 @@ def name_colours(frame: Any, container: Colours) -> None:
     colours = Colours.of(frame).completed(container)
     colours.check()
     format = frame.format
-    if any(component.is_chroma for component in format.components):
+    if not format.is_rgb and len(format.components) >= 3:
         frame.colorspace = colours.in_yuv(frame.height, frame.width)
     frame.color_range = colours.range

@@ -165,7 +165,7 @@ def _still(path: Path) -> ShownFrame:
 def _decoded(container: Any, stream: Any) -> Iterator[ShownFrame]:
     """Every frame that is shown; what an edit list hides is decoded and dropped by FFmpeg."""
     container_colours = Colours.of(stream.codec_context)  # some decoders forget what only the container says
-    promised, count, known = _promised(stream), 0, None
+    promised, count, known = _promised(container, stream), 0, None
     for frame in container.decode(stream):
         if frame.is_corrupt:
             raise BrokenVideo("a damaged frame")
@@ -191,11 +191,12 @@ def _geometry(frame: Any, stream: Any) -> Geometry:
     return Geometry(stored, square) if matrix is None else Geometry(stored, square, *orientation(matrix))
 
 
-def _promised(stream: Any) -> int:
+def _promised(container: Any, stream: Any) -> int:
     """How many frames the header lists as shown; 0 where it lists none, as in Matroska."""
-    if not stream.frames or not len(stream.index_entries):
-        return int(stream.frames)
-    from_key = dropwhile(lambda entry: not entry.is_keyframe, stream.index_entries)
+    listed = stream.index_entries
+    if not stream.frames or ("mp4" not in container.format.name and len(listed) < stream.frames):
+        return int(stream.frames)  # no list, or that of a file which was cut off
+    from_key = dropwhile(lambda entry: not entry.is_keyframe, listed)
     return sum(entry.size > 0 and not entry.is_discard for entry in from_key)
 
 
@@ -242,7 +243,7 @@ def _check_header(container: Any, stream: Any) -> None:
     """Raise BrokenVideo for what PyAV decodes otherwise than it is shown."""
     if _HEIF.fullmatch(container.metadata.get("major_brand", "")):
         raise BrokenVideo("a HEIF picture; save it as PNG or JPEG")
-    if stream.metadata.get("alpha_mode") == "1":
+    if {key.lower(): value for key, value in stream.metadata.items()}.get("alpha_mode") == "1":
         raise BrokenVideo("transparent in parts; put it over a background first")
     described = _described(container)
     if stream.codec_context.codec_tag in _DOLBY_TAGS or _DOLBY.search(described):
