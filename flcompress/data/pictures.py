@@ -143,7 +143,7 @@ def _on_screen(picture: Image.Image, profile: bytes | None) -> Image.Image:
         if mode != "CMYK" and _changes_nothing(convert, mode):
             return picture.convert("RGB")
         return ImageCms.applyTransform(picture.convert(mode), convert) or picture.convert("RGB")
-    except ImageCms.PyCMSError:
+    except (ImageCms.PyCMSError, *_UNREADABLE):
         return picture.convert("RGB")
 
 

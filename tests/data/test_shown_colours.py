@@ -38,9 +38,7 @@ def test_a_colour_is_what_the_video_says(tmp_path: Path, matrix: int, full: bool
     [(32, 32, 5), (576, 16, 5), (16, 1264, 5), (592, 16, 1), (16, 1280, 1)],
 )
 def test_of_a_video_that_does_not_say_the_size_decides(tmp_path: Path, height: int, width: int, matrix: int) -> None:
-    path = write_colour(
-        tmp_path / "a.mp4", RED, Tags(), stored_by=matrix, height=height, width=width, said=False
-    )
+    path = write_colour(tmp_path / "a.mp4", RED, Tags(), stored_by=matrix, height=height, width=width, said=False)
     assert shown(path) == pytest.approx(RED, abs=3)
 
 
