@@ -17,6 +17,7 @@ from flcompress.data.shards import INDEX_FILE, SKIPPED_FILE, WORK, Index
 from flcompress.data.sizes import OWN_SIZE, Size, Target
 from flcompress.data.workers import Run, workers
 from flcompress.errors import DataError, RequestError
+from flcompress.lines import lines_of
 from flcompress.models.families import family_of
 from flcompress.models.folder import check_transformer_config
 from flcompress.models.latent_size import folder_grid
@@ -204,7 +205,7 @@ def summary(out: Path, made: int) -> dict[str, Any]:
         "out": str(out),
         "clips": index.clips,
         "prompts": len(index.prompts) - 1,
-        "skipped": len(skipped.read_text(encoding="utf-8").splitlines()) if skipped.exists() else 0,
+        "skipped": len(lines_of(skipped.read_text(encoding="utf-8"))) if skipped.exists() else 0,
         "buckets": [{"frames": f, "height": h, "width": w, "clips": n} for (f, h, w), n in sorted(buckets.items())],
         "shards": len(index.shards),
         "bytes": sum(shard.bytes for shard in index.shards),

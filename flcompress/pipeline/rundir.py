@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flcompress.errors import RequestError
+from flcompress.lines import lines_of
 from flcompress.pipeline.durable import append_line, write_text
 from flcompress.pipeline.program import Program
 from flcompress.pipeline.recipe import Recipe
@@ -87,7 +88,7 @@ class RunDirectory:
         if not path.exists():
             return []
         events = []
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in lines_of(path.read_text(encoding="utf-8")):
             try:
                 events.append(json.loads(line))
             except json.JSONDecodeError:
