@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flcompress.data.video_names import VIDEO_SUFFIXES, VideoFolder, printable
+from flcompress.data.video_names import VIDEO_SUFFIXES, VideoFolder, both, linked, printable
 from flcompress.errors import DataError
 from flcompress.lines import lines_of
 
@@ -84,6 +84,18 @@ def without_caption(videos: Path, captioned: list[Captioned]) -> list[str]:
     named = {(videos / one.file).resolve() for one in captioned}
     files = [name for name in VideoFolder(videos).names if Path(name).suffix.lower() in VIDEO_SUFFIXES]
     return [name for name in files if (videos / name).resolve() not in named]
+
+
+def odd_names(videos: Path, captioned: list[Captioned]) -> list[str]:
+    """What to say of names that are written otherwise than the files', and of files that have several names."""
+    told = []
+    written = [(one.written, one.file) for one in captioned if one.written is not None]
+    if written:
+        told.append(f"{len(written):,} names are written otherwise than the files'; the first: {both(*written[0])}")
+    same = linked(videos, [one.file for one in captioned])
+    if same:
+        told.append(f"{len(same):,} videos are links to others that have a caption too; the first: {both(*same[0])}")
+    return told
 
 
 def _captioned(where: str, file: str, caption: str, folder: VideoFolder) -> Captioned:

@@ -9,6 +9,7 @@ from flcompress.data.captions import Captioned
 from flcompress.data.encoder import ClipTask, PromptTask, Skipped
 from flcompress.data.shards import Clip
 from flcompress.data.sizes import Size, Target
+from flcompress.data.video_names import in_utf8
 from flcompress.models.latent_size import Grid
 
 PROMPTS_A_SHARD = 16
@@ -55,7 +56,7 @@ def plan_clips(
         target: the size wanted.
         grid: the sizes that the model takes.
     """
-    skipped = [Skipped(file, "no caption names it") for file in uncaptioned]
+    skipped = [Skipped(in_utf8(file), "no caption names it") for file in uncaptioned]
     chosen: dict[Size, list[Captioned]] = {}
     for one in captioned:
         size = measured[one.file]

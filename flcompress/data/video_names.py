@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import posixpath
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
@@ -42,7 +43,8 @@ class VideoFolder:
         relative = Path(os.path.relpath(os.path.abspath(self.folder / name), os.path.abspath(self.folder))).as_posix()  # noqa: PTH100 (links are not followed)
         if relative.split("/")[0] == "..":
             raise DataError(f"{shown}: outside of {self.folder}; put it there, or give --videos a folder above both")
-        for written in dict.fromkeys((relative, relative.replace("\\", "/"), unquote(relative))):
+        otherwise = (posixpath.normpath(one) for one in (relative.replace("\\", "/"), unquote(relative)))
+        for written in dict.fromkeys((relative, *otherwise)):
             for form, known in ((str, self._exact), (_composed, self._composed), (_caseless, self._caseless)):
                 same = known.get(form(written), [])
                 if len(same) > 1:
@@ -69,8 +71,32 @@ class VideoFolder:
         return _grouped(self.names, _caseless)
 
 
+def linked(folder: Path, names: Iterable[str]) -> list[tuple[str, str]]:
+    """(name, first name) of files that have several names, by links."""
+    first: dict[tuple[int, int], str] = {}
+    pairs = []
+    for name in names:
+        stat = (folder / name).stat()
+        known = first.setdefault((stat.st_dev, stat.st_ino), name)
+        if known != name:
+            pairs.append((name, known))
+    return pairs
+
+
+def both(written: str, name: str) -> str:
+    """Two names of a file for people; in ASCII where they look alike."""
+    if _composed(written) == _composed(name):
+        return f"{written!a} is {name!a}"
+    return f"{printable(written)} is {printable(name)}"
+
+
+def in_utf8(name: str) -> str:
+    """A name that can be written to a file of text: a byte that is not UTF-8 as an escape."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 def printable(name: str) -> str:
-    """A name in one line of valid text: a newline, or a byte that is not UTF-8, as an escape."""
+    """A name in one line: a newline, and whatever else a terminal does not show, as an escape."""
     return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in name)
 
 

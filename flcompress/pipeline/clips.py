@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,5 +134,6 @@ def _files(root: Path) -> str:
     for path in sorted(root.rglob("*")) if root.is_dir() else [root]:
         if path.is_file():
             stat = path.stat()
-            digest.update(f"{path.relative_to(root).as_posix()}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+            digest.update(os.fsencode(path.relative_to(root).as_posix()))  # a name need not be UTF-8
+            digest.update(f"\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
     return digest.hexdigest()

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from flcompress.data.captions import read_captions, read_prompts, without_caption
+from flcompress.data.captions import odd_names, read_captions, read_prompts, without_caption
 from flcompress.data.encoder import Encoder, Skipped
 from flcompress.data.planning import plan_clips, plan_prompts
 from flcompress.data.shards import INDEX_FILE, SKIPPED_FILE, WORK, Index
@@ -163,6 +163,8 @@ def encode(request: Request, display: Display, *, wait: bool = False) -> dict[st
         target = target.on(grid)
         captioned, prompts = read_captions(request.captions, request.videos), []
         uncaptioned = without_caption(request.videos, captioned)
+        for told in odd_names(request.videos, captioned):
+            display.line(f"{request.captions}: {told}")
     identity = request.identity([*(one.file for one in captioned), *uncaptioned])
     _check_out(request.out, identity)
     encoder = Encoder(
