@@ -116,3 +116,16 @@ def test_names_that_are_no_text(videos: Path) -> None:
     plan = plan_clips([], {}, uncaptioned, Target(), Grid(over_time=4, over_space=8))
     assert r"caf\udce9.mp4" in [one.file for one in plan.skipped]
     assert fingerprint({"videos": {"folder": str(videos), "captions": str(captions)}})
+
+
+def test_a_change_behind_a_link_is_a_change(videos: Path, tmp_path: Path) -> None:
+    captions = written(videos, "folder/far.mp4")
+    spec = {"videos": {"folder": str(videos), "captions": str(captions)}}
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "far.mp4").write_bytes(b"one")
+    (tmp_path / "elsewhere" / "back").symlink_to(videos)
+    without = fingerprint(spec)
+    (videos / "folder").symlink_to(tmp_path / "elsewhere")
+    before = fingerprint(spec)
+    (tmp_path / "elsewhere" / "far.mp4").write_bytes(b"another")
+    assert len({str(one) for one in (without, before, fingerprint(spec))}) == 3
