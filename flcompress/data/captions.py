@@ -87,15 +87,15 @@ def without_caption(videos: Path, captioned: list[Captioned]) -> list[str]:
 
 
 def odd_names(videos: Path, captioned: list[Captioned]) -> list[str]:
-    """What to say of names that are written otherwise than the files', and of files that have several names."""
-    told = []
+    """Remarks on names that are written otherwise than the files', and on files that have several names."""
+    remarks = []
     written = [(one.written, one.file) for one in captioned if one.written is not None]
     if written:
-        told.append(f"{len(written):,} names are written otherwise than the files'; the first: {both(*written[0])}")
+        remarks.append(f"{len(written):,} names are written otherwise than the files'; the first: {both(*written[0])}")
     same = linked(videos, [one.file for one in captioned])
     if same:
-        told.append(f"{len(same):,} videos are links to others that have a caption too; the first: {both(*same[0])}")
-    return told
+        remarks.append(f"{len(same):,} videos are links to others that have a caption too; the first: {both(*same[0])}")
+    return remarks
 
 
 def _captioned(where: str, file: str, caption: str, folder: VideoFolder) -> Captioned:

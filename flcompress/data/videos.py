@@ -185,10 +185,19 @@ def _decoded(container: Any, stream: Any) -> Iterator[ShownFrame]:
 def _geometry(frame: Any, stream: Any) -> Geometry:
     stored = frame.height, frame.width
     square = in_square_pixels(*stored, stream.sample_aspect_ratio)
-    if stream.codec_context.name in _EXIF:
-        return Geometry(stored, square, turns=round(frame.rotation / 90) % 4)
-    matrix = display_matrix(frame)
-    return Geometry(stored, square) if matrix is None else Geometry(stored, square, *orientation(matrix))
+    return Geometry(stored, square, *_orientation(frame, listed=stream.codec_context.name not in _EXIF))
+
+
+def _orientation(frame: Any, *, listed: bool) -> tuple[bool, int]:
+    """(mirrored, quarter turns) by the display matrix; by its angle alone where a frame's side data are not listed."""
+    if listed:
+        try:
+            matrix = display_matrix(frame)
+        except ValueError:  # among them is a kind that PyAV does not know
+            pass
+        else:
+            return (False, 0) if matrix is None else orientation(matrix)
+    return False, round(frame.rotation / 90) % 4
 
 
 def _promised(container: Any, stream: Any) -> int:
@@ -225,8 +234,8 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
             raise BrokenVideo("an empty file")
         # An absolute path is no protocol ("a:b.mp4"), and a % in it no pattern for many files.
         with av.open(str(path.absolute()), metadata_errors="ignore", options={"pattern_type": "none"}) as container:
-            films = (one for one in container.streams.video if not one.disposition & Disposition.attached_pic)
-            stream = next(films, None)
+            tracks = (one for one in container.streams.video if not one.disposition & Disposition.attached_pic)
+            stream = next(tracks, None)
             if stream is None:
                 raise BrokenVideo("no video in it")
             if stream.codec_context is None:

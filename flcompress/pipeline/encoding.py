@@ -163,8 +163,8 @@ def encode(request: Request, display: Display, *, wait: bool = False) -> dict[st
         target = target.on(grid)
         captioned, prompts = read_captions(request.captions, request.videos), []
         uncaptioned = without_caption(request.videos, captioned)
-        for told in odd_names(request.videos, captioned):
-            display.line(f"{request.captions}: {told}")
+        for remark in odd_names(request.videos, captioned):
+            display.line(f"{request.captions}: {remark}")
     identity = request.identity([*(one.file for one in captioned), *uncaptioned])
     _check_out(request.out, identity)
     encoder = Encoder(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import struct
 from fractions import Fraction
 from pathlib import Path
@@ -10,7 +11,9 @@ import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from flcompress.data import videos
 from flcompress.data.video_frames import BrokenVideo
 from flcompress.data.videos import read_clip, video_size
 from tests.mp4_boxes import H264, TRACK, box, edit_list, put, turn
@@ -120,6 +123,44 @@ def test_a_turned_picture_of_pixels_that_are_not_square(tmp_path: Path) -> None:
 def test_a_picture_turned_by_another_angle_is_left_out(tmp_path: Path, numbers: tuple[int, int, int, int]) -> None:
     path = turn(write_video(tmp_path / "a.mp4", frames=1, height=32, width=48), matrix(*numbers))
     with pytest.raises(BrokenVideo, match=r"^turned by [\d.]+ degrees or sheared; turn it upright first$"):
+        video_size(path)
+
+
+def test_a_frame_with_data_that_pyav_does_not_know_is_turned_by_its_angle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(frame: object) -> None:
+        raise ValueError("31 is not a valid Type")
+
+    path = write_video(tmp_path / "a.mp4", frames=1, height=32, width=48)
+    upright = decoded(path).rot90(-1, (2, 3))
+    turn(path, matrix(0, ONE, -ONE, 0))
+    monkeypatch.setattr(videos, "display_matrix", unknown)
+    assert torch.equal(read_clip(path, (1, 48, 32), resize=False), upright)
+
+
+def test_a_camera_that_turns_every_picture_by_exif(tmp_path: Path) -> None:
+    """As old cameras do in AVI: each frame is a JPEG file."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pictures = io.BytesIO()
+    Image.fromarray(np.arange(32 * 48 * 3, dtype=np.uint8).reshape(32, 48, 3)).save(pictures, "JPEG", exif=exif)
+    path = tmp_path / "a.avi"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mjpeg", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuvj420p"
+        for number in range(3):
+            packet = av.Packet(pictures.getvalue())
+            packet.stream, packet.time_base, packet.pts, packet.dts = stream, Fraction(1, 8), number, number
+            packet.is_keyframe = True
+            container.mux(packet)
+    assert video_size(path) == (3, 48, 32)
+
+
+def test_a_picture_in_the_container_of_videos_is_left_out(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", frames=1)
+    path.write_bytes(path.read_bytes().replace(b"ftypisom", b"ftypheic"))
+    with pytest.raises(BrokenVideo, match=r"^a HEIF picture; save it as PNG or JPEG$"):
         video_size(path)
 
 
