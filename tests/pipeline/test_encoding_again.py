@@ -118,7 +118,7 @@ def test_two_processes_killed_and_one_that_goes_on_give_the_same_bytes(model: Pa
     left = len(Index.read(whole).shards) - done.read_text().count("\n")
     again = encode(model, folder, killed, "--json", "--quiet")
     assert again.exit_code == 0, again.output
-    assert 0 < json.loads(again.stdout)["made"] <= left
+    assert 0 < json.loads(again.stdout)["made"] <= left + 1  # the list of what is done begins with an empty line
     assert contents(killed) == contents(whole)
     assert json.loads((whole / "skipped.jsonl").read_text())["file"] == "1.mp4"
 
