@@ -1,7 +1,13 @@
 # `make demo` shows what flcompress does; `make test` checks everything a reviewer would. Both set up .venv themselves.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
+SHELL := bash
+.SHELLFLAGS := -o pipefail -c
 BIN := .venv/bin
 RUN := runs/moving-digits
+INSTALL = @echo "installing the tested set of packages into .venv; this takes some minutes"; \
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt
+# A line a package, instead of pip's several.
+SHOWN = | awk '/^(Collecting|Building|Installing|Successfully)/ { print "  " substr($$0, 1, 100); fflush() }'
 
 .PHONY: demo test lint clean
 
@@ -25,11 +31,11 @@ lint: .venv/.test
 	$(PYTHON) -m venv .venv
 
 .venv/.demo: .venv/bin/python pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[tensorrt-rtx]'
+	$(INSTALL) -e '.[tensorrt-rtx]' $(SHOWN)
 	@touch $@
 
 .venv/.test: .venv/bin/python pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,tensorrt-rtx]'
+	$(INSTALL) -e '.[dev,tensorrt-rtx]' $(SHOWN)
 	@touch $@
 
 clean:

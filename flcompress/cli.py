@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -22,10 +24,28 @@ _GPUS = ("a100", "h100", "h200", "l40s", "rtx4090")  # those of pipeline/gpus.py
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")
 quiet = click.option("--quiet", is_flag=True, help="Show no progress.")
+moved_model = click.option(
+    "--model", type=_FOLDER, help="The model that the run started from, if it has moved.  [default: where it was]"
+)
+
+
+class Command(click.Command):
+    """A command whose every error of the operating system becomes one line."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        from flcompress.pipeline.system_errors import check_writable, system_errors_in_one_line
+
+        written = next((ctx.params[name] for name in ("out", "run_dir", "run") if ctx.params.get(name)), None)
+        with system_errors_in_one_line(written):
+            if written is not None and not ctx.params.get("dry_run"):
+                check_writable(written)  # before hours of work
+            return super().invoke(ctx)
 
 
 class Commands(click.Group):
     """Ends a failed command with one line and the error's exit status instead of a traceback."""
+
+    command_class = Command
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -46,6 +66,9 @@ class Commands(click.Group):
 @click.version_option(__version__, prog_name="flcompress")
 def main(debug: bool) -> None:
     """Compress video diffusion transformers: fewer blocks, fewer steps, one recipe."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a sign gets its number, not a traceback
+            stream.reconfigure(errors="backslashreplace")
     # Loading a model draws a bar of its own in the libraries below; what is shown here is ours to say.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # And torch's exchange between processes warns of every wait.
@@ -160,12 +183,13 @@ def inspect_command(
 @click.argument("lora", type=_FOLDER)
 @click.argument("pruned", type=_FOLDER)
 @click.option("--out", type=_FOLDER, required=True, help="File to write.")
+@moved_model
 @as_json
-def remap_lora_command(lora: Path, pruned: Path, out: Path, as_json: bool) -> None:
+def remap_lora_command(lora: Path, pruned: Path, out: Path, model: Path | None, as_json: bool) -> None:
     """Fit a LORA of the teacher to the PRUNED model. A run, an exported folder, or its kept_blocks.json."""
     from flcompress.pipeline.remapping import remap_lora, remapping_text
 
-    done = remap_lora(lora, pruned, out)
+    done = remap_lora(lora, pruned, out, model)
     if as_json:
         _print(done)
     else:
@@ -237,14 +261,17 @@ def report_command(run: Path) -> None:
 @click.argument("run", type=_FOLDER)
 @click.option("--format", "formats", multiple=True, metavar="NAME", help="diffusers, onnx or tensorrt; repeatable.")
 @click.option("--force", is_flag=True, help="Write again what is unchanged.")
+@moved_model
 @as_json
 @quiet
-def export_command(run: Path, formats: Sequence[str], force: bool, as_json: bool, quiet: bool) -> None:
+def export_command(
+    run: Path, formats: Sequence[str], force: bool, model: Path | None, as_json: bool, quiet: bool
+) -> None:
     """Write the exports of the finished RUN. Those of its recipe, or the given formats."""
     from flcompress.pipeline.manager import export
     from flcompress.pipeline.rundir import RunDirectory
 
-    records = export(RunDirectory(run), formats, force=force, display=_display(quiet))
+    records = export(RunDirectory(run, model), formats, force=force, display=_display(quiet))
     if as_json:
         _print(records)
 
@@ -272,9 +299,8 @@ def generate_command(
 ) -> None:
     """Generate one clip with the exported student of RUN."""
     from flcompress.exporters.runtime import generate
-    from flcompress.pipeline.durable import full_disk_told
 
-    with full_disk_told(out), _display(quiet).stage("generate") as progress:
+    with _display(quiet).stage("generate") as progress:
         generate(run, prompt, backend, out, seed, image, progress)
     click.echo(str(out))
 
@@ -291,17 +317,19 @@ def generate_command(
     type=click.IntRange(min=2),
     help="Repetitions, from which the intervals come; the recipe's evaluation.seeds where left out.",
 )
+@moved_model
 @as_json
 @quiet
-def eval_command(run: Path, clips_per_prompt: int | None, seeds: int | None, as_json: bool, quiet: bool) -> None:
+def eval_command(
+    run: Path, clips_per_prompt: int | None, seeds: int | None, model: Path | None, as_json: bool, quiet: bool
+) -> None:
     """Compare teacher, stages and student of RUN on held-out prompts. Writes RUN/eval."""
     from flcompress.evaluation.harness import evaluate
-    from flcompress.pipeline.durable import full_disk_told
     from flcompress.pipeline.rundir import RunDirectory
 
-    opened = RunDirectory(run)
+    opened = RunDirectory(run, model)
     size = opened.recipe().evaluation
-    with full_disk_told(run), _display(quiet).stage("evaluation") as progress:
+    with _display(quiet).stage("evaluation") as progress:
         results = evaluate(opened, clips_per_prompt or size.clips_per_prompt, seeds or size.seeds, progress)
     _tell(results, as_json, run)
 
@@ -309,16 +337,16 @@ def eval_command(run: Path, clips_per_prompt: int | None, seeds: int | None, as_
 @main.command("bench")
 @click.argument("run", type=_FOLDER)
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Interleaved repetitions.")
+@moved_model
 @as_json
 @quiet
-def bench_command(run: Path, rounds: int, as_json: bool, quiet: bool) -> None:
+def bench_command(run: Path, rounds: int, model: Path | None, as_json: bool, quiet: bool) -> None:
     """Time teacher and student of RUN side by side. Writes RUN/bench."""
     from flcompress.evaluation.bench import bench
-    from flcompress.pipeline.durable import full_disk_told
     from flcompress.pipeline.rundir import RunDirectory
 
-    with full_disk_told(run), _display(quiet).stage("bench") as progress:
-        results = bench(RunDirectory(run), rounds, progress)
+    with _display(quiet).stage("bench") as progress:
+        results = bench(RunDirectory(run, model), rounds, progress)
     _tell(results, as_json, run)
 
 

@@ -6,34 +6,23 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from flcompress.models.families.original_names import OriginalNames
+
 Shape = tuple[int, ...]
 
-_PREFIXES = ("base_model.model.", "model.", "transformer.", "diffusion_model.")
-_FLAT = "lora_unet_"
-"""Before names whose dots are underscores (kohya's style)."""
-
-_WAN_ORIGINAL = {
-    **{f"self_attn.{one}": f"attn1.to_{one}" for one in "qkv"},
-    **{f"cross_attn.{one}": f"attn2.to_{one}" for one in "qkv"},
-    **{f"self_attn.norm_{one}": f"attn1.norm_{one}" for one in "qk"},
-    **{f"cross_attn.norm_{one}": f"attn2.norm_{one}" for one in "qk"},
-    **{f"cross_attn.{one}_img": f"attn2.add_{one}_proj" for one in "kv"},
-    "self_attn.o": "attn1.to_out.0",
-    "cross_attn.o": "attn2.to_out.0",
-    "cross_attn.norm_k_img": "attn2.norm_added_k",
-    "ffn.0": "ffn.net.0.proj",
-    "ffn.2": "ffn.net.2",
-    "norm3": "norm2",
-    "modulation": "scale_shift_table",
-    "head.head": "proj_out",
-    "head.modulation": "scale_shift_table",
-    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
-    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
-    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
-    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
-    "time_projection.1": "condition_embedder.time_proj",
-}
-"""Names of Wan's own code, which many of its LoRAs use -> those of stock diffusers."""
+_PREFIXES = (
+    "base_model.model.",
+    "model.",
+    "transformer.",
+    "diffusion_model.",
+    "pipe.dit.",
+    "dit.",
+    "unet.",
+    "module.",
+    "_orig_mod.",
+)
+_FLAT = re.compile(r"lora_unet_|lora_transformer_|lycoris_")
+"""Before names whose dots are underscores, as kohya, musubi-tuner and LyCORIS write them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,22 +33,28 @@ class PrunedModel:
         name: for messages.
         shapes: of the pruned model's tensors, by name.
         kept: path of a block in it -> path in the model that it was cut from.
-        before: shapes of that model's tensors; None where only the pruned model is at hand.
+        before: shapes of that model's tensors; None where only the pruned model is known.
+        original: the names that the family's own project gives to modules.
     """
 
     name: str
     shapes: Mapping[str, Shape]
     kept: Mapping[str, str]
     before: Mapping[str, Shape] | None = None
+    original: OriginalNames = field(default_factory=OriginalNames)
 
 
 @dataclass(frozen=True)
 class Place:
-    """A module that a key names: `rest` of the block `stack.index`, or of the whole model (no stack)."""
+    """A module that a key names: `rest` of the block `stack.index`, or of the whole model (no stack).
+
+    `rest` and `spelled`, the stack, are as the key has them; `stack` is the stock class's.
+    """
 
     stack: str
     index: int
     rest: str
+    spelled: str = ""
 
     @property
     def block(self) -> str:
@@ -72,70 +67,84 @@ class Modules:
 
     model: PrunedModel
     new: dict[str, str] = field(init=False)
-    stacks: tuple[str, ...] = field(init=False)
+    stacks: dict[str, str] = field(init=False)
 
     def __post_init__(self) -> None:
         self.new = {old: new for new, old in self.model.kept.items()}
-        self.stacks = tuple(sorted({path.rpartition(".")[0] for path in self.new}, key=len, reverse=True))
-        blocks = tuple(f"{path}." for path in self.model.kept)
-        inside = {name.removeprefix(path) for path in blocks for name in self.model.shapes if name.startswith(path)}
-        outside = {name for name in self.model.shapes if not name.startswith(blocks)}
-        names = {*map(_owner, inside | outside), *_WAN_ORIGINAL}
-        self._flat = {_flat(name): name for name in names}
+        own = {path.rpartition(".")[0] for path in self.new}
+        spelled = {one: one for one in own}
+        spelled |= {theirs: ours for theirs, ours in self.model.original.stacks.items() if ours in own}
+        self.stacks = dict(sorted(spelled.items(), key=lambda item: len(item[0]), reverse=True))
+        inside = re.compile(rf"({'|'.join(map(re.escape, sorted(own, key=len, reverse=True)))})\.\d+\.")
+        stock = {_owner(inside.sub("", name, count=1)) for name in (*self.model.shapes, *(self.model.before or ()))}
+        self._flat = {_flat(name): name for name in (*stock, *self.model.original.modules)}
 
     def place(self, module: str) -> Place:
         """Where a module, named as in the uncut model, lies."""
-        if module.startswith(_FLAT):
-            text = module.removeprefix(_FLAT)
-            for stack in self.stacks:
-                found = re.match(rf"{re.escape(_flat(stack))}_(\d+)_(.+)$", text)
-                if found:
-                    return Place(stack, int(found[1]), self._flat.get(found[2], found[2]))
-            return Place("", -1, self._flat.get(text, text))
-        text = plain(module)
-        for stack in self.stacks:
-            found = re.match(rf"{re.escape(stack)}\.(\d+)\.(.+)$", text)
+        flat = _FLAT.match(module)
+        text = module[flat.end() :] if flat else plain(module)
+        for spelled, stack in self.stacks.items():
+            name, dot = (_flat(spelled), "_") if flat else (re.escape(spelled), r"\.")
+            found = re.match(rf"{name}{dot}(\d+)(?:{dot}(.+))?$", text)
             if found:
-                return Place(stack, int(found[1]), found[2])
-        return Place("", -1, text)
+                rest = found[2] or ""
+                return Place(stack, int(found[1]), self._flat.get(rest, rest) if flat else rest, spelled)
+        return Place("", -1, self._flat.get(text, text) if flat else text)
+
+    def shapes(self, place: Place) -> list[Shape]:
+        """Shapes of the weight (or of the parameter itself) in the uncut model; none where it has no such module.
+
+        Several where only the pruned model is known: a block has the shapes that it has there, or those of its
+        neighbours if it is gone or has become another kind.
+        """
+        now = self.shape(place)
+        if not place.stack:
+            return [] if now is None else [now]
+        if self.model.before is not None:
+            known = self._weight(self.model.before, f"{place.block}.", place.rest)
+            return [shape for shape in (known or now,) if shape is not None]
+        alike = [new for new in self.model.kept if new.rpartition(".")[0] == place.stack]
+        shapes = [now, *(self._weight(self.model.shapes, f"{path}.", place.rest) for path in alike)]
+        return list(dict.fromkeys(shape for shape in shapes if shape is not None))
 
     def shape(self, place: Place) -> Shape | None:
-        """Shape of the weight (or of the parameter itself); None where the model, cut or uncut, has no such module."""
+        """Shape of the weight in the pruned model; None where it is not in it."""
         if not place.stack:
-            return _weight(self.model.shapes, "", place.rest)
-        if place.block in self.new:
-            return _weight(self.model.shapes, f"{self.new[place.block]}.", place.rest)
-        if self.model.before is not None:
-            return _weight(self.model.before, f"{place.block}.", place.rest)
-        # The block is gone and so are its shapes: those of its neighbours must do.
-        alike = (new for new in self.model.kept if new.rpartition(".")[0] == place.stack)
-        shapes = (_weight(self.model.shapes, f"{path}.", place.rest) for path in alike)
-        return next((shape for shape in shapes if shape is not None), None)
+            return self._weight(self.model.shapes, "", place.rest)
+        if place.block not in self.new:
+            return None
+        return self._weight(self.model.shapes, f"{self.new[place.block]}.", place.rest)
+
+    def _weight(self, shapes: Mapping[str, Shape], prefix: str, rest: str) -> Shape | None:
+        for name in (rest, *self.model.original.modules.get(rest, rest).split(" | ")):
+            parts = [_found(shapes, f"{prefix}{part}") for part in name.split(" + ")]
+            whole = [part for part in parts if part is not None]
+            if whole and len(whole) == len(parts):
+                return whole[0] if len(whole) == 1 else (sum(part[0] for part in whole), *whole[0][1:])
+        return None
 
 
 def renamed(key: str, place: Place, new: Mapping[str, str]) -> str:
+    """The key with its block's number in the cut model."""
     if not place.stack:
         return key
-    if key.startswith(_FLAT):
-        old = f"{_FLAT}{_flat(place.block)}_"
-        return f"{_FLAT}{_flat(new[place.block])}_{key.removeprefix(old)}"
-    head, _, rest = key.partition(f"{place.block}.")
-    return f"{head}{new[place.block]}.{rest}"
-
-
-def _weight(shapes: Mapping[str, Shape], prefix: str, rest: str) -> Shape | None:
-    for name in (rest, _WAN_ORIGINAL.get(rest, rest)):
-        for found in (f"{prefix}{name}.weight", f"{prefix}{name}"):
-            if found in shapes:
-                return shapes[found]
-    return None
+    number = new[place.block].rpartition(".")[2]
+    flat = _FLAT.match(key)
+    old, after = (_flat(place.spelled), "_") if flat else (place.spelled, ".")
+    head, _, rest = key.partition(f"{old}{after}{place.index}")
+    return f"{head}{old}{after}{number}{rest}"
 
 
 def plain(module: str) -> str:
     """A module's name without what libraries put before it."""
+    stripped = module
     for prefix in _PREFIXES:
-        module = module.removeprefix(prefix)
-    return module
+        stripped = stripped.removeprefix(prefix)
+    return stripped if stripped == module else plain(stripped)
+
+
+def _found(shapes: Mapping[str, Shape], name: str) -> Shape | None:
+    return shapes.get(f"{name}.weight", shapes.get(name))
 
 
 def _owner(name: str) -> str:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 
-from safetensors import SafetensorError
+from flcompress.errors import RequestError
 
-from flcompress.errors import FlcompressError, RequestError
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF)
+"""What flock says on Lustre without -o flock, on NFS (which wants a file open for writing), and on FUSE."""
+
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -55,51 +59,61 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems cannot do so for a folder; its files are on disk all the same.
+        if not (path.is_dir() and error.errno in _NO_FOLDER_SYNC):
+            raise
     finally:
         os.close(descriptor)
 
 
+class Lock(Enum):
+    """What became of an attempt to lock a folder."""
+
+    HELD = "held"
+    BUSY = "busy"
+    """Another process has it."""
+    UNSUPPORTED = "unsupported"
+    """The file system has no locks, so nothing is known of other processes."""
+
+
 @contextmanager
-def locked(folder: Path, *, wait: bool) -> Iterator[bool]:
-    """Hold the one lock on `folder` (which may be renamed meanwhile); gives False if another process has it.
+def locked(folder: Path, *, wait: bool) -> Iterator[Lock]:
+    """Hold the one lock on `folder` (which may be renamed meanwhile), or say why it is not held.
 
     The lock goes with the process, so a killed one leaves none behind.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
+        yield _lock(descriptor, wait)
     finally:
         os.close(descriptor)
 
 
 @contextmanager
-def full_disk_told(where: Path) -> Iterator[None]:
-    """Turn a full disk, however a library reports it, or one that may not be written, into one line; what was stored
-    before stays as it is.
+def working_alone(folder: Path, busy: str, say: Callable[[str], None]) -> Iterator[None]:
+    """Work in `folder` while no other flcompress does.
+
+    Args:
+        folder: what is locked.
+        busy: the RequestError's text where another process has it.
+        say: called with one line where the file system has no locks, so that two commands could meet unnoticed.
     """
-    try:
+    with locked(folder, wait=False) as lock:
+        if lock is Lock.BUSY:
+            raise RequestError(busy)
+        if lock is Lock.UNSUPPORTED:
+            say(f"{folder}: this file system has no locks (flock); run no other flcompress in this folder meanwhile")
         yield
+
+
+def _lock(descriptor: int, wait: bool) -> Lock:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return Lock.BUSY
     except OSError as error:
-        if error.errno in (errno.EROFS, errno.EACCES):
-            raise RequestError(
-                f"{error.filename or where}: {os.strerror(error.errno)}; make it writable, or choose another --run-dir"
-            ) from error
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in _NO_LOCKS:
             raise
-        raise _full(where) from error
-    except SafetensorError as error:  # its writer reports the operating system's error as text
-        if f"os error {errno.ENOSPC}" not in str(error):
-            raise
-        raise _full(where) from error
-
-
-def _full(where: Path) -> FlcompressError:
-    return FlcompressError(
-        f"{where}: no space left on the disk; what was stored before is kept: "
-        "free some space and give the same command again"
-    )
+        return Lock.UNSUPPORTED
+    return Lock.HELD

@@ -16,7 +16,7 @@ from flcompress.data.planning import plan_clips, plan_prompts
 from flcompress.data.shards import INDEX_FILE, SKIPPED_FILE, WORK, Index
 from flcompress.data.sizes import OWN_SIZE, Size, Target
 from flcompress.data.workers import Run, workers
-from flcompress.errors import DataError, RequestError
+from flcompress.errors import DataError
 from flcompress.lines import lines_of
 from flcompress.models.families import family_of
 from flcompress.models.folder import check_transformer_config
@@ -24,7 +24,7 @@ from flcompress.models.latent_size import folder_grid
 from flcompress.models.parts import part_names
 from flcompress.pipeline.dataset_making import clean, make, mend, store_plan, stored_plan, stored_request
 from flcompress.pipeline.display import Display
-from flcompress.pipeline.durable import full_disk_told, locked
+from flcompress.pipeline.durable import locked, working_alone
 from flcompress.pipeline.program import folder_digest
 
 _TOGETHER = 32
@@ -142,7 +142,8 @@ def encode(request: Request, display: Display, *, wait: bool = False) -> dict[st
 
     Raises:
         DataError: captions, videos or sizes that cannot be; a folder that holds something else.
-        FlcompressError: a worker was ended from outside, or the disk is full; the same command goes on.
+        FlcompressError: a worker was ended from outside; the same command goes on.
+        OSError: the disk is full, or `out` cannot be written.
     """
     target = request.target
     if request.videos is None:
@@ -179,7 +180,7 @@ def encode(request: Request, display: Display, *, wait: bool = False) -> dict[st
         frames=target.frames,
     )
     request.out.mkdir(parents=True, exist_ok=True)
-    with full_disk_told(request.out), _alone(request.out, wait), workers(encoder, request.processes) as run:
+    with _alone(request.out, wait, display), workers(encoder, request.processes) as run:
         if (request.out / INDEX_FILE).exists():
             made = mend(request.out, run, display)
         else:
@@ -256,8 +257,12 @@ def _measure(files: Sequence[str], run: Run, display: Display) -> dict[str, Size
 
 
 @contextmanager
-def _alone(out: Path, wait: bool) -> Iterator[None]:
-    with locked(out, wait=wait) as mine:
-        if not mine:
-            raise RequestError(f"{out}: another flcompress is encoding into this folder; wait for it")
-        yield
+def _alone(out: Path, wait: bool, display: Display) -> Iterator[None]:
+    """Hold the dataset's folder; where another process has it, wait for that one or raise RequestError."""
+    if wait:
+        with locked(out, wait=True):
+            yield
+    else:
+        busy = f"{out}: another flcompress is encoding into this folder; wait for it"
+        with working_alone(out, busy, display.line):
+            yield

@@ -10,12 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flcompress.errors import FlcompressError, PostconditionError, RequestError
+from flcompress.errors import FlcompressError, PostconditionError
 from flcompress.pipeline import start
 from flcompress.pipeline.clips import Clips, fingerprint
 from flcompress.pipeline.data_check import check_data
 from flcompress.pipeline.display import Display, QuietDisplay, default_display
-from flcompress.pipeline.durable import full_disk_told, locked
+from flcompress.pipeline.durable import Lock, locked, working_alone
 from flcompress.pipeline.exporting import run_exports
 from flcompress.pipeline.joining import joined
 from flcompress.pipeline.launch import Launch, check_launch
@@ -26,6 +26,7 @@ from flcompress.pipeline.recipe_loading import load_recipe
 from flcompress.pipeline.registry import find_exporter
 from flcompress.pipeline.rundir import RunDirectory
 from flcompress.pipeline.store import Entry, Store, key_of
+from flcompress.pipeline.system_errors import system_errors_in_one_line
 from flcompress.pipeline.wandb_access import check_wandb_installed, check_wandb_login
 from flcompress.pipeline.world import World
 
@@ -76,11 +77,11 @@ def apply(
     shared = Path(store).resolve() if store else run.path
     launch = Launch.from_environment()
     check_launch(recipe.training, launch, recipe.passes)
-    with joined(recipe.training, device, launch) as world, world.telling(), full_disk_told(run.path):
+    with joined(recipe.training, device, launch) as world, world.telling(), system_errors_in_one_line(run.path):
         if world.main:
             if "wandb" in recipe.training.log_to:
                 check_wandb_login()
-            with _own(run):
+            with _own(run, display):
                 _apply(recipe, run, shared, display, device, world)
         else:
             _follow(recipe, shared, device, world)
@@ -88,15 +89,11 @@ def apply(
 
 
 @contextmanager
-def _own(run: RunDirectory) -> Iterator[None]:
+def _own(run: RunDirectory, display: Display) -> Iterator[None]:
     """Hold the run directory; RequestError if another command works in it."""
     run.path.mkdir(parents=True, exist_ok=True)
-    with locked(run.path, wait=False) as mine:
-        if not mine:
-            raise RequestError(
-                f"{run.path}: another flcompress is working in this run directory; "
-                "wait for it or choose another --run-dir"
-            )
+    busy = f"{run.path}: another flcompress is working in this run directory; wait for it or choose another --run-dir"
+    with working_alone(run.path, busy, display.line):
         yield
 
 
@@ -118,10 +115,10 @@ def export(
     chosen = [ours.get(name) or find_exporter(name)() for name in names] or list(ours.values())
     for exporter in chosen:
         exporter.check()
-    with full_disk_told(run.path), locked(run.path, wait=False) as mine:
-        if not mine:
-            raise RequestError(f"{run.path}: another flcompress is working in this run directory; wait for it")
-        return run_exports(run, program, chosen, display or default_display(), force=force)
+    display = display or default_display()
+    busy = f"{run.path}: another flcompress is working in this run directory; wait for it"
+    with working_alone(run.path, busy, display.line):
+        return run_exports(run, program, chosen, display, force=force)
 
 
 def check(recipe: Recipe, run: RunDirectory, *, plan: bool = False) -> None:
@@ -172,8 +169,10 @@ def pass_key(step: Pass, program: Program, recipe: Recipe) -> str:
 
 
 def _apply(recipe: Recipe, run: RunDirectory, shared: Path, display: Display, device: str, world: World) -> None:
+    import torch
+
     run.begin(recipe)
-    run.note("start", recipe.name)
+    run.note("start", recipe.name, threads=torch.get_num_threads())
     store = Store(shared / "passes")
     clips = Clips(recipe, shared / "data", display, device)
     current = recipe.name
@@ -312,10 +311,10 @@ def verify(name: str, program: Program) -> None:
 
 
 def _remove_left_overs(passes: Path) -> None:
-    """Work folders of recipes since changed; one that another process works in is left alone."""
+    """Remove work folders of recipes since changed, but none that another process works in, or may."""
     for folder in passes.glob(".work-*"):
-        with locked(folder, wait=False) as mine:
-            if mine:
+        with locked(folder, wait=False) as lock:
+            if lock is Lock.HELD:
                 shutil.rmtree(folder)
 
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from flcompress.errors import RequestError
+from flcompress.errors import ModelError, RequestError
 from flcompress.lines import lines_of
+from flcompress.pipeline import start
 from flcompress.pipeline.durable import append_line, write_text
-from flcompress.pipeline.program import Program
+from flcompress.pipeline.program import Program, folder_digest
 from flcompress.pipeline.recipe import Recipe
 from flcompress.pipeline.recipe_loading import dump_recipe, load_recipe
 from flcompress.pipeline.store import Entry
@@ -26,10 +29,15 @@ class RunDirectory:
     """A folder that `flcompress apply` writes and every other command reads.
 
     Reading methods raise RequestError where the folder is no run directory.
+
+    Args:
+        path: the folder.
+        model: the model folder that the run started from, if that has moved since.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, model: Path | None = None) -> None:
         self.path = Path(path).resolve()
+        self._model = model
 
     def __fspath__(self) -> str:
         return str(self.path)
@@ -61,11 +69,11 @@ class RunDirectory:
 
     def entries(self) -> list[Entry]:
         """The results of the passes of the recipe last applied, in order; those that are done so far."""
-        return [Entry.read(self._place(text), index) for index, text in enumerate(self._record()["entries"])][1:]
+        return [Entry.read(folder, index) for index, folder in enumerate(self._results())][1:]
 
     def start(self) -> Program:
         """The program that the recipe started from."""
-        return Program.load(self._stored()[0])
+        return self._program(self._stored()[0])
 
     def final(self) -> Program:
         """The program after the last pass; RequestError if the run is not finished."""
@@ -75,7 +83,7 @@ class RunDirectory:
                 f"{self.path}: the run is not finished ({max(done, 0)} passes done); "
                 f"give flcompress apply {self._record()['recipe_path']} again, it goes on from there"
             )
-        return Program.load(self._stored()[-1])
+        return self._program(self._stored()[-1])
 
     @property
     def key(self) -> str:
@@ -130,13 +138,58 @@ class RunDirectory:
         append_line(self.path / JOURNAL_FILE, json.dumps(record))
 
     def _stored(self) -> list[Path]:
-        places = [self._place(text) for text in self._record()["entries"]]
-        if not places:
+        folders = self._results()
+        if not folders:
             raise RequestError(f"{self.path}: the run has not begun; give flcompress apply again")
-        return places
+        return folders
 
-    def _place(self, text: str) -> Path:
-        return (self.path / text).resolve()
+    def _results(self) -> list[Path]:
+        """Folders of the stored results, the starting program's first."""
+        folders = [(self.path / text).resolve() for text in self._record()["entries"]]
+        for folder in folders:
+            if not folder.is_dir():
+                raise RequestError(
+                    f"{folder}: no such folder; {self.path} keeps a result there, in the --store of flcompress apply; "
+                    f"put it back, or give flcompress apply {self._record()['recipe_path']} again"
+                )
+        return folders
+
+    def _program(self, folder: Path) -> Program:
+        """A stored program; the parts that it shares with the starting model are found where that is now."""
+        program = Program.load(folder)
+        missing = [path for path in program.components.values() if not path.is_dir()]
+        if self._model is None and not missing:
+            return program
+        beginning = Program.load(self._stored()[0]).components
+        shared = [name for name, path in program.components.items() if beginning.get(name) == path]
+        recipe = self.recipe()
+        if self._model is not None:
+            recipe = self._moved(recipe, self._model)
+        with suppress(ModelError):  # no model there either
+            here = start.components_of(recipe, recipe.model_folder())
+            program = replace(program, components={**program.components, **{name: here[name] for name in shared}})
+            missing = [path for path in program.components.values() if not path.is_dir()]
+        if missing:
+            raise RequestError(
+                f"{missing[0]}: no such folder; a part of the model that {self.path} started from; if the model has "
+                "moved, give its folder with --model"
+            )
+        return program
+
+    def _moved(self, recipe: Recipe, model: Path) -> Recipe:
+        """The recipe with its model in another folder; RequestError where that holds another model."""
+        made_from = Entry.read(self._stored()[0]).record["arguments"]
+        if recipe.model.weights == "random":
+            raise RequestError(f"--model: {model} given, but {self.path} started from random weights, which it keeps")
+        if not model.is_dir():
+            raise RequestError(f"--model: {model}: no such folder; give the model's diffusers pipeline folder")
+        if made_from.get("sha256") not in (None, folder_digest(model)):
+            raise RequestError(
+                f"--model: {model} is not the model that {self.path} started from ({made_from['path']}): its files "
+                "differ; give that model's folder"
+            )
+        moved = recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": model.resolve()})})
+        return moved.written_in(recipe.file, {})
 
     def _write(self, **record: Any) -> None:
         write_text(self.path / RUN_FILE, json.dumps(record, indent=1) + "\n")

@@ -205,4 +205,5 @@ def components_of(recipe: Recipe, home: Path) -> dict[str, Path]:
 def model_arguments(recipe: Recipe) -> dict[str, Any]:
     """What the entry of the starting program says it was made from."""
     given = recipe.model.model_dump(mode="json", include={"weights", "expert"}, exclude_none=True)
-    return {"path": str(recipe.model_folder()), **given}
+    folder = recipe.model_folder()
+    return {"path": str(folder), "sha256": folder_digest(folder), **given}

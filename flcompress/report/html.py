@@ -10,7 +10,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from flcompress.pipeline.durable import full_disk_told, write_text
+from flcompress.pipeline.durable import write_text
 from flcompress.report import drawing, plots, wording
 from flcompress.report.findings import Blocks, blocks, headline
 from flcompress.report.quality import Quality, quality
@@ -31,12 +31,11 @@ def write_report(run_dir: Path) -> Path:
     Raises:
         RequestError: `run_dir` is no run directory.
         ReportError: a file in it is damaged.
-        FlcompressError: the disk is full.
+        OSError: the disk is full, or `run_dir` may not be written.
     """
     page = render(read_run(run_dir))
     target = run_dir / "report.html"
-    with full_disk_told(run_dir):
-        write_text(target, page)
+    write_text(target, page)
     return target
 
 

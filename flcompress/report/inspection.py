@@ -42,8 +42,11 @@ def draw_inspection(found: Inspection, path: Path) -> None:
         _stacks(below, found)
         figure.suptitle(_title(found), fontsize=9)
         temporary = path.with_name(f".{path.name}.tmp")
-        figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=150, metadata={})
-        temporary.replace(path)
+        try:
+            figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=150, metadata={})
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def _title(found: Inspection) -> str:

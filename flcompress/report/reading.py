@@ -11,7 +11,7 @@ from typing import Any
 from flcompress.errors import RequestError
 from flcompress.ir.graph import BlockGraph
 from flcompress.ir.serial import from_json
-from flcompress.pipeline.durable import locked
+from flcompress.pipeline.durable import Lock, locked
 from flcompress.report.record import Record, ReportError, read_lines, read_object
 
 
@@ -174,8 +174,8 @@ def _unfinished(run_dir: Path, journal: list[Record], index: int) -> Unfinished 
         peak_rss_mb=None,
     )
     try:
-        with locked(folder, wait=False) as free:
-            return Unfinished(entry=entry, running=not free)
+        with locked(folder, wait=False) as lock:
+            return Unfinished(entry=entry, running=lock is Lock.BUSY)
     except OSError:  # it has just been stored, or removed
         return None
 

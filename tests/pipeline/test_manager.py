@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from flcompress.errors import (
     FlcompressError,
@@ -63,6 +65,7 @@ def test_a_run_and_what_it_leaves(write: WriteRecipe, tmp_path: Path, model: Pat
         ("start", "tiny"), ("begin", "score"), ("pass", "score"), ("begin", "cut"), ("pass", "cut"), ("export", "text"),
         ("export", "copy"), ("done", "tiny"),
     ]  # fmt: skip
+    assert run.journal()[0]["threads"] == torch.get_num_threads()
     assert run.recipe().passes[1].name == "cut"
     assert not list((run.path / "passes").glob(".work-*"))
 
@@ -125,8 +128,6 @@ def test_a_shared_store(write: WriteRecipe, tmp_path: Path) -> None:
 
 
 def test_a_model_that_moved_is_found_again(write: WriteRecipe, tmp_path: Path, model: Path) -> None:
-    import shutil
-
     here, there = tmp_path / "here", tmp_path / "there"
     shutil.copytree(model, here)
     run_recipe(write("passes: [score]\n"), tmp_path / "run", f"model.path={here}")
@@ -136,6 +137,48 @@ def test_a_model_that_moved_is_found_again(write: WriteRecipe, tmp_path: Path, m
     assert CALLS == []
     assert run.final().components["vae"] == there / "vae"
     assert run.start().components["original"] == there / "transformer"
+
+
+def test_a_run_that_moved_finds_its_model(write: WriteRecipe, tmp_path: Path, model: Path) -> None:
+    run_recipe(write("passes: [score]\nexports: [text]\n"), tmp_path / "run")
+    (tmp_path / "other" / "disk").mkdir(parents=True)
+    (tmp_path / "run").rename(tmp_path / "other" / "disk" / "run")
+    moved = RunDirectory(tmp_path / "other" / "disk" / "run")
+    assert moved.final().components["vae"] == model / "vae"
+    assert moved.start().components["original"] == model / "transformer"
+    assert export(moved, force=True, display=QuietDisplay())["text"]["status"] == "ran"
+
+
+def test_a_model_that_moved_is_asked_for(write: WriteRecipe, tmp_path: Path, model: Path) -> None:
+    """Commands that read a finished run name what is missing, and take its new place if it is the same model."""
+    here, there, other = tmp_path / "here", tmp_path / "there", tmp_path / "other"
+    shutil.copytree(model, here)
+    run_recipe(write("passes: [score, {cut: {keep: 0.5}}]\n"), tmp_path / "run", f"model.path={here}")
+    here.rename(there)
+    with pytest.raises(RequestError) as caught:
+        RunDirectory(tmp_path / "run").final()
+    assert str(caught.value).startswith(f"{here}/")
+    assert "--model" in str(caught.value)
+    found = RunDirectory(tmp_path / "run", there).final()
+    assert found.components["vae"] == there / "vae"
+    assert found.components["original"] == there / "transformer"
+    assert found.components["transformer"].is_relative_to(tmp_path / "run")
+    shutil.copytree(there, other)
+    (other / "scheduler" / "scheduler_config.json").write_text("{}")
+    with pytest.raises(RequestError, match="is not the model that"):
+        RunDirectory(tmp_path / "run", other).final()
+    with pytest.raises(RequestError, match="no such folder"):
+        RunDirectory(tmp_path / "run", tmp_path / "nowhere").start()
+
+
+def test_a_store_that_moved_is_named(write: WriteRecipe, tmp_path: Path) -> None:
+    run = apply(write("passes: [score]\n"), tmp_path / "run", store=tmp_path / "store", display=QuietDisplay())
+    (tmp_path / "store").rename(tmp_path / "elsewhere")
+    for read in (run.start, run.final, run.entries):
+        with pytest.raises(RequestError) as caught:
+            read()
+        assert str(caught.value).startswith(f"{tmp_path}/store/passes/00-model-")
+        assert "--store" in str(caught.value)
 
 
 def test_a_killed_run_goes_on(write: WriteRecipe, tmp_path: Path) -> None:

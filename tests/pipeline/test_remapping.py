@@ -11,6 +11,7 @@ import torch
 import yaml
 from click.testing import CliRunner, Result
 from diffusers import WanTransformer3DModel
+from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -164,7 +165,6 @@ def test_a_lora_that_peft_trained(run: RunDirectory, tmp_path: Path, name: str, 
     """Trained, saved and loaded by the libraries' own doors: what it did with those blocks skipped, to the bit."""
     from diffusers import WanPipeline
     from diffusers.training_utils import _collate_lora_metadata
-    from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
 
     model, program = own_memory(teacher(run)), run.final()
@@ -204,6 +204,74 @@ def test_a_lora_that_peft_trained(run: RunDirectory, tmp_path: Path, name: str, 
     assert torch.equal(found, expected)
 
 
+ADAPTERS: dict[str, Any] = {
+    "LoRA with patterns": LoraConfig(
+        r=3,
+        target_modules=["to_q", "ffn.net.2"],
+        rank_pattern={"blocks.4.attn1.to_q": 5, "blocks.1.attn1.to_q": 2},
+        alpha_pattern={r"blocks\.[24]\.ffn\.net\.2": 16},
+        modules_to_save=["proj_out"],
+        bias="lora_only",
+    ),
+    "LoHa": LoHaConfig(r=3, alpha=6, target_modules=["to_q", "to_v"], rank_pattern={"blocks.4.attn1.to_v": 2}),
+    "LoKr": LoKrConfig(r=3, alpha=6, target_modules=["to_q", "ffn.net.0.proj"], decompose_both=True),
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_a_folder_that_peft_saved(run: RunDirectory, tmp_path: Path, kind: str) -> None:
+    """PEFT's own folder, its settings renumbered with its weights, loaded again by PEFT on the pruned model."""
+    model, program = own_memory(teacher(run)), run.final()
+    inputs = example_inputs(model)
+    torch.manual_seed(0)
+    trained = get_peft_model(model, ADAPTERS[kind])
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=draw))
+    trained.save_pretrained(str(tmp_path / "adapter"))
+    (tmp_path / "adapter" / "README.md").write_text("about it\n")
+    with torch.no_grad(), skip(trained.get_base_model(), program.prune_set):
+        expected = trained(**inputs).sample
+
+    done = cli("remap-lora", tmp_path / "adapter", run.path, "--out", tmp_path / "new")
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "new" / "README.md").read_text() == "about it\n"
+    small = own_memory(load_transformer(run.exports / "diffusers" / "transformer"))
+    with torch.no_grad():
+        found = PeftModel.from_pretrained(small, str(tmp_path / "new"))(**inputs).sample
+    assert torch.equal(found, expected)
+    settings = json.loads((tmp_path / "new" / "adapter_config.json").read_text())
+    assert not any("blocks.4" in name or r"\.[24]" in name for name in settings["rank_pattern"])
+
+
+def test_a_folder_is_refused(run: RunDirectory, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    out = tmp_path / "new"
+    lora = {key.removeprefix("transformer."): one for key, one in make_lora(teacher(run), "diffusers").items()}
+    config: dict[str, Any] = {"peft_type": "LORA", "r": RANK, "target_modules": ["to_q"]}
+
+    def refused(told: str, given: Path = folder) -> None:
+        failed = cli("remap-lora", given, run.path, "--out", out)
+        assert (failed.exit_code, failed.stderr.count("\n")) == (2, 1)
+        assert told in failed.stderr
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
+
+    refused(f"{folder}: has no adapter_config.json")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    refused(f"{folder}: has no adapter_model.safetensors")
+    save_file(lora, str(folder / "adapter_model.safetensors"))
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "rank_pattern": {"to_(q": 2}}))
+    refused(f"{folder}/adapter_config.json: 'to_(q' given, expected a regular expression")
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "rank_pattern": {"blocks.4.attn1.to_q": RANK}}))
+    refused("give the folder", folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    alone = cli("remap-lora", folder / "adapter_model.safetensors", run.path, "--out", tmp_path / "one.safetensors")
+    assert alone.exit_code == 0, alone.output  # its settings say nothing of blocks
+
+
 def own_memory(model: Any) -> Any:
     """The model; kernels round differently on weights that lie unaligned in a mapped file."""
     for parameter in model.parameters():
@@ -217,8 +285,9 @@ def test_the_summary_names_what_is_gone(run: RunDirectory, tmp_path: Path) -> No
     gone = run.final().prune_set
     kept, moved = LAYERS - len(gone), sum(new != old for new, old in run.final().kept.items())
     assert told.splitlines() == [
-        f"{tmp_path / 'out.safetensors'}: {5 * kept} modules kept, {5 * moved} of them in blocks with another number; "
-        f"{5 * len(gone)} dropped, which touched {len(gone)} removed blocks:",
+        f"{tmp_path / 'out.safetensors'}: {10 * kept} of {10 * LAYERS} keys used; {5 * kept} modules kept, {5 * moved} "
+        f"of them in blocks with another number; {5 * len(gone)} dropped, which touched {len(gone)} removed or changed "
+        "blocks:",
         *(f"  {block}: {', '.join(sorted(MODULES))}" for block in gone),
     ]
 

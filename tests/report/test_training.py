@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from flcompress.pipeline.durable import append_line, locked
+from flcompress.pipeline.durable import Lock, append_line, locked
 from flcompress.report.html import write_report
 from flcompress.report.reading import read_run
 from flcompress.report.terminal import print_summary
@@ -48,8 +48,8 @@ def begun(path: Path, *, action: str = "warn") -> Path:
 
 def test_a_running_training_is_shown(tmp_path: Path) -> None:
     folder = begun(tmp_path)
-    with locked(folder, wait=False) as mine:
-        assert mine
+    with locked(folder, wait=False) as lock:
+        assert lock is Lock.HELD
         (found,) = trainings(read_run(tmp_path))
         assert (found.status, found.step, found.steps, found.best_step) == ("running", 34, 200, 20)
         page = write_report(tmp_path).read_text(encoding="utf-8")

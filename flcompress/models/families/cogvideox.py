@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from flcompress.diffusion.conditioning import Conditioning
+from flcompress.models.families import original_names
 from flcompress.models.families.family import Config, Family, LatentShape, normal
+from flcompress.models.families.original_names import OriginalNames
 from flcompress.models.video import encode_clips
 
 
@@ -20,6 +22,7 @@ class CogVideoX(Family):
     pipelines: ClassVar[tuple[str, ...]] = ("CogVideoXPipeline", "CogVideoXImageToVideoPipeline")
     from_image: ClassVar[tuple[str, ...]] = ("CogVideoXImageToVideoPipeline",)
     transformers: ClassVar[tuple[str, ...]] = ("CogVideoXTransformer3DModel",)
+    original: ClassVar[OriginalNames] = original_names.COGVIDEOX
 
     def arguments(
         self, config: Config, x: torch.Tensor, timestep: torch.Tensor, given: Conditioning, guidance: float | None

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from flcompress.diffusion.conditioning import Conditioning
+from flcompress.models.families.original_names import OriginalNames
 
 Config = Mapping[str, Any]
 """A transformer's configuration."""
@@ -28,6 +29,7 @@ class Family(ABC):
         prompt_names: entries of the conditioning that the prompt decides; others come from a first frame.
         embedded_guidance: the usual scale of a guidance-distilled network; None where the family has none.
         image: whether its latents always have one frame.
+        original: the module names of the family's own project, where they differ from the stock class's.
     """
 
     name: ClassVar[str]
@@ -37,6 +39,7 @@ class Family(ABC):
     prompt_names: ClassVar[tuple[str, ...]] = ("encoder_hidden_states",)
     embedded_guidance: ClassVar[float | None] = None
     image: ClassVar[bool] = False
+    original: ClassVar[OriginalNames] = OriginalNames()
 
     @abstractmethod
     def arguments(

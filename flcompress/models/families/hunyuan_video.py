@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 
 from flcompress.diffusion.conditioning import Conditioning
+from flcompress.models.families import original_names
 from flcompress.models.families.family import (
     Config,
     Family,
@@ -24,6 +25,7 @@ from flcompress.models.families.family import (
     picture_of,
     replaced,
 )
+from flcompress.models.families.original_names import OriginalNames
 from flcompress.models.video import encode_clips
 
 
@@ -34,6 +36,7 @@ class HunyuanVideo(Family):
     pipelines: ClassVar[tuple[str, ...]] = ("HunyuanVideoPipeline", "HunyuanVideoImageToVideoPipeline")
     from_image: ClassVar[tuple[str, ...]] = ("HunyuanVideoImageToVideoPipeline",)
     transformers: ClassVar[tuple[str, ...]] = ("HunyuanVideoTransformer3DModel",)
+    original: ClassVar[OriginalNames] = original_names.HUNYUAN_VIDEO
     prompt_names: ClassVar[tuple[str, ...]] = ("encoder_hidden_states", "encoder_attention_mask", "pooled_projections")
     embedded_guidance: ClassVar[float | None] = 6.0
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from flcompress.diffusion.conditioning import Conditioning
+from flcompress.models.families import original_names
 from flcompress.models.families.family import (
     Config,
     Family,
@@ -18,6 +19,7 @@ from flcompress.models.families.family import (
     padded,
     unpacked,
 )
+from flcompress.models.families.original_names import OriginalNames
 
 _POOLED = ("encoder_hidden_states", "pooled_projections")
 
@@ -56,6 +58,7 @@ class Flux(_Packed):
     name: ClassVar[str] = "Flux"
     pipelines: ClassVar[tuple[str, ...]] = ("FluxPipeline",)
     transformers: ClassVar[tuple[str, ...]] = ("FluxTransformer2DModel",)
+    original: ClassVar[OriginalNames] = original_names.FLUX
     prompt_names: ClassVar[tuple[str, ...]] = _POOLED
     embedded_guidance: ClassVar[float | None] = 3.5
 
@@ -99,6 +102,7 @@ class StableDiffusion3(Family):
     name: ClassVar[str] = "SD3"
     pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusion3Pipeline",)
     transformers: ClassVar[tuple[str, ...]] = ("SD3Transformer2DModel",)
+    original: ClassVar[OriginalNames] = original_names.SD3
     prompt_names: ClassVar[tuple[str, ...]] = _POOLED
     image: ClassVar[bool] = True
 

@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 import torch
 
 from flcompress.diffusion.conditioning import Conditioning
+from flcompress.models.families import original_names
 from flcompress.models.families.family import Config, Family, LatentShape, evenly, normal
+from flcompress.models.families.original_names import OriginalNames
 
 _MASKED = ("encoder_hidden_states", "encoder_attention_mask")
 
@@ -19,6 +21,7 @@ class LTX(Family):
     name: ClassVar[str] = "LTX"
     pipelines: ClassVar[tuple[str, ...]] = ("LTXPipeline",)
     transformers: ClassVar[tuple[str, ...]] = ("LTXVideoTransformer3DModel",)
+    original: ClassVar[OriginalNames] = original_names.LTX
     prompt_names: ClassVar[tuple[str, ...]] = (*_MASKED, "rope_interpolation_scale")
 
     FRAME_RATE = 25.0
@@ -73,6 +76,7 @@ class Mochi(Family):
     name: ClassVar[str] = "Mochi"
     pipelines: ClassVar[tuple[str, ...]] = ("MochiPipeline",)
     transformers: ClassVar[tuple[str, ...]] = ("MochiTransformer3DModel",)
+    original: ClassVar[OriginalNames] = original_names.MOCHI
     prompt_names: ClassVar[tuple[str, ...]] = _MASKED
 
     THRESHOLD_NOISE = 0.025

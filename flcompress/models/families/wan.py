@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from flcompress.diffusion.conditioning import Conditioning
+from flcompress.models.families import original_names
 from flcompress.models.families.family import (
     Config,
     Family,
@@ -17,6 +18,7 @@ from flcompress.models.families.family import (
     picture_of,
     replaced,
 )
+from flcompress.models.families.original_names import OriginalNames
 from flcompress.models.video import encode_clips
 
 
@@ -27,6 +29,7 @@ class Wan(Family):
     pipelines: ClassVar[tuple[str, ...]] = ("WanPipeline", "WanImageToVideoPipeline")
     from_image: ClassVar[tuple[str, ...]] = ("WanImageToVideoPipeline",)
     transformers: ClassVar[tuple[str, ...]] = ("WanTransformer3DModel",)
+    original: ClassVar[OriginalNames] = original_names.WAN
 
     def arguments(
         self, config: Config, x: torch.Tensor, timestep: torch.Tensor, given: Conditioning, guidance: float | None
