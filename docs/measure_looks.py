@@ -14,6 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from flcompress.lines import lines_of
+
 RECIPE = """
 version: 1
 model: {model}
@@ -35,7 +37,7 @@ def run(recipe: Path, folder: Path, *, processes: int = 1, at_once: str = "") ->
     environment = {**os.environ, "OMP_NUM_THREADS": "1", SMALLER: at_once}
     subprocess.run([sys.executable, *command], env=environment, check=True, stderr=subprocess.DEVNULL)
     (file,) = folder.glob("passes/*-dmd-*/metrics.jsonl")
-    records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    records = [json.loads(line) for line in lines_of(file.read_text(encoding="utf-8"))]
     return [{name: one for name, one in record.items() if name != "sample_saturation"} for record in records]
 
 

@@ -65,19 +65,20 @@ def frames_of(clip: torch.Tensor) -> list[Image.Image]:
 
 
 def read_picture(path: Path, height: int, width: int) -> torch.Tensor:
-    """A picture file, scaled to cover the size and cropped to its centre: [3, height, width] in [-1, 1].
+    """A picture as viewers show it, scaled to cover the size and cropped to its centre: [3, height, width] in [-1, 1].
 
     Raises:
         RequestError: no picture that can be read.
     """
     import numpy as np
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, ImageOps
+
+    from flcompress.data.pictures import BrokenPicture, open_picture
 
     try:
-        with Image.open(path) as file:
-            fitted = ImageOps.fit(file.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
-    except (OSError, UnidentifiedImageError) as error:
-        raise RequestError(f"{path}: not a picture that can be read ({error}); give a PNG or JPEG file") from error
+        fitted = ImageOps.fit(open_picture(path), (width, height), Image.Resampling.LANCZOS)
+    except BrokenPicture as error:
+        raise RequestError(f"{path}: {error}") from error
     return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 127.5 - 1.0
 
 

@@ -14,6 +14,7 @@ from flcompress.diffusion.conditioning import Conditioning, dropped, on
 from flcompress.draws import Draws
 from flcompress.ir.selection import By, choose
 from flcompress.ir.serial import from_json, to_json
+from flcompress.lines import lines_of
 from flcompress.models.loading import save_transformer
 from flcompress.models.network import as_network
 from flcompress.pipeline.passes import Cost, Pass, Role, Work
@@ -104,7 +105,7 @@ class StochasticDepth(Pass):
 
     def _write_result(self, program: Program, work: Work) -> None:
         held = sum(program.graph.block(path).parameters for path in program.prune_set)
-        lines = (work.directory / METRICS_FILE).read_text(encoding="utf-8").splitlines()
+        lines = lines_of((work.directory / METRICS_FILE).read_text(encoding="utf-8"))
         result = {
             "prune_set": list(program.prune_set),
             "removed_share": held / program.graph.parameters,

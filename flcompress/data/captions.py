@@ -5,22 +5,32 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flcompress.data.video_names import VIDEO_SUFFIXES, VideoFolder, both, linked, printable
 from flcompress.errors import DataError
+from flcompress.lines import lines_of
 
-VIDEO_SUFFIXES = frozenset({".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".webm"})
 _COLUMNS = ("file", "caption")
+_EXPECTED = 'expected {"file": "clip.mp4", "caption": "..."}'
 
 
 @dataclass(frozen=True, slots=True)
 class Captioned:
-    """One video and its text; `file` is relative to the folder of videos."""
+    """One video and its text.
+
+    Attributes:
+        file: relative to the folder of videos, as it is written there.
+        caption: its text.
+        written: the file's name as the captions have it, where that is another.
+    """
 
     file: str
     caption: str
+    written: str | None = None
 
 
 def read_captions(path: Path, videos: Path) -> list[Captioned]:
@@ -33,26 +43,27 @@ def read_captions(path: Path, videos: Path) -> list[Captioned]:
     Raises:
         DataError: no such file or folder, another format, unknown columns, a file missing or named twice, no clip.
     """
-    if not videos.is_dir():
-        raise DataError(f"{videos}: no such folder; expected a folder of videos")
-    found: dict[str, Captioned] = {}
-    for line, record in _records(path):
+    folder = VideoFolder(videos)
+    found: dict[str, tuple[int, Captioned]] = {}
+    for line, record, shown in _records(path):
         where = f"{path}:{line}"
         if not isinstance(record, dict) or not all(isinstance(record.get(column), str) for column in _COLUMNS):
-            shown = json.dumps(record, ensure_ascii=False)[:60]
-            raise DataError(f'{where}: {shown} given, expected {{"file": "clip.mp4", "caption": "..."}}')
+            raise DataError(f"{where}: {shown[:60]} given, {_EXPECTED}")
         unknown = [key for key in record if key not in _COLUMNS]
         if unknown:
             raise DataError(f"{where}: column {unknown[0]!r} given, expected only file and caption; remove the others")
-        file, caption = record["file"], record["caption"]
-        if file in found:
-            raise DataError(f"{where}: {file} is named twice; a video has one caption")
-        if not (videos / file).is_file():
-            raise DataError(f"{where}: {videos / file}: no such video; put it there or remove the line")
-        found[file] = Captioned(file, caption)
+        for column in _COLUMNS:
+            _check_text(where, column, record[column])
+        one = _captioned(where, record["file"], record["caption"], folder)
+        if one.file in found:
+            first, other = found[one.file]
+            spelled = (one.written, other.written) != (None, None)
+            also = f", as {printable(other.written or other.file)} in line {first}" if spelled else ""
+            raise DataError(f"{where}: {printable(record['file'])} is named twice{also}; a video has one caption")
+        found[one.file] = line, one
     if not found:
         raise DataError(f"{path}: no clips; expected at least one line")
-    return list(found.values())
+    return [one for _, one in found.values()]
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -62,7 +73,7 @@ def read_prompts(path: Path) -> list[str]:
             f"{path}: {path.suffix or 'no suffix'} given, expected .txt with one prompt a line for a dataset of "
             "prompts only; captions of videos need --videos FOLDER"
         )
-    prompts = list(dict.fromkeys(line.strip() for line in _text(path).splitlines() if line.strip()))
+    prompts = list(dict.fromkeys(line.strip() for _, line in _lines(path)))
     if not prompts:
         raise DataError(f"{path}: no prompts; expected one a line")
     return prompts
@@ -71,46 +82,124 @@ def read_prompts(path: Path) -> list[str]:
 def without_caption(videos: Path, captioned: list[Captioned]) -> list[str]:
     """Video files under a folder that no caption names, relative to it."""
     named = {(videos / one.file).resolve() for one in captioned}
-    files = (path for path in sorted(videos.rglob("*")) if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file())
-    return [path.relative_to(videos).as_posix() for path in files if path.resolve() not in named]
+    files = [name for name in VideoFolder(videos).names if Path(name).suffix.lower() in VIDEO_SUFFIXES]
+    return [name for name in files if (videos / name).resolve() not in named]
 
 
-def _records(path: Path) -> list[tuple[int, Any]]:
-    """(line number, record) of a captions file."""
-    text = _text(path)
-    if path.suffix == ".jsonl":
-        return [(n, _json(path, n, line)) for n, line in enumerate(text.splitlines(), start=1) if line.strip()]
-    if path.suffix == ".csv":
-        rows = csv.reader(io.StringIO(text, newline=""))
-        header = next(rows, [])
-        if sorted(header) != sorted(_COLUMNS):
-            raise DataError(f"{path}:1: header {','.join(header)!r} given, expected file,caption")
-        return [(rows.line_num, _columns(path, rows.line_num, header, row)) for row in rows if row]
-    raise DataError(
-        f"{path}: {path.suffix or 'no suffix'} given, expected .jsonl or .csv with file and caption"
-        + ("; a .txt holds prompts only, without --videos" if path.suffix == ".txt" else "")
-    )
+def odd_names(videos: Path, captioned: list[Captioned]) -> list[str]:
+    """Remarks on names that are written otherwise than the files', and on files that have several names."""
+    remarks = []
+    written = [(one.written, one.file) for one in captioned if one.written is not None]
+    if written:
+        remarks.append(f"{len(written):,} names are written otherwise than the files'; the first: {both(*written[0])}")
+    same = linked(videos, [one.file for one in captioned])
+    if same:
+        remarks.append(f"{len(same):,} videos are links to others that have a caption too; the first: {both(*same[0])}")
+    return remarks
 
 
-def _json(path: Path, number: int, line: str) -> Any:
+def _captioned(where: str, file: str, caption: str, folder: VideoFolder) -> Captioned:
     try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
+        name = folder.find(file)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
+    return Captioned(name, caption, None if name == file else file)
+
+
+def _check_text(where: str, column: str, text: str) -> None:
+    """Raise DataError for what no tokenizer and no file system takes, or for nothing at all."""
+    half = next((sign for sign in text if "\ud800" <= sign <= "\udfff"), None)
+    if half:
         raise DataError(
-            f'{path}:{number}: {line.strip()[:60]!r} given, expected {{"file": "clip.mp4", "caption": "..."}}'
-        ) from error
+            f"{where}: {column}: half of a sign (\\u{ord(half):04x}), of two that belong together; write both"
+        )
+    if "\0" in text:
+        raise DataError(f"{where}: {column}: a NUL character; remove it")
+    if not text.strip():
+        raise DataError(f"{where}: {column}: empty; write one, or remove the line")
 
 
-def _columns(path: Path, line: int, header: list[str], row: list[str]) -> dict[str, str]:
-    if len(row) > len(header):
-        raise DataError(f"{path}:{line}: {len(row)} columns given, expected file,caption; quote a caption with commas")
-    return dict(zip(header, row, strict=False))
+def _records(path: Path) -> Iterator[tuple[int, Any, str]]:
+    """(line number, record, how it is written) of a captions file."""
+    if path.suffix == ".jsonl":
+        yield from ((number, _json(f"{path}:{number}", line), line.strip()) for number, line in _lines(path))
+    elif path.suffix == ".csv":
+        yield from _rows(path)
+    else:
+        _text(path)
+        raise DataError(
+            f"{path}: {path.suffix or 'no suffix'} given, expected .jsonl or .csv with file and caption"
+            + ("; a .txt holds prompts only, without --videos" if path.suffix == ".txt" else "")
+        )
+
+
+def _json(where: str, line: str) -> Any:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        record = dict(pairs)
+        if len(record) < len(pairs):
+            twice = next(key for key in record if sum(key == other for other, _ in pairs) > 1)
+            raise DataError(f"{where}: {twice!r} given twice; remove one of them")
+        return record
+
+    try:
+        return json.loads(line, object_pairs_hook=once)
+    except (ValueError, RecursionError) as error:  # no JSON, a number of thousands of digits, thousands of brackets
+        raise DataError(f"{where}: {line.strip()[:60]!r} given, {_EXPECTED}") from error
+
+
+def _rows(path: Path) -> Iterator[tuple[int, Any, str]]:
+    """The rows of a CSV file; a row's number is that of its first line, since quoted captions may have several."""
+    rows = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
+    header: list[str] | None = None
+    while True:
+        line = rows.line_num + 1
+        try:
+            row = next(rows)
+        except StopIteration:
+            break
+        except csv.Error as error:
+            raise DataError(
+                f"{path}:{line}: {error}; close every quote, and write a quote within quotes twice"
+            ) from error
+        if header is None:
+            header = row
+            if sorted(header) != sorted(_COLUMNS):
+                raise DataError(f"{path}:1: header {','.join(header)!r} given, expected file,caption")
+        elif len(row) > len(header):
+            raise DataError(
+                f"{path}:{line}: {len(row)} columns given, expected file,caption; quote a caption with commas"
+            )
+        elif row:
+            record = dict(zip(header, row, strict=False))
+            yield line, record, json.dumps(record, ensure_ascii=False)
+    if header is None:
+        raise DataError(f"{path}:1: header '' given, expected file,caption")
+
+
+def _lines(path: Path) -> list[tuple[int, str]]:
+    """(number, text) of the lines of a file in which something is written."""
+    lines = list(enumerate(lines_of(_text(path)), start=1))
+    for number, line in lines:
+        if "\r" in line:
+            raise DataError(f"{path}:{number}: a carriage return within the line; end lines with a newline")
+    return [(number, line) for number, line in lines if line.strip()]
 
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
         raise DataError(f"{path}: no such captions file; expected .jsonl, .csv or .txt") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); expected .jsonl, .csv or .txt") from error
+    wide = data.startswith((b"\xff\xfe", b"\xfe\xff"))
+    try:
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text; save it as UTF-8") from error
+        line = data.count(b"\n", 0, error.start) + 1
+        what = "UTF-16" if wide else f"not UTF-8 (byte 0x{data[error.start]:02x})"
+        raise DataError(f"{path}:{line}: {what}; save it as UTF-8") from error
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise DataError(f"{path}:{line}: a NUL character, as UTF-16 has them; save it as UTF-8 without")
+    return text

@@ -11,7 +11,8 @@ import torch
 
 from flcompress.data.shards import LATENTS, PER_CLIP, Clip, ClipShard, PromptShard, write_shard
 from flcompress.data.sizes import Size
-from flcompress.data.videos import BrokenVideo, read_clip, video_size
+from flcompress.data.video_frames import BrokenVideo
+from flcompress.data.videos import read_clip, video_size
 from flcompress.models.parts import Parts
 
 PROMPTS_AT_ONCE = 8
@@ -75,6 +76,7 @@ class Encoder:
         videos: folder of the clips' files.
         resize: scale clips to cover their bucket before they are cropped.
         fps: frames a second that are taken; None takes every frame.
+        frames: how many of them are taken at most; None: all.
     """
 
     index: Mapping[str, Any]
@@ -85,6 +87,7 @@ class Encoder:
     videos: Path
     resize: bool
     fps: float | None
+    frames: int | None = None
 
     _open: tuple[type, Parts] | None = field(default=None, init=False)
 
@@ -102,7 +105,7 @@ class Encoder:
         found: dict[str, Size | Skipped] = {}
         for file in files:
             try:
-                found[file] = video_size(self.videos / file, self.fps)
+                found[file] = video_size(self.videos / file, self.fps, self.frames)
             except BrokenVideo as error:
                 found[file] = Skipped(file, str(error))
         return found

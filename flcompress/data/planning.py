@@ -9,6 +9,7 @@ from flcompress.data.captions import Captioned
 from flcompress.data.encoder import ClipTask, PromptTask, Skipped
 from flcompress.data.shards import Clip, leading
 from flcompress.data.sizes import Size, Target
+from flcompress.data.video_names import in_utf8
 from flcompress.models.latent_size import Grid
 
 PROMPTS_A_SHARD = 16
@@ -57,7 +58,7 @@ def plan_clips(
         grid: the sizes that the model takes.
         negative_prompt: what guidance leads away from.
     """
-    skipped = [Skipped(file, "no caption names it") for file in uncaptioned]
+    skipped = [Skipped(in_utf8(file), "no caption names it") for file in uncaptioned]
     chosen: dict[Size, list[Captioned]] = {}
     for one in captioned:
         size = measured[one.file]

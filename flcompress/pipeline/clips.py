@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -147,10 +148,20 @@ def fingerprint(spec: dict[str, Any] | None) -> dict[str, Any] | None:
     return spec
 
 
-def _files(root: Path) -> str:
+def _files(root: Path, within: frozenset[Path] = frozenset()) -> str:
+    """A digest of the names, sizes and times of a file or of all under a folder, links to folders too.
+
+    Args:
+        root: the file or folder.
+        within: folders whose links led here; a link back to one of them ends there.
+    """
+    within = within | {root.resolve()}
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*")) if root.is_dir() else [root]:
+        name = os.fsencode(path.relative_to(root).as_posix())  # which need not be UTF-8
         if path.is_file():
             stat = path.stat()
-            digest.update(f"{path.relative_to(root).as_posix()}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+            digest.update(name + f"\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+        elif path.is_symlink() and path.is_dir() and path.resolve() not in within:
+            digest.update(name + f"\0{_files(path, within)}\0".encode())
     return digest.hexdigest()

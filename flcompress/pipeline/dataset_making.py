@@ -16,6 +16,7 @@ from flcompress.data.planning import Plan
 from flcompress.data.shards import INDEX_FILE, SKIPPED_FILE, WORK, ClipShard, Index, PromptShard, damaged
 from flcompress.data.workers import Run
 from flcompress.errors import DataError
+from flcompress.lines import lines_of
 from flcompress.pipeline.display import Display
 from flcompress.pipeline.durable import write_text
 
@@ -50,7 +51,7 @@ def _done(out: Path) -> dict[str, Made]:
     """What is made so far, by task; shards that are no longer whole are left out."""
     path = out / WORK / _DONE_FILE
     found = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    for line in lines_of(path.read_text(encoding="utf-8")) if path.exists() else ():
         try:
             made = _MADE.validate_json(line)
         except ValidationError:

@@ -10,13 +10,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from flcompress.data.captions import read_captions, read_prompts, without_caption
+from flcompress.data.captions import odd_names, read_captions, read_prompts, without_caption
 from flcompress.data.encoder import Encoder, Skipped
 from flcompress.data.planning import plan_clips, plan_prompts
 from flcompress.data.shards import INDEX_FILE, NEGATIVE, SKIPPED_FILE, WORK, Index
 from flcompress.data.sizes import OWN_SIZE, Size, Target
 from flcompress.data.workers import Run, workers
 from flcompress.errors import DataError
+from flcompress.lines import lines_of
 from flcompress.models.families import family_of
 from flcompress.models.folder import check_transformer_config
 from flcompress.models.latent_size import folder_grid
@@ -175,6 +176,8 @@ def encode(request: Request, display: Display, *, wait: bool = False) -> dict[st
         target = target.on(grid)
         captioned, prompts = read_captions(request.captions, request.videos), []
         uncaptioned = without_caption(request.videos, captioned)
+        for remark in odd_names(request.videos, captioned):
+            display.line(f"{request.captions}: {remark}")
     identity = request.identity([*(one.file for one in captioned), *uncaptioned])
     _check_out(request.out, identity)
     encoder = Encoder(
@@ -186,6 +189,7 @@ def encode(request: Request, display: Display, *, wait: bool = False) -> dict[st
         videos=request.videos or Path(),
         resize=target.height is not None,
         fps=request.fps,
+        frames=target.frames,
     )
     request.out.mkdir(parents=True, exist_ok=True)
     with _alone(request.out, wait, display), workers(encoder, request.processes) as run:
@@ -216,7 +220,7 @@ def summary(out: Path, made: int) -> dict[str, Any]:
         "out": str(out),
         "clips": index.clips,
         "prompts": len(index.prompts) - index.captions_start,
-        "skipped": len(skipped.read_text(encoding="utf-8").splitlines()) if skipped.exists() else 0,
+        "skipped": len(lines_of(skipped.read_text(encoding="utf-8"))) if skipped.exists() else 0,
         "buckets": [{"frames": f, "height": h, "width": w, "clips": n} for (f, h, w), n in sorted(buckets.items())],
         "shards": len(index.shards),
         "bytes": sum(shard.bytes for shard in index.shards),

@@ -38,15 +38,16 @@ def latents(recipe: Recipe) -> LatentShape | None:
 def _first(recipe: Recipe, given: dict[str, Any]) -> Size | None:
     """(frames, height, width) at which the first readable video of a recipe is encoded."""
     from flcompress.data.captions import read_captions
-    from flcompress.data.videos import BrokenVideo, video_size
+    from flcompress.data.video_frames import BrokenVideo
+    from flcompress.data.videos import video_size
     from flcompress.pipeline.clips import grid_and_target
 
     grid, target = grid_and_target(recipe)
     for one in read_captions(Path(given["captions"]), Path(given["folder"])):
         try:
-            bucket = target.bucket(video_size(Path(given["folder"]) / one.file), grid)
+            size = video_size(Path(given["folder"]) / one.file, most=target.frames)
         except BrokenVideo:
             continue
-        if bucket:
+        if bucket := target.bucket(size, grid):
             return bucket
     return None

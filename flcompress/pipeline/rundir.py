@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flcompress.errors import ModelError, RequestError
+from flcompress.lines import lines_of
 from flcompress.pipeline import start
 from flcompress.pipeline.durable import append_line, write_text
 from flcompress.pipeline.program import Program, folder_digest
@@ -95,7 +96,7 @@ class RunDirectory:
         if not path.exists():
             return []
         events = []
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in lines_of(path.read_text(encoding="utf-8")):
             try:
                 events.append(json.loads(line))
             except json.JSONDecodeError:

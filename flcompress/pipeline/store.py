@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flcompress.ir.text import to_text
+from flcompress.lines import lines_of
 from flcompress.pipeline.attempts import ATTEMPTS_FILE, attempt
 from flcompress.pipeline.durable import locked, move_in_place
 from flcompress.pipeline.program import Program
@@ -66,7 +67,7 @@ class Entry:
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of `metrics.jsonl`; empty if it wrote none."""
         path = self.folder / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+        return [json.loads(line) for line in lines_of(path.read_text(encoding="utf-8"))] if path.exists() else []
 
 
 class Store:

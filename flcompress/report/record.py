@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeGuard
 
 from flcompress.errors import FlcompressError
+from flcompress.lines import lines_of
 
 
 class ReportError(FlcompressError):
@@ -127,7 +128,7 @@ def read_lines(file: Path) -> list[Record]:
     if not file.is_file():
         return []
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = lines_of(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ReportError(f"{file}: cannot be read ({error}); make the file again") from error
     found: list[Record] = []

@@ -15,6 +15,7 @@ import torch
 
 from flcompress.draws import Draws, seed_of
 from flcompress.errors import Preempted, RequestError, TrainingError
+from flcompress.lines import lines_of
 from flcompress.pipeline.durable import append_line, sync, write_text
 from flcompress.pipeline.world import World
 from flcompress.training.checkpoint import Checkpoints, Kind
@@ -182,13 +183,13 @@ def _truncate(log: Path, step: int) -> None:
     Without a checkpoint that is everything, what was held against step 0 too.
     """
     if log.exists():
-        lines = log.read_text(encoding="utf-8").splitlines() if step else []
+        lines = lines_of(log.read_text(encoding="utf-8")) if step else []
         kept = [line for line in lines if line and _step(line) <= step]
         write_text(log, "".join(line + "\n" for line in kept))
 
 
 def _logged(log: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
+    return [json.loads(line) for line in lines_of(log.read_text(encoding="utf-8"))] if log.exists() else []
 
 
 def _step(line: str) -> int:

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from flcompress.data.videos import BrokenVideo, read_clip, shown, video_size
+from flcompress.data.video_frames import BrokenVideo
+from flcompress.data.videos import at_rate, check_rate, read_clip, video_size
 from tests.video_files import write_video
 
 QUARTER_TURN = (0, 0x10000, 0, -0x10000, 0, 0, 0, 0, 0x40000000)
@@ -188,10 +189,11 @@ def test_a_video_of_fewer_frames_a_second_says_so(tmp_path: Path) -> None:
 def test_each_moment_gets_its_nearest_frame(gaps: list[float], fps: float) -> None:
     times = [3.0, *(3.0 + total for total in accumulate(gaps))]
     try:
-        chosen = shown(times, fps)
+        check_rate(times, fps)
     except BrokenVideo:
         assert len(gaps) / sum(gaps) < fps
         return
+    chosen = list(at_rate(zip(times, range(len(times)), strict=True), fps))
     assert chosen[0] == 0
     assert chosen == sorted(chosen)
     assert len(chosen) == pytest.approx((times[-1] - times[0]) * fps + 1, abs=1.0)

@@ -14,8 +14,9 @@ from flcompress.cli import main
 from flcompress.data.shards import Index
 from flcompress.data.videos import read_clip
 from flcompress.models.parts import open_parts
+from tests.mp4_boxes import turn
 from tests.pipeline.encode_command import contents, encode
-from tests.video_files import write_video
+from tests.video_files import Tags, cut, write_colour, write_video
 
 
 def test_what_is_written(encoded: tuple[Path, dict[str, Any]]) -> None:
@@ -94,6 +95,31 @@ def test_clips_of_one_frame_rate(model: Path, tmp_path: Path) -> None:
     assert [clip.file for clip in index.clip_shards[0].clips] == ["8.mp4", "16.mp4", "24.mp4"]
     clips = [read_clip(folder / f"{rate}.mp4", (9, 32, 32), resize=False, fps=8.0) for rate in (8, 16, 24)]
     torch.testing.assert_close(latents, open_parts(model).encode_clips(torch.stack(clips)), atol=1e-5, rtol=1e-5)
+
+
+def test_the_size_in_the_plan_is_that_which_is_shown(model: Path, tmp_path: Path) -> None:
+    """Pixel shape, a turn, hidden frames: measured and read alike; what cannot be shown is listed with the reason."""
+    folder = tmp_path / "videos"
+    write_video(folder / "wide.mp4", height=32, width=48, pixel=(4, 3))
+    turn(write_video(folder / "turned.mp4", height=32, width=64), (0, 0x10000, 0, -0x10000, 0, 0, 0, 0, 0x40000000))
+    long = write_video(tmp_path / "long.mp4", frames=40, height=32, width=64, gop=20, options={"bf": "0"})
+    cut(long, folder / "cut.mp4", 30 / 8)
+    write_colour(folder / "hdr.mp4", (200, 40, 40), Tags(9, 9, 16))
+    names = ["wide.mp4", "./turned.mp4", "CUT.mp4", "hdr.mp4"]
+    rows = [json.dumps({"file": name, "caption": f"a\u2028{name}"}, ensure_ascii=False) for name in names]
+    (folder / "captions.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    done = encode(model, folder, tmp_path / "out", "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["buckets"] == [
+        {"frames": 9, "height": 32, "width": 64, "clips": 2}, {"frames": 9, "height": 64, "width": 32, "clips": 1}
+    ]  # fmt: skip
+    assert "2 names are written otherwise than the files'; the first: ./turned.mp4 is turned.mp4" in done.stderr
+    assert json.loads((tmp_path / "out" / "skipped.jsonl").read_text()) == {
+        "file": "hdr.mp4", "reason": "HDR (PQ); convert it to standard range (BT.709) first"
+    }  # fmt: skip
+    index = Index.read(tmp_path / "out")
+    assert [clip.file for shard in index.clip_shards for clip in shard.clips] == ["wide.mp4", "cut.mp4", "turned.mp4"]
+    assert index.prompts == ("", "a\u2028wide.mp4", "a\u2028CUT.mp4", "a\u2028./turned.mp4")
 
 
 def test_prompts_only(model: Path, tmp_path: Path) -> None:
