@@ -139,7 +139,7 @@ def difference(start: Path, one: Path, other: Path) -> Difference:
         for file in first.glob("metrics.jsonl"):
             logs = [list(map(json.loads, path.read_text().splitlines())) for path in (file, second / file.name)]
             compared += len(logs[0])
-            logged = max(logged, _apart(*logs))
+            logged = max(logged, apart(*logs))
         found = weights_of(first), weights_of(second)
         assert found[0].keys() == found[1].keys()
         if found[0]:
@@ -173,8 +173,8 @@ def rms(values: torch.Tensor) -> float:
     return float(values.square().mean().sqrt())
 
 
-def _apart(log: Sequence[dict[str, float]], other: Sequence[dict[str, float]]) -> float:
-    """The largest difference of two logs, each figure on the scale of its largest value."""
+def apart(log: Sequence[dict[str, float]], other: Sequence[dict[str, float]]) -> float:
+    """The largest difference of two logs, each figure relative to the largest value that it has."""
     scale: dict[str, float] = {}
     for line in log:
         for key, value in line.items():
