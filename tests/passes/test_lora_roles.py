@@ -24,7 +24,7 @@ from flcompress.training.lora import LoRA, SharedBase, merge
 from flcompress.training.trained import Trained
 from tests.rounding import rounding
 from tests.tiny import tiny_pipeline
-from tests.training.comparing import STEP, Smooth, apart, difference, smooth
+from tests.training.comparing import FORWARD, STEP, Smooth, apart, difference, smooth
 from tests.training.processes import run
 
 LORA = "fake_score: lora, generator: lora, real_score: elastic, lora_rank: 4"
@@ -56,7 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def applied(folder: Path, name: str, settings: str = LORA, *overrides: str, store: str = "store") -> RunDirectory:
     recipe = folder / f"{name}.yaml"
-    recipe.write_text(RECIPE.format(dmd=settings, rate=1e-4))
+    recipe.write_text(RECIPE.format(dmd=settings, rate=1e-2))
     return apply(recipe, folder / name, overrides=overrides, store=folder / store, display=QuietDisplay(), device="cpu")
 
 
@@ -92,8 +92,10 @@ def test_the_finished_generator_is_the_trained_one_in_its_own_weights(
         expected = generator(**given, return_dict=False)[0]
     with torch.no_grad():
         found = student(**given, return_dict=False)[0]
-    assert float((expected - start).abs().max()) > 1e-4
-    assert float((found - expected).abs().max()) < 1e-6
+    different, learned = (float((one - expected).norm() / expected.norm()) for one in (found, start))
+    print(f"merged: {different:.1e}, start: {learned:.1e}")
+    assert different < rounding(2 * FORWARD)
+    assert learned > 100 * rounding(2 * FORWARD)
 
 
 def test_gradient_checkpointing_and_precision(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
