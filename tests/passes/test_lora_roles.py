@@ -154,7 +154,7 @@ def test_a_lora_critic_beside_a_full_generator(folder: Path) -> None:
     """The two start from the same weights, so the first loss of the critic is a full one's."""
     full = logged(applied(folder, "full", "real_score: elastic"))
     critic = logged(applied(folder, "critic", "real_score: elastic, fake_score: lora"))
-    assert critic[0]["fake_score_loss"] == pytest.approx(full[0]["fake_score_loss"], rel=1e-5)
+    assert critic[0]["fake_score_loss"] == pytest.approx(full[0]["fake_score_loss"], rel=rounding(2 * FORWARD))
     assert critic[0]["fake_score_grad_norm"] != pytest.approx(full[0]["fake_score_grad_norm"], rel=1e-2)
 
 
@@ -254,8 +254,7 @@ def test_two_processes_agree_with_one(folder: Path, engine: str, name: str, sett
         options = "--run-dir", place, "--store", store, "--quiet", "--set", f"training.engine={one}"
         hooks = dict.fromkeys(range(processes), Smooth())
         run(["apply", recipe, *options], folder / f"output-{place.name}", processes=processes, hooks=hooks)
-        runs.append(RunDirectory(place))
-    before = runs[0].entries()[-2].folder
-    found = difference(before, *(one.path for one in runs))
+        runs.append(place)
+    found = difference(folder / "model", *runs)
     print(f"{engine}, {name}: {found}")
-    found.require(updates=4)  # two of each role; both runs begin with the dmd pass
+    found.require(updates=4)  # two of each role; the passes before are those of the store

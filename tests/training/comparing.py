@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from flcompress.draws import Draws
+from flcompress.pipeline.rundir import RunDirectory
 from flcompress.training.engines import Hyper
 from flcompress.training.engines.optimiser import optimiser
 from flcompress.training.trained import Trained
@@ -152,7 +153,8 @@ def difference(start: Path, one: Path, other: Path) -> Difference:
 
 
 def passes_of(folder: Path) -> list[Path]:
-    return sorted(folder.glob("passes/[0-9]*"))
+    """The folders of a run's passes, in their order; they may lie in a store."""
+    return [entry.folder for entry in RunDirectory(folder).entries()]
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
