@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import time
 from pathlib import Path
 
 import pytest
@@ -37,11 +35,8 @@ def test_the_smoke_recipe_runs_every_pass_and_exporter(tmp_path: Path) -> None:
     TensorRTExporter().check()
     run = tmp_path / "smoke"
     command = ["apply", str(RECIPES / "smoke.yaml"), "--run-dir", str(run)]
-    started = time.monotonic()
     first = CliRunner().invoke(main, command)
     assert first.exit_code == 0, first.output
-    if "CI" not in os.environ:  # a shared machine can be slow; the figure is in docs/benchmarks.md
-        assert time.monotonic() - started < 180
 
     again = CliRunner().invoke(main, command)
     assert again.exit_code == 0

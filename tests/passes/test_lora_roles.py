@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +19,13 @@ from flcompress.pipeline.manager import apply
 from flcompress.pipeline.program import Program
 from flcompress.pipeline.rundir import RunDirectory
 from flcompress.trace.skip import graph_of, skip
+from flcompress.training.engines import replicated
 from flcompress.training.lora import LoRA, SharedBase, merge
 from flcompress.training.trained import Trained
+from tests.rounding import rounding
 from tests.tiny import tiny_pipeline
+from tests.training.comparing import FORWARD, STEP, Smooth, apart, difference, smooth
+from tests.training.processes import run
 
 LORA = "fake_score: lora, generator: lora, real_score: elastic, lora_rank: 4"
 """On one base."""
@@ -40,8 +40,11 @@ training: {{health: {{on_breach: warn, samples: 0}}, log_to: []}}
 passes:
   - stochastic-depth: {{remove: 0.3, by: middle, steps: 2, batch: 2}}
   - prune: {{remove: 0.3, by: middle}}
-  - dmd: {{steps: 2, critic_updates: 1, student_steps: 2, batch: 2, intra_cfg: [0.2, 0.3], learning_rate: 1e-4, {dmd}}}
+  - dmd:
+      {{steps: 2, critic_updates: 1, student_steps: 2, batch: 2, intra_cfg: [0.2, 0.3], learning_rate: {rate}, {dmd}}}
 """
+
+IGNORE = shutil.ignore_patterns("*-dmd-*")
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +54,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def applied(folder: Path, name: str, settings: str = LORA, *overrides: str) -> RunDirectory:
+def applied(folder: Path, name: str, settings: str = LORA, *overrides: str, store: str = "store") -> RunDirectory:
     recipe = folder / f"{name}.yaml"
-    recipe.write_text(RECIPE.format(dmd=settings))
-    return apply(
-        recipe, folder / name, overrides=overrides, store=folder / "store", display=QuietDisplay(), device="cpu"
-    )
+    recipe.write_text(RECIPE.format(dmd=settings, rate=1e-2))
+    return apply(recipe, folder / name, overrides=overrides, store=folder / store, display=QuietDisplay(), device="cpu")
 
 
 def logged(run: RunDirectory) -> list[dict[str, float]]:
@@ -91,18 +92,22 @@ def test_the_finished_generator_is_the_trained_one_in_its_own_weights(
         expected = generator(**given, return_dict=False)[0]
     with torch.no_grad():
         found = student(**given, return_dict=False)[0]
-    assert float((expected - start).abs().max()) > 1e-4
-    assert float((found - expected).abs().max()) < 1e-6
+    different, learned = (float((one - expected).norm() / expected.norm()) for one in (found, start))
+    print(f"merged: {different:.1e}, start: {learned:.1e}")
+    assert different < rounding(2 * FORWARD)
+    assert learned > 100 * rounding(2 * FORWARD)
 
 
-def test_gradient_checkpointing_and_precision(folder: Path) -> None:
+def test_gradient_checkpointing_and_precision(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks computed again change no loss; bf16, with the base held in it, stays near."""
-    plain = logged(applied(folder, "plain"))
-    again = logged(applied(folder, "again", LORA, "training.gradient_checkpointing=true"))
-    both = ("training.gradient_checkpointing=true", "training.precision=bf16")
-    half = logged(applied(folder, "half", LORA, *both))
-    for one, other, third in zip(plain, again, half, strict=True):
-        assert other == pytest.approx(one, rel=1e-4, abs=1e-6)
+    monkeypatch.setattr(replicated, "optimiser", smooth)
+    checkpointing = "training.gradient_checkpointing=true"
+    plain, again, half = (
+        logged(applied(folder, f"smooth-{len(more)}", LORA, *more, store="store-smooth"))
+        for more in ((), (checkpointing,), (checkpointing, "training.precision=bf16"))
+    )
+    assert apart(plain, again) < rounding(4 * STEP)
+    for one, third in zip(plain, half, strict=True):
         assert third["fake_score_loss"] == pytest.approx(one["fake_score_loss"], rel=0.05)
     assert plain != half
 
@@ -149,7 +154,7 @@ def test_a_lora_critic_beside_a_full_generator(folder: Path) -> None:
     """The two start from the same weights, so the first loss of the critic is a full one's."""
     full = logged(applied(folder, "full", "real_score: elastic"))
     critic = logged(applied(folder, "critic", "real_score: elastic, fake_score: lora"))
-    assert critic[0]["fake_score_loss"] == pytest.approx(full[0]["fake_score_loss"], rel=1e-5)
+    assert critic[0]["fake_score_loss"] == pytest.approx(full[0]["fake_score_loss"], rel=rounding(2 * FORWARD))
     assert critic[0]["fake_score_grad_norm"] != pytest.approx(full[0]["fake_score_grad_norm"], rel=1e-2)
 
 
@@ -239,21 +244,17 @@ def test_the_plan_counts_the_base_once_and_what_is_trained() -> None:
     [("ddp", "plain", LORA), ("zero2", "apart", APART), ("fsdp2", "plain", LORA), ("fsdp2", "apart", APART)],
 )
 def test_two_processes_agree_with_one(folder: Path, engine: str, name: str, settings: str) -> None:
-    alone = applied(folder, name, settings)
-    recipe, store = folder / f"{name}.yaml", folder / f"store-{engine}-{name}"
-    shutil.copytree(folder / "store", store, ignore=shutil.ignore_patterns("*-dmd-*"))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    place = folder / f"{engine}-{name}"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port),
-               "-m", "flcompress", "apply", str(recipe), "--run-dir", str(place), "--store", str(store),
-               "--set", f"training.engine={engine}"]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run(command, check=True, capture_output=True, env=environment)
-    shared = RunDirectory(place)
-    for one, other in zip(logged(alone), logged(shared), strict=True):
-        assert other == pytest.approx(one, rel=1e-5)
-    weights, others = (load_transformer(run.final().components["transformer"]).state_dict() for run in (alone, shared))
-    for name, value in weights.items():
-        torch.testing.assert_close(others[name], value, rtol=0, atol=1e-5)
+    applied(folder, name, settings)
+    recipe = folder / f"smooth-{name}.yaml"
+    recipe.write_text(RECIPE.format(dmd=f"{settings}, critic_learning_rate: 0.1", rate=0.1))
+    runs = []
+    for one, processes in (("local", 1), (engine, 2)):
+        place = folder / f"{engine}-{name}-{processes}"
+        store = shutil.copytree(folder / "store", folder / f"store-{place.name}", ignore=IGNORE)
+        options = "--run-dir", place, "--store", store, "--quiet", "--set", f"training.engine={one}"
+        hooks = dict.fromkeys(range(processes), Smooth())
+        run(["apply", recipe, *options], folder / f"output-{place.name}", processes=processes, hooks=hooks)
+        runs.append(place)
+    found = difference(folder / "model", *runs)
+    print(f"{engine}, {name}: {found}")
+    found.require(updates=4)  # two of each role; the passes before are those of the store

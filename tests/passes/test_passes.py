@@ -117,6 +117,8 @@ def test_the_cut_model_is_the_elastic_one_with_blocks_skipped(run: RunDirectory)
     assert result["share"] <= 0.8
     elastic = load_transformer(program.components["elastic"])
     small = load_transformer(program.components["transformer"])
+    for value in (*elastic.parameters(), *small.parameters()):
+        value.data = value.data.clone()  # kernels round by where a weight lies, and in a mapped file it lies anywhere
     inputs = example_inputs(elastic, batch=2)
     with torch.no_grad(), skip(elastic, program.prune_set):
         expected = elastic(**inputs, return_dict=False)[0]

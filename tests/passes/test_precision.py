@@ -11,7 +11,10 @@ import torch
 from flcompress.models.loading import load_transformer
 from flcompress.pipeline.display import QuietDisplay
 from flcompress.pipeline.manager import apply
+from flcompress.training.engines import replicated
+from tests.rounding import rounding
 from tests.tiny import tiny_pipeline
+from tests.training.comparing import STEP, apart, smooth
 
 RECIPE = """
 version: 1
@@ -40,13 +43,13 @@ def losses(home: Path, target: str, *overrides: str) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize("target", ["frozen", "self"])
-def test_gradient_checkpointing_changes_no_loss(tmp_path: Path, target: str) -> None:
+def test_gradient_checkpointing_changes_no_loss(tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where blocks are skipped: the backward, which computes blocks again, must skip the same ones."""
+    monkeypatch.setattr(replicated, "optimiser", smooth)
     plain = losses(tmp_path / "plain", target)
     again = losses(tmp_path / "again", target, "training.gradient_checkpointing=true")
     assert len(plain) == len(again) == 7
-    for one, other in zip(plain, again, strict=True):
-        assert other == pytest.approx(one, rel=1e-4, abs=1e-6)
+    assert apart(plain, again) < rounding((3 + 2 * 3) * STEP)  # the generator's two updates follow two of the critic's
 
 
 def test_half_precision_stays_near(tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def test_a_browser_shows_it(width: int, tmp_path: Path) -> None:
          "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
          f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},5000", f"--screenshot={picture}",
          page.as_uri()],
-        check=True, capture_output=True, timeout=120,
+        check=True, capture_output=True, timeout=900,
     )  # fmt: skip
     with Image.open(picture) as shown:
         assert shown.width == width

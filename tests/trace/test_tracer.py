@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -110,8 +109,7 @@ def test_example_inputs_are_found_for_wan() -> None:
     assert len(trace(model).blocks) == 4
 
 
-def test_the_14b_model_is_traced_without_its_weights_in_seconds() -> None:
-    started = time.perf_counter()
+def test_the_14b_model_is_traced_without_its_weights() -> None:
     with torch.device("meta"):
         model, inputs = models.wan(
             num_attention_heads=40,
@@ -130,7 +128,6 @@ def test_the_14b_model_is_traced_without_its_weights_in_seconds() -> None:
     assert graph.blocks[-1].streams[0].input == "hidden_states"
     assert not graph.blocks[-1].reason  # replayed, not guessed
     assert dict(graph.config_keys) == {"blocks": "num_layers"}
-    assert time.perf_counter() - started < 60
 
 
 class Adder(nn.Module):

@@ -39,6 +39,10 @@ class Home:
         return cls(folder)
 
     @property
+    def model(self) -> Path:
+        return self.folder / "model"
+
+    @property
     def data(self) -> Path:
         (found,) = (self.folder / "data").iterdir()
         return found
@@ -51,6 +55,6 @@ class Home:
     def recipe(self, name: str, passes: Sequence[str], data: Path | None = None) -> Path:
         """Write a recipe of these passes."""
         path = self.folder / f"{name}.yaml"
-        head = HEAD.format(model=self.folder / "model", data=f"latents: {data or self.data}")
+        head = HEAD.format(model=self.model, data=f"latents: {data or self.data}")
         path.write_text(head + "".join(f"  - {one}\n" for one in passes), encoding="utf-8")
         return path

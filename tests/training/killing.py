@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.training.home import Home
-from tests.training.processes import CountWrites, DieAtWrite, Hook, run, start
+from tests.training.processes import PATIENCE, CountWrites, DieAtWrite, Hook, run, start
 from tests.training.toy import weights
 
 STEPS = 7
@@ -66,14 +66,14 @@ def killed(home: Home, engine: str, kills: int, seed: int) -> Iterator[Kill]:
             started = start(command(folder), output, processes=processes, hooks=hooks)
             after = draw.uniform(0.0, seconds)
             if by_write:
-                started.wait_any(120)
+                started.wait_any(PATIENCE)
             else:
                 started.wait_any(after)
                 started.signal(rank, signal.SIGKILL)
             started.wait(2)
             for other in range(processes):  # what a launcher does; those that were still to meet wait for it
                 started.signal(other, signal.SIGTERM)
-            statuses = started.wait(90)
+            statuses = started.wait()
             if None in statuses:
                 started.show_stacks()
             started.kill()

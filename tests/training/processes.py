@@ -19,6 +19,9 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+PATIENCE = 900.0
+"""Seconds after which a command counts as hung. No test measures by it: on a busy machine all may take minutes."""
+
 Hook = Callable[[], None]
 """Called in a process before the command runs."""
 
@@ -26,6 +29,9 @@ _WRITES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "shu
 
 
 def _context() -> Any:
+    # What the fork server and all that it starts inherit: as in a run by hand, where the command line sets both.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.training.warm"])
     return context
@@ -114,7 +120,7 @@ class Command:
     def pids(self) -> list[int]:
         return [process.pid or 0 for process in self.processes]
 
-    def wait(self, seconds: float = 120.0) -> list[int | None]:
+    def wait(self, seconds: float = PATIENCE) -> list[int | None]:
         """Exit statuses by rank, negative signal numbers for killed ones; None for those that still run."""
         end = time.monotonic() + seconds
         for process in self.processes:

@@ -12,7 +12,7 @@ from tests.small_disk import small_disk
 from tests.training import toy
 from tests.training.faulty import command, lines, met, resumed, steps
 from tests.training.home import Home
-from tests.training.processes import start
+from tests.training.processes import PATIENCE, start
 
 pytestmark = pytest.mark.slow
 
@@ -70,9 +70,9 @@ def test_two_runs_in_one_directory(home: Home, tmp_path: Path) -> None:
     folder = home.begun(tmp_path / "here/run")
     slow = "toy: {steps: 6}"
     first = start(
-        command(home, folder, "ddp", slow), tmp_path / "one", processes=2, environment={toy.FAULT: "slow:0:4"}
+        command(home, folder, "ddp", slow), tmp_path / "one", processes=2, environment={toy.FAULT: "stop:0:4"}
     )
-    end = time.monotonic() + 60
+    end = time.monotonic() + PATIENCE
     while not steps(folder) and time.monotonic() < end:
         time.sleep(0.1)
     second = start(command(home, folder), tmp_path / "two", processes=2)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import signal
-import time
 from pathlib import Path
 
 import pytest
-import torch
+from safetensors.torch import load
 
+from tests.rounding import rounding
 from tests.training import toy
+from tests.training.comparing import Smooth
 from tests.training.faulty import AGAIN, command, lines, met, resumed, steps
 from tests.training.home import Home
-from tests.training.processes import run, start
+from tests.training.processes import PATIENCE, run, start
 
 pytestmark = pytest.mark.slow
 
@@ -22,23 +23,21 @@ pytestmark = pytest.mark.slow
 def test_a_hung_process_is_named(home: Home, tmp_path: Path, whole: bytes, rank: int) -> None:
     """Process 0 also keeps the store in which the processes meet: the others see it stop answering."""
     folder = home.begun(tmp_path / "here/run")
-    began = time.monotonic()
     started = start(
-        command(home, folder, "ddp", "toy: {steps: 6}", "training.timeout=8"),
+        command(home, folder, "ddp", "toy: {steps: 6}", "training.timeout=20"),
         tmp_path / "output",
         processes=2,
         environment={toy.FAULT: f"stop:{rank}:4"},
     )
-    started.wait_any(90)
-    assert time.monotonic() - began < 60
+    started.wait_any(PATIENCE)
     other = 1 - rank
     assert started.processes[other].exitcode == 1
-    named = f"process {rank} (last: step 4) of 2 has not moved for 8 s (training.timeout)"
+    named = f"process {rank} (last: step 4) of 2 has not moved for 20 s (training.timeout)"
     if rank == 0:
-        named = "the process that all others meet at has not answered for 8 s"
+        named = "the process that all others meet at has not answered for 20 s"
     assert lines(started) == [f"error: {named}; {AGAIN}"]
     started.signal(rank, signal.SIGCONT)  # a launcher would kill it; should it wake up, it ends too
-    assert None not in started.wait(60)
+    assert None not in started.wait()
     started.kill()
     assert resumed(home, folder) == whole
 
@@ -63,9 +62,9 @@ def test_a_process_that_dies_in_a_checkpoint_does_not_keep_the_others(home: Home
     folder = home.begun(tmp_path / "here/run")
     given = {toy.FAULT: "exit-in-checkpoint:1:4"}
     started = start(command(home, folder, "zero2"), tmp_path / "output", processes=2, environment=given)
-    started.wait_any(60)
+    started.wait_any(PATIENCE)
     started.signal(0, signal.SIGTERM)
-    assert started.wait(60) == [1, 7]
+    assert started.wait() == [1, 7]
     assert lines(started) == [
         "error: process 1 (last: checkpoint of step 4) of 2 has not moved for 7 s, and this command was asked to end; "
         + AGAIN
@@ -127,16 +126,18 @@ def test_a_clock_that_runs_backwards(home: Home, tmp_path: Path, whole: bytes) -
     assert events == ["start", "begin", "pass", "done"]
 
 
-def test_another_number_of_processes(home: Home, tmp_path: Path, whole: bytes) -> None:
+def test_another_number_of_processes(home: Home, tmp_path: Path) -> None:
     """Whole copies go on with any number, equal but for the order of sums; shards are refused by name."""
-    folder = home.begun(tmp_path / "one/run")
-    met(home, folder, "term:1:4")
-    run(command(home, folder, "local"), tmp_path / "again")
-    found, expected = (
-        torch.frombuffer(bytearray(toy.weights(folder)[-4096:]), dtype=torch.float32),
-        torch.frombuffer(bytearray(whole[-4096:]), dtype=torch.float32),
-    )
-    assert float((found - expected).abs().max()) < 1e-5
+    hooks = dict.fromkeys(range(2), Smooth())
+    unbroken, folder = home.begun(tmp_path / "unbroken/run"), home.begun(tmp_path / "one/run")
+    run(command(home, unbroken), tmp_path / "unbroken/output", processes=2, hooks=hooks)
+    fault = {toy.FAULT: "term:1:4"}
+    start(command(home, folder), tmp_path / "output", processes=2, hooks=hooks, environment=fault).wait()
+    run(command(home, folder, "local"), tmp_path / "again", hooks=hooks)
+    found, expected = load(toy.weights(folder)), load(toy.weights(unbroken))
+    for name, value in expected.items():
+        # Layers of 8 and 16 channels, forward and backward, and 4 samples, in each of two networks; six steps.
+        assert float((found[name] - value).norm() / value.norm()) < rounding(6 * 2 * 3 * (8 + 16 + 16 + 4)), name
     for engine in ("zero2", "fsdp2"):
         folder = home.begun(tmp_path / engine / "run")
         met(home, folder, "term:1:4", engine)

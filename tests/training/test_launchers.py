@@ -14,7 +14,7 @@ import pytest
 from tests.training import toy
 from tests.training.faulty import AGAIN, command, resumed, steps
 from tests.training.home import Home
-from tests.training.processes import free_port
+from tests.training.processes import PATIENCE, free_port
 
 pytestmark = pytest.mark.slow
 
@@ -29,11 +29,11 @@ def torchrun(*arguments: str, fault: str) -> subprocess.Popen[str]:
 
 def test_under_torchrun_a_hung_process_is_named_and_none_is_left(home: Home, tmp_path: Path) -> None:
     folder = home.begun(tmp_path / "here/run")
-    launcher = torchrun(*command(home, folder, "ddp", "toy: {steps: 6}", "training.timeout=10"), fault="stop:1:4")
-    _, said = launcher.communicate(timeout=240)
+    launcher = torchrun(*command(home, folder, "ddp", "toy: {steps: 6}", "training.timeout=20"), fault="stop:1:4")
+    _, said = launcher.communicate(timeout=PATIENCE)
     assert launcher.returncode == 1
     errors = [line for line in said.splitlines() if line.startswith("error:")]
-    assert errors == [f"error: process 1 (last: step 4) of 2 has not moved for 10 s (training.timeout); {AGAIN}"]
+    assert errors == [f"error: process 1 (last: step 4) of 2 has not moved for 20 s (training.timeout); {AGAIN}"]
     with pytest.raises(ProcessLookupError):
         os.killpg(launcher.pid, 0)
 
@@ -41,11 +41,11 @@ def test_under_torchrun_a_hung_process_is_named_and_none_is_left(home: Home, tmp
 def test_sigterm_to_torchrun_saves_in_every_process(home: Home, tmp_path: Path, whole: bytes) -> None:
     folder = home.begun(tmp_path / "here/run")
     launcher = torchrun(*command(home, folder, "ddp", "toy: {steps: 6}"), fault="slow:0:4")
-    end = time.monotonic() + 120
+    end = time.monotonic() + PATIENCE
     while "step-00000003" not in steps(folder) and time.monotonic() < end:
         time.sleep(0.1)
     launcher.send_signal(signal.SIGTERM)
-    launcher.communicate(timeout=120)
+    launcher.communicate(timeout=PATIENCE)
     with pytest.raises(ProcessLookupError):
         os.killpg(launcher.pid, 0)
     assert "step-00000003" in steps(folder)
@@ -56,7 +56,7 @@ def launched(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """`accelerate launch ARGUMENTS`, without a configuration of this machine's user."""
     return subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", *map(str, arguments)],
-        capture_output=True, text=True, timeout=280, check=False,
+        capture_output=True, text=True, timeout=PATIENCE, check=False,
     )  # fmt: skip
 
 

@@ -15,9 +15,12 @@ from flcompress.pipeline.health import Health
 from flcompress.pipeline.passes import Work
 from flcompress.pipeline.program import Program
 from flcompress.training import loop
-from flcompress.training.engines import Engine, Hyper, engine_of
+from flcompress.training.engines import Engine, Hyper, engine_of, replicated
 from flcompress.training.health import Watch
 from flcompress.training.trained import Trained
+from tests.rounding import rounding
+from tests.training.comparing import LastDropped, ShareForgotten, smooth
+from tests.training.processes import Hook
 
 
 def silent(done: int, total: int, values: Mapping[str, float]) -> None:
@@ -74,17 +77,40 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(tmp_path: Path, micro_
     assert (tmp_path / "whole/metrics.jsonl").read_text() == (tmp_path / "broken/metrics.jsonl").read_text()
 
 
-@pytest.mark.parametrize("micro_batch", [1, 3, 4, 7])
-def test_micro_batches_add_up_to_the_batch(tmp_path: Path, micro_batch: int) -> None:
-    whole, parts = role(), role(micro_batch)
-    run(whole, tmp_path / "whole", 5)
-    run(parts, tmp_path / "parts", 5)
+def apart(folder: Path, micro_batch: int) -> tuple[float, float]:
+    """(figures, weights): how far five steps in micro batches are from five at once; weights relative to their way."""
+    start, whole, parts = role().gathered(), role(), role(micro_batch)
+    run(whole, folder / "whole", 5)
+    run(parts, folder / "parts", 5)
     assert parts.updates == whole.updates == 5
-    for key, value in whole.averaged_state().items():
-        torch.testing.assert_close(parts.averaged_state()[key], value, rtol=1e-6, atol=1e-7)
-    logs = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "parts")]
-    for one, other in zip(*logs, strict=True):
-        assert json.loads(other) == pytest.approx(json.loads(one), rel=1e-5)
+    lines = [(folder / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "parts")]
+    logged = [[value for line in log for value in json.loads(line).values()] for log in lines]
+    reached, found = whole.averaged_state(), parts.averaged_state()
+    return (
+        max(abs(other - one) / max(abs(one), 1.0) for one, other in zip(*logged, strict=True)),
+        max(float((found[key] - reached[key]).norm() / (reached[key] - start[key]).norm()) for key in start),
+    )
+
+
+ROUNDED = rounding(5 * 2 * 100)
+"""What five steps may differ by: a prediction is a sum of 4, a loss one of 8, and a gradient of 8 more; with the norm,
+the step and its moving average fewer than 100 operations, in both."""
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 4, 7])
+def test_micro_batches_add_up_to_the_batch(tmp_path: Path, micro_batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replicated, "optimiser", smooth)
+    assert max(apart(tmp_path, micro_batch)) < ROUNDED
+
+
+@pytest.mark.parametrize("fault", [ShareForgotten(), LastDropped()], ids=["share", "last"])
+def test_micro_batches_that_add_up_to_something_else_would_be_found(
+    tmp_path: Path, fault: Hook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replicated, "optimiser", smooth)
+    monkeypatch.setattr(Trained, "backward", Trained.backward)  # so that what the fault puts there is taken back
+    fault()
+    assert min(apart(tmp_path, 3)) > 100 * ROUNDED
 
 
 @pytest.mark.parametrize("micro_batch", [8, 9, 1000])
