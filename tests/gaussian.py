@@ -2,7 +2,7 @@
 
     x0 ~ N(m, S),   x = a x0 + b e   =>   E[x0 | x] = m + a S (a^2 S + b^2)^-1 (x - a m)
 
-Networks that predict exactly that, and students of one affine layer, take the places of transformers in the real passes.
+Networks that predict exactly that, and students of one affine layer, take transformers' places in the real passes.
 Latents are [n, 1, 2, 1, 1], two numbers each: one channel, two frames.
 """
 
@@ -12,6 +12,7 @@ import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +46,16 @@ class Normal:
         a, b = a[:, None], b[:, None]
         noised = a[..., None] ** 2 * self.covariance + b[..., None] ** 2 * torch.eye(SIZE, dtype=x.dtype)
         scaled = torch.linalg.solve(noised, x - a * self.mean)
-        return self.mean + a * scaled @ self.covariance
+        found: Tensor = self.mean + a * scaled @ self.covariance
+        return found
 
     def drawn(self, n: int, seed: int) -> Tensor:
         """Samples [n, d] whose mean and covariance are exactly those of the Gaussian."""
         white = torch.randn(n, SIZE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         white = white - white.mean(0)
         white = torch.linalg.solve_triangular(torch.linalg.cholesky(white.T @ white / n), white.T, upper=False).T
-        return self.mean.double() + white @ torch.linalg.cholesky(self.covariance.double()).T
+        drawn: Tensor = self.mean.double() + white @ torch.linalg.cholesky(self.covariance.double()).T
+        return drawn
 
 
 def moments(samples: Tensor) -> tuple[Tensor, Tensor]:
@@ -176,14 +179,10 @@ def graph_of(model: Exact) -> BlockGraph:
         for place in range(count)
     ]
     ends = ["input", *(block.path for block in blocks), "output"]
-    flows: dict[Edge, list[Flow]] = {
-        (one, other): [
-            Flow(
-                source=PROMPT if one == "input" else "0", target="0" if other == "output" else "hidden_states", spec=spec
-            )
-        ]
-        for one, other in zip(ends, ends[1:], strict=False)
-    }
+    flows: dict[Edge, list[Flow]] = {}
+    for one, other in pairwise(ends):
+        source, target = PROMPT if one == "input" else "0", "0" if other == "output" else "hidden_states"
+        flows[one, other] = [Flow(source=source, target=target, spec=spec)]
     return BlockGraph(
         model_class="Exact",
         parameters=SIZE * count + SIZE**2,

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from flcompress.diffusion import matching
 from flcompress.diffusion.student import student_contract
-from flcompress.draws import Draws
 from flcompress.passes.dmd import DistributionMatching
 from flcompress.passes.dmd_roles import Roles
 from flcompress.training.loop import train
 from tests.gaussian import (
-    PROMPT,
     Affine,
     Clips,
     Exact,
@@ -25,7 +22,6 @@ from tests.gaussian import (
     Stand,
     coefficients,
     graph_of,
-    moments,
     program_of,
     teacher_contract,
     work_in,
@@ -49,7 +45,11 @@ def roles_of(
     scale, mean = start
     student = Affine(kind, contract, scale * torch.eye(2), torch.tensor(mean))
     real = Exact(kind, COVARIANCE, SHIFTS)
-    models = {"original": lambda: real, "elastic": lambda: real, "transformer": lambda: student}
+    models: dict[str, Callable[[], nn.Module]] = {
+        "original": lambda: real,
+        "elastic": lambda: real,
+        "transformer": lambda: student,
+    }
     clips = Clips(Normal(TEACHER.double(), COVARIANCE), CAPTION)
     engine = Stand(work_in(folder, clips), models)
     given = {
