@@ -9,7 +9,7 @@ Latents are [n, 1, 2, 1, 1], two numbers each: one channel, two frames.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
@@ -43,10 +43,12 @@ class Normal:
 
     def denoised(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """E[x0 | a x0 + b e = x] for x [n, d] and a, b [n]."""
-        a, b = a[:, None], b[:, None]
-        noised = a[..., None] ** 2 * self.covariance + b[..., None] ** 2 * torch.eye(SIZE, dtype=x.dtype)
-        scaled = torch.linalg.solve(noised, x - a * self.mean)
-        found: Tensor = self.mean + a * scaled @ self.covariance
+        # The inverse of a 2 x 2 matrix by its formula: a solver would start threads for it.
+        first, both, second = self.covariance[0, 0], self.covariance[0, 1], self.covariance[1, 1]
+        p, q, r = a**2 * first + b**2, a**2 * both, a**2 * second + b**2
+        one, two = (x - a[:, None] * self.mean).unbind(1)
+        scaled = torch.stack([r * one - q * two, p * two - q * one], dim=1) / (p * r - q**2)[:, None]
+        found: Tensor = self.mean + a[:, None] * scaled @ self.covariance
         return found
 
     def drawn(self, n: int, seed: int) -> Tensor:
@@ -230,18 +232,18 @@ class Clips:
 class Stand(Local):
     """The engine for one process, which takes models by the names of folders that do not exist."""
 
-    def __init__(self, work: Work, models: Mapping[str, Callable[[], nn.Module]]) -> None:
+    def __init__(self, work: Work, models: Mapping[str, nn.Module]) -> None:
         super().__init__(work)
         self._models = models
         self.loaded: list[tuple[str, nn.Module]] = []
 
     def _load(self, folder: Path, dtype: torch.dtype | None, *, trained: bool, whole: Collection[str] = ()) -> Any:
-        model = copy.deepcopy(self._models[folder.name]()).requires_grad_(trained)
+        model = copy.deepcopy(self._models[folder.name]).requires_grad_(trained)
         self.loaded.append((folder.name, model))
         return model
 
     def graph(self, folder: Path) -> BlockGraph:
-        model = self._models[folder.name]()
+        model = self._models[folder.name]
         assert isinstance(model, Exact)
         return graph_of(model)
 

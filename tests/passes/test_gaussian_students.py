@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +45,7 @@ def roles_of(
     scale, mean = start
     student = Affine(kind, contract, scale * torch.eye(2), torch.tensor(mean))
     real = Exact(kind, COVARIANCE, SHIFTS)
-    models: dict[str, Callable[[], nn.Module]] = {
-        "original": lambda: real,
-        "elastic": lambda: real,
-        "transformer": lambda: student,
-    }
+    models: dict[str, nn.Module] = {"original": real, "elastic": real, "transformer": student}
     clips = Clips(Normal(TEACHER.double(), COVARIANCE), CAPTION)
     engine = Stand(work_in(folder, clips), models)
     given = {
