@@ -1,0 +1,344 @@
+"""Planted errors, one at a time, against the tests that own the code: `python -m docs.measure_mutations [AREA ...]`.
+
+Works on a copy of the tree in a temporary folder. Every file of an area gives its possible mutants (operators and signs
+exchanged, constants changed, arguments swapped, conditions negated, calls left out, None returned), of which
+`--per-file` are drawn by their digests, the same at every call. A mutant is killed if one of the quick tests that
+belong to its file fails or does not end. Results are kept in docs/mutations.json: what was killed is not run again
+while the line stands, what survived is run again when its tests change. Survivors that change no result are listed with
+the reason in docs/mutations_equivalent.json. Prints a score for each file and the survivors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+RESULTS, EQUIVALENT = ROOT / "docs" / "mutations.json", ROOT / "docs" / "mutations_equivalent.json"
+
+HEART = (
+    "tests/passes/test_gaussian_roles.py",
+    "tests/training/test_gaussian_training.py",
+    "tests/passes/test_gaussian_depth.py",
+    "tests/passes/test_gaussian_students.py",
+)
+ROLES = ("tests/training/test_figures.py", "tests/training/test_optimiser.py", "tests/training/test_loop.py", *HEART)
+TRAINING, MODELS, PASSES = "flcompress/training", "flcompress/models", "flcompress/passes"
+
+AREAS: dict[str, dict[str, tuple[str, ...]]] = {
+    "diffusion": {"flcompress/diffusion": ("tests/diffusion",)},
+    "passes": {
+        f"{PASSES}/dmd_roles.py": HEART,
+        f"{PASSES}/dmd.py": (*HEART[:1], "tests/passes/test_lora_roles.py", "tests/passes/test_passes.py"),
+        f"{PASSES}/stochastic_depth.py": ("tests/passes/test_gaussian_depth.py", "tests/passes/test_passes.py"),
+        f"{PASSES}/importance.py": ("tests/passes/test_gaussian_depth.py", "tests/passes/test_passes.py"),
+        f"{PASSES}/prune.py": ("tests/passes/test_passes.py",),
+        f"{PASSES}/pretrain.py": ("tests/passes/test_gaussian_depth.py",),
+    },
+    "roles": {
+        f"{TRAINING}/{name}.py": ROLES
+        for name in ("trained", "guided_teacher", "simulation", "objectives", "discriminator", "monitors", "samples")
+    }
+    | {f"{TRAINING}/engines/{name}.py": ROLES for name in ("optimiser", "replicated")},
+    "lora": {
+        f"{TRAINING}/lora.py": ("tests/training/test_lora.py",),
+        **{f"{MODELS}/{name}.py": ("tests/models/test_lora.py",) for name in ("lora", "lora_names", "lora_settings")},
+    },
+    "sharding": {
+        f"{MODELS}/shards.py": ("tests/models/test_shards.py",),
+        "flcompress/draws.py": ("tests/test_draws.py",),
+    },
+    "families": {f"{MODELS}/families": ("tests/families/test_conversions.py", "tests/families/test_sampling.py")},
+}
+
+UNTOUCHED_CALLS = {"Field", "progress", "say", "beat", "note", "alone", "print", "super", "TypeVar", "lru_cache"}
+"""Limits of recipe fields, and what is only shown."""
+UNTOUCHED_FUNCTIONS = {"cost", "check", "lora_parameters", "__repr__", "__hash__"}
+"""The plan's estimates and refusals, which have tests of their own."""
+
+EXCHANGED: dict[type[ast.AST], type[ast.AST]] = {
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Div,
+    ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Div,
+    ast.Mod: ast.Mult,
+    ast.Pow: ast.Mult,
+    ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.In: ast.NotIn,
+    ast.NotIn: ast.In,
+    ast.Is: ast.IsNot,
+    ast.IsNot: ast.Is,
+    ast.And: ast.Or,
+    ast.Or: ast.And,
+}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One planted error; `make` gives the whole file with it."""
+
+    file: str
+    line: str
+    what: str
+    make: Callable[[], str]
+
+    @property
+    def key(self) -> str:
+        return f"{self.file} | {self.line} | {self.what}"
+
+
+def mutants(file: Path, root: Path) -> Iterator[Mutant]:
+    """All mutants of a file, in the order of their places."""
+    text = file.read_text(encoding="utf-8")
+    lines, tree = text.splitlines(), ast.parse(text)
+    seen: dict[str, int] = {}
+    for place, node in enumerate(ast.walk(tree)):
+        node.place = place  # type: ignore[attr-defined]
+    for node in touched(tree):
+        for number, (what, _) in enumerate(changes(node)):
+            line = lines[node.lineno - 1].strip()  # type: ignore[attr-defined]
+            seen[line + what] = seen.get(line + what, 0) + 1
+            again = f" ({seen[line + what]})" if seen[line + what] > 1 else ""
+            make = partial(changed, tree, node.place, number)  # type: ignore[attr-defined]
+            yield Mutant(str(file.relative_to(root)), line, what + again, make)
+
+
+def changed(tree: ast.Module, place: int, number: int) -> str:
+    """The source of a file after one of the changes of one of its nodes."""
+    whole = copy.deepcopy(tree)
+    target = next(one for one in ast.walk(whole) if vars(one)["place"] == place)
+    _, change = list(changes(target))[number]
+    change()
+    return ast.unparse(ast.fix_missing_locations(whole)) + "\n"
+
+
+def touched(node: ast.AST) -> Iterator[ast.AST]:
+    """Nodes that may be changed: no annotations, messages, docstrings, or what is only shown."""
+    if isinstance(node, ast.Raise | ast.JoinedStr | ast.Import | ast.ImportFrom | ast.Assert):
+        return
+    if isinstance(node, ast.Call) and name_of(node.func) in UNTOUCHED_CALLS:
+        return
+    if isinstance(node, ast.FunctionDef) and node.name in UNTOUCHED_FUNCTIONS:
+        return
+    if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+        return
+    if hasattr(node, "lineno"):
+        yield node
+    for field, value in ast.iter_fields(node):
+        if field in ("annotation", "returns", "decorator_list"):
+            continue
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, ast.AST):
+                yield from touched(one)
+
+
+def name_of(function: ast.expr) -> str:
+    """The last part of what is called."""
+    return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+
+
+def changes(node: ast.AST) -> Iterator[tuple[str, Callable[[], None]]]:
+    """(what it does, a function that does it to the node itself) of each mutation that fits a node."""
+
+    def setter(name: str, value: object) -> Callable[[], None]:
+        return lambda: setattr(node, name, value)
+
+    def become(other: ast.AST) -> Callable[[], None]:
+        def change() -> None:
+            node.__class__ = other.__class__
+            vars(node).update(vars(other))
+
+        return change
+
+    if isinstance(node, ast.BinOp | ast.AugAssign | ast.BoolOp) and type(node.op) in EXCHANGED:
+        new = EXCHANGED[type(node.op)]
+        yield f"{type(node.op).__name__} -> {new.__name__}", setter("op", new())
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        yield "right of | dropped", become(node.left)
+    if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in EXCHANGED:
+        new = EXCHANGED[type(node.ops[0])]
+        yield f"{type(node.ops[0]).__name__} -> {new.__name__}", setter("ops", [new()])
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.Not):
+        yield f"{type(node.op).__name__} dropped", become(node.operand)
+    if isinstance(node, ast.Constant) and not isinstance(node.value, str | bytes | None | type(...)):
+        old = node.value
+        if isinstance(old, bool):
+            yield f"{old} -> {not old}", setter("value", not old)
+        else:
+            for value in dict.fromkeys((old + 1 if old in (0, 1) else old * 2, 0 if old == 1 else 1)):
+                if value != old:
+                    yield f"{old} -> {value}", setter("value", type(old)(value))
+    if isinstance(node, ast.Call) and len(node.args) >= 2:
+        for place, (one, other) in enumerate(pairwise(node.args)):
+            if type(one) is type(other) and isinstance(one, ast.Name | ast.Attribute):
+                arguments = list(node.args)
+                arguments[place : place + 2] = other, one
+                yield f"arguments {ast.unparse(one)}, {ast.unparse(other)} swapped", setter("args", arguments)
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+        yield "call left out", become(ast.Pass())
+    if isinstance(node, ast.If | ast.IfExp | ast.While):
+        yield "condition negated", setter("test", ast.UnaryOp(ast.Not(), node.test))
+    if isinstance(node, ast.Return) and node.value is not None and not is_none(node.value):
+        yield "None returned", setter("value", ast.Constant(None))
+
+
+def is_none(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and node.value is None
+
+
+def sampled(file: Path, root: Path, count: int) -> list[Mutant]:
+    """The mutants of a file that are run: those with the lowest digests, so that an edit elsewhere changes few."""
+    every = list(mutants(file, root))
+    return sorted(every, key=lambda one: hashlib.sha256(one.key.encode()).hexdigest())[:count]
+
+
+def owned(areas: list[str]) -> Iterator[tuple[str, Path, tuple[str, ...]]]:
+    """(area, file, tests) of each file of the areas."""
+    for area in areas:
+        for place, tests in AREAS[area].items():
+            path = ROOT / place
+            for file in sorted(path.glob("*.py")) if path.is_dir() else [path]:
+                if file.name != "__init__.py":
+                    yield area, file, tuple(one for one in tests if (ROOT / one).exists())
+
+
+def digest(tests: tuple[str, ...]) -> str:
+    """Of the contents of test files, and of what they share."""
+    found = hashlib.sha256((ROOT / "tests" / "gaussian.py").read_bytes())
+    for one in tests:
+        path = ROOT / one
+        for file in sorted(path.glob("*.py")) if path.is_dir() else [path]:
+            found.update(file.read_bytes())
+    return found.hexdigest()[:12]
+
+
+def run(tree: Path, tests: tuple[str, ...], limit: float, *, compile_files: bool = False) -> str:
+    """ "survived", "killed" or "timeout": the tests in a child of this process, which has imported what takes long."""
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(quiet, 1)
+        os.dup2(quiet, 2)
+        os.chdir(tree)
+        sys.path.insert(0, str(tree))
+        sys.dont_write_bytecode = not compile_files
+        import pytest
+
+        # Plugins were imported before pytest could rewrite their assertions.
+        options = [
+            "-W",
+            "ignore::pytest.PytestAssertRewriteWarning",
+            "-x",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-m",
+            "not slow",
+            "--timeout=0",
+            f"--basetemp={tree}-tests",
+        ]
+        os._exit(int(pytest.main([*options, *tests])))
+    ends = time.monotonic() + limit
+    while time.monotonic() < ends:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return "survived" if os.waitstatus_to_exitcode(status) == 0 else "killed"
+        time.sleep(0.02)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return "timeout"
+
+
+def save(key: str, row: dict[str, object]) -> None:
+    """Add one result; another call may be adding its own."""
+    with (Path(tempfile.gettempdir()) / "measure-mutations.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+        results[key] = row
+        RESULTS.write_text(json.dumps(dict(sorted(results.items())), indent=1) + "\n", encoding="utf-8")
+
+
+def measure(tree: Path, areas: list[str], per_file: int) -> None:
+    """Run what has no result yet, and print the score."""
+    equivalent = json.loads(EQUIVALENT.read_text(encoding="utf-8")) if EQUIVALENT.exists() else {}
+    base: dict[tuple[str, ...], float] = {}
+    totals: dict[str, list[int]] = {}
+    for area, file, tests in owned(areas):
+        known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+        now, chosen = digest(tests), sampled(file, ROOT, per_file)
+        copied = tree / file.relative_to(ROOT)
+        rows = {}
+        for one in chosen:
+            row = known.get(one.key)
+            if one.key in equivalent:
+                rows[one.key] = "equivalent"
+                continue
+            if row is None or (row["status"] == "survived" and row["tests"] != now):
+                if tests not in base:
+                    started = time.monotonic()
+                    if run(tree, tests, 1200.0, compile_files=True) != "survived":
+                        raise SystemExit(f"{', '.join(tests)}: fail without any mutant")
+                    base[tests] = time.monotonic() - started
+                for stale in copied.parent.glob(f"__pycache__/{copied.stem}.*"):
+                    stale.unlink()
+                copied.write_text(one.make(), encoding="utf-8")
+                status = run(tree, tests, 60.0 + 4.0 * base[tests])
+                shutil.copy(file, copied)
+                row = {"area": area, "status": status, "tests": now}
+                save(one.key, row)
+            rows[one.key] = row["status"]
+        count = [sum(status in names for status in rows.values()) for names in (KILLED, ("survived",), ("equivalent",))]
+        totals[area] = [one + other for one, other in zip(totals.get(area, [0, 0, 0]), count, strict=True)]
+        print(f"{file.relative_to(ROOT)}: {count[0]} killed, {count[1]} survived, {count[2]} equivalent", flush=True)
+        for key, status in rows.items():
+            if status == "survived":
+                print(f"    {key.partition(' | ')[2]}", flush=True)
+    for area, (killed, survived, same) in totals.items():
+        print(f"{area}: {killed} of {killed + survived} killed, {same} equivalent", flush=True)
+
+
+KILLED = ("killed", "timeout")
+
+
+def main() -> None:
+    """Copy the tree and measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("areas", nargs="*", choices=[*AREAS, []], metavar="AREA", help=", ".join(AREAS))
+    parser.add_argument("--per-file", type=int, default=12, help="mutants of each file")
+    given = parser.parse_args()
+    import diffusers.pipelines.wan.pipeline_wan  # what a child need not import
+    import torch
+    import transformers
+
+    del diffusers, transformers
+    torch.set_num_threads(1)  # a forked child has none of its parent's threads
+    with tempfile.TemporaryDirectory() as place:
+        tree = Path(place) / "tree"
+        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".*_cache"))
+        measure(tree, given.areas or list(AREAS), given.per_file)
+
+
+if __name__ == "__main__":
+    main()
