@@ -31,16 +31,23 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 RESULTS, EQUIVALENT = ROOT / "docs" / "mutations.json", ROOT / "docs" / "mutations_equivalent.json"
 
-HEART = (
+HEART: tuple[str, ...] = (
     "tests/passes/test_gaussian_roles.py",
     "tests/training/test_gaussian_training.py",
     "tests/passes/test_gaussian_depth.py",
     "tests/passes/test_gaussian_students.py",
 )
-ROLES = ("tests/training/test_figures.py", "tests/training/test_optimiser.py", "tests/training/test_loop.py", *HEART)
+ROLES: tuple[str, ...] = (
+    "tests/training/test_figures.py",
+    "tests/training/test_optimiser.py",
+    "tests/training/test_loop.py",
+    *HEART,
+)
 TRAINING, MODELS, PASSES = "flcompress/training", "flcompress/models", "flcompress/passes"
 
-AREAS: dict[str, dict[str, tuple[str, ...]]] = {
+Owners = dict[str, tuple[str, ...]]
+
+AREAS: dict[str, Owners] = {
     "diffusion": {"flcompress/diffusion": ("tests/diffusion",)},
     "passes": {
         f"{PASSES}/dmd_roles.py": HEART,
@@ -70,6 +77,9 @@ UNTOUCHED_CALLS = {"Field", "progress", "say", "beat", "note", "alone", "print",
 """Limits of recipe fields, and what is only shown."""
 UNTOUCHED_FUNCTIONS = {"cost", "check", "lora_parameters", "__repr__", "__hash__"}
 """The plan's estimates and refusals, which have tests of their own."""
+
+ALIASES = {"Callable", "Mapping", "Literal", "tuple", "dict"}
+"""What names of types begin with."""
 
 EXCHANGED: dict[type[ast.AST], type[ast.AST]] = {
     ast.Add: ast.Sub,
@@ -143,6 +153,8 @@ def touched(node: ast.AST) -> Iterator[ast.AST]:
         return
     if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
         return
+    if isinstance(node, ast.Assign) and isinstance(node.value, ast.Subscript) and name_of(node.value.value) in ALIASES:
+        return
     if hasattr(node, "lineno"):
         yield node
     for field, value in ast.iter_fields(node):
@@ -181,7 +193,7 @@ def changes(node: ast.AST) -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"{type(node.ops[0]).__name__} -> {new.__name__}", setter("ops", [new()])
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.Not):
         yield f"{type(node.op).__name__} dropped", become(node.operand)
-    if isinstance(node, ast.Constant) and not isinstance(node.value, str | bytes | None | type(...)):
+    if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
         old = node.value
         if isinstance(old, bool):
             yield f"{old} -> {not old}", setter("value", not old)

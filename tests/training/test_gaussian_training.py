@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ def test_backward_simulation_reaches_each_level_from_the_last_one(kind: str) -> 
         assert torch.equal(student.calls[0][0], draws(number).normal(*LATENTS))
         again = draws(number)
         again.normal(*LATENTS)
-        for (x, timestep, _), (following, next_step, _) in zip(student.calls, student.calls[1:], strict=False):
+        for (x, timestep, _), (following, next_step, _) in pairwise(student.calls):
             clean = predicted(student, x)
             a, b = (one.float()[:, None] for one in coefficients(kind, timestep))
             a_next, b_next = (one.float()[:, None] for one in coefficients(kind, next_step))
