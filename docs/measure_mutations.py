@@ -235,11 +235,11 @@ def owned(areas: list[str]) -> Iterator[tuple[str, Path, tuple[str, ...]]]:
                     yield area, file, tuple(one for one in tests if (ROOT / one).exists())
 
 
-def digest(tests: tuple[str, ...]) -> str:
+def digest(tests: tuple[str, ...], tree: Path) -> str:
     """Of the contents of test files, and of what they share."""
-    found = hashlib.sha256((ROOT / "tests" / "gaussian.py").read_bytes())
+    found = hashlib.sha256((tree / "tests" / "gaussian.py").read_bytes())
     for one in tests:
-        path = ROOT / one
+        path = tree / one
         for file in sorted(path.glob("*.py")) if path.is_dir() else [path]:
             found.update(file.read_bytes())
     return found.hexdigest()[:12]
@@ -299,7 +299,7 @@ def measure(tree: Path, areas: list[str], per_file: int) -> None:
     totals: dict[str, list[int]] = {}
     for area, file, tests in owned(areas):
         known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-        now, chosen = digest(tests), sampled(file, ROOT, per_file)
+        now, chosen = digest(tests, tree), sampled(file, ROOT, per_file)
         copied = tree / file.relative_to(ROOT)
         rows = {}
         for one in chosen:
