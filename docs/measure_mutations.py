@@ -38,10 +38,11 @@ HEART: tuple[str, ...] = (
     "tests/passes/test_gaussian_students.py",
 )
 ROLES: tuple[str, ...] = (
+    "tests/training/test_gaussian_training.py",
+    "tests/passes/test_gaussian_roles.py",
     "tests/training/test_figures.py",
     "tests/training/test_optimiser.py",
     "tests/training/test_loop.py",
-    *HEART,
 )
 TRAINING, MODELS, PASSES = "flcompress/training", "flcompress/models", "flcompress/passes"
 
@@ -51,7 +52,7 @@ AREAS: dict[str, Owners] = {
     "diffusion": {"flcompress/diffusion": ("tests/diffusion",)},
     "passes": {
         f"{PASSES}/dmd_roles.py": HEART,
-        f"{PASSES}/dmd.py": (*HEART[:1], "tests/passes/test_lora_roles.py", "tests/passes/test_passes.py"),
+        f"{PASSES}/dmd.py": ("tests/passes/test_gaussian_roles.py", "tests/passes/test_passes.py"),
         f"{PASSES}/stochastic_depth.py": ("tests/passes/test_gaussian_depth.py", "tests/passes/test_passes.py"),
         f"{PASSES}/importance.py": ("tests/passes/test_gaussian_depth.py", "tests/passes/test_passes.py"),
         f"{PASSES}/prune.py": ("tests/passes/test_passes.py",),
