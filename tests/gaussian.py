@@ -258,13 +258,18 @@ def work_in(folder: Path, clips: Clips | None = None, *, seed: int = 0) -> Work:
     return Work(directory=folder, seed=seed, data=data, progress=lambda *_: None, health=health)
 
 
-def program_of(teacher: SamplingContract, graph: BlockGraph, prune_set: Sequence[str] = ()) -> Program:
-    """A program whose components are the names that a `Stand` knows."""
+def program_of(
+    teacher: SamplingContract,
+    graph: BlockGraph,
+    prune_set: Sequence[str] = (),
+    shape: tuple[int, int, int, int] = LATENTS,
+) -> Program:
+    """A program whose components are the names that a `Stand` knows; latents of any shape of two numbers."""
     names = ("transformer", "elastic", "original")
     return Program(
         graph=graph,
         index={"_class_name": "WanPipeline"},
-        latents=LATENTS,
+        latents=shape,
         components={name: Path(name) for name in names},
         contract=teacher,
         teacher_contract=teacher,

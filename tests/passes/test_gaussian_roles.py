@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -247,3 +248,11 @@ def test_the_figures_of_a_step(tmp_path: Path) -> None:
     assert found["normaliser_mean"] == pytest.approx(float(scales.mean()), rel=1e-4)
     assert found["normaliser_min"] == pytest.approx(float(scales.min()), rel=1e-4)
     assert found["normaliser_max"] == pytest.approx(float(scales.max()), rel=1e-4)
+
+
+def test_an_image_has_no_motion(tmp_path: Path) -> None:
+    """Of one frame there is no change from frame to frame, and no figure that is not a number."""
+    roles, *_ = roles_of(tmp_path, "flow", ABOVE, shape=(2, 1, 1, 1), critic_updates=1)
+    found = roles.step(1, draws())
+    assert "generated_motion" not in found
+    assert all(math.isfinite(value) for value in found.values())

@@ -15,6 +15,7 @@ from flcompress.passes.dmd import DistributionMatching
 from flcompress.passes.dmd_roles import Roles
 from flcompress.training.loop import train
 from tests.gaussian import (
+    LATENTS,
     Affine,
     Clips,
     Exact,
@@ -37,7 +38,13 @@ BELOW, ABOVE = (0.3, (-0.5, 1.5)), (1.8, (2.0, -1.0))
 
 
 def roles_of(
-    folder: Path, kind: str, start: tuple[float, tuple[float, float]], *, student_steps: int = 1, **settings: Any
+    folder: Path,
+    kind: str,
+    start: tuple[float, tuple[float, float]],
+    *,
+    student_steps: int = 1,
+    shape: tuple[int, int, int, int] = LATENTS,
+    **settings: Any,
 ) -> tuple[Roles, DistributionMatching, Stand]:
     """The roles of a distillation whose student starts as x0 = scale x + mean at each level."""
     teacher = teacher_contract(kind)
@@ -58,7 +65,8 @@ def roles_of(
         "inter_cfg": (1.0, 1.0),
     }
     step = DistributionMatching(student_steps=student_steps, **{**given, **settings})
-    return Roles(step, program_of(teacher, graph_of(real), ["blocks.1"]), contract, engine), step, engine
+    program = program_of(teacher, graph_of(real), ["blocks.1"], shape)
+    return Roles(step, program, contract, engine), step, engine
 
 
 @pytest.mark.parametrize(
