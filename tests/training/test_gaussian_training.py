@@ -19,10 +19,12 @@ from flcompress.diffusion.process import FLOW
 from flcompress.diffusion.student import student_contract
 from flcompress.draws import Draws
 from flcompress.models.network import as_network
+from flcompress.pipeline.world import World
 from flcompress.training.discriminator import Discriminator, critic_term, generator_term
 from flcompress.training.engines import Hyper
 from flcompress.training.engines.replicated import Local
 from flcompress.training.guided_teacher import GuidedTeacher
+from flcompress.training.monitors import HeldOutELBO
 from flcompress.training.objectives import denoising_loss, draw_levels
 from flcompress.training.simulation import Simulation
 from flcompress.training.trained import Trained, warmup_cosine
@@ -361,3 +363,52 @@ def test_the_discriminator_reads_the_means_of_a_blocks_tokens() -> None:
     torch.testing.assert_close(logits, expected)
     assert {id(one) for one in score.parameters()} < {id(one) for one in judge.parameters()}
     assert FLOW.timestep(torch.tensor([0.4])) == 400.0
+
+
+class Share(World):
+    """One of two processes; keeps what it would have averaged with the other."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(rank, 2)
+        self.given: Mapping[str, float] = {}
+
+    def mean(self, values: Mapping[str, float]) -> dict[str, float]:
+        self.given = values
+        return dict(values)
+
+
+@pytest.mark.parametrize("kind", ["flow", "v_prediction"])
+def test_the_held_out_elbo(kind: str) -> None:
+    """The mean of w(s) |x0 - x0_hat|^2 per element, at levels spread evenly over [0.02, 0.98]; shared by processes."""
+    contract = teacher_contract(kind)
+    clips: Any = Clips(Normal(torch.tensor([0.5, 1.0]).double(), COVARIANCE), CAPTION)
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def nothing(x: Tensor, timestep: Tensor, given: Mapping[str, Tensor]) -> Tensor:
+        assert torch.equal(given[PROMPT], clips.given(len(x))[PROMPT])
+        seen.append((x.flatten(1), timestep))
+        return torch.zeros_like(x)
+
+    found = HeldOutELBO(clips, contract, 9, 3, "cpu", 4, World())(nothing)
+    assert [len(x) for x, _ in seen] == [4, 4, 1]
+    x0 = clips.batch(9, torch.Generator().manual_seed(3))[0].flatten(1)
+    x, timestep = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    level = 0.02 + 0.96 * (torch.arange(9.0) + 0.5) / 9
+    torch.testing.assert_close(timestep, contract.process.timestep(level))
+    a, b = (one[:, None] for one in coefficients(kind, timestep))
+    noise = (x - a * x0) / b
+    assert float(noise.std()) == pytest.approx(1.0, abs=0.4)
+    assert abs(float(noise.mean())) < 0.5
+    x0_hat = x if kind == "flow" else a * x
+    expected = contract.process.elbo_weight(level) * (x0 - x0_hat).square().mean(1)
+    assert found == pytest.approx(float(expected.mean()), rel=1e-5)
+    # Two processes have as many draws each; the one too many is not counted.
+    worlds = Share(0), Share(1)
+    seen.clear()
+    for world in worlds:
+        HeldOutELBO(clips, contract, 9, 3, "cpu", 4, world)(nothing)
+    assert [len(x) for x, _ in seen] == [4, 1, 4, 1]
+    total, draws = (sum(world.given[name] for world in worlds) for name in ("total", "draws"))
+    assert draws == 9.0
+    assert total / draws == pytest.approx(found, rel=1e-6)
+    assert HeldOutELBO(clips, contract, 9, 4, "cpu", 4, World())(nothing) != found
