@@ -74,7 +74,19 @@ AREAS: dict[str, Owners] = {
     "families": {f"{MODELS}/families": ("tests/families/test_conversions.py", "tests/families/test_sampling.py")},
 }
 
-UNTOUCHED_CALLS = {"Field", "progress", "say", "beat", "note", "alone", "print", "super", "TypeVar", "lru_cache"}
+UNTOUCHED_CALLS = {
+    "Field",
+    "progress",
+    "say",
+    "beat",
+    "note",
+    "alone",
+    "print",
+    "super",
+    "write_text",
+    "TypeVar",
+    "lru_cache",
+}
 """Limits of recipe fields, and what is only shown."""
 UNTOUCHED_FUNCTIONS = {"cost", "check", "lora_parameters", "__repr__", "__hash__"}
 """The plan's estimates and refusals, which have tests of their own."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from flcompress.models.network import as_network
 from flcompress.passes.importance import Importance
 from flcompress.passes.pretrain import Pretrain
 from flcompress.passes.stochastic_depth import StochasticDepth
+from flcompress.training.loop import METRICS_FILE
+from flcompress.training.monitors import HeldOutELBO
 from flcompress.training.trained import Trained
 from tests.gaussian import (
     SIZE,
@@ -120,6 +124,29 @@ def test_stage_two_lands_between_the_data_and_the_full_model(tmp_path: Path, alp
     factor = weights["factor"].double()
     torch.testing.assert_close(factor @ factor.T, COVARIANCE, atol=0.15, rtol=0)
     assert weights["blocks.1.by"].tolist() == pytest.approx(SHIFTS[1])
+
+
+@pytest.mark.parametrize("target", ["self", "frozen"])
+def test_the_held_out_figures_of_both_paths(tmp_path: Path, target: str) -> None:
+    """Full and pruned path against the original: the mean of both, and by what share the full one is worse."""
+    trained(tmp_path, "flow", target=target, steps=20, learning_rate=0.1)
+    first, last = (
+        record
+        for record in map(json.loads, (tmp_path / METRICS_FILE).read_text(encoding="utf-8").splitlines())
+        if "elbo_full" in record
+    )
+    assert (first["step"], last["step"]) == (0, 20)
+    assert first["elbo_original"] == last["elbo_original"] == first["elbo_full"]
+    assert first["drift"] == 0.0
+    engine = Stand(work_in(tmp_path), {})
+    clips: Any = Clips(Normal(DATA, COVARIANCE), CAPTION)
+    elbo = HeldOutELBO(clips, teacher_contract("flow"), len(clips), 0, "cpu", 32, engine.work.world)
+    full, pruned = (elbo(as_network(Exact("flow", COVARIANCE, SHIFTS[:count]))) for count in (2, 1))
+    assert (first["elbo_full"], first["elbo_pruned"]) == pytest.approx((full, pruned), rel=1e-5)
+    assert last["elbo_full"] != first["elbo_full"]
+    for record in (first, last):
+        assert record["elbo_mean"] == pytest.approx((record["elbo_full"] + record["elbo_pruned"]) / 2)
+        assert record["drift"] == pytest.approx(record["elbo_full"] / record["elbo_original"] - 1.0)
 
 
 def test_each_block_is_skipped_as_often_as_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
