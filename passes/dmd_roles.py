@@ -203,7 +203,8 @@ class Roles:
             scales[part.mine] = matching.normaliser(x, real).double().cpu()
             means["score_gap"] += part.share * float((fake - real).abs().mean())
             means["generated_std"] += part.share * float(x.flatten(1).std(dim=1).mean())
-            means["generated_motion"] += part.share * float(x.diff(dim=2).abs().mean())
+            if x.shape[2] > 1:  # an image has no motion: the mean of nothing is not a number
+                means["generated_motion"] += part.share * float(x.diff(dim=2).abs().mean())
         values = self.generator.step()
         self._critic.clear()
         scale = self._of_all(scales)

@@ -166,3 +166,21 @@ def test_a_value_that_is_not_finite_is_found_in_any_dtype(
     save_file({"fine": torch.ones(3), "bad": tensor.to(dtype)}, str(tmp_path / f"{NAME}.safetensors"))
     with pytest.raises(ModelError, match="tensor bad holds values that are not finite"):
         check_weights(tmp_path)
+
+
+def test_a_double_beyond_single_precision_is_finite(tmp_path: Path) -> None:
+    save_file({"large": torch.tensor([1e300, -1e300], dtype=torch.float64)}, str(tmp_path / f"{NAME}.safetensors"))
+    check_weights(tmp_path)
+
+
+def test_what_is_written_starts_at_a_multiple_of_eight_bytes(tmp_path: Path) -> None:
+    """Readers map the tensors into memory where they lie; whatever the names' lengths."""
+    for length in range(1, 9):
+        source, target = tmp_path / f"source{length}", tmp_path / f"target{length}"
+        source.mkdir()
+        save_file({"n" * length: torch.ones(4)}, str(source / f"{NAME}.safetensors"))
+        target.mkdir()
+        write_tensors(target, folder_tensors(source))
+        (file,) = target.glob("*.safetensors")
+        (tensor,) = file_tensors(file).values()
+        assert tensor.start % 8 == 0

@@ -237,3 +237,29 @@ def test_the_plan_knows_about_how_many_parameters_a_lora_has(heads: int, ffn: in
     exact = layers * sum(value.numel() for value in a_block)
     inside = sum(value.numel() for value in model.blocks.parameters())
     assert lora_parameters(inside, layers, 32) - OWN_SHARE * inside == pytest.approx(exact, rel=0.05)
+
+
+def test_a_lora_adds_five_times_its_product() -> None:
+    """W x + 5 B (A x): an AdamW step then moves a layer as far as it moves a whole weight; merged alike."""
+    base = SharedBase(wan(), DEPTH)
+    made = lora(base, 1)
+    name = "blocks.2.ffn.net.2"
+    down, up = made.lora_A[name.replace(".", "/")].data, made.lora_B[name.replace(".", "/")].data
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(5))
+    output = torch.zeros(3, 32)
+    torch.testing.assert_close(made.added(name, x, output), 5.0 * x @ down.T @ up.T)
+    weights = base.model.state_dict()
+    merged = merge(weights, made.state_dict(), {path: path for path in DEPTH})
+    torch.testing.assert_close(merged[f"{name}.weight"], weights[f"{name}.weight"] + 5.0 * up @ down)
+    assert torch.equal(made.added("blocks.9.ffn.net.2", x, output), output)
+
+
+def test_what_a_role_has_a_copy_of_is_about_two_percent() -> None:
+    with torch.device("meta"):
+        sizes = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30}
+        model = wan(**sizes, text_dim=4096, freq_dim=256, in_channels=16, out_channels=16, rope_max_seq_len=1024)
+        blocks = [f"blocks.{index}" for index in range(30)]
+        made = LoRA(SharedBase(model, blocks), blocks, 32, seed=0)
+    own, whole = (sum(value.numel() for value in values) for values in (made.own.values(), model.parameters()))
+    assert own / whole == pytest.approx(0.02, abs=0.004)
+    assert lora_parameters(float(whole), 30, 0) == pytest.approx(own, rel=0.2)

@@ -1,0 +1,258 @@
+"""The roles of distribution matching on Gaussian data, each against its closed formula."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flcompress.draws import Draws
+from flcompress.passes.dmd_roles import Roles
+from tests.gaussian import SIZE, Clips, Normal, coefficients, moments
+from tests.passes.test_gaussian_students import ABOVE, BELOW, CAPTION, COVARIANCE, PRUNED, TEACHER, roles_of
+
+BATCH = 32
+
+
+class Calls:
+    """What a model was called with, and what it gave."""
+
+    def __init__(self, model: Any) -> None:
+        self.x: list[Tensor] = []
+        self.timesteps: list[Tensor] = []
+        self.outputs: list[Tensor] = []
+        self.graded: list[bool] = []
+        model.register_forward_hook(self._keep, with_kwargs=True)
+
+    def _keep(self, module: Any, args: Any, kwargs: Mapping[str, Tensor], output: tuple[Tensor]) -> None:
+        self.x.append(kwargs["hidden_states"].detach().clone())
+        self.timesteps.append(kwargs["timestep"].clone())
+        self.outputs.append(output[0].detach().clone())
+        self.graded.append(output[0].requires_grad)
+
+
+def draws(number: int = 1, batch: int = BATCH) -> Draws:
+    return Draws(0, "known", number, batch=batch)
+
+
+def model_of(roles: Roles, name: str, which: str) -> Any:
+    """The last or first model that the engine loaded by a name: the teacher, or the fake score."""
+    found: Any = {"teacher": roles.teacher, "generator": roles.generator.model, "fake": roles.trained[1].model}[which]
+    return getattr(found, name) if name else found
+
+
+@pytest.mark.parametrize("kind", ["flow", "v_prediction", "epsilon"])
+def test_the_critic_ends_at_the_generators_own_distribution(tmp_path: Path, kind: str) -> None:
+    """Its fixed point is the exact score of what the generator gives, not of the data, at all of the noise."""
+    roles, *_ = roles_of(tmp_path, kind, BELOW, critic_learning_rate=0.05)
+    fake, means, covariances = roles.trained[1].model, [], []
+    for number in range(100):
+        roles._update_critic(draws(number, batch=64))
+        if number >= 50:  # its steps do not die down: their mean is at the fixed point
+            means.append(mean_of(fake))
+            covariances.append(fake.covariance.detach().double())
+    scale, mean = BELOW
+    torch.testing.assert_close(torch.stack(means).mean(0), torch.tensor(mean).double(), atol=0.05, rtol=0)
+    expected = scale**2 * torch.eye(SIZE).double()
+    torch.testing.assert_close(torch.stack(covariances).mean(0), expected, atol=0.03, rtol=0)
+    assert all(map(torch.equal, roles.generator.model.parameters(), before(BELOW)))
+
+
+def mean_of(model: Any) -> Tensor:
+    """What an `Exact` takes for the data's mean under the prompt, fp64."""
+    mean: Tensor = CAPTION[0, 0] + sum(block.by.detach() for block in model.blocks)
+    return mean.double()
+
+
+def before(start: tuple[float, tuple[float, float]]) -> list[Tensor]:
+    return [start[0] * torch.eye(SIZE), torch.tensor(start[1])]
+
+
+@pytest.mark.parametrize("update", ["critic", "generator"])
+def test_levels_are_spread_evenly_over_the_score_range_and_then_shifted(tmp_path: Path, update: str) -> None:
+    """Unshifted they lie one in each of as many strata of [0.1, 0.8] as there are samples: F(s) is exact to 1 / n."""
+    roles, *_ = roles_of(tmp_path, "flow", BELOW, score_range=(0.1, 0.8))
+    fake, teacher = Calls(roles.trained[1].model), Calls(roles.teacher)
+    getattr(roles, f"_update_{update}")(draws())
+    seen = [fake, teacher] if update == "generator" else [fake]
+    for calls in seen:
+        (timesteps,) = calls.timesteps
+        level = timesteps.double() / 1000.0
+        unshifted = level / (3.0 - 2.0 * level)
+        places = (unshifted - 0.1) / 0.7 * BATCH
+        assert sorted(places.floor().long().tolist()) == list(range(BATCH))
+        assert places.floor().long().tolist() != list(range(BATCH))
+    if update == "generator":
+        assert torch.equal(fake.timesteps[0], teacher.timesteps[0])
+        assert torch.equal(fake.x[0], teacher.x[0])
+
+
+def test_what_the_critic_meets_has_the_noise_of_its_level(tmp_path: Path) -> None:
+    """Of a generator that gives a constant: (x_s - (1 - s) c) / s is standard normal, and the target is that less c."""
+    roles, *_ = roles_of(tmp_path, "flow", (0.0, (0.5, -0.25)))
+    calls, losses = Calls(roles.trained[1].model), spied(roles, 1)
+    roles._update_critic(draws(batch=512))
+    s = (calls.timesteps[0] / 1000.0).reshape(-1, 1, 1, 1, 1)
+    constant = torch.tensor([0.5, -0.25]).reshape(1, 1, 2, 1, 1)
+    noise = (calls.x[0] - (1.0 - s) * constant) / s
+    mean, covariance = moments(noise)
+    torch.testing.assert_close(mean, torch.zeros(2).double(), atol=0.15, rtol=0)
+    torch.testing.assert_close(covariance, torch.eye(2).double(), atol=0.2, rtol=0)
+    expected = (calls.outputs[0] - (noise - constant)).square().mean()
+    torch.testing.assert_close(losses[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def spied(roles: Roles, place: int) -> list[Tensor]:
+    """The losses that a role is given from now on."""
+    losses: list[Tensor] = []
+    role = roles.trained[place]
+    backward = role.backward
+
+    def keep(loss: Tensor, part: Draws) -> None:
+        losses.append(loss.detach().clone())
+        backward(loss, part)
+
+    role.backward = keep  # type: ignore[method-assign]
+    return losses
+
+
+def gradients(roles: Roles, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
+    """Those of the generator just before its next step, filled in by that step."""
+    found: dict[str, Tensor] = {}
+    step = roles.generator.step
+
+    def keep() -> dict[str, float]:
+        found.update({name: one.grad.clone() for name, one in roles.generator.model.named_parameters()})
+        return step()
+
+    monkeypatch.setattr(roles.generator, "step", keep)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["flow", "v_prediction", "epsilon"])
+@pytest.mark.parametrize("gan", [0.0, 0.5])
+def test_the_generators_gradient(tmp_path: Path, kind: str, gan: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """g = (x_fake - x_real) / mean|x_g - x_real| back through x_g, and the adversarial term's through the critic."""
+    roles, *_ = roles_of(tmp_path, kind, ABOVE, gan_weight=gan, inter_cfg=(2.0, 2.0), intra_cfg=(0.5, 0.5))
+    critic: Any = roles.trained[1].model
+    fake = critic.score if gan else critic
+    with torch.no_grad():  # elsewhere than the teacher
+        fake.factor.mul_(1.3)
+        fake.blocks[0].by.add_(0.3)
+    generated, met = Calls(roles.generator.model), Calls(fake)
+    found = gradients(roles, monkeypatch)
+    roles._update_generator(draws())
+    # What the student's one level gave: x0 = A e + c of the noise that it met.
+    noise = generated.x[0].flatten(1).double()
+    weight, bias = (one.detach().double().requires_grad_() for one in before(ABOVE))
+    x = noise @ weight.T + bias
+    noised, timestep = met.x[0].flatten(1).double(), met.timesteps[0]
+    a, b = (one[:, None] for one in coefficients(kind, timestep))
+    scored = Normal(
+        mean_of(fake),
+        (fake.factor @ fake.factor.T).detach().double(),
+    )
+    x_fake = scored.denoised(noised, a[:, 0], b[:, 0])
+    unprompted, full, pruned = (
+        Normal(mean.double(), COVARIANCE).denoised(noised, a[:, 0], b[:, 0])
+        for mean in (TEACHER - CAPTION[0, 0], TEACHER, PRUNED)
+    )
+    x_real = unprompted + 2.0 * (full - unprompted) + 0.5 * (full - pruned)
+    scale = (x - x_real).abs().mean(1, keepdim=True).detach()
+    loss = (x * ((x_fake - x_real) / scale).detach()).mean()
+    if gan:
+        added = (noised - a * x).detach() + a * x  # the noise is the same, whatever x
+        tokens = torch.stack([mean_of(fake).expand_as(added), added], dim=1)
+        logits = critic.head(tokens.float().mean(1)).squeeze(-1)
+        loss = loss + gan * F.softplus(-logits).mean()
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert weight.grad is not None
+    assert bias.grad is not None
+    # The epsilon of this process is close to the sample, so that x0 is rounded a hundred times as coarsely.
+    torch.testing.assert_close(found["layers.0.weight"].double(), weight.grad, rtol=2e-3, atol=2e-4)
+    torch.testing.assert_close(found["layers.0.bias"].double(), bias.grad, rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("gan", [0.0, 0.5])
+def test_the_generators_step_leaves_nothing_in_the_critic(tmp_path: Path, gan: float) -> None:
+    """No weight of its own is moved, and no gradient is left for its next update."""
+    roles, *_ = roles_of(tmp_path, "flow", BELOW, gan_weight=gan, critic_updates=1)
+    critic = roles.trained[1]
+    roles.step(1, draws(1))
+    assert all(one.grad is None or not one.grad.any() for one in critic.model.parameters())
+    kept = [one.detach().clone() for one in critic.model.parameters()]
+    roles._update_generator(draws(2))
+    assert all(one.grad is None or not one.grad.any() for one in critic.model.parameters())
+    assert all(torch.equal(one, other) for one, other in zip(kept, critic.model.parameters(), strict=True))
+    assert all(not one.requires_grad for one in roles.teacher.parameters())
+
+
+def test_the_discriminator_learns_to_tell_data_from_samples(tmp_path: Path) -> None:
+    """Logits are positive for data and negative for what the generator gives, which is elsewhere."""
+    roles, *_ = roles_of(tmp_path, "flow", (0.1, (-0.5, 0.5)), gan_weight=5.0, critic_learning_rate=0.02)
+    data: Any = Clips(Normal(torch.tensor([3.0, -3.0]).double(), 0.01 * torch.eye(2).double()), CAPTION)
+    roles._data = data
+    critic: Any = roles.trained[1].model
+    for number in range(40):
+        roles._update_critic(draws(number))
+    timestep = torch.full((BATCH,), 100.0)
+    given = data.given(BATCH)
+    logits = [
+        critic(torch.tensor(mean).reshape(1, 1, 2, 1, 1).expand(BATCH, 1, 2, 1, 1), timestep, given)[1].mean()
+        for mean in ((3.0, -3.0), (-0.5, 0.5))
+    ]
+    assert logits[0] > 0.3
+    assert logits[1] < -0.3
+
+
+def test_the_critics_loss_with_the_adversarial_term(tmp_path: Path) -> None:
+    """Flow matching on samples, and softplus(-D(x)) + softplus(D(x_g)) of data and samples noised alike."""
+    roles, *_ = roles_of(tmp_path, "flow", (0.0, (0.5, -0.25)), gan_weight=0.7)
+    critic: Any = roles.trained[1].model
+    calls, losses = Calls(critic.score), spied(roles, 1)
+    logits: list[Tensor] = []
+    critic.register_forward_hook(lambda module, args, output: logits.append(output[1].detach().clone()))
+    roles._update_critic(draws())
+    (loss,) = losses
+    s = (calls.timesteps[0] / 1000.0).reshape(-1, 1, 1, 1, 1)
+    constant = torch.tensor([0.5, -0.25]).reshape(1, 1, 2, 1, 1)
+    target = (calls.x[0] - (1.0 - s) * constant) / s - constant
+    matched = (calls.outputs[0] - target).square().mean()
+    torch.testing.assert_close(loss, matched + 0.7 * (F.softplus(logits[0]) + F.softplus(-logits[1])).mean())
+    # The data, too, are noised at levels of the score range.
+    level = calls.timesteps[1].double() / 1000.0
+    unshifted = level / (3.0 - 2.0 * level)
+    assert sorted(((unshifted - 0.02) / 0.96 * BATCH).floor().long().tolist()) == list(range(BATCH))
+
+
+def test_the_figures_of_a_step(tmp_path: Path) -> None:
+    """Means over samples of what the generator gave and of how far the scores are apart."""
+    roles, *_ = roles_of(tmp_path, "flow", ABOVE)
+    with torch.no_grad():
+        roles.trained[1].model.blocks[0].by.add_(0.4)
+    generated, teacher, fake = Calls(roles.generator.model), Calls(roles.teacher), Calls(roles.trained[1].model)
+    found = roles._update_generator(draws())
+    s = (teacher.timesteps[0] / 1000.0).reshape(-1, 1, 1, 1, 1)
+    x = generated.x[0] - generated.outputs[0]
+    real, fake_x0 = (calls.x[0] - s * calls.outputs[0] for calls in (teacher, fake))
+    scales = (x - real).abs().flatten(1).mean(1)
+    assert found["score_gap"] == pytest.approx(float((fake_x0 - real).abs().mean()), rel=1e-4)
+    assert found["generated_std"] == pytest.approx(float(x.flatten(1).std(1).mean()), rel=1e-5)
+    assert found["generated_motion"] == pytest.approx(float(x.diff(dim=2).abs().mean()), rel=1e-5)
+    assert found["normaliser_mean"] == pytest.approx(float(scales.mean()), rel=1e-4)
+    assert found["normaliser_min"] == pytest.approx(float(scales.min()), rel=1e-4)
+    assert found["normaliser_max"] == pytest.approx(float(scales.max()), rel=1e-4)
+
+
+def test_an_image_has_no_motion(tmp_path: Path) -> None:
+    """Of one frame there is no change from frame to frame, and no figure that is not a number."""
+    roles, *_ = roles_of(tmp_path, "flow", ABOVE, shape=(2, 1, 1, 1), critic_updates=1)
+    found = roles.step(1, draws())
+    assert "generated_motion" not in found
+    assert all(math.isfinite(value) for value in found.values())

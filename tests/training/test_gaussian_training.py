@@ -1,0 +1,299 @@
+"""What roles are made of, against closed formulas: guided teacher, levels, averages, adversarial terms, ELBO."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flcompress.diffusion.process import FLOW
+from flcompress.draws import Draws
+from flcompress.models.network import as_network
+from flcompress.pipeline.world import World
+from flcompress.training.discriminator import Discriminator, critic_term, generator_term
+from flcompress.training.engines import Hyper
+from flcompress.training.engines.replicated import Local
+from flcompress.training.guided_teacher import GuidedTeacher
+from flcompress.training.monitors import HeldOutELBO
+from flcompress.training.objectives import denoising_loss, draw_levels
+from flcompress.training.trained import Trained, warmup_cosine
+from tests.gaussian import (
+    KINDS,
+    LATENTS,
+    PROMPT,
+    Clips,
+    Exact,
+    Normal,
+    Stand,
+    as_predicted,
+    coefficients,
+    graph_of,
+    latents,
+    teacher_contract,
+    work_in,
+)
+
+COVARIANCE = torch.tensor([[1.0, 0.4], [0.4, 0.5]], dtype=torch.float64)
+CAPTION = torch.tensor([[[0.5, -0.5]]])
+SHIFTS = [[0.3, -0.2], [0.1, 0.4]]
+
+
+def draws(number: int = 1, batch: int = 64) -> Draws:
+    return Draws(0, "training", number, batch=batch)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("splits", [False, True])
+def test_the_guided_teacher_is_its_formula(tmp_path: Path, kind: str, splits: bool) -> None:
+    """u + b1 (c - u) + b2 (c - c_pruned), with b1 and b2 of each sample drawn evenly from their ranges."""
+    model = Exact(kind, COVARIANCE, SHIFTS)
+    engine = Stand(work_in(tmp_path), {})
+    engine.splits_weights = splits
+    teacher = GuidedTeacher(
+        engine, model, as_network(model), graph_of(model), ["blocks.1"], inter_cfg=(2.0, 3.0), intra_cfg=(0.2, 0.6),
+        negative={PROMPT: torch.zeros(1, 1, 2)},
+    )  # fmt: skip
+    n = 64
+    x = torch.randn(n, *LATENTS, generator=torch.Generator().manual_seed(0))
+    timestep = torch.linspace(50, 950, n).round()
+    found = teacher(x, timestep, {PROMPT: CAPTION.expand(n, 1, 2)}, draws(batch=n)).flatten(1).double()
+    a, b = coefficients(kind, timestep)
+    flat = x.flatten(1).double()
+    full = torch.tensor(SHIFTS).sum(0)
+    u, c, pruned = (
+        as_predicted(kind, flat, Normal(mean.double(), COVARIANCE).denoised(flat, a, b), a, b)
+        for mean in (full, full + CAPTION[0, 0], torch.tensor(SHIFTS[0]) + CAPTION[0, 0])
+    )
+    # Two numbers a sample give its two scales.
+    scales = torch.linalg.solve(torch.stack([c - u, c - pruned], dim=2), (found - u)[..., None])[..., 0]
+    inter, intra = scales.unbind(1)
+    for drawn, low, high in ((inter, 2.0, 3.0), (intra, 0.2, 0.6)):
+        assert low - 0.02 < float(drawn.min()) < low + 0.1 * (high - low) + 0.02
+        assert high + 0.02 > float(drawn.max()) > high - 0.1 * (high - low) - 0.02
+        assert float(drawn.mean()) == pytest.approx((low + high) / 2, abs=0.15 * (high - low))
+    assert abs(float(torch.corrcoef(scales.T)[0, 1])) < 0.3
+
+
+def test_a_teacher_without_guidance_is_called_once(tmp_path: Path) -> None:
+    """b1 = 1 and b2 = 0 cost no forward of their own."""
+    model = Exact("flow", COVARIANCE, SHIFTS)
+    calls: list[int] = []
+    network = as_network(model)
+
+    def counted(x: Tensor, timestep: Tensor, given: Mapping[str, Tensor]) -> Tensor:
+        calls.append(len(x))
+        return network(x, timestep, given)
+
+    x, timestep = torch.randn(4, *LATENTS), torch.full((4,), 500.0)
+    given = {PROMPT: CAPTION.expand(4, 1, 2)}
+    for inter, intra, count in (((1.0, 1.0), (0.0, 0.0), 1), ((2.0, 2.0), (0.0, 0.0), 2), ((1.0, 1.0), (0.5, 0.5), 2)):
+        calls.clear()
+        teacher = GuidedTeacher(
+            Stand(work_in(tmp_path), {}), model, counted, graph_of(model), ["blocks.1"], inter_cfg=inter,
+            intra_cfg=intra, negative={PROMPT: torch.zeros(1, 1, 2)},
+        )  # fmt: skip
+        found = teacher(x, timestep, given, draws(batch=4))
+        assert len(calls) == count
+        assert not found.requires_grad
+        if count == 1:
+            torch.testing.assert_close(found, network(x, timestep, given), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("by", [1.0, 3.0, 7.0])
+def test_drawn_levels_follow_the_shifted_uniform(by: float) -> None:
+    """P(level < s) = u(s) = s / (k - (k - 1) s), to within one sample of a batch, whichever processes share it."""
+    n = 500
+    level = draw_levels(draws(batch=n), by, low=0.1, high=0.9).double().sort().values
+    cumulated = (level / (by - (by - 1.0) * level) - 0.1) / 0.8
+    assert float((cumulated - (torch.arange(n) + 0.5) / n).abs().max()) <= 0.5 / n + 1e-6
+    parts = [
+        draw_levels(Draws(0, "training", 1, batch=n, rank=rank, processes=2), by, low=0.1, high=0.9) for rank in (0, 1)
+    ]
+    assert torch.equal(torch.cat(parts), draw_levels(draws(batch=n), by, low=0.1, high=0.9))
+    u = draw_levels(draws(batch=n), 1.0)
+    assert 0.0 <= float(u.min()) < 1.0 / n
+    assert 1.0 > float(u.max()) > 1.0 - 1.0 / n
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_network_has_a_lower_denoising_loss_than_the_exact_one(kind: str) -> None:
+    """Its loss is the variance that the sample does not explain; another's is that and its squared distance."""
+    process = teacher_contract(kind).process
+    normal, n = Normal(torch.tensor([0.5, -1.0]).double(), COVARIANCE), 4000
+    x0 = latents(normal.drawn(n, 0))
+    noise = latents(Normal(torch.zeros(2).double(), torch.eye(2).double()).drawn(n, 1))
+    level = torch.full((n,), 0.5, dtype=torch.float64)
+
+    def exact(off: float) -> Any:
+        def call(x: Tensor, timestep: Tensor, given: object) -> Tensor:
+            a, b = coefficients(kind, timestep)
+            flat = x.flatten(1)
+            return as_predicted(kind, flat, normal.denoised(flat, a, b), a, b).reshape(x.shape) + off
+
+        return call
+
+    a, b = (float(one) for one in coefficients(kind, process.timestep(level[:1])))
+    # The posterior's covariance; what is predicted is a multiple of x0, given the sample.
+    posterior = torch.linalg.inv(torch.linalg.inv(COVARIANCE) + (a / b) ** 2 * torch.eye(2).double())
+    factor = {"flow": 1.0 + a / b, "v_prediction": b + a * a / b, "epsilon": a / b}[kind]
+    least = factor**2 * float(posterior.diagonal().mean())
+    assert float(denoising_loss(exact(0.0), process, x0, {}, level, noise)) == pytest.approx(least, rel=0.05)
+    for off in (0.3, -0.3):
+        found = float(denoising_loss(exact(off), process, x0, {}, level, noise))
+        assert found == pytest.approx(least + off**2, rel=0.06)
+
+
+class Two(nn.Module):
+    """One trained number, one that is not, and a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.free, self.held = nn.Parameter(torch.tensor([2.0])), nn.Parameter(torch.tensor([7.0]), requires_grad=False)
+        self.register_buffer("table", torch.tensor([5.0]))
+
+    def forward(self) -> Tensor:
+        return self.free.sum()
+
+
+def free_of(role: Trained) -> float:
+    return float(role.model.free.detach())
+
+
+def test_the_moving_average(tmp_path: Path) -> None:
+    """e <- d e + (1 - d) p with d = min(decay, (1 + n) / (10 + n)), from the weights as they were given."""
+    role = Trained(Local(work_in(tmp_path)), "one", Two(), batch=1, hyper=Hyper(learning_rate=0.5), ema_decay=0.3)
+    expected, part = 2.0, next(iter(role.micro_batches(draws(batch=1))))
+    assert float(role.averaged_state()["free"]) == 2.0
+    for number in range(1, 6):
+        role.backward(role.module().square(), part)
+        role.step()
+        live = free_of(role)
+        decay = min(0.3, (1 + number) / (10 + number))
+        expected = decay * expected + (1 - decay) * live
+        state = role.averaged_state()
+        assert float(state["free"]) == pytest.approx(expected, rel=1e-6)
+        assert (float(state["held"]), float(state["table"])) == (7.0, 5.0)
+        assert free_of(role) == live == float(role.gathered()["free"])
+        with role.averaged():
+            assert free_of(role) == pytest.approx(expected, rel=1e-6)
+        assert role.updates == number
+    assert expected != pytest.approx(live, abs=1e-3)
+
+
+def test_steps_follow_the_gradient_at_the_rate_of_the_schedule(tmp_path: Path) -> None:
+    """AdamW's first steps are as long as the rate, whatever the gradient, and lead downhill."""
+    rates = (1.0, 0.5, 0.0)
+    role = Trained(
+        Local(work_in(tmp_path)), "one", Two(), batch=1, hyper=Hyper(learning_rate=0.1), schedule=rates.__getitem__
+    )
+    part = next(iter(role.micro_batches(draws(batch=1))))
+    for rate in rates:
+        before = free_of(role)
+        role.backward(3.0 * role.module(), part)
+        figures = role.step()
+        assert before - free_of(role) == pytest.approx(0.1 * rate, rel=1e-4)
+        assert figures == {"one_loss": pytest.approx(3.0 * before), "one_grad_norm": pytest.approx(3.0)}
+    assert float(role.model.held) == 7.0
+    role.backward(role.module(), part)
+    role.clear()
+    assert role.model.free.grad is None
+
+
+def test_the_learning_rate_rises_and_falls() -> None:
+    factor = warmup_cosine(30, 10)
+    assert [factor(step) for step in range(10)] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert factor(10) == pytest.approx(1.0)
+    assert factor(20) == pytest.approx(0.02 + 0.98 * 0.5)
+    assert factor(15) == pytest.approx(0.02 + 0.49 * (1.0 + math.cos(math.pi / 4)))
+    assert factor(30) == factor(40) == pytest.approx(0.02)
+    assert warmup_cosine(5, 5)(5) == pytest.approx(1.0)
+
+
+def test_the_two_adversarial_terms() -> None:
+    """The generator wants its logits up; the critic wants data's up and samples' down. Values and slopes."""
+    real, generated = (
+        torch.tensor(values, dtype=torch.float64, requires_grad=True) for values in ([1.0, -2.0], [0.5, 3.0])
+    )
+    term = generator_term(generated)
+    assert float(term.detach()) == pytest.approx(sum(math.log1p(math.exp(-d)) for d in (0.5, 3.0)) / 2)
+    (slope,) = torch.autograd.grad(term, generated)
+    torch.testing.assert_close(slope, -torch.sigmoid(-generated.detach()) / 2)
+    term = critic_term(real, generated)
+    assert float(term.detach()) == pytest.approx(
+        (sum(math.log1p(math.exp(-d)) for d in (1.0, -2.0)) + sum(math.log1p(math.exp(d)) for d in (0.5, 3.0))) / 2
+    )
+    of_real, of_generated = torch.autograd.grad(term, (real, generated))
+    torch.testing.assert_close(of_real, -torch.sigmoid(-real.detach()) / 2)
+    torch.testing.assert_close(of_generated, torch.sigmoid(generated.detach()) / 2)
+
+
+def test_the_discriminator_reads_the_means_of_a_blocks_tokens() -> None:
+    score = Exact("flow", COVARIANCE, SHIFTS)
+    network = as_network(score)
+    judge = Discriminator(score, network, "blocks.0", 2)
+    x, timestep = torch.randn(3, *LATENTS), torch.full((3,), 400.0)
+    given = {PROMPT: CAPTION.expand(3, 1, 2)}
+    prediction, logits = judge(x, timestep, given)
+    assert torch.equal(prediction, network(x, timestep, given))
+    features = (CAPTION[0, 0] + torch.tensor(SHIFTS[0]) + x.flatten(1)) / 2
+    norm, first, _, last = judge.head
+    assert isinstance(norm, nn.LayerNorm)
+    expected = last(F.silu(first(norm(features))))[:, 0]
+    torch.testing.assert_close(logits, expected)
+    assert {id(one) for one in score.parameters()} < {id(one) for one in judge.parameters()}
+    assert FLOW.timestep(torch.tensor([0.4])) == 400.0
+
+
+class Share(World):
+    """One of two processes; keeps what it would have averaged with the other."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(rank, 2)
+        self.given: Mapping[str, float] = {}
+
+    def mean(self, values: Mapping[str, float]) -> dict[str, float]:
+        self.given = values
+        return dict(values)
+
+
+@pytest.mark.parametrize("kind", ["flow", "v_prediction"])
+def test_the_held_out_elbo(kind: str) -> None:
+    """The mean of w(s) |x0 - x0_hat|^2 per element, at levels spread evenly over [0.02, 0.98]; shared by processes."""
+    contract = teacher_contract(kind)
+    clips: Any = Clips(Normal(torch.tensor([0.5, 1.0]).double(), COVARIANCE), CAPTION)
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def nothing(x: Tensor, timestep: Tensor, given: Mapping[str, Tensor]) -> Tensor:
+        assert torch.equal(given[PROMPT], clips.given(len(x))[PROMPT])
+        seen.append((x.flatten(1), timestep))
+        return torch.zeros_like(x)
+
+    found = HeldOutELBO(clips, contract, 9, 3, "cpu", 4, World())(nothing)
+    assert [len(x) for x, _ in seen] == [4, 4, 1]
+    x0 = clips.batch(9, torch.Generator().manual_seed(3))[0].flatten(1)
+    x, timestep = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    level = 0.02 + 0.96 * (torch.arange(9.0) + 0.5) / 9
+    torch.testing.assert_close(timestep, contract.process.timestep(level))
+    a, b = (one[:, None] for one in coefficients(kind, timestep))
+    noise = (x - a * x0) / b
+    assert float(noise.std()) == pytest.approx(1.0, abs=0.4)
+    assert abs(float(noise.mean())) < 0.5
+    x0_hat = x if kind == "flow" else a * x
+    expected = contract.process.elbo_weight(level) * (x0 - x0_hat).square().mean(1)
+    assert found == pytest.approx(float(expected.mean()), rel=1e-5)
+    # Two processes have as many draws each; the one too many is not counted.
+    worlds = Share(0), Share(1)
+    seen.clear()
+    for world in worlds:
+        HeldOutELBO(clips, contract, 9, 3, "cpu", 4, world)(nothing)
+    assert [len(x) for x, _ in seen] == [4, 1, 4, 1]
+    total, draws = (sum(world.given[name] for world in worlds) for name in ("total", "draws"))
+    assert draws == 9.0
+    assert total / draws == pytest.approx(found, rel=1e-6)
+    assert HeldOutELBO(clips, contract, 9, 4, "cpu", 4, World())(nothing) != found
