@@ -95,7 +95,7 @@ class PrefixMemory:
 
 @contextmanager
 def remember(model: nn.Module, graph: BlockGraph, *, until: str | None = None) -> Iterator[PrefixMemory]:
-    """A memory that every forward inside the `with` block fills anew; it costs one copy of the blocks' outputs on the host.
+    """A memory that every forward inside the `with` block fills anew; it costs a copy of their outputs on the host.
 
     With `until` only the blocks before that one are remembered. What is remembered carries no gradient.
     """
