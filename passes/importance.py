@@ -54,9 +54,9 @@ class Importance(Pass):
         )
 
     def apply(self, program: Program, work: Work) -> Program:
+        data = work.data(program)
         model = load_transformer(program.components["transformer"], work.device)
         started = time.monotonic()
-        data = work.data(program)
         estimates = self.score(model, program.graph, program.teacher_contract, data, work.seed, work.progress)
         graph = program.graph.with_importance(estimates)
         means = [estimates[block.path].mean for block in graph.blocks]

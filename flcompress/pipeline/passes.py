@@ -192,8 +192,11 @@ class Pass(BaseModel, ABC):
         """Do the work. Facts are set by `__call__`, not here."""
 
     def __call__(self, program: Program, work: Work) -> Program:
-        """Check the needs, apply, verify the result's graph, set its facts."""
+        """Check the needs, apply, free what it leaves, verify the result's graph, set its facts."""
+        from flcompress.models.garbage import free_gpu_memory
+
         facts = self.flow(program.facts)
         result = self.apply(program, work)
+        free_gpu_memory()
         result.graph.verify()
         return replace(result, facts=facts)
