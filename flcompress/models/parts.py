@@ -14,6 +14,7 @@ from flcompress.errors import ModelError
 from flcompress.models.families import family_of
 from flcompress.models.folder import check_transformer_config, read_json
 from flcompress.models.quiet import no_progress_bars
+from flcompress.models.tiling import make_room
 from flcompress.models.video import decode_latents, encode_clips
 
 LIBRARIES = ("diffusers", "transformers")
@@ -31,14 +32,21 @@ class Parts:
         index: the folder's `model_index.json`.
         components: component name -> folder; it may point into several places.
         device: where they run.
+        autoencoder: its dtype; that of its files where None.
 
     Attributes:
         family: what tracing cannot find out about the model.
         folders: component name -> folder, of the parts alone.
     """
 
-    def __init__(self, index: Mapping[str, Any], components: Mapping[str, Path], device: str = "cpu") -> None:
-        self._index, self._device = index, device
+    def __init__(
+        self,
+        index: Mapping[str, Any],
+        components: Mapping[str, Path],
+        device: str = "cpu",
+        autoencoder: torch.dtype | None = None,
+    ) -> None:
+        self._index, self._device, self._autoencoder = index, device, autoencoder
         self.family = family_of(index["_class_name"])
         self.folders = {name: components[name] for name in part_names(index)}
         self._transformer = components["transformer"]
@@ -51,7 +59,7 @@ class Parts:
     @cached_property
     def vae(self) -> Any:
         """The autoencoder, in evaluation mode, without gradients."""
-        return self._loaded("vae")
+        return self._loaded("vae", self._autoencoder)
 
     @cached_property
     def _pipeline(self) -> Any:
@@ -87,6 +95,7 @@ class Parts:
         if not self.from_image:
             return {}
         clips = clips.to(self._device)
+        make_room(self.vae, clips, "encode")  # some pipelines encode a clip of the same size that holds the frame alone
         with no_progress_bars():
             pipeline = self._pipeline
             return _floats(self.family.image_conditioning(pipeline, self.config, clips, prompts, max_sequence_length))
@@ -107,8 +116,8 @@ class Parts:
         return self.family.patch(self.config)[0] - 1
 
     @no_progress_bars()
-    def _loaded(self, name: str) -> Any:
-        return load_part(self.folders[name], self._index[name], self._device)
+    def _loaded(self, name: str, dtype: torch.dtype | None = None) -> Any:
+        return load_part(self.folders[name], self._index[name], self._device, dtype)
 
 
 NEED_VAE = (
@@ -131,12 +140,14 @@ def part_names(index: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(name for name, one in index.items() if _is_part(one) and one[0] and name not in NOT_HERE)
 
 
-def load_part(folder: Path, kind: Sequence[str], device: str = "cpu") -> Any:
+def load_part(folder: Path, kind: Sequence[str], device: str = "cpu", dtype: torch.dtype | None = None) -> Any:
     """A component by its stock class, in evaluation mode, without gradients; safetensors only.
 
     Args:
         folder: the component's.
         kind: (library, class name), as `model_index.json` has it.
+        device: where it is put.
+        dtype: of its weights; as stock loading has it where None.
 
     Raises:
         ModelError: a library other than diffusers and transformers, or a class it does not have.
@@ -155,7 +166,8 @@ def load_part(folder: Path, kind: Sequence[str], device: str = "cpu") -> Any:
         )
     if not issubclass(factory, torch.nn.Module):
         return factory.from_pretrained(str(folder))
-    return factory.from_pretrained(str(folder), use_safetensors=True).eval().requires_grad_(False).to(device)
+    kept = {} if dtype is None else {"torch_dtype": dtype}
+    return factory.from_pretrained(str(folder), use_safetensors=True, **kept).eval().requires_grad_(False).to(device)
 
 
 def _floats(made: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -107,10 +107,10 @@ def kept_for_backward(
     from torch.autograd.graph import saved_tensors_hooks
     from torch.utils._pytree import tree_map_only
 
+    from flcompress.models.alive import Alive
     from flcompress.models.inputs import example_inputs
     from flcompress.models.loading import meta_transformer
     from flcompress.models.precision import half_precision
-    from flcompress.pipeline.alive import Alive
     from flcompress.trace.call import Call, blank, named
     from flcompress.trace.replay import signature
     from flcompress.trace.running import AllTrueMasks

@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor
 
 from flcompress.errors import ModelError
 from flcompress.ir.serial import from_json, to_json
+from flcompress.models.alive import Alive
 from flcompress.models.loading import empty_transformer, load_transformer, meta_transformer
-from flcompress.pipeline.alive import Alive
 from flcompress.pipeline.passes import Work
 from flcompress.pipeline.world import World
 from flcompress.trace.skip import graph_of
