@@ -13,6 +13,7 @@ import torch
 from flcompress.errors import ModelError
 from flcompress.models.families import family_of
 from flcompress.models.folder import check_transformer_config, read_json
+from flcompress.models.garbage import free_gpu_memory
 from flcompress.models.quiet import no_progress_bars
 from flcompress.models.tiling import make_room
 from flcompress.models.video import decode_latents, encode_clips
@@ -99,6 +100,12 @@ class Parts:
         with no_progress_bars():
             pipeline = self._pipeline
             return _floats(self.family.image_conditioning(pipeline, self.config, clips, prompts, max_sequence_length))
+
+    def let_go(self) -> None:
+        """Drop what is loaded, for something else to take its memory; each is loaded again when it is next used."""
+        for name in ("vae", "_pipeline"):
+            vars(self).pop(name, None)
+        free_gpu_memory()
 
     @property
     def from_image(self) -> bool:
