@@ -18,7 +18,7 @@ from flcompress.exporters.arguments import tensors_of
 from flcompress.exporters.clip_files import check_target, read_picture, write_clip
 from flcompress.exporters.files import read_manifest, require_hash
 from flcompress.exporters.onnx_model import MANIFEST_FILE
-from flcompress.exporters.onnx_session import PROVIDERS, OnnxSession
+from flcompress.exporters.onnx_session import PROVIDERS, OnnxSession, require_onnxruntime
 from flcompress.exporters.parity import Denoiser
 from flcompress.exporters.partner import PARTNER_FOLDER
 from flcompress.exporters.positions import with_positions
@@ -71,6 +71,8 @@ def generate(
     check_target(out)
     if backend == "tensorrt":
         require_gpu()
+    if backend == "onnx":
+        require_onnxruntime("backend onnx")
     pipeline = run_dir / "exports" / "diffusers"
     facts = read_manifest(pipeline / FACTS_FILE, _make(run_dir, "diffusers"))
     parts = open_parts(pipeline, _device())

@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from flcompress.evaluation import backends
+from flcompress.evaluation import bench as bench_module
 from flcompress.evaluation.bench import bench
 from flcompress.models.loading import load_transformer
 from flcompress.pipeline.rundir import RunDirectory
@@ -36,6 +38,21 @@ def test_work_is_counted_and_rounds_are_timed(run: RunDirectory) -> None:
     assert skipped["backend"] == "ONNX Runtime"
     assert "model.onnx; add `- onnx`" in skipped["reason"]
     assert json.loads((run.path / "bench" / "results.json").read_text(encoding="utf-8")) == results
+
+
+def test_a_gpu_that_did_not_compute_is_not_named(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H100 80GB HBM3")
+    assert bench_module._machine(torch.device("cpu"))["gpu"] is None
+    assert bench_module._machine(torch.device("cuda", 0))["gpu"] == "NVIDIA H100 80GB HBM3"
+    assert load_transformer(run.final().components["transformer"]).device.type == "cpu"
+
+
+def test_no_onnx_runtime_is_a_stated_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model.onnx").touch()
+    monkeypatch.setattr(backends, "find_spec", lambda name: None)
+    with pytest.raises(backends.Unusable, match=r"pip install 'flcompress\[onnxruntime\]'"):
+        backends.onnx_network(tmp_path / "model.onnx")
 
 
 def test_no_compiler_is_a_stated_reason(monkeypatch: pytest.MonkeyPatch) -> None:
