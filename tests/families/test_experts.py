@@ -148,29 +148,25 @@ def test_a_stock_call_makes_the_latents_that_the_runtime_makes(runs: dict[Expert
     assert float((other - stock).abs().max()) > 1e-3, "the boundary decides nothing"
 
 
-@pytest.mark.parametrize("backend", ["torch", "onnx"])
 def test_one_expert_is_in_memory_at_a_time_and_no_text_encoder_beside_it(
-    runs: dict[Expert, Made], backend: runtime.Backend, monkeypatch: pytest.MonkeyPatch
+    runs: dict[Expert, Made], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = runs["low"][0]
-    if backend == "onnx":
-        export(RunDirectory(run), ["onnx"], display=QuietDisplay())
     facts = json.loads((run / "exports" / "diffusers" / "flcompress.json").read_text())
     parts = open_parts(run / "exports" / "diffusers")
     loaded: list[weakref.ref[Any]] = []
-    load = getattr(runtime, name := "load_transformer" if backend == "torch" else "OnnxSession")
 
     def loading(*given: Any) -> Any:
         gc.collect()
         assert [one() for one in loaded] == [None] * len(loaded), "the other expert is still there"
         assert not {"_pipeline", "vae"} & set(vars(parts)), "the text encoder is still there"
-        made = load(*given)
+        made = load_transformer(*given)
         loaded.append(weakref.ref(made))
         return made
 
-    monkeypatch.setattr(runtime, name, loading)
+    monkeypatch.setattr(runtime, "load_transformer", loading)
     _, first = first_frame(run / "exports" / "diffusers", facts)
-    latents = denoise(_denoiser(run, backend, facts), parts, facts, PROMPT, 5, first)
+    latents = denoise(_denoiser(run, "torch", facts), parts, facts, PROMPT, 5, first)
     assert bool(latents.isfinite().all())
     assert len(loaded) == 2, "each comes once a clip"
     gc.collect()
