@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import psutil
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flcompress.models.alive import Alive
 from flcompress.models.garbage import free_gpu_memory
@@ -46,6 +45,8 @@ def make_room(vae: Any, given: torch.Tensor, method: Method, *more: torch.Tensor
 @lru_cache(maxsize=64)
 def _most_alive(kind: Any, config: str, method: Method, shapes: tuple[tuple[tuple[int, ...], torch.dtype], ...]) -> int:
     """Bytes of tensors alive at the fullest moment of a call on one sample, counted on tensors that hold no memory."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
     usual = torch.get_default_dtype()
     with FakeTensorMode(), torch.no_grad():
         try:

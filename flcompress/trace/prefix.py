@@ -30,7 +30,7 @@ class PrefixMemory:
         self._graph = graph
         self._recording = True
         self._outputs: dict[str, Any] = {}
-        self._arguments: list[Tensor] = []  # of the first block: what tells one forward's inputs from another's
+        self._arguments: list[_Stored] = []  # of the first block: what tells one forward's inputs from another's
 
     @contextmanager
     def skipping(self, *paths: str) -> Iterator[None]:
@@ -74,8 +74,8 @@ class PrefixMemory:
     def _recall(self, path: str, *, first: bool) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if first:
-                given = _tensors((args, kwargs))
-                if len(given) != len(self._arguments) or not all(map(torch.equal, given, self._arguments)):
+                given, kept = tensors_of((args, kwargs)), [one.copy() for one in self._arguments]
+                if len(given) != len(kept) or not all(map(torch.equal, given, kept)):
                     raise RequestError(
                         f"'{path}' was given other inputs than the remembered ones; give the same inputs"
                     )
@@ -88,7 +88,7 @@ class PrefixMemory:
             if self._recording:
                 self._outputs[path] = tree_map_only(Tensor, _Stored, output)
                 if first:
-                    self._arguments = _tensors((args, kwargs))
+                    self._arguments = [_Stored(one) for one in tensors_of((args, kwargs))]
 
         return hook
 
@@ -132,7 +132,3 @@ def _host_like(tensor: Tensor) -> Tensor:
         return torch.empty_like(tensor, device="cpu", pin_memory=True)
     except RuntimeError:
         return torch.empty_like(tensor, device="cpu")
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [one.detach() for one in tensors_of(tree)]
