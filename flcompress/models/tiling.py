@@ -34,7 +34,7 @@ def make_room(vae: Any, given: torch.Tensor, method: Method, *more: torch.Tensor
         return
     config = json.dumps(dict(vae.config), sort_keys=True)
     shapes = tuple((tuple(one[:1].shape), one.dtype) for one in (given, *more))
-    one, room = _most_alive(type(vae), config, method, shapes), (1.0 - SPARE) * _free_bytes(given.device)
+    one, room = _most_alive(type(vae).__name__, config, method, shapes), (1.0 - SPARE) * _free_bytes(given.device)
     vae.use_slicing = len(given) * one > room
     if one > room:
         vae.enable_tiling()
@@ -43,19 +43,21 @@ def make_room(vae: Any, given: torch.Tensor, method: Method, *more: torch.Tensor
 
 
 @lru_cache(maxsize=64)
-def _most_alive(kind: Any, config: str, method: Method, shapes: tuple[tuple[tuple[int, ...], torch.dtype], ...]) -> int:
+def _most_alive(kind: str, config: str, method: Method, shapes: tuple[tuple[tuple[int, ...], torch.dtype], ...]) -> int:
     """Bytes of tensors alive at the fullest moment of a call on one sample, counted on tensors that hold no memory."""
+    import diffusers
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     usual = torch.get_default_dtype()
     with FakeTensorMode(), torch.no_grad():
         try:
             torch.set_default_dtype(shapes[0][1])
-            twin = kind.from_config(json.loads(config)).eval()
+            twin = getattr(diffusers, kind).from_config(json.loads(config)).eval()
         finally:
             torch.set_default_dtype(usual)
         given = [torch.empty(shape, dtype=dtype) for shape, dtype in shapes]
-        with Alive() as alive:
+        alive = Alive()
+        with alive:
             getattr(twin, method)(*given)
     return alive.most
 

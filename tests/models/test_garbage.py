@@ -19,10 +19,10 @@ class Cycle:
 @pytest.mark.parametrize("gpu", [False, True])
 def test_cycles_are_freed_where_a_gpu_holds_them(gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     emptied: list[bool] = []
+    gc.disable()
+    left = weakref.ref(Cycle())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(left() is None))
-    left = weakref.ref(Cycle())
-    gc.disable()
     try:
         free_gpu_memory()
     finally:

@@ -58,10 +58,11 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_what_a_clip_takes_is_counted_without_taking_it(build: Callable[[], Any], asked: list[int]) -> None:
     vae, clips = build(), torch.zeros(1, 3, 5, 64, 64)
     latents = encode_clips(vae, clips)
-    for call in (lambda: encode_clips(vae, clips), lambda: decode_latents(vae, latents)):
-        call()  # counted now, and remembered
-        with Alive() as alive, torch.no_grad():
-            call()
+    for call, given in ((encode_clips, clips), (decode_latents, latents)):
+        call(vae, given)  # counted now, and remembered
+        alive = Alive()
+        with alive:
+            call(vae, given)
         assert not vae.use_tiling
         assert asked[-1] == pytest.approx(alive.most, rel=0.1)
 
