@@ -25,7 +25,8 @@ class Context:
     another profile forgets the shapes that were set."""
 
     def __init__(self, shapes: list[Mapping[str, Any]]) -> None:
-        self.shapes, self.profile, self.given = shapes, 0, {}
+        self.shapes, self.profile = shapes, 0
+        self.given: dict[str, tuple[int, ...]] = {}
         self.ran: list[int] = []
         self.switched: list[int] = []
 

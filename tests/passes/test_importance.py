@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -75,18 +76,15 @@ def test_a_gpu_computes_in_the_precision_of_the_training(
     class Asked(Exception):  # noqa: N818
         pass
 
-    class Given:
-        components = {"transformer": Path("transformer")}  # noqa: RUF012
-        data = staticmethod(lambda program: None)
-
-    Given.device, Given.precision = device, precision  # type: ignore[attr-defined]
+    program: Any = SimpleNamespace(components={"transformer": Path("transformer")})
+    work: Any = SimpleNamespace(data=lambda program: None, device=device, precision=precision)
 
     def loading(*given: Any) -> None:
         raise Asked(*given)
 
     monkeypatch.setattr(importance, "load_transformer", loading)
     with pytest.raises(Asked) as asked:
-        Importance().apply(Given(), Given())  # type: ignore[arg-type]
+        Importance().apply(program, work)
     assert asked.value.args == (Path("transformer"), device, dtype)
 
 
