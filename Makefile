@@ -31,11 +31,11 @@ lint: .venv/.test
 	$(PYTHON) -m venv .venv
 
 .venv/.demo: .venv/bin/python pyproject.toml constraints.txt
-	$(INSTALL) -e '.[tensorrt-rtx]' $(SHOWN)
+	$(INSTALL) -e '.[onnxruntime,tensorrt-rtx]' $(SHOWN)
 	@touch $@
 
 .venv/.test: .venv/bin/python pyproject.toml constraints.txt
-	$(INSTALL) -e '.[dev,tensorrt-rtx]' $(SHOWN)
+	$(INSTALL) -e '.[dev,onnxruntime,tensorrt-rtx]' $(SHOWN)
 	@touch $@
 
 clean:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from docs.measure_memory import ROOT
-from flcompress.pipeline.alive import Alive
+from flcompress.models.alive import Alive
 
 MODEL = {"layers": 16, "heads": 56, "feed_forward": 3584, "vae_channels": 4}
 ENGINES = ("ddp", "fsdp2", "zero3")

@@ -64,9 +64,9 @@ def child(model: str, folder: Path, name: str, training: dict[str, Any]) -> dict
 
     from flcompress.diffusion.student import student_contract
     from flcompress.draws import Draws
+    from flcompress.models.alive import Alive
     from flcompress.passes.dmd import DistributionMatching
     from flcompress.passes.dmd_roles import Roles
-    from flcompress.pipeline.alive import Alive
     from flcompress.pipeline.clips import Clips
     from flcompress.pipeline.display import QuietDisplay
     from flcompress.pipeline.memory import peak_mb, reset_peak

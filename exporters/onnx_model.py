@@ -14,7 +14,7 @@ from flcompress.exporters.arguments import OUTPUT, Arguments, arguments_of, cons
 from flcompress.exporters.files import sha256, write_json
 from flcompress.exporters.onnx_emulation import emulate_bf16
 from flcompress.exporters.onnx_graph import OPSETS, Axes, write_onnx
-from flcompress.exporters.onnx_session import OnnxSession
+from flcompress.exporters.onnx_session import OnnxSession, require_onnxruntime
 from flcompress.exporters.parity import Inputs, Parity, cases, compare, outputs
 from flcompress.exporters.partner import PARTNER_FOLDER, partner_of
 from flcompress.exporters.precision import TOLERANCES, Precision
@@ -50,6 +50,10 @@ class OnnxExporter(Exporter):
         description="largest absolute difference from torch at the same precision, > 0; null: 1e-4 in fp32, 1e-2 in "
         "fp16, 8e-2 in bf16",
     )
+
+    def check(self) -> None:
+        """ONNX Runtime is installed, which every export is checked by."""
+        require_onnxruntime("onnx")
 
     def fingerprint(self) -> str:
         return " ".join(f"{package} {version(package)}" for package in ("torch", "onnx", "onnxscript"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -10,7 +11,18 @@ import torch
 from flcompress.errors import UnavailableError
 from flcompress.exporters.parity import Inputs
 
+MISSING = (
+    "ONNX Runtime is not installed, which checks and runs ONNX exports; pip install 'flcompress[onnxruntime]', or "
+    "'flcompress[onnxruntime-gpu]' on a machine with an NVIDIA GPU, but not both"
+)
+
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+def require_onnxruntime(what: str) -> None:
+    """UnavailableError, in one line that begins with `what`, where ONNX Runtime is not installed."""
+    if find_spec("onnxruntime") is None:
+        raise UnavailableError(f"{what}: {MISSING}")
 
 
 class OnnxSession:
@@ -45,7 +57,8 @@ class OnnxSession:
         if self.provider != wanted:
             raise UnavailableError(
                 f"{model}: ONNX Runtime runs it on {self.provider}, {wanted} was asked for; "
-                "pip uninstall onnxruntime, pip install 'flcompress[onnxruntime-gpu]', and check the CUDA libraries"
+                "pip uninstall onnxruntime onnxruntime-gpu, then pip install 'flcompress[onnxruntime-gpu]', and check "
+                "the CUDA libraries"
             )
 
     def __call__(self, inputs: Inputs) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from flcompress.exporters.arguments import tensors_of
 from flcompress.exporters.clip_files import check_target, read_picture, write_clip
 from flcompress.exporters.files import read_manifest, require_hash
 from flcompress.exporters.onnx_model import MANIFEST_FILE
-from flcompress.exporters.onnx_session import PROVIDERS, OnnxSession
+from flcompress.exporters.onnx_session import PROVIDERS, OnnxSession, require_onnxruntime
 from flcompress.exporters.parity import Denoiser
 from flcompress.exporters.partner import PARTNER_FOLDER
 from flcompress.exporters.positions import with_positions
@@ -26,13 +27,18 @@ from flcompress.exporters.tensorrt_api import cuda_driver
 from flcompress.exporters.tensorrt_session import TensorRTSession, require_gpu
 from flcompress.models.families import family_of
 from flcompress.models.folder import check_parts, check_transformer_config, read_json
+from flcompress.models.garbage import free_gpu_memory
 from flcompress.models.loading import load_transformer
 from flcompress.models.network import as_network
 from flcompress.models.parts import Parts, open_parts
+from flcompress.models.precision import half_precision
 from flcompress.pipeline.experts import FACTS_FILE
 from flcompress.pipeline.passes import ProgressSink
 
 Backend = Literal["torch", "onnx", "tensorrt"]
+
+Load = Callable[[], Network]
+"""Brings a network into memory."""
 
 
 def generate(
@@ -70,14 +76,17 @@ def generate(
     check_target(out)
     if backend == "tensorrt":
         require_gpu()
+    if backend == "onnx":
+        require_onnxruntime("backend onnx")
     pipeline = run_dir / "exports" / "diffusers"
     facts = read_manifest(pipeline / FACTS_FILE, _make(run_dir, "diffusers"))
     check_parts(pipeline)
     facts = _with_negative(facts, negative_prompt)
-    parts = open_parts(pipeline)
+    parts = open_parts(pipeline, _device())
     first = _first_frame(parts, facts, prompt, image)
     latents = denoise(_denoiser(run_dir, backend, facts), parts, facts, prompt, seed, first, progress)
-    return write_clip(parts.decode_latents(latents)[0], out, fps or _frame_rate(pipeline, facts))
+    free_gpu_memory()  # the transformer leaves before the autoencoder comes
+    return write_clip(parts.decode_latents(latents)[0].cpu(), out, fps or _frame_rate(pipeline, facts))
 
 
 def denoise(
@@ -94,7 +103,8 @@ def denoise(
     Starting noise and every re-noising come from one generator in the order a stock pipeline draws them.
     """
     contract = SamplingContract.from_dict(facts["contract"])
-    prompts = parts.encode_prompts([prompt, contract.negative_prompt], contract.max_sequence_length)
+    prompts = on(parts.encode_prompts([prompt, contract.negative_prompt], contract.max_sequence_length), "cpu")
+    parts.let_go()  # the text encoders leave before a transformer comes
     given = taken(prompts, slice(0, 1)) | dict(first_frame or {})
     draw = torch.Generator().manual_seed(seed)
     start = parts.family.start(parts.family.noise(facts["latents"], draw), given)
@@ -135,29 +145,64 @@ def _first_frame(parts: Parts, facts: dict[str, Any], prompt: str, image: Path |
     call = facts["call"]
     picture = read_picture(image, call["height"], call["width"])
     clip = picture[None, :, None].expand(1, -1, call["num_frames"], -1, -1)
-    return parts.encode_images(clip, [prompt], call["max_sequence_length"])
+    return on(parts.encode_images(clip, [prompt], call["max_sequence_length"]), "cpu")
 
 
 def _denoiser(run_dir: Path, backend: Backend, facts: dict[str, Any]) -> Network:
-    """What predicts: the transformer, or both of two experts as one network."""
-    contract = SamplingContract.from_dict(facts["contract"])
+    """What predicts: the transformer, or both of two experts as one network, the one in use in memory."""
+    contract, turns = SamplingContract.from_dict(facts["contract"]), _InTurn()
     make = _torch_network if backend == "torch" else partial(_exported_network, backend=backend)
     if (experts := contract.experts) is None:
-        return make(run_dir, "transformer", "", facts)
-    compressed = make(run_dir, COMPONENTS[experts.compressed], "", facts)
-    return experts.joined(compressed, make(run_dir, COMPONENTS[OTHER[experts.compressed]], PARTNER_FOLDER, facts))
+        return turns.network(make(run_dir, "transformer", "", facts))
+    compressed = turns.network(make(run_dir, COMPONENTS[experts.compressed], "", facts))
+    partner = make(run_dir, COMPONENTS[OTHER[experts.compressed]], PARTNER_FOLDER, facts)
+    return experts.joined(compressed, turns.network(partner))
 
 
-def _torch_network(run_dir: Path, transformer: str, part: str, facts: dict[str, Any]) -> Network:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    guidance = SamplingContract.from_dict(facts["contract"]).embedded_guidance
-    network = as_network(load_transformer(run_dir / "exports" / "diffusers" / transformer, device), guidance)
-    return lambda x, timestep, given: network(x.to(device), timestep.to(device), on(given, device)).to(x.device)
+class _InTurn:
+    """Networks of which one is in memory: it comes when it is called, and the one before leaves first.
+
+    Two experts share the noise levels of a clip, so each comes once.
+    """
+
+    def __init__(self) -> None:
+        self._loaded: tuple[Load, Network] | None = None
+
+    def network(self, load: Load) -> Network:
+        """What `load` gives, as a network that loads it when it is needed."""
+
+        def call(x: torch.Tensor, timestep: torch.Tensor, given: Conditioning) -> torch.Tensor:
+            if self._loaded is None or self._loaded[0] is not load:
+                self._loaded = None
+                free_gpu_memory()
+                self._loaded = load, load()
+            return self._loaded[1](x, timestep, given)
+
+        return call
 
 
-def _exported_network(
-    run_dir: Path, transformer: str, part: str, facts: dict[str, Any], *, backend: Backend
-) -> Network:
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _torch_network(run_dir: Path, transformer: str, part: str, facts: dict[str, Any]) -> Load:
+    """The stock transformer: in bf16 on a GPU, as stock pipelines are run there, in fp32 on a CPU."""
+    folder, device = run_dir / "exports" / "diffusers" / transformer, _device()
+    half, guidance = device == "cuda", SamplingContract.from_dict(facts["contract"]).embedded_guidance
+
+    def load() -> Network:
+        network = as_network(load_transformer(folder, device, torch.bfloat16 if half else None), guidance)
+
+        def call(x: torch.Tensor, timestep: torch.Tensor, given: Conditioning) -> torch.Tensor:
+            with half_precision(device, enabled=half):
+                return network(x.to(device), timestep.to(device), on(given, device)).to(x)
+
+        return call
+
+    return load
+
+
+def _exported_network(run_dir: Path, transformer: str, part: str, facts: dict[str, Any], *, backend: Backend) -> Load:
     """The export in folder `part` of a backend's, which stands for the named transformer of the diffusers export."""
     folder = run_dir / "exports" / backend / part
     manifest = read_manifest(folder / MANIFEST_FILE, _make(run_dir, backend))
@@ -170,9 +215,15 @@ def _exported_network(
     for name, expected in hashes.items():
         require_hash(folder / name, expected, _make(run_dir, backend))
     model = folder / str(manifest["file"])
-    session = _onnx_session(model) if backend == "onnx" else TensorRTSession(model)
     config = check_transformer_config(run_dir / "exports" / "diffusers" / transformer)
-    return _as_network(session, config, SamplingContract.from_dict(facts["contract"]).embedded_guidance)
+    guidance = SamplingContract.from_dict(facts["contract"]).embedded_guidance
+
+    def load() -> Network:
+        if backend == "onnx":
+            return _as_network(_onnx_session(model), config, guidance)
+        return _as_network(TensorRTSession(model, manifest["builder"], manifest["shapes"]), config, guidance)
+
+    return load
 
 
 def _onnx_session(model: Path) -> OnnxSession:

@@ -16,14 +16,24 @@ MISSING = (
     "engines without a GPU), or take 'tensorrt' out of the recipe's exports"
 )
 
+_INSTALL = {"tensorrt": "pip install tensorrt", "tensorrt_rtx": "pip install 'flcompress[tensorrt-rtx]'"}
 
-def load_tensorrt() -> Any:
+
+def load_tensorrt(builder: str | None = None) -> Any:
     """The module.
 
+    Args:
+        builder: the one that built an engine, which alone can run it; any where None.
+
     Raises:
-        UnavailableError: neither is installed, or its libraries do not load.
+        UnavailableError: it is not installed, or its libraries do not load.
     """
-    for name in MODULES:
+    if builder is not None and (builder not in MODULES or find_spec(builder) is None):
+        raise UnavailableError(
+            f"tensorrt: the engine was built by {builder}, which is not installed, and no other runs it; "
+            f"{_INSTALL.get(builder, 'export it again')}"
+        )
+    for name in MODULES if builder is None else (builder,):
         if find_spec(name) is None:
             continue
         try:

@@ -124,17 +124,21 @@ class TensorRTExporter(Exporter):
         del built
         progress(1, 2, {})
         precision: Precision = onnx_manifest["precision"]
-        found = self._run(program, engine, precision, sizes) if runs_here(self.targets) else None
+        builder = {"name": trt.__name__, "version": trt.__version__}
+        ranges = [dict(zip(("min", "opt", "max"), three, strict=True)) for three in shapes]
+        found = None
+        if runs_here(self.targets):
+            found = self._run(program, TensorRTSession(engine, builder, ranges), str(engine), precision, sizes)
         contract = program.contract
         manifest = {
             "file": ENGINE_FILE,
             "sha256": sha256(engine),
             "bytes": engine.stat().st_size,
-            "builder": {"name": trt.__name__, "version": trt.__version__},
+            "builder": builder,
             "targets": list(self.targets),
             "precision": precision,
             "profiles": [profile.model_dump(mode="json") for profile in self.profiles],
-            "shapes": [dict(zip(("min", "opt", "max"), three, strict=True)) for three in shapes],
+            "shapes": ranges,
             "inputs": onnx_manifest["inputs"],
             "outputs": onnx_manifest["outputs"],
             "timesteps": list(contract.timesteps),
@@ -182,11 +186,13 @@ class TensorRTExporter(Exporter):
         weights = preflight.weight_bytes(transformer, precision)
         preflight.check_room("tensorrt", folder, weights, preflight.needed(weights, preflight.TENSORRT_MEMORY))
 
-    def _run(self, program: Program, engine: Path, precision: Precision, sizes: list[list[Size]]) -> Parity:
+    def _run(
+        self, program: Program, session: TensorRTSession, name: str, precision: Precision, sizes: list[list[Size]]
+    ) -> Parity:
         """Compare with torch on the GPU of this machine, at the smallest and the tuned-for sizes."""
         make, chosen = arguments_of(program), [size for three in sizes for size in three[:2]]
         given = cases(make, program.contract.timesteps, chosen)
         constants = constants_of(make(chosen[0], [0.0] * chosen[0].batch, 0))
         expected = reference(program.components["transformer"], constants, precision, given)
-        found = compare(expected, outputs(TensorRTSession(engine), given), GPU_TOLERANCE * TOLERANCES[precision])
-        return found.require(str(engine), "please report it with the engine's manifest.json")
+        found = compare(expected, outputs(session, given), GPU_TOLERANCE * TOLERANCES[precision])
+        return found.require(name, "please report it with the engine's manifest.json")

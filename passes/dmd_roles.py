@@ -142,7 +142,7 @@ class Roles:
             return critic, as_network(critic.module, self._embedded)
         middle = program.graph.blocks[len(program.graph.blocks) // 2]
         width, network = middle.streams[0].spec.shape[-1], as_network(fake, self._embedded)
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             judge = Discriminator(fake, network, middle.path, width).to(self._device)
         return self._role(name, judge, settings.critic_learning_rate), network

@@ -20,8 +20,10 @@ from flcompress.ir.graph import BlockGraph
 from flcompress.ir.selection import u_index
 from flcompress.models.loading import load_transformer
 from flcompress.models.network import as_network
+from flcompress.models.precision import half_precision
 from flcompress.pipeline.passes import Cost, Pass, ProgressSink, Role, Work
 from flcompress.pipeline.program import Fact, Program
+from flcompress.pipeline.world import World
 from flcompress.trace.prefix import remember
 from flcompress.training.objectives import level_range
 
@@ -37,6 +39,7 @@ class Importance(Pass):
 
     name: ClassVar[str] = "importance"
     needs_data: ClassVar[bool] = True
+    distributed: ClassVar[bool] = True
     gives: ClassVar[frozenset[Fact]] = frozenset({Fact.SCORED})
 
     draws: int = Field(256, ge=8, description="clips drawn, each with its own noise and noise level")
@@ -46,18 +49,26 @@ class Importance(Pass):
     )
     sigma_min: float = Field(0.02, gt=0, lt=1, description="lowest noise level; the ELBO weight diverges at 0")
     sigma_max: float = Field(0.98, gt=0, le=1, description="highest noise level")
-    batch: int = Field(32, gt=0, description="draws computed at once")
+    batch: int = Field(32, gt=0, description="draws computed at once, by each process")
 
     def cost(self, parameters: float, blocks: int, original: float) -> Cost:
         return Cost(
-            forwards=self.draws * (blocks + 3) / 2.0, batch=self.batch, roles=(Role("transformer", parameters),)
+            forwards=self.draws * (blocks + 3) / 2.0,
+            batch=self.batch,
+            roles=(Role("transformer", parameters),),
+            half=True,
+            remembers=True,
         )
 
     def apply(self, program: Program, work: Work) -> Program:
-        model = load_transformer(program.components["transformer"], work.device)
-        started = time.monotonic()
         data = work.data(program)
-        estimates = self.score(model, program.graph, program.teacher_contract, data, work.seed, work.progress)
+        half = work.precision == "bf16" and work.device == "cuda"  # a CPU's scores are fp32: quick enough, and exact
+        model = load_transformer(program.components["transformer"], work.device, torch.bfloat16 if half else None)
+        started = time.monotonic()
+        with half_precision(work.device, enabled=half):
+            estimates = self.score(
+                model, program.graph, program.teacher_contract, data, work.seed, work.progress, work.world
+            )
         graph = program.graph.with_importance(estimates)
         means = [estimates[block.path].mean for block in graph.blocks]
         result = {
@@ -77,7 +88,8 @@ class Importance(Pass):
             "seconds": work.earlier_seconds + time.monotonic() - started,
             "forwards_equivalent": (len(graph.blocks) + 3) / 2.0,
         }
-        (work.directory / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        if work.world.main:
+            (work.directory / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         return replace(program, graph=graph)
 
     def _levels(self, contract: SamplingContract) -> list[tuple[float, float]]:
@@ -95,27 +107,37 @@ class Importance(Pass):
         data: LatentDataset,
         seed: int,
         progress: ProgressSink,
+        world: World,
     ) -> dict[str, Estimate]:
-        """Importance of every block, by path; the contract names the noising process and the embedded guidance."""
-        losses: dict[str, list[torch.Tensor]] = {block.path: [] for block in graph.blocks}
+        """Importance of every block, by path; the contract names the noising process and the embedded guidance.
+
+        Every process draws everything and computes its share of the batches: the result does not depend on how many
+        processes there are.
+        """
+        paths, batch = [block.path for block in graph.blocks], 0
+        losses: dict[str, list[torch.Tensor]] = {path: [] for path in paths}
         per_level = math.ceil(self.draws / self.noise_levels)
         done, total = 0, per_level * self.noise_levels
         levels = self._levels(contract)
         for low, high in levels:
             draw = generator(seed, self.name, low, high)
-            level: dict[str, list[torch.Tensor]] = {path: [] for path in losses}
+            mine: dict[str, list[list[float]]] = {}  # number of the batch -> differences, block by block
             for start in range(0, per_level, self.batch):
                 n = min(self.batch, per_level - start)
                 x0, conditioning = data.batch(n, draw)
                 noise = torch.randn(x0.shape, generator=draw)
                 sigma = low + (high - low) * torch.rand(n, generator=draw)
-                found = self._differences(model, graph, contract, x0, conditioning, noise, sigma)
-                for path, difference in found.items():
-                    level[path].append(difference)
+                batch += 1
+                if batch % world.size == world.rank:
+                    world.beat(f"{self.name}: batch {batch}")
+                    found = self._differences(model, graph, contract, x0, conditioning, noise, sigma)
+                    mine[str(batch)] = [found[path].tolist() for path in paths]
                 done += n
                 progress(done, total, {})
-            for path, parts in level.items():
-                losses[path].append(torch.cat(parts))
+            level = {int(number): found for one in world.gathered(mine) for number, found in one.items()}
+            for place, path in enumerate(paths):
+                values = [value for number in sorted(level) for value in level[number][place]]
+                losses[path].append(torch.tensor(values, dtype=torch.float64))
         return {path: self._estimate(levels, strata) for path, strata in losses.items()}
 
     @torch.no_grad()

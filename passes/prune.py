@@ -55,11 +55,10 @@ class Prune(Pass):
             source,
             program.graph,
             lambda graph: choose(graph, self.remove, self.by, seed=work.seed, among=among),
-            work.device,
         )
         target = work.directory / "transformer"
         shutil.rmtree(target, ignore_errors=True)  # of an attempt that was killed
-        removal = remove_on_disk(source, paths, target, device=work.device)
+        removal = remove_on_disk(source, paths, target)
         certificate = removal.certificate
         result = removal.without(graph)
         record = {

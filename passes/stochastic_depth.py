@@ -99,7 +99,6 @@ class StochasticDepth(Pass):
             program.components["transformer"],
             program.graph,
             lambda graph: choose(graph, self.remove, self.by, seed=work.seed),
-            work.device,
         )
         return to_json(graph), paths
 

@@ -50,6 +50,7 @@ class TrainAutoencoder(Pass):
     def apply(self, program: Program, work: Work) -> Program:
         vae = load_vae(program.components["vae"], work.device).requires_grad_(True)
         self.fit(vae, work)
+        vae.to("cpu")
         mean, std = latent_statistics(vae, work.seed)
         vae.register_to_config(latents_mean=mean, latents_std=std)
         target = work.directory / "vae"
@@ -74,9 +75,9 @@ class TrainAutoencoder(Pass):
 
         def train_step(step: int, draws: Draws) -> Mapping[str, float]:
             for part in role.micro_batches(draws):
-                x = moving_digits.sample(self.batch, "train", part.shared)[0][part.mine]
+                x = moving_digits.sample(self.batch, "train", part.shared)[0][part.mine].to(work.device)
                 latents = vae.encode(x).latent_dist.mode()
-                noise = part.normal(*latents.shape[1:])
+                noise = part.normal(*latents.shape[1:]).to(work.device)
                 error = _decode_unclamped(vae, latents + LATENT_NOISE * noise) - x
                 loss = error.square().mean() + error.abs().mean() + LATENT_PENALTY * latents.square().mean()
                 role.backward(loss, part)

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import ast
+from pathlib import Path
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -41,3 +44,17 @@ def test_a_batch_that_fits_is_its_own_micro_batch() -> None:
     draws = Draws("test", batch=4)
     assert list(draws.micro_batches(4)) == [draws]
     assert list(draws.micro_batches(5)) == [draws]
+
+
+def test_forking_the_random_state_names_its_devices() -> None:
+    """Without `devices` torch starts a CUDA context on every GPU of the machine, in every process."""
+    root = Path(__file__).resolve().parent.parent
+    calls = [
+        (path, node)
+        for folder in ("flcompress", "passes", "exporters", "tests")
+        for path in (root / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "fork_rng"
+    ]
+    assert len(calls) > 8
+    assert [str(path) for path, node in calls if "devices" not in [one.arg for one in node.keywords]] == []

@@ -13,6 +13,7 @@ from flcompress.data.shards import LATENTS, PER_CLIP, Clip, ClipShard, PromptSha
 from flcompress.data.sizes import Size
 from flcompress.data.video_frames import BrokenVideo
 from flcompress.data.videos import read_clip, video_size
+from flcompress.models.garbage import free_gpu_memory
 from flcompress.models.parts import Parts
 
 PROMPTS_AT_ONCE = 8
@@ -96,6 +97,7 @@ class Encoder:
         if self._open is None or self._open[0] is not type(task):
             # What prompts needed is let go before clips are encoded: a text encoder can fill a GPU.
             self._open = None
+            free_gpu_memory()
             self._open = (type(task), Parts(self.index, self.components, self.device))
         parts = self._open[1]
         return self._prompts(task, parts) if isinstance(task, PromptTask) else self._clips(task, parts)

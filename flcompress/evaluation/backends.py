@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,12 @@ def onnx_network(path: Path) -> Network:
     """An exported denoiser behind ONNX Runtime, with as many threads as torch has.
 
     Raises:
-        Unusable: there is no export, or its inputs are not those of a video transformer.
+        Unusable: there is no export, no ONNX Runtime, or its inputs are not those of a video transformer.
     """
     if not path.exists():
         raise Unusable(f"no {path}; add `- onnx` to the recipe's exports: or give flcompress export RUN --format onnx")
+    if find_spec("onnxruntime") is None:
+        raise Unusable("ONNX Runtime is not installed; pip install 'flcompress[onnxruntime]'")
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

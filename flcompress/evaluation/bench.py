@@ -150,7 +150,7 @@ def bench(
     work = {side: counted["evaluations"] * counted["parameters"] for side, counted in sides.items()}
     results = {
         "program": key,
-        "machine": _machine(),
+        "machine": _machine(next(student_model.parameters()).device),
         "rounds": rounds,
         "batch": 1,
         "work_ratio": work["teacher"] / work["student"],
@@ -207,12 +207,13 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
-def _machine() -> dict[str, Any]:
+def _machine(device: torch.device) -> dict[str, Any]:
+    """What computed: a GPU that only is there is not named."""
     return {
         "cpu": cpu_name(),
         "cores": available_cores(),
         "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "torch": torch.__version__,
         "system": platform.platform(),
     }

@@ -131,7 +131,7 @@ def initialise_pipeline(source: Path, target: Path, seed: int) -> None:
     import transformers
 
     index = read_json(source / "model_index.json", "a diffusers pipeline folder has one")
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for name, kind in sorted(index.items()):
             if not isinstance(kind, list) or kind[0] is None:

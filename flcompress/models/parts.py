@@ -12,11 +12,13 @@ import torch
 from flcompress.errors import ModelError
 from flcompress.models.families import family_of
 from flcompress.models.folder import check_transformer_config, read_json
+from flcompress.models.garbage import free_gpu_memory
 from flcompress.models.part_check import check_loaded, check_part, load_tables
 from flcompress.models.quiet import no_progress_bars, quiet_loading
 from flcompress.models.shards import folder_tensors
 from flcompress.models.stock import stock_class
 from flcompress.models.stock_files import stock_files
+from flcompress.models.tiling import make_room
 from flcompress.models.video import decode_latents, encode_clips
 
 NOT_HERE = ("transformer", "transformer_2", "scheduler")
@@ -31,14 +33,21 @@ class Parts:
         index: the folder's `model_index.json`.
         components: component name -> folder; it may point into several places.
         device: where they run.
+        autoencoder: its dtype; that of its files where None.
 
     Attributes:
         family: what tracing cannot find out about the model.
         folders: component name -> folder, of the parts alone.
     """
 
-    def __init__(self, index: Mapping[str, Any], components: Mapping[str, Path], device: str = "cpu") -> None:
-        self._index, self._device = index, device
+    def __init__(
+        self,
+        index: Mapping[str, Any],
+        components: Mapping[str, Path],
+        device: str = "cpu",
+        autoencoder: torch.dtype | None = None,
+    ) -> None:
+        self._index, self._device, self._autoencoder = index, device, autoencoder
         self.family = family_of(index["_class_name"])
         self.folders = {name: components[name] for name in part_names(index)}
         self._transformer = components["transformer"]
@@ -51,7 +60,7 @@ class Parts:
     @cached_property
     def vae(self) -> Any:
         """The autoencoder, in evaluation mode, without gradients."""
-        return self._loaded("vae")
+        return self._loaded("vae", self._autoencoder)
 
     @cached_property
     def _pipeline(self) -> Any:
@@ -88,9 +97,16 @@ class Parts:
         if not self.from_image:
             return {}
         clips = clips.to(self._device)
+        make_room(self.vae, clips, "encode")  # some pipelines encode a clip of the same size that holds the frame alone
         with no_progress_bars():
             pipeline = self._pipeline
             return _floats(self.family.image_conditioning(pipeline, self.config, clips, prompts, max_sequence_length))
+
+    def let_go(self) -> None:
+        """Drop what is loaded, for something else to take its memory; each is loaded again when it is next used."""
+        for name in ("vae", "_pipeline"):
+            vars(self).pop(name, None)
+        free_gpu_memory()
 
     @property
     def from_image(self) -> bool:
@@ -122,8 +138,8 @@ class Parts:
         return self.family.patch(self.config)[0] - 1
 
     @no_progress_bars()
-    def _loaded(self, name: str) -> Any:
-        return load_part(self.folders[name], self._index[name], self._device)
+    def _loaded(self, name: str, dtype: torch.dtype | None = None) -> Any:
+        return load_part(self.folders[name], self._index[name], self._device, dtype)
 
 
 NEED_VAE = (
@@ -146,12 +162,14 @@ def part_names(index: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(name for name, one in index.items() if _is_part(one) and one[0] and name not in NOT_HERE)
 
 
-def load_part(folder: Path, kind: Sequence[str], device: str = "cpu") -> Any:
+def load_part(folder: Path, kind: Sequence[str], device: str = "cpu", dtype: torch.dtype | None = None) -> Any:
     """A component by its stock class, in evaluation mode, without gradients; safetensors only.
 
     Args:
         folder: the component's.
         kind: (library, class name), as `model_index.json` has it.
+        device: where it is put.
+        dtype: of its weights; as stock loading has it where None.
 
     Raises:
         ModelError: a class that is not known, or files that are not those of a whole part; see `check_part`.
@@ -160,8 +178,8 @@ def load_part(folder: Path, kind: Sequence[str], device: str = "cpu") -> Any:
     if not issubclass(factory, torch.nn.Module):
         return load_tables(folder, factory)
     check_part(folder, kind)
-    variant = stock_files(folder).variant
-    options = {"variant": variant, "output_loading_info": True, **_computed_in(folder, kind[0])}
+    options: dict[str, Any] = {"variant": stock_files(folder).variant, "output_loading_info": True}
+    options |= _computed_in(folder, kind[0]) if dtype is None else {"torch_dtype": dtype}
     with quiet_loading():
         loaded, info = factory.from_pretrained(str(folder), use_safetensors=True, **options)
     check_loaded(folder, info)

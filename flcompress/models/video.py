@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from flcompress.models.tiling import make_room
+
 
 def _scale(vae: Any, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(mean, deviation) of raw latents: a channel each (Wan, LTX, Mochi, QwenImage) or one number for all."""
@@ -31,8 +33,9 @@ def _pictures(vae: Any) -> bool:
 @torch.no_grad()
 def encode_clips(vae: Any, clips: torch.Tensor) -> torch.Tensor:
     """Clips [n, 3, frames, height, width] in [-1, 1] to unit-scale latents [n, channels, frames', height', width']."""
-    given = clips[:, :, 0] if _pictures(vae) else clips
-    latents: torch.Tensor = vae.encode(given.to(vae.dtype)).latent_dist.mode()
+    given = (clips[:, :, 0] if _pictures(vae) else clips).to(vae.dtype)
+    make_room(vae, given, "encode")
+    latents: torch.Tensor = vae.encode(given).latent_dist.mode()
     mean, deviation = _scale(vae, latents)
     scaled = (latents - mean) / deviation
     return scaled[:, :, None] if _pictures(vae) else scaled
@@ -45,5 +48,6 @@ def decode_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     mean, deviation = _scale(vae, given)
     raw = (given * deviation + mean).to(vae.dtype)
     timestep = (raw.new_zeros(len(raw)),) if vae.config.get("timestep_conditioning") else ()
+    make_room(vae, raw, "decode", *timestep)
     clips = vae.decode(raw, *timestep).sample.clamp(-1.0, 1.0)
     return clips[:, :, None] if _pictures(vae) else clips  # type: ignore[no-any-return]

@@ -35,7 +35,7 @@ class Kept:
         blocks: of all blocks together.
         block: of the block that keeps most.
         streams: the blocks' inputs, which gradient checkpointing keeps in place of `blocks`.
-        alone: the most that is alive at once of a forward without gradients.
+        alone: the most that is alive at once of a forward without gradients, of weights loaded in the precision.
     """
 
     outside: Bytes
@@ -107,20 +107,27 @@ def kept_for_backward(
     from torch.autograd.graph import saved_tensors_hooks
     from torch.utils._pytree import tree_map_only
 
+    from flcompress.models.alive import Alive
     from flcompress.models.inputs import example_inputs
     from flcompress.models.loading import meta_transformer
     from flcompress.models.precision import half_precision
-    from flcompress.pipeline.alive import Alive
     from flcompress.trace.call import Call, blank, named
     from flcompress.trace.replay import signature
     from flcompress.trace.running import AllTrueMasks
     from flcompress.trace.skip import replaced_forwards
 
     model = meta_transformer(transformer)
+    # What is not trained is loaded in half precision; trained weights are fp32 and cast in every forward.
+    loaded = torch.bfloat16 if precision == "bf16" and not gradients else torch.float32
+    single = set(model._keep_in_fp32_modules or ())
     inputs = example_inputs(model, batch=batch, latent_shape=shape, tokens=tokens)
 
-    def fake(like: torch.Tensor) -> torch.Tensor:
-        return torch.empty(like.shape, dtype=like.dtype, requires_grad=like.requires_grad)
+    def fake(like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return torch.empty(like.shape, dtype=dtype or like.dtype, requires_grad=like.requires_grad)
+
+    def weight(name: str, like: torch.Tensor) -> torch.Tensor:
+        kept = like.dtype != torch.float32 or single & set(name.split("."))
+        return fake(like, None if kept else loaded)
 
     # The storages themselves are held: the address of one that is freed would name another later.
     saved: dict[int, torch.UntypedStorage] = {}
@@ -163,7 +170,8 @@ def kept_for_backward(
     # Some models keep plain tensors beside their weights; those may stay on the meta device.
     forwards = {block.path: counting(block) for block in graph.blocks}
     with FakeTensorMode(allow_non_fake_inputs=True), AllTrueMasks(), replaced_forwards(model, forwards):
-        state = {name: fake(value) for name, value in [*model.named_parameters(), *model.named_buffers()]}
+        state = {name: weight(name, value) for name, value in model.named_parameters()}
+        state |= {name: fake(value) for name, value in model.named_buffers()}
         weights = {value.untyped_storage()._cdata: value.untyped_storage() for value in state.values()}
         inputs = tree_map_only(torch.Tensor, fake, inputs)
         cast = half_precision("cpu", enabled=precision == "bf16")

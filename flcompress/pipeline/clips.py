@@ -53,6 +53,8 @@ class Clips:
 
     def _place(self, spec: dict[str, Any], program: Program, request: dict[str, Any], final: Path) -> Path:
         """Where the dataset lies; it is made in `final` if it is not there yet."""
+        from flcompress.models.garbage import free_gpu_memory
+
         ((kind, given),) = spec.items()
         if kind == "latents":
             return Path(given)
@@ -60,6 +62,7 @@ class Clips:
             self._encode(given, program, final)
         else:
             self._render(given["clips"], program, request, final)
+        free_gpu_memory()
         return final
 
     def _encode(self, given: dict[str, str], program: Program, final: Path) -> None:

@@ -72,10 +72,11 @@ def check_launch(training: Training, launch: Launch, passes: Iterable[Pass] = ()
         )
     _check_accelerate(training)
     for step in passes:
-        batch = step.cost(1.0, 1, 1.0).batch
-        if step.distributed and batch % launch.size:
+        cost = step.cost(1.0, 1, 1.0)
+        if step.distributed and cost.steps and cost.batch % launch.size:
             raise RequestError(
-                f"{step.name}: batch {batch} given, expected a multiple of the {launch.size} processes; change either"
+                f"{step.name}: batch {cost.batch} given, expected a multiple of the {launch.size} processes; "
+                "change either"
             )
 
 

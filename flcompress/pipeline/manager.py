@@ -289,10 +289,12 @@ def _builder(step: Pass, program: Program, stored: Path, work: Work, index: int,
     """
 
     def build(folder: Path) -> Program:
+        if step.needs_data:
+            # Encoding needs the GPU for itself, so before the pass loads a model; and it takes its time, so here, where
+            # other processes wait without being missed.
+            work.data(program)
         before = seconds_so_far(folder / ATTEMPTS_FILE, key)
         if step.distributed:
-            if step.needs_data:
-                work.data(program)  # encoding takes its time: here, where the others wait without being missed
             call = {"index": index, "program": str(stored), "directory": str(folder)}
             work.world.once(lambda: call)
         result = step(program, replace(work, directory=folder, earlier_seconds=before))

@@ -108,8 +108,10 @@ class Cost:
         steps: training steps, or 0.
         forwards: forwards of one sample through the full transformer, in total; a backward counts as two.
         again: of these forwards, those that gradient checkpointing does twice.
-        batch: samples of a step, over all processes; of a pass that does not train, those in memory at once.
+        batch: samples of a step, over all processes; of a pass that does not train, those in memory at once in each.
         roles: the models that are in memory at once.
+        half: whether a pass that does not train computes in the training's precision where there is a GPU.
+        remembers: whether it keeps what every block returned in host memory, for the samples in memory at once.
     """
 
     steps: int = 0
@@ -117,6 +119,8 @@ class Cost:
     again: float = 0.0
     batch: int = 1
     roles: tuple[Role, ...] = ()
+    half: bool = False
+    remembers: bool = False
 
 
 class Pass(BaseModel, ABC):
@@ -199,8 +203,11 @@ class Pass(BaseModel, ABC):
         """Do the work. Facts are set by `__call__`, not here."""
 
     def __call__(self, program: Program, work: Work) -> Program:
-        """Check the needs, apply, verify the result's graph, set its facts."""
+        """Check the needs, apply, free what it leaves, verify the result's graph, set its facts."""
+        from flcompress.models.garbage import free_gpu_memory
+
         facts = self.flow(program.facts)
         result = self.apply(program, work)
+        free_gpu_memory()
         result.graph.verify()
         return replace(result, facts=facts)

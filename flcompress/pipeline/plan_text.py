@@ -67,6 +67,9 @@ def _memory_lines(plan: Plan) -> Iterator[str]:
     memory, machine = fullest.memory, plan.machine
     parts = ", ".join(f"{name} {_short(value)}B" for name, value in memory.parts().items() if value)
     yield f"memory: {fullest.name} takes most, {_short(memory.total)}B a process: {parts}"
+    for row in plan.passes:
+        if row.memory.host:
+            yield f"memory: {row.name} keeps {_short(row.memory.host)}B of each process in the machine's memory"
     if machine.memory is None:
         return
     if plan.fits:
@@ -76,7 +79,8 @@ def _memory_lines(plan: Plan) -> Iterator[str]:
     yield f"memory: more than a {machine.name} has for {names}, of which {RESERVE:.0%} is left for what is not counted"
     if plan.advice is None:
         alone = [row for row in plan.passes if not row.fits and not row.trains]
-        why = f"; {alone[0].name} runs on one GPU whatever the engine" if alone else ""
+        where = "has the whole model on each GPU," if alone and alone[0].processes > 1 else "runs on one GPU"
+        why = f"; {alone[0].name} {where} whatever the engine" if alone else ""
         yield f"memory: nothing fits on any number of these GPUs{why}; take larger ones, or a smaller size"
         return
     advice = plan.advice

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from flcompress.ir.graph import BlockGraph
 from flcompress.pipeline.activations import Kept
 from flcompress.pipeline.engine_memory import FLOAT, HALF, Place, Updating, moments, updating
-from flcompress.pipeline.passes import Cost
+from flcompress.pipeline.passes import Cost, Precision
 from flcompress.pipeline.recipe import Training
 
 PROCESS = 450_000_000
@@ -49,12 +49,14 @@ class PlannedMemory:
         activations: what autograd keeps of the samples in memory at once, and what one block is being computed with.
         update: the most that one role's update takes beside what lasts: activations or gradients, with all that the
             engine needs. Roles are updated one after the other, so it counts once.
+        host: what a process with a GPU keeps in the machine's memory.
     """
 
     process: float
     roles: Mapping[str, RoleMemory]
     activations: float
     update: float
+    host: float = 0.0
 
     @property
     def total(self) -> float:
@@ -88,6 +90,11 @@ def sizes_of(graph: BlockGraph) -> Sizes:
     return Sizes(outside=1.0 - sum(inside) / graph.parameters, block=max(inside) / graph.parameters)
 
 
+def precision_of(cost: Cost, precision: Precision, *, gpu: bool) -> Precision:
+    """What a pass computes in, where the training's precision is the given one."""
+    return precision if cost.steps or (cost.half and gpu) else "fp32"
+
+
 def planned_memory(
     cost: Cost, kept: Kept, training: Training, sizes: Sizes, original: float, *, processes: int, gpu: bool
 ) -> PlannedMemory:
@@ -95,16 +102,17 @@ def planned_memory(
 
     Args:
         cost: what the pass says it holds.
-        kept: what a forward of the whole transformer keeps alive, in the training's precision.
+        kept: what a forward of the whole transformer keeps alive, in the precision that the pass computes in.
         training: engine, precision, gradient checkpointing and micro batch.
         sizes: of the transformer's parts.
         original: parameters of the transformer that `kept` was counted for.
         processes: how many share the pass.
         gpu: whether each has a GPU.
     """
-    place = Place(training.engine, processes, gpu)
-    width = HALF if training.precision == "bf16" and cost.steps else FLOAT
-    own = cost.batch / processes
+    # Without a training every process has the whole model, and a batch of its own.
+    place = Place(training.engine if cost.steps else "local", processes, gpu)
+    width = HALF if precision_of(cost, training.precision, gpu=gpu) == "bf16" else FLOAT
+    own = cost.batch / processes if cost.steps else float(cost.batch)
     samples = min(own, training.micro_batch or own) if cost.steps else own
 
     roles: dict[str, RoleMemory] = {}
@@ -136,5 +144,14 @@ def planned_memory(
     update = max((max(one.forward + others + alive, one.backward, one.step) for one, alive in updates), default=0.0)
     if not updates:
         activations = update = kept.alone.of(samples)
+    remembered = kept.streams.of(samples) * cost.remembers
+    if not gpu:
+        update += remembered
     # Models are loaded one after the other, by parts where they are split: never more than what is held in training.
-    return PlannedMemory(process=0.0 if gpu else PROCESS, roles=roles, activations=activations, update=update)
+    return PlannedMemory(
+        process=0.0 if gpu else PROCESS,
+        roles=roles,
+        activations=activations,
+        update=update,
+        host=remembered if gpu else 0.0,
+    )

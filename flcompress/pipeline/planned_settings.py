@@ -12,7 +12,7 @@ from flcompress.ir.graph import BlockGraph
 from flcompress.pipeline.activations import Kept
 from flcompress.pipeline.gpus import Machine
 from flcompress.pipeline.passes import Cost, EngineName, Pass, Precision, Role
-from flcompress.pipeline.planned_memory import PlannedMemory, planned_memory, sizes_of
+from flcompress.pipeline.planned_memory import PlannedMemory, planned_memory, precision_of, sizes_of
 from flcompress.pipeline.recipe import Training
 
 ENGINES: tuple[EngineName, ...] = ("local", "ddp", "zero1", "zero2", "fsdp2", "zero3")
@@ -116,7 +116,7 @@ class Planner:
             gradient_checkpointing=setting.gradient_checkpointing,
             micro_batch=setting.micro_batch,
         )
-        precision: Precision = setting.precision if cost.steps else "fp32"
+        precision = precision_of(cost, setting.precision, gpu=machine.gpu)
         memory = planned_memory(
             cost,
             self.kept[precision],

@@ -18,6 +18,8 @@ from flcompress.ir.graph import BlockGraph
 from flcompress.ir.serial import content_hash, from_json, to_json
 
 if TYPE_CHECKING:
+    import torch
+
     from flcompress.models.families.family import Family
     from flcompress.models.parts import Parts
 
@@ -84,11 +86,11 @@ class Program:
 
         return family_of(self.pipeline_class)
 
-    def parts(self, device: str = "cpu") -> Parts:
-        """Text encoders and autoencoder, each loaded when first used."""
+    def parts(self, device: str = "cpu", autoencoder: torch.dtype | None = None) -> Parts:
+        """Text encoders and autoencoder, each loaded when first used; see `Parts`."""
         from flcompress.models.parts import Parts
 
-        return Parts(self.index, self.components, device)
+        return Parts(self.index, self.components, device, autoencoder)
 
     def check(self) -> None:
         """ModelError, from the headers of files alone, unless every component loads whole; for later commands."""

@@ -66,7 +66,6 @@ def remove_on_disk(
     paths: Iterable[str],
     target: Path,
     *,
-    device: str = "cpu",
     own_weights: int = OWN_WEIGHTS,
     largest_shard: int = LARGEST_SHARD,
 ) -> DiskRemoval:
@@ -88,7 +87,7 @@ def remove_on_disk(
     large = meta_transformer(folder)
     stored = matching_tensors(folder, large)
     count = sum(parameter.numel() for parameter in large.parameters())
-    model, changed = _to_try(folder, large, device, own_weights)
+    model, changed = _to_try(folder, large, own_weights)
     small: Any = remove(model, paths, example_inputs(model))
     certificate: Certificate = small.flcompress_certificate
     names = _observed(model, small, certificate, exact=changed is None)
@@ -115,7 +114,7 @@ def remove_on_disk(
 
 
 def choose_removable(
-    folder: Path, graph: BlockGraph, choice: Callable[[BlockGraph], tuple[str, ...]], device: str = "cpu"
+    folder: Path, graph: BlockGraph, choice: Callable[[BlockGraph], tuple[str, ...]]
 ) -> tuple[BlockGraph, tuple[str, ...]]:
     """What `choice` makes of the graph, all of it certified to be removable block by block.
 
@@ -136,7 +135,7 @@ def choose_removable(
         open_ = [path for path in chosen if graph.block(path).removable is None]
         if not open_:
             return graph, chosen
-        model = model or _to_try(folder, meta_transformer(folder), device, OWN_WEIGHTS)[0]
+        model = model or _to_try(folder, meta_transformer(folder), OWN_WEIGHTS)[0]
         found = certify(model, example_inputs(model), paths=open_)
         graph = graph.with_blocks(
             replace(graph.block(path), removable=found.block(path).removable, reason=found.block(path).reason)
@@ -144,14 +143,15 @@ def choose_removable(
         )
 
 
-def _to_try(
-    folder: Path, large: nn.Module, device: str, own_weights: int
-) -> tuple[nn.Module, dict[str, tuple[Any, Any]] | None]:
-    """The model that removals are tried on: the one in `folder` or, where that is large, a stand-in and its changes."""
+def _to_try(folder: Path, large: nn.Module, own_weights: int) -> tuple[nn.Module, dict[str, tuple[Any, Any]] | None]:
+    """The model that removals are tried on: the one in `folder` or, where that is large, a stand-in and its changes.
+
+    On the CPU, whatever the training runs on: a certificate asks two models for the same bits, and a GPU may choose
+    another kernel for weights at another address.
+    """
     if sum(parameter.numel() for parameter in large.parameters()) <= own_weights:
-        return load_transformer(folder, device), None
-    model, changed = stand_in(large)
-    return model.to(device), changed
+        return load_transformer(folder), None
+    return stand_in(large)
 
 
 def _observed(model: nn.Module, small: nn.Module, certificate: Certificate, *, exact: bool) -> dict[str, str]:

@@ -1,4 +1,7 @@
-"""Skipping block after block on the same inputs without computing what comes before the skipped one."""
+"""Skipping block after block on the same inputs without computing what comes before the skipped one.
+
+What is remembered lies in host memory: at real size the outputs of all blocks are as large as the model.
+"""
 
 from __future__ import annotations
 
@@ -17,29 +20,32 @@ from flcompress.trace.skip import Identity, replaced_forwards, require_blocks
 
 
 class PrefixMemory:
-    """What every block returned in the last full forward; made by `remember`."""
+    """What every block returned in the last full forward; made by `remember`.
+
+    Skipping from the first block on needs nothing of it: no block lies before.
+    """
 
     def __init__(self, model: nn.Module, graph: BlockGraph) -> None:
         self._model = model
         self._graph = graph
         self._recording = True
         self._outputs: dict[str, Any] = {}
-        self._arguments: list[Tensor] = []  # of the first block: what tells one forward's inputs from another's
+        self._arguments: list[_Stored] = []  # of the first block: what tells one forward's inputs from another's
 
     @contextmanager
     def skipping(self, *paths: str) -> Iterator[None]:
         """While active, blocks before the first of `paths` return what they returned before and compute nothing.
 
         Those at `paths` are identities, the rest runs. Forwards in it must be given the inputs that were remembered.
-        Raises RequestError on an unknown path, when nothing is remembered, when an earlier block is skipped by an
-        enclosing `skip`, and (in the forward) when the first block meets other inputs.
+        Raises RequestError on an unknown path, when blocks lie before and nothing is remembered, when an earlier one is
+        skipped by an enclosing `skip`, and (in the forward) when the first block meets other inputs.
         """
         skipped = require_blocks(self._graph, paths)
         order = [one.path for one in self._graph.blocks]
         first = min(skipped, key=order.index)
-        if len(self._outputs) < order.index(first) or not self._arguments:
-            raise RequestError(f"cannot skip '{first}': nothing is remembered; run one full forward first")
         recalled = order[: order.index(first)]
+        if len(self._outputs) < len(recalled):
+            raise RequestError(f"cannot skip '{first}': nothing is remembered; run one full forward first")
         for path in recalled:
             if isinstance(vars(self._model.get_submodule(path)).get("forward"), Identity):
                 raise RequestError(f"'{path}' is skipped already and lies before '{first}'; name both in one call")
@@ -68,28 +74,28 @@ class PrefixMemory:
     def _recall(self, path: str, *, first: bool) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if first:
-                given = _tensors((args, kwargs))
-                if len(given) != len(self._arguments) or not all(map(torch.equal, given, self._arguments)):
+                given, kept = tensors_of((args, kwargs)), [one.copy() for one in self._arguments]
+                if len(given) != len(kept) or not all(map(torch.equal, given, kept)):
                     raise RequestError(
                         f"'{path}' was given other inputs than the remembered ones; give the same inputs"
                     )
-            return _copy(self._outputs[path])
+            return tree_map_only(_Stored, _Stored.copy, self._outputs[path])
 
         return forward
 
     def _record(self, path: str, *, first: bool) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             if self._recording:
-                self._outputs[path] = _copy(output)
+                self._outputs[path] = tree_map_only(Tensor, _Stored, output)
                 if first:
-                    self._arguments = _tensors((args, kwargs))
+                    self._arguments = [_Stored(one) for one in tensors_of((args, kwargs))]
 
         return hook
 
 
 @contextmanager
 def remember(model: nn.Module, graph: BlockGraph, *, until: str | None = None) -> Iterator[PrefixMemory]:
-    """A memory that every forward inside the `with` block fills anew; it costs one copy of the blocks' outputs.
+    """A memory that every forward inside the `with` block fills anew; it costs a copy of their outputs on the host.
 
     With `until` only the blocks before that one are remembered. What is remembered carries no gradient.
     """
@@ -104,10 +110,25 @@ def remember(model: nn.Module, graph: BlockGraph, *, until: str | None = None) -
         yield memory
 
 
-def _copy(tree: Any) -> Any:
-    # Copies, because a model may go on to write into a block's output.
-    return tree_map_only(Tensor, lambda one: one.detach().clone(), tree)
+class _Stored:
+    """The values of a tensor, in host memory. Copies both ways, because a model may write into a block's output."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        plain = tensor.detach()
+        self._device = plain.device
+        # On one stream the copies keep their order, so neither waits for the GPU.
+        self._values = (
+            plain.clone() if plain.device.type == "cpu" else _host_like(plain).copy_(plain, non_blocking=True)
+        )
+
+    def copy(self) -> Tensor:
+        """A fresh tensor where the remembered one was."""
+        return self._values.to(self._device, copy=True, non_blocking=True)
 
 
-def _tensors(tree: Any) -> list[Tensor]:
-    return [one.detach() for one in tensors_of(tree)]
+def _host_like(tensor: Tensor) -> Tensor:
+    """Memory on the host for a tensor's values, page-locked where the system grants it: several times quicker."""
+    try:
+        return torch.empty_like(tensor, device="cpu", pin_memory=True)
+    except RuntimeError:
+        return torch.empty_like(tensor, device="cpu")

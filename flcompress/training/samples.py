@@ -129,7 +129,7 @@ class Samples:
         reference = self._reference = self._reference or self._made()
         clean, _ = self._prompts.sampled(student, contract)
         if self._work.world.main:
-            draw_strip(self._program, clean[:SHOWN], strip_of(self._work.directory, step), self._work.device)
+            draw_strip(self._work, self._program, clean[:SHOWN], strip_of(self._work.directory, step))
             self._work.world.beat()
         return compared(clean, reference, self._work.world)
 
@@ -160,7 +160,7 @@ class Samples:
         clean, _ = self._prompts.sampled(self._teacher, self._contract)
         made = moments(clean, world)
         if world.main:
-            draw_strip(self._program, clean[:SHOWN], reference_strip(self._work.directory), self._work.device)
+            draw_strip(self._work, self._program, clean[:SHOWN], reference_strip(self._work.directory))
             world.beat()
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_suffix(".tmp")

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from flcompress.models.garbage import free_gpu_memory
+from flcompress.pipeline.passes import Work
 from flcompress.pipeline.program import Program
 
 STRIPS = "samples"
@@ -25,14 +27,26 @@ def reference_strip(directory: Path) -> Path:
     return directory / STRIPS / "teacher.png"
 
 
-def draw_strip(program: Program, latents: torch.Tensor, path: Path, device: str) -> None:
+def draw_strip(work: Work, program: Program, latents: torch.Tensor, path: Path) -> None:
     """Decode clips [n, channels, frames, height, width], one at a time, and write them as rows of frames.
 
-    The autoencoder is in memory only while this lasts.
+    The autoencoder is in memory only while this lasts. A picture is no reason to end a training: what prevents one is
+    reported, and the training goes on without it.
     """
+    free_gpu_memory()
+    try:
+        _draw(program, latents, path, work.device)
+    except Exception as error:  # noqa: BLE001 (whatever it was)
+        reason = " ".join(str(error).split())[:300]
+        work.say(f"warning: {path.name}: not drawn, the training goes on: {type(error).__name__}: {reason}")
+    free_gpu_memory()
+
+
+def _draw(program: Program, latents: torch.Tensor, path: Path, device: str) -> None:
     from PIL import Image
 
-    parts, rows = program.parts(device), []
+    # Half of the precision is enough for pictures of this size, and of the memory beside a training.
+    parts, rows = program.parts(device, torch.bfloat16 if device == "cuda" else None), []
     for one in latents:
         clip = parts.decode_latents(one[None].float())[0].float().cpu()
         frames = torch.linspace(0, clip.shape[1] - 1, min(FRAMES, clip.shape[1])).round().long()

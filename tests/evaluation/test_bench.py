@@ -5,8 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from flcompress.evaluation import backends
+from flcompress.evaluation import bench as bench_module
 from flcompress.evaluation.bench import _Stage, bench
 from flcompress.models.loading import load_transformer
 from flcompress.pipeline.rundir import RunDirectory
@@ -42,6 +44,21 @@ def test_work_is_counted_and_rounds_are_timed(run: RunDirectory) -> None:
 def test_clips_are_timed_at_the_size_that_is_sampled(run: RunDirectory) -> None:
     program = replace(run.final(), latents=(16, 2, 6, 10))
     assert _Stage(program).noise.shape == (1, 16, 2, 6, 10)
+
+
+def test_a_gpu_that_did_not_compute_is_not_named(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H100 80GB HBM3")
+    assert bench_module._machine(torch.device("cpu"))["gpu"] is None
+    assert bench_module._machine(torch.device("cuda", 0))["gpu"] == "NVIDIA H100 80GB HBM3"
+    assert load_transformer(run.final().components["transformer"]).device.type == "cpu"
+
+
+def test_no_onnx_runtime_is_a_stated_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model.onnx").touch()
+    monkeypatch.setattr(backends, "find_spec", lambda name: None)
+    with pytest.raises(backends.Unusable, match=r"pip install 'flcompress\[onnxruntime\]'"):
+        backends.onnx_network(tmp_path / "model.onnx")
 
 
 def test_no_compiler_is_a_stated_reason(monkeypatch: pytest.MonkeyPatch) -> None:

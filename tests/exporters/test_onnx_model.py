@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from pydantic import ValidationError
 
 from flcompress.errors import PostconditionError, UnavailableError
-from flcompress.exporters import onnx_graph, onnx_model
+from flcompress.exporters import onnx_graph, onnx_model, onnx_session
 from flcompress.exporters.arguments import arguments_of
 from flcompress.exporters.files import sha256
 from flcompress.exporters.onnx_graph import Axes, write_onnx
@@ -21,6 +22,7 @@ from flcompress.exporters.onnx_model import OnnxExporter
 from flcompress.exporters.onnx_session import OnnxSession
 from flcompress.exporters.parity import Parity, cases, compare, outputs
 from flcompress.exporters.precision import TOLERANCES, Precision
+from flcompress.exporters.runtime import generate
 from flcompress.exporters.shapes import Size, size_of, step_of
 from flcompress.models.loading import load_transformer
 from flcompress.pipeline.program import Program
@@ -130,6 +132,29 @@ def test_half_precision_keeps_its_islands(precision: Precision, kind: int, progr
     assert types["transformer.condition_embedder.time_embedder.linear_1.bias"] == onnx.TensorProto.FLOAT
     assert {one.type.tensor_type.elem_type for one in (*graph.input, *graph.output)} == {onnx.TensorProto.FLOAT}
     assert manifest["checked"]["arithmetic"].startswith(precision if precision == "fp16" else "the same graph")
+
+
+def test_no_onnx_runtime_is_told_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx_session, "find_spec", lambda name: None)
+    mend = (
+        "ONNX Runtime is not installed, which checks and runs ONNX exports; pip install 'flcompress[onnxruntime]', or "
+        "'flcompress[onnxruntime-gpu]' on a machine with an NVIDIA GPU, but not both"
+    )
+    with pytest.raises(UnavailableError) as caught:
+        OnnxExporter().check()
+    assert str(caught.value) == f"onnx: {mend}"
+    with pytest.raises(UnavailableError) as caught:
+        generate(tmp_path, "a three", "onnx", tmp_path / "clip.gif")
+    assert str(caught.value) == f"backend onnx: {mend}"
+
+
+def test_neither_build_of_onnx_runtime_is_a_hard_dependency() -> None:
+    """pip unpacks both into one folder, so whoever needs the other must be able to leave this one out."""
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    assert not [one for one in project["dependencies"] if one.startswith("onnxruntime")]
+    holding = {name: [one for one in given if one.startswith("onnxruntime")] for name, given in extras.items()}
+    assert {name for name, found in holding.items() if found} == {"onnxruntime", "onnxruntime-gpu"}
 
 
 def test_a_silent_fallback_to_the_cpu_is_refused(run: Path) -> None:

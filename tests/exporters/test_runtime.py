@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -17,10 +18,12 @@ from PIL import Image, ImageSequence
 
 from flcompress.cli import main
 from flcompress.errors import RequestError, UnavailableError
+from flcompress.exporters import runtime
 from flcompress.exporters.clip_files import frames_of, write_clip
 from flcompress.exporters.diffusers_folder import DiffusersExporter
 from flcompress.exporters.runtime import generate
 from flcompress.exporters.tensorrt_api import cuda_driver
+from flcompress.models.loading import load_transformer
 from flcompress.pipeline.program import Program
 
 PROMPT = "a three drifting up and left, fast"
@@ -44,6 +47,25 @@ def test_torch_and_onnx_make_the_same_clip(run: Path, tmp_path: Path) -> None:
     assert pixels(first).shape == (256, 9 * 256, 3)
     assert np.abs(pixels(first) - pixels(second)).max() <= 1  # one step of 255, where a value lies on the edge
     assert np.abs(pixels(first) - pixels(other)).max() > 1
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", None), ("cuda", torch.bfloat16)])
+def test_a_gpu_computes_in_half_precision(
+    device: str, dtype: torch.dtype | None, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[object, ...]] = []
+
+    def loading(*given: object) -> Any:
+        asked.append(given)
+        return load_transformer(run / "exports" / "diffusers" / "transformer")
+
+    monkeypatch.setattr(runtime, "load_transformer", loading)
+    monkeypatch.setattr(runtime, "_device", lambda: device)
+    facts = json.loads((run / "exports" / "diffusers" / "flcompress.json").read_text())
+    load = runtime._torch_network(run, "transformer", "", facts)
+    assert not asked, "loaded before it is called"
+    load()
+    assert asked == [(run / "exports" / "diffusers" / "transformer", device, dtype)]
 
 
 def test_a_gif_and_a_video(tmp_path: Path) -> None:

@@ -246,4 +246,4 @@ def test_no_source(program: Program, tmp_path: Path) -> None:
 def test_running_an_engine_without_a_gpu_says_so(tmp_path: Path) -> None:
     without_gpu()
     with pytest.raises(UnavailableError, match=r"^backend tensorrt: no CUDA driver here"):
-        TensorRTSession(tmp_path / "model.engine")
+        TensorRTSession(tmp_path / "model.engine", {"name": "tensorrt_rtx", "version": "1.2"}, [])

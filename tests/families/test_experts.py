@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
@@ -19,6 +21,7 @@ from flcompress.diffusion.experts import Expert
 from flcompress.errors import RequestError
 from flcompress.evaluation.bench import bench
 from flcompress.evaluation.contenders import run_contenders
+from flcompress.exporters import runtime
 from flcompress.exporters.runtime import _denoiser, denoise, generate
 from flcompress.models import network
 from flcompress.models.families.wan import Wan
@@ -143,6 +146,31 @@ def test_a_stock_call_makes_the_latents_that_the_runtime_makes(runs: dict[Expert
     swapped = replace_experts(facts)
     other = denoise(_denoiser(run, "torch", swapped), open_parts(folder), swapped, PROMPT, 5, first)
     assert float((other - stock).abs().max()) > 1e-3, "the boundary decides nothing"
+
+
+def test_one_expert_is_in_memory_at_a_time_and_no_text_encoder_beside_it(
+    runs: dict[Expert, Made], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = runs["low"][0]
+    facts = json.loads((run / "exports" / "diffusers" / "flcompress.json").read_text())
+    parts = open_parts(run / "exports" / "diffusers")
+    loaded: list[weakref.ref[Any]] = []
+
+    def loading(*given: Any) -> Any:
+        gc.collect()
+        assert [one() for one in loaded] == [None] * len(loaded), "the other expert is still there"
+        assert not {"_pipeline", "vae"} & set(vars(parts)), "the text encoder is still there"
+        made = load_transformer(*given)
+        loaded.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(runtime, "load_transformer", loading)
+    _, first = first_frame(run / "exports" / "diffusers", facts)
+    latents = denoise(_denoiser(run, "torch", facts), parts, facts, PROMPT, 5, first)
+    assert bool(latents.isfinite().all())
+    assert len(loaded) == 2, "each comes once a clip"
+    gc.collect()
+    assert [one() for one in loaded] == [None, None], "the autoencoder comes beside a transformer"
 
 
 def test_the_exported_pair_generates_by_onnx(runs: dict[Expert, Made], tmp_path: Path) -> None:

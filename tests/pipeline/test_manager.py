@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,13 +21,17 @@ from flcompress.errors import (
     TrainingError,
     UnavailableError,
 )
+from flcompress.models import garbage
+from flcompress.pipeline.clips import Clips
 from flcompress.pipeline.display import QuietDisplay
 from flcompress.pipeline.durable import locked
 from flcompress.pipeline.manager import apply, export
+from flcompress.pipeline.passes import Work
+from flcompress.pipeline.program import Program
 from flcompress.pipeline.rundir import RunDirectory
 from flcompress.pipeline.store import ENTRY_FILE
 from tests.pipeline.conftest import WriteRecipe
-from tests.pipeline.fakes import CALLS
+from tests.pipeline.fakes import CALLS, Reader
 
 STEPS = "passes:\n  - score: {draws: 2}\n  - cut: {keep: 0.5}\nexports: [text, copy]\n"
 
@@ -42,6 +47,27 @@ class Lines(QuietDisplay):
 def run_recipe(path: Path, run: Path, *overrides: str) -> tuple[RunDirectory, list[str]]:
     display = Lines()
     return apply(path, run, overrides=overrides, display=display, device="cpu"), display.said
+
+
+def test_clips_are_encoded_before_a_pass_begins_and_each_leaves_the_gpu_empty(
+    write: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A text encoder beside a transformer would not fit."""
+    render, read = Clips._render, Reader.apply
+
+    def rendering(self: Clips, *given: Any) -> None:
+        CALLS.append("encode")
+        render(self, *given)
+
+    def reading(self: Reader, program: Program, work: Work) -> Program:
+        CALLS.append("begin")
+        return read(self, program, work)
+
+    monkeypatch.setattr(Clips, "_render", rendering)
+    monkeypatch.setattr(Reader, "apply", reading)
+    monkeypatch.setattr(garbage, "free_gpu_memory", lambda: CALLS.append("free"))
+    run_recipe(write("data: {moving-digits: {clips: 8}}\npasses: [reader, score]\n"), tmp_path / "run")
+    assert CALLS == ["encode", "free", "begin", "reader 8", "free", "score 8", "free"]
 
 
 def test_a_run_and_what_it_leaves(write: WriteRecipe, tmp_path: Path, model: Path) -> None:

@@ -11,6 +11,6 @@ import torch
 @pytest.fixture(autouse=True)
 def seeded() -> Iterator[None]:
     """The same random numbers for every test, whichever ran before."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield

@@ -168,6 +168,22 @@ def test_what_a_skipping_forward_computed_serves_the_full_one_and_its_gradient_s
     assert torch.equal(gradient(pruned), plain)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_nothing_needs_to_be_remembered_to_skip_from_the_first_block_on(case: Callable[[], Case]) -> None:
+    model, inputs = case()
+    graph = trace(model, inputs)
+    first, last = graph.blocks[0].path, graph.blocks[-1].path
+    whole = output_of(model, inputs)
+    with skip(model, [first, last], graph=graph):
+        expected = output_of(model, inputs)
+    with remember(model, graph, until=first) as memory:
+        for _ in range(2):
+            with memory.skipping(last, first):
+                assert torch.equal(output_of(model, inputs), expected)
+            with memory.recalled():
+                assert torch.equal(output_of(model, inputs), whole)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the compiler warns of its own workings
 def test_compiled_blocks_can_be_skipped_and_give_the_same_gradients() -> None:

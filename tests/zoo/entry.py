@@ -33,7 +33,7 @@ class Entry:
 
     def draw(self, seed: int, *, optional: bool = False) -> Inputs:
         """Arguments from a seed, on the default device."""
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return {**self.inputs(), **(self.optional() if optional else {})}
 
