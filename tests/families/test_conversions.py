@@ -94,7 +94,7 @@ def test_wan() -> None:
     assert torch.equal(found, leading_to(first, x, x, T))
     assert family.channels(config) == 3
     assert family.patch(config) == (1, 2)
-    assert family.sigmas(4) is None
+    assert family.sigmas(4, {}) is None
     assert family.start(x, given) is x
     assert family.cut_frames(config) == 0
     assert family.fixed_latents(config) is None
@@ -125,7 +125,7 @@ def test_hunyuan_video(hunyuan_given: dict[str, torch.Tensor]) -> None:
     assert family.start(x, hunyuan_given) is x
     assert family.cut_frames(HUNYUAN_CONFIG) == 0
     assert family.channels(HUNYUAN_CONFIG) == 16
-    assert family.sigmas(2) == [1.0, 0.5]
+    assert family.sigmas(2, {}) == [1.0, 0.5]
     assert family.call(4.0, 7.0) == {"guidance_scale": 7.0, "true_cfg_scale": 4.0}
     assert family.call(4.0, None) == {"true_cfg_scale": 4.0}
 
@@ -222,7 +222,7 @@ def test_ltx() -> None:
     assert made["timestep"] is T
     assert torch.equal(family.prediction({}, made["hidden_states"], x, T, given), x)
     assert family.sequence_length({}, (2, 4, 6)) == 48
-    assert family.sigmas(2) == [1.0, 0.5]
+    assert family.sigmas(2, {}) == [1.0, 0.5]
 
 
 def test_mochi_counts_from_noise_to_data() -> None:
@@ -234,7 +234,7 @@ def test_mochi_counts_from_noise_to_data() -> None:
     assert made["hidden_states"] is x
     assert made["encoder_attention_mask"].tolist() == [[True, True, False]] * 2
     assert torch.equal(family.prediction({}, x, x, T, given), -x)
-    sigmas = family.sigmas(8)
+    sigmas = family.sigmas(8, {})
     assert sigmas is not None
     assert len(sigmas) == 8
     assert (sigmas[0], sigmas[1]) == pytest.approx((1.0, 1.0 - 0.025 / 4))
@@ -255,7 +255,7 @@ def test_flux() -> None:
     assert family.channels({"in_channels": 64}) == 16
     assert family.patch({}) == (1, 2)
     assert family.sequence_length({}, (1, 4, 6)) == 6
-    assert family.sigmas(2) == [1.0, 0.5]
+    assert family.sigmas(2, {}) == [1.0, 0.5]
     assert family.call(2.0, 3.5) == {"guidance_scale": 3.5, "true_cfg_scale": 2.0}
     assert family.call(2.0, None) == {"true_cfg_scale": 2.0}
 

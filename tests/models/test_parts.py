@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,10 @@ def change(folder: Path, how: Callable[[Weights], Any], file: str = "") -> None:
     weights = load_file(str(path))
     how(weights)
     save_file(weights, str(path), metadata={"format": "pt"})
+
+
+def _add(weights: Weights, name: str, value: torch.Tensor) -> None:
+    weights[name] = value
 
 
 def configure(path: Path, **values: Any) -> None:
@@ -270,10 +275,11 @@ def test_quantised_weights_are_named(pipeline: Path) -> None:
         folder = pipeline / part
         before = (folder / FILES[part]).read_bytes()
         for scale in (name.replace("weight", "scale_weight"), f"{name}_scale_inv", "scaled_fp8", f"{name}.absmax"):
-            change(folder, lambda weights, scale=scale: weights.update({scale: torch.ones(1)}))
+            change(folder, partial(_add, name=scale, value=torch.ones(1)))
             assert f"tensor {scale} is the scale of quantised weights, which are not read" in refused(pipeline)
             (folder / FILES[part]).write_bytes(before)
-        change(folder, lambda weights, name=name: weights.update({name: weights[name].to(torch.int8)}))
+        whole = load_file(str(folder / FILES[part]))[name].to(torch.int8)
+        change(folder, partial(_add, name=name, value=whole))
         assert f"tensor {name} is stored in I8; quantised weights are not read" in refused(pipeline)
         (folder / FILES[part]).write_bytes(before)
 

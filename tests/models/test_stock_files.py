@@ -48,7 +48,7 @@ def loaded(pipeline: Path, part: str) -> Weights:
 def take(folder: Path) -> Weights:
     """A part's weights, gone from its folder."""
     (path,) = folder.glob("*.safetensors")
-    weights = load_file(str(path))
+    weights: Weights = load_file(str(path))
     path.unlink()
     return weights
 
@@ -60,7 +60,7 @@ def put(path: Path, weights: Weights) -> None:
 def shard(folder: Path, weights: Weights, names: tuple[str, str], index: str) -> None:
     """Write weights as two shards and their index."""
     split = [dict(list(weights.items())[start::2]) for start in range(2)]
-    places = {}
+    places: dict[str, str] = {}
     for name, part in zip(names, split, strict=True):
         put(folder / name, part)
         places |= dict.fromkeys(part, name)

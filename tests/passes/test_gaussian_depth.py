@@ -14,6 +14,7 @@ from flcompress.models.network import as_network
 from flcompress.passes.importance import Importance
 from flcompress.passes.pretrain import Pretrain
 from flcompress.passes.stochastic_depth import StochasticDepth
+from flcompress.pipeline.world import World
 from flcompress.training.loop import METRICS_FILE
 from flcompress.training.monitors import HeldOutELBO
 from flcompress.training.trained import Trained
@@ -199,7 +200,7 @@ def test_the_importance_of_a_block_that_moves_the_mean(tmp_path: Path, kind: str
     contract = teacher_contract(kind)
     step = Importance(draws=6000, noise_levels=3, weighting=weighting, sigma_min=0.3, sigma_max=0.9, batch=2000)
     clips: Any = Clips(Normal(mean, COVARIANCE), CAPTION)
-    found = step.score(model, graph_of(model), contract, clips, 0, lambda *_: None)
+    found = step.score(model, graph_of(model), contract, clips, 0, lambda *_: None, World())
     strata = [(0.3, 0.5), (0.5, 0.7), (0.7, 0.9)]
     for place, shift in enumerate(shifts):
         d, expected = torch.tensor(shift).double(), []

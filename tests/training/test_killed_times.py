@@ -42,5 +42,5 @@ def test_a_training_killed_twice_has_the_time_of_all_attempts(home: Home, tmp_pa
     assert [seconds > count * SECONDS - 0.15 for seconds, count in zip(told, (3, 2, 1), strict=True)] == [True] * 3
     assert record["seconds"] == pytest.approx(sum(told), abs=0.01)
     (event,) = [one for one in map(json.loads, filter(None, events)) if one["event"] == "pass"]
-    (step,) = steps(read_run(folder))
-    assert (event["seconds"], step.seconds, step.attempts) == (record["seconds"], record["seconds"], 3)
+    (shown,) = steps(read_run(folder))
+    assert (event["seconds"], shown.seconds, shown.attempts) == (record["seconds"], record["seconds"], 3)
