@@ -50,7 +50,7 @@ Owners = dict[str, tuple[str, ...]]
 AREAS: dict[str, Owners] = {
     "diffusion": {"flcompress/diffusion": ("tests/diffusion",)},
     "passes": {
-        f"{PASSES}/dmd_roles.py": HEART,
+        f"{PASSES}/dmd_roles.py": (*HEART, "tests/passes/test_lora_roles.py"),
         f"{PASSES}/dmd.py": ("tests/passes/test_gaussian_roles.py", "tests/passes/test_passes.py"),
         f"{PASSES}/stochastic_depth.py": ("tests/passes/test_gaussian_depth.py", "tests/passes/test_passes.py"),
         f"{PASSES}/importance.py": ("tests/passes/test_gaussian_depth.py", "tests/passes/test_passes.py"),

@@ -62,3 +62,12 @@ def test_euler_sampling_of_a_known_flow_equals_the_stock_schedulers() -> None:
         x = scheduler.step(network(x, t.expand(2), noise), t, x, return_dict=False)[0]
     torch.testing.assert_close(ours, x)
     torch.testing.assert_close(ours, target, atol=1e-5, rtol=1e-5)
+
+
+def test_a_flow_solvers_shift_is_the_contracts() -> None:
+    config = {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    for given, expected in (({"flow_shift": 5.0}, 5.0), ({}, 1.0)):
+        contract = contract_of(
+            {**config, **given}, num_inference_steps=4, guidance_scale=1.0, max_sequence_length=16
+        )  # fmt: skip
+        assert contract.shift == expected
