@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
@@ -151,8 +152,15 @@ def test_a_hub_id_without_network_is_one_line(tmp_path: Path, monkeypatch: pytes
         "and here the path of that folder"
     )
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    asked: list[Any] = []  # the Hub's client alone would try for more than 20 seconds
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *given, **_: asked.append(given))
+    asked: list[str] = []  # over the network: the Hub's client alone would try for more than 20 seconds
+    stock = huggingface_hub.hf_hub_download
+
+    def download(model: str, name: str, **given: Any) -> str:
+        if not given["local_files_only"]:
+            asked.append(name)
+        return str(stock(model, name, **given))
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     told = "some/model: no such folder here, not downloaded before, and http://127.0.0.1:9 cannot be reached"
     assert refused("some/model") == f"{told}; {mend}"
     assert asked == []
