@@ -4,12 +4,16 @@ SHELL := bash
 .SHELLFLAGS := -o pipefail -c
 BIN := .venv/bin
 RUN := runs/moving-digits
-INSTALL = @echo "installing the tested set of packages into .venv; this takes some minutes"; \
-	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt
-# A line a package, instead of pip's several.
-SHOWN = | awk '/^(Collecting|Building|Installing|Successfully)/ { print "  " substr($$0, 1, 100); fflush() }'
+LOWEST := .venv-lowest
+comma := ,
+PYTEST := -m pytest -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test lint clean
+# $(call install,ENVIRONMENT,CONSTRAINTS,EXTRAS): a line a package, instead of pip's several.
+install = @echo "installing packages into $(1); this takes some minutes"; \
+	$(1)/bin/python -m pip install --disable-pip-version-check --progress-bar off -c $(2) -e '.[$(3)]' \
+	| awk '/^(Collecting|Building|Installing|Successfully)/ { print "  " substr($$0, 1, 100); fflush() }'
+
+.PHONY: demo test test-lowest lint clean
 
 demo: .venv/.demo
 	$(BIN)/flcompress apply recipes/moving-digits.yaml
@@ -18,7 +22,11 @@ demo: .venv/.demo
 	$(BIN)/flcompress report $(RUN)
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
+
+# The same tests with the lowest versions that pyproject.toml allows.
+test-lowest: $(LOWEST)/.test
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python $(PYTEST)
 
 lint: .venv/.test
 	$(BIN)/ruff check .
@@ -26,17 +34,21 @@ lint: .venv/.test
 	$(BIN)/mypy flcompress tests
 	$(BIN)/lint-imports
 
-.venv/bin/python:
+.venv/bin/python $(LOWEST)/bin/python:
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 found; install one or run make PYTHON=/path/to/python3.11"; exit 2; }
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(@:/bin/python=)
 
 .venv/.demo: .venv/bin/python pyproject.toml constraints.txt
-	$(INSTALL) -e '.[onnxruntime,tensorrt-rtx]' $(SHOWN)
+	$(call install,.venv,constraints.txt,onnxruntime$(comma)tensorrt-rtx)
 	@touch $@
 
 .venv/.test: .venv/bin/python pyproject.toml constraints.txt
-	$(INSTALL) -e '.[dev,onnxruntime,tensorrt-rtx]' $(SHOWN)
+	$(call install,.venv,constraints.txt,dev$(comma)onnxruntime$(comma)tensorrt-rtx)
+	@touch $@
+
+$(LOWEST)/.test: $(LOWEST)/bin/python pyproject.toml constraints-lowest.txt
+	$(call install,$(LOWEST),constraints-lowest.txt,dev$(comma)onnxruntime$(comma)tensorrt-rtx)
 	@touch $@
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv $(LOWEST) runs
