@@ -78,7 +78,7 @@ def teacher_contract(kind: str, *, steps: int = 50, guidance: float = 1.0, shift
     return contract_of(scheduler, num_inference_steps=steps, guidance_scale=guidance, max_sequence_length=1)
 
 
-_DISCRETE = {"_class_name": "CogVideoXDDIMScheduler", "snr_shift_scale": 1.0}
+_DISCRETE = {"_class_name": "CogVideoXDDIMScheduler", "snr_shift_scale": 1.0, "timestep_spacing": "trailing"}
 
 
 @lru_cache
@@ -204,6 +204,10 @@ class Clips:
     count: int = 64
     negative: dict[str, Tensor] = field(default_factory=lambda: {PROMPT: torch.zeros(1, 1, SIZE)})
     prompts_only: bool = False
+
+    @property
+    def empty(self) -> dict[str, Tensor]:
+        return self.negative
 
     def __len__(self) -> int:
         return self.count

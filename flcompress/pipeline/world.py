@@ -145,6 +145,9 @@ class World:
             # The store is gone, with its keeper. Of each machine's processes two speak: the keeper may have been one.
             return self._local_rank > 1
         time.sleep(0.5)  # a launcher ends all processes with the first: leave the one that speaks time to do so
+        with suppress(RuntimeError):
+            if self._store.check([FAILED]):  # what follows from another's failure ends as that does
+                _, _, error.exit_status = json.loads(self._store.get(FAILED))
         return True
 
     @contextmanager

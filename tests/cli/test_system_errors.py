@@ -180,7 +180,7 @@ def test_a_terminal_without_the_sign(finished: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "flcompress", "report", str(run)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
-    assert r"mod\xe8le" in done.stdout.splitlines()[0]
+    assert r"mod\xe8le" in done.stdout.replace("\n", "")  # however long the path, which is wrapped
     assert (run / "report.html").is_file()
 
 

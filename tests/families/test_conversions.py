@@ -126,8 +126,8 @@ def test_hunyuan_video(hunyuan_given: dict[str, torch.Tensor]) -> None:
     assert family.cut_frames(HUNYUAN_CONFIG) == 0
     assert family.channels(HUNYUAN_CONFIG) == 16
     assert family.sigmas(2, {}) == [1.0, 0.5]
-    assert family.call(4.0, 7.0) == {"guidance_scale": 7.0, "true_cfg_scale": 4.0}
-    assert family.call(4.0, None) == {"true_cfg_scale": 4.0}
+    assert family.call(4.0, 7.0) == {"guidance_scale": 7.0, "true_cfg_scale": 4.0, "negative_prompt": ""}
+    assert family.call(4.0, None) == {"true_cfg_scale": 4.0, "negative_prompt": ""}
 
 
 @pytest.mark.parametrize("kind", ["latent_concat", "token_replace"])
@@ -256,8 +256,8 @@ def test_flux() -> None:
     assert family.patch({}) == (1, 2)
     assert family.sequence_length({}, (1, 4, 6)) == 6
     assert family.sigmas(2, {}) == [1.0, 0.5]
-    assert family.call(2.0, 3.5) == {"guidance_scale": 3.5, "true_cfg_scale": 2.0}
-    assert family.call(2.0, None) == {"true_cfg_scale": 2.0}
+    assert family.call(2.0, 3.5) == {"guidance_scale": 3.5, "true_cfg_scale": 2.0, "negative_prompt": ""}
+    assert family.call(2.0, None) == {"true_cfg_scale": 2.0, "negative_prompt": ""}
 
 
 def test_stable_diffusion_3() -> None:

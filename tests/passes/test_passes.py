@@ -185,8 +185,9 @@ def test_agreeing_on_rubbish_is_warned_of_and_stopped(folder: Path, run: RunDire
         apply(recipe(folder, passes, "drift", max_worsening=None), folder / "drift", store=folder / "run")
     said = str(error.value)
     assert re.fullmatch(
-        r"stochastic-depth: step \d+: drift [\d.]+, expected at most 1 \(training.health.max_drift\); lower "
-        r"learning_rate, or set target: frozen; see docs/health.md; stopped, the last good checkpoint is kept", said
+        r"stochastic-depth: step \d+: drift [\d.]+ \([\d.]+ to [\d.]+ on 8 other draws\), expected at most 1 "
+        r"\(training.health.max_drift\); lower learning_rate, or set target: frozen; see docs/health.md; stopped, the "
+        r"last good checkpoint is kept", said
     )  # fmt: skip
     warned = apply(
         recipe(folder, passes, "drift", max_worsening=None, on_breach="warn"), folder / "drift", store=folder / "run"
@@ -204,7 +205,9 @@ UNLIMITED: dict[str, Any] = dict.fromkeys(("max_worsening", "max_critic_lag", "d
 def test_a_student_that_saturates_is_stopped(folder: Path, run: RunDirectory) -> None:
     hot = {"dmd": {"steps": 8, "batch": 4, "critic_updates": 1, "learning_rate": 0.02}}
     limits = {**UNLIMITED, "max_saturation": 0.1}
-    with pytest.raises(TrainingError, match=r"dmd: step \d+: sample_saturation [\d.]+, expected at most 0.1 "):
+    with pytest.raises(
+        TrainingError, match=r"dmd: step \d+: sample_saturation [\d.]+ \(.+ draws\), expected at most 0.1 "
+    ):
         apply(recipe(folder, [*PASSES[:3], hot], "hot", **limits), folder / "hot", store=folder / "run")
 
 

@@ -41,8 +41,7 @@ def test_a_folder_that_may_not_be_written(home: Home, tmp_path: Path) -> None:
         ended = met(home, folder, "none:0:0")
         assert [process.exitcode for process in ended.processes] == [2, 2]
         (line,) = lines(ended)
-        assert line.startswith(f"error: {folder}/")
-        assert line.endswith(": Read-only file system; make it writable, or choose another --run-dir")
+        assert line == f"error: {folder}: Read-only file system; make it writable, or choose another place"
 
 
 def test_a_damaged_shard_met_on_the_way(home: Home, tmp_path: Path) -> None:

@@ -274,7 +274,7 @@ def test_the_held_out_elbo(kind: str) -> None:
         seen.append((x.flatten(1), timestep))
         return torch.zeros_like(x)
 
-    found = HeldOutELBO(clips, contract, 9, 3, "cpu", 4, World())(nothing)
+    found = HeldOutELBO(clips, contract, 9, 3, "cpu", 4, World())(nothing).loss
     assert [len(x) for x, _ in seen] == [4, 4, 1]
     x0 = clips.batch(9, torch.Generator().manual_seed(3))[0].flatten(1)
     x, timestep = (torch.cat(parts) for parts in zip(*seen, strict=True))
@@ -296,4 +296,4 @@ def test_the_held_out_elbo(kind: str) -> None:
     total, draws = (sum(world.given[name] for world in worlds) for name in ("total", "draws"))
     assert draws == 9.0
     assert total / draws == pytest.approx(found, rel=1e-6)
-    assert HeldOutELBO(clips, contract, 9, 4, "cpu", 4, World())(nothing) != found
+    assert HeldOutELBO(clips, contract, 9, 4, "cpu", 4, World())(nothing).loss != found
