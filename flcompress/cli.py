@@ -286,7 +286,9 @@ def generate_command(
 ) -> None:
     """Generate one clip with the exported student of RUN."""
     from flcompress.exporters.runtime import generate
+    from flcompress.pipeline.threads import use_free_cores
 
+    use_free_cores()
     with _display(quiet).stage("generate") as progress:
         generate(run, prompt, backend, out, seed, image, progress, fps, negative_prompt)
     click.echo(str(out))
@@ -313,9 +315,11 @@ def eval_command(
     """Compare teacher, stages and student of RUN on held-out prompts. Writes RUN/eval."""
     from flcompress.evaluation.harness import evaluate
     from flcompress.pipeline.rundir import RunDirectory
+    from flcompress.pipeline.threads import use_free_cores
 
     opened = RunDirectory(run, model)
     size = opened.recipe().evaluation
+    use_free_cores()
     with _display(quiet).stage("evaluation") as progress:
         results = evaluate(opened, clips_per_prompt or size.clips_per_prompt, seeds or size.seeds, progress)
     _tell(results, as_json, run)

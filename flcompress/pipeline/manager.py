@@ -28,6 +28,7 @@ from flcompress.pipeline.registry import find_exporter
 from flcompress.pipeline.rundir import RunDirectory
 from flcompress.pipeline.store import Entry, Store, key_of
 from flcompress.pipeline.system_errors import system_errors_in_one_line
+from flcompress.pipeline.threads import use_free_cores
 from flcompress.pipeline.wandb_access import check_wandb_installed, check_wandb_login
 from flcompress.pipeline.world import World
 
@@ -171,10 +172,9 @@ def pass_key(step: Pass, program: Program, recipe: Recipe) -> str:
 
 
 def _apply(recipe: Recipe, run: RunDirectory, shared: Path, display: Display, device: str, world: World) -> None:
-    import torch
-
+    threads = use_free_cores(run.threads)
     run.begin(recipe)
-    run.note("start", recipe.name, threads=torch.get_num_threads())
+    run.note("start", recipe.name, threads=threads)
     store = Store(shared / "passes")
     clips = Clips(recipe, shared / "data", display, device)
     current = recipe.name

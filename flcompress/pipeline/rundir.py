@@ -103,6 +103,14 @@ class RunDirectory:
                 continue  # a killed run can leave half a line
         return events
 
+    @property
+    def threads(self) -> int | None:
+        """Threads that the run computes with, while it is not finished; None where it has not begun, or is done."""
+        events = self.journal()
+        if not events or events[-1]["event"] == "done":
+            return None
+        return next((event["threads"] for event in reversed(events) if event.get("threads")), None)
+
     def check_recipe(self, recipe: Recipe) -> None:
         """Raise RequestError if the folder belongs to another recipe, or holds something else."""
         if self.exists():
