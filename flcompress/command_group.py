@@ -17,8 +17,9 @@ class Command(click.Command):
         from flcompress.pipeline.system_errors import check_writable, system_errors_in_one_line
 
         written = next((ctx.params[name] for name in ("out", "run_dir", "run") if ctx.params.get(name)), None)
+        new = ctx.params.get("out") or ctx.params.get("run_dir")  # a run that is not there is the command's to name
         with system_errors_in_one_line(written):
-            if written is not None and not ctx.params.get("dry_run"):
+            if written is not None and (new or written.exists()) and not ctx.params.get("dry_run"):
                 check_writable(written)  # before hours of work
             return super().invoke(ctx)
 

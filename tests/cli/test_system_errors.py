@@ -106,6 +106,11 @@ def test_a_run_that_may_not_be_written(command: str, finished: Path, tmp_path: P
         refused(cli(command, run), f"error: {run}: Read-only file system")
 
 
+@pytest.mark.parametrize("command", ["report", "export", "eval", "bench"])
+def test_a_run_that_is_not_there_is_no_matter_of_permissions(command: str, read_only: Path) -> None:
+    refused(cli(command, read_only / "misspelt"), f"{read_only}/misspelt", "run directory")
+
+
 def test_a_dry_run_writes_nothing_so_may_be_anywhere(write: WriteRecipe, read_only: Path) -> None:
     done = cli("apply", write("passes: [score]\n"), "--run-dir", read_only / "run", "--dry-run")
     assert done.exit_code == 0, done.output
