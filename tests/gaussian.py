@@ -21,6 +21,7 @@ from diffusers import CogVideoXDDIMScheduler, WanTransformer3DModel
 from torch import Tensor, nn
 
 from flcompress.diffusion.contract import SamplingContract, contract_of
+from flcompress.draws import Draws
 from flcompress.ir.block import Block, Flow, Stream, TensorSpec
 from flcompress.ir.graph import BlockGraph, Edge
 from flcompress.pipeline.health import Health
@@ -31,6 +32,9 @@ from flcompress.training.engines.replicated import Local
 SIZE = 2
 LATENTS = (1, SIZE, 1, 1)
 PROMPT = "encoder_hidden_states"
+COVARIANCE = torch.tensor([[1.0, 0.4], [0.4, 0.5]], dtype=torch.float64)
+SHIFTS = [[0.3, -0.2], [0.1, 0.4]]
+"""How far each block of an exact network moves the mean."""
 KINDS = ("flow", "v_prediction", "epsilon")
 
 
@@ -279,3 +283,8 @@ def program_of(
         teacher_contract=teacher,
         prune_set=tuple(prune_set),
     )
+
+
+def draws(number: int = 1, batch: int = 64) -> Draws:
+    """What a training draws in one step."""
+    return Draws(0, "training", number, batch=batch)

@@ -19,6 +19,8 @@ from flcompress.training.loop import METRICS_FILE
 from flcompress.training.monitors import HeldOutELBO
 from flcompress.training.trained import Trained
 from tests.gaussian import (
+    COVARIANCE,
+    SHIFTS,
     SIZE,
     Clips,
     Exact,
@@ -32,9 +34,7 @@ from tests.gaussian import (
     work_in,
 )
 
-COVARIANCE = torch.tensor([[1.0, 0.4], [0.4, 0.5]], dtype=torch.float64)
 CAPTION = torch.tensor([[[0.4, 0.2]]])
-SHIFTS = [[0.3, -0.2], [0.1, 0.4]]
 TEACHER = torch.tensor([0.8, 0.4], dtype=torch.float64)
 DATA = torch.tensor([-0.5, 1.2], dtype=torch.float64)
 

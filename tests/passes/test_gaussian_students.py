@@ -15,7 +15,9 @@ from flcompress.passes.dmd import DistributionMatching
 from flcompress.passes.dmd_roles import Roles
 from flcompress.training.loop import train
 from tests.gaussian import (
+    COVARIANCE,
     LATENTS,
+    SHIFTS,
     Affine,
     Clips,
     Exact,
@@ -28,9 +30,7 @@ from tests.gaussian import (
     work_in,
 )
 
-COVARIANCE = torch.tensor([[1.0, 0.4], [0.4, 0.5]], dtype=torch.float64)
 CAPTION = torch.tensor([[[0.4, 0.2]]])
-SHIFTS = [[0.3, -0.2], [0.1, 0.4]]
 UNPROMPTED = torch.tensor([0.4, 0.2])
 TEACHER = UNPROMPTED + CAPTION[0, 0]
 PRUNED = TEACHER - torch.tensor(SHIFTS[1])

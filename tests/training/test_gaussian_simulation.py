@@ -13,30 +13,26 @@ from torch import Tensor
 from flcompress.diffusion.contract import contract_of
 from flcompress.diffusion.experts import Experts
 from flcompress.diffusion.student import student_contract
-from flcompress.draws import Draws
 from flcompress.training.simulation import Simulation
 from tests.gaussian import (
+    COVARIANCE,
     KINDS,
     LATENTS,
     PROMPT,
+    SHIFTS,
     Clips,
     Exact,
     Normal,
     as_predicted,
     coefficients,
+    draws,
     graph_of,
     moments,
     program_of,
     teacher_contract,
 )
 
-COVARIANCE = torch.tensor([[1.0, 0.4], [0.4, 0.5]], dtype=torch.float64)
 CAPTION = torch.tensor([[[0.5, -0.5]]])
-SHIFTS = [[0.3, -0.2], [0.1, 0.4]]
-
-
-def draws(number: int = 1, batch: int = 64) -> Draws:
-    return Draws(0, "training", number, batch=batch)
 
 
 class Steps:

@@ -24,28 +24,25 @@ from flcompress.training.monitors import HeldOutELBO
 from flcompress.training.objectives import denoising_loss, draw_levels
 from flcompress.training.trained import Trained, warmup_cosine
 from tests.gaussian import (
+    COVARIANCE,
     KINDS,
     LATENTS,
     PROMPT,
+    SHIFTS,
     Clips,
     Exact,
     Normal,
     Stand,
     as_predicted,
     coefficients,
+    draws,
     graph_of,
     latents,
     teacher_contract,
     work_in,
 )
 
-COVARIANCE = torch.tensor([[1.0, 0.4], [0.4, 0.5]], dtype=torch.float64)
 CAPTION = torch.tensor([[[0.5, -0.5]]])
-SHIFTS = [[0.3, -0.2], [0.1, 0.4]]
-
-
-def draws(number: int = 1, batch: int = 64) -> Draws:
-    return Draws(0, "training", number, batch=batch)
 
 
 @pytest.mark.parametrize("kind", KINDS)
