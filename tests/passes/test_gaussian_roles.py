@@ -14,8 +14,8 @@ from torch import Tensor
 
 from flcompress.draws import Draws
 from flcompress.passes.dmd_roles import Roles
-from tests.gaussian import SIZE, Clips, Normal, coefficients, moments
-from tests.passes.test_gaussian_students import ABOVE, BELOW, CAPTION, COVARIANCE, PRUNED, TEACHER, roles_of
+from tests.gaussian import COVARIANCE, SIZE, Clips, Normal, coefficients, moments
+from tests.passes.test_gaussian_students import ABOVE, BELOW, CAPTION, PRUNED, TEACHER, roles_of
 
 BATCH = 32
 
