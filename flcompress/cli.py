@@ -151,11 +151,14 @@ def inspect_command(
 @main.command("remap-lora")
 @click.argument("lora", type=_FOLDER)
 @click.argument("pruned", type=_FOLDER)
-@click.option("--out", type=_FOLDER, required=True, help="File to write.")
+@click.option("--out", type=_FOLDER, required=True, help="File, or for a folder new folder, to write.")
 @moved_model
 @as_json
 def remap_lora_command(lora: Path, pruned: Path, out: Path, model: Path | None, as_json: bool) -> None:
-    """Fit a LORA of the teacher to the PRUNED model. A run, an exported folder, or its kept_blocks.json."""
+    """Fit a LORA of the teacher to the PRUNED model.
+
+    LORA is a safetensors file, or a folder as PEFT saves it; PRUNED a run, an exported folder, or its kept_blocks.json.
+    """
     from flcompress.pipeline.remapping import remap_lora, remapping_text
 
     done = remap_lora(lora, pruned, out, model)
