@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from flcompress.pipeline.reference import recipe_schema, reference_markdown
+from flcompress.frontend.reference import recipe_schema, reference_markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 

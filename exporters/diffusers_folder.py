@@ -9,21 +9,21 @@ from typing import Any, ClassVar
 
 import torch
 
+from flcompress.core.experts import FACTS_FILE
+from flcompress.core.exporter import Exporter
+from flcompress.core.passes import ProgressSink
+from flcompress.core.program import Program
 from flcompress.diffusion.contract import SamplingContract, levels_of, scheduler_of, set_levels
 from flcompress.errors import ModelError, PostconditionError
-from flcompress.exporters.files import copy_component, write_json
-from flcompress.exporters.model_card import model_card
-from flcompress.exporters.partner import KEPT_FILE
-from flcompress.exporters.shapes import clip_of
+from flcompress.exporters.shared.model_card import model_card
+from flcompress.exporters.shared.partner import KEPT_FILE
 from flcompress.models.families.family import Family
 from flcompress.models.folder import WITH_WEIGHTS, check_transformer_config, check_weights
 from flcompress.models.part_check import matching_tensors
 from flcompress.models.parts import part_names
 from flcompress.models.quiet import no_progress_bars
-from flcompress.pipeline.experts import FACTS_FILE
-from flcompress.pipeline.exporter import Exporter
-from flcompress.pipeline.passes import ProgressSink
-from flcompress.pipeline.program import Program
+from flcompress.runtime.manifest import copy_component, write_json
+from flcompress.runtime.sizes import clip_of
 
 
 class DiffusersExporter(Exporter):

@@ -9,21 +9,21 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from flcompress.exporters import preflight
-from flcompress.exporters.arguments import OUTPUT, Arguments, arguments_of, constants_of, tensors_of
-from flcompress.exporters.files import sha256, write_json
-from flcompress.exporters.onnx_emulation import emulate_bf16
-from flcompress.exporters.onnx_graph import OPSETS, Axes, write_onnx
-from flcompress.exporters.onnx_session import OnnxSession, require_onnxruntime
-from flcompress.exporters.parity import Inputs, Parity, cases, compare, outputs
-from flcompress.exporters.partner import PARTNER_FOLDER, partner_of
-from flcompress.exporters.precision import TOLERANCES, Precision
-from flcompress.exporters.reference import reference
-from flcompress.exporters.shapes import Size, size_of, sizes_of, step_of
+from flcompress.core.exporter import Exporter
+from flcompress.core.passes import ProgressSink
+from flcompress.core.program import Program
+from flcompress.exporters.onnx_graph.emulation import emulate_bf16
+from flcompress.exporters.onnx_graph.write import OPSETS, Axes, write_onnx
+from flcompress.exporters.shared import preflight
+from flcompress.exporters.shared.parity import Inputs, Parity, cases, compare, outputs
+from flcompress.exporters.shared.partner import PARTNER_FOLDER, partner_of
+from flcompress.exporters.shared.precision import TOLERANCES, Precision
+from flcompress.exporters.shared.reference import reference
 from flcompress.models.folder import check_transformer_config
-from flcompress.pipeline.exporter import Exporter
-from flcompress.pipeline.passes import ProgressSink
-from flcompress.pipeline.program import Program
+from flcompress.runtime.inputs import OUTPUT, Arguments, arguments_of, constants_of, tensors_of
+from flcompress.runtime.manifest import sha256, write_json
+from flcompress.runtime.onnx_session import OnnxSession, require_onnxruntime
+from flcompress.runtime.sizes import Size, size_of, sizes_of, step_of
 
 MODEL_FILE = "model.onnx"
 MANIFEST_FILE = "manifest.json"

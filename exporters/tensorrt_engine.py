@@ -8,24 +8,24 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
+from flcompress.core.exporter import Exporter
+from flcompress.core.passes import ProgressSink
+from flcompress.core.program import Program
 from flcompress.errors import PostconditionError, RequestError, UnavailableError
-from flcompress.exporters import preflight
-from flcompress.exporters.arguments import arguments_of, constants_of
-from flcompress.exporters.files import read_manifest, require_hash, sha256, write_json
 from flcompress.exporters.onnx_model import MANIFEST_FILE
-from flcompress.exporters.parity import Parity, cases, compare, outputs
-from flcompress.exporters.partner import PARTNER_FOLDER, partner_of
-from flcompress.exporters.precision import TOLERANCES, Precision
-from flcompress.exporters.profiles import Profile
-from flcompress.exporters.reference import reference
-from flcompress.exporters.shapes import Size
-from flcompress.exporters.tensorrt_api import builds_for_others, cuda_driver, load_tensorrt
-from flcompress.exporters.tensorrt_build import build_engine
-from flcompress.exporters.tensorrt_session import TensorRTSession, runs_here
+from flcompress.exporters.shared import preflight
+from flcompress.exporters.shared.parity import Parity, cases, compare, outputs
+from flcompress.exporters.shared.partner import PARTNER_FOLDER, partner_of
+from flcompress.exporters.shared.precision import TOLERANCES, Precision
+from flcompress.exporters.shared.reference import reference
+from flcompress.exporters.tensorrt_build.build import build_engine
+from flcompress.exporters.tensorrt_build.profiles import Profile
 from flcompress.models.folder import check_transformer_config
-from flcompress.pipeline.exporter import Exporter
-from flcompress.pipeline.passes import ProgressSink
-from flcompress.pipeline.program import Program
+from flcompress.runtime.inputs import arguments_of, constants_of
+from flcompress.runtime.manifest import read_manifest, require_hash, sha256, write_json
+from flcompress.runtime.sizes import Size
+from flcompress.runtime.tensorrt_api import builds_for_others, cuda_driver, load_tensorrt
+from flcompress.runtime.tensorrt_session import TensorRTSession, runs_here
 
 ENGINE_FILE = "model.engine"
 SAME_RECIPE = "'onnx' under exports: of the same recipe"

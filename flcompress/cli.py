@@ -17,7 +17,7 @@ from flcompress.command_group import Commands
 from flcompress.errors import RequestError
 
 if TYPE_CHECKING:
-    from flcompress.pipeline.display import Display
+    from flcompress.progress import Display
 
 Backend = Literal["torch", "onnx", "tensorrt"]
 _FOLDER = click.Path(path_type=Path)
@@ -66,15 +66,15 @@ def apply_command(
     quiet: bool,
 ) -> None:
     """Carry out RECIPE. What is already done is not done again; a killed run goes on."""
-    from flcompress.pipeline import manager
-    from flcompress.pipeline.recipe_loading import load_recipe
-    from flcompress.pipeline.rundir import RunDirectory
+    from flcompress.driver import manager
+    from flcompress.driver.rundir import RunDirectory
+    from flcompress.frontend.loading import load_recipe
 
     loaded = load_recipe(recipe, overrides)
     if gpu and not dry_run:
         raise RequestError(f"--gpu: {gpu} given without --dry-run; it says what a plan is made for")
     if dry_run:
-        from flcompress.pipeline.plan_text import plan_text
+        from flcompress.planning.text import plan_text
 
         plan = manager.planned(loaded, RunDirectory(run_dir or manager.default_run_dir(loaded)), gpu)
         click.echo(json.dumps(plan.to_dict(), indent=1) if as_json else plan_text(plan))
@@ -98,10 +98,10 @@ def plan_command(
     recipe: Path, gpus: int | None, memory: str | None, gpu: str, overrides: Sequence[str], as_json: bool
 ) -> None:
     """Say what RECIPE takes on GPUs, and what to change to fit."""
-    from flcompress.pipeline import manager
-    from flcompress.pipeline.plan_text import plan_text
-    from flcompress.pipeline.recipe_loading import load_recipe
-    from flcompress.pipeline.rundir import RunDirectory
+    from flcompress.driver import manager
+    from flcompress.driver.rundir import RunDirectory
+    from flcompress.frontend.loading import load_recipe
+    from flcompress.planning.text import plan_text
 
     loaded = load_recipe(recipe, overrides)
     plan = manager.planned(loaded, RunDirectory(manager.default_run_dir(loaded)), gpu, gpus, memory)
@@ -129,11 +129,11 @@ def inspect_command(
     as_json: bool,
 ) -> None:
     """Show the blocks of MODEL. A model folder, a config.json, or a Hub id; its configuration is enough."""
-    from flcompress.pipeline.inspecting import inspect_model
-    from flcompress.pipeline.inspection_text import inspection_text
+    from flcompress.inspection.model import inspect_model
+    from flcompress.inspection.text import inspection_text
 
     if out is not None:
-        from flcompress.report.inspection import check_picture
+        from flcompress.inspection.drawing import check_picture
 
         check_picture(out)
     found = inspect_model(model, height=height, width=width, frames=frames, tokens=tokens)
@@ -142,7 +142,7 @@ def inspect_command(
     else:
         click.echo(inspection_text(found))
     if out is not None:
-        from flcompress.report.inspection import draw_inspection
+        from flcompress.inspection.drawing import draw_inspection
 
         draw_inspection(found, out)
         click.echo(str(out), err=as_json)
@@ -159,7 +159,7 @@ def remap_lora_command(lora: Path, pruned: Path, out: Path, model: Path | None, 
 
     LORA is a safetensors file, or a folder as PEFT saves it; PRUNED a run, an exported folder, or its kept_blocks.json.
     """
-    from flcompress.pipeline.remapping import remap_lora, remapping_text
+    from flcompress.loras.remap import remap_lora, remapping_text
 
     done = remap_lora(lora, pruned, out, model)
     if as_json:
@@ -205,8 +205,8 @@ def encode_command(
 
     A recipe reads it with `data: {latents: OUT}`. A killed command goes on. See docs/data.md.
     """
+    from flcompress.data.encoding import encode, folder_request, summary_text
     from flcompress.data.sizes import Target
-    from flcompress.pipeline.encoding import encode, folder_request, summary_text
 
     target = Target(frames, height, width)
     request = folder_request(
@@ -244,8 +244,8 @@ def export_command(
     run: Path, formats: Sequence[str], force: bool, model: Path | None, as_json: bool, quiet: bool
 ) -> None:
     """Write the exports of the finished RUN. Those of its recipe, or the given formats."""
-    from flcompress.pipeline.manager import export
-    from flcompress.pipeline.rundir import RunDirectory
+    from flcompress.driver.manager import export
+    from flcompress.driver.rundir import RunDirectory
 
     records = export(RunDirectory(run, model), formats, force=force, display=_display(quiet))
     if as_json:
@@ -288,8 +288,8 @@ def generate_command(
     quiet: bool,
 ) -> None:
     """Generate one clip with the exported student of RUN."""
-    from flcompress.exporters.runtime import generate
-    from flcompress.pipeline.threads import use_free_cores
+    from flcompress.distributed.threads import use_free_cores
+    from flcompress.runtime.generate import generate
 
     use_free_cores()
     with _display(quiet).stage("generate") as progress:
@@ -316,9 +316,9 @@ def eval_command(
     run: Path, clips_per_prompt: int | None, seeds: int | None, model: Path | None, as_json: bool, quiet: bool
 ) -> None:
     """Compare teacher, stages and student of RUN on held-out prompts. Writes RUN/eval."""
-    from flcompress.evaluation.harness import evaluate
-    from flcompress.pipeline.rundir import RunDirectory
-    from flcompress.pipeline.threads import use_free_cores
+    from flcompress.distributed.threads import use_free_cores
+    from flcompress.driver.rundir import RunDirectory
+    from flcompress.evaluation.comparison import evaluate
 
     opened = RunDirectory(run, model)
     size = opened.recipe().evaluation
@@ -336,8 +336,8 @@ def eval_command(
 @quiet
 def bench_command(run: Path, rounds: int, model: Path | None, as_json: bool, quiet: bool) -> None:
     """Time teacher and student of RUN side by side. Writes RUN/bench."""
+    from flcompress.driver.rundir import RunDirectory
     from flcompress.evaluation.bench import bench
-    from flcompress.pipeline.rundir import RunDirectory
 
     with _display(quiet).stage("bench") as progress:
         results = bench(RunDirectory(run, model), rounds, progress)
@@ -349,9 +349,9 @@ def bench_command(run: Path, rounds: int, model: Path | None, as_json: bool, qui
 @as_json
 def passes_command(name: str | None, as_json: bool) -> None:
     """List passes and exporters, or show the arguments of NAME."""
-    from flcompress.pipeline.listing import catalogue, catalogue_text, step_text
-    from flcompress.pipeline.reference import describe_step
-    from flcompress.pipeline.registry import find_step
+    from flcompress.core.registry import find_step
+    from flcompress.frontend.listing import catalogue, catalogue_text, step_text
+    from flcompress.frontend.reference import describe_step
 
     if name is None:
         listed = catalogue()
@@ -368,7 +368,7 @@ def passes_command(name: str | None, as_json: bool) -> None:
 
 
 def _display(quiet: bool) -> Display:
-    from flcompress.pipeline.display import QuietDisplay, default_display
+    from flcompress.progress import QuietDisplay, default_display
 
     return QuietDisplay() if quiet else default_display()
 

@@ -14,7 +14,7 @@ class Command(click.Command):
     """A command whose every error of the operating system becomes one line."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        from flcompress.pipeline.system_errors import check_writable, system_errors_in_one_line
+        from flcompress.system_errors import check_writable, system_errors_in_one_line
 
         written = next((ctx.params[name] for name in ("out", "run_dir", "run") if ctx.params.get(name)), None)
         new = ctx.params.get("out") or ctx.params.get("run_dir")  # a run that is not there is the command's to name

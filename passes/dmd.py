@@ -9,19 +9,19 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from flcompress.core.health import Range
+from flcompress.core.passes import Cost, EngineName, Pass, Role, Work
+from flcompress.core.program import Fact, Program
 from flcompress.diffusion.student import student_contract
 from flcompress.errors import RequestError
+from flcompress.frontend.recipe import Training
 from flcompress.models.loading import load_transformer, save_transformer
-from flcompress.passes.dmd_roles import Roles
-from flcompress.pipeline.health import Range
-from flcompress.pipeline.passes import Cost, EngineName, Pass, Role, Work
-from flcompress.pipeline.program import Fact, Program
-from flcompress.pipeline.recipe import Training
+from flcompress.training.distillation.guided_teacher import NO_INTER
+from flcompress.training.distillation.roles import Roles
+from flcompress.training.distillation.student_monitor import student_watch
 from flcompress.training.engines import engine_of
-from flcompress.training.guided_teacher import NO_INTER
 from flcompress.training.loop import train
-from flcompress.training.lora import lora_parameters, merge, unlike
-from flcompress.training.student_health import student_watch
+from flcompress.training.shared_base import lora_parameters, merge, unlike
 
 
 class DistributionMatching(Pass):

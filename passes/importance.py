@@ -11,9 +11,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from flcompress.data.latents import LatentDataset
+from flcompress.core.passes import Cost, Pass, ProgressSink, Role, Work
+from flcompress.core.program import Fact, Program
+from flcompress.data.dataset import LatentDataset
 from flcompress.diffusion.conditioning import Conditioning, on
 from flcompress.diffusion.contract import SamplingContract
+from flcompress.distributed.world import World
 from flcompress.draws import generator
 from flcompress.ir.block import Estimate
 from flcompress.ir.graph import BlockGraph
@@ -21,10 +24,7 @@ from flcompress.ir.selection import u_index
 from flcompress.models.loading import load_transformer
 from flcompress.models.network import as_network
 from flcompress.models.precision import half_precision
-from flcompress.pipeline.passes import Cost, Pass, ProgressSink, Role, Work
-from flcompress.pipeline.program import Fact, Program
-from flcompress.pipeline.world import World
-from flcompress.trace.prefix import remember
+from flcompress.tracing.prefix import remember
 from flcompress.training.objectives import level_range
 
 

@@ -9,18 +9,18 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
+from flcompress.core.passes import Cost, Pass, Role, Work
+from flcompress.core.program import Fact, Program
 from flcompress.diffusion.conditioning import dropped, on
 from flcompress.draws import Draws
 from flcompress.models.loading import save_transformer
 from flcompress.models.network import as_network
-from flcompress.pipeline.passes import Cost, Pass, Role, Work
-from flcompress.pipeline.program import Fact, Program
 from flcompress.training.engines import Engine, Hyper, engine_of
-from flcompress.training.health import Watch
 from flcompress.training.loop import train
-from flcompress.training.monitors import HeldOutELBO, HeldOutHealth
 from flcompress.training.objectives import denoising_loss, draw_levels, level_range
-from flcompress.training.trained import Trained, warmup_cosine
+from flcompress.training.role import Trained, warmup_cosine
+from flcompress.training.watching.held_out import HeldOutELBO, HeldOutHealth
+from flcompress.training.watching.monitor import Watch
 
 MONITOR_CLIPS = 256
 

@@ -10,12 +10,12 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from flcompress.core.passes import Cost, Pass, Role, Work
+from flcompress.core.program import Fact, Program
 from flcompress.errors import PreconditionError
 from flcompress.ir.graph import BlockGraph
 from flcompress.ir.selection import By, choose
-from flcompress.pipeline.passes import Cost, Pass, Role, Work
-from flcompress.pipeline.program import Fact, Program
-from flcompress.trace.on_disk import OWN_WEIGHTS, choose_removable, remove_on_disk
+from flcompress.tracing.removal.on_disk import OWN_WEIGHTS, choose_removable, remove_on_disk
 
 
 class Prune(Pass):

@@ -10,6 +10,8 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
+from flcompress.core.passes import Cost, Pass, Role, Work
+from flcompress.core.program import Fact, Program
 from flcompress.diffusion.conditioning import Conditioning, dropped, on
 from flcompress.draws import Draws
 from flcompress.ir.selection import By, choose
@@ -17,17 +19,15 @@ from flcompress.ir.serial import from_json, to_json
 from flcompress.lines import lines_of
 from flcompress.models.loading import save_transformer
 from flcompress.models.network import as_network
-from flcompress.pipeline.passes import Cost, Pass, Role, Work
-from flcompress.pipeline.program import Fact, Program
-from flcompress.trace.network import skipping
-from flcompress.trace.on_disk import choose_removable
-from flcompress.trace.prefix import remember
+from flcompress.tracing.network import skipping
+from flcompress.tracing.prefix import remember
+from flcompress.tracing.removal.on_disk import choose_removable
 from flcompress.training.engines import Engine, Hyper, engine_of
-from flcompress.training.health import Limit, Watch
 from flcompress.training.loop import METRICS_FILE, train
-from flcompress.training.monitors import HeldOutELBO, HeldOutHealth
 from flcompress.training.objectives import draw_levels, level_range
-from flcompress.training.trained import Trained, warmup_cosine
+from flcompress.training.role import Trained, warmup_cosine
+from flcompress.training.watching.held_out import HeldOutELBO, HeldOutHealth
+from flcompress.training.watching.monitor import Limit, Watch
 
 HELD_OUT_CLIPS = 128
 TARGET_EMA_DECAY = 0.99

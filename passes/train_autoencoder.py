@@ -9,15 +9,15 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field
 
-from flcompress.data import moving_digits
+from flcompress.core.passes import Cost, Pass, Work
+from flcompress.core.program import Program
 from flcompress.draws import Draws, generator
 from flcompress.models.loading import load_vae
 from flcompress.models.video import decode_latents, encode_clips
-from flcompress.pipeline.passes import Cost, Pass, Work
-from flcompress.pipeline.program import Program
+from flcompress.moving_digits import digits
 from flcompress.training.engines import Hyper, engine_of
 from flcompress.training.loop import train
-from flcompress.training.trained import Trained, warmup_cosine
+from flcompress.training.role import Trained, warmup_cosine
 
 LATENT_PENALTY = 1e-4
 """Weight of the mean square of the latents: keeps their scale near one; the pictures hardly feel it."""
@@ -55,7 +55,7 @@ class TrainAutoencoder(Pass):
         vae.register_to_config(latents_mean=mean, latents_std=std)
         target = work.directory / "vae"
         vae.save_pretrained(str(target))
-        clips, _ = moving_digits.sample(64, "heldout", generator(work.seed, self.name, "heldout"))
+        clips, _ = digits.sample(64, "heldout", generator(work.seed, self.name, "heldout"))
         error = float((decode_latents(vae, encode_clips(vae, clips)) - clips).square().mean())
         record = {"steps": self.steps, "heldout_mean_square_error": error}
         (work.directory / "result.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
@@ -75,7 +75,7 @@ class TrainAutoencoder(Pass):
 
         def train_step(step: int, draws: Draws) -> Mapping[str, float]:
             for part in role.micro_batches(draws):
-                x = moving_digits.sample(self.batch, "train", part.shared)[0][part.mine].to(work.device)
+                x = digits.sample(self.batch, "train", part.shared)[0][part.mine].to(work.device)
                 latents = vae.encode(x).latent_dist.mode()
                 noise = part.normal(*latents.shape[1:]).to(work.device)
                 error = _decode_unclamped(vae, latents + LATENT_NOISE * noise) - x
@@ -105,6 +105,6 @@ def _decode_unclamped(vae: Any, latents: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def latent_statistics(vae: Any, seed: int) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each latent channel over training clips, as Wan stores them."""
-    clips, _ = moving_digits.sample(LATENT_STATISTICS_CLIPS, "train", generator(seed, "latent-statistics"))
+    clips, _ = digits.sample(LATENT_STATISTICS_CLIPS, "train", generator(seed, "latent-statistics"))
     latents = torch.cat([vae.encode(part).latent_dist.mode() for part in torch.split(clips, 64)])
     return latents.mean(dim=(0, 2, 3, 4)).tolist(), latents.std(dim=(0, 2, 3, 4)).tolist()

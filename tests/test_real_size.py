@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from flcompress.driver.manager import check
+from flcompress.driver.rundir import RunDirectory
+from flcompress.driver.start import read_source
 from flcompress.errors import DataError, ModelError
-from flcompress.pipeline.gpus import gpu_machine
-from flcompress.pipeline.manager import check
-from flcompress.pipeline.plan import make_plan
-from flcompress.pipeline.plan_text import plan_text
-from flcompress.pipeline.recipe_loading import load_recipe
-from flcompress.pipeline.rundir import RunDirectory
-from flcompress.pipeline.start import read_source
+from flcompress.frontend.loading import load_recipe
+from flcompress.planning.gpus import gpu_machine
+from flcompress.planning.plan import make_plan
+from flcompress.planning.text import plan_text
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 REAL = {

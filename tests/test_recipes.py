@@ -10,10 +10,10 @@ from click.testing import CliRunner
 from diffusers import WanPipeline
 
 from flcompress.cli import main
+from flcompress.driver.manager import check
+from flcompress.driver.rundir import RunDirectory
 from flcompress.exporters.tensorrt_engine import TensorRTExporter
-from flcompress.pipeline.manager import check
-from flcompress.pipeline.recipe_loading import load_recipe
-from flcompress.pipeline.rundir import RunDirectory
+from flcompress.frontend.loading import load_recipe
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 TEACHER_BYTES = 25 * 1024 * 1024

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.rounding import rounding
+from tests.fixtures.rounding import rounding
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

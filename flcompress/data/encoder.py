@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from flcompress.data.shards import LATENTS, PER_CLIP, Clip, ClipShard, PromptShard, write_shard
+from flcompress.data.index import LATENTS, PER_CLIP, Clip, ClipShard, PromptShard, write_shard
 from flcompress.data.sizes import Size
 from flcompress.data.video_frames import BrokenVideo
 from flcompress.data.videos import read_clip, video_size

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from flcompress.data.captions import Captioned
 from flcompress.data.encoder import ClipTask, PromptTask, Skipped
-from flcompress.data.shards import Clip, leading
+from flcompress.data.index import Clip, leading
 from flcompress.data.sizes import Size, Target
 from flcompress.data.video_names import in_utf8
 from flcompress.models.latent_size import Grid

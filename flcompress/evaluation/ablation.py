@@ -17,12 +17,12 @@ from typing import Any
 import click
 import yaml
 
+from flcompress.driver.manager import apply
 from flcompress.errors import FlcompressError
-from flcompress.evaluation.harness import evaluate
+from flcompress.evaluation.comparison import evaluate
 from flcompress.evaluation.metrics import interval, paired
-from flcompress.pipeline.display import QuietDisplay
-from flcompress.pipeline.manager import apply
-from flcompress.pipeline.recipe_loading import dump_recipe, load_recipe
+from flcompress.frontend.loading import dump_recipe, load_recipe
+from flcompress.progress import QuietDisplay
 
 METRICS = ("frechet", "prompt_accuracy", "average")
 

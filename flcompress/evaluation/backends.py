@@ -12,8 +12,8 @@ import torch
 
 from flcompress.diffusion.conditioning import Conditioning
 from flcompress.diffusion.sampling import Network
+from flcompress.models.compiled import missing_compiler
 from flcompress.models.network import as_network
-from flcompress.trace.compiled import missing_compiler
 
 EAGER = "torch eager"
 BACKENDS = (EAGER, "torch.compile", "ONNX Runtime")

@@ -12,19 +12,19 @@ from typing import Any
 
 import torch
 
+from flcompress.core.passes import ProgressSink
+from flcompress.core.program import Program
 from flcompress.diffusion.conditioning import Conditioning, taken
 from flcompress.diffusion.contract import SamplingContract
 from flcompress.diffusion.sampling import Network, sample
 from flcompress.draws import generator
+from flcompress.driver.rundir import RunDirectory
 from flcompress.errors import RequestError
 from flcompress.evaluation.backends import BACKENDS, EAGER, Unusable, available_cores, compiled, cpu_name, onnx_network
+from flcompress.files import write_text
 from flcompress.models.latent_size import folder_grid
 from flcompress.models.loading import load_transformer
 from flcompress.models.network import as_network
-from flcompress.pipeline.durable import write_text
-from flcompress.pipeline.passes import ProgressSink
-from flcompress.pipeline.program import Program
-from flcompress.pipeline.rundir import RunDirectory
 
 DENOISING, PIPELINE = "denoising", "pipeline"
 PROMPT = "what the clip shows"

@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 
+from flcompress.core.program import Fact, Program, folder_digest
 from flcompress.diffusion.conditioning import Conditioning
 from flcompress.diffusion.contract import SamplingContract, resampled
 from flcompress.diffusion.sampling import Network
+from flcompress.driver.rundir import RunDirectory
 from flcompress.ir.graph import BlockGraph
 from flcompress.models.loading import load_transformer, meta_transformer
 from flcompress.models.network import as_network
-from flcompress.pipeline.program import Fact, Program, folder_digest
-from flcompress.pipeline.rundir import RunDirectory
-from flcompress.trace.network import skipping
+from flcompress.tracing.network import skipping
 
 SHORTCUT_STEPS = 4
 """Steps of the teacher's shortcut where the run has no few-step student to compare it with."""

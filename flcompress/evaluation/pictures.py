@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from flcompress.data import moving_digits
+from flcompress.moving_digits import digits
 
 SHOWN = (2, 9, 21, 26)
 """The held-out prompts whose clips are kept for pictures: four digits, four directions."""
@@ -34,7 +34,7 @@ def draw_strips(clips: Mapping[str, torch.Tensor], path: Path) -> None:
 
 def draw_animation(clips: Mapping[str, torch.Tensor], path: Path) -> None:
     """Write an animated GIF: a row for each prompt, a column for each contender; `clips` as in `draw_strips`."""
-    frames = [_grid(clips, frame) for frame in range(moving_digits.FRAMES)]
+    frames = [_grid(clips, frame) for frame in range(digits.FRAMES)]
     # Almost all of it is grey: few colours will do, and the file stays small.
     still = [frame.quantize(64, dither=Image.Dither.NONE) for frame in frames]
     times = [FRAME_MILLISECONDS] * (len(still) - 1) + [LAST_FRAME_MILLISECONDS]
@@ -43,14 +43,14 @@ def draw_animation(clips: Mapping[str, torch.Tensor], path: Path) -> None:
 
 def shown_prompts() -> tuple[str, ...]:
     """The texts of the prompts `SHOWN`."""
-    known = moving_digits.captions("heldout")
+    known = digits.captions("heldout")
     return tuple(known[number].text for number in SHOWN)
 
 
 def _strips(clips: Mapping[str, torch.Tensor]) -> Image.Image:
     """Prompt by prompt, one row of frames for each contender, its label above it: also seen where a page is narrow."""
-    frames = moving_digits.FRAMES
-    cell = moving_digits.HEIGHT * STRIP_SCALE
+    frames = digits.FRAMES
+    cell = digits.HEIGHT * STRIP_SCALE
     label_height = STRIP_LABEL if any(clips) else 0
     line = label_height + cell + GAP
     block = STRIP_PROMPT + len(clips) * line + MARGIN
@@ -70,7 +70,7 @@ def _strips(clips: Mapping[str, torch.Tensor]) -> Image.Image:
 
 def _grid(clips: Mapping[str, torch.Tensor], frame: int) -> Image.Image:
     """One moment of every clip: a row a prompt, a column a contender."""
-    cell = moving_digits.HEIGHT * GIF_SCALE + GAP
+    cell = digits.HEIGHT * GIF_SCALE + GAP
     canvas = Image.new("RGB", (ROW_LABEL + len(clips) * cell + MARGIN, HEADER + len(SHOWN) * cell + MARGIN), GROUND)
     draw = ImageDraw.Draw(canvas)
     for column, (label, given) in enumerate(clips.items()):

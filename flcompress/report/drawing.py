@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from html import escape
 
+from flcompress import wording
 from flcompress.ir.graph import INPUT, OUTPUT
-from flcompress.report import wording
 from flcompress.report.findings import BlockFate, Blocks
 from flcompress.report.plots import LOG_SPREAD
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from flcompress.pipeline.durable import write_text
-from flcompress.report import drawing, plots, wording
+from flcompress import wording
+from flcompress.files import write_text
+from flcompress.report import drawing, plots
 from flcompress.report.findings import Blocks, blocks, headline
 from flcompress.report.quality import Quality, quality
 from flcompress.report.reading import RunRecord, read_run

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flcompress.core.attempts import ATTEMPTS_FILE, seconds_so_far
 from flcompress.errors import RequestError
+from flcompress.files import Lock, locked
 from flcompress.ir.graph import BlockGraph
 from flcompress.ir.serial import from_json
-from flcompress.pipeline.attempts import ATTEMPTS_FILE, seconds_so_far
-from flcompress.pipeline.durable import Lock, locked
 from flcompress.report.record import Record, ReportError, read_lines, read_object
 
 

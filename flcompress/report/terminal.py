@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from flcompress.report import wording
+from flcompress import wording
 from flcompress.report.findings import Blocks, Headline, blocks, headline
 from flcompress.report.quality import Cell, Quality, quality
 from flcompress.report.reading import RunRecord, read_run

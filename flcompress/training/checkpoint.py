@@ -16,10 +16,10 @@ from typing import Literal
 import torch
 from safetensors.torch import load_file, save_file
 
+from flcompress.distributed.world import World
+from flcompress.driver.store import CHECKPOINTS, key_of
 from flcompress.errors import RequestError
-from flcompress.pipeline.durable import move_in_place, sync, write_text
-from flcompress.pipeline.store import CHECKPOINTS, key_of
-from flcompress.pipeline.world import World
+from flcompress.files import move_in_place, sync, write_text
 
 MANIFEST = "checkpoint.json"
 WORK = ".work-"

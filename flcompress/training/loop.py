@@ -13,17 +13,17 @@ from pathlib import Path
 
 import torch
 
+from flcompress.distributed.world import World
 from flcompress.draws import Draws, seed_of
 from flcompress.errors import Preempted, RequestError, TrainingError
+from flcompress.files import append_line, sync, write_text
 from flcompress.lines import lines_of
-from flcompress.pipeline.durable import append_line, sync, write_text
-from flcompress.pipeline.world import World
 from flcompress.training.checkpoint import Checkpoints, Kind
 from flcompress.training.engines import Engine
-from flcompress.training.health import BREACHES_FILE, REDRAWS_FILE, Watch
-from flcompress.training.strips import STRIPS, strip_of
-from flcompress.training.trackers import figures_of, trackers
-from flcompress.training.trained import Trained
+from flcompress.training.role import Trained
+from flcompress.training.watching.monitor import BREACHES_FILE, REDRAWS_FILE, Watch
+from flcompress.training.watching.strips import STRIPS, strip_of
+from flcompress.training.watching.trackers import figures_of, trackers
 
 METRICS_FILE = "metrics.jsonl"
 

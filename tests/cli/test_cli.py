@@ -14,8 +14,8 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 from flcompress.cli import main
-from flcompress.pipeline import manager
-from tests.pipeline.conftest import WriteRecipe
+from flcompress.driver import manager
+from tests.fixtures.recipes import WriteRecipe
 
 
 def cli(*arguments: str | Path) -> Result:

@@ -27,16 +27,6 @@ def test_what_it_opens() -> None:
     assert flcompress.__all__ == ["NotRemovable", "apply", "load_recipe", "remove", "skip", "trace"]
 
 
-@pytest.mark.parametrize("first", ["pass", "import flcompress.trace.tracer", "from flcompress.trace.skip import skip"])
-def test_trace_is_a_function_and_a_package(first: str) -> None:
-    code = (
-        f"{first}\nfrom flcompress import trace\nimport torch\n"
-        "try: trace(torch.nn.Linear(1, 1), {'input': torch.zeros(1, 1)})\n"
-        "except Exception as error: print(type(error).__name__)"
-    )
-    assert python(code) == "RequestError"
-
-
 def test_what_it_does_not_open() -> None:
     with pytest.raises(AttributeError, match="module 'flcompress' has no attribute 'nothing'"):
         flcompress.nothing  # noqa: B018

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from flcompress.pipeline.rundir import RunDirectory
+from flcompress.driver.rundir import RunDirectory
 from tests.cli.test_cli import cli
-from tests.pipeline.conftest import WriteRecipe
-from tests.pipeline.fakes import CALLS
+from tests.fixtures.fakes import CALLS
+from tests.fixtures.recipes import WriteRecipe
+from tests.fixtures.small_disk import fill, small_disk
 from tests.report.synthetic import write_run
-from tests.small_disk import fill, small_disk
 
 
 @pytest.fixture

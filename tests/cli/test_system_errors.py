@@ -15,12 +15,12 @@ from click.testing import Result
 from safetensors import SafetensorError
 
 from flcompress.errors import FlcompressError, RequestError
-from flcompress.pipeline.durable import Lock, locked, sync, working_alone
-from flcompress.pipeline.system_errors import check_writable, system_errors_in_one_line
+from flcompress.files import Lock, locked, sync, working_alone
+from flcompress.system_errors import check_writable, system_errors_in_one_line
 from tests.cli.test_cli import cli
-from tests.pipeline.conftest import WriteRecipe
-from tests.pipeline.fakes import CALLS
-from tests.small_disk import small_disk
+from tests.fixtures.fakes import CALLS
+from tests.fixtures.recipes import WriteRecipe
+from tests.fixtures.small_disk import small_disk
 
 
 def refused(done: Result, *named: str, status: int = 2) -> None:

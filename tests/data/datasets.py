@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from flcompress.data.shards import LATENTS, PER_CLIP, Clip, ClipShard, Index, PromptShard, write_shard
+from flcompress.data.index import LATENTS, PER_CLIP, Clip, ClipShard, Index, PromptShard, write_shard
 from flcompress.data.sizes import Size
 
 PROMPTS = ("", "one", "two", "three")

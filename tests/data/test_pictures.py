@@ -16,7 +16,7 @@ from flcompress.data.pictures import BrokenPicture, open_picture
 from flcompress.data.video_frames import BrokenVideo
 from flcompress.data.videos import read_clip, video_size
 from flcompress.errors import RequestError
-from flcompress.exporters.clip_files import read_picture
+from flcompress.runtime.clip_files import read_picture
 
 COLOURS = np.zeros((32, 48, 3), np.uint8)
 COLOURS[:16, :24], COLOURS[:16, 24:], COLOURS[16:, :24] = (200, 40, 40), (40, 180, 60), (30, 60, 220)

@@ -11,8 +11,8 @@ import torch
 
 from flcompress.data.video_frames import BrokenVideo
 from flcompress.data.videos import read_clip, video_size
-from tests.mp4_boxes import H264, box, put
-from tests.video_files import Tags, write_colour, write_video
+from tests.fixtures.mp4_boxes import H264, box, put
+from tests.fixtures.video_files import Tags, write_colour, write_video
 
 RED = (200, 40, 40)
 OTHER = (30, 90, 210)

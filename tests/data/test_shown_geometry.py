@@ -16,8 +16,8 @@ from PIL import Image
 from flcompress.data import videos
 from flcompress.data.video_frames import BrokenVideo
 from flcompress.data.videos import read_clip, video_size
-from tests.mp4_boxes import H264, TRACK, box, edit_list, put, turn
-from tests.video_files import cut, write_video
+from tests.fixtures.mp4_boxes import H264, TRACK, box, edit_list, put, turn
+from tests.fixtures.video_files import cut, write_video
 
 ONE = 0x10000
 

@@ -12,9 +12,9 @@ from flcompress.data.captions import odd_names, read_captions, without_caption
 from flcompress.data.planning import plan_clips
 from flcompress.data.sizes import Target
 from flcompress.data.video_names import VideoFolder
+from flcompress.driver.clips import fingerprint
 from flcompress.errors import DataError
 from flcompress.models.latent_size import Grid
-from flcompress.pipeline.clips import fingerprint
 
 CAFE = unicodedata.normalize("NFD", "café.mp4")
 NAMES = ["a.mp4", "deep/b.MOV", CAFE, "100%.mp4", "my clip.mp4", "back\\slash.mp4", "Straße.mp4"]

@@ -15,7 +15,7 @@ from PIL import Image
 
 from flcompress.data.video_frames import BrokenVideo
 from flcompress.data.videos import at_rate, check_rate, read_clip, video_size
-from tests.video_files import write_video
+from tests.fixtures.video_files import write_video
 
 QUARTER_TURN = (0, 0x10000, 0, -0x10000, 0, 0, 0, 0, 0x40000000)
 UPRIGHT = (0x10000, 0, 0, 0, 0x10000, 0, 0, 0, 0x40000000)

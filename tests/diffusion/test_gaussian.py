@@ -16,7 +16,16 @@ from flcompress.diffusion.contract import SamplingContract
 from flcompress.diffusion.guidance import guide, well_guided
 from flcompress.diffusion.sampling import sample
 from flcompress.diffusion.student import student_contract
-from tests.gaussian import KINDS, PROMPT, Normal, as_predicted, coefficients, latents, moments, teacher_contract
+from tests.fixtures.gaussian import (
+    KINDS,
+    PROMPT,
+    Normal,
+    as_predicted,
+    coefficients,
+    latents,
+    moments,
+    teacher_contract,
+)
 
 COVARIANCE = torch.tensor([[1.0, 0.4], [0.4, 0.5]], dtype=torch.float64)
 MEAN = torch.tensor([0.8, -0.4], dtype=torch.float64)

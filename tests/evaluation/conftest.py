@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from flcompress.core.program import Fact, Program
 from flcompress.diffusion.student import student_contract
-from flcompress.pipeline.program import Fact, Program
-from flcompress.pipeline.recipe_loading import load_recipe
-from flcompress.pipeline.rundir import RunDirectory
-from flcompress.pipeline.start import starting_program
-from flcompress.pipeline.store import Store
-from tests.tiny import tiny_pipeline
+from flcompress.driver.rundir import RunDirectory
+from flcompress.driver.start import starting_program
+from flcompress.driver.store import Store
+from flcompress.frontend.loading import load_recipe
+from tests.fixtures.tiny import tiny_pipeline
 
 RECIPE = """
 version: 1
@@ -51,11 +51,6 @@ def make_run(
     last = store.make(1, "compress", "1" * 64, {}, compress)
     run.record_entries([start, last], finished=True)
     return run
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_pipeline(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture(scope="session")

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import yaml
 
+from flcompress.core.program import folder_digest
+from flcompress.driver.rundir import RunDirectory
 from flcompress.evaluation.ablation import Variant, ablate
-from flcompress.pipeline.program import folder_digest
-from flcompress.pipeline.rundir import RunDirectory
-from tests.tiny import tiny_pipeline
+from tests.fixtures.tiny import tiny_pipeline
 
 
 def test_variants_are_trained_evaluated_and_compared_with_the_base(tmp_path: Path) -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from flcompress.driver.rundir import RunDirectory
 from flcompress.evaluation import backends
 from flcompress.evaluation import bench as bench_module
 from flcompress.evaluation.bench import _Stage, bench
 from flcompress.models.loading import load_transformer
-from flcompress.pipeline.rundir import RunDirectory
 
 
 def test_work_is_counted_and_rounds_are_timed(run: RunDirectory) -> None:

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flcompress.data import moving_digits
 from flcompress.draws import generator
 from flcompress.errors import RequestError
 from flcompress.evaluation import metrics
+from flcompress.moving_digits import digits
 
 seeds = st.integers(0, 2**31)
 dimensions = st.integers(1, 12)
@@ -126,7 +126,7 @@ def test_a_vanishing_digit_does_not_count_as_moving() -> None:
 
 
 def test_real_clips_are_smooth_and_move() -> None:
-    clips, _ = moving_digits.sample(64, "heldout", generator(0))
+    clips, _ = digits.sample(64, "heldout", generator(0))
     assert float(metrics.motion_smoothness(clips).mean()) > 0.93
     assert metrics.moves(clips).all()
 

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from flcompress.core.program import Program
 from flcompress.errors import PostconditionError
 from flcompress.exporters.diffusers_folder import DiffusersExporter, check_folder
-from flcompress.exporters.runtime import denoise
 from flcompress.models.loading import load_transformer
 from flcompress.models.network import as_network
 from flcompress.models.parts import open_parts
-from flcompress.pipeline.program import Program
-from tests.exporters.conftest import silent
+from flcompress.runtime.generate import denoise
+from tests.fixtures.exports import silent
 
 PROMPT = "a three drifting up and left, fast"
 

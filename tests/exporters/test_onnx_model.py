@@ -13,20 +13,22 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from flcompress.core.program import Program
 from flcompress.errors import PostconditionError, UnavailableError
-from flcompress.exporters import onnx_graph, onnx_model, onnx_session
-from flcompress.exporters.arguments import arguments_of
-from flcompress.exporters.files import sha256
-from flcompress.exporters.onnx_graph import Axes, write_onnx
+from flcompress.exporters import onnx_model
+from flcompress.exporters.onnx_graph import write
+from flcompress.exporters.onnx_graph.write import Axes, write_onnx
 from flcompress.exporters.onnx_model import OnnxExporter
-from flcompress.exporters.onnx_session import OnnxSession
-from flcompress.exporters.parity import Parity, cases, compare, outputs
-from flcompress.exporters.precision import TOLERANCES, Precision
-from flcompress.exporters.runtime import generate
-from flcompress.exporters.shapes import Size, size_of, step_of
+from flcompress.exporters.shared.parity import Parity, cases, compare, outputs
+from flcompress.exporters.shared.precision import TOLERANCES, Precision
 from flcompress.models.loading import load_transformer
-from flcompress.pipeline.program import Program
-from tests.exporters.conftest import silent
+from flcompress.runtime import onnx_session
+from flcompress.runtime.generate import generate
+from flcompress.runtime.inputs import arguments_of
+from flcompress.runtime.manifest import sha256
+from flcompress.runtime.onnx_session import OnnxSession
+from flcompress.runtime.sizes import Size, size_of, step_of
+from tests.fixtures.exports import silent
 
 
 def test_the_manifest_states_what_was_measured(run: Path, program: Program) -> None:
@@ -83,7 +85,7 @@ def test_any_batch_and_any_size_go_through(run: Path, program: Program) -> None:
 def test_large_weights_go_to_a_file_of_their_own(
     program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(onnx_graph, "EXTERNAL_ABOVE", 1000)
+    monkeypatch.setattr(write, "EXTERNAL_ABOVE", 1000)
     make, model = arguments_of(program), tmp_path / "model.onnx"
     write_onnx(program.components["transformer"], make, size_of(program, batch=2), step_of(program), "fp32", model)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]

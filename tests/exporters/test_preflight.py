@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
+from flcompress.core.program import Program
 from flcompress.errors import RequestError
-from flcompress.exporters import preflight
-from flcompress.exporters.shapes import Size
-from flcompress.pipeline.program import Program
+from flcompress.exporters.shared import preflight
+from flcompress.runtime.sizes import Size
 
 WAN = {"_class_name": "WanTransformer3DModel", "patch_size": [1, 2, 2], "num_attention_heads": 12}
 HD = Size(batch=1, frames=21, height=90, width=160)

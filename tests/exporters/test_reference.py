@@ -8,15 +8,15 @@ import onnx
 import pytest
 import torch
 
-from flcompress.exporters.arguments import arguments_of, constants_of
-from flcompress.exporters.onnx_emulation import emulate_bf16
-from flcompress.exporters.onnx_graph import write_onnx
-from flcompress.exporters.parity import cases
-from flcompress.exporters.precision import Precision
-from flcompress.exporters.reference import WideSums, reference
-from flcompress.exporters.shapes import size_of, step_of
+from flcompress.core.program import Program
+from flcompress.exporters.onnx_graph.emulation import emulate_bf16
+from flcompress.exporters.onnx_graph.write import write_onnx
+from flcompress.exporters.shared.parity import cases
+from flcompress.exporters.shared.precision import Precision
+from flcompress.exporters.shared.reference import WideSums, reference
 from flcompress.models.loading import transformer_class
-from flcompress.pipeline.program import Program
+from flcompress.runtime.inputs import arguments_of, constants_of
+from flcompress.runtime.sizes import size_of, step_of
 
 EPSILON = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 

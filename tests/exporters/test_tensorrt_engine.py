@@ -14,16 +14,17 @@ import onnx
 import pytest
 from pydantic import ValidationError
 
+from flcompress.core.program import Program
 from flcompress.errors import FlcompressError, PostconditionError, RequestError, UnavailableError
-from flcompress.exporters import tensorrt_api, tensorrt_engine
-from flcompress.exporters.files import sha256
-from flcompress.exporters.profiles import Profile
-from flcompress.exporters.tensorrt_api import cuda_driver, load_tensorrt
-from flcompress.exporters.tensorrt_build import build_engine
+from flcompress.exporters import tensorrt_engine
+from flcompress.exporters.tensorrt_build.build import build_engine
+from flcompress.exporters.tensorrt_build.profiles import Profile
 from flcompress.exporters.tensorrt_engine import TensorRTExporter
-from flcompress.exporters.tensorrt_session import TensorRTSession
-from flcompress.pipeline.program import Program
-from tests.exporters.conftest import silent
+from flcompress.runtime import tensorrt_api
+from flcompress.runtime.manifest import sha256
+from flcompress.runtime.tensorrt_api import cuda_driver, load_tensorrt
+from flcompress.runtime.tensorrt_session import TensorRTSession
+from tests.fixtures.exports import silent
 
 
 def builder() -> Any:

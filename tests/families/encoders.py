@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from flcompress.data.blank_pipeline import _tokenizer
+from flcompress.moving_digits.blank_pipeline import _tokenizer
 
 WIDTH = 32
 

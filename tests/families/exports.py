@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
+from flcompress.core.program import Program
+from flcompress.driver.start import starting_program
+from flcompress.frontend.loading import load_recipe
 from flcompress.models.parts import open_parts
-from flcompress.pipeline.program import Program
-from flcompress.pipeline.recipe_loading import load_recipe
-from flcompress.pipeline.start import starting_program
 from tests.families.pipelines import EXPORTED, save
 
 PROMPT = "a three drifting up"

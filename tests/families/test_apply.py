@@ -13,18 +13,18 @@ import pytest
 import torch
 from PIL import Image
 
+from flcompress.core.program import Fact
+from flcompress.data.encoding import encode, folder_request
+from flcompress.driver.data_checks import check_data
+from flcompress.driver.manager import apply
+from flcompress.driver.start import read_source
 from flcompress.errors import DataError, RecipeError
-from flcompress.exporters.runtime import generate
+from flcompress.frontend.loading import load_recipe
 from flcompress.models.parts import open_parts
-from flcompress.pipeline.data_check import check_data
-from flcompress.pipeline.display import QuietDisplay
-from flcompress.pipeline.encoding import encode, folder_request
-from flcompress.pipeline.manager import apply
-from flcompress.pipeline.program import Fact
-from flcompress.pipeline.recipe_loading import load_recipe
-from flcompress.pipeline.start import read_source
+from flcompress.progress import QuietDisplay
+from flcompress.runtime.generate import generate
 from tests.families.pipelines import TINY
-from tests.video_files import write_video
+from tests.fixtures.video_files import write_video
 
 PROMPT, COLOUR = "a three drifting up", (90, 10, 200)
 CAPTIONS = ("a three drifting up", "a two drifting left")

@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from flcompress.driver.manager import apply, check
+from flcompress.driver.rundir import RunDirectory
 from flcompress.errors import RequestError
-from flcompress.exporters.runtime import _denoiser, denoise
+from flcompress.frontend.loading import load_recipe
+from flcompress.inspection.model import inspect_model
+from flcompress.inspection.text import inspection_text
 from flcompress.models.folder import read_json
 from flcompress.models.parts import open_parts
-from flcompress.pipeline.display import QuietDisplay
-from flcompress.pipeline.inspecting import inspect_model
-from flcompress.pipeline.inspection_text import inspection_text
-from flcompress.pipeline.manager import apply, check
-from flcompress.pipeline.recipe_loading import load_recipe
-from flcompress.pipeline.rundir import RunDirectory
+from flcompress.progress import QuietDisplay
+from flcompress.runtime.generate import _denoiser, denoise
 from tests.families.exports import PROMPT, first_frame
 from tests.families.pipelines import EXPERTS
 

@@ -18,20 +18,20 @@ import torch
 
 from flcompress.diffusion.contract import SamplingContract
 from flcompress.diffusion.experts import Expert
+from flcompress.driver.manager import apply, check, export
+from flcompress.driver.rundir import RunDirectory
+from flcompress.driver.start import components_of
 from flcompress.errors import RequestError
 from flcompress.evaluation.bench import bench
 from flcompress.evaluation.contenders import run_contenders
-from flcompress.exporters import runtime
-from flcompress.exporters.runtime import _denoiser, denoise, generate
+from flcompress.frontend.loading import load_recipe
 from flcompress.models import network
 from flcompress.models.families.wan import Wan
 from flcompress.models.loading import load_transformer
 from flcompress.models.parts import open_parts
-from flcompress.pipeline.display import QuietDisplay
-from flcompress.pipeline.manager import apply, check, export
-from flcompress.pipeline.recipe_loading import load_recipe
-from flcompress.pipeline.rundir import RunDirectory
-from flcompress.pipeline.start import components_of
+from flcompress.progress import QuietDisplay
+from flcompress.runtime import generate as runtime
+from flcompress.runtime.generate import _denoiser, denoise, generate
 from tests.families.exports import PROMPT, first_frame
 from tests.families.pipelines import EXPERTS
 from tests.families.test_apply import RECIPE, encoded

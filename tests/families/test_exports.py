@@ -8,9 +8,9 @@ import pytest
 
 from flcompress.errors import UnavailableError
 from flcompress.exporters.onnx_model import OnnxExporter
-from flcompress.exporters.profiles import Profile
-from flcompress.exporters.tensorrt_api import load_tensorrt
+from flcompress.exporters.tensorrt_build.profiles import Profile
 from flcompress.exporters.tensorrt_engine import TensorRTExporter
+from flcompress.runtime.tensorrt_api import load_tensorrt
 from tests.families.exports import exportable
 
 SIZES = ["frames", "height", "width"]

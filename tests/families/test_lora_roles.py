@@ -11,8 +11,8 @@ from torch import nn
 
 from flcompress.models.inputs import example_inputs
 from flcompress.models.loading import load_transformer
-from flcompress.trace.skip import graph_of
-from flcompress.training.lora import LoRA, SharedBase, merge
+from flcompress.tracing.skip import graph_of
+from flcompress.training.shared_base import LoRA, SharedBase, merge
 from tests.families.pipelines import TINY
 
 

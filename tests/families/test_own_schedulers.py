@@ -11,12 +11,12 @@ from typing import Any
 import diffusers
 import pytest
 
+from flcompress.driver.manager import apply, check
+from flcompress.driver.rundir import RunDirectory
+from flcompress.driver.start import read_source
 from flcompress.errors import ModelError
-from flcompress.pipeline.display import QuietDisplay
-from flcompress.pipeline.manager import apply, check
-from flcompress.pipeline.recipe_loading import load_recipe
-from flcompress.pipeline.rundir import RunDirectory
-from flcompress.pipeline.start import read_source
+from flcompress.frontend.loading import load_recipe
+from flcompress.progress import QuietDisplay
 from tests.families.test_sampling import contracts, difference
 
 # diffusers hands tensors to numpy in ways that the newest numpy deprecates.

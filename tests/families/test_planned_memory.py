@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
+from flcompress.driver.start import trace_folder
 from flcompress.models.inputs import example_inputs
 from flcompress.models.loading import load_transformer
-from flcompress.pipeline.activations import kept_for_backward
-from flcompress.pipeline.start import trace_folder
+from flcompress.planning.activations import kept_for_backward
 from tests.families.pipelines import TINY
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from flcompress.errors import ModelError
 from flcompress.models.folder import check_pipeline
 from flcompress.models.loading import load_transformer
-from tests.tiny import tiny_pipeline
+from tests.fixtures.tiny import tiny_pipeline
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PART = ["diffusers", "WanTransformer3DModel"]

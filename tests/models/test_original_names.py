@@ -11,9 +11,9 @@ import pytest
 import torch
 from diffusers.loaders import lora_conversion_utils as stock
 
+from flcompress.loras.files import remap
+from flcompress.loras.names import Modules, PrunedModel, Shape
 from flcompress.models.families import FAMILIES, family_of
-from flcompress.models.lora import remap
-from flcompress.models.lora_names import Modules, PrunedModel, Shape
 from tests.zoo import ZOO
 
 CLASSES = sorted({name for family in FAMILIES if family.original.modules for name in family.transformers})

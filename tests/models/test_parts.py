@@ -22,7 +22,7 @@ from flcompress.models.loading import load_transformer, load_vae
 from flcompress.models.part_check import check_part
 from flcompress.models.parts import load_part, open_parts
 from tests.families import encoders
-from tests.tiny import tiny_pipeline
+from tests.fixtures.tiny import tiny_pipeline
 
 UMT5 = ("transformers", "UMT5EncoderModel")
 QUERY = "encoder.block.0.layer.0.SelfAttention.q.weight"

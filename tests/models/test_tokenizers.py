@@ -12,7 +12,7 @@ import pytest
 from flcompress.errors import ModelError
 from flcompress.models.folder import check_pipeline
 from flcompress.models.parts import load_part, open_parts
-from tests.tiny import tiny_pipeline
+from tests.fixtures.tiny import tiny_pipeline
 
 WORDS = "a the red blue square ball moves left right up down slowly fast over ground"
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from flcompress.core.passes import Work
+from flcompress.core.program import Fact
+from flcompress.driver.start import starting_program
+from flcompress.frontend.loading import load_recipe
 from flcompress.passes.prune import Prune
 from flcompress.passes.stochastic_depth import StochasticDepth
-from flcompress.pipeline.passes import Work
-from flcompress.pipeline.program import Fact
-from flcompress.pipeline.recipe_loading import load_recipe
-from flcompress.pipeline.start import starting_program
-from tests.tiny import tiny_pipeline
+from tests.fixtures.tiny import tiny_pipeline
 
 
 def test_a_gpu_takes_no_part_in_a_certificate(tmp_path: Path) -> None:

@@ -11,15 +11,15 @@ import pytest
 import torch
 import yaml
 
+from flcompress.data.encoding import encode, folder_request
 from flcompress.data.sizes import Target
+from flcompress.driver.manager import apply
+from flcompress.driver.rundir import RunDirectory
 from flcompress.errors import DataError
 from flcompress.models.loading import load_transformer
-from flcompress.pipeline.display import QuietDisplay
-from flcompress.pipeline.encoding import encode, folder_request
-from flcompress.pipeline.manager import apply
-from flcompress.pipeline.rundir import RunDirectory
-from tests.tiny import tiny_pipeline
-from tests.video_files import write_video
+from flcompress.progress import QuietDisplay
+from tests.fixtures.tiny import tiny_pipeline
+from tests.fixtures.video_files import write_video
 
 IMPORTANCE: dict[str, Any] = {"importance": {"draws": 8, "noise_levels": 2, "batch": 4}}
 DMD: dict[str, Any] = {"dmd": {"steps": 1, "batch": 2, "critic_updates": 1, "intra_cfg": [0, 0], "student_steps": 2}}

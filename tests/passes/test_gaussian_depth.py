@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from flcompress.distributed.world import World
 from flcompress.models.network import as_network
 from flcompress.passes.importance import Importance
 from flcompress.passes.pretrain import Pretrain
 from flcompress.passes.stochastic_depth import StochasticDepth
-from flcompress.pipeline.world import World
 from flcompress.training.loop import METRICS_FILE
-from flcompress.training.monitors import HeldOutELBO
-from flcompress.training.trained import Trained
-from tests.gaussian import (
+from flcompress.training.role import Trained
+from flcompress.training.watching.held_out import HeldOutELBO
+from tests.fixtures.gaussian import (
     COVARIANCE,
     SHIFTS,
     SIZE,

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flcompress.draws import Draws
-from flcompress.passes.dmd_roles import Roles
-from tests.gaussian import COVARIANCE, SIZE, Clips, Normal, coefficients, moments
+from flcompress.training.distillation.roles import Roles
+from tests.fixtures.gaussian import COVARIANCE, SIZE, Clips, Normal, coefficients, moments
 from tests.passes.test_gaussian_students import ABOVE, BELOW, CAPTION, PRUNED, TEACHER, roles_of
 
 BATCH = 32

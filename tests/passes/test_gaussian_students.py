@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from flcompress.diffusion.student import student_contract
 from flcompress.passes.dmd import DistributionMatching
-from flcompress.passes.dmd_roles import Roles
+from flcompress.training.distillation.roles import Roles
 from flcompress.training.loop import train
-from tests.gaussian import (
+from tests.fixtures.gaussian import (
     COVARIANCE,
     LATENTS,
     SHIFTS,

@@ -13,21 +13,21 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
+from flcompress.driver.manager import apply
+from flcompress.driver.start import read_source
+from flcompress.frontend.loading import load_recipe
 from flcompress.models import example_inputs
-from flcompress.models.alive import Alive
 from flcompress.models.loading import load_transformer, meta_transformer
 from flcompress.models.precision import half_precision
 from flcompress.passes import importance
 from flcompress.passes.importance import Importance
-from flcompress.pipeline.display import QuietDisplay
-from flcompress.pipeline.gpus import gpu_machine
-from flcompress.pipeline.manager import apply
-from flcompress.pipeline.plan import make_plan
-from flcompress.pipeline.plan_text import plan_text
-from flcompress.pipeline.recipe_loading import load_recipe
-from flcompress.pipeline.start import read_source
-from flcompress.trace import prefix
-from tests.tiny import tiny_pipeline
+from flcompress.models.alive import Alive
+from flcompress.planning.gpus import gpu_machine
+from flcompress.planning.plan import make_plan
+from flcompress.planning.text import plan_text
+from flcompress.progress import QuietDisplay
+from flcompress.tracing import prefix
+from tests.fixtures.tiny import tiny_pipeline
 from tests.training import processes
 
 RECIPE = """

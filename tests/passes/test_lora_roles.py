@@ -10,20 +10,20 @@ from typing import Any
 import pytest
 import torch
 
+from flcompress.core.program import Program
+from flcompress.driver.manager import apply
+from flcompress.driver.rundir import RunDirectory
 from flcompress.errors import RequestError
 from flcompress.models.inputs import example_inputs
 from flcompress.models.loading import load_transformer
 from flcompress.passes.dmd import DistributionMatching
-from flcompress.pipeline.display import QuietDisplay
-from flcompress.pipeline.manager import apply
-from flcompress.pipeline.program import Program
-from flcompress.pipeline.rundir import RunDirectory
-from flcompress.trace.skip import graph_of, skip
+from flcompress.progress import QuietDisplay
+from flcompress.tracing.skip import graph_of, skip
 from flcompress.training.engines import replicated
-from flcompress.training.lora import LoRA, SharedBase, merge
-from flcompress.training.trained import Trained
-from tests.rounding import rounding
-from tests.tiny import tiny_pipeline
+from flcompress.training.role import Trained
+from flcompress.training.shared_base import LoRA, SharedBase, merge
+from tests.fixtures.rounding import rounding
+from tests.fixtures.tiny import tiny_pipeline
 from tests.training.comparing import FORWARD, STEP, Smooth, apart, difference, smooth
 from tests.training.processes import run
 
@@ -210,7 +210,7 @@ def test_a_generator_that_did_not_start_from_the_base_is_refused(folder: Path) -
 
 
 def _work(folder: Path) -> Any:
-    from flcompress.pipeline.passes import Work
+    from flcompress.core.passes import Work
 
     return Work(directory=folder, seed=0, data=_never, progress=_never)
 

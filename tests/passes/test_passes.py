@@ -13,16 +13,16 @@ import yaml
 from diffusers import WanTransformer3DModel
 from PIL import Image
 
+from flcompress.core.program import Fact, Program
+from flcompress.driver.manager import apply
+from flcompress.driver.rundir import RunDirectory
 from flcompress.errors import PreconditionError, TrainingError
 from flcompress.ir.selection import choose, u_index
 from flcompress.models.inputs import example_inputs
 from flcompress.models.loading import load_transformer
 from flcompress.passes.importance import Importance
-from flcompress.pipeline.manager import apply
-from flcompress.pipeline.program import Fact, Program
-from flcompress.pipeline.rundir import RunDirectory
-from flcompress.trace.skip import skip
-from tests.tiny import tiny_pipeline
+from flcompress.tracing.skip import skip
+from tests.fixtures.tiny import tiny_pipeline
 
 PASSES: list[dict[str, Any]] = [
     {"importance": {"draws": 8, "noise_levels": 2, "batch": 4}},

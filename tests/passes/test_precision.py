@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from flcompress.driver.manager import apply
 from flcompress.models.loading import load_transformer
-from flcompress.pipeline.display import QuietDisplay
-from flcompress.pipeline.manager import apply
+from flcompress.progress import QuietDisplay
 from flcompress.training.engines import replicated
-from tests.rounding import rounding
-from tests.tiny import tiny_pipeline
+from tests.fixtures.rounding import rounding
+from tests.fixtures.tiny import tiny_pipeline
 from tests.training.comparing import STEP, apart, smooth
 
 RECIPE = """

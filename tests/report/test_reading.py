@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from flcompress import wording
 from flcompress.errors import RequestError
-from flcompress.report import wording
 from flcompress.report.html import write_report
 from flcompress.report.reading import read_run
 from flcompress.report.record import ReportError

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from flcompress.pipeline.durable import Lock, append_line, locked
-from flcompress.pipeline.health import highest
+from flcompress.core.health import highest
+from flcompress.files import Lock, append_line, locked
 from flcompress.report.html import write_report
 from flcompress.report.reading import read_run
 from flcompress.report.terminal import print_summary

@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file
 
 from flcompress.draws import Draws
-from flcompress.pipeline.rundir import RunDirectory
+from flcompress.driver.rundir import RunDirectory
 from flcompress.training.engines import Hyper
 from flcompress.training.engines.optimiser import optimiser
-from flcompress.training.trained import Trained
-from tests.rounding import rounding
+from flcompress.training.role import Trained
+from tests.fixtures.rounding import rounding
 from tests.training.home import Home
 from tests.training.processes import Hook, run
 

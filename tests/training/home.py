@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from flcompress.pipeline.clips import Clips
-from flcompress.pipeline.display import QuietDisplay
-from flcompress.pipeline.manager import apply
-from flcompress.pipeline.recipe_loading import load_recipe
-from tests.tiny import tiny_pipeline
+from flcompress.driver.clips import Clips
+from flcompress.driver.manager import apply
+from flcompress.frontend.loading import load_recipe
+from flcompress.progress import QuietDisplay
+from tests.fixtures.tiny import tiny_pipeline
 
 HEAD = """version: 1
 model: {model}

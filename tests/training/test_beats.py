@@ -14,11 +14,11 @@ import pytest
 from diffusers import WanTransformer3DModel
 
 from flcompress.diffusion.sampling import Network
-from flcompress.pipeline.display import QuietDisplay
-from flcompress.pipeline.manager import apply
-from flcompress.pipeline.world import World
+from flcompress.distributed.world import World
+from flcompress.driver.manager import apply
+from flcompress.progress import QuietDisplay
 from flcompress.report.reading import read_run
-from flcompress.training.monitors import HeldOutELBO, Scored
+from flcompress.training.watching.held_out import HeldOutELBO, Scored
 from tests.training.home import Home
 from tests.training.processes import start
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flcompress.pipeline.world import World
+from flcompress.distributed.world import World
 from flcompress.training.checkpoint import MANIFEST, WHOLE, Checkpoints
 
 TENSORS = "rank-0.safetensors"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.small_disk import small_disk
+from tests.fixtures.small_disk import small_disk
 from tests.training import toy
 from tests.training.faulty import command, lines, met, resumed, steps
 from tests.training.home import Home

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load
 
-from tests.rounding import rounding
+from tests.fixtures.rounding import rounding
 from tests.training import toy
 from tests.training.comparing import Smooth
 from tests.training.faulty import AGAIN, command, lines, met, resumed, steps

@@ -10,18 +10,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flcompress.data.latents import LatentDataset
+from flcompress.core.passes import Work
+from flcompress.core.program import Program
+from flcompress.data.dataset import LatentDataset
 from flcompress.diffusion import matching
 from flcompress.diffusion.conditioning import Conditioning
 from flcompress.diffusion.contract import contract_of
 from flcompress.diffusion.experts import Experts
 from flcompress.diffusion.process import FLOW
 from flcompress.diffusion.sampling import Network, sample
-from flcompress.pipeline.passes import Work
-from flcompress.pipeline.program import Program
-from flcompress.pipeline.world import World
-from flcompress.training.monitors import critic_lag
-from flcompress.training.samples import Prompts, compared, moments
+from flcompress.distributed.world import World
+from flcompress.training.distillation.samples import Prompts, compared, moments
+from flcompress.training.watching.held_out import critic_lag
 
 ALONE = World()
 

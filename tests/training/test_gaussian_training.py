@@ -13,17 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flcompress.diffusion.process import FLOW
+from flcompress.distributed.world import World
 from flcompress.draws import Draws
 from flcompress.models.network import as_network
-from flcompress.pipeline.world import World
-from flcompress.training.discriminator import Discriminator, critic_term, generator_term
+from flcompress.training.distillation.discriminator import Discriminator, critic_term, generator_term
+from flcompress.training.distillation.guided_teacher import GuidedTeacher
 from flcompress.training.engines import Hyper
 from flcompress.training.engines.replicated import Local
-from flcompress.training.guided_teacher import GuidedTeacher
-from flcompress.training.monitors import HeldOutELBO
 from flcompress.training.objectives import denoising_loss, draw_levels
-from flcompress.training.trained import Trained, warmup_cosine
-from tests.gaussian import (
+from flcompress.training.role import Trained, warmup_cosine
+from flcompress.training.watching.held_out import HeldOutELBO
+from tests.fixtures.gaussian import (
     COVARIANCE,
     KINDS,
     LATENTS,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flcompress.pipeline import attempts
+from flcompress.core import attempts
 from flcompress.report.reading import read_run
 from flcompress.report.stages import steps
 from flcompress.report.training import trainings

@@ -8,17 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-from flcompress.data.latents import LatentDataset
+from flcompress.core.health import Health
+from flcompress.core.passes import Work
+from flcompress.core.program import Program
+from flcompress.data.dataset import LatentDataset
 from flcompress.draws import Draws
 from flcompress.errors import TrainingError
-from flcompress.pipeline.health import Health
-from flcompress.pipeline.passes import Work
-from flcompress.pipeline.program import Program
 from flcompress.training import loop
 from flcompress.training.engines import Engine, Hyper, engine_of, replicated
-from flcompress.training.health import Watch
-from flcompress.training.trained import Trained
-from tests.rounding import rounding
+from flcompress.training.role import Trained
+from flcompress.training.watching.monitor import Watch
+from tests.fixtures.rounding import rounding
 from tests.training.comparing import LastDropped, ShareForgotten, smooth
 from tests.training.processes import Hook
 

@@ -19,17 +19,17 @@ from pydantic import Field
 from safetensors.torch import save_file
 from torch import nn
 
+from flcompress.core import registry
+from flcompress.core.health import Health
+from flcompress.core.passes import Cost, Pass, Work
+from flcompress.core.program import Program
 from flcompress.draws import Draws
-from flcompress.pipeline import registry
-from flcompress.pipeline.health import Health
-from flcompress.pipeline.passes import Cost, Pass, Work
-from flcompress.pipeline.program import Program
 from flcompress.training import checkpoint
 from flcompress.training.engines import Hyper, engine_of
-from flcompress.training.health import Watch
 from flcompress.training.loop import train
-from flcompress.training.trained import Trained, warmup_cosine
-from tests.small_disk import fill
+from flcompress.training.role import Trained, warmup_cosine
+from flcompress.training.watching.monitor import Watch
+from tests.fixtures.small_disk import fill
 
 FAULT = "FLCOMPRESS_TOY_FAULT"
 

@@ -11,9 +11,9 @@ with warnings.catch_warnings():
     import torch.nn.parallel
 
 import flcompress.cli
-import flcompress.evaluation.harness
+import flcompress.driver.manager
+import flcompress.evaluation.comparison
 import flcompress.passes
-import flcompress.pipeline.manager
 import flcompress.training.engines.fsdp
 import flcompress.training.engines.zero
 import flcompress.training.loop

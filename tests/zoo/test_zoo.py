@@ -18,14 +18,13 @@ from diffusers.models.modeling_utils import ModelMixin
 
 import flcompress
 from flcompress.errors import NotRemovable
-from flcompress.trace.cuts import Cut
-from flcompress.trace.remove import certify
+from flcompress.tracing.removal.cuts import Cut
+from flcompress.tracing.removal.remove import certify
 from tests.zoo import ZOO
 from tests.zoo.check import answer, largest_difference, named_set, randomised
 
-MATRIX: dict[str, dict[str, Any]] = {
-    row["model"]: row for row in json.loads((Path(__file__).parents[2] / "docs" / "census.json").read_text())["rows"]
-}
+CENSUS = Path(__file__).parents[2] / "docs/measurements/census.json"
+MATRIX: dict[str, dict[str, Any]] = {row["model"]: row for row in json.loads(CENSUS.read_text())["rows"]}
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # stock models warn of much that is not ours
 

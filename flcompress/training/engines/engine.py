@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from flcompress.core.passes import Work
 from flcompress.errors import RequestError, TrainingError, UnavailableError
 from flcompress.ir.graph import BlockGraph
+from flcompress.models.compiled import compile_blocks, missing_compiler
 from flcompress.models.loading import load_transformer, meta_transformer
 from flcompress.models.precision import half_precision
-from flcompress.pipeline.passes import Work
-from flcompress.trace.compiled import compile_blocks, missing_compiler
-from flcompress.trace.skip import graph_of, mute, skip
+from flcompress.tracing.skip import graph_of, mute, skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from flcompress.core.passes import Work
 from flcompress.errors import UnavailableError
 from flcompress.models.loading import empty_transformer, put
 from flcompress.models.precision import half_precision
-from flcompress.pipeline.passes import Work
 from flcompress.training.engines.engine import Engine, Hyper, NotFinite, Wrapped
 from flcompress.training.engines.optimiser import optimiser
 

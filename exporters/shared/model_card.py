@@ -1,0 +1,98 @@
+"""The README.md beside an exported pipeline: what it is, and how stock diffusers runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from flcompress.core.program import Program
+from flcompress.diffusion.contract import SamplingContract
+
+CARD = """---
+library_name: diffusers
+pipeline_tag: {task}
+---
+# {blocks} blocks, {steps} steps
+
+A {pipeline_class} compressed by flcompress: {parameters:,} parameters in its {transformer}, {evaluations} network
+evaluations a sample (it was made from one sampled with {teacher_evaluations}).{experts}
+
+```python
+import torch
+from diffusers import {pipeline_class}
+{imports}
+pipe = {pipeline_class}.from_pretrained(".")
+torch.manual_seed(0)
+made = pipe(
+    prompt="{prompt}",
+{arguments}
+)
+{write}
+```
+
+Give all of these arguments: the pipeline's own defaults are for an uncompressed model. {seed}
+
+The scheduler's noise levels are the ones the model was made for: sigmas {sigmas} (shift {shift:g}).{solver}
+`{transformer}/kept_blocks.json` maps every block to its place in the original; `flcompress.json` holds the sampling
+contract.
+"""
+
+STOCHASTIC = (
+    "Each step noises its\nprediction again from torch's global generator, so `torch.manual_seed` decides the clip and "
+    "`generator=` only its start."
+)
+DETERMINISTIC = "The seed decides the\nstarting noise, nothing else is random."
+
+REPLACED = """
+The scheduler is the model's own {scheduler}, which adds noise on the way; flcompress samples at its levels along the
+ODE, so its clips are not those of a stock call."""
+
+
+EXPERTS = """
+
+Two experts share the timesteps: `transformer` answers from {boundary:g} on upward, `transformer_2` below. The
+{compressed}-noise one was compressed here."""
+
+SECOND_ALONE = (
+    " Only `transformer_2` is guided; stock diffusers guides neither unless\n`guidance_scale` is more than 1, hence "
+    "its odd value, which changes nothing."
+)
+
+
+def model_card(program: Program, call: Mapping[str, int | float | str], frame_rate: float) -> str:
+    """Markdown with the snippet that runs the exported folder; `call` are the arguments beside the prompt."""
+    contract, family = program.contract, program.family
+    if family.image:
+        task, imports, write = "text-to-image", "", 'made.images[0].save("picture.png")'
+    else:
+        task, write = "text-to-video", f'export_to_video(made.frames[0], "clip.mp4", fps={frame_rate:g})'
+        imports = "from diffusers.utils import export_to_video\n"
+    given = [f"    {name}={value!r}," for name, value in call.items()]
+    if program.pipeline_class in family.from_image:
+        task, imports = "image-to-video", "from diffusers.utils import export_to_video, load_image\n"
+        given.insert(0, '    image=load_image("first_frame.png"),')
+    return CARD.format(
+        task=task,
+        imports=imports,
+        write=write,
+        transformer=program.own_name,
+        experts=_experts(contract),
+        blocks=len(program.graph.blocks),
+        steps=contract.num_inference_steps,
+        pipeline_class=program.pipeline_class,
+        parameters=program.graph.parameters,
+        evaluations=contract.evaluations,
+        teacher_evaluations=program.teacher_contract.evaluations,
+        prompt="what the {} shows".format("picture" if family.image else "clip"),
+        arguments="\n".join(given),
+        seed=STOCHASTIC if contract.stochastic else DETERMINISTIC,
+        sigmas=", ".join(f"{sigma:.4g}" for sigma in contract.sigmas),
+        shift=contract.shift,
+        solver=REPLACED.format(scheduler=contract.scheduler_class) if contract.replaced else "",
+    )
+
+
+def _experts(contract: SamplingContract) -> str:
+    if contract.experts is None:
+        return ""
+    told = EXPERTS.format(boundary=contract.experts.boundary, compressed=contract.experts.compressed)
+    return told + (SECOND_ALONE if contract.guided and contract.guidance_scale == 1.0 else "")

@@ -1,0 +1,74 @@
+"""From an ONNX file to a serialized TensorRT engine; needs no GPU where the builder is TensorRT for RTX."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flcompress.errors import FlcompressError, UnavailableError
+from flcompress.exporters.tensorrt_build.profiles import Shapes
+from flcompress.runtime.tensorrt_api import builds_for_others, log_into
+
+
+def build_engine(trt: Any, model: Path, *, targets: Sequence[str], profiles: Sequence[Sequence[Shapes]]) -> Any:
+    """Build a strongly typed engine: every layer computes in the type the ONNX file states, TF32 left out.
+
+    Args:
+        trt: `tensorrt` or `tensorrt_rtx`.
+        model: the ONNX file; its external data lies beside it.
+        targets: compute capabilities such as "sm89", or "current".
+        profiles: for each, every input's smallest, tuned-for and largest shape.
+
+    Returns:
+        The engine, as a buffer.
+
+    Raises:
+        UnavailableError: this TensorRT does not know a target.
+        FlcompressError: the parser or the builder gave up; names the node.
+    """
+    errors: list[str] = []
+    logger = log_into(trt, errors)
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(model)):
+        raise FlcompressError(f"{model}: {_parser_error(parser)}; TensorRT {trt.__version__} cannot read this graph")
+    config = builder.create_builder_config()
+    config.clear_flag(trt.BuilderFlag.TF32)  # on by default; fp32 is to mean fp32
+    for shapes in profiles:
+        config.add_optimization_profile(_profile(builder, network, shapes))
+    if builds_for_others(trt):
+        _set_targets(trt, config, targets)
+    engine = builder.build_serialized_network(network, config)
+    if engine is None:
+        reason = errors[-1] if errors else "no reason given"
+        raise FlcompressError(
+            f"{model}: TensorRT {trt.__version__} built no engine for {', '.join(targets)}: {reason}; try "
+            "smaller tensorrt.profiles or other tensorrt.targets"
+        )
+    return engine
+
+
+def _profile(builder: Any, network: Any, shapes: Sequence[Shapes]) -> Any:
+    profile = builder.create_optimization_profile()
+    for place in range(network.num_inputs):
+        name = network.get_input(place).name
+        profile.set_shape(name, *(one[name] for one in shapes))
+    return profile
+
+
+def _set_targets(trt: Any, config: Any, targets: Sequence[str]) -> None:
+    config.num_compute_capabilities = len(targets)
+    for place, target in enumerate(targets):
+        capability = getattr(trt.ComputeCapability, target.upper(), None)
+        if capability is None or not config.set_compute_capability(capability, place):
+            known = ", ".join(name.lower() for name in trt.ComputeCapability.__members__ if name != "NONE")
+            raise UnavailableError(f"tensorrt.targets: {target} given, TensorRT {trt.__version__} knows {known}")
+
+
+def _parser_error(parser: Any) -> str:
+    if parser.num_errors == 0:
+        return "the parser gave no reason"
+    error = parser.get_error(0)
+    return f"node '{error.node_name()}' ({error.node_operator()}): {' '.join(error.desc().split())}"

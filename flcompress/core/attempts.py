@@ -1,0 +1,103 @@
+"""What a piece of work took over all its attempts: a killed one leaves its time and peak memory to the next."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flcompress.files import write_text
+from flcompress.memory import peak_mb, reset_peak
+
+ATTEMPTS_FILE = "attempts.json"
+
+PERIOD_SECONDS = 5.0
+"""Between two records of an attempt that is under way: what a killed one loses at most."""
+
+
+@dataclass
+class Attempts:
+    """The attempts at one piece of work, the last of which is under way.
+
+    Attributes:
+        file: JSON: the key of the work, and of each attempt its seconds and peak memory.
+        key: of what is made. Attempts at something else do not count.
+        done: of the earlier attempts.
+        began: when this one began, on the monotonic clock.
+    """
+
+    file: Path
+    key: str
+    done: list[dict[str, float]]
+    began: float
+    _ended: dict[str, float] | None = None
+
+    def record(self) -> dict[str, Any]:
+        """What the work took: seconds and the number of attempts in all, megabytes at their fullest."""
+        all_of_them = [*self.done, self._own()]
+        return {
+            "seconds": round(sum(one["seconds"] for one in all_of_them), 3),
+            "peak_rss_mb": max(one["peak_rss_mb"] for one in all_of_them),
+            "attempts": len(all_of_them),
+        }
+
+    def write(self) -> None:
+        """Leave what is known so far. It is a record of no consequence: where it cannot be written, work goes on."""
+        with suppress(OSError):
+            write_text(self.file, json.dumps({"key": self.key, "attempts": [*self.done, self._own()]}) + "\n")
+
+    def end(self) -> None:
+        """This attempt takes no more time."""
+        self._ended = self._own()
+        self.write()
+
+    def _own(self) -> dict[str, float]:
+        return self._ended or {"seconds": round(time.monotonic() - self.began, 3), "peak_rss_mb": peak_mb()}
+
+
+def told(record: Mapping[str, Any]) -> str:
+    """A record in words."""
+    several = f" in {record['attempts']} attempts" if record.get("attempts", 1) > 1 else ""
+    return f"{record['seconds']:.1f} s{several}, peak {record['peak_rss_mb']:.0f} MB"
+
+
+@contextmanager
+def attempt(file: Path, key: str) -> Iterator[Attempts]:
+    """Count one more attempt, from now to the end of the context, whatever ends it."""
+    found = Attempts(file, key, _attempts(file, key), time.monotonic())
+    reset_peak()
+    found.write()
+    over = threading.Event()
+
+    def keep() -> None:
+        while not over.wait(PERIOD_SECONDS):
+            found.write()
+
+    keeper = threading.Thread(target=keep, daemon=True)
+    keeper.start()
+    try:
+        yield found
+    finally:
+        over.set()
+        keeper.join()
+        found.end()
+
+
+def seconds_so_far(file: Path, key: str) -> float:
+    """What all recorded attempts took."""
+    return sum(one["seconds"] for one in _attempts(file, key))
+
+
+def _attempts(file: Path, key: str) -> list[dict[str, float]]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if found["key"] != key:
+            return []
+        return [{name: float(one[name]) for name in ("seconds", "peak_rss_mb")} for one in found["attempts"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []  # there was no attempt, or one before they were counted

@@ -1,0 +1,213 @@
+"""What a pass is. The passes themselves live in `passes/`, one file each; see docs/writing-a-pass.md."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict
+
+from flcompress.core.health import Health
+from flcompress.core.program import Fact, Program
+from flcompress.distributed.world import World
+from flcompress.errors import PreconditionError
+
+if TYPE_CHECKING:
+    from flcompress.data.dataset import LatentDataset
+    from flcompress.frontend.recipe import Training
+
+Precision = Literal["fp32", "bf16"]
+EngineName = Literal["local", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
+
+LogName = Literal["tensorboard", "wandb"]
+
+ProgressSink = Callable[[int, int, Mapping[str, float]], None]
+"""Called with (done, total, values to show)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What the pass manager hands a pass for one application.
+
+    Attributes:
+        directory: the pass's own folder. It writes new components ("transformer/", ...), `result.json` (a summary the
+            report reads) and `metrics.jsonl` (one object a step) here; whatever is left of a killed attempt is still
+            here on the next. On success the whole folder becomes the stored result.
+        seed: the recipe's seed.
+        data: gives the recipe's clips and captions as latents, encoded with a program's autoencoder and text encoder
+            (cached). Raises DataError where the recipe has no data.
+        progress: told how far the work is.
+        say: shows one line.
+        device: "cpu" or "cuda".
+        world: the processes that share the work; one, but for passes that are `distributed`.
+        engine: how they share a training.
+        precision: of forwards and backwards in training: "fp32", or "bf16" (autocast over fp32 weights).
+        gradient_checkpointing: whether trained models compute their blocks again in the backward.
+        compile: whether blocks run through torch.compile.
+        health: how its training is watched.
+        log_to: where its figures go beside the report.
+        note: adds an event to the run's journal.
+        checkpoint_seconds: between two checkpoints of a training; 0 writes one after every step.
+        micro_batch: samples that are in memory at once in one process, at most; see `at_once`.
+        earlier_seconds: what attempts that were ended before took; for the main process, which writes what a pass took.
+    """
+
+    directory: Path
+    seed: int
+    data: Callable[[Program], LatentDataset]
+    progress: ProgressSink
+    say: Callable[[str], None] = lambda text: None
+    device: str = "cpu"
+    world: World = field(default_factory=World)
+    engine: EngineName = "local"
+    precision: Precision = "fp32"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    health: Health = field(default_factory=Health)
+    log_to: tuple[LogName, ...] = ()
+    note: Callable[..., None] = lambda event, name, **values: None
+    checkpoint_seconds: float = 60.0
+    micro_batch: int | None = None
+    earlier_seconds: float = 0.0
+
+    def at_once(self, batch: int) -> int:
+        """Samples in one forward of a process, of a batch over all of them."""
+        own = max(1, batch // self.world.size)
+        return min(own, self.micro_batch or own)
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """One model that a pass holds in memory.
+
+    Attributes:
+        name: what it is for: "generator", "real score", ...
+        parameters: how many are its own. Weights that several roles share (a LoRA's base) are a role of their own.
+        trained: whether it has gradients and optimiser moments.
+        moments: what the optimiser keeps of a trained parameter: two numbers, one where beta1 is 0.
+        averaged: whether a moving average of it is kept.
+        runs: parameters of the transformer that it computes with, a shared base's included; its own where None.
+    """
+
+    name: str
+    parameters: float
+    trained: bool = False
+    moments: int = 2
+    averaged: bool = False
+    runs: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a pass will take, for the plan.
+
+    Attributes:
+        steps: training steps, or 0.
+        forwards: forwards of one sample through the full transformer, in total; a backward counts as two.
+        again: of these forwards, those that gradient checkpointing does twice.
+        batch: samples of a step, over all processes; of a pass that does not train, those in memory at once in each.
+        roles: the models that are in memory at once.
+        half: whether a pass that does not train computes in the training's precision where there is a GPU.
+        remembers: whether it keeps what every block returned in host memory, for the samples in memory at once.
+    """
+
+    steps: int = 0
+    forwards: float = 0.0
+    again: float = 0.0
+    batch: int = 1
+    roles: tuple[Role, ...] = ()
+    half: bool = False
+    remembers: bool = False
+
+
+class Pass(BaseModel, ABC):
+    """One rewrite of a program; its validated, frozen fields are its recipe arguments.
+
+    In a recipe `- prune: {remove: 0.3}` becomes `Prune(remove=0.3)`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: ClassVar[str]
+    version: ClassVar[int] = 1
+    """Raise it when the pass's result changes for the same arguments: it is part of the cache key."""
+    gives: ClassVar[frozenset[Fact]] = frozenset()
+    voids: ClassVar[frozenset[Fact]] = frozenset()
+    needs_data: ClassVar[bool] = False
+    """Whether it reads clips or prompts: a recipe without `data:` is then refused before any work."""
+    distributed: ClassVar[bool] = False
+    """Whether all processes apply it together (see `Work.world`); else the main one does and the others wait.
+
+    Every process gets the same arguments and must return the same program; only the main one writes results.
+    """
+
+    @property
+    def needs(self) -> frozenset[Fact]:
+        """Facts that must hold before. A property, since it may depend on the arguments."""
+        return frozenset()
+
+    @property
+    def engines(self) -> tuple[EngineName, ...]:
+        """Engines that it can train with. A property, since it may depend on the arguments."""
+        return get_args(EngineName)
+
+    @property
+    def guides(self) -> bool:
+        """Whether it guides by text itself, so that a negative prompt has an effect whatever the model's own scale."""
+        return False
+
+    @property
+    def needs_clips(self) -> bool:
+        """Whether prompts alone do not do. A property, since it may depend on the arguments."""
+        return self.needs_data
+
+    def flow(self, facts: frozenset[Fact]) -> frozenset[Fact]:
+        """The facts after this pass. Used to check a whole recipe before any work.
+
+        Raises:
+            PreconditionError: a needed fact does not hold.
+        """
+        missing = sorted(self.needs - facts)
+        if missing:
+            raise PreconditionError(
+                f"{self.name}: needs the program to be {', '.join(missing)}; it is {', '.join(sorted(facts)) or 'not'}"
+            )
+        return (facts - self.voids) | self.gives
+
+    def remaining(self, parameters: float) -> float:
+        """Expected share of the transformer's parameters that this pass leaves; for the plan."""
+        return parameters
+
+    def evaluations(self, evaluations: int) -> int:
+        """Network evaluations for one sample after this pass, given those before; for the plan."""
+        return evaluations
+
+    def cost(self, parameters: float, blocks: int, original: float) -> Cost:
+        """What this pass will take, for the plan.
+
+        Args:
+            parameters: of the transformer as the pass meets it.
+            blocks: of the same.
+            original: parameters of the transformer that the recipe started from.
+        """
+        return Cost()
+
+    def check(self, training: Training) -> None:
+        """Refuse, before any work, a training that this pass cannot be part of. Raises RequestError."""
+
+    @abstractmethod
+    def apply(self, program: Program, work: Work) -> Program:
+        """Do the work. Facts are set by `__call__`, not here."""
+
+    def __call__(self, program: Program, work: Work) -> Program:
+        """Check the needs, apply, free what it leaves, verify the result's graph, set its facts."""
+        from flcompress.models.garbage import free_gpu_memory
+
+        facts = self.flow(program.facts)
+        result = self.apply(program, work)
+        free_gpu_memory()
+        result.graph.verify()
+        return replace(result, facts=facts)

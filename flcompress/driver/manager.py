@@ -1,0 +1,338 @@
+"""The pass manager: checks a whole recipe, then runs what is not stored yet, verifies it, and stores it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flcompress.core.attempts import ATTEMPTS_FILE, seconds_so_far, told
+from flcompress.core.passes import Pass, Work
+from flcompress.core.program import Program
+from flcompress.core.registry import find_exporter
+from flcompress.core.wandb_access import check_wandb_installed, check_wandb_login
+from flcompress.distributed.joining import joined
+from flcompress.distributed.launch import Launch, check_launch
+from flcompress.distributed.threads import use_free_cores
+from flcompress.distributed.world import World
+from flcompress.driver import start
+from flcompress.driver.clips import Clips, fingerprint
+from flcompress.driver.data_checks import check_data
+from flcompress.driver.exporting import run_exports
+from flcompress.driver.rundir import RunDirectory
+from flcompress.driver.store import Entry, Store, key_of
+from flcompress.errors import FlcompressError, PostconditionError
+from flcompress.files import Lock, locked, working_alone
+from flcompress.frontend.loading import load_recipe
+from flcompress.frontend.recipe import Recipe, arguments
+from flcompress.progress import Display, QuietDisplay, default_display
+from flcompress.system_errors import system_errors_in_one_line
+
+if TYPE_CHECKING:
+    from flcompress.planning.plan import Plan
+
+
+def apply(
+    recipe: Recipe | Path | str,
+    run_dir: Path | str | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    dry_run: bool = False,
+    store: Path | str | None = None,
+    display: Display | None = None,
+    device: str | None = None,
+    gpu: str | None = None,
+) -> RunDirectory:
+    """Carry out a recipe; what an earlier call already did is found again, a killed one goes on.
+
+    Args:
+        recipe: a recipe, or the path of a recipe file.
+        run_dir: where to write; `runs/<recipe name>` where left out.
+        overrides: "key.path=value" each, for a recipe given by path.
+        dry_run: check everything and show the plan; write nothing.
+        store: a folder in which several runs share pass results and encoded clips; each run's own where left out.
+        display: where progress is shown; bars on a terminal, else lines.
+        device: "cpu" or "cuda"; cuda if there is one where left out.
+        gpu: plan a dry run for one of `gpus.GPUS`, this machine where left out.
+
+    Returns:
+        The run directory.
+
+    Raises:
+        RequestError: anything wrong with the request; nothing was written.
+        FlcompressError: the work failed; what was done before is kept.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    display = display or default_display()
+    run = RunDirectory(run_dir or default_run_dir(recipe))
+    if dry_run:
+        from flcompress.planning.text import plan_text
+
+        display.line(plan_text(planned(recipe, run, gpu)))
+        return run
+    device = device or _device()
+    check(recipe, run)
+    shared = Path(store).resolve() if store else run.path
+    launch = Launch.from_environment()
+    check_launch(recipe.training, launch, recipe.passes)
+    with joined(recipe.training, device, launch) as world, world.telling(), system_errors_in_one_line(run.path):
+        if world.main:
+            if "wandb" in recipe.training.log_to:
+                check_wandb_login()
+            with _own(run, display):
+                _apply(recipe, run, shared, display, device, world)
+        else:
+            _follow(recipe, shared, device, world)
+    return run
+
+
+@contextmanager
+def _own(run: RunDirectory, display: Display) -> Iterator[None]:
+    """Hold the run directory; RequestError if another command works in it."""
+    run.path.mkdir(parents=True, exist_ok=True)
+    busy = f"{run.path}: another flcompress is working in this run directory; wait for it or choose another --run-dir"
+    with working_alone(run.path, busy, display.line):
+        yield
+
+
+def default_run_dir(recipe: Recipe) -> Path:
+    """`runs/<recipe name>`, in the working directory."""
+    return Path("runs") / recipe.name
+
+
+def export(
+    run: RunDirectory, names: Sequence[str] = (), *, force: bool = False, display: Display | None = None
+) -> dict[str, dict[str, Any]]:
+    """Write exports of a finished run: those of its recipe, or the named ones (with the recipe's arguments, if any).
+
+    Returns:
+        name -> what RUN/exports/<name>.json holds, and its status, "ran" or "cached".
+    """
+    program = run.final()
+    ours = {exporter.name: exporter for exporter in run.recipe().exports}
+    chosen = [ours.get(name) or find_exporter(name)() for name in names] or list(ours.values())
+    for exporter in chosen:
+        exporter.check()
+    program.check()
+    display = display or default_display()
+    busy = f"{run.path}: another flcompress is working in this run directory; wait for it"
+    with working_alone(run.path, busy, display.line):
+        return run_exports(run, program, chosen, display, force=force)
+
+
+def check(recipe: Recipe, run: RunDirectory, *, plan: bool = False) -> None:
+    """Everything that can be known to be wrong before any work. Raises RequestError; writes nothing.
+
+    For a plan, a model folder may hold configurations alone; then neither data nor exporters need be there yet.
+    """
+    from flcompress.models.folder import check_pipeline, only_configurations
+
+    trained = recipe.model.weights == "trained"
+    bare = plan and trained and only_configurations(recipe.model_folder())
+    run.check_recipe(recipe)
+    for step in recipe.passes:
+        step.check(recipe.training)
+    for exporter in () if bare else recipe.exports:
+        exporter.check()
+    if not bare and "wandb" in recipe.training.log_to:
+        check_wandb_installed()
+    check_pipeline(recipe.model_folder(), weights=trained and not bare, parts=not bare)
+    start.check_sampling(recipe)
+    if not bare:
+        check_data(recipe)
+
+
+def planned(
+    recipe: Recipe, run: RunDirectory, gpu: str | None = None, count: int | None = None, memory: str | None = None
+) -> Plan:
+    """Check everything and plan: for GPUs (see `gpu_machine`), or for this machine where `gpu` is None."""
+    from flcompress.planning.gpus import gpu_machine
+    from flcompress.planning.plan import make_plan
+
+    machine = gpu_machine(recipe, gpu, count, memory) if gpu else None
+    check(recipe, run, plan=True)
+    return make_plan(recipe, machine=machine)
+
+
+def pass_key(step: Pass, program: Program, recipe: Recipe) -> str:
+    """Cache key of one pass's result."""
+    return key_of(
+        program=program.digest,
+        name=step.name,
+        version=step.version,
+        arguments=arguments(step),
+        data=fingerprint(recipe.data_spec()),
+        seed=recipe.seed,
+        training=recipe.training.decisive,
+    )
+
+
+def _apply(recipe: Recipe, run: RunDirectory, shared: Path, display: Display, device: str, world: World) -> None:
+    threads = use_free_cores(run.threads)
+    run.begin(recipe)
+    run.note("start", recipe.name, threads=threads)
+    store = Store(shared / "passes")
+    clips = Clips(recipe, shared / "data", display, device)
+    current = recipe.name
+    try:
+        entry, fresh = _entry_of_start(recipe, store)
+        beginning = program = entry.program()
+        entries, ran = [entry], int(fresh)
+        run.record_entries(entries, finished=not recipe.passes)
+        for index, step in enumerate(recipe.passes, start=1):
+            current = step.name
+            title = f"{index}/{len(recipe.passes)} {step.name}"
+            key = pass_key(step, program, recipe)
+            found = store.find(index, step.name, key)
+            if found is None:
+                world.alone(title)
+                world.longest = (0.0, "")
+                display.line(f"{title}: running")
+                building = os.path.relpath(store.place(index, step.name, key), run.path)
+                run.note("begin", step.name, key=key, folder=building, arguments=arguments(step))
+                with display.stage(title) as progress:
+                    shown = {"progress": progress, "say": display.line, "note": run.note}
+                    work = _work(recipe, step, clips, device, world, **shown)
+                    build = _builder(step, program, entry.folder, work, index, key)
+                    entry = store.make(index, step.name, key, arguments(step), build)
+                display.line(f"{title}: {told(entry.record)}")
+                ran += 1
+            else:
+                entry = found
+                display.line(f"{title}: unchanged")
+            program = _at_home(entry, beginning)
+            entries.append(entry)
+            run.record_entries(entries, finished=index == len(recipe.passes))
+            noted = ("seconds", "peak_rss_mb", "attempts")
+            measured = {name: entry.record[name] for name in noted if name in entry.record}
+            if found is None and world.longest[0] > 0.0:
+                measured["longest_beat"] = dict(zip(("seconds", "at"), world.longest, strict=True))
+            run.note("pass", step.name, status="cached" if found else "ran", key=key, **measured)
+        current = "exports"
+        world.once(lambda: None)  # no more passes to share
+        exports = run_exports(run, program, recipe.exports, display)
+    except FlcompressError as error:
+        run.note("failed", current, status="failed", error=str(error))
+        raise
+    ran += sum(record["status"] == "ran" for record in exports.values())
+    run.note("done", recipe.name, status="ran" if ran else "cached")
+    _remove_left_overs(run.path / "passes")
+    display.line(f"done: {run.path}" if ran else f"nothing to do: every pass and export is unchanged in {run.path}")
+
+
+def _entry_of_start(recipe: Recipe, store: Store) -> tuple[Entry, bool]:
+    key = start.start_key(recipe)
+    given = start.model_arguments(recipe)
+    found = store.find(0, "model", key)
+    if found is None:
+        return store.make(0, "model", key, given, lambda folder: start.starting_program(recipe, folder)), True
+    if recipe.model.weights == "trained":
+        # The same model may have moved since; every later program is pointed to where it lies now.
+        program, here = found.program(), start.components_of(recipe, recipe.model_folder())
+        if program.components != here:
+            replace(program, components=here).save(found.folder)
+    return found, False
+
+
+def _at_home(entry: Entry, beginning: Program) -> Program:
+    """The entry's program; parts it shares with the starting model are looked for where that lies now."""
+    program = entry.program()
+    here = {name: path if path.is_dir() else beginning.components[name] for name, path in program.components.items()}
+    if here != dict(program.components):
+        program = replace(program, components=here)
+        program.save(entry.folder)
+    return program
+
+
+def _work(recipe: Recipe, step: Pass, clips: Clips, device: str, world: World, **shown: Any) -> Work:
+    return Work(
+        directory=Path(),
+        seed=recipe.seed,
+        data=clips,
+        device=device,
+        precision=recipe.training.precision,
+        gradient_checkpointing=recipe.training.gradient_checkpointing,
+        compile=recipe.training.compile,
+        health=recipe.training.health,
+        log_to=recipe.training.log_to,
+        checkpoint_seconds=recipe.training.checkpoint_seconds,
+        micro_batch=recipe.training.micro_batch,
+        world=world if step.distributed else World(),
+        engine=recipe.training.engine if step.distributed else "local",
+        **shown,
+    )
+
+
+def _follow(recipe: Recipe, shared: Path, device: str, world: World) -> None:
+    """What every process but the main one does: apply the passes that the main one calls for, each with its share."""
+    clips = Clips(recipe, shared / "data", QuietDisplay(), device)
+    while (call := world.once(dict)) is not None:
+        program, step = Program.load(Path(call["program"])), recipe.passes[call["index"] - 1]
+        work = _work(recipe, step, clips, device, world, progress=lambda done, total, values: None)
+        step(program, replace(work, directory=Path(call["directory"])))
+
+
+def _builder(step: Pass, program: Program, stored: Path, work: Work, index: int, key: str) -> Callable[[Path], Program]:
+    """Applies one pass in the folder that the store gives, and verifies what comes back.
+
+    Args:
+        step: the pass.
+        program: what it is applied to.
+        stored: where that program is stored, for the other processes of a distributed pass.
+        work: everything but the folder.
+        index: the pass's place in the recipe, from 1.
+        key: of the result.
+    """
+
+    def build(folder: Path) -> Program:
+        if step.needs_data:
+            # Encoding needs the GPU for itself, so before the pass loads a model; and it takes its time, so here, where
+            # other processes wait without being missed.
+            work.data(program)
+        before = seconds_so_far(folder / ATTEMPTS_FILE, key)
+        if step.distributed:
+            call = {"index": index, "program": str(stored), "directory": str(folder)}
+            work.world.once(lambda: call)
+        result = step(program, replace(work, directory=folder, earlier_seconds=before))
+        work.world.alone(f"end of {step.name}")
+        verify(step.name, result)
+        return result
+
+    return build
+
+
+def verify(name: str, program: Program) -> None:
+    """What must hold of every program beside its graph's own rules.
+
+    Raises:
+        PostconditionError: names the pass and what it left wrong.
+    """
+    for component, folder in program.components.items():
+        if not folder.is_dir() or not any(folder.iterdir()):
+            raise PostconditionError(f"{name}: component {component} is to lie in {folder}, where nothing is")
+    blocks = {block.path for block in program.graph.blocks}
+    if set(program.kept) != blocks:
+        odd = sorted(blocks ^ set(program.kept))
+        raise PostconditionError(f"{name}: the kept-block map and the graph disagree on {odd[0]}; expected every block")
+
+
+def _remove_left_overs(passes: Path) -> None:
+    """Remove work folders of recipes since changed, but none that another process works in, or may."""
+    for folder in passes.glob(".work-*"):
+        with locked(folder, wait=False) as lock:
+            if lock is Lock.HELD:
+                shutil.rmtree(folder)
+
+
+def _device() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    # Where DeepSpeed is installed diffusers imports it, and it warns of every machine without a GPU.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    return "cpu"

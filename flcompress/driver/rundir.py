@@ -1,0 +1,214 @@
+"""The run directory: everything one recipe has produced. Layout in docs/concepts.md."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from flcompress.core.program import Program, folder_digest
+from flcompress.driver import start
+from flcompress.driver.store import Entry
+from flcompress.errors import ModelError, RequestError
+from flcompress.files import append_line, write_text
+from flcompress.frontend.loading import dump_recipe, load_recipe
+from flcompress.frontend.recipe import Recipe
+from flcompress.lines import lines_of
+
+RUN_FILE = "run.json"
+RECIPE_FILE = "recipe.yaml"
+JOURNAL_FILE = "journal.jsonl"
+
+
+class RunDirectory:
+    """A folder that `flcompress apply` writes and every other command reads.
+
+    Reading methods raise RequestError where the folder is no run directory.
+
+    Args:
+        path: the folder.
+        model: the model folder that the run started from, if that has moved since.
+    """
+
+    def __init__(self, path: Path | str, model: Path | None = None) -> None:
+        self.path = Path(path).resolve()
+        self._model = model
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __repr__(self) -> str:
+        return f"RunDirectory({str(self.path)!r})"
+
+    @property
+    def exports(self) -> Path:
+        return self.path / "exports"
+
+    def exists(self) -> bool:
+        return (self.path / RUN_FILE).is_file()
+
+    @property
+    def name(self) -> str:
+        """The name of the recipe it belongs to."""
+        return str(self._record()["name"])
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last `apply` went through all passes."""
+        return bool(self._record()["finished"])
+
+    def recipe(self) -> Recipe:
+        """The recipe last applied here, every default written out."""
+        self._record()
+        return load_recipe(self.path / RECIPE_FILE)
+
+    def entries(self) -> list[Entry]:
+        """The results of the passes of the recipe last applied, in order; those that are done so far."""
+        return [Entry.read(folder, index) for index, folder in enumerate(self._results())][1:]
+
+    def start(self) -> Program:
+        """The program that the recipe started from."""
+        return self._program(self._stored()[0])
+
+    def final(self) -> Program:
+        """The program after the last pass; RequestError if the run is not finished."""
+        if not self.finished:
+            done = len(self._stored()) - 1
+            raise RequestError(
+                f"{self.path}: the run is not finished ({max(done, 0)} passes done); "
+                f"give flcompress apply {self._record()['recipe_path']} again, it goes on from there"
+            )
+        return self._program(self._stored()[-1])
+
+    @property
+    def key(self) -> str:
+        """Key of the last result, which says all that it was made from: what is measured notes it."""
+        return Entry.read(self._stored()[-1]).key
+
+    def journal(self) -> list[dict[str, Any]]:
+        """What happened here, oldest first; one event a line."""
+        path = self.path / JOURNAL_FILE
+        if not path.exists():
+            return []
+        events = []
+        for line in lines_of(path.read_text(encoding="utf-8")):
+            try:
+                events.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue  # a killed run can leave half a line
+        return events
+
+    @property
+    def threads(self) -> int | None:
+        """Threads that the run computes with, while it is not finished; None where it has not begun, or is done."""
+        events = self.journal()
+        if not events or events[-1]["event"] == "done":
+            return None
+        return next((event["threads"] for event in reversed(events) if event.get("threads")), None)
+
+    def check_recipe(self, recipe: Recipe) -> None:
+        """Raise RequestError if the folder belongs to another recipe, or holds something else."""
+        if self.exists():
+            if self.name != recipe.name:
+                raise RequestError(
+                    f"{self.path}: run directory of recipe '{self.name}', not of '{recipe.name}'; "
+                    "choose another --run-dir"
+                )
+        elif self.path.is_dir() and any(
+            # What was killed while it began here has left no more than that.
+            path.name not in ("passes", f"{RUN_FILE}.tmp")
+            for path in self.path.iterdir()
+        ):
+            raise RequestError(f"{self.path}: not empty and no run directory (no {RUN_FILE}); choose another --run-dir")
+        elif self.path.exists() and not self.path.is_dir():
+            raise RequestError(f"{self.path}: a file, expected a folder; choose another --run-dir")
+
+    def begin(self, recipe: Recipe) -> None:
+        """Write the resolved recipe and who this folder belongs to."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        created = self._record()["created"] if self.exists() else _now()
+        self._write(name=recipe.name, recipe_path=str(recipe.file), created=created, entries=[], finished=False)
+        write_text(self.path / RECIPE_FILE, dump_recipe(recipe))
+
+    def record_entries(self, entries: Sequence[Entry], *, finished: bool) -> None:
+        """Note which stored results make up the run; the first is the starting program."""
+        places = [os.path.relpath(entry.folder, self.path) for entry in entries]
+        self._write(**{**self._record(), "entries": places, "finished": finished})
+
+    def note(self, event: str, name: str = "", **values: Any) -> None:
+        """Append one event to the journal."""
+        record = {"time": _now(), "event": event, "name": name, **values}
+        append_line(self.path / JOURNAL_FILE, json.dumps(record))
+
+    def _stored(self) -> list[Path]:
+        folders = self._results()
+        if not folders:
+            raise RequestError(f"{self.path}: the run has not begun; give flcompress apply again")
+        return folders
+
+    def _results(self) -> list[Path]:
+        """Folders of the stored results, the starting program's first."""
+        folders = [(self.path / text).resolve() for text in self._record()["entries"]]
+        for folder in folders:
+            if not folder.is_dir():
+                raise RequestError(
+                    f"{folder}: no such folder; {self.path} keeps a result there, in the --store of flcompress apply; "
+                    f"put it back, or give flcompress apply {self._record()['recipe_path']} again"
+                )
+        return folders
+
+    def _program(self, folder: Path) -> Program:
+        """A stored program; the parts that it shares with the starting model are found where that is now."""
+        program = Program.load(folder)
+        missing = [path for path in program.components.values() if not path.is_dir()]
+        if self._model is None and not missing:
+            return program
+        beginning = Program.load(self._stored()[0]).components
+        shared = [name for name, path in program.components.items() if beginning.get(name) == path]
+        recipe = self.recipe()
+        if self._model is not None:
+            recipe = self._moved(recipe, self._model)
+        with suppress(ModelError):  # no model there either
+            here = start.components_of(recipe, recipe.model_folder())
+            program = replace(program, components={**program.components, **{name: here[name] for name in shared}})
+            missing = [path for path in program.components.values() if not path.is_dir()]
+        if missing:
+            raise RequestError(
+                f"{missing[0]}: no such folder; a part of the model that {self.path} started from; if the model has "
+                "moved, give its folder with --model"
+            )
+        return program
+
+    def _moved(self, recipe: Recipe, model: Path) -> Recipe:
+        """The recipe with its model in another folder; RequestError where that holds another model."""
+        made_from = Entry.read(self._stored()[0]).record["arguments"]
+        if recipe.model.weights == "random":
+            raise RequestError(f"--model: {model} given, but {self.path} started from random weights, which it keeps")
+        if not model.is_dir():
+            raise RequestError(f"--model: {model}: no such folder; give the model's diffusers pipeline folder")
+        if made_from.get("sha256") not in (None, folder_digest(model)):
+            raise RequestError(
+                f"--model: {model} is not the model that {self.path} started from ({made_from['path']}): its files "
+                "differ; give that model's folder"
+            )
+        moved = recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": model.resolve()})})
+        return moved.written_in(recipe.file, {})
+
+    def _write(self, **record: Any) -> None:
+        write_text(self.path / RUN_FILE, json.dumps(record, indent=1) + "\n")
+
+    def _record(self) -> dict[str, Any]:
+        if not self.exists():
+            raise RequestError(
+                f"{self.path}: not a run directory (no {RUN_FILE}); give the folder that flcompress apply wrote"
+            )
+        return dict(json.loads((self.path / RUN_FILE).read_text(encoding="utf-8")))
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,117 @@
+"""Content-addressed results of passes: one folder each, found again by everything that decides what is in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flcompress.core.attempts import ATTEMPTS_FILE, attempt
+from flcompress.core.program import Program
+from flcompress.files import locked, move_in_place
+from flcompress.ir.text import to_text
+from flcompress.lines import lines_of
+
+ENTRY_FILE = "entry.json"
+CHECKPOINTS = "checkpoints"
+"""Folder in which a training keeps what a killed run goes on from; no part of a result."""
+_SHOWN = 12
+"""Hexadecimal digits of a key in its folder's name; the whole key is compared all the same."""
+
+
+def key_of(**parts: Any) -> str:
+    """SHA-256, in full, of the canonical JSON of `parts`."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One stored result.
+
+    Attributes:
+        folder: holds `entry.json`, the program and what the pass wrote.
+        index: place in the recipe, from 1; 0 is the starting program.
+        record: what `entry.json` says: key, name, index, arguments, seconds, peak_rss_mb, attempts.
+    """
+
+    folder: Path
+    index: int
+    record: dict[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path, index: int | None = None) -> Entry:
+        record = json.loads((folder / ENTRY_FILE).read_text(encoding="utf-8"))
+        return cls(folder, record["index"] if index is None else index, record)
+
+    @property
+    def name(self) -> str:
+        return str(self.record["name"])
+
+    @property
+    def key(self) -> str:
+        return str(self.record["key"])
+
+    def program(self) -> Program:
+        """The program after this pass."""
+        return Program.load(self.folder)
+
+    def result(self) -> dict[str, Any]:
+        """The pass's own summary, `result.json`; empty if it wrote none."""
+        path = self.folder / "result.json"
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of `metrics.jsonl`; empty if it wrote none."""
+        path = self.folder / "metrics.jsonl"
+        return [json.loads(line) for line in lines_of(path.read_text(encoding="utf-8"))] if path.exists() else []
+
+
+class Store:
+    """A folder of entries named `NN-name-<12 hex digits of the key>`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def find(self, index: int, name: str, key: str) -> Entry | None:
+        """The stored result with this key, whatever place it was made for."""
+        for folder in sorted(self.folder.glob(f"[0-9][0-9]-{name}-{key[:_SHOWN]}*")):
+            entry = Entry.read(folder, index)
+            if entry.key == key:
+                return entry
+        return None
+
+    def place(self, index: int, name: str, key: str) -> Path:
+        """The folder in which a result is built; it is renamed when the result is whole."""
+        return self.folder / f".work-{index:02d}-{name}-{key[:_SHOWN]}"
+
+    def make(
+        self, index: int, name: str, key: str, arguments: dict[str, Any], build: Callable[[Path], Program]
+    ) -> Entry:
+        """Build a result in a work folder and store it whole.
+
+        A killed attempt leaves its work folder, and the next one builds in it again; its time counts. If another
+        process is building the same result, this waits for it and returns that one's.
+        """
+        work = self.place(index, name, key)
+        work.mkdir(parents=True, exist_ok=True)
+        with locked(work, wait=True):
+            found = self.find(index, name, key)
+            if found is not None:
+                return found
+            work.mkdir(exist_ok=True)
+            with attempt(work / ATTEMPTS_FILE, key) as attempts:
+                program = build(work)
+            record = {"key": key, "name": name, "index": index, "arguments": arguments, **attempts.record()}
+            shutil.rmtree(work / CHECKPOINTS, ignore_errors=True)
+            program.save(work)  # its component paths are relative, so they stay right when the folder is renamed
+            (work / "graph.txt").write_text(to_text(program.graph), encoding="utf-8")
+            (work / ENTRY_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            final = self.folder / f"{index:02d}-{name}-{key[:_SHOWN]}"
+            if final.exists():  # another key with the same first digits
+                final = self.folder / f"{index:02d}-{name}-{key}"
+            move_in_place(work, final)
+        return Entry.read(final, index)

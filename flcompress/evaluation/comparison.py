@@ -1,0 +1,173 @@
+"""The benchmark: the same held-out prompts and the same noises for every contender, over several seeds."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flcompress.core.passes import ProgressSink
+from flcompress.driver.rundir import RunDirectory
+from flcompress.errors import RequestError
+from flcompress.evaluation import metrics
+from flcompress.evaluation.contenders import Contender, run_contenders
+from flcompress.evaluation.pictures import draw_animation, draw_strips
+from flcompress.evaluation.sampling import Counter, Studio, judged_reality
+from flcompress.files import write_text
+from flcompress.models.parts import Parts
+from flcompress.moving_digits import digits
+from flcompress.moving_digits.classifier import classifier_record
+
+REFERENCE_CLIPS_PER_PROMPT = 64
+"""Real clips, of held-out handwriting and the held-out captions, that every Frechet distance is measured from."""
+
+Judged = dict[str, torch.Tensor]
+
+
+def evaluate(
+    run: RunDirectory,
+    clips_per_prompt: int,
+    seeds: int,
+    progress: ProgressSink | None = None,
+    contenders: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """Compare the teacher, its shortcuts, the stages and the student of a finished run.
+
+    Writes RUN/eval/results.json, RUN/eval/strips/*.png and RUN/eval/comparison.gif; what was sampled before is taken
+    from RUN/eval/cache.
+
+    Args:
+        run: the run directory.
+        clips_per_prompt: clips for each of the 32 held-out prompts and each seed.
+        seeds: independent repetitions, at least 2.
+        progress: told after every network evaluation of a batch.
+        contenders: names to compare; such a part of the comparison is returned, but not written.
+
+    Raises:
+        RequestError: an unfinished run, another dataset, unknown contenders, too few seeds or clips.
+    """
+    recipe = run.recipe()
+    if recipe.data is None or recipe.data.moving_digits is None:
+        given = next(iter(recipe.data_spec() or {"none": None}))
+        raise RequestError(
+            f"{recipe.where('data')}: {given} given, expected moving-digits; only that benchmark has a classifier and "
+            "held-out prompts to evaluate with"
+        )
+    run.final().check()
+    known = {contender.name: contender for contender in run_contenders(run)}
+    for name in contenders or ():
+        if name not in known:
+            raise RequestError(f"contender {name!r}: {run.path} has {', '.join(known)}")
+    chosen = [known[name] for name in contenders] if contenders is not None else list(known.values())
+    folder, program = run.path / "eval", run.key
+    results, shown = evaluate_contenders(
+        chosen,
+        parts=run.final().parts(),
+        clips_per_prompt=clips_per_prompt,
+        seeds=seeds,
+        progress=progress,
+        cache_folder=folder / "cache",
+    )
+    results = {"program": program, **results}
+    if contenders is None:
+        _draw(results, shown, folder)
+        write_text(folder / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
+    return results
+
+
+def evaluate_contenders(
+    contenders: Sequence[Contender],
+    *,
+    parts: Parts,
+    clips_per_prompt: int,
+    seeds: int,
+    progress: ProgressSink | None = None,
+    cache_folder: Path | None = None,
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Sample, judge and compare any contenders that share an autoencoder and a text encoder.
+
+    Args:
+        contenders: what to compare; paired differences are of each with those before it.
+        parts: autoencoder and text encoders.
+        clips_per_prompt, seeds, progress: as in `evaluate`.
+        cache_folder: where judgements are remembered, by everything that decides them.
+
+    Returns:
+        The results, and of each contender a few clips [prompts shown, 3, frames, height, width] in [-1, 1].
+
+    Raises:
+        RequestError: fewer than 2 seeds or 1 clip.
+        FlcompressError: a contender gives values that are not finite.
+    """
+    if clips_per_prompt < 1:
+        raise RequestError(f"clips_per_prompt: {clips_per_prompt} given, expected at least 1")
+    if seeds < 2:
+        raise RequestError(
+            f"seeds: {seeds} given, expected at least 2; the confidence interval comes from their spread"
+        )
+    captions = digits.captions("heldout") * clips_per_prompt
+    studio = Studio(parts, captions, cache_folder)
+    wanted = [(contender, seed) for contender in contenders for seed in range(seeds)]
+    missing = [(c, seed) for c, seed in wanted if not studio.remembers(c, seed)]
+    counter = Counter(progress, sum(studio.batches * c.contract.evaluations for c, _ in missing))
+    judged = {(c.name, seed): studio.judged(c, seed, counter) for c, seed in wanted}
+    real = _reference()
+    rows: list[dict[str, Any]] = []
+    for contender in contenders:
+        values = _by_metric([metrics.figures(judged[contender.name, seed], real) for seed in range(seeds)])
+        rows.append(
+            {
+                "name": contender.name,
+                "label": contender.label,
+                "steps": contender.contract.num_inference_steps,
+                "guidance": contender.contract.guidance_scale,
+                "evaluations": contender.contract.evaluations,
+                "parameters": contender.parameters,
+                **{metric: {**metrics.interval(each), "values": each} for metric, each in values.items()},
+            }
+        )
+    floor = _by_metric([metrics.figures(judged_reality(captions, "floor", seed), real) for seed in range(seeds)])
+    results = {
+        "benchmark": "moving-digits",
+        "clips": len(captions),
+        "seeds": seeds,
+        "prompts": len(digits.captions("heldout")),
+        "reference_clips": len(real),
+        "classifier": {k: v for k, v in classifier_record().items() if k.endswith("_accuracy")},
+        "floor": {metric: {**metrics.interval(each), "values": each} for metric, each in floor.items()},
+        "contenders": rows,
+        "paired": [
+            {"a": a["name"], "b": b["name"], "metric": m, **metrics.paired(a[m]["values"], b[m]["values"])}
+            for b, a in itertools.combinations(rows, 2)
+            for m in floor
+        ],
+    }
+    return results, {c.name: judged[c.name, 0]["shown"].float() / 127.5 - 1.0 for c in contenders}
+
+
+@cache
+def _reference() -> torch.Tensor:
+    """Features of the real clips [2048, D]; the same for every evaluation of a process."""
+    return judged_reality(digits.captions("heldout") * REFERENCE_CLIPS_PER_PROMPT, "reference", 0)["features"]
+
+
+def _by_metric(per_seed: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
+    return {metric: [figures[metric] for figures in per_seed] for metric in per_seed[0]}
+
+
+def _draw(results: dict[str, Any], shown: dict[str, torch.Tensor], folder: Path) -> None:
+    """Write the pictures, and name them in the results."""
+    strips = folder / "strips"
+    strips.mkdir(parents=True, exist_ok=True)
+    for row in results["contenders"]:
+        row["strip"] = f"eval/strips/{row['name']}.png"
+        draw_strips({"": shown[row["name"]]}, strips / f"{row['name']}.png")
+    labelled = {row["label"]: shown[row["name"]] for row in results["contenders"]}
+    draw_strips(labelled, strips / "comparison.png")
+    outer = [row for row in results["contenders"] if not row["name"].startswith("stochastic-depth")]
+    draw_animation({row["label"]: shown[row["name"]] for row in outer}, folder / "comparison.gif")

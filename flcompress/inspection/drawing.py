@@ -1,0 +1,152 @@
+"""The picture of an inspection: every block as a box along the flow of data, and what it holds."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+from flcompress.errors import RequestError
+from flcompress.inspection.model import Inspection
+from flcompress.ir.graph import INPUT, OUTPUT
+
+FORMATS = (".svg", ".png", ".pdf")
+COLUMNS = 20
+"""Blocks in a row."""
+
+COLOURS = ("#3b6fb6", "#c77b30", "#4c9a6a", "#8a5aa8", "#b5495b", "#6b7280")
+"""One a stack; the last for all further ones."""
+
+STYLE = {"svg.fonttype": "none", "font.size": 8, "figure.constrained_layout.use": True}
+
+
+def check_picture(path: Path) -> None:
+    """RequestError, before any work, for a file that cannot be drawn."""
+    if path.suffix.lower() not in FORMATS:
+        raise RequestError(f"--out: {path} given, expected a file that ends in {', '.join(FORMATS)}")
+    if not path.parent.is_dir():
+        raise RequestError(f"--out: {path.parent}: no such folder; make it first")
+
+
+def draw_inspection(found: Inspection, path: Path) -> None:
+    """Draw the block graph (rows of boxes, height by share of the parameters), and the shares of each stack."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    rows = math.ceil(len(found.graph.blocks) / COLUMNS)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(11.0, 1.5 + 1.1 * rows + 0.34 * (len(found.graph.stacks) + 2)))
+        above, below = figure.subplots(2, 1, height_ratios=[1.1 * rows, 0.34 * (len(found.graph.stacks) + 2)])
+        _blocks(above, found)
+        _stacks(below, found)
+        figure.suptitle(_title(found), fontsize=9)
+        temporary = path.with_name(f".{path.name}.tmp")
+        try:
+            figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=150, metadata={})
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _title(found: Inspection) -> str:
+    graph = found.graph
+    title = f"{graph.model_class}: {len(graph.blocks)} blocks, {graph.parameters:,} parameters"
+    if found.clip is not None and not found.unknown_flops:
+        clip = f"{found.clip.height} x {found.clip.width} x {found.clip.frames}"
+        title += f", {graph.flops / 1e12:,.1f} TFLOPs a forward at {clip}"
+    return title
+
+
+def _blocks(axes: Any, found: Inspection) -> None:
+    from matplotlib.patches import Rectangle
+
+    graph = found.graph
+    largest = max(block.parameters for block in graph.blocks)
+    places: dict[str, tuple[float, float]] = {INPUT: (-1.0, 0.0)}
+    gone = [set(removal.removed) for removal in found.removals]
+    for number, block in enumerate(graph.blocks):
+        row, column = divmod(number, COLUMNS)
+        places[block.path] = (float(column), -1.3 * row)
+    last = places[graph.blocks[-1].path]
+    places[OUTPUT] = (last[0] + 1.0, last[1])
+    flows = graph.flows or _in_order(found)
+    order = {path: number for number, path in enumerate(places)}
+    for source, target in flows:
+        (x1, y1), (x2, y2) = places[source], places[target]
+        if source == INPUT and order[target] > 1:
+            continue  # what every block is given would only cover the picture
+        if y1 == y2 and x2 - x1 <= 1.0:
+            axes.plot([x1, x2], [y1, y2], color="#9aa0a8", lw=0.9, zorder=0)
+        elif y1 != y2 and order[target] == order[source] + 1:
+            right, between = COLUMNS - 0.4, y1 - 0.65
+            axes.plot(
+                [x1, right, right, -0.6, -0.6, x2],
+                [y1, y1, between, between, y2, y2],
+                color="#9aa0a8",
+                lw=0.9,
+                zorder=0,
+            )
+        else:
+            bend = "arc3,rad=-0.35" if y1 == y2 else "arc3,rad=0.1"
+            arrow = {"arrowstyle": "-", "color": "#c3c7cd", "lw": 0.6, "connectionstyle": bend}
+            axes.annotate("", (x2, y2), (x1, y1), arrowprops=arrow, zorder=0)
+    for block in graph.blocks:
+        x, y = places[block.path]
+        tall = max(0.08, 0.72 * block.parameters / largest)
+        colour = _colour(found, block.stack)
+        often = sum(block.path in one for one in gone)
+        axes.add_patch(
+            Rectangle(
+                (x - 0.36, y - tall / 2), 0.72, tall, facecolor=colour, edgecolor=colour,
+                alpha=(1.0, 0.55, 0.25)[min(often, 2)], linestyle="--" if often else "-", zorder=2,
+            )
+        )  # fmt: skip
+        axes.text(x, y - tall / 2 - 0.04, str(block.index), ha="center", va="top", fontsize=6.5, color="#4b5058")
+    for node, text in ((INPUT, "in"), (OUTPUT, "out")):
+        axes.text(*places[node], text, ha="center", va="center", fontsize=7.5, bbox={"fc": "white", "ec": "#9aa0a8"})
+    axes.set_xlim(-1.5, COLUMNS + 0.2)
+    axes.set_ylim(last[1] - 0.75, 0.6)
+    axes.axis("off")
+
+
+def _in_order(found: Inspection) -> list[tuple[str, str]]:
+    """The lists' own order, where nothing was traced."""
+    paths = [block.path for block in found.graph.blocks]
+    return list(itertools.pairwise(paths))
+
+
+def _stacks(axes: Any, found: Inspection) -> None:
+    graph = found.graph
+    names = [*graph.stacks, "outside blocks"]
+    for place, name in enumerate(names):
+        blocks = graph.stacks.get(name, ())
+        parameters = sum(block.parameters for block in blocks)
+        flops = sum(block.flops for block in blocks)
+        if not blocks:
+            parameters = graph.parameters - sum(block.parameters for block in graph.blocks)
+            flops = graph.flops - sum(block.flops for block in graph.blocks)
+        colour = _colour(found, name)
+        axes.barh(place - 0.2, parameters / graph.parameters, 0.36, color=colour)
+        text = f" {parameters / graph.parameters:.1%} of the parameters"
+        axes.text(parameters / graph.parameters, place - 0.2, text, va="center", fontsize=7)
+        if not found.unknown_flops:
+            axes.barh(place + 0.2, flops / graph.flops, 0.36, color=colour, alpha=0.5)
+            axes.text(
+                flops / graph.flops, place + 0.2, f" {flops / graph.flops:.1%} of the FLOPs", va="center", fontsize=7
+            )
+    lefts = [one for one in found.removals if not one.problem]
+    told = "; ".join(f"{one.share:.0%} removed: {one.blocks} blocks, {one.parameters:,} parameters" for one in lefts)
+    if told:
+        axes.set_xlabel(f"{told} (pale boxes: the middle blocks, by parameters; no importance scores)")
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.25)
+    axes.set_xticks([])
+    for side in ("top", "right", "bottom"):
+        axes.spines[side].set_visible(False)
+
+
+def _colour(found: Inspection, stack: str) -> str:
+    names = list(found.graph.stacks)
+    return COLOURS[min(names.index(stack), len(COLOURS) - 1)] if stack in names else COLOURS[-1]

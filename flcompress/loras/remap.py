@@ -1,0 +1,204 @@
+"""LoRAs of the teacher, rewritten for the pruned model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flcompress.driver.rundir import RUN_FILE, RunDirectory
+from flcompress.errors import ModelError, RequestError
+from flcompress.files import move_in_place, sync, write_text
+from flcompress.loras.files import Remapped, remap
+from flcompress.loras.names import PrunedModel
+from flcompress.loras.peft_settings import SETTINGS, remap_settings
+from flcompress.models.families import family_of
+from flcompress.models.families.original_names import OriginalNames
+from flcompress.models.folder import read_json
+from flcompress.models.shards import file_metadata, file_tensors, folder_tensors, write_file
+
+KEPT_FILE = "kept_blocks.json"
+"""Beside an exported transformer's weights: path of every block -> path in the original."""
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+"""What PEFT saves an adapter as: a folder with these two."""
+
+
+def remap_lora(lora: Path, pruned: Path, out: Path, model: Path | None = None) -> dict[str, Any]:
+    """Write `lora`, which was made for the teacher, to `out` for the pruned model; returns what was done, plain data.
+
+    Args:
+        lora: a safetensors file, or a folder as PEFT saves it. Keys as diffusers, PEFT, kohya or the family's own
+            project name them; they stay in that style.
+        pruned: a run directory, an exported folder, or the `kept_blocks.json` beside an exported transformer.
+        out: file, or new folder, to write.
+        model: the model that a run directory started from, if it has moved.
+
+    Raises:
+        RequestError: not such files, a LoRA for another model, or one for removed blocks alone.
+    """
+    for path in (lora, pruned):
+        if out.resolve() == path.resolve():
+            raise RequestError(f"--out: {out} is what is read; give another file")
+    if not out.parent.is_dir():
+        raise RequestError(f"--out: {out.parent}: no such folder; make it first")
+    remap_one = _remap_folder if lora.is_dir() else _remap_file
+    done, given = remap_one(lora, pruned_model(pruned, model), out)
+    return {
+        "out": str(out),
+        "keys": {"given": given, "used": len(done.keys)},
+        "modules": len(done.modules),
+        "renumbered": done.renumbered,
+        "dropped": {block: list(modules) for block, modules in done.dropped.items()},
+    }
+
+
+def _remap_file(lora: Path, target: PrunedModel, out: Path) -> tuple[Remapped, int]:
+    """Rewrite one file; returns what was done, and how many keys there were."""
+    if out.is_dir():
+        raise RequestError(f"--out: {out} is a folder, expected the name of a file, as for {lora}")
+    beside = lora.parent / ADAPTER_CONFIG
+    settings = read_json(beside, "") if beside.is_file() else None
+    done, tensors = _read(lora, target, settings)
+    if settings is not None and _settings(settings, done, beside) != settings:
+        raise RequestError(
+            f"{lora}: {ADAPTER_CONFIG} beside it names modules of the uncut model; give the folder {lora.parent}, so "
+            "that both are rewritten"
+        )
+    work = out.with_name(f".{out.name}.tmp")
+    try:
+        _write(lora, done, tensors, work)
+        work.replace(out)
+    finally:
+        work.unlink(missing_ok=True)
+    return done, len(tensors)
+
+
+def _remap_folder(folder: Path, target: PrunedModel, out: Path) -> tuple[Remapped, int]:
+    """Rewrite an adapter as PEFT saves it: weights and settings; its texts, such as a model card, are copied."""
+    weights, config = folder / ADAPTER_WEIGHTS, folder / ADAPTER_CONFIG
+    for file in (config, weights):
+        if not file.is_file():
+            raise RequestError(
+                f"{folder}: has no {file.name}, expected an adapter as PEFT saves it; or give the file of a LoRA"
+            )
+    if out.exists():
+        raise RequestError(f"--out: {out} is there already, expected the name of a new folder, as for {folder}")
+    settings = read_json(config, "")
+    done, tensors = _read(weights, target, settings)
+    work = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    try:
+        _write(weights, done, tensors, work / ADAPTER_WEIGHTS)
+        made = _settings(settings, done, config)
+        write_text(work / ADAPTER_CONFIG, json.dumps(made, indent=2, sort_keys=True) + "\n")
+        for file in folder.iterdir():
+            if file.suffix.lower() in (".md", ".txt"):
+                shutil.copyfile(file, work / file.name)
+        move_in_place(work, out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return done, len(tensors)
+
+
+def _read(lora: Path, target: PrunedModel, settings: Mapping[str, Any] | None) -> tuple[Remapped, dict[str, Any]]:
+    """What becomes of a file's keys, and its tensors; `settings` are PEFT's, which may save modules as they are."""
+    if not lora.is_file():
+        raise RequestError(f"{lora}: no such file; expected a LoRA")
+    if lora.suffix != ".safetensors":
+        raise RequestError(f"{lora}: only safetensors are read, a pickle can run code; save the LoRA as .safetensors")
+    whole: list[str] = []
+    if settings is not None:
+        whole += settings.get("modules_to_save") or []
+        whole += ["bias"] if settings.get("bias", "none") != "none" else []
+    tensors = file_tensors(lora)
+    try:
+        done = remap({key: tensor.shape for key, tensor in tensors.items()}, target, whole)
+    except RequestError as error:
+        raise RequestError(f"{lora}: {error}") from error
+    return done, dict(tensors)
+
+
+def _write(lora: Path, done: Remapped, tensors: Mapping[str, Any], out: Path) -> None:
+    metadata = file_metadata(lora)
+    if SETTINGS in metadata:
+        try:
+            metadata[SETTINGS] = remap_settings(metadata[SETTINGS], done.modules)
+        except RequestError as error:
+            raise RequestError(f"{lora}: {error}") from error
+    write_file(out, {new: tensors[old] for old, new in done.keys.items()}, metadata)
+    sync(out)
+
+
+def _settings(settings: Mapping[str, Any], done: Remapped, file: Path) -> dict[str, Any]:
+    """PEFT's settings for the cut model."""
+    made: dict[str, Any] = json.loads(remap_settings(json.dumps(settings), done.modules, str(file)))
+    return made
+
+
+def remapping_text(done: dict[str, Any]) -> str:
+    """What `remap_lora` did, for people."""
+    dropped = sum(map(len, done["dropped"].values()))
+    keys = done["keys"]
+    lines = [
+        f"{done['out']}: {keys['used']} of {keys['given']} keys used; {done['modules']} modules kept, "
+        f"{done['renumbered']} of them in blocks with another number; {dropped} dropped"
+        + (f", which touched {len(done['dropped'])} removed or changed blocks:" if dropped else "")
+    ]
+    lines += [f"  {block}: {', '.join(modules)}" for block, modules in done["dropped"].items()]
+    return "\n".join(lines)
+
+
+def pruned_model(place: Path, model: Path | None = None) -> PrunedModel:
+    """The pruned model of a run directory, of an exported folder, or beside a map of kept blocks.
+
+    `model` is where the model that a run directory started from is now, if it has moved.
+
+    Raises:
+        RequestError: none of these.
+    """
+    if (place / RUN_FILE).is_file():
+        run = RunDirectory(place, model)
+        program = run.final()
+        return PrunedModel(
+            name=program.graph.model_class,
+            shapes=_shapes(program.components["transformer"]),
+            kept=program.kept,
+            before=_shapes(program.components["original"]),
+            original=_original(program.graph.model_class),
+        )
+    if (place / "transformer_2").is_dir():
+        raise RequestError(
+            f"{place}: two experts; give the folder of the one that the LoRA is for, {place}/transformer or "
+            f"{place}/transformer_2"
+        )
+    maps = [place, place / KEPT_FILE, place / "transformer" / KEPT_FILE]
+    found = next((path for path in maps if path.is_file()), None)
+    if found is None:
+        raise RequestError(f"{place}: no run directory, no exported folder and no {KEPT_FILE}; expected one of them")
+    kept = read_json(found, "")
+    if not kept or not all(isinstance(old, str) and _is_block(old) and _is_block(new) for new, old in kept.items()):
+        raise RequestError(f'{found}: no map of kept blocks; expected entries such as "blocks.1": "blocks.3"')
+    config = read_json(found.parent / "config.json", f"{KEPT_FILE} lies beside an exported transformer")
+    name = str(config.get("_class_name"))
+    return PrunedModel(name=name, shapes=_shapes(found.parent), kept=kept, original=_original(name))
+
+
+def _original(name: str) -> OriginalNames:
+    """The original module names of a transformer class's family; none where no family is known."""
+    try:
+        return family_of(name).original
+    except ModelError:
+        return OriginalNames()
+
+
+def _is_block(path: str) -> bool:
+    stack, _, index = path.rpartition(".")
+    return bool(stack) and index.isdecimal()
+
+
+def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    return {name: tensor.shape for name, tensor in folder_tensors(folder).items()}

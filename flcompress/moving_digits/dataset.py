@@ -1,0 +1,52 @@
+"""The embedded benchmark's clips as a latent dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from flcompress.data.encoder import clip_tensors, joined
+from flcompress.data.index import NEGATIVE, Clip, ClipShard, Index, PromptShard, leading, write_shard
+from flcompress.draws import generator
+from flcompress.models.parts import Parts
+from flcompress.moving_digits import digits
+
+_BATCH = 64
+
+ProgressSink = Callable[[int, int, Mapping[str, float]], None]
+
+
+def build_moving_digits(
+    folder: Path, clips: int, parts: Parts, request: Mapping[str, Any], seed: int, progress: ProgressSink
+) -> None:
+    """Render `clips` training clips of the embedded benchmark and encode them.
+
+    Args:
+        folder: where the dataset is written.
+        clips: how many.
+        parts: autoencoder and text encoders of the pipeline.
+        request: what the index says it was made from; "max_sequence_length" is the tokens a prompt is padded to,
+            "negative_prompt", if there, what guidance leads away from.
+        seed: of the clips.
+        progress: told how many clips are encoded.
+    """
+    known = digits.captions("train")
+    rendered, wanted = digits.sample(clips, "train", generator(seed, "moving-digits", clips))
+    first = leading(request.get(NEGATIVE, ""))
+    prompts = (*first, *(caption.text for caption in known))
+    place = {caption: number for number, caption in enumerate(known, start=len(first))}
+    said, length = [caption.text for caption in wanted], request["max_sequence_length"]
+    encoded = []
+    for start in range(0, clips, _BATCH):
+        some = slice(start, start + _BATCH)
+        encoded.append(clip_tensors(parts, rendered[some], said[some], length))
+        progress(min(start + _BATCH, clips), clips, {})
+    digest, size = write_shard(folder / "clips-00000.safetensors", joined(encoded))
+    shown = tuple(Clip(file=f"{number}", prompt=place[caption]) for number, caption in enumerate(wanted))
+    bucket = (digits.FRAMES, digits.HEIGHT, digits.WIDTH)
+    held = ClipShard(file="clips-00000.safetensors", sha256=digest, bytes=size, size=bucket, clips=shown)
+    embeds = parts.encode_prompts(prompts, length)
+    digest, size = write_shard(folder / "prompts-00000.safetensors", embeds)
+    texts = PromptShard(file="prompts-00000.safetensors", sha256=digest, bytes=size, prompts=len(prompts))
+    Index(request=dict(request), prompts=prompts, prompt_shards=(texts,), clip_shards=(held,)).write(folder)

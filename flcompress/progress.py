@@ -1,0 +1,112 @@
+"""How long work is shown: a bar with loss, rate and remaining time in a terminal, sparse lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+from flcompress.core.passes import ProgressSink
+
+PLAIN_SECONDS = 30.0
+"""Where there is no terminal, a long work says how far it is this often."""
+
+
+class Display(Protocol):
+    """Where the manager reports to."""
+
+    def line(self, text: str) -> None:
+        """Say one thing."""
+
+    def stage(self, title: str) -> AbstractContextManager[ProgressSink]:
+        """Show the progress of one long work while the context lasts."""
+
+
+def default_display() -> Display:
+    """Bars on a terminal, lines elsewhere; both on standard error, so that standard output stays for results."""
+    return BarDisplay() if sys.stderr.isatty() else LineDisplay()
+
+
+class QuietDisplay:
+    """Shows nothing."""
+
+    def line(self, text: str) -> None:
+        return
+
+    @contextmanager
+    def stage(self, title: str) -> Iterator[ProgressSink]:
+        yield lambda done, total, values: None
+
+
+class LineDisplay:
+    """Plain lines on standard error."""
+
+    def line(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    @contextmanager
+    def stage(self, title: str) -> Iterator[ProgressSink]:
+        started = shown = time.monotonic()
+        first: int | None = None
+
+        def sink(done: int, total: int, values: Mapping[str, float]) -> None:
+            nonlocal shown, first
+            now = time.monotonic()
+            first = done - 1 if first is None else first  # a resumed work does not start at 0
+            if now - shown >= PLAIN_SECONDS:
+                shown = now
+                rate = (done - first) / (now - started)
+                left = f", {rate:.2g}/s, {clock((total - done) / rate)} left" if rate > 0 else ""
+                self.line(f"  {title}: {done}/{total}{left}{''.join(f', {item}' for item in _few(values))}")
+
+        yield sink
+
+
+class BarDisplay:
+    """A progress bar on standard error."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self._console = Console(stderr=True, highlight=False)
+
+    def line(self, text: str) -> None:
+        self._console.print(text, markup=False)
+
+    @contextmanager
+    def stage(self, title: str) -> Iterator[ProgressSink]:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("  {task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[values]}"),
+        )
+        with Progress(*columns, console=self._console, transient=True) as bars:
+            task = bars.add_task(title, total=None, rate="", values="")
+
+            def sink(done: int, total: int, values: Mapping[str, float]) -> None:
+                speed = bars.tasks[0].speed
+                rate = f"{speed:.2g}/s" if speed else ""
+                bars.update(task, completed=done, total=total, rate=rate, values=", ".join(_few(values)))
+
+            yield sink
+
+
+def clock(seconds: float) -> str:
+    """75 as "1:15"; 4000 as "1:06:40"."""
+    whole = round(seconds)
+    hours, minutes = whole // 3600, whole // 60 % 60
+    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
+
+
+def _few(values: Mapping[str, float]) -> list[str]:
+    """The losses, or else the first two values."""
+    losses = {name: value for name, value in values.items() if name.endswith("loss")}
+    chosen = losses or dict(list(values.items())[:2])
+    return [f"{name.replace('_', ' ')} {value:.4g}" for name, value in chosen.items()]

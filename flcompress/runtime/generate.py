@@ -1,0 +1,263 @@
+"""Generate a clip from a run's exports: prompt in, file out, by torch, ONNX Runtime or TensorRT."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from flcompress.core.experts import FACTS_FILE
+from flcompress.core.passes import ProgressSink
+from flcompress.diffusion.conditioning import Conditioning, on, taken
+from flcompress.diffusion.contract import SamplingContract
+from flcompress.diffusion.experts import COMPONENTS, OTHER
+from flcompress.diffusion.sampling import Network, sample
+from flcompress.errors import RequestError
+from flcompress.exporters.onnx_model import MANIFEST_FILE
+from flcompress.exporters.shared.parity import Denoiser
+from flcompress.exporters.shared.partner import PARTNER_FOLDER
+from flcompress.models.families import family_of
+from flcompress.models.folder import check_parts, check_transformer_config, read_json
+from flcompress.models.garbage import free_gpu_memory
+from flcompress.models.loading import load_transformer
+from flcompress.models.network import as_network
+from flcompress.models.parts import Parts, open_parts
+from flcompress.models.precision import half_precision
+from flcompress.runtime.clip_files import check_target, read_picture, write_clip
+from flcompress.runtime.inputs import tensors_of
+from flcompress.runtime.manifest import read_manifest, require_hash
+from flcompress.runtime.onnx_session import PROVIDERS, OnnxSession, require_onnxruntime
+from flcompress.runtime.positions import with_positions
+from flcompress.runtime.tensorrt_api import cuda_driver
+from flcompress.runtime.tensorrt_session import TensorRTSession, require_gpu
+
+Backend = Literal["torch", "onnx", "tensorrt"]
+
+Load = Callable[[], Network]
+"""Brings a network into memory."""
+
+
+def generate(
+    run_dir: Path,
+    prompt: str,
+    backend: Backend,
+    out: Path,
+    seed: int = 0,
+    image: Path | None = None,
+    progress: ProgressSink | None = None,
+    fps: float | None = None,
+    negative_prompt: str | None = None,
+) -> Path:
+    """Run the whole pipeline of `run_dir/exports` and write the clip.
+
+    Args:
+        run_dir: a run directory; every backend needs its diffusers export, for text encoder and autoencoder.
+        prompt: what the clip is to show.
+        backend: what runs the denoiser.
+        out: .gif, .mp4 or .png (a strip of the frames).
+        seed: of all noise; the same seed gives the same clip on every backend, within the export's tolerance. The
+            noise is drawn as stock Wan draws it after `torch.manual_seed(seed)`; other pipelines draw other shapes.
+        image: the first frame, for image-to-video models; scaled and cropped to the clip's size.
+        progress: told of each denoising step.
+        fps: frames a second of the file; the export's own rate where left out.
+        negative_prompt: what guidance leads away from; the recipe's where left out.
+
+    Returns:
+        `out`.
+
+    Raises:
+        UnavailableError: the backend cannot run on this machine.
+        RequestError: an export is missing, damaged or of another model; `out` cannot be written.
+    """
+    check_target(out)
+    if backend == "tensorrt":
+        require_gpu()
+    if backend == "onnx":
+        require_onnxruntime("backend onnx")
+    pipeline = run_dir / "exports" / "diffusers"
+    facts = read_manifest(pipeline / FACTS_FILE, _make(run_dir, "diffusers"))
+    check_parts(pipeline)
+    facts = _with_negative(facts, negative_prompt)
+    parts = open_parts(pipeline, _device())
+    first = _first_frame(parts, facts, prompt, image)
+    latents = denoise(_denoiser(run_dir, backend, facts), parts, facts, prompt, seed, first, progress)
+    free_gpu_memory()  # the transformer leaves before the autoencoder comes
+    return write_clip(parts.decode_latents(latents)[0].cpu(), out, fps or _frame_rate(pipeline, facts))
+
+
+def denoise(
+    network: Network,
+    parts: Parts,
+    facts: dict[str, Any],
+    prompt: str,
+    seed: int,
+    first_frame: Conditioning | None = None,
+    progress: ProgressSink | None = None,
+) -> torch.Tensor:
+    """Latents [1, channels, frames, height, width] for a prompt, on the CPU.
+
+    Starting noise and every re-noising come from one generator in the order a stock pipeline draws them.
+    """
+    contract = SamplingContract.from_dict(facts["contract"])
+    prompts = on(parts.encode_prompts([prompt, contract.negative_prompt], contract.max_sequence_length), "cpu")
+    parts.let_go()  # the text encoders leave before a transformer comes
+    given = taken(prompts, slice(0, 1)) | dict(first_frame or {})
+    draw = torch.Generator().manual_seed(seed)
+    start = parts.family.start(parts.family.noise(facts["latents"], draw), given)
+    told = _counted(network, contract.evaluations, progress) if progress else network
+    made = sample(told, contract, start, given, taken(prompts, slice(1, 2)), draw)
+    return parts.family.end(parts.config, made, given)
+
+
+def _frame_rate(pipeline: Path, facts: dict[str, Any]) -> float:
+    """Frames a second of the export's clips; exports of before this was noted have their family's."""
+    if "frame_rate" in facts:
+        return float(facts["frame_rate"])
+    index = read_json(pipeline / "model_index.json", "a diffusers pipeline folder has one")
+    return family_of(facts["pipeline_class"]).frame_rate(index, check_transformer_config(pipeline / "transformer"))
+
+
+def _with_negative(facts: dict[str, Any], negative_prompt: str | None) -> dict[str, Any]:
+    """The facts with another negative prompt; RequestError where nothing is guided, so that it would do nothing."""
+    if negative_prompt is None:
+        return facts
+    contract = SamplingContract.from_dict(facts["contract"])
+    if not contract.guided:
+        raise RequestError(
+            f"--negative-prompt: {negative_prompt!r} given, but this model is sampled without text guidance, so it has "
+            "no effect; leave it out"
+        )
+    return {**facts, "contract": replace(contract, negative_prompt=negative_prompt).to_dict()}
+
+
+def _first_frame(parts: Parts, facts: dict[str, Any], prompt: str, image: Path | None) -> Conditioning:
+    """Conditioning by a picture; RequestError where a model needs one and none is given, or the other way round."""
+    if not parts.from_image:
+        if image is not None:
+            raise RequestError(f"--image: {image} given, but a {facts['pipeline_class']} takes none; leave it out")
+        return {}
+    if image is None:
+        raise RequestError(f"{facts['pipeline_class']}: no --image given; this model makes a clip from its first frame")
+    call = facts["call"]
+    picture = read_picture(image, call["height"], call["width"])
+    clip = picture[None, :, None].expand(1, -1, call["num_frames"], -1, -1)
+    return on(parts.encode_images(clip, [prompt], call["max_sequence_length"]), "cpu")
+
+
+def _denoiser(run_dir: Path, backend: Backend, facts: dict[str, Any]) -> Network:
+    """What predicts: the transformer, or both of two experts as one network, the one in use in memory."""
+    contract, turns = SamplingContract.from_dict(facts["contract"]), _InTurn()
+    make = _torch_network if backend == "torch" else partial(_exported_network, backend=backend)
+    if (experts := contract.experts) is None:
+        return turns.network(make(run_dir, "transformer", "", facts))
+    compressed = turns.network(make(run_dir, COMPONENTS[experts.compressed], "", facts))
+    partner = make(run_dir, COMPONENTS[OTHER[experts.compressed]], PARTNER_FOLDER, facts)
+    return experts.joined(compressed, turns.network(partner))
+
+
+class _InTurn:
+    """Networks of which one is in memory: it comes when it is called, and the one before leaves first.
+
+    Two experts share the noise levels of a clip, so each comes once.
+    """
+
+    def __init__(self) -> None:
+        self._loaded: tuple[Load, Network] | None = None
+
+    def network(self, load: Load) -> Network:
+        """What `load` gives, as a network that loads it when it is needed."""
+
+        def call(x: torch.Tensor, timestep: torch.Tensor, given: Conditioning) -> torch.Tensor:
+            if self._loaded is None or self._loaded[0] is not load:
+                self._loaded = None
+                free_gpu_memory()
+                self._loaded = load, load()
+            return self._loaded[1](x, timestep, given)
+
+        return call
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _torch_network(run_dir: Path, transformer: str, part: str, facts: dict[str, Any]) -> Load:
+    """The stock transformer: in bf16 on a GPU, as stock pipelines are run there, in fp32 on a CPU."""
+    folder, device = run_dir / "exports" / "diffusers" / transformer, _device()
+    half, guidance = device == "cuda", SamplingContract.from_dict(facts["contract"]).embedded_guidance
+
+    def load() -> Network:
+        network = as_network(load_transformer(folder, device, torch.bfloat16 if half else None), guidance)
+
+        def call(x: torch.Tensor, timestep: torch.Tensor, given: Conditioning) -> torch.Tensor:
+            with half_precision(device, enabled=half):
+                return network(x.to(device), timestep.to(device), on(given, device)).to(x)
+
+        return call
+
+    return load
+
+
+def _exported_network(run_dir: Path, transformer: str, part: str, facts: dict[str, Any], *, backend: Backend) -> Load:
+    """The export in folder `part` of a backend's, which stands for the named transformer of the diffusers export."""
+    folder = run_dir / "exports" / backend / part
+    manifest = read_manifest(folder / MANIFEST_FILE, _make(run_dir, backend))
+    if manifest["contract"] != facts["contract"]:
+        raise RequestError(
+            f"{folder / MANIFEST_FILE}: its sampling contract is not that of the diffusers export; make both again "
+            f"with: {_make(run_dir, 'diffusers')} --format {backend}"
+        )
+    hashes = manifest["sha256"] if backend == "onnx" else {manifest["file"]: manifest["sha256"]}
+    for name, expected in hashes.items():
+        require_hash(folder / name, expected, _make(run_dir, backend))
+    model = folder / str(manifest["file"])
+    config = check_transformer_config(run_dir / "exports" / "diffusers" / transformer)
+    guidance = SamplingContract.from_dict(facts["contract"]).embedded_guidance
+
+    def load() -> Network:
+        if backend == "onnx":
+            return _as_network(_onnx_session(model), config, guidance)
+        return _as_network(TensorRTSession(model, manifest["builder"], manifest["shapes"]), config, guidance)
+
+    return load
+
+
+def _onnx_session(model: Path) -> OnnxSession:
+    """On the GPU where both a driver and an ONNX Runtime built for it are here, else on the CPU."""
+    import onnxruntime
+
+    gpu = cuda_driver() and PROVIDERS["cuda"] in onnxruntime.get_available_providers()
+    return OnnxSession(model, "cuda" if gpu else "cpu")
+
+
+def _as_network(denoiser: Denoiser, config: dict[str, Any], guidance: float | None) -> Network:
+    """An exported transformer behind its family's adapter: the graph's inputs are the forward's tensors."""
+    family = family_of(config["_class_name"])
+
+    def call(x: torch.Tensor, timestep: torch.Tensor, given: Conditioning) -> torch.Tensor:
+        arguments = family.arguments(config, x, timestep, given, guidance)
+        output = denoiser(tensors_of(with_positions(config, arguments)))
+        return family.prediction(config, output.to(x.device), x, timestep, given)
+
+    return call
+
+
+def _counted(network: Network, total: int, progress: ProgressSink) -> Network:
+    done = 0
+
+    def call(x: torch.Tensor, timestep: torch.Tensor, given: Conditioning) -> torch.Tensor:
+        nonlocal done
+        velocity = network(x, timestep, given)
+        done += 1
+        progress(done, total, {})
+        return velocity
+
+    return call
+
+
+def _make(run_dir: Path, export: str) -> str:
+    return f"flcompress export {run_dir} --format {export}"

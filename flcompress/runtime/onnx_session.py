@@ -1,0 +1,67 @@
+"""An exported ONNX denoiser, run by ONNX Runtime."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from flcompress.errors import UnavailableError
+from flcompress.exporters.shared.parity import Inputs
+
+MISSING = (
+    "ONNX Runtime is not installed, which checks and runs ONNX exports; pip install 'flcompress[onnxruntime]', or "
+    "'flcompress[onnxruntime-gpu]' on a machine with an NVIDIA GPU, but not both"
+)
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+def require_onnxruntime(what: str) -> None:
+    """UnavailableError, in one line that begins with `what`, where ONNX Runtime is not installed."""
+    if find_spec("onnxruntime") is None:
+        raise UnavailableError(f"{what}: {MISSING}")
+
+
+class OnnxSession:
+    """Callable as a `flcompress.exporters.shared.parity.Denoiser`."""
+
+    def __init__(self, model: Path, device: Literal["cpu", "cuda"] = "cpu", *, lean: bool = False) -> None:
+        """Load `model` (its external data beside it).
+
+        Args:
+            model: the file.
+            device: what runs it.
+            lean: hold no second copy of the weights: slower, for a check of a large model.
+
+        Raises:
+            UnavailableError: ONNX Runtime did not take the device; it falls back to the CPU without a word.
+        """
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()  # as torch has, so that the two compare fairly
+        options.log_severity_level = 3  # errors; what else it says is about its own optimiser
+        if lean:  # else fp16 weights become fp32 ones ahead of the run, all at once, and stay
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+            options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
+            options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        wanted = PROVIDERS[device]
+        # A provider this build lacks is left out of the list here, because ONNX Runtime would only warn about it.
+        chosen = [name for name in (wanted, PROVIDERS["cpu"]) if name in onnxruntime.get_available_providers()]
+        self.session = onnxruntime.InferenceSession(str(model), options, providers=list(dict.fromkeys(chosen)))
+        self.provider = str(self.session.get_providers()[0])
+        if self.provider != wanted:
+            raise UnavailableError(
+                f"{model}: ONNX Runtime runs it on {self.provider}, {wanted} was asked for; "
+                "pip uninstall onnxruntime onnxruntime-gpu, then pip install 'flcompress[onnxruntime-gpu]', and check "
+                "the CUDA libraries"
+            )
+
+    def __call__(self, inputs: Inputs) -> torch.Tensor:
+        # What the traced forward never looks at is no input of the graph.
+        given = {one.name: inputs[one.name].detach().cpu().numpy() for one in self.session.get_inputs()}
+        return torch.from_numpy(self.session.run(None, given)[0])

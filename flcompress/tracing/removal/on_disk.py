@@ -1,0 +1,231 @@
+"""Removal of blocks from a checkpoint on disk: certified, then copied tensor by tensor in little memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flcompress.errors import NotRemovable, PostconditionError
+from flcompress.ir.graph import BlockGraph
+from flcompress.models import example_inputs
+from flcompress.models.folder import check_transformer_config
+from flcompress.models.loading import load_transformer, meta_transformer
+from flcompress.models.part_check import matching_tensors
+from flcompress.models.shards import LARGEST_SHARD, StackedTensor, StoredTensor, Writable, write_tensors
+from flcompress.tracing.config_keys import build
+from flcompress.tracing.removal.certificate import Certificate
+from flcompress.tracing.removal.remove import certify, remove
+from flcompress.tracing.removal.sources import Chunks
+from flcompress.tracing.stand_in import stand_in
+
+OWN_WEIGHTS = 32_000_000
+"""Parameters up to which a removal is certified with the model's own weights, which takes several copies of them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskRemoval:
+    """What `remove_on_disk` wrote.
+
+    Attributes:
+        certificate: of the removal, on the model's own weights or on a stand-in.
+        stand_in: {config key: (the model's value, the stand-in's)}; None for the model's own weights.
+        names: {name of a tensor in the new checkpoint: name in the old one, which it is or of which it is rows}.
+        resized: {path of a kept block in the new checkpoint: its parameters}, of those that became another kind.
+    """
+
+    certificate: Certificate
+    stand_in: Mapping[str, tuple[Any, Any]] | None
+    names: Mapping[str, str]
+    resized: Mapping[str, int]
+
+    def without(self, graph: BlockGraph) -> BlockGraph:
+        """The new checkpoint's graph, from the old one's.
+
+        A block that became the kind of one that is gone, such as the last one's, costs as much as that did.
+        """
+        small = graph.without(self.certificate.removed)
+        gone = [graph.block(path) for path in self.certificate.removed]
+        blocks = []
+        for path, count in self.resized.items():
+            block = small.block(path)
+            alike = next((one for one in gone if (one.stack, one.parameters) == (block.stack, count)), block)
+            blocks.append(replace(block, parameters=count, flops=alike.flops))
+        return small.with_blocks(blocks)
+
+
+def remove_on_disk(
+    folder: Path,
+    paths: Iterable[str],
+    target: Path,
+    *,
+    own_weights: int = OWN_WEIGHTS,
+    largest_shard: int = LARGEST_SHARD,
+) -> DiskRemoval:
+    """Write to `target` the transformer of `folder` without the blocks at `paths`; kept tensors keep every byte.
+
+    Where a kept block becomes one of another kind, as the certificate says, rows of a tensor are copied instead.
+
+    A model of at most `own_weights` parameters is removed from in memory and certified as `remove` does. A larger one
+    is never loaded: the certificate is that of a stand-in (same class, same depth, fewer channels), and its findings,
+    which config values change and which tensor becomes which, are checked against the large model's own names and
+    shapes. `docs/decisions/0006-pruning-on-disk.md` says why that is sound.
+
+    Raises:
+        RequestError: a path that is no block, or all of them.
+        ModelError: weights that are missing, short, or not those of the configuration.
+        NotRemovable: no certificate.
+    """
+    config = check_transformer_config(folder)
+    large = meta_transformer(folder)
+    stored = matching_tensors(folder, large)
+    count = sum(parameter.numel() for parameter in large.parameters())
+    model, changed = _to_try(folder, large, own_weights)
+    small: Any = remove(model, paths, example_inputs(model))
+    certificate: Certificate = small.flcompress_certificate
+    names = _observed(model, small, certificate, exact=changed is None)
+    changes = {key: after for key, (_, after) in certificate.config_changes.items()}
+    both = sorted(set(changes) & set(changed or ()))
+    if both:
+        raise NotRemovable(
+            f"{folder}: the removal changes the config value {both[0]!r}, which also decides the width: it can only be "
+            f"certified with the model's own weights, {count:,} parameters in memory; expected at most {own_weights:,}"
+        )
+    tensors = {new: _rows(stored[old], certificate.chunked.get(new)) for new, old in names.items()}
+    built = build(large, changes)
+    _fits(built, tensors)
+    work = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    write_tensors(work, tensors, largest_shard)
+    text = json.dumps({**config, **changes}, indent=2) + "\n"
+    (work / "config.json").write_text(text, encoding="utf-8")
+    work.rename(target)
+    return DiskRemoval(
+        certificate=certificate, stand_in=changed, names=names, resized=_resized(large, built, certificate)
+    )
+
+
+def choose_removable(
+    folder: Path, graph: BlockGraph, choice: Callable[[BlockGraph], tuple[str, ...]]
+) -> tuple[BlockGraph, tuple[str, ...]]:
+    """What `choice` makes of the graph, all of it certified to be removable block by block.
+
+    A block that turns out not to be is marked so, with the reason, and the choice made again. Large models are tried on
+    a stand-in, as in `remove_on_disk`.
+
+    Args:
+        folder: of the transformer.
+        graph: of it; blocks whose `removable` is decided already are not tried again.
+        choice: the blocks to remove from a graph.
+
+    Returns:
+        (the graph with what was found out, the chosen paths).
+    """
+    model: nn.Module | None = None
+    while True:
+        chosen = choice(graph)
+        open_ = [path for path in chosen if graph.block(path).removable is None]
+        if not open_:
+            return graph, chosen
+        model = model or _to_try(folder, meta_transformer(folder), OWN_WEIGHTS)[0]
+        found = certify(model, example_inputs(model), paths=open_)
+        graph = graph.with_blocks(
+            replace(graph.block(path), removable=found.block(path).removable, reason=found.block(path).reason)
+            for path in open_
+        )
+
+
+def _to_try(folder: Path, large: nn.Module, own_weights: int) -> tuple[nn.Module, dict[str, tuple[Any, Any]] | None]:
+    """The model that removals are tried on: the one in `folder` or, where that is large, a stand-in and its changes.
+
+    On the CPU, whatever the training runs on: a certificate asks two models for the same bits, and a GPU may choose
+    another kernel for weights at another address.
+    """
+    if sum(parameter.numel() for parameter in large.parameters()) <= own_weights:
+        return load_transformer(folder), None
+    return stand_in(large)
+
+
+def _observed(model: nn.Module, small: nn.Module, certificate: Certificate, *, exact: bool) -> dict[str, str]:
+    """{name in `small`: name in `model`}, told by the tensors' values alone.
+
+    Of chunks the certificate gives the name, and the values must be those. `exact`: these are the values that will be
+    written, so that of several equal tensors any one will do.
+    """
+    state = model.state_dict()
+    places: dict[bytes, list[str]] = {}
+    for name, tensor in state.items():
+        places.setdefault(_digest(tensor), []).append(name)
+    before = {new: old for old, new in certificate.kept.items()}
+    found: dict[str, str] = {}
+    for name, tensor in small.state_dict().items():
+        chunks = certificate.chunked.get(name)
+        if chunks is not None and _digest(chunks.of(state[chunks.name])) == _digest(tensor):
+            found[name] = chunks.name
+            continue
+        names = places.get(_digest(tensor), [])
+        likely = _renamed(name, before)
+        if likely in names:
+            found[name] = likely
+        elif len(names) == 1 or (names and exact):
+            found[name] = names[0]
+        else:
+            raise NotRemovable(
+                f"{type(model).__name__}: the smaller model's tensor {name} is "
+                f"{'several' if names else 'none'} of the model's, so it cannot be copied on disk"
+            )
+    return found
+
+
+def _renamed(name: str, before: Mapping[str, str]) -> str:
+    """The name of a tensor of a block under the block's old path."""
+    for new, old in before.items():
+        if name.startswith(f"{new}."):
+            return old + name.removeprefix(new)
+    return name
+
+
+def _digest(tensor: Tensor) -> bytes:
+    plain = tensor.detach().cpu().contiguous()
+    if plain.dtype == torch.float64:
+        plain = plain.float()  # a table of positions in double precision goes through the certificate in single
+    digest = hashlib.sha256(repr((plain.dtype, tuple(plain.shape))).encode())
+    digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.digest()
+
+
+def _rows(tensor: StoredTensor, chunks: Chunks | None) -> Writable:
+    if chunks is None:
+        return tensor
+    count = tensor.shape[0] // chunks.count
+    return StackedTensor(tuple(tensor.rows(place * count, count) for place in chunks.taken))
+
+
+def _resized(large: nn.Module, built: nn.Module, certificate: Certificate) -> dict[str, int]:
+    """{path in `built`: parameters} of the kept blocks that have another number of them than in `large`."""
+
+    def count(model: nn.Module, path: str) -> int:
+        return sum(parameter.numel() for parameter in model.get_submodule(path).parameters())
+
+    sizes = {new: count(built, new) for new in certificate.kept.values()}
+    return {new: sizes[new] for old, new in certificate.kept.items() if sizes[new] != count(large, old)}
+
+
+def _fits(built: nn.Module, tensors: Mapping[str, Writable]) -> None:
+    """The smaller configuration, at full width, must ask for exactly the tensors that will be written."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()}
+    for name in sorted(set(wanted) ^ set(tensors)):
+        raise PostconditionError(f"{name}: {'is' if name in wanted else 'is not'} asked for by the smaller config.json")
+    for name, shape in wanted.items():
+        if tensors[name].shape != shape:
+            raise PostconditionError(
+                f"{name}: has shape {tensors[name].shape}, the smaller config.json asks for {shape}"
+            )

@@ -1,0 +1,224 @@
+"""Translation validation: the smaller model, saved and loaded by stock diffusers, answers what the skip answers."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from flcompress.ir.graph import BlockGraph
+from flcompress.models.configs import BUILD_ERRORS
+from flcompress.tracing.call import FORWARD_ERRORS, evaluating, first_line, tensors_of
+from flcompress.tracing.removal.candidates import Candidate, Candidates
+from flcompress.tracing.removal.cuts import cut_inputs
+from flcompress.tracing.removal.repairs import Indices
+from flcompress.tracing.removal.sources import drawn
+from flcompress.tracing.skip import skip
+
+RANDOM_SEED = 0
+PARTNERS = 8  # how many blocks are tried as the partner of one that cannot go alone
+
+
+class Prover:
+    """Looks for a config with which a removal is exact.
+
+    It tries random weights first: with trained or zero-initialised ones a wrong model can look right. They take one
+    more copy of the model, made at the first use.
+    """
+
+    def __init__(self, model: nn.Module, graph: BlockGraph, inputs: Mapping[str, Any]) -> None:
+        self._model, self._graph, self._inputs = model, graph, dict(inputs)
+        self._probe: nn.Module | None = None
+        self._candidates = Candidates(model, graph, inputs)
+
+    def candidate_for(self, paths: tuple[str, ...], removed: Mapping[str, Indices]) -> Candidate | str:
+        """The way to remove `paths`; a sentence if there is none, about the plainest config: lower counts alone."""
+        cause = ""
+        expectations = self._expectations(paths)
+        if isinstance(expectations, str):
+            return expectations
+        for candidate in self._candidates.without(removed):
+            fault = candidate if isinstance(candidate, str) else self._refuted(candidate, expectations, paths)
+            if not fault and not isinstance(candidate, str):
+                return candidate
+            cause = cause or str(fault)
+        return cause
+
+    def smaller(self, paths: tuple[str, ...], candidate: Candidate) -> nn.Module | str:
+        """The smaller model with the model's own weights, as stock diffusers loads it, or why it is not the skip."""
+        built = candidate.built
+        probe = self._random()
+        for name, parameter in probe.named_parameters():
+            # Fresh memory, as in `_reloaded`: kernels round differently on weights that lie unaligned in a mapped file.
+            parameter.data = self._model.get_parameter(name).detach().clone()
+        self._probe = None
+        built.load_state_dict(drawn(probe.state_dict(), candidate.sources), assign=True)
+        loaded = _reloaded(built, probe)
+        if isinstance(loaded, str):
+            return loaded
+        with evaluating(probe, loaded):
+            with skip(probe, paths, graph=self._graph):
+                expected = tensors_of(probe(**self._inputs))
+            return _answers(loaded, cut_inputs(self._inputs, candidate.cuts), expected) or loaded
+
+    def partner(self, paths: tuple[str, ...], stack: str) -> str:
+        """A block of the same list with which `paths` can go, nearest or in the mirrored place first; or nothing."""
+        depth = len(self._graph.stacks[stack])
+        given = [self._graph.block(path).index for path in paths]
+
+        def distance(index: int) -> int:
+            return min(min(abs(one - index), abs(one + index - depth + 1)) for one in given)
+
+        for index in sorted(set(range(depth)) - set(given), key=distance)[:PARTNERS]:
+            path = f"{stack}.{index}"
+            if len(paths) + 1 < len(self._graph.blocks) and self._graph.block(path).streams:
+                removed = {stack: frozenset([*given, index])}
+                if not isinstance(self.candidate_for((*paths, path), removed), str):
+                    return path
+        return ""
+
+    def _expectations(self, paths: tuple[str, ...]) -> list[tuple[dict[str, Any], list[Tensor]]] | str:
+        """What the random probe answers with `paths` skipped: to the given inputs, and to them moved a little.
+
+        What the given ones switch off, such as a scale of zero, so counts too.
+        """
+        model = self._random()
+        with evaluating(model):
+            full = tensors_of(model(**self._inputs))
+            with skip(model, paths, graph=self._graph):
+                expected = tensors_of(model(**self._inputs))
+                if not all(one.isfinite().all() for one in expected):
+                    return "the output is not finite when they are skipped, so nothing can be compared"
+                if all(map(torch.equal, full, expected)):
+                    return "skipping them does not change the output for these inputs, so nothing can be proved"
+                moved = _moved(self._inputs)
+                try:
+                    also = tensors_of(model(**moved))
+                except FORWARD_ERRORS:  # no inputs of this model: they must be whole numbers, or lie in some range
+                    return [(self._inputs, expected)]
+        finite = all(one.isfinite().all() for one in also)
+        return [(self._inputs, expected), *([(moved, also)] if finite else [])]
+
+    def _refuted(
+        self, candidate: Candidate, expectations: list[tuple[dict[str, Any], list[Tensor]]], paths: tuple[str, ...]
+    ) -> str:
+        """Why the candidate with random weights is not the skip; empty where it is."""
+        built, probe = candidate.built, self._random()
+        built.load_state_dict(drawn(probe.state_dict(), candidate.sources), assign=True)
+        _settle_buffers(built, probe)
+        with evaluating(built):
+            for inputs, expected in expectations:
+                fault = _answers(built, cut_inputs(inputs, candidate.cuts), expected)
+                if fault:
+                    return fault
+        return self._matters(candidate, paths)
+
+    def _matters(self, candidate: Candidate, paths: tuple[str, ...]) -> str:
+        """Which weight that the candidate does without the output is computed from with `paths` skipped; or nothing.
+
+        Weights that happen not to change the output for these inputs are not enough: no way may lead from them to it.
+        """
+        probe = self._random()
+        chunked = {source.name: source for source in candidate.chunked.values()}
+        parameters = dict(probe.named_parameters())
+        names = [name for name in (*candidate.unused, *chunked) if name in parameters]
+        if not names:
+            return ""
+        with evaluating(probe), skip(probe, paths, graph=self._graph), torch.enable_grad():
+            for name in names:
+                parameters[name].requires_grad_(True)
+            answers = [one for one in tensors_of(probe(**self._inputs)) if one.requires_grad]
+            if not answers:
+                return ""
+            total = torch.stack([one.double().sum() for one in answers]).sum()
+            gradients = torch.autograd.grad(total, [parameters[name] for name in names], allow_unused=True)
+        for name, gradient in zip(names, gradients, strict=True):
+            parts = gradient.chunk(chunked[name].count) if gradient is not None and name in chunked else [gradient]
+            left_out = [
+                part for place, part in enumerate(parts) if name not in chunked or place not in chunked[name].taken
+            ]
+            if any(part is not None and (name not in chunked or part.any()) for part in left_out):
+                return f"the smaller model has no place for '{name}', which the output depends on"
+        return ""
+
+    def _random(self) -> nn.Module:
+        if self._probe is None:
+            self._probe = copy.deepcopy(self._model)
+            _randomise(self._probe)
+        return self._probe
+
+
+def _moved(inputs: dict[str, Any]) -> dict[str, Any]:
+    generator = torch.Generator("cpu").manual_seed(RANDOM_SEED)
+
+    def move(value: Tensor) -> Tensor:
+        if not value.is_floating_point():
+            return value
+        noise = torch.randn(value.shape, generator=generator, device="cpu")
+        return value + 0.1 * noise.to(value.device, value.dtype)
+
+    moved: dict[str, Any] = tree_map_only(Tensor, move, inputs)
+    return moved
+
+
+def _answers(model: nn.Module, inputs: dict[str, Any], expected: list[Tensor]) -> str:
+    """Why the smaller model's answer to `inputs` is not `expected`; empty where it is."""
+    try:
+        found = tensors_of(model(**inputs))
+    except FORWARD_ERRORS as error:
+        return f"the smaller model fails with {type(error).__name__}: {first_line(error)}"
+    if [one.shape for one in expected] != [one.shape for one in found]:
+        return "the smaller model's output has another shape than the skip's"
+    if not all(map(torch.equal, expected, found)):
+        difference = max(float((one - two).abs().max()) for one, two in zip(expected, found, strict=True))
+        return f"the smaller model differs from the skip by {difference:.3g}, expected 0"
+    return ""
+
+
+def _reloaded(built: Any, like: nn.Module) -> nn.Module | str:
+    """`built` saved and loaded by stock diffusers, with the dtypes and device of `like`."""
+    dtypes = {parameter.dtype for parameter in like.parameters()}
+    # Half precision would round what the model keeps in float32.
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    with tempfile.TemporaryDirectory(prefix="flcompress-certificate-") as folder:
+        built.save_pretrained(folder, safe_serialization=True)
+        try:
+            loaded, info = type(built).from_pretrained(folder, output_loading_info=True, torch_dtype=dtype)
+        except (*BUILD_ERRORS, OSError) as error:
+            return f"stock diffusers cannot load the smaller model: {type(error).__name__}: {first_line(error)}"
+    for fault, names in info.items():
+        if names:
+            return f"stock diffusers reports {fault.replace('_', ' ')} for the smaller model: {names[0]}"
+    model: nn.Module = loaded
+    device = next(like.parameters()).device
+    # Copies, because kernels round differently on weights that lie unaligned in a mapped file.
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(device, built.get_parameter(name).dtype, copy=True)
+    _settle_buffers(model, like)
+    return model
+
+
+def _settle_buffers(model: nn.Module, like: nn.Module) -> None:
+    """Put the buffers on the device of `like`, and into its dtype where all of its are of one."""
+    dtypes = {tensor.dtype for tensor in like.buffers() if tensor.is_floating_point()}
+    device = next(like.parameters()).device
+    for tensor in model.buffers():
+        wide = tensor.is_floating_point() and len(dtypes) == 1
+        tensor.data = tensor.data.to(device, next(iter(dtypes)) if wide else tensor.dtype, copy=True)
+
+
+def _randomise(probe: nn.Module) -> None:
+    """Make every parameter random, so that no branch is silent and no two blocks are alike."""
+    generator = torch.Generator("cpu").manual_seed(RANDOM_SEED)
+    for name, parameter in probe.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator, device="cpu")
+        if parameter.dim() > 1:
+            noise *= max(parameter.numel() // max(len(parameter), 1), 1) ** -0.5
+        else:
+            noise = noise * 0.1 + (1.0 if name.endswith("weight") else 0.0)
+        parameter.data = noise.to(parameter.device, parameter.dtype)

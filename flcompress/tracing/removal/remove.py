@@ -1,0 +1,127 @@
+"""Removal of blocks by translation validation: accepted only when stock diffusers reproduces the skip exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from flcompress.errors import NotRemovable, RequestError
+from flcompress.ir.graph import BlockGraph
+from flcompress.tracing.config_keys import has_config
+from flcompress.tracing.removal.candidates import Candidate
+from flcompress.tracing.removal.certificate import Certificate
+from flcompress.tracing.removal.cuts import cut_inputs
+from flcompress.tracing.removal.proof import Prover
+from flcompress.tracing.removal.rebuild import needs_streams, removed_indices
+from flcompress.tracing.skip import require_blocks
+from flcompress.tracing.traced import keep, recall
+from flcompress.tracing.tracer import inputs_for, trace
+
+
+def remove(model: nn.Module, paths: Iterable[str], inputs: Mapping[str, Any] | None = None) -> nn.Module:
+    """A new model of the same class without the blocks at `paths`; `model` stays as it is.
+
+    It is what stock diffusers loads from a folder saved without the blocks, and carries `flcompress_certificate`.
+    `inputs` are the keyword arguments to check with: give every optional one that will be used. Takes room for one
+    saved copy in the temporary folder and two more copies of the model in memory. Raises RequestError on an unknown
+    path, an empty request, a removal of everything, or a model without weights or config; NotRemovable, naming the
+    block and the cause, where the result would not be what skipping is.
+    """
+    name, inputs = _checked(model, inputs)
+    graph = recall(model, inputs) or trace(model, inputs)
+    wanted = require_blocks(graph, paths)
+    needs_streams([graph.block(path) for path in wanted])
+    graph.without(wanted)  # refuses to leave nothing
+    with torch.random.fork_rng(devices=[]):
+        prover = Prover(model, graph, inputs)
+        candidate = _proved(prover, graph, wanted)
+        result: Any = prover.smaller(wanted, candidate)
+    if isinstance(result, str):
+        raise NotRemovable(f"{_several(wanted)} of {name} cannot be removed: {result}")
+    config: Any = model.config
+    result.train(model.training)
+    result.register_to_config(_name_or_path=config.get("_name_or_path", ""))  # not the temporary folder
+    result.flcompress_certificate = Certificate(
+        model_class=name,
+        removed=wanted,
+        kept=graph.renamed(wanted),
+        config_changes={key: (config[key], value) for key, value in candidate.changes.items()},
+        inputs=tuple(inputs),
+        max_abs_difference=0.0,
+        random_max_abs_difference=0.0,
+        diffusers_version=_diffusers_version(),
+        chunked=candidate.chunked,
+        dropped=candidate.unused,
+        input_cuts=candidate.cuts,
+    )
+    smaller: nn.Module = result
+    if candidate.unused or candidate.chunked or candidate.cuts:
+        trace(smaller, cut_inputs(inputs, candidate.cuts))  # kept blocks of another size, or other arguments
+    else:
+        keep(smaller, inputs, graph.without(wanted))
+    return smaller
+
+
+def certify(
+    model: nn.Module,
+    inputs: Mapping[str, Any] | None = None,
+    graph: BlockGraph | None = None,
+    paths: Iterable[str] | None = None,
+) -> BlockGraph:
+    """The graph with `removable` decided for the blocks at `paths` (all where None), and the reason where it is False.
+
+    Each block is proved, alone, on random weights, as `remove` does before it takes the model's own. Raises as `remove`
+    does on a model without weights or config.
+    """
+    _, inputs = _checked(model, inputs)
+    graph = graph or recall(model, inputs) or trace(model, inputs)
+    prover = Prover(model, graph, inputs)
+    asked = [graph.block(path) for path in paths] if paths is not None else graph.blocks
+    blocks = []
+    with torch.random.fork_rng(devices=[]):
+        for block in asked:
+            try:
+                _proved(prover, graph, (block.path,))
+            except NotRemovable as error:
+                blocks.append(replace(block, removable=False, reason=str(error)))
+            else:
+                blocks.append(replace(block, removable=True))
+    return graph.with_blocks(blocks)
+
+
+def _checked(model: nn.Module, inputs: Mapping[str, Any] | None) -> tuple[str, dict[str, Any]]:
+    name = type(model).__name__
+    if not has_config(model) or not hasattr(model, "save_pretrained"):
+        raise RequestError(f"{name} is no diffusers model; expected one with from_config and save_pretrained")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise RequestError(f"{name} is on the meta device and has no weights to keep; load its weights first")
+    return name, inputs_for(model, inputs)
+
+
+def _proved(prover: Prover, graph: BlockGraph, wanted: tuple[str, ...]) -> Candidate:
+    """The way to remove `wanted`; raises NotRemovable with the cause, and the block that would have to go with it."""
+    needs_streams([graph.block(path) for path in wanted])
+    removed = removed_indices(graph, wanted)
+    found = prover.candidate_for(wanted, removed)
+    if not isinstance(found, str):
+        return found
+    stack = graph.block(wanted[0]).stack
+    alone = len(removed) == 1 and list(graph.config_keys.values()).count(graph.config_keys[stack]) == 1
+    partner = prover.partner(wanted, stack) if alone else ""
+    if partner:
+        found += f"; it can go together with '{partner}': ask for both"
+    raise NotRemovable(f"{_several(wanted)} of {graph.model_class} cannot be removed: {found}")
+
+
+def _several(paths: tuple[str, ...]) -> str:
+    return ", ".join(f"'{path}'" for path in paths)
+
+
+def _diffusers_version() -> str:
+    import diffusers  # late: its import takes seconds
+
+    return str(diffusers.__version__)

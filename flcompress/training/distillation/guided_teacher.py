@@ -1,0 +1,90 @@
+"""The real score of distribution matching: a frozen teacher guided by text and away from its pruned self."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from flcompress.core.health import Range
+from flcompress.diffusion.conditioning import Conditioning, without_prompt
+from flcompress.diffusion.guidance import well_guided
+from flcompress.diffusion.sampling import Network
+from flcompress.draws import Draws
+from flcompress.ir.graph import BlockGraph
+from flcompress.tracing.prefix import remember
+from flcompress.training.engines import Engine
+
+NO_INTER, NO_INTRA = (1.0, 1.0), (0.0, 0.0)
+
+
+class GuidedTeacher:
+    """FastLightGen's well-guided teacher.
+
+        x_real = u_full + b1 (c_full - u_full) + b2 (c_full - c_pruned)
+
+    with b1 and b2 uniform in their ranges, anew for every sample. Guidance that has no effect costs no forward.
+
+    Args:
+        engine: what runs it.
+        model: frozen, where paths of blocks lead.
+        network: the same under the engine; what is called.
+        graph: of the model.
+        prune_set: blocks that its pruned self skips, in order of depth.
+        inter_cfg: range of b1, text guidance; 1 is none.
+        intra_cfg: range of b2, guidance away from the pruned self; 0 is none.
+        negative: conditioning of the negative prompt, [1, ...].
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        model: Any,
+        network: Network,
+        graph: BlockGraph,
+        prune_set: Sequence[str],
+        *,
+        inter_cfg: Range,
+        intra_cfg: Range,
+        negative: Conditioning,
+    ) -> None:
+        self._engine, self._model, self._network, self._graph = engine, model, network, graph
+        self._prune_set, self._inter_cfg, self._intra_cfg = prune_set, inter_cfg, intra_cfg
+        self._negative = negative
+
+    @torch.no_grad()
+    def __call__(self, x: torch.Tensor, timestep: torch.Tensor, given: Conditioning, draws: Draws) -> torch.Tensor:
+        """The guided prediction, shaped as x [n, channels, frames, height, width].
+
+        Tweedie's formula is affine in the prediction and guidance weights sum to one: guiding either is the same.
+        """
+        inter, intra = (self._drawn(limits, x, draws) for limits in (self._inter_cfg, self._intra_cfg))
+        conditional, pruned = self._full_and_pruned(x, timestep, given)
+        unconditional = conditional
+        if self._inter_cfg != NO_INTER:
+            unconditional = self._network(x, timestep, without_prompt(given, self._negative))
+        return well_guided(unconditional, conditional, pruned, inter, intra)
+
+    @staticmethod
+    def _drawn(limits: Range, x: torch.Tensor, draws: Draws) -> torch.Tensor:
+        low, high = limits
+        drawn = low + (high - low) * draws.uniform()
+        return drawn.reshape(-1, *([1] * (x.ndim - 1))).to(x.device)
+
+    def _full_and_pruned(
+        self, x: torch.Tensor, timestep: torch.Tensor, given: Conditioning
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Predictions with all blocks and without the prune set; what lies before it is computed once."""
+        model, graph, skipped = self._model, self._graph, self._prune_set
+        if self._intra_cfg == NO_INTRA:
+            full = self._network(x, timestep, given)
+            return full, full
+        if self._engine.splits_weights:
+            full = self._network(x, timestep, given)
+            with self._engine.skip(model, skipped, graph=graph):
+                return full, self._network(x, timestep, given)
+        with remember(model, graph, until=skipped[0]) as memory:
+            full = self._network(x, timestep, given)
+            with memory.skipping(*skipped):
+                return full, self._network(x, timestep, given)

@@ -1,0 +1,230 @@
+"""The roles of distribution matching and the step that updates them; the pass itself is in dmd.py."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from flcompress.core.program import Program
+from flcompress.data.dataset import LatentDataset
+from flcompress.diffusion import matching
+from flcompress.diffusion.conditioning import on
+from flcompress.diffusion.contract import SamplingContract
+from flcompress.diffusion.sampling import Network
+from flcompress.draws import Draws, seed_of
+from flcompress.models.loading import meta_transformer
+from flcompress.models.network import as_network
+from flcompress.training.distillation.discriminator import Discriminator, critic_term, generator_term
+from flcompress.training.distillation.guided_teacher import GuidedTeacher
+from flcompress.training.distillation.simulation import Simulation
+from flcompress.training.distillation.student_monitor import StudentHealth
+from flcompress.training.engines import Engine, Hyper
+from flcompress.training.objectives import denoising_loss, draw_levels, level_range
+from flcompress.training.role import Trained
+from flcompress.training.shared_base import LoRA, SharedBase, loose
+
+if TYPE_CHECKING:
+    from flcompress.passes.dmd import DistributionMatching
+
+BETAS = (0.0, 0.999)
+"""AdamW's, for both roles: no momentum, since what each follows moves (Yin et al. 2024, DMD2)."""
+
+
+class Roles:
+    """Generator, fake score and guided teacher of one distillation.
+
+    Attributes:
+        engine: what trains them.
+        generator: what becomes the student.
+        trained: it and the fake score, with its discriminator where there is one.
+        teacher: the real score's model.
+        health: the looks at them; None where the recipe wants no samples.
+    """
+
+    def __init__(
+        self, settings: DistributionMatching, program: Program, contract: SamplingContract, engine: Engine
+    ) -> None:
+        work, parts = engine.work, program.components
+        self.engine, self._settings, self._device = engine, settings, work.device
+        self._beat = work.world.beat
+        self._process, self._shift = contract.process, program.teacher_contract.shift
+        self._embedded = contract.embedded_guidance
+        self._data, fixed = _split(work.data(program), work.health.samples)
+        negative = on(self._data.negative, work.device)
+        low, high = settings.score_range
+        self._score_range = level_range(contract, self._shift, low=low, high=high, key="dmd.score_range")
+
+        real_score = parts[settings.real_score]
+        self._graph = engine.graph(real_score)
+        base = self._base(real_score) if settings.shares else None
+        self.teacher = base.model if base is not None else engine.load_frozen(real_score)
+        real = as_network(engine.frozen(self.teacher), self._embedded)
+        self._teacher = GuidedTeacher(
+            engine,
+            self.teacher,
+            real,
+            self._graph,
+            program.prune_set,
+            inter_cfg=settings.inter_cfg,
+            intra_cfg=settings.intra_cfg,
+            negative=negative,
+        )
+        student = self._student(program, base)
+        self.generator = self._role("generator", student, settings.learning_rate, settings.ema_decay)
+        self._generator = as_network(self.generator.module, self._embedded)
+        self._critic, self._fake = self._scoring(program, base)
+        self.trained = (self.generator, self._critic)
+
+        partner, sampled, guided = None, self._generator, real
+        # A low-noise expert starts where its partner ends; what comes after a high-noise one concerns samples alone.
+        if (experts := contract.experts) is not None and (experts.compressed == "low" or fixed is not None):
+            partner = beside = as_network(engine.frozen(engine.load_frozen(parts["partner"])), self._embedded)
+            if fixed is not None and parts["original_partner"] != parts["partner"]:
+                beside = as_network(engine.frozen(engine.load_frozen(parts["original_partner"])), self._embedded)
+            sampled, guided = experts.joined(sampled, partner), experts.joined(guided, beside)
+        self._simulation = Simulation(program, contract, self._data, negative, work.device, partner, self._beat)
+        self.health: StudentHealth | None = None
+        if fixed is not None:
+            self.health = StudentHealth(
+                work,
+                program,
+                contract,
+                fixed,
+                batch=settings.batch,
+                generator=self.generator,
+                student=sampled,
+                fake=self._fake,
+                real=guided,
+                score_range=self._score_range,
+            )
+
+    def _base(self, folder: Path) -> SharedBase:
+        """A frozen transformer that LoRAs lie on."""
+        blocks = [block.path for block in self.engine.graph(folder).blocks]
+        whole = loose(meta_transformer(folder), blocks)
+        base = SharedBase(self.engine.load_frozen(folder, whole=whole), blocks)
+        self.engine.checkpoint_blocks(base.model, base.checkpoint)
+        return base
+
+    def _student(self, program: Program, base: SharedBase | None) -> Any:
+        """The pruned transformer, or a LoRA that computes like it."""
+        engine, settings, graph = self.engine, self._settings, self._graph
+        folder, seed = program.components["transformer"], seed_of(engine.work.seed, "generator")
+        if settings.generator == "full":
+            return engine.load_trained(folder)
+        if base is None or not settings.generator_shares:
+            own = self._base(folder)
+            return LoRA(own, own.blocks, settings.lora_rank, seed=seed)
+        kept = program.kept.values()
+        gone = [block.path for block in graph.blocks if block.path not in kept]
+        return LoRA(
+            base, kept, settings.lora_rank, seed=seed, around=lambda: engine.skip(self.teacher, gone, graph=graph)
+        )
+
+    def _role(self, name: str, model: Any, learning_rate: float, ema_decay: float | None = None) -> Trained:
+        hyper = Hyper(learning_rate=learning_rate, betas=BETAS)
+        return Trained(self.engine, name, model, batch=self._settings.batch, hyper=hyper, ema_decay=ema_decay)
+
+    def _scoring(self, program: Program, base: SharedBase | None) -> tuple[Trained, Network]:
+        """The critic's role and what predicts: the fake score, inside a discriminator with the adversarial term."""
+        settings, name = self._settings, "fake_score"
+        if settings.fake_score == "lora" and base is not None:
+            seed = seed_of(self.engine.work.seed, "fake score")
+            fake: Any = LoRA(base, base.blocks, settings.lora_rank, seed=seed)
+        else:
+            fake = self.engine.load_trained(program.components["elastic"])
+        if not settings.gan_weight:
+            critic = self._role(name, fake, settings.critic_learning_rate)
+            return critic, as_network(critic.module, self._embedded)
+        middle = program.graph.blocks[len(program.graph.blocks) // 2]
+        width, network = middle.streams[0].spec.shape[-1], as_network(fake, self._embedded)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            judge = Discriminator(fake, network, middle.path, width).to(self._device)
+        return self._role(name, judge, settings.critic_learning_rate), network
+
+    def step(self, step: int, draws: Draws) -> Mapping[str, float]:
+        """The critic's updates, then one of the generator's (two-time-scale rule)."""
+        values: dict[str, float] = {}
+        for _ in range(self._settings.critic_updates):
+            values.update(self._update_critic(draws))
+        values.update(self._update_generator(draws))
+        return values
+
+    def _noised(self, x: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(x_s, s, noise) at levels drawn from the score range and shifted."""
+        low, high = self._score_range
+        level = draw_levels(draws, self._shift, low=low, high=high).to(self._device)
+        noise = draws.normal(*x.shape[1:]).to(self._device)
+        return self._process.add_noise(x, noise, level), level, noise
+
+    def _update_critic(self, draws: Draws) -> dict[str, float]:
+        for part in self._critic.micro_batches(draws):
+            self._critic.backward(self._critic_loss(part), part)
+        return self._critic.step()
+
+    def _critic_loss(self, draws: Draws) -> torch.Tensor:
+        x, given = self._simulation.sampled(self._generator, draws, grad=False)
+        noised, level, noise = self._noised(x, draws)
+        if not self._settings.gan_weight:
+            return denoising_loss(self._fake, self._process, x, given, level, noise)
+        prediction, generated = self._critic.module(noised, self._process.timestep(level), given)
+        self._beat()
+        x_real, given_real = self._data.batch(draws.batch, draws.shared, draws.mine)
+        real, real_level, _ = self._noised(x_real.to(self._device), draws)
+        _, logits = self._critic.module(real, self._process.timestep(real_level), on(given_real, self._device))
+        loss: torch.Tensor = (prediction.float() - self._process.target(x, noise, level)).square().mean()
+        return loss + self._settings.gan_weight * critic_term(logits, generated)
+
+    def _update_generator(self, draws: Draws) -> dict[str, float]:
+        means: dict[str, float] = defaultdict(float)
+        scales = torch.zeros(draws.batch, dtype=torch.float64)
+        for part in self.generator.micro_batches(draws):
+            x, given = self._simulation.sampled(self._generator, part, grad=True)
+            noised, level, _ = self._noised(x, part)
+            timestep = self._process.timestep(level)
+            with torch.no_grad():
+                fake = self._process.tweedie(noised, self._fake(noised, timestep, given), level)
+                self._beat()
+                real = self._process.tweedie(noised, self._teacher(noised, timestep, given, part), level)
+                self._beat()
+                g = matching.gradient(x, fake, real)
+            loss = matching.loss(x, g)
+            if self._settings.gan_weight:
+                # The critic only lends its judgement: its own gradients of this term are thrown away.
+                _, logits = self._critic.model(noised, timestep, given)
+                loss = loss + self._settings.gan_weight * generator_term(logits)
+            self.generator.backward(loss, part)
+            x = x.detach()
+            scales[part.mine] = matching.normaliser(x, real).double().cpu()
+            means["score_gap"] += part.share * float((fake - real).abs().mean())
+            means["generated_std"] += part.share * float(x.flatten(1).std(dim=1).mean())
+            if x.shape[2] > 1:  # an image has no motion: the mean of nothing is not a number
+                means["generated_motion"] += part.share * float(x.diff(dim=2).abs().mean())
+        values = self.generator.step()
+        self._critic.clear()
+        scale = self._of_all(scales)
+        return {
+            **values,
+            **means,
+            "normaliser_mean": float(scale.mean()),
+            "normaliser_min": float(scale.min()),
+            "normaliser_max": float(scale.max()),
+        }
+
+    def _of_all(self, values: torch.Tensor) -> torch.Tensor:
+        """One number for each sample of the batch, in every process, from [batch] with zeros for others' samples."""
+        world = self.engine.work.world
+        sums = world.mean({str(n): one * world.size for n, one in enumerate(values.tolist())})
+        return torch.tensor(list(sums.values()))
+
+
+def _split(data: LatentDataset, samples: int) -> tuple[LatentDataset, LatentDataset | None]:
+    """(what is trained on, what the fixed samples are made from); prompts alone serve both."""
+    if not samples:
+        return data, None
+    return (data, data) if data.prompts_only else data.split(min(samples, max(1, len(data) // 4)))

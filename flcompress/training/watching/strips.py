@@ -1,0 +1,69 @@
+"""Sample clips of a training as pictures: a row of frames for each clip, decoded by the pipeline's own autoencoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flcompress.core.passes import Work
+from flcompress.core.program import Program
+from flcompress.models.garbage import free_gpu_memory
+
+STRIPS = "samples"
+FRAMES, ROW_HEIGHT, GAP = 6, 80, 2
+"""Frames of a clip that are shown, evenly spread; their height in pixels at most; pixels between them."""
+GROUND = (17, 20, 26)
+
+
+def strip_of(directory: Path, step: int) -> Path:
+    """Where the strip of a step's samples lies in the pass's folder."""
+    return directory / STRIPS / f"step-{step:08d}.png"
+
+
+def reference_strip(directory: Path) -> Path:
+    """Where the strip of the teacher's samples lies."""
+    return directory / STRIPS / "teacher.png"
+
+
+def draw_strip(work: Work, program: Program, latents: torch.Tensor, path: Path) -> None:
+    """Decode clips [n, channels, frames, height, width], one at a time, and write them as rows of frames.
+
+    The autoencoder is in memory only while this lasts. A picture is no reason to end a training: what prevents one is
+    reported, and the training goes on without it.
+    """
+    free_gpu_memory()
+    try:
+        _draw(program, latents, path, work.device)
+    except Exception as error:  # noqa: BLE001 (whatever it was)
+        reason = " ".join(str(error).split())[:300]
+        work.say(f"warning: {path.name}: not drawn, the training goes on: {type(error).__name__}: {reason}")
+    free_gpu_memory()
+
+
+def _draw(program: Program, latents: torch.Tensor, path: Path, device: str) -> None:
+    from PIL import Image
+
+    # Half of the precision is enough for pictures of this size, and of the memory beside a training.
+    parts, rows = program.parts(device, torch.bfloat16 if device == "cuda" else None), []
+    for one in latents:
+        clip = parts.decode_latents(one[None].float())[0].float().cpu()
+        frames = torch.linspace(0, clip.shape[1] - 1, min(FRAMES, clip.shape[1])).round().long()
+        values = ((clip[:, frames].clamp(-1.0, 1.0) + 1.0) * 127.5).round().byte().permute(1, 2, 3, 0)
+        rows.append([_small(Image.fromarray(frame.contiguous().numpy())) for frame in values])
+    width, height = rows[0][0].size
+    canvas = Image.new("RGB", (len(rows[0]) * (width + GAP) - GAP, len(rows) * (height + GAP) - GAP), GROUND)
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(row):
+            canvas.paste(picture, (x * (width + GAP), y * (height + GAP)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    canvas.save(temporary, format="png", optimize=True)
+    temporary.replace(path)
+
+
+def _small(picture: Any) -> Any:
+    if picture.height > ROW_HEIGHT:
+        return picture.resize((round(picture.width * ROW_HEIGHT / picture.height), ROW_HEIGHT))
+    return picture

@@ -1,0 +1,133 @@
+"""Where a training's figures and sample strips go beside the report: TensorBoard, Weights & Biases."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+from flcompress.core.passes import Work
+from flcompress.core.wandb_access import refused
+from flcompress.files import write_text
+from flcompress.training.watching.strips import STRIPS, strip_of
+
+FOLDER = "tensorboard"
+ID_FILE = "wandb-run-id.txt"
+
+
+def figures_of(record: Mapping[str, float]) -> dict[str, float]:
+    """A line of `metrics.jsonl` without its step."""
+    return {name: value for name, value in record.items() if name != "step"}
+
+
+class Tracker(Protocol):
+    """One of them."""
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
+        """Add figures of a step."""
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        """Add a picture file."""
+
+
+class TensorBoard:
+    """Event files in the pass's own folder: `tensorboard --logdir RUN/passes`."""
+
+    def __init__(self, folder: Path, start: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # What a killed run logged after its last checkpoint will be done, and logged, again.
+        self.writer = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
+        for name, value in figures.items():
+            self.writer.add_scalar(name, value, step)
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        import numpy as np
+        from PIL import Image
+
+        with Image.open(path) as shown:
+            self.writer.add_image(name, np.asarray(shown.convert("RGB")), step, dataformats="HWC")
+
+
+class WeightsAndBiases:
+    """One run a pass; where it goes is the environment's to say (WANDB_PROJECT, WANDB_MODE, ...).
+
+    A killed training goes on in the same run: the pass's folder keeps its id, which no other folder has. What the
+    server does not have of the steps before is given again, and offline all of it: a killed command may have lost some.
+
+    Args:
+        folder: of the pass.
+        name: of the pass.
+        logged: what `metrics.jsonl` has of the steps that the training goes on from.
+    """
+
+    def __init__(self, folder: Path, name: str, logged: Iterable[Mapping[str, float]]) -> None:
+        import wandb
+
+        file = folder / ID_FILE
+        if not file.exists():
+            write_text(file, secrets.token_hex(8) + "\n")
+        try:
+            self.run: Any = wandb.init(
+                dir=str(folder),
+                name=name,
+                id=file.read_text(encoding="utf-8").strip(),
+                resume="allow",
+                # Without its summary of every curve, and without taking in what the command prints.
+                settings=wandb.Settings(quiet=True, console="off"),
+            )
+        except wandb.errors.Error as error:
+            raise refused(error) from error
+        before: dict[int, dict[str, float]] = {}
+        for record in logged:
+            before.setdefault(int(record["step"]), {}).update(figures_of(record))
+        for step, figures in before.items():
+            self.log(step, figures)
+            if (strip := strip_of(folder, step)).exists():
+                self.picture(step, STRIPS, strip)
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
+        self._log(step, dict(figures))
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        import wandb
+
+        self._log(step, {name: wandb.Image(str(path))})
+
+    def _log(self, step: int, values: dict[str, Any]) -> None:
+        if step >= self.run.step:  # the server has those before
+            self.run.log(values, step=step)
+
+    def close(self, kind: type[BaseException] | None, *_: object) -> None:
+        """A training that was ended before its time is no finished run."""
+        self.run.finish(exit_code=int(kind is not None))
+
+
+@contextmanager
+def trackers(
+    work: Work, name: str, start: int = 0, logged: Iterable[Mapping[str, float]] = ()
+) -> Iterator[Sequence[Tracker]]:
+    """Those that the recipe asks for, in the main process; none in the others.
+
+    Args:
+        work: of the pass.
+        name: of the pass.
+        start: the step that the training goes on from.
+        logged: the figures of the steps up to that one.
+    """
+    found: list[Tracker] = []
+    with ExitStack() as open_ones:
+        if work.world.main and "tensorboard" in work.log_to and find_spec("tensorboard") is not None:
+            board = TensorBoard(work.directory / FOLDER, start)
+            open_ones.callback(board.writer.close)
+            found.append(board)
+        if work.world.main and "wandb" in work.log_to:
+            bias = WeightsAndBiases(work.directory, name, logged)
+            open_ones.push(bias.close)
+            found.append(bias)
+        yield found

@@ -1,0 +1,135 @@
+"""Every way in which a recipe and a launcher can disagree, refused with one line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from flcompress.distributed.launch import Launch, check_launch
+from flcompress.errors import RequestError
+from flcompress.frontend.recipe import Training
+from tests.training.toy import Toy
+
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+WHOLE = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+HALF = "a launcher sets all of them: start with torchrun or accelerate launch, or unset them to run one process"
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (
+        *NAMES,
+        "ACCELERATE_USE_DEEPSPEED",
+        "ACCELERATE_USE_FSDP",
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE",
+        "ACCELERATE_MIXED_PRECISION",
+    ):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_without_a_launcher_one_process_runs() -> None:
+    assert Launch.from_environment() == Launch(0, 1, 0)
+
+
+def test_what_a_launcher_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in WHOLE.items():
+        monkeypatch.setenv(name, value)
+    assert Launch.from_environment() == Launch(1, 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"RANK": "1"}, f"environment: RANK set, but not WORLD_SIZE, LOCAL_RANK, MASTER_PORT, MASTER_ADDR; {HALF}"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2"},
+            f"environment: RANK, WORLD_SIZE set, but not LOCAL_RANK, MASTER_PORT, MASTER_ADDR; {HALF}",
+        ),
+        (
+            {"WORLD_SIZE": "2"},
+            f"environment: WORLD_SIZE set, but not RANK, LOCAL_RANK, MASTER_PORT, MASTER_ADDR; {HALF}",
+        ),
+        ({**WHOLE, "RANK": "one"}, "environment: RANK=one given, expected a whole number"),
+        ({**WHOLE, "WORLD_SIZE": "-2"}, "environment: WORLD_SIZE=-2 given, expected a whole number"),
+        ({**WHOLE, "RANK": "2"}, "environment: RANK=2 given with WORLD_SIZE=2, expected a smaller RANK"),
+    ],
+)  # fmt: skip
+def test_an_environment_that_is_half_set(
+    monkeypatch: pytest.MonkeyPatch, given: Mapping[str, str], message: str
+) -> None:
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RequestError, match=f"^{re.escape(message)}$"):
+        Launch.from_environment()
+
+
+@pytest.mark.parametrize(
+    ("training", "size", "environment", "message"),
+    [
+        (
+            {"engine": "ddp", "processes": 4}, 2, {},
+            "training.processes: 4 given, but the launcher started 2 (WORLD_SIZE); start with "
+            "torchrun --nproc-per-node 4 -m flcompress apply RECIPE, or change it",
+        ),
+        (
+            {"engine": "ddp", "processes": 2}, 4, {},
+            "training.processes: 2 given, but the launcher started 4 (WORLD_SIZE); start with "
+            "torchrun --nproc-per-node 2 -m flcompress apply RECIPE, or change it",
+        ),
+        (
+            {"engine": "local"}, 2, {},
+            "training.engine: local given, but the launcher started 2 processes (WORLD_SIZE); "
+            "set it to ddp, zero1, zero2, zero3 or fsdp2, or start one",
+        ),
+        (
+            {"engine": "zero2"}, 1, {"ACCELERATE_USE_CPU": "true"},
+            "training.engine: zero2 given, but only one process runs (WORLD_SIZE is unset or 1; `accelerate launch "
+            "--cpu` starts one whatever it is told); start with torchrun --nproc-per-node 2 -m flcompress apply "
+            "RECIPE, or set training.processes: 1 if one is meant",
+        ),
+        (
+            {"engine": "ddp"}, 2, {"ACCELERATE_USE_DEEPSPEED": "true"},
+            "training.engine: ddp given, but accelerate was configured for zero1 or zero2 or zero3 "
+            "(ACCELERATE_USE_DEEPSPEED); set one like the other",
+        ),
+        (
+            {"engine": "zero3"}, 2, {"ACCELERATE_USE_FSDP": "true"},
+            "training.engine: zero3 given, but accelerate was configured for fsdp2 (ACCELERATE_USE_FSDP); "
+            "set one like the other",
+        ),
+        (
+            {"engine": "zero2"}, 2, {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+            "training.engine: zero2 given, but accelerate was configured for ZeRO stage 3 "
+            "(ACCELERATE_DEEPSPEED_ZERO_STAGE); set one like the other",
+        ),
+        (
+            {"engine": "ddp"}, 2, {"ACCELERATE_MIXED_PRECISION": "fp16"},
+            "training.precision: fp32 given, but accelerate was configured for fp16 (ACCELERATE_MIXED_PRECISION); "
+            "set one like the other",
+        ),
+    ],
+)  # fmt: skip
+def test_a_recipe_and_a_launcher_that_disagree(
+    monkeypatch: pytest.MonkeyPatch, training: Any, size: int, environment: Mapping[str, str], message: str
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RequestError, match=f"^{re.escape(message)}$"):
+        check_launch(Training(**training), Launch(0, size, 0))
+
+
+def test_a_batch_that_the_processes_do_not_divide() -> None:
+    message = "toy: batch 3 given, expected a multiple of the 2 processes; change either"
+    with pytest.raises(RequestError, match=f"^{message}$"):
+        check_launch(Training(engine="ddp"), Launch(0, 2, 0), [Toy(steps=1, batch=3)])
+
+
+@pytest.mark.parametrize(
+    ("training", "size"),
+    [({"engine": "local"}, 1), ({"engine": "ddp", "processes": 2}, 2), ({"engine": "fsdp2", "processes": 1}, 1)],
+)
+def test_a_recipe_and_a_launcher_that_agree(training: Any, size: int) -> None:
+    check_launch(Training(**training), Launch(0, size, 0), [Toy(steps=1, batch=4)])

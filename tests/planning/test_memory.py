@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import pytest
+
+from flcompress.core.passes import Cost, EngineName, Precision, Role
+from flcompress.frontend.recipe import Training
+from flcompress.planning.activations import Bytes, Kept
+from flcompress.planning.engine_memory import BUCKET, Place, updating
+from flcompress.planning.memory import PROCESS, PlannedMemory, Sizes, planned_memory
+
+
+def per_sample(size: float) -> Bytes:
+    return Bytes(fixed=0, sample=size)
+
+
+KEPT = Kept(
+    outside=per_sample(100),
+    blocks=Bytes(fixed=50, sample=1000),
+    block=per_sample(250),
+    streams=per_sample(80),
+    alone=per_sample(30),
+)
+GENERATOR = Role("generator", 200, trained=True, averaged=True)
+FAKE, REAL = Role("fake", 100, trained=True), Role("real", 50)
+SIZES = Sizes(outside=0.1, block=0.1)
+
+
+def memory(
+    *roles: Role,
+    engine: EngineName = "local",
+    processes: int = 1,
+    gpu: bool = False,
+    precision: Precision = "fp32",
+    again: bool = False,
+    batch: int = 8,
+    steps: int = 1,
+    micro_batch: int | None = None,
+) -> PlannedMemory:
+    training = Training(engine=engine, precision=precision, gradient_checkpointing=again, micro_batch=micro_batch)
+    cost = Cost(steps=steps, batch=batch, roles=roles)
+    return planned_memory(cost, KEPT, training, SIZES, 200.0, processes=processes, gpu=gpu)
+
+
+def test_each_part_of_a_training_pass() -> None:
+    """Roles are updated one after the other: gradients and activations of one alone are there at once."""
+    found = memory(GENERATOR, FAKE, REAL)
+    assert {name: role.lasting for name, role in found.roles.items()} == {
+        "generator": 4 * 4 * 200,  # weights, two moments, average
+        "fake": 4 * 3 * 100,
+        "real": 4 * 50,
+    }
+    assert found.roles["generator"].gradients == 4 * 200
+    assert found.activations == found.update == 8 * 100 + 50 + 8 * 1000 + 8 * 250
+    assert found.total == PROCESS + 3200 + 1200 + 200 + 10850
+
+
+def test_gradients_take_most_where_activations_are_few() -> None:
+    """AdamW steps one tensor at a time."""
+    assert memory(GENERATOR, batch=0).update == 4 * 200
+    assert memory(GENERATOR, batch=0, engine="ddp", processes=4).update == 50  # in the buckets, which stay
+
+
+def test_one_moment_takes_half_of_two() -> None:
+    one = Role("generator", 200, trained=True, moments=1)
+    assert memory(one).roles["generator"].moments == 4 * 200
+    assert memory(one, engine="zero2", processes=4).roles["generator"].moments == 4 * 200 / 4
+    step = [updating(200, moments, 0.0, Place("zero2", 4, gpu=False)).step for moments in (1, 2)]
+    assert step == [2 * 4 * 200 / 4, 4 * 4 * 200 / 4]  # stepped in slices, or with denominators
+
+
+def test_half_precision_and_checkpointing_save_what_they_can() -> None:
+    found = memory(GENERATOR, REAL, precision="bf16", again=True)
+    assert found.roles["generator"].weights == 4 * 200
+    assert found.roles["real"].weights == 2 * 50
+    assert found.activations == 8 * (100 + 80 + 250 + 250)
+
+
+def test_without_a_backward_what_is_alive_counts() -> None:
+    found = memory(REAL, precision="bf16", steps=0)
+    assert (found.roles["real"].weights, found.update) == (4 * 50, 8 * 30)
+
+
+def test_a_shallow_role_keeps_fewer_activations() -> None:
+    """Half as deep; a LoRA runs as deep as its base, however small it is."""
+    assert memory(FAKE).activations == 8 * 100 + (50 + 8 * 1000) / 2 + 8 * 250
+    lora = Role("LoRA", 2, trained=True, runs=100)
+    assert memory(lora).activations == memory(FAKE).activations
+    assert memory(lora, REAL).roles["LoRA"].moments == 2 * 4 * 2
+
+
+@pytest.mark.parametrize(
+    ("engine", "weights", "gradients", "moments", "average", "kept"),
+    [
+        ("ddp", 800, 0, 1600, 800, 800),  # kept: its buckets, where gradients lie
+        ("zero1", 800, 800, 400, 800, 200),  # kept: the fp32 part
+        ("zero2", 800, 200, 400, 800, 200),
+        ("zero3", 200, 200, 400, 200, 200 + 800 + 800),  # kept: gradients, bucket, gathered weights
+        ("fsdp2", 200, 200, 400, 200, 0),
+    ],
+)
+def test_what_a_process_of_four_holds(
+    engine: EngineName, weights: float, gradients: float, moments: float, average: float, kept: float
+) -> None:
+    role = memory(GENERATOR, engine=engine, processes=4).roles["generator"]
+    found = (role.weights, role.gradients, role.moments, role.average, role.engine)
+    assert found == (weights, gradients, moments, average, kept)
+
+
+@pytest.mark.parametrize(("engine", "weights"), [("ddp", 200), ("zero2", 200), ("zero3", 50), ("fsdp2", 50)])
+def test_frozen_weights_are_split_where_all_are(engine: EngineName, weights: float) -> None:
+    assert memory(GENERATOR, REAL, engine=engine, processes=4).roles["real"].weights == weights
+
+
+def test_activations_are_those_of_a_process_own_samples() -> None:
+    assert memory(GENERATOR, engine="ddp", processes=4).activations == 2 * (100 + 1000 + 250) + 50
+
+
+def test_a_gpu_reserves_deepspeeds_bucket_whole_and_has_no_interpreter() -> None:
+    found = memory(GENERATOR, engine="zero2", processes=4, gpu=True)
+    assert found.process == 0
+    assert found.update > 4 * BUCKET
+
+
+@pytest.mark.parametrize(
+    ("engine", "processes", "waiting"),
+    [
+        ("local", 1, 4 * 200),
+        ("ddp", 4, 4 * 200),
+        ("zero1", 4, 4 * 200),
+        ("zero2", 4, 200),
+        ("zero3", 4, 0),  # its gradients' place is there all the time
+        ("fsdp2", 4, 200),
+    ],
+)
+def test_gradients_of_earlier_micro_batches_are_beside_the_activations(
+    engine: EngineName, processes: int, waiting: float
+) -> None:
+    batch = 8 * processes
+    one, whole = (memory(GENERATOR, engine=engine, processes=processes, batch=n * processes) for n in (2, 8))
+    parts = memory(GENERATOR, engine=engine, processes=processes, batch=batch, micro_batch=2)
+    assert parts.activations == one.activations < whole.activations
+    assert parts.update == one.update + waiting
+    assert parts.roles == whole.roles
+
+
+def test_a_micro_batch_as_large_as_the_share_changes_nothing() -> None:
+    assert memory(GENERATOR, engine="ddp", processes=4, micro_batch=2) == memory(GENERATOR, engine="ddp", processes=4)
+    assert memory(REAL, steps=0, micro_batch=1) == memory(REAL, steps=0)  # what does not train has none

@@ -1,0 +1,107 @@
+"""What fits, what is advised, and wrong requests."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from flcompress.errors import RequestError
+from flcompress.frontend.loading import load_recipe
+from flcompress.planning.gpus import RESERVE, Machine, gpu_machine
+from flcompress.planning.plan import Plan, make_plan
+from flcompress.planning.text import plan_text
+from tests.fixtures.recipes import WriteRecipe
+
+GPU = Machine(name="toy", count=2, memory=80e9, half=2e12, single=1e12, gpu=True)
+PASSES = "passes: [score, {cut: {keep: 0.7}}]\n"
+
+
+def plan(write: WriteRecipe, machine: Machine = GPU, training: str = "{}") -> Plan:
+    return make_plan(load_recipe(write(f"training: {training}\n{PASSES}")), machine=machine)
+
+
+def totals(found: Plan) -> dict[tuple[str, str, bool], float]:
+    (row,) = [row for row in found.passes if row.trains]
+    keys = [(one.setting.engine, one.setting.precision, one.setting.gradient_checkpointing) for one in row.settings]
+    return {key: one.memory.total for key, one in zip(keys, row.settings, strict=True)}
+
+
+def test_a_pass_that_trains_is_planned_under_every_setting(write: WriteRecipe) -> None:
+    found = plan(write)
+    assert len(totals(found)) == 6 * 2 * 2
+    own = totals(found)["local", "fp32", False]
+    assert own == found.passes[1].memory.total
+    assert found.fits
+    assert found.advice is None
+
+
+def test_the_advice_fits_and_is_the_quickest_of_what_fits(write: WriteRecipe) -> None:
+    limits = totals(plan(write))
+    # Room for the leanest setting alone.
+    tight = replace(GPU, memory=(min(limits.values()) + 1) / (1 - RESERVE))
+    found = plan(write, tight)
+    assert not found.fits
+    assert found.advice is not None
+    advised = found.advice.setting
+    assert limits[advised.engine, advised.precision, advised.gradient_checkpointing] == min(limits.values())
+    told = plan_text(found, settings=True)
+    assert f"  training: {{engine: {advised.engine}, " in told
+    # Written into the recipe it does fit.
+    (line, *_) = found.advice.lines()
+    mended = plan(write, tight, line.removeprefix("training: "))
+    assert mended.passes[1].fits
+
+
+def test_what_does_not_fit_at_once_is_advised_in_micro_batches(write: WriteRecipe) -> None:
+    one = replace(GPU, count=1)
+    whole, parts = (totals(plan(write, one, text))["local", "bf16", True] for text in ("{}", "{micro_batch: 1}"))
+    assert parts < whole
+    tight = replace(one, memory=(parts + 1) / (1 - RESERVE))
+    found = plan(write, tight)
+    assert found.advice is not None
+    assert found.advice.lines() == [
+        "training: {engine: local, precision: bf16, gradient_checkpointing: true, micro_batch: 1}"
+    ]
+    mended = plan(write, tight, found.advice.lines()[0].removeprefix("training: "))
+    assert mended.fits
+    assert mended.passes[1].batch == found.passes[1].batch
+    assert "with local, bf16, gradient checkpointing, micro batch 1, batch 2" in plan_text(mended, settings=True)
+
+
+def test_nothing_fits(write: WriteRecipe) -> None:
+    found = plan(write, replace(GPU, memory=1.0))
+    assert found.advice is None
+    assert "nothing fits on any number of these GPUs; score runs on one GPU whatever the engine" in plan_text(found)
+
+
+def test_a_batch_that_the_processes_do_not_divide(write: WriteRecipe) -> None:
+    recipe = load_recipe(write(f"training: {{engine: fsdp2}}\n{PASSES}"))
+    with pytest.raises(
+        RequestError, match=r"tiny\.yaml:\d+: passes\[1\]\.cut\.batch: 2 given, expected a multiple of the 3"
+    ):
+        make_plan(recipe, machine=replace(GPU, count=3))
+
+
+@pytest.mark.parametrize(
+    ("count", "memory", "told"),
+    [
+        (16, "80X", "--memory: 80X given, expected a size such as 80G or 48GiB"),
+        (16, "0G", "--memory: 0G given, expected a size such as 80G or 48GiB"),
+        (0, "80G", "--gpus: 0 given, expected 1 or more"),
+        (16, None, "--gpus: 16 given, but training.processes of the recipe is 2; leave one of them out, "
+                   "or --set training.processes=16"),
+    ],
+)  # fmt: skip
+def test_wrong_requests(write: WriteRecipe, count: int, memory: str | None, told: str) -> None:
+    processes = "2" if memory is None else "null"
+    recipe = load_recipe(write(f"training: {{engine: ddp, processes: {processes}}}\n{PASSES}"))
+    with pytest.raises(RequestError) as caught:
+        gpu_machine(recipe, "h100", count, memory)
+    assert str(caught.value) == told
+
+
+def test_gpus_of_a_size(write: WriteRecipe) -> None:
+    recipe = load_recipe(write(PASSES))
+    assert gpu_machine(recipe, "h100", 16, "48GiB").memory == 48 * 2**30
+    assert gpu_machine(recipe, "h100").memory == 80e9

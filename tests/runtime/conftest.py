@@ -1,0 +1,3 @@
+from tests.fixtures.exports import guided, program, run
+
+__all__ = ["guided", "program", "run"]
