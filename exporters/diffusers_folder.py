@@ -9,10 +9,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from flcompress.core.experts import FACTS_FILE
-from flcompress.core.exporter import Exporter
-from flcompress.core.passes import ProgressSink
-from flcompress.core.program import Program
+from flcompress.core.program import FACTS_FILE, Program
+from flcompress.core.steps import Exporter
 from flcompress.diffusion.contract import SamplingContract, levels_of, scheduler_of, set_levels
 from flcompress.errors import ModelError, PostconditionError
 from flcompress.exporters.shared.model_card import model_card
@@ -22,6 +20,7 @@ from flcompress.models.folder import WITH_WEIGHTS, check_transformer_config, che
 from flcompress.models.part_check import matching_tensors
 from flcompress.models.parts import part_names
 from flcompress.models.quiet import no_progress_bars
+from flcompress.progress import ProgressSink
 from flcompress.runtime.manifest import copy_component, write_json
 from flcompress.runtime.sizes import clip_of
 

@@ -9,9 +9,8 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from flcompress.core.exporter import Exporter
-from flcompress.core.passes import ProgressSink
 from flcompress.core.program import Program
+from flcompress.core.steps import Exporter
 from flcompress.exporters.onnx_graph.emulation import emulate_bf16
 from flcompress.exporters.onnx_graph.write import OPSETS, Axes, write_onnx
 from flcompress.exporters.shared import preflight
@@ -20,6 +19,7 @@ from flcompress.exporters.shared.partner import PARTNER_FOLDER, partner_of
 from flcompress.exporters.shared.precision import TOLERANCES, Precision
 from flcompress.exporters.shared.reference import reference
 from flcompress.models.folder import check_transformer_config
+from flcompress.progress import ProgressSink
 from flcompress.runtime.inputs import OUTPUT, Arguments, arguments_of, constants_of, tensors_of
 from flcompress.runtime.manifest import sha256, write_json
 from flcompress.runtime.onnx_session import OnnxSession, require_onnxruntime

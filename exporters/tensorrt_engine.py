@@ -8,9 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from flcompress.core.exporter import Exporter
-from flcompress.core.passes import ProgressSink
 from flcompress.core.program import Program
+from flcompress.core.steps import Exporter
 from flcompress.errors import PostconditionError, RequestError, UnavailableError
 from flcompress.exporters.onnx_model import MANIFEST_FILE
 from flcompress.exporters.shared import preflight
@@ -21,6 +20,7 @@ from flcompress.exporters.shared.reference import reference
 from flcompress.exporters.tensorrt_build.build import build_engine
 from flcompress.exporters.tensorrt_build.profiles import Profile
 from flcompress.models.folder import check_transformer_config
+from flcompress.progress import ProgressSink
 from flcompress.runtime.inputs import arguments_of, constants_of
 from flcompress.runtime.manifest import read_manifest, require_hash, sha256, write_json
 from flcompress.runtime.sizes import Size

@@ -1,20 +1,27 @@
-"""Files that survive a kill or a power cut: whole in the new state, or untouched in the old."""
+"""The ground: files that survive a kill (whole in the new state, or untouched in the old), text lines, keys, memory."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
+import json
 import os
+import resource
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 from flcompress.errors import RequestError
 
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF)
 """What flock says on Lustre without -o flock, on NFS (which wants a file open for writing), and on FUSE."""
 
+_STATUS = Path("/proc/self/status")
+_RESET = Path("/proc/self/clear_refs")
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
@@ -117,3 +124,38 @@ def _lock(descriptor: int, wait: bool) -> Lock:
             raise
         return Lock.UNSUPPORTED
     return Lock.HELD
+
+
+def key_of(**parts: Any) -> str:
+    """SHA-256, in full, of the canonical JSON of `parts`."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines of a text, without their ends: a newline, or a carriage return and a newline.
+
+    `str.splitlines` also cuts at form feeds, U+0085, U+2028 and others, which people and JSON have in sentences.
+    """
+    lines = text.split("\n")
+    if not lines[-1]:
+        lines.pop()
+    return [line.removesuffix("\r") for line in lines]
+
+
+def reset_peak() -> None:
+    """Forget the peak so far, where the system can (Linux); elsewhere `peak_mb` is the peak since the start."""
+    if _RESET.exists():
+        try:
+            _RESET.write_text("5", encoding="ascii")
+        except PermissionError:
+            return  # a sandbox may forbid it; the peak since the start is then what is told
+
+
+def peak_mb() -> float:
+    """The peak resident memory in megabytes (10^6 bytes) since `reset_peak`."""
+    if _STATUS.exists():
+        for line in _STATUS.read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return round(int(line.split()[1]) * 1024 / 1e6, 1)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)

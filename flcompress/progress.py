@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
-from flcompress.core.passes import ProgressSink
+ProgressSink = Callable[[int, int, Mapping[str, float]], None]
+"""Called with (done, total, values to show)."""
 
 PLAIN_SECONDS = 30.0
 """Where there is no terminal, a long work says how far it is this often."""

@@ -9,12 +9,11 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from flcompress.core.health import Range
-from flcompress.core.passes import Cost, EngineName, Pass, Role, Work
 from flcompress.core.program import Fact, Program
+from flcompress.core.settings import EngineName, Range, Training
+from flcompress.core.steps import Cost, Pass, Role, Work
 from flcompress.diffusion.student import student_contract
 from flcompress.errors import RequestError
-from flcompress.frontend.recipe import Training
 from flcompress.models.loading import load_transformer, save_transformer
 from flcompress.training.distillation.guided_teacher import NO_INTER
 from flcompress.training.distillation.roles import Roles

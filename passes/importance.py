@@ -11,8 +11,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from flcompress.core.passes import Cost, Pass, ProgressSink, Role, Work
 from flcompress.core.program import Fact, Program
+from flcompress.core.steps import Cost, Pass, Role, Work
 from flcompress.data.dataset import LatentDataset
 from flcompress.diffusion.conditioning import Conditioning, on
 from flcompress.diffusion.contract import SamplingContract
@@ -24,6 +24,7 @@ from flcompress.ir.selection import u_index
 from flcompress.models.loading import load_transformer
 from flcompress.models.network import as_network
 from flcompress.models.precision import half_precision
+from flcompress.progress import ProgressSink
 from flcompress.tracing.prefix import remember
 from flcompress.training.objectives import level_range
 

@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
-from flcompress.core.passes import Cost, Pass, Role, Work
 from flcompress.core.program import Fact, Program
+from flcompress.core.steps import Cost, Pass, Role, Work
 from flcompress.diffusion.conditioning import dropped, on
 from flcompress.draws import Draws
 from flcompress.models.loading import save_transformer

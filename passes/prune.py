@@ -10,8 +10,8 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from flcompress.core.passes import Cost, Pass, Role, Work
 from flcompress.core.program import Fact, Program
+from flcompress.core.steps import Cost, Pass, Role, Work
 from flcompress.errors import PreconditionError
 from flcompress.ir.graph import BlockGraph
 from flcompress.ir.selection import By, choose

@@ -10,13 +10,13 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
-from flcompress.core.passes import Cost, Pass, Role, Work
 from flcompress.core.program import Fact, Program
+from flcompress.core.steps import Cost, Pass, Role, Work
 from flcompress.diffusion.conditioning import Conditioning, dropped, on
 from flcompress.draws import Draws
+from flcompress.files import lines_of
 from flcompress.ir.selection import By, choose
 from flcompress.ir.serial import from_json, to_json
-from flcompress.lines import lines_of
 from flcompress.models.loading import save_transformer
 from flcompress.models.network import as_network
 from flcompress.tracing.network import skipping

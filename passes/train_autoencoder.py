@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field
 
-from flcompress.core.passes import Cost, Pass, Work
 from flcompress.core.program import Program
+from flcompress.core.steps import Cost, Pass, Work
 from flcompress.draws import Draws, generator
 from flcompress.models.loading import load_vae
 from flcompress.models.video import decode_latents, encode_clips

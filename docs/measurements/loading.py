@@ -30,9 +30,9 @@ def child(engine: str, folder: Path) -> None:
     import torch.distributed as dist
     from torch.distributed.tensor import DTensor
 
-    from flcompress.core.passes import Work
+    from flcompress.core.steps import Work
     from flcompress.distributed.world import World
-    from flcompress.memory import peak_mb, reset_peak
+    from flcompress.files import peak_mb, reset_peak
     from flcompress.training.engines import engine_of
 
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from flcompress.lines import lines_of
+from flcompress.files import lines_of
 
 RECIPE = """
 version: 1

@@ -62,15 +62,15 @@ def child(model: str, folder: Path, name: str, training: dict[str, Any]) -> dict
     import psutil
     import torch
 
-    from flcompress.core.passes import Work
+    from flcompress.core.steps import Work
     from flcompress.diffusion.student import student_contract
     from flcompress.draws import Draws
     from flcompress.driver.clips import Clips
     from flcompress.driver.rundir import RunDirectory
+    from flcompress.files import peak_mb, reset_peak
     from flcompress.frontend.loading import load_recipe
-    from flcompress.memory import peak_mb, reset_peak
-    from flcompress.passes.dmd import DistributionMatching
     from flcompress.models.alive import Alive
+    from flcompress.passes.dmd import DistributionMatching
     from flcompress.progress import QuietDisplay
     from flcompress.training.distillation.roles import Roles
     from flcompress.training.engines import engine_of, replicated

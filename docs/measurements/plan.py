@@ -47,13 +47,13 @@ def write_recipe(home: Path, case: str) -> Path:
 
 def train(file: Path, out: Path) -> None:
     """In a process of the training: run the pass, write what it took."""
-    from flcompress.core.passes import Work
+    from flcompress.core.steps import Work
     from flcompress.distributed.joining import joined
     from flcompress.distributed.launch import Launch
     from flcompress.driver.clips import Clips
     from flcompress.driver.start import starting_program
+    from flcompress.files import peak_mb, reset_peak
     from flcompress.frontend.loading import load_recipe
-    from flcompress.memory import peak_mb, reset_peak
     from flcompress.progress import QuietDisplay
 
     recipe = load_recipe(file)
@@ -70,7 +70,7 @@ def train(file: Path, out: Path) -> None:
         seen.append((peak_mb() - base, time.process_time()))
         reset_peak()
 
-    with joined(recipe.training, "cpu", Launch.from_environment()) as world:
+    with joined(recipe.training.engine, recipe.training.timeout, "cpu", Launch.from_environment()) as world:
         work = Work(
             directory=file.parent / "work",
             seed=0,

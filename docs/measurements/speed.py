@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from flcompress.core.passes import Work
+from flcompress.core.steps import Work
 from flcompress.diffusion.process import FLOW
 from flcompress.draws import Draws
 from flcompress.driver.rundir import RunDirectory

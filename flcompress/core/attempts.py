@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flcompress.files import write_text
-from flcompress.memory import peak_mb, reset_peak
+from flcompress.files import peak_mb, reset_peak, write_text
 
 ATTEMPTS_FILE = "attempts.json"
 

@@ -8,7 +8,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from flcompress.diffusion.contract import SamplingContract
 from flcompress.diffusion.experts import COMPONENTS, OTHER
 from flcompress.ir.graph import BlockGraph
 from flcompress.ir.serial import content_hash, from_json, to_json
+from flcompress.models.stock_files import folder_digest
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +25,12 @@ if TYPE_CHECKING:
 
 PROGRAM_FILE = "program.json"
 GRAPH_FILE = "graph.json"
+
+FACTS_FILE = "flcompress.json"
+"""What an exported pipeline folder says about itself."""
+
+CHECKPOINTS = "checkpoints"
+"""Folder in which a training keeps what a killed run goes on from; no part of a result."""
 
 
 class Fact(StrEnum):
@@ -162,21 +168,3 @@ class Program:
             index=record["index"],
             latents=tuple(record["latents"]),
         )
-
-
-def folder_digest(folder: Path) -> str:
-    """SHA-256 over the names and contents of a folder's files, those aside that stock loading never opens."""
-    from flcompress.models.stock_files import files_of
-
-    digest = hashlib.sha256()
-    for path in files_of(folder):
-        stat = path.stat()
-        digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
-        digest.update(_file_digest(path, stat.st_mtime_ns, stat.st_size).encode())
-    return digest.hexdigest()
-
-
-@lru_cache(maxsize=4096)
-def _file_digest(path: Path, modified: int, size: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -15,8 +15,7 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from importlib.metadata import entry_points
 
-from flcompress.core.exporter import Exporter
-from flcompress.core.passes import Pass
+from flcompress.core.steps import Exporter, Pass
 from flcompress.errors import RecipeError
 
 PASSES: dict[str, str] = {
@@ -50,7 +49,7 @@ def find_pass(name: str) -> type[Pass]:
     """The pass class of that recipe name; RecipeError, with the nearest name, where there is none."""
     found = _load(name, known_passes(), "pass")
     if not (isinstance(found, type) and issubclass(found, Pass)):
-        raise RecipeError(f"pass '{name}': {found!r} is not a subclass of flcompress.core.passes.Pass")
+        raise RecipeError(f"pass '{name}': {found!r} is not a subclass of flcompress.core.steps.Pass")
     return found
 
 
@@ -58,7 +57,7 @@ def find_exporter(name: str) -> type[Exporter]:
     """The exporter class of that recipe name; RecipeError, with the nearest name, where there is none."""
     found = _load(name, known_exporters(), "exporter")
     if not (isinstance(found, type) and issubclass(found, Exporter)):
-        raise RecipeError(f"exporter '{name}': {found!r} is not a subclass of flcompress.core.exporter.Exporter")
+        raise RecipeError(f"exporter '{name}': {found!r} is not a subclass of flcompress.core.steps.Exporter")
     return found
 
 

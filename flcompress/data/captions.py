@@ -12,7 +12,7 @@ from typing import Any
 
 from flcompress.data.video_names import VIDEO_SUFFIXES, VideoFolder, both, linked, printable
 from flcompress.errors import DataError
-from flcompress.lines import lines_of
+from flcompress.files import lines_of
 
 _COLUMNS = ("file", "caption")
 _EXPECTED = 'expected {"file": "clip.mp4", "caption": "..."}'

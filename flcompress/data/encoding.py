@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from flcompress.core.program import folder_digest
 from flcompress.data.captions import odd_names, read_captions, read_prompts, without_caption
 from flcompress.data.encoder import Encoder, Skipped
 from flcompress.data.index import INDEX_FILE, NEGATIVE, SKIPPED_FILE, WORK, Index
@@ -19,12 +18,12 @@ from flcompress.data.planning import plan_clips, plan_prompts
 from flcompress.data.sizes import OWN_SIZE, Size, Target
 from flcompress.data.workers import Run, workers
 from flcompress.errors import DataError
-from flcompress.files import locked, working_alone
-from flcompress.lines import lines_of
+from flcompress.files import lines_of, locked, working_alone
 from flcompress.models.families import family_of
 from flcompress.models.folder import check_transformer_config
 from flcompress.models.latent_size import folder_grid
 from flcompress.models.parts import part_names
+from flcompress.models.stock_files import folder_digest
 from flcompress.progress import Display
 
 _TOLD = ("max_sequence_length", "fps", NEGATIVE)

@@ -16,8 +16,7 @@ from flcompress.data.index import INDEX_FILE, SKIPPED_FILE, WORK, ClipShard, Ind
 from flcompress.data.planning import Plan
 from flcompress.data.workers import Run
 from flcompress.errors import DataError
-from flcompress.files import write_text
-from flcompress.lines import lines_of
+from flcompress.files import lines_of, write_text
 from flcompress.progress import Display
 
 _PLAN_FILE, _DONE_FILE = "plan.json", "done.jsonl"

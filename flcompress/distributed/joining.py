@@ -5,24 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flcompress.distributed.launch import Launch
 from flcompress.distributed.world import World
 from flcompress.errors import RequestError
 
-if TYPE_CHECKING:
-    from flcompress.frontend.recipe import Training
-
 
 @contextmanager
-def joined(training: Training, device: str, launch: Launch) -> Iterator[World]:
+def joined(engine: str, timeout: float, device: str, launch: Launch) -> Iterator[World]:
     """Join the processes that a launcher started.
+
+    Args:
+        engine: "local" for one process alone.
+        timeout: seconds after which a process that does not move ends all.
+        device: "cpu" or "cuda".
+        launch: of this process.
 
     Raises:
         RequestError: they cannot meet, or are not as many as the launcher says.
     """
-    if launch.size == 1 and training.engine == "local":
+    if launch.size == 1 and engine == "local":
         yield World()
         return
     import torch
@@ -37,7 +40,7 @@ def joined(training: Training, device: str, launch: Launch) -> Iterator[World]:
                 f"{torch.cuda.device_count()} GPUs; start one process for each"
             )
         torch.cuda.set_device(launch.local_rank)
-    limit = timedelta(seconds=training.timeout)
+    limit = timedelta(seconds=timeout)
     world = World(launch.rank, launch.size, launch.local_rank)
     try:
         # One process under a distributed engine: sharding with offload on one device.
@@ -51,10 +54,10 @@ def joined(training: Training, device: str, launch: Launch) -> Iterator[World]:
             timeout=2 * limit,
         )
         if launch.size > 1:
-            world.join(store, training.timeout)
+            world.join(store, timeout)
     except (dist.DistStoreError, dist.DistNetworkError, dist.DistBackendError) as error:
         raise RequestError(
-            f"the {launch.size} processes (WORLD_SIZE) did not meet within {training.timeout:g} s (training.timeout): "
+            f"the {launch.size} processes (WORLD_SIZE) did not meet within {timeout:g} s (training.timeout): "
             f"{str(error).splitlines()[0][:200]}; start all of them, or set it higher"
         ) from error
     if dist.get_world_size() != launch.size:

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from flcompress.core.program import Program
 from flcompress.data.index import INDEX_FILE, NEGATIVE
-from flcompress.driver.store import key_of
 from flcompress.errors import DataError, RequestError
-from flcompress.files import locked, move_in_place
+from flcompress.files import key_of, locked, move_in_place
 from flcompress.frontend.recipe import Recipe
 from flcompress.progress import Display
 

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from flcompress.core.attempts import attempt, told
-from flcompress.core.exporter import Exporter
 from flcompress.core.program import Program
+from flcompress.core.steps import Exporter
 from flcompress.driver.clips import data_frame_rate
 from flcompress.driver.rundir import RunDirectory
-from flcompress.driver.store import key_of
 from flcompress.errors import PreconditionError
-from flcompress.files import move_in_place, write_text
+from flcompress.files import key_of, move_in_place, write_text
 from flcompress.frontend.recipe import arguments
 from flcompress.progress import Display
 

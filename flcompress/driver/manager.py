@@ -11,22 +11,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flcompress.core.attempts import ATTEMPTS_FILE, seconds_so_far, told
-from flcompress.core.passes import Pass, Work
 from flcompress.core.program import Program
 from flcompress.core.registry import find_exporter
+from flcompress.core.steps import Pass, Work
 from flcompress.core.wandb_access import check_wandb_installed, check_wandb_login
 from flcompress.distributed.joining import joined
-from flcompress.distributed.launch import Launch, check_launch
+from flcompress.distributed.launch import Launch
 from flcompress.distributed.threads import use_free_cores
 from flcompress.distributed.world import World
 from flcompress.driver import start
 from flcompress.driver.clips import Clips, fingerprint
 from flcompress.driver.data_checks import check_data
 from flcompress.driver.exporting import run_exports
+from flcompress.driver.launch_check import check_launch
 from flcompress.driver.rundir import RunDirectory
-from flcompress.driver.store import Entry, Store, key_of
+from flcompress.driver.store import Entry, Store
 from flcompress.errors import FlcompressError, PostconditionError
-from flcompress.files import Lock, locked, working_alone
+from flcompress.files import Lock, key_of, locked, working_alone
 from flcompress.frontend.loading import load_recipe
 from flcompress.frontend.recipe import Recipe, arguments
 from flcompress.progress import Display, QuietDisplay, default_display
@@ -79,7 +80,11 @@ def apply(
     shared = Path(store).resolve() if store else run.path
     launch = Launch.from_environment()
     check_launch(recipe.training, launch, recipe.passes)
-    with joined(recipe.training, device, launch) as world, world.telling(), system_errors_in_one_line(run.path):
+    with (
+        joined(recipe.training.engine, recipe.training.timeout, device, launch) as world,
+        world.telling(),
+        system_errors_in_one_line(run.path),
+    ):
         if world.main:
             if "wandb" in recipe.training.log_to:
                 check_wandb_login()

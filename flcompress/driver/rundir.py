@@ -11,14 +11,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from flcompress.core.program import Program, folder_digest
+from flcompress.core.program import Program
 from flcompress.driver import start
 from flcompress.driver.store import Entry
 from flcompress.errors import ModelError, RequestError
-from flcompress.files import append_line, write_text
+from flcompress.files import append_line, lines_of, write_text
 from flcompress.frontend.loading import dump_recipe, load_recipe
 from flcompress.frontend.recipe import Recipe
-from flcompress.lines import lines_of
+from flcompress.models.stock_files import folder_digest
 
 RUN_FILE = "run.json"
 RECIPE_FILE = "recipe.yaml"

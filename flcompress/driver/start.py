@@ -8,13 +8,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flcompress.core.experts import read_experts, transformer_folders, with_partner
-from flcompress.core.program import Fact, Program, folder_digest
+from flcompress.core.program import Fact, Program
 from flcompress.diffusion.contract import SamplingContract
-from flcompress.driver.store import key_of
+from flcompress.driver.experts import read_experts, transformer_folders, with_partner
 from flcompress.errors import ModelError, RecipeError, RequestError
+from flcompress.files import key_of
 from flcompress.frontend.recipe import Recipe
 from flcompress.ir.graph import BlockGraph
+from flcompress.models.stock_files import folder_digest
 
 if TYPE_CHECKING:
     from flcompress.models.families.family import Family, LatentShape

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -11,21 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from flcompress.core.attempts import ATTEMPTS_FILE, attempt
-from flcompress.core.program import Program
-from flcompress.files import locked, move_in_place
+from flcompress.core.program import CHECKPOINTS, Program
+from flcompress.files import lines_of, locked, move_in_place
 from flcompress.ir.text import to_text
-from flcompress.lines import lines_of
 
 ENTRY_FILE = "entry.json"
-CHECKPOINTS = "checkpoints"
-"""Folder in which a training keeps what a killed run goes on from; no part of a result."""
 _SHOWN = 12
 """Hexadecimal digits of a key in its folder's name; the whole key is compared all the same."""
-
-
-def key_of(**parts: Any) -> str:
-    """SHA-256, in full, of the canonical JSON of `parts`."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from flcompress.core.passes import ProgressSink
 from flcompress.core.program import Program
 from flcompress.diffusion.conditioning import Conditioning, taken
 from flcompress.diffusion.contract import SamplingContract
@@ -25,6 +24,7 @@ from flcompress.files import write_text
 from flcompress.models.latent_size import folder_grid
 from flcompress.models.loading import load_transformer
 from flcompress.models.network import as_network
+from flcompress.progress import ProgressSink
 
 DENOISING, PIPELINE = "denoising", "pipeline"
 PROMPT = "what the clip shows"

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from flcompress.core.passes import ProgressSink
 from flcompress.driver.rundir import RunDirectory
 from flcompress.errors import RequestError
 from flcompress.evaluation import metrics
@@ -22,6 +21,7 @@ from flcompress.files import write_text
 from flcompress.models.parts import Parts
 from flcompress.moving_digits import digits
 from flcompress.moving_digits.classifier import classifier_record
+from flcompress.progress import ProgressSink
 
 REFERENCE_CLIPS_PER_PROMPT = 64
 """Real clips, of held-out handwriting and the held-out captions, that every Frechet distance is measured from."""

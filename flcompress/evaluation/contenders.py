@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from flcompress.core.program import Fact, Program, folder_digest
+from flcompress.core.program import Fact, Program
 from flcompress.diffusion.conditioning import Conditioning
 from flcompress.diffusion.contract import SamplingContract, resampled
 from flcompress.diffusion.sampling import Network
@@ -18,6 +18,7 @@ from flcompress.driver.rundir import RunDirectory
 from flcompress.ir.graph import BlockGraph
 from flcompress.models.loading import load_transformer, meta_transformer
 from flcompress.models.network import as_network
+from flcompress.models.stock_files import folder_digest
 from flcompress.tracing.network import skipping
 
 SHORTCUT_STEPS = 4

@@ -9,20 +9,20 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from flcompress.core.passes import ProgressSink
-from flcompress.core.program import folder_digest
 from flcompress.diffusion.conditioning import Conditioning, taken
 from flcompress.diffusion.sampling import Network, sample
 from flcompress.draws import generator
-from flcompress.driver.store import key_of
 from flcompress.errors import FlcompressError
 from flcompress.evaluation.contenders import Contender
 from flcompress.evaluation.metrics import motion_smoothness, moves
 from flcompress.evaluation.pictures import SHOWN
+from flcompress.files import key_of
 from flcompress.models.parts import Parts
+from flcompress.models.stock_files import folder_digest
 from flcompress.moving_digits import digits
 from flcompress.moving_digits.classifier import FOLDER, Classifier, judge, labels, load_classifier
 from flcompress.moving_digits.digits import Caption
+from flcompress.progress import ProgressSink
 
 VERSION = 1
 """Raise it when the same weights would give other clips or judgements: it is part of the cache key."""

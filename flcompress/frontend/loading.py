@@ -10,10 +10,9 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from flcompress.core.exporter import Exporter
-from flcompress.core.passes import Pass
 from flcompress.core.program import Fact
 from flcompress.core.registry import PASSES, find_exporter, find_pass
+from flcompress.core.steps import Exporter, Pass
 from flcompress.errors import PreconditionError, RecipeError
 from flcompress.frontend.describe import shown
 from flcompress.frontend.faults import first_fault

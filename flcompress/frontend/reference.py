@@ -9,21 +9,11 @@ from typing import Any
 from pydantic import BaseModel, create_model
 from pydantic.fields import FieldInfo
 
-from flcompress.core.exporter import Exporter
-from flcompress.core.health import Health
-from flcompress.core.passes import Pass
 from flcompress.core.registry import EXPORTERS, PASSES, find_exporter, find_pass
+from flcompress.core.settings import Data, Evaluation, Health, MovingDigits, Sampling, Training, Videos
+from flcompress.core.steps import Exporter, Pass
 from flcompress.frontend.describe import default, expected
-from flcompress.frontend.recipe import (
-    Data,
-    Evaluation,
-    Model,
-    MovingDigits,
-    Recipe,
-    Sampling,
-    Training,
-    Videos,
-)
+from flcompress.frontend.recipe import Model, Recipe
 
 _STEPS = ("passes", "exports")
 _SECTIONS: dict[str, type[BaseModel]] = {

@@ -6,10 +6,12 @@ file that they came from. What is checked, hashed, read and exported has to be w
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -154,3 +156,19 @@ def _named(file: str, variant: str | None) -> str:
     """A file's name with a variant, as both libraries put it: before the last suffix."""
     stem, _, suffix = file.rpartition(".")
     return file if variant is None else f"{stem}.{variant}.{suffix}"
+
+
+def folder_digest(folder: Path) -> str:
+    """SHA-256 over the names and contents of a folder's files, those aside that stock loading never opens."""
+    digest = hashlib.sha256()
+    for path in files_of(folder):
+        stat = path.stat()
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
+        digest.update(_file_digest(path, stat.st_mtime_ns, stat.st_size).encode())
+    return digest.hexdigest()
+
+
+@lru_cache(maxsize=4096)
+def _file_digest(path: Path, modified: int, size: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import psutil
 import torch
 
-from flcompress.models.garbage import free_gpu_memory
 from flcompress.models.alive import Alive
+from flcompress.models.garbage import free_gpu_memory
 
 Method = Literal["encode", "decode"]
 

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from flcompress.core.passes import ProgressSink
 from flcompress.draws import generator
 from flcompress.moving_digits import digits
 from flcompress.moving_digits.classifier import (
@@ -30,6 +29,7 @@ from flcompress.moving_digits.classifier import (
 )
 from flcompress.moving_digits.damage import damage
 from flcompress.moving_digits.digits import Caption, Split
+from flcompress.progress import ProgressSink
 
 STEPS = 1500
 BATCH = 64

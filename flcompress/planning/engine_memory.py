@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flcompress.core.passes import EngineName
+from flcompress.core.settings import EngineName
 
 FLOAT, HALF = 4, 2
 """Bytes of a number. What is trained is fp32, with its gradients and moments; frozen weights are of the precision."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from functools import cached_property
 from pathlib import Path
 
-from flcompress.core.experts import transformer_folders
-from flcompress.core.passes import Pass, Role
 from flcompress.core.program import Fact
+from flcompress.core.steps import Pass, Role
 from flcompress.diffusion.contract import SamplingContract
 from flcompress.diffusion.student import student_contract
+from flcompress.driver.experts import transformer_folders
 from flcompress.driver.start import Source
 from flcompress.frontend.recipe import Recipe
 from flcompress.models.families import family_of

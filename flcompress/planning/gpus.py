@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from flcompress.core.passes import Precision
+from flcompress.core.settings import Precision
 from flcompress.errors import RequestError
 from flcompress.frontend.recipe import Recipe
 

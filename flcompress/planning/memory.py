@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from flcompress.core.passes import Cost, Precision
-from flcompress.frontend.recipe import Training
+from flcompress.core.settings import Precision, Training
+from flcompress.core.steps import Cost
 from flcompress.ir.graph import BlockGraph
 from flcompress.planning.activations import Kept
 from flcompress.planning.engine_memory import FLOAT, HALF, Place, Updating, moments, updating

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flcompress.core.passes import Precision
+from flcompress.core.settings import Precision
 from flcompress.driver.start import read_source, trace_folder
 from flcompress.errors import RecipeError
 from flcompress.frontend.recipe import Recipe

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import get_args
 
-from flcompress.core.passes import Cost, EngineName, Pass, Precision, Role
-from flcompress.frontend.recipe import Training
+from flcompress.core.settings import EngineName, Precision, Training
+from flcompress.core.steps import Cost, Pass, Role
 from flcompress.ir.graph import BlockGraph
 from flcompress.planning.activations import Kept
 from flcompress.planning.gpus import Machine

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeGuard
 
 from flcompress.errors import FlcompressError
-from flcompress.lines import lines_of
+from flcompress.files import lines_of
 
 
 class ReportError(FlcompressError):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from flcompress.core.health import highest
+from flcompress.core.settings import highest
 from flcompress.report.reading import Entry, RunRecord
 from flcompress.report.record import Record, read_lines, read_object
 

@@ -10,8 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from flcompress.core.experts import FACTS_FILE
-from flcompress.core.passes import ProgressSink
+from flcompress.core.program import FACTS_FILE
 from flcompress.diffusion.conditioning import Conditioning, on, taken
 from flcompress.diffusion.contract import SamplingContract
 from flcompress.diffusion.experts import COMPONENTS, OTHER
@@ -27,6 +26,7 @@ from flcompress.models.loading import load_transformer
 from flcompress.models.network import as_network
 from flcompress.models.parts import Parts, open_parts
 from flcompress.models.precision import half_precision
+from flcompress.progress import ProgressSink
 from flcompress.runtime.clip_files import check_target, read_picture, write_clip
 from flcompress.runtime.inputs import tensors_of
 from flcompress.runtime.manifest import read_manifest, require_hash

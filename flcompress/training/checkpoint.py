@@ -16,10 +16,10 @@ from typing import Literal
 import torch
 from safetensors.torch import load_file, save_file
 
+from flcompress.core.program import CHECKPOINTS
 from flcompress.distributed.world import World
-from flcompress.driver.store import CHECKPOINTS, key_of
 from flcompress.errors import RequestError
-from flcompress.files import move_in_place, sync, write_text
+from flcompress.files import key_of, move_in_place, sync, write_text
 
 MANIFEST = "checkpoint.json"
 WORK = ".work-"

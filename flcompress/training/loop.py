@@ -16,8 +16,7 @@ import torch
 from flcompress.distributed.world import World
 from flcompress.draws import Draws, seed_of
 from flcompress.errors import Preempted, RequestError, TrainingError
-from flcompress.files import append_line, sync, write_text
-from flcompress.lines import lines_of
+from flcompress.files import append_line, lines_of, sync, write_text
 from flcompress.training.checkpoint import Checkpoints, Kind
 from flcompress.training.engines import Engine
 from flcompress.training.role import Trained

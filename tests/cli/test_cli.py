@@ -17,6 +17,8 @@ from flcompress.cli import main
 from flcompress.driver import manager
 from tests.fixtures.recipes import WriteRecipe
 
+pytestmark = pytest.mark.usefixtures("fake_steps")
+
 
 def cli(*arguments: str | Path) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])

@@ -14,6 +14,8 @@ from tests.fixtures.recipes import WriteRecipe
 from tests.fixtures.small_disk import fill, small_disk
 from tests.report.synthetic import write_run
 
+pytestmark = pytest.mark.usefixtures("fake_steps")
+
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:

@@ -8,6 +8,8 @@ from flcompress.core.registry import find_exporter, find_pass, find_step, known_
 from flcompress.errors import RecipeError
 from tests.fixtures.fakes import Cut, Score, Text
 
+pytestmark = pytest.mark.usefixtures("fake_steps")
+
 
 def install(folder: Path, group: str, lines: str) -> None:
     """What pip leaves of an installed package with these entry points."""

@@ -17,8 +17,8 @@ from rich.console import Console
 
 from flcompress.core import attempts
 from flcompress.core.attempts import attempt, seconds_so_far, told
-from flcompress.core.passes import Pass, Work
 from flcompress.core.program import Program
+from flcompress.core.steps import Pass, Work
 from flcompress.driver.manager import apply
 from flcompress.progress import QuietDisplay
 from flcompress.report.html import write_report
@@ -27,6 +27,8 @@ from flcompress.report.stages import steps
 from flcompress.report.terminal import print_summary
 from tests.fixtures import fakes
 from tests.fixtures.recipes import WriteRecipe
+
+pytestmark = pytest.mark.usefixtures("fake_steps")
 
 KILLED = """
 import os, signal, sys, time

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from flcompress.core.passes import Work
 from flcompress.core.program import Program
+from flcompress.core.steps import Work
 from flcompress.driver.clips import Clips
 from flcompress.driver.manager import apply, export
 from flcompress.driver.rundir import RunDirectory

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import yaml
 
-from flcompress.core.program import folder_digest
 from flcompress.driver.rundir import RunDirectory
 from flcompress.evaluation.ablation import Variant, ablate
+from flcompress.models.stock_files import folder_digest
 from tests.fixtures.tiny import tiny_pipeline
 
 

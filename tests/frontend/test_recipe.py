@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 
+from flcompress.core.settings import Training
 from flcompress.errors import DataError, FlcompressError, ModelError, PreconditionError, RecipeError
 from flcompress.frontend.loading import dump_recipe, load_recipe
-from flcompress.frontend.recipe import Training
 from tests.fixtures.fakes import Cut, Score, Text
 from tests.fixtures.recipes import WriteRecipe
+
+pytestmark = pytest.mark.usefixtures("fake_steps")
 
 GOOD = """\
 version: 1

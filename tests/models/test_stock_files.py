@@ -11,14 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flcompress.core.program import folder_digest
 from flcompress.errors import ModelError
 from flcompress.exporters.shared.weights import WeightFiles
 from flcompress.models.folder import check_pipeline, only_configurations
 from flcompress.models.loading import empty_transformer, load_transformer
 from flcompress.models.parts import load_part
 from flcompress.models.shards import folder_tensors
-from flcompress.models.stock_files import stock_files
+from flcompress.models.stock_files import folder_digest, stock_files
 from flcompress.runtime.manifest import copy_component
 from tests.fixtures.tiny import tiny_pipeline
 

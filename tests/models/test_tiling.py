@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from flcompress.models import tiling
-from flcompress.models.video import decode_latents, encode_clips
 from flcompress.models.alive import Alive
+from flcompress.models.video import decode_latents, encode_clips
 
 
 def hunyuan_video() -> Any:

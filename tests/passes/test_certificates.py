@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from flcompress.core.passes import Work
 from flcompress.core.program import Fact
+from flcompress.core.steps import Work
 from flcompress.driver.start import starting_program
 from flcompress.frontend.loading import load_recipe
 from flcompress.passes.prune import Prune

@@ -210,7 +210,7 @@ def test_a_generator_that_did_not_start_from_the_base_is_refused(folder: Path) -
 
 
 def _work(folder: Path) -> Any:
-    from flcompress.core.passes import Work
+    from flcompress.core.steps import Work
 
     return Work(directory=folder, seed=0, data=_never, progress=_never)
 

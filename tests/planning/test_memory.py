@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from flcompress.core.passes import Cost, EngineName, Precision, Role
-from flcompress.frontend.recipe import Training
+from flcompress.core.settings import EngineName, Precision, Training
+from flcompress.core.steps import Cost, Role
 from flcompress.planning.activations import Bytes, Kept
 from flcompress.planning.engine_memory import BUCKET, Place, updating
 from flcompress.planning.memory import PROCESS, PlannedMemory, Sizes, planned_memory

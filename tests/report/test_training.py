@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from flcompress.core.health import highest
+from flcompress.core.settings import highest
 from flcompress.files import Lock, append_line, locked
 from flcompress.report.html import write_report
 from flcompress.report.reading import read_run

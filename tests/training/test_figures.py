@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flcompress.core.passes import Work
 from flcompress.core.program import Program
+from flcompress.core.steps import Work
 from flcompress.data.dataset import LatentDataset
 from flcompress.diffusion import matching
 from flcompress.diffusion.conditioning import Conditioning

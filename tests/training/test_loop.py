@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from flcompress.core.health import Health
-from flcompress.core.passes import Work
 from flcompress.core.program import Program
+from flcompress.core.settings import Health
+from flcompress.core.steps import Work
 from flcompress.data.dataset import LatentDataset
 from flcompress.draws import Draws
 from flcompress.errors import TrainingError

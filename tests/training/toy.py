@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from flcompress.core import registry
-from flcompress.core.health import Health
-from flcompress.core.passes import Cost, Pass, Work
 from flcompress.core.program import Program
+from flcompress.core.settings import Health
+from flcompress.core.steps import Cost, Pass, Work
 from flcompress.draws import Draws
 from flcompress.training import checkpoint
 from flcompress.training.engines import Hyper, engine_of

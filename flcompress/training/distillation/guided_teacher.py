@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from flcompress.core.health import Range
+from flcompress.core.settings import Range
 from flcompress.diffusion.conditioning import Conditioning, without_prompt
 from flcompress.diffusion.guidance import well_guided
 from flcompress.diffusion.sampling import Network

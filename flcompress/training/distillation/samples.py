@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from safetensors.torch import load_file, save_file
 
-from flcompress.core.passes import Work
-from flcompress.core.program import Program
+from flcompress.core.program import CHECKPOINTS, Program
+from flcompress.core.steps import Work
 from flcompress.data.dataset import LatentDataset
 from flcompress.diffusion.conditioning import Conditioning, on, taken
 from flcompress.diffusion.contract import SamplingContract
@@ -18,7 +18,6 @@ from flcompress.diffusion.flow import spread
 from flcompress.diffusion.sampling import Network, Walk, predict
 from flcompress.distributed.world import World
 from flcompress.draws import Draws
-from flcompress.driver.store import CHECKPOINTS
 from flcompress.files import write_text
 from flcompress.training.watching.strips import draw_strip, reference_strip, strip_of
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
-from flcompress.core.passes import Work
 from flcompress.core.program import Program
+from flcompress.core.steps import Work
 from flcompress.data.dataset import LatentDataset
 from flcompress.diffusion.contract import SamplingContract
 from flcompress.diffusion.flow import shift

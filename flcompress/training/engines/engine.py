@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from flcompress.core.passes import Work
+from flcompress.core.steps import Work
 from flcompress.errors import RequestError, TrainingError, UnavailableError
 from flcompress.ir.graph import BlockGraph
 from flcompress.models.compiled import compile_blocks, missing_compiler

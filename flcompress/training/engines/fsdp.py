@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from flcompress.core.passes import Work
+from flcompress.core.steps import Work
 from flcompress.errors import RequestError
 from flcompress.models.loading import empty_transformer
 from flcompress.training.engines.engine import Engine, Hyper, Wrapped

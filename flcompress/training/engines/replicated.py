@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flcompress.core.passes import Work
+from flcompress.core.steps import Work
 from flcompress.training.checkpoint import WHOLE
 from flcompress.training.engines.engine import Engine, Hyper, NotFinite, Wrapped
 from flcompress.training.engines.optimiser import optimiser

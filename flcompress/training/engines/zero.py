@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flcompress.core.passes import Work
+from flcompress.core.steps import Work
 from flcompress.errors import UnavailableError
 from flcompress.models.loading import empty_transformer, put
 from flcompress.models.precision import half_precision

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any
 
-from flcompress.core.health import highest
-from flcompress.core.passes import Work
+from flcompress.core.settings import highest
+from flcompress.core.steps import Work
 from flcompress.errors import TrainingError
 from flcompress.files import append_line, write_text
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from flcompress.core.passes import Work
 from flcompress.core.program import Program
+from flcompress.core.steps import Work
 from flcompress.models.garbage import free_gpu_memory
 
 STRIPS = "samples"

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from flcompress.core.passes import Work
+from flcompress.core.steps import Work
 from flcompress.core.wandb_access import refused
 from flcompress.files import write_text
 from flcompress.training.watching.strips import STRIPS, strip_of

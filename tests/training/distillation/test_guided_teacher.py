@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flcompress.core.passes import Work
+from flcompress.core.steps import Work
 from flcompress.draws import Draws
 from flcompress.models.inputs import example_inputs
 from flcompress.models.network import as_network

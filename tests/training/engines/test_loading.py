@@ -14,12 +14,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from flcompress.core.passes import Work
+from flcompress.core.steps import Work
 from flcompress.distributed.world import World
 from flcompress.errors import ModelError
 from flcompress.ir.serial import from_json, to_json
-from flcompress.models.loading import empty_transformer, load_transformer, meta_transformer
 from flcompress.models.alive import Alive
+from flcompress.models.loading import empty_transformer, load_transformer, meta_transformer
 from flcompress.tracing.skip import graph_of
 from flcompress.training.engines import Engine, engine_of
 from tests.families.pipelines import EXPORTED

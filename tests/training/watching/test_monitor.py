@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from flcompress.core.health import Health
-from flcompress.core.passes import Work
+from flcompress.core.settings import Health
+from flcompress.core.steps import Work
 from flcompress.draws import Draws
 from flcompress.errors import TrainingError
 from flcompress.training import loop

@@ -15,8 +15,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flcompress.core.health import Health, highest
-from flcompress.core.passes import Work
+from flcompress.core.settings import Health, highest
+from flcompress.core.steps import Work
 from flcompress.diffusion.conditioning import Conditioning
 from flcompress.diffusion.contract import contract_of
 from flcompress.diffusion.process import FLOW

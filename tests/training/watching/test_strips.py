@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from flcompress.core.passes import Work
 from flcompress.core.program import Program
+from flcompress.core.steps import Work
 from flcompress.models.parts import Parts
 from flcompress.training.watching import strips
 from flcompress.training.watching.strips import draw_strip, strip_of

@@ -1,31 +1,23 @@
-"""What a pass is. The passes themselves live in `passes/`, one file each; see docs/writing-a-pass.md."""
+"""What a pass and an exporter are; see docs/writing-a-pass.md. They themselves live in `passes/` and `exporters/`."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 from pydantic import BaseModel, ConfigDict
 
-from flcompress.core.health import Health
 from flcompress.core.program import Fact, Program
+from flcompress.core.settings import EngineName, Health, LogName, Precision, Training
 from flcompress.distributed.world import World
 from flcompress.errors import PreconditionError
+from flcompress.progress import ProgressSink
 
 if TYPE_CHECKING:
     from flcompress.data.dataset import LatentDataset
-    from flcompress.frontend.recipe import Training
-
-Precision = Literal["fp32", "bf16"]
-EngineName = Literal["local", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
-
-LogName = Literal["tensorboard", "wandb"]
-
-ProgressSink = Callable[[int, int, Mapping[str, float]], None]
-"""Called with (done, total, values to show)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,3 +203,37 @@ class Pass(BaseModel, ABC):
         free_gpu_memory()
         result.graph.verify()
         return replace(result, facts=facts)
+
+
+class Exporter(BaseModel, ABC):
+    """Turns the last program of a recipe into something that runs; its fields are its recipe arguments."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: ClassVar[str]
+    version: ClassVar[int] = 1
+    after: ClassVar[tuple[str, ...]] = ()
+    """Exporters whose output this one reads; they must stand before it in the recipe."""
+
+    def check(self) -> None:
+        """Raise UnavailableError if this machine lacks what the export needs. Called before any work of a recipe."""
+
+    def fingerprint(self) -> str:
+        """Whatever beside program, arguments and version decides the output (a builder's version); for the cache."""
+        return ""
+
+    @abstractmethod
+    def export(self, program: Program, folder: Path, exports: Path, progress: ProgressSink) -> dict[str, Any]:
+        """Write the export.
+
+        Args:
+            program: the last program of the recipe.
+            folder: empty folder to write to; it is moved to `exports / name` on success.
+            exports: `RUN/exports`, where the exports named by `after` lie.
+
+        Returns:
+            A summary for the terminal and the report (file sizes, measured differences, ...).
+
+        Raises:
+            PostconditionError: the export fails its own check.
+        """

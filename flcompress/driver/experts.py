@@ -7,15 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flcompress.core.program import Fact
+from flcompress.core.program import FACTS_FILE, Fact
 from flcompress.diffusion.contract import PipelineSigmas, SamplingContract
 from flcompress.diffusion.experts import COMPONENTS, OTHER, Experts
 from flcompress.diffusion.student import student_contract
 from flcompress.errors import RecipeError
 from flcompress.frontend.recipe import Recipe
-
-FACTS_FILE = "flcompress.json"
-"""What an exported pipeline folder says about itself."""
 
 
 def read_experts(recipe: Recipe, index: Mapping[str, Any]) -> Experts | None:

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from flcompress.distributed.launch import Launch, check_launch
+from flcompress.core.settings import Training
+from flcompress.distributed.launch import Launch
+from flcompress.driver.launch_check import check_launch
 from flcompress.errors import RequestError
-from flcompress.frontend.recipe import Training
 from tests.training.toy import Toy
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")

@@ -1,0 +1,238 @@
+"""What a recipe sets: sampling, data, training, health and evaluation. docs/recipes.md is generated from the fields."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+Precision = Literal["fp32", "bf16"]
+EngineName = Literal["local", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
+LogName = Literal["tensorboard", "wandb"]
+OnBreach = Literal["warn", "stop", "rollback"]
+Limits = Mapping[str, tuple[float | None, float | None]]
+"""Figure -> (lowest, highest) value that is healthy; None where there is no limit on that side."""
+
+
+def _ascending(given: tuple[float, float]) -> tuple[float, float]:
+    if given[0] > given[1]:
+        raise ValueError(f"[{given[0]:g}, {given[1]:g}] given, expected [lowest, highest]")
+    return given
+
+
+Range = Annotated[tuple[float, float], AfterValidator(_ascending)]
+
+
+def highest(best: float, worsening: float, floor: float = 0.0) -> float:
+    """The largest held-out figure that is not surely worse than the best one by more than a share.
+
+    Args:
+        best: the lowest figure so far.
+        worsening: the share.
+        floor: of a squared distance to a reference, which is made of few samples: the expected one of the reference
+            itself, made again with other noises. That is twice the mean square of the reference's own error e. By the
+            triangle inequality the distances to what the reference stands for are within |e| of the measured ones, now
+            and at the best look.
+    """
+    if floor <= 0.0:
+        return best * (1.0 + worsening)
+    error = math.sqrt(floor / 2.0)
+    return (math.sqrt(1.0 + worsening) * (math.sqrt(best) + error) + error) ** 2
+
+
+class Settings(BaseModel):
+    """Keys of a recipe: immutable, and none that is not known."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+
+class Health(Settings):
+    """How trainings are watched. Every figure, its formula and what to do about it: docs/health.md.
+
+    A limit of `null` is none.
+    """
+
+    every: int = Field(50, gt=0, description="steps between two looks at the held-out figures and the samples")
+    on_breach: OnBreach = Field(
+        "stop",
+        description="warn says it and goes on; stop ends the run; rollback ends the pass with the weights of the look "
+        "that had the best held-out figure",
+    )
+    samples: int = Field(8, ge=0, description="fixed prompts that stage III samples at every look; 0 for none")
+    max_worsening: float | None = Field(
+        2.0,
+        gt=0,
+        description="by what share the held-out figure may be worse than at the best look, beyond its own spread",
+    )
+    max_drift: float | None = Field(
+        1.0, gt=0, description="by what share the full path's held-out ELBO may be worse than the original's (stage II)"
+    )
+    deviation: Range | None = Field((0.5, 2.0), description="latent deviation of the samples, over the teacher's")
+    motion: Range | None = Field((0.2, 5.0), description="frame-to-frame change of the samples, over the teacher's")
+    max_saturation: float | None = Field(
+        0.1, gt=0, description="share of the samples' values beyond three of the teacher's deviations"
+    )
+    max_critic_lag: float | None = Field(
+        1.0, gt=0, description="by what share the fake score's loss may exceed the one that it should have"
+    )
+    min_normaliser: float | None = Field(
+        1e-4, gt=0, description="smallest mean |x_g - x_real| of a sample, by which its gradient is divided"
+    )
+    max_grad_norm: float | None = Field(None, gt=0, description="largest gradient norm, before clipping")
+
+
+class Sampling(Settings):
+    """How the model is meant to be sampled before compression; the reference of every comparison."""
+
+    num_inference_steps: int = Field(50, ge=1, le=1000, description="network calls along a path, guidance aside")
+    guidance_scale: float = Field(4.0, ge=0, description="text guidance, in the convention named below")
+    guidance_convention: Literal["unconditional", "conditional"] = Field(
+        "unconditional", description="`unconditional` is u + w (c - u); `conditional` is c + w (c - u)"
+    )
+    guidance_scale_2: float | None = Field(
+        None,
+        ge=0,
+        description="the same for the low-noise expert of a model with two; guidance_scale where left out",
+    )
+    negative_prompt: str = Field(
+        "",
+        description="what text guidance leads away from: the model's own sampling, and the teacher in a distillation",
+    )
+    max_sequence_length: int = Field(512, ge=1, description="tokens a prompt is padded to")
+    embedded_guidance: float | None = Field(
+        None, gt=0, description="scale that a guidance-distilled network is told; the family's usual one where left out"
+    )
+    num_frames: int | None = Field(None, ge=1, description="frames of the clips that are sampled; 1 for images")
+    height: int | None = Field(None, ge=1, description="their height in pixels")
+    width: int | None = Field(None, ge=1, description="their width in pixels")
+
+    @model_validator(mode="after")
+    def _whole_size(self) -> Sampling:
+        given = {name: getattr(self, name) for name in ("num_frames", "height", "width")}
+        missing = [name for name, value in given.items() if value is None]
+        if 0 < len(missing) < 3:
+            raise ValueError(
+                f"nothing given for {' and '.join(missing)}, expected num_frames, height and width together"
+            )
+        return self
+
+    @property
+    def decisive(self) -> dict[str, Any]:
+        """Its part of a cache key; an empty negative prompt leaves keys as they were before there was one."""
+        return self.model_dump(mode="json", exclude=None if self.negative_prompt else {"negative_prompt"})
+
+    @property
+    def size(self) -> tuple[int, int, int] | None:
+        """(frames, height, width) in pixels of what is sampled; None where the recipe does not say."""
+        if self.num_frames is None or self.height is None or self.width is None:
+            return None
+        return self.num_frames, self.height, self.width
+
+    @property
+    def scale(self) -> float:
+        """The guidance scale in the convention u + w (c - u)."""
+        return self._in_our_convention(self.guidance_scale)
+
+    @property
+    def scale_2(self) -> float:
+        """The low-noise expert's, in the same convention."""
+        return self.scale if self.guidance_scale_2 is None else self._in_our_convention(self.guidance_scale_2)
+
+    def _in_our_convention(self, scale: float) -> float:
+        if self.guidance_convention == "unconditional":
+            return scale
+        from flcompress.diffusion.guidance import from_conditional_convention
+
+        return from_conditional_convention(scale)
+
+
+class MovingDigits(Settings):
+    """Clips of the embedded benchmark, rendered when needed."""
+
+    clips: int = Field(gt=0, description="training clips to render")
+
+
+class Videos(Settings):
+    """Video files with captions; encoded once, at the size that `sampling` names or their own, and remembered."""
+
+    folder: Path = Field(description="folder of video files; see docs/data.md")
+    captions: Path = Field(description="captions of the videos: .jsonl or .csv with file and caption")
+
+
+class Data(Settings):
+    """Where training clips come from: exactly one of the three."""
+
+    moving_digits: MovingDigits | None = Field(None, alias="moving-digits", description="the embedded benchmark")
+    latents: Path | None = Field(None, description="folder that `flcompress encode` wrote")
+    videos: Videos | None = Field(None, description="video files with captions")
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Data:
+        given = [key for key, value in self.model_dump(by_alias=True).items() if value is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"{' and '.join(given) or 'nothing'} given, expected one of moving-digits, latents, videos"
+            )
+        return self
+
+
+class Evaluation(Settings):
+    """How large `flcompress eval` makes its comparison."""
+
+    clips_per_prompt: int = Field(3, ge=1, description="clips sampled for each held-out prompt and seed")
+    seeds: int = Field(4, ge=2, description="independent repetitions; the confidence intervals come from them")
+
+
+_NOT_DECISIVE = {"engine", "processes", "timeout", "checkpoint_seconds", "micro_batch", "health", "log_to"}
+
+
+class Training(Settings):
+    """How passes that train compute; decides memory and speed."""
+
+    engine: EngineName = Field(
+        "local",
+        description="how the processes of a launcher share a training: ddp copies models, zero1 to zero3 (DeepSpeed) "
+        "shard optimiser, gradients and weights, fsdp2 shards all of them; see docs/training.md",
+    )
+    processes: int | None = Field(
+        None, ge=1, description="how many processes must run; whatever the launcher started where left out"
+    )
+    timeout: float = Field(1800.0, gt=0, description="seconds after which a process that does not move ends the run")
+    checkpoint_seconds: float = Field(
+        60.0,
+        ge=0,
+        description="between two checkpoints: the most work that a killed run loses, whatever a step takes; "
+        "0 writes one after every step",
+    )
+    precision: Precision = Field("fp32", description="bf16: autocast over fp32 weights, and frozen models held in bf16")
+    gradient_checkpointing: bool = Field(
+        False, description="compute blocks again in the backward instead of keeping what they did; a third more work"
+    )
+    micro_batch: int | None = Field(
+        None,
+        ge=1,
+        description="samples in memory at once in one process, at most; gradients of a larger batch are added up, with "
+        "the same result and one optimiser step a batch. Its whole share where left out",
+    )
+    compile: bool = Field(
+        False,
+        description="run blocks through torch.compile; on a CPU it needs a C++ compiler and the first steps are slow",
+    )
+
+    health: Health = Field(Health(), description="how trainings are watched, and what ends one; see docs/health.md")
+    log_to: tuple[LogName, ...] = Field(
+        ("tensorboard",),
+        description="where figures and sample strips go beside the report: tensorboard (left out where it is not "
+        "installed) and wandb (which has to be)",
+    )
+
+    @property
+    def decisive(self) -> dict[str, Any]:
+        """What changes a result; who shares the work and who watches it does not.
+
+        So another launch finds the work and goes on, and a training that a limit ended can be taken up with another.
+        """
+        return self.model_dump(mode="json", exclude=_NOT_DECISIVE)
