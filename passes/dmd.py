@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from flcompress.core.program import Fact, Program
 from flcompress.core.settings import EngineName, Range, Training
-from flcompress.core.steps import Cost, Pass, Role, Work
+from flcompress.core.steps import Cost, Pass, PassContext, Role
 from flcompress.diffusion.student import student_contract
 from flcompress.errors import RequestError
 from flcompress.models.loading import load_transformer, save_transformer
@@ -171,7 +171,7 @@ class DistributionMatching(Pass):
                 "be compiled by itself; set it to false, or fake_score and generator to full"
             )
 
-    def apply(self, program: Program, work: Work) -> Program:
+    def apply(self, program: Program, work: PassContext) -> Program:
         if self.generator_shares:
             parts = program.components
             odd = work.world.once(lambda: unlike(parts["transformer"], parts["elastic"], program.kept))

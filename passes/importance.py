@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 
 from flcompress.core.program import Fact, Program
-from flcompress.core.steps import Cost, Pass, Role, Work
+from flcompress.core.steps import Cost, Pass, PassContext, Role
 from flcompress.data.dataset import LatentDataset
 from flcompress.diffusion.conditioning import Conditioning, on
 from flcompress.diffusion.contract import SamplingContract
@@ -61,7 +61,7 @@ class Importance(Pass):
             remembers=True,
         )
 
-    def apply(self, program: Program, work: Work) -> Program:
+    def apply(self, program: Program, work: PassContext) -> Program:
         data = work.data(program)
         half = work.precision == "bf16" and work.device == "cuda"  # a CPU's scores are fp32: quick enough, and exact
         model = load_transformer(program.components["transformer"], work.device, torch.bfloat16 if half else None)

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 
 from flcompress.core.program import Fact, Program
-from flcompress.core.steps import Cost, Pass, Role, Work
+from flcompress.core.steps import Cost, Pass, PassContext, Role
 from flcompress.diffusion.conditioning import dropped, on
 from flcompress.draws import Draws
 from flcompress.models.loading import save_transformer
@@ -54,7 +54,7 @@ class Pretrain(Pass):
             roles=(Role("model", parameters, trained=True, averaged=True),),
         )
 
-    def apply(self, program: Program, work: Work) -> Program:
+    def apply(self, program: Program, work: PassContext) -> Program:
         weights = self._trained(engine_of(work), program)
         target = work.directory / "transformer"
         if work.world.main:

@@ -11,7 +11,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from flcompress.core.program import Fact, Program
-from flcompress.core.steps import Cost, Pass, Role, Work
+from flcompress.core.steps import Cost, Pass, PassContext, Role
 from flcompress.errors import PreconditionError
 from flcompress.ir.graph import BlockGraph
 from flcompress.ir.selection import By, choose
@@ -46,7 +46,7 @@ class Prune(Pass):
     def cost(self, parameters: float, blocks: int, original: float) -> Cost:
         return Cost(forwards=6.0, roles=(Role("certificate's copies", 4.0 * min(parameters, OWN_WEIGHTS)),))
 
-    def apply(self, program: Program, work: Work) -> Program:
+    def apply(self, program: Program, work: PassContext) -> Program:
         if Fact.PRUNED in program.facts:
             raise PreconditionError("prune: the transformer is pruned already; put one prune pass in the recipe")
         among = program.prune_set if Fact.ELASTIC in program.facts else None

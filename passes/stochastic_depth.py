@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 
 from flcompress.core.program import Fact, Program
-from flcompress.core.steps import Cost, Pass, Role, Work
+from flcompress.core.steps import Cost, Pass, PassContext, Role
 from flcompress.diffusion.conditioning import Conditioning, dropped, on
 from flcompress.draws import Draws
 from flcompress.files import lines_of
@@ -82,7 +82,7 @@ class StochasticDepth(Pass):
             roles=tuple(roles),
         )
 
-    def apply(self, program: Program, work: Work) -> Program:
+    def apply(self, program: Program, work: PassContext) -> Program:
         graph, paths = work.world.once(lambda: self._chosen(program, work))
         program = replace(program, graph=from_json(graph), prune_set=tuple(paths))
         weights = self._trained(engine_of(work), program)
@@ -93,7 +93,7 @@ class StochasticDepth(Pass):
             self._write_result(program, work)
         return program.with_component("transformer", target).with_component("elastic", target)
 
-    def _chosen(self, program: Program, work: Work) -> tuple[str, tuple[str, ...]]:
+    def _chosen(self, program: Program, work: PassContext) -> tuple[str, tuple[str, ...]]:
         """(graph, the prune set). A block that cannot be removed must not be trained to be skipped either."""
         graph, paths = choose_removable(
             program.components["transformer"],
@@ -102,7 +102,7 @@ class StochasticDepth(Pass):
         )
         return to_json(graph), paths
 
-    def _write_result(self, program: Program, work: Work) -> None:
+    def _write_result(self, program: Program, work: PassContext) -> None:
         held = sum(program.graph.block(path).parameters for path in program.prune_set)
         lines = lines_of((work.directory / METRICS_FILE).read_text(encoding="utf-8"))
         result = {

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 
 from flcompress.core.program import Program
-from flcompress.core.steps import Cost, Pass, Work
+from flcompress.core.steps import Cost, Pass, PassContext
 from flcompress.draws import Draws, generator
 from flcompress.models.loading import load_vae
 from flcompress.models.video import decode_latents, encode_clips
@@ -47,7 +47,7 @@ class TrainAutoencoder(Pass):
     def cost(self, parameters: float, blocks: int, original: float) -> Cost:
         return Cost(steps=self.steps, batch=self.batch)
 
-    def apply(self, program: Program, work: Work) -> Program:
+    def apply(self, program: Program, work: PassContext) -> Program:
         vae = load_vae(program.components["vae"], work.device).requires_grad_(True)
         self.fit(vae, work)
         vae.to("cpu")
@@ -61,7 +61,7 @@ class TrainAutoencoder(Pass):
         (work.directory / "result.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
         return program.with_component("vae", target)
 
-    def fit(self, vae: Any, work: Work) -> None:
+    def fit(self, vae: Any, work: PassContext) -> None:
         """Minimise the reconstruction error of freshly drawn clips; `vae` is trained in place."""
         engine = engine_of(work)
         role = Trained(

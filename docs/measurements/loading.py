@@ -30,7 +30,7 @@ def child(engine: str, folder: Path) -> None:
     import torch.distributed as dist
     from torch.distributed.tensor import DTensor
 
-    from flcompress.core.steps import Work
+    from flcompress.core.steps import PassContext
     from flcompress.distributed.world import World
     from flcompress.files import peak_mb, reset_peak
     from flcompress.training.engines import engine_of
@@ -38,7 +38,7 @@ def child(engine: str, folder: Path) -> None:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo")
     given: Any = {"directory": folder, "seed": 0, "data": None, "progress": None, "engine": engine}
-    made = engine_of(Work(world=World(rank, size), precision="bf16", **given))
+    made = engine_of(PassContext(world=World(rank, size), precision="bf16", **given))
     # What is imported, traced and set up once is none of the model's.
     made.load_frozen(folder / "tiny/transformer")
     made._graph(folder / "model/transformer")

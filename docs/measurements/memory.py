@@ -62,7 +62,7 @@ def child(model: str, folder: Path, name: str, training: dict[str, Any]) -> dict
     import psutil
     import torch
 
-    from flcompress.core.steps import Work
+    from flcompress.core.steps import PassContext
     from flcompress.diffusion.student import student_contract
     from flcompress.draws import Draws
     from flcompress.driver.clips import Clips
@@ -86,7 +86,7 @@ def child(model: str, folder: Path, name: str, training: dict[str, Any]) -> dict
     assert isinstance(step, DistributionMatching)
     data = Clips(recipe, folder / "data", QuietDisplay(), "cpu")
     data(program)
-    work = Work(directory=folder, seed=0, data=data, progress=lambda *_: None, **training)
+    work = PassContext(directory=folder, seed=0, data=data, progress=lambda *_: None, **training)
     contract = student_contract(program.teacher_contract, step.student_steps, program.family.sigmas)
     alive, before = Alive(given=True), psutil.Process().memory_info().rss
     reset_peak()

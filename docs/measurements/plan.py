@@ -47,7 +47,7 @@ def write_recipe(home: Path, case: str) -> Path:
 
 def train(file: Path, out: Path) -> None:
     """In a process of the training: run the pass, write what it took."""
-    from flcompress.core.steps import Work
+    from flcompress.core.steps import PassContext
     from flcompress.distributed.joining import joined
     from flcompress.distributed.launch import Launch
     from flcompress.driver.clips import Clips
@@ -71,7 +71,7 @@ def train(file: Path, out: Path) -> None:
         reset_peak()
 
     with joined(recipe.training.engine, recipe.training.timeout, "cpu", Launch.from_environment()) as world:
-        work = Work(
+        work = PassContext(
             directory=file.parent / "work",
             seed=0,
             data=clips,

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from flcompress.core.steps import Work
+from flcompress.core.steps import PassContext
 from flcompress.diffusion.process import FLOW
 from flcompress.draws import Draws
 from flcompress.driver.rundir import RunDirectory
@@ -126,7 +126,7 @@ def _loop() -> None:
 
     def ours() -> None:
         with tempfile.TemporaryDirectory() as folder:
-            work = Work(directory=Path(folder), seed=0, data=_no_data, progress=lambda done, total, values: None)
+            work = PassContext(directory=Path(folder), seed=0, data=_no_data, progress=lambda done, total, values: None)
             engine = engine_of(work)
             role = Trained(engine, "model", here.model, batch=BATCH, hyper=Hyper(learning_rate=1e-6))
 

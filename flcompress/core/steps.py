@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
+class PassContext:
     """What the pass manager hands a pass for one application.
 
     Attributes:
@@ -131,7 +131,7 @@ class Pass(BaseModel, ABC):
     needs_data: ClassVar[bool] = False
     """Whether it reads clips or prompts: a recipe without `data:` is then refused before any work."""
     distributed: ClassVar[bool] = False
-    """Whether all processes apply it together (see `Work.world`); else the main one does and the others wait.
+    """Whether all processes apply it together (see `PassContext.world`); else the main one does and the others wait.
 
     Every process gets the same arguments and must return the same program; only the main one writes results.
     """
@@ -191,10 +191,10 @@ class Pass(BaseModel, ABC):
         """Refuse, before any work, a training that this pass cannot be part of. Raises RequestError."""
 
     @abstractmethod
-    def apply(self, program: Program, work: Work) -> Program:
+    def apply(self, program: Program, work: PassContext) -> Program:
         """Do the work. Facts are set by `__call__`, not here."""
 
-    def __call__(self, program: Program, work: Work) -> Program:
+    def __call__(self, program: Program, work: PassContext) -> Program:
         """Check the needs, apply, free what it leaves, verify the result's graph, set its facts."""
         from flcompress.models.garbage import free_gpu_memory
 

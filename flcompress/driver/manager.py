@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from flcompress.core.attempts import ATTEMPTS_FILE, seconds_so_far, told
 from flcompress.core.program import Program
 from flcompress.core.registry import find_exporter
-from flcompress.core.steps import Pass, Work
+from flcompress.core.steps import Pass, PassContext
 from flcompress.core.wandb_access import check_wandb_installed, check_wandb_login
 from flcompress.distributed.joining import joined
 from flcompress.distributed.launch import Launch
@@ -253,8 +253,8 @@ def _at_home(entry: Entry, beginning: Program) -> Program:
     return program
 
 
-def _work(recipe: Recipe, step: Pass, clips: Clips, device: str, world: World, **shown: Any) -> Work:
-    return Work(
+def _work(recipe: Recipe, step: Pass, clips: Clips, device: str, world: World, **shown: Any) -> PassContext:
+    return PassContext(
         directory=Path(),
         seed=recipe.seed,
         data=clips,
@@ -281,7 +281,9 @@ def _follow(recipe: Recipe, shared: Path, device: str, world: World) -> None:
         step(program, replace(work, directory=Path(call["directory"])))
 
 
-def _builder(step: Pass, program: Program, stored: Path, work: Work, index: int, key: str) -> Callable[[Path], Program]:
+def _builder(
+    step: Pass, program: Program, stored: Path, work: PassContext, index: int, key: str
+) -> Callable[[Path], Program]:
     """Applies one pass in the folder that the store gives, and verifies what comes back.
 
     Args:

@@ -18,7 +18,7 @@ from rich.console import Console
 from flcompress.core import attempts
 from flcompress.core.attempts import attempt, seconds_so_far, told
 from flcompress.core.program import Program
-from flcompress.core.steps import Pass, Work
+from flcompress.core.steps import Pass, PassContext
 from flcompress.driver.manager import apply
 from flcompress.progress import QuietDisplay
 from flcompress.report.html import write_report
@@ -135,7 +135,7 @@ def test_a_pass_has_the_time_of_all_attempts(
     """In what is stored, the journal, the line on the terminal and the report."""
     slow, display = Interrupted(monkeypatch), Lines()
 
-    def do(self: Pass, program: Program, work: Work) -> Program:
+    def do(self: Pass, program: Program, work: PassContext) -> Program:
         slow.earlier.append(work.earlier_seconds)
         slow.work()
         return program

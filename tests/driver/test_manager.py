@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from flcompress.core.program import Program
-from flcompress.core.steps import Work
+from flcompress.core.steps import PassContext
 from flcompress.driver.clips import Clips
 from flcompress.driver.manager import apply, export
 from flcompress.driver.rundir import RunDirectory
@@ -59,7 +59,7 @@ def test_clips_are_encoded_before_a_pass_begins_and_each_leaves_the_gpu_empty(
         CALLS.append("encode")
         render(self, *given)
 
-    def reading(self: Reader, program: Program, work: Work) -> Program:
+    def reading(self: Reader, program: Program, work: PassContext) -> Program:
         CALLS.append("begin")
         return read(self, program, work)
 

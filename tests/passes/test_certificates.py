@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from flcompress.core.program import Fact
-from flcompress.core.steps import Work
+from flcompress.core.steps import PassContext
 from flcompress.driver.start import starting_program
 from flcompress.frontend.loading import load_recipe
 from flcompress.passes.prune import Prune
@@ -22,7 +22,7 @@ def test_a_gpu_takes_no_part_in_a_certificate(tmp_path: Path) -> None:
     path.write_text(f"version: 1\nmodel: {tiny_pipeline(tmp_path / 'model')}\nsampling: {{max_sequence_length: 16}}\n")
     program = starting_program(load_recipe(path), tmp_path / "start")
     (tmp_path / "work").mkdir()
-    work = Work(
+    work = PassContext(
         directory=tmp_path / "work",
         seed=0,
         data=lambda program: pytest.fail("no data"),

@@ -210,9 +210,9 @@ def test_a_generator_that_did_not_start_from_the_base_is_refused(folder: Path) -
 
 
 def _work(folder: Path) -> Any:
-    from flcompress.core.steps import Work
+    from flcompress.core.steps import PassContext
 
-    return Work(directory=folder, seed=0, data=_never, progress=_never)
+    return PassContext(directory=folder, seed=0, data=_never, progress=_never)
 
 
 def test_the_plan_counts_the_base_once_and_what_is_trained() -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flcompress.core.program import Program
-from flcompress.core.steps import Work
+from flcompress.core.steps import PassContext
 from flcompress.data.dataset import LatentDataset
 from flcompress.diffusion import matching
 from flcompress.diffusion.conditioning import Conditioning
@@ -110,7 +110,7 @@ def test_the_fixed_samples_are_guided_as_the_sampler_guides(tmp_path: Path) -> N
     def network(x: torch.Tensor, timestep: torch.Tensor, given: Conditioning) -> torch.Tensor:
         return torch.zeros_like(x) + given["prompt"].reshape(-1, 1, 1, 1, 1)
 
-    work = Work(directory=tmp_path, seed=0, data=_no_data, progress=lambda *told: None)
+    work = PassContext(directory=tmp_path, seed=0, data=_no_data, progress=lambda *told: None)
     prompts = Prompts(work, given, negative, (3, 2, 2, 4, 4), 2, 3, lambda noise, given: torch.zeros_like(noise))
     clean, _ = prompts.sampled(network, teacher)
     expected = sample(network, teacher, torch.zeros(3, 2, 2, 4, 4), given, negative)

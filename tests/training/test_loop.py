@@ -10,7 +10,7 @@ from torch import nn
 
 from flcompress.core.program import Program
 from flcompress.core.settings import Health
-from flcompress.core.steps import Work
+from flcompress.core.steps import PassContext
 from flcompress.data.dataset import LatentDataset
 from flcompress.draws import Draws
 from flcompress.errors import TrainingError
@@ -32,7 +32,7 @@ def no_data(program: Program) -> LatentDataset:
 
 
 def engine(folder: Path = Path(), checkpoint_seconds: float = 60.0, micro_batch: int | None = None) -> Engine:
-    work = Work(
+    work = PassContext(
         directory=folder,
         seed=0,
         data=no_data,

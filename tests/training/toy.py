@@ -22,7 +22,7 @@ from torch import nn
 from flcompress.core import registry
 from flcompress.core.program import Program
 from flcompress.core.settings import Health
-from flcompress.core.steps import Cost, Pass, Work
+from flcompress.core.steps import Cost, Pass, PassContext
 from flcompress.draws import Draws
 from flcompress.training import checkpoint
 from flcompress.training.engines import Hyper, engine_of
@@ -53,7 +53,7 @@ class Toy(Pass):
     def cost(self, parameters: float, blocks: int, original: float) -> Cost:
         return Cost(steps=self.steps, batch=self.batch)
 
-    def apply(self, program: Program, work: Work) -> Program:
+    def apply(self, program: Program, work: PassContext) -> Program:
         engine, roles = engine_of(work), []
         for place, name in enumerate(("student", "critic")):
             torch.manual_seed(place)
@@ -103,7 +103,7 @@ class Toy(Pass):
         return program
 
 
-def fault(step: int, work: Work, data: Path) -> float:
+def fault(step: int, work: PassContext, data: Path) -> float:
     """Meet the fault that the environment names, if this is the process and the step; a factor for the loss."""
     kind, rank, when = os.environ.get(FAULT, "none:0:0").split(":")
     if int(when) != step or int(rank) != work.world.rank:

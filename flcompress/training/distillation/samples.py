@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flcompress.core.program import CHECKPOINTS, Program
-from flcompress.core.steps import Work
+from flcompress.core.steps import PassContext
 from flcompress.data.dataset import LatentDataset
 from flcompress.diffusion.conditioning import Conditioning, on, taken
 from flcompress.diffusion.contract import SamplingContract
@@ -49,7 +49,7 @@ class Prompts:
         start: (noise, conditioning) -> latents that sampling starts from.
     """
 
-    work: Work
+    work: PassContext
     given: Conditioning
     negative: Conditioning
     shape: tuple[int, ...]
@@ -58,7 +58,7 @@ class Prompts:
     start: Callable[[torch.Tensor, Conditioning], torch.Tensor]
 
     @classmethod
-    def of(cls, work: Work, program: Program, data: LatentDataset, at_once: int) -> Prompts:
+    def of(cls, work: PassContext, program: Program, data: LatentDataset, at_once: int) -> Prompts:
         """`work.health.samples` prompts of a dataset, or a few more where the processes do not divide that number."""
         size = work.world.size
         total = -(-work.health.samples // size) * size
@@ -230,6 +230,6 @@ def _one_by_one(noises: Sequence[torch.Tensor]) -> Callable[[torch.Tensor], torc
     return lambda like: next(source)
 
 
-def _draws(work: Work, total: int, draw: int = 0) -> Draws:
+def _draws(work: PassContext, total: int, draw: int = 0) -> Draws:
     parts = (work.seed, "health", "samples", *([draw] if draw else []))
     return Draws(*parts, batch=total, rank=work.world.rank, processes=work.world.size)

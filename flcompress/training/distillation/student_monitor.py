@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from flcompress.core.program import Program
-from flcompress.core.steps import Work
+from flcompress.core.steps import PassContext
 from flcompress.data.dataset import LatentDataset
 from flcompress.diffusion.contract import SamplingContract
 from flcompress.diffusion.flow import shift
@@ -37,7 +37,7 @@ class StudentHealth:
 
     def __init__(
         self,
-        work: Work,
+        work: PassContext,
         program: Program,
         contract: SamplingContract,
         data: LatentDataset,
@@ -90,7 +90,7 @@ class StudentHealth:
         )
 
 
-def student_watch(work: Work, name: str, health: StudentHealth | None) -> Watch:
+def student_watch(work: PassContext, name: str, health: StudentHealth | None) -> Watch:
     """The watch over a distillation; without samples only what its steps report is judged."""
     limits, none = work.health, (None, None)
     low, high = limits.deviation or none

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from flcompress.core.steps import Work
+from flcompress.core.steps import PassContext
 from flcompress.errors import RequestError, TrainingError, UnavailableError
 from flcompress.ir.graph import BlockGraph
 from flcompress.models.compiled import compile_blocks, missing_compiler
@@ -105,7 +105,7 @@ class Engine(ABC):
     skips: bool = True
     splits_weights: bool = False
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: PassContext) -> None:
         self.work = work
         self._graphs: dict[str, BlockGraph] = {}
 
@@ -206,7 +206,7 @@ class Engine(ABC):
             yield
 
 
-def engine_of(work: Work) -> Engine:
+def engine_of(work: PassContext) -> Engine:
     """The engine that a pass's work asks for."""
     from flcompress.training.engines.replicated import Distributed, Local
 

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from flcompress.core.steps import Work
+from flcompress.core.steps import PassContext
 from flcompress.errors import RequestError
 from flcompress.models.loading import empty_transformer
 from flcompress.training.engines.engine import Engine, Hyper, Wrapped
@@ -60,7 +60,7 @@ class Shards(Replica):
 class FullySharded(Engine):
     """FSDP2 over all processes."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: PassContext) -> None:
         super().__init__(work)
         self.splits_weights = True
         self.layout = f"fsdp2 on {work.world.size} processes"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flcompress.core.steps import Work
+from flcompress.core.steps import PassContext
 from flcompress.training.checkpoint import WHOLE
 from flcompress.training.engines.engine import Engine, Hyper, NotFinite, Wrapped
 from flcompress.training.engines.optimiser import optimiser
@@ -22,7 +22,7 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 class Replica(Wrapped):
     """A model with torch's AdamW; every process holds all of it."""
 
-    def __init__(self, work: Work, model: Any, module: Any, hyper: Hyper) -> None:
+    def __init__(self, work: PassContext, model: Any, module: Any, hyper: Hyper) -> None:
         self.work, self.model, self.module, self._hyper = work, model, module, hyper
         self._named = {name: one for name, one in model.named_parameters() if one.requires_grad}
         self._optimizer = optimiser(list(self._named.values()), hyper)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flcompress.core.steps import Work
+from flcompress.core.steps import PassContext
 from flcompress.errors import UnavailableError
 from flcompress.models.loading import empty_transformer, put
 from flcompress.models.precision import half_precision
@@ -24,7 +24,7 @@ from flcompress.training.engines.optimiser import optimiser
 class ZeroModel(Wrapped):
     """A model behind a DeepSpeed engine, which owns gradients, clipping and the step of torch's AdamW."""
 
-    def __init__(self, work: Work, stage: int, model: Any, hyper: Hyper, config: Mapping[str, Any]) -> None:
+    def __init__(self, work: PassContext, stage: int, model: Any, hyper: Hyper, config: Mapping[str, Any]) -> None:
         import deepspeed
 
         self.work, self.model, self._stage = work, model, stage
@@ -120,7 +120,7 @@ def _place(key: str) -> int:
 class Zero(Engine):
     """DeepSpeed on all processes."""
 
-    def __init__(self, work: Work, stage: int) -> None:
+    def __init__(self, work: PassContext, stage: int) -> None:
         super().__init__(work)
         try:
             import deepspeed
@@ -204,7 +204,7 @@ class Zero(Engine):
 class _Frozen(nn.Module):
     """A frozen model beside DeepSpeed's, in the training's precision."""
 
-    def __init__(self, model: Any, work: Work) -> None:
+    def __init__(self, model: Any, work: PassContext) -> None:
         super().__init__()
         self.inner, self._work = model, work
 

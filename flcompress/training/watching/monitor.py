@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from flcompress.core.settings import highest
-from flcompress.core.steps import Work
+from flcompress.core.steps import PassContext
 from flcompress.errors import TrainingError
 from flcompress.files import append_line, write_text
 
@@ -133,7 +133,7 @@ class Watch:
 
     def __init__(
         self,
-        work: Work,
+        work: PassContext,
         *,
         name: str,
         look: Callable[[int], Figures],

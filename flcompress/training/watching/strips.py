@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from flcompress.core.program import Program
-from flcompress.core.steps import Work
+from flcompress.core.steps import PassContext
 from flcompress.models.garbage import free_gpu_memory
 
 STRIPS = "samples"
@@ -27,7 +27,7 @@ def reference_strip(directory: Path) -> Path:
     return directory / STRIPS / "teacher.png"
 
 
-def draw_strip(work: Work, program: Program, latents: torch.Tensor, path: Path) -> None:
+def draw_strip(work: PassContext, program: Program, latents: torch.Tensor, path: Path) -> None:
     """Decode clips [n, channels, frames, height, width], one at a time, and write them as rows of frames.
 
     The autoencoder is in memory only while this lasts. A picture is no reason to end a training: what prevents one is

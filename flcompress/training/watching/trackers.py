@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from flcompress.core.steps import Work
+from flcompress.core.steps import PassContext
 from flcompress.core.wandb_access import refused
 from flcompress.files import write_text
 from flcompress.training.watching.strips import STRIPS, strip_of
@@ -110,7 +110,7 @@ class WeightsAndBiases:
 
 @contextmanager
 def trackers(
-    work: Work, name: str, start: int = 0, logged: Iterable[Mapping[str, float]] = ()
+    work: PassContext, name: str, start: int = 0, logged: Iterable[Mapping[str, float]] = ()
 ) -> Iterator[Sequence[Tracker]]:
     """Those that the recipe asks for, in the main process; none in the others.
 

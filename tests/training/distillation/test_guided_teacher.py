@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flcompress.core.steps import Work
+from flcompress.core.steps import PassContext
 from flcompress.draws import Draws
 from flcompress.models.inputs import example_inputs
 from flcompress.models.network import as_network
@@ -29,7 +29,9 @@ def test_its_pruned_self_may_lack_the_first_block(
     graph = trace(model, inputs)
     assert len(graph.blocks[0].streams) == streams
     gone = [graph.blocks[place].path for place in places if place < len(graph.blocks)]
-    work = Work(directory=tmp_path, seed=0, data=lambda program: pytest.fail("no data"), progress=lambda *told: None)
+    work = PassContext(
+        directory=tmp_path, seed=0, data=lambda program: pytest.fail("no data"), progress=lambda *told: None
+    )
     x, timestep = torch.randn(1, 4, 2, 8, 8), torch.tensor([300.0])
     given = {"encoder_hidden_states": inputs["encoder_hidden_states"]}
     network = as_network(model)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from flcompress.core.steps import Work
+from flcompress.core.steps import PassContext
 from flcompress.distributed.world import World
 from flcompress.errors import ModelError
 from flcompress.ir.serial import from_json, to_json
@@ -45,7 +45,7 @@ def in_processes(task: Any, engine: str, size: int, *given: Any) -> None:
 def _run(task: Any, name: Any, rank: int, size: int, port: int, given: Sequence[Any]) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
-    work = Work(
+    work = PassContext(
         directory=Path(),
         seed=0,
         data=lambda program: pytest.fail("no data"),

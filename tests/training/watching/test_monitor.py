@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from flcompress.core.settings import Health
-from flcompress.core.steps import Work
+from flcompress.core.steps import PassContext
 from flcompress.draws import Draws
 from flcompress.errors import TrainingError
 from flcompress.training import loop
@@ -27,9 +27,9 @@ from tests.training.test_loop import no_data, silent
 LIMITS = {"lag": Limit(setting="max_critic_lag", high=1.0), "motion": Limit(setting="motion", low=0.5, high=2.0)}
 
 
-def work(folder: Path, said: list[str] | None = None, **health: Any) -> Work:
+def work(folder: Path, said: list[str] | None = None, **health: Any) -> PassContext:
     said = [] if said is None else said
-    return Work(
+    return PassContext(
         directory=folder,
         seed=0,
         data=no_data,
@@ -40,7 +40,7 @@ def work(folder: Path, said: list[str] | None = None, **health: Any) -> Work:
     )
 
 
-def watch(work: Work, figures: Mapping[int, Mapping[str, float]] | None = None) -> Watch:
+def watch(work: PassContext, figures: Mapping[int, Mapping[str, float]] | None = None) -> Watch:
     return Watch(work, name="test", look=lambda step: (figures or {})[step], held_out="loss", limits=LIMITS)
 
 

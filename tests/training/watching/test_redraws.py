@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flcompress.core.settings import Health, highest
-from flcompress.core.steps import Work
+from flcompress.core.steps import PassContext
 from flcompress.diffusion.conditioning import Conditioning
 from flcompress.diffusion.contract import contract_of
 from flcompress.diffusion.process import FLOW
@@ -33,8 +33,8 @@ from tests.training.test_loop import no_data, silent
 LIMITS = {"lag": Limit(setting="max_critic_lag", high=1.0)}
 
 
-def work(folder: Path, said: list[str] | None = None, world: World | None = None, **health: Any) -> Work:
-    return Work(
+def work(folder: Path, said: list[str] | None = None, world: World | None = None, **health: Any) -> PassContext:
+    return PassContext(
         directory=folder,
         seed=0,
         data=no_data,
@@ -45,7 +45,7 @@ def work(folder: Path, said: list[str] | None = None, world: World | None = None
     )
 
 
-def watch(given: Work) -> Watch:
+def watch(given: PassContext) -> Watch:
     return Watch(given, name="test", look=lambda step: {}, held_out="distance", limits=LIMITS)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flcompress.core.program import Program
-from flcompress.core.steps import Work
+from flcompress.core.steps import PassContext
 from flcompress.models.parts import Parts
 from flcompress.training.watching import strips
 from flcompress.training.watching.strips import draw_strip, strip_of
@@ -35,8 +35,8 @@ class Drawn:
         return torch.zeros(1, 3, 9, 16, 16)
 
 
-def work_in(folder: Path, said: list[str], device: str = "cpu") -> Work:
-    return Work(
+def work_in(folder: Path, said: list[str], device: str = "cpu") -> PassContext:
+    return PassContext(
         directory=folder,
         seed=0,
         data=lambda program: pytest.fail("no data"),
