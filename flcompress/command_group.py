@@ -35,7 +35,7 @@ class Commands(click.Group):
         except FlcompressError as error:
             if ctx.params.get("debug"):
                 raise
-            if not (error.told if error.told is not None else _not_first()):
+            if not (error.reported if error.reported is not None else _not_first()):
                 click.echo(f"error: {error}", err=True)
             ctx.exit(error.exit_status)
         except KeyboardInterrupt:

@@ -13,12 +13,12 @@ class FlcompressError(Exception):
     """The work failed (exit status 1).
 
     Attributes:
-        told: whether another process of the same command says it, so that this one need not; None where they have not
-            met, and those of one machine meet with the same error.
+        reported: whether another process has already reported this error; None where the processes have not met: then
+            those of one machine meet the same error.
     """
 
     exit_status = 1
-    told: bool | None = None
+    reported: bool | None = None
 
 
 class RequestError(FlcompressError):

@@ -174,7 +174,7 @@ class DistributionMatching(Pass):
     def apply(self, program: Program, work: PassContext) -> Program:
         if self.generator_shares:
             parts = program.components
-            odd = work.world.once(lambda: unlike(parts["transformer"], parts["elastic"], program.kept))
+            odd = work.world.broadcast(lambda: unlike(parts["transformer"], parts["elastic"], program.kept))
             if odd:
                 raise RequestError(
                     f"dmd.generator: lora given, but {odd} of the transformer is not that of the elastic one, whose "
@@ -195,7 +195,7 @@ class DistributionMatching(Pass):
         weights = roles.generator.averaged_state()
         target = work.directory / "transformer"
         if work.world.main:
-            work.world.alone(f"saving what {self.name} trained")
+            work.world.main_only(f"saving what {self.name} trained")
             if self.generator == "lora":
                 whole = load_transformer(program.components["transformer"]).state_dict()
                 weights = merge(whole, weights, program.kept if self.generator_shares else {b: b for b in program.kept})

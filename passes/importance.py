@@ -130,12 +130,12 @@ class Importance(Pass):
                 sigma = low + (high - low) * torch.rand(n, generator=draw)
                 batch += 1
                 if batch % world.size == world.rank:
-                    world.beat(f"{self.name}: batch {batch}")
+                    world.heartbeat(f"{self.name}: batch {batch}")
                     found = self._differences(model, graph, contract, x0, conditioning, noise, sigma)
                     mine[str(batch)] = [found[path].tolist() for path in paths]
                 done += n
                 progress(done, total, {})
-            level = {int(number): found for one in world.gathered(mine) for number, found in one.items()}
+            level = {int(number): found for one in world.all_gather(mine) for number, found in one.items()}
             for place, path in enumerate(paths):
                 values = [value for number in sorted(level) for value in level[number][place]]
                 losses[path].append(torch.tensor(values, dtype=torch.float64))

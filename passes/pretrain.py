@@ -58,7 +58,7 @@ class Pretrain(Pass):
         weights = self._trained(engine_of(work), program)
         target = work.directory / "transformer"
         if work.world.main:
-            work.world.alone(f"saving what {self.name} trained")
+            work.world.main_only(f"saving what {self.name} trained")
             save_transformer(program.components["transformer"], weights, target)
             (work.directory / "result.json").write_text(json.dumps({"steps": self.steps}) + "\n", encoding="utf-8")
         return (

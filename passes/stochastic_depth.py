@@ -83,12 +83,12 @@ class StochasticDepth(Pass):
         )
 
     def apply(self, program: Program, work: PassContext) -> Program:
-        graph, paths = work.world.once(lambda: self._chosen(program, work))
+        graph, paths = work.world.broadcast(lambda: self._chosen(program, work))
         program = replace(program, graph=from_json(graph), prune_set=tuple(paths))
         weights = self._trained(engine_of(work), program)
         target = work.directory / "transformer"
         if work.world.main:
-            work.world.alone(f"saving what {self.name} trained")
+            work.world.main_only(f"saving what {self.name} trained")
             save_transformer(program.components["transformer"], weights, target)
             self._write_result(program, work)
         return program.with_component("transformer", target).with_component("elastic", target)
@@ -152,7 +152,7 @@ class StochasticDepth(Pass):
                 else:
                     with role.averaged():
                         full = network(x, timestep, given)
-            work.world.beat()
+            work.world.heartbeat()
             with engine.skip(role.model, skipped, graph=graph):
                 return network(x, timestep, given), full
 

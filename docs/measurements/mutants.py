@@ -10,7 +10,18 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
-UNTOUCHED_CALLS = {"Field", "progress", "say", "beat", "note", "alone", "print", "super", "write_text", "lru_cache"}
+UNTOUCHED_CALLS = {
+    "Field",
+    "progress",
+    "say",
+    "heartbeat",
+    "note",
+    "main_only",
+    "print",
+    "super",
+    "write_text",
+    "lru_cache",
+}
 """Limits of recipe fields, and what is only shown."""
 UNTOUCHED_FUNCTIONS = {"cost", "check", "lora_parameters", "__repr__", "__hash__"}
 """The plan's estimates and refusals, which have tests of their own."""

@@ -49,7 +49,7 @@ class World:
     def main(self) -> bool:
         return self.rank == 0
 
-    def mean(self, values: Mapping[str, float]) -> dict[str, float]:
+    def all_mean(self, values: Mapping[str, float]) -> dict[str, float]:
         """The mean of each value over the processes; all must give the same names."""
         if self.size == 1:
             return dict(values)
@@ -57,11 +57,11 @@ class World:
         import torch.distributed as dist
 
         total = torch.tensor(list(values.values()), dtype=torch.float64)
-        with self.together():
+        with self.exchanging():
             dist.all_reduce(total, group=self._control)
         return dict(zip(values, (total / self.size).tolist(), strict=True))
 
-    def gathered(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """What every process gave, by rank, in every process; plain JSON values only."""
         if self.size == 1:
             return [value]
@@ -69,21 +69,21 @@ class World:
         self._put(f"gather/{number}/{self.rank}", value)
         return [self._get(f"gather/{number}/{rank}") for rank in range(self.size)]
 
-    def once(self, make: Callable[[], Any]) -> Any:
+    def broadcast(self, make: Callable[[], Any]) -> Any:
         """What `make` gives in the main process, in every process; plain JSON values only. It may take any time."""
         if self.size == 1:
             return make()
         number = self._messages = self._messages + 1
         if not self.main:
-            return self._get(f"once/{number}")
+            return self._get(f"broadcast/{number}")
         doing, before = self._pulse.doing, self._pulse.alone
         self._moved(doing, alone=True)
         value = make()
         self._moved(doing, alone=before)
-        self._put(f"once/{number}", value)
+        self._put(f"broadcast/{number}", value)
         return value
 
-    def beat(self, what: str = "") -> None:
+    def heartbeat(self, what: str = "") -> None:
         """Say that this process moves on together with the others, and to what: a hung one is told by its last word.
 
         Where nothing is said, it moves on with the same. All that can take long beats: each network call, each file.
@@ -98,7 +98,7 @@ class World:
         """Say that this process was asked to end: it does not wait for long for one that gives no sign of life."""
         self._pulse.ending = True
 
-    def alone(self, what: str) -> None:
+    def main_only(self, what: str) -> None:
         """Say that the main process works on while the others wait for it, which may take any time."""
         self._moved(what, alone=True)
 
@@ -113,23 +113,23 @@ class World:
                 raise self._broken(error) from error
 
     @contextmanager
-    def telling(self) -> Iterator[None]:
+    def propagating_failures(self) -> Iterator[None]:
         """Around all work: what ends this process is told to the others, and one of them says it."""
         try:
             yield
         except FlcompressError as error:
-            error.told = self._fail(error)
+            error.reported = self._fail(error)
             raise
         except KeyboardInterrupt:
             interrupted = FlcompressError("interrupted")
-            interrupted.exit_status, interrupted.told = INTERRUPTED, True
+            interrupted.exit_status, interrupted.reported = INTERRUPTED, True
             if self._fail(interrupted):
                 raise interrupted from None
             raise
         except Exception as error:
             failure = FlcompressError(f"{type(error).__name__}: {error}")
             if self._fail(failure):
-                failure.told = True  # it follows from another's failure, such as a folder that is gone
+                failure.reported = True  # it follows from another's failure, such as a folder that is gone
                 raise failure from error
             raise
 
@@ -151,7 +151,7 @@ class World:
         return True
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def exchanging(self) -> Iterator[None]:
         """Around work in which the processes exchange tensors: the loss of one becomes one line that names it."""
         try:
             yield

@@ -82,7 +82,7 @@ def apply(
     check_launch(recipe.training, launch, recipe.passes)
     with (
         joined(recipe.training.engine, recipe.training.timeout, device, launch) as world,
-        world.telling(),
+        world.propagating_failures(),
         system_errors_in_one_line(run.path),
     ):
         if world.main:
@@ -194,7 +194,7 @@ def _apply(recipe: Recipe, run: RunDirectory, shared: Path, display: Display, de
             key = pass_key(step, program, recipe)
             found = store.find(index, step.name, key)
             if found is None:
-                world.alone(title)
+                world.main_only(title)
                 world.longest = (0.0, "")
                 display.line(f"{title}: running")
                 building = os.path.relpath(store.place(index, step.name, key), run.path)
@@ -218,7 +218,7 @@ def _apply(recipe: Recipe, run: RunDirectory, shared: Path, display: Display, de
                 measured["longest_beat"] = dict(zip(("seconds", "at"), world.longest, strict=True))
             run.note("pass", step.name, status="cached" if found else "ran", key=key, **measured)
         current = "exports"
-        world.once(lambda: None)  # no more passes to share
+        world.broadcast(lambda: None)  # no more passes to share
         exports = run_exports(run, program, recipe.exports, display)
     except FlcompressError as error:
         run.note("failed", current, status="failed", error=str(error))
@@ -275,7 +275,7 @@ def _work(recipe: Recipe, step: Pass, clips: Clips, device: str, world: World, *
 def _follow(recipe: Recipe, shared: Path, device: str, world: World) -> None:
     """What every process but the main one does: apply the passes that the main one calls for, each with its share."""
     clips = Clips(recipe, shared / "data", QuietDisplay(), device)
-    while (call := world.once(dict)) is not None:
+    while (call := world.broadcast(dict)) is not None:
         program, step = Program.load(Path(call["program"])), recipe.passes[call["index"] - 1]
         work = _work(recipe, step, clips, device, world, progress=lambda done, total, values: None)
         step(program, replace(work, directory=Path(call["directory"])))
@@ -303,9 +303,9 @@ def _builder(
         before = seconds_so_far(folder / ATTEMPTS_FILE, key)
         if step.distributed:
             call = {"index": index, "program": str(stored), "directory": str(folder)}
-            work.world.once(lambda: call)
+            work.world.broadcast(lambda: call)
         result = step(program, replace(work, directory=folder, earlier_seconds=before))
-        work.world.alone(f"end of {step.name}")
+        work.world.main_only(f"end of {step.name}")
         verify(step.name, result)
         return result
 

@@ -59,21 +59,21 @@ class Checkpoints:
 
         Where it fails, what was stored before is kept.
         """
-        self.world.beat(f"checkpoint of step {step}")
+        self.world.heartbeat(f"checkpoint of step {step}")
         # A name of its own: a process that outlives a killed command cannot write into what the next one writes.
-        work = self._folder / self.world.once(lambda: self._prepared(step))
+        work = self._folder / self.world.broadcast(lambda: self._prepared(step))
         try:
             mine: dict[str, str] = {}
             if tensors:
                 path = work / f"rank-{self.world.rank}.safetensors"
                 here = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-                self.world.beat()
+                self.world.heartbeat()
                 save_file(here, str(path))
-                self.world.beat()
+                self.world.heartbeat()
                 sync(path)
                 mine[path.name] = self._digest(path)
-            files = {name: digest for one in self.world.gathered(mine) for name, digest in one.items()}
-            self.world.once(lambda: self._put_in_place(step, kind, work, files))
+            files = {name: digest for one in self.world.all_gather(mine) for name, digest in one.items()}
+            self.world.broadcast(lambda: self._put_in_place(step, kind, work, files))
         except BaseException:
             if self.world.main:
                 shutil.rmtree(work, ignore_errors=True)  # a full disk has the room back at once
@@ -102,12 +102,12 @@ class Checkpoints:
         Raises:
             RequestError: it was written by other processes than these.
         """
-        for name in self.world.once(partial(self._tidied, kind)):
+        for name in self.world.broadcast(partial(self._tidied, kind)):
             folder = self._folder / name
             record, trouble = self._verified(folder, kind)
-            troubles = [one for one in self.world.gathered(trouble) if one]
+            troubles = [one for one in self.world.all_gather(trouble) if one]
             if troubles:
-                self.world.once(partial(self._pass_over, folder, kind, troubles[0]))
+                self.world.broadcast(partial(self._pass_over, folder, kind, troubles[0]))
                 continue
             if record["layout"] != self.layout:
                 raise RequestError(
@@ -158,7 +158,7 @@ class Checkpoints:
         with path.open("rb") as file:
             while block := file.read(BLOCK):
                 digest.update(block)
-                self.world.beat()
+                self.world.heartbeat()
         return digest.hexdigest()
 
     def _written(self, kind: Kind) -> Sequence[Path]:

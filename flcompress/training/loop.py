@@ -87,8 +87,8 @@ def train(
         """Whether to go back to the best look."""
         if watch is None or not (step in (0, steps) or step % watch.every == 0):
             return False
-        world.beat(f"held-out figures of step {step}")
-        with engine.forward_mode(), world.together():
+        world.heartbeat(f"held-out figures of step {step}")
+        with engine.forward_mode(), world.exchanging():
             figures, again = watch.look(step), watch.again(step)
         if figures:
             write({"step": step, **figures})
@@ -107,13 +107,13 @@ def train(
         if start == 0:
             look(0)
         for step in range(start + 1, steps + 1):
-            world.beat(f"step {step}")
+            world.heartbeat(f"step {step}")
             draws = Draws(work.seed, name, step, batch=batch, rank=world.rank, processes=world.size)
             torch.manual_seed(seed_of(work.seed, name, step, "model", world.rank))  # dropout, where a model has it
-            with engine.forward_mode(), world.together():
+            with engine.forward_mode(), world.exchanging():
                 values = dict(train_step(step, draws))
             due = time.monotonic() - saved >= work.checkpoint_seconds
-            agreed = world.mean({**values, _SAVE: float(due and world.main), _END: float(asked.is_set())})
+            agreed = world.all_mean({**values, _SAVE: float(due and world.main), _END: float(asked.is_set())})
             save, end = agreed.pop(_SAVE) > 0, agreed.pop(_END) > 0
             write({"step": step, **agreed})
             work.progress(step, steps, agreed)

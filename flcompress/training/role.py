@@ -69,9 +69,9 @@ class Trained:
     def backward(self, loss: torch.Tensor, part: Draws) -> None:
         """Back-propagate the loss of a micro batch, a mean over its samples; gradients add up to those of the batch."""
         self._loss = self._loss + part.share * loss.detach()
-        self._world.beat()
+        self._world.heartbeat()
         self._wrapped.backward(part.share * loss)
-        self._world.beat()
+        self._world.heartbeat()
 
     def step(self) -> dict[str, float]:
         """Take one optimiser step; all processes together. The loss is that of the batch.
@@ -79,7 +79,7 @@ class Trained:
         Raises:
             TrainingError: the loss or its gradient is not finite in some process; nothing was changed.
         """
-        value = self._world.mean({"loss": float(self._loss)})["loss"]
+        value = self._world.all_mean({"loss": float(self._loss)})["loss"]
         self._loss = 0.0
         if not math.isfinite(value):
             self._wrapped.clear()
@@ -90,7 +90,7 @@ class Trained:
         except NotFinite as error:
             raise self._stopped("gradient norm", error.norm) from error
         self.updates += 1
-        self._world.beat()
+        self._world.heartbeat()
         if self._ema is not None and self.ema_decay is not None:
             # A short run must not stay near its start: the decay warms up with the number of updates.
             decay = min(self.ema_decay, (1.0 + self.updates) / (10.0 + self.updates))
@@ -124,7 +124,7 @@ class Trained:
 
     def gathered(self) -> dict[str, torch.Tensor]:
         """The whole state dict in the main process; empty in the others. All processes call it together."""
-        self._world.beat(f"gathering the weights of {self.name}")
+        self._world.heartbeat(f"gathering the weights of {self.name}")
         return self._wrapped.gathered()
 
     def averaged_state(self) -> dict[str, torch.Tensor]:

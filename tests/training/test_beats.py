@@ -40,7 +40,7 @@ def test_no_more_than_two_network_calls_pass_without_a_beat(
 ) -> None:
     """But where the main process works alone. Guided sampling calls twice for one prediction."""
     seen: list[str] = []
-    beat, alone, forward = World.beat, World.alone, WanTransformer3DModel.forward
+    beat, alone, forward = World.heartbeat, World.main_only, WanTransformer3DModel.forward
 
     def called(self: Any, *given: Any, **named: Any) -> Any:
         seen.append("call")
@@ -55,8 +55,8 @@ def test_no_more_than_two_network_calls_pass_without_a_beat(
         alone(self, what)
 
     monkeypatch.setattr(WanTransformer3DModel, "forward", called)
-    monkeypatch.setattr(World, "beat", beaten)
-    monkeypatch.setattr(World, "alone", left)
+    monkeypatch.setattr(World, "heartbeat", beaten)
+    monkeypatch.setattr(World, "main_only", left)
     recipe = home.recipe("beats", EVERY_PASS)
     apply(recipe, tmp_path / "run", overrides=SETTINGS, display=QuietDisplay(), device="cpu")
     between = re.split("b+", re.sub("ac*", "b", "".join(one[0] for one in seen)))
@@ -73,10 +73,10 @@ def test_the_longest_time_without_a_beat_is_noted(home: Home, tmp_path: Path, mo
 
     def slow(self: Toy, program: Any, work: Any) -> Any:
         time.sleep(1.5)
-        work.world.beat("a slow step")
+        work.world.heartbeat("a slow step")
         time.sleep(0.5)
-        work.world.beat("another")
-        work.world.alone("saving")
+        work.world.heartbeat("another")
+        work.world.main_only("saving")
         time.sleep(1.5)
         return trained(self, program, work)
 

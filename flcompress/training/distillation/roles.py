@@ -50,7 +50,7 @@ class Roles:
     ) -> None:
         work, parts = engine.work, program.components
         self.engine, self._settings, self._device = engine, settings, work.device
-        self._beat = work.world.beat
+        self._heartbeat = work.world.heartbeat
         self._process, self._shift = contract.process, program.teacher_contract.shift
         self._embedded = contract.embedded_guidance
         self._data, fixed = _split(work.data(program), work.health.samples)
@@ -86,7 +86,7 @@ class Roles:
             if fixed is not None and parts["original_partner"] != parts["partner"]:
                 beside = as_network(engine.frozen(engine.load_frozen(parts["original_partner"])), self._embedded)
             sampled, guided = experts.joined(sampled, partner), experts.joined(guided, beside)
-        self._simulation = Simulation(program, contract, self._data, negative, work.device, partner, self._beat)
+        self._simulation = Simulation(program, contract, self._data, negative, work.device, partner, self._heartbeat)
         self.health: StudentHealth | None = None
         if fixed is not None:
             self.health = StudentHealth(
@@ -173,7 +173,7 @@ class Roles:
         if not self._settings.gan_weight:
             return denoising_loss(self._fake, self._process, x, given, level, noise)
         prediction, generated = self._critic.module(noised, self._process.timestep(level), given)
-        self._beat()
+        self._heartbeat()
         x_real, given_real = self._data.batch(draws.batch, draws.shared, draws.mine)
         real, real_level, _ = self._noised(x_real.to(self._device), draws)
         _, logits = self._critic.module(real, self._process.timestep(real_level), on(given_real, self._device))
@@ -189,9 +189,9 @@ class Roles:
             timestep = self._process.timestep(level)
             with torch.no_grad():
                 fake = self._process.tweedie(noised, self._fake(noised, timestep, given), level)
-                self._beat()
+                self._heartbeat()
                 real = self._process.tweedie(noised, self._teacher(noised, timestep, given, part), level)
-                self._beat()
+                self._heartbeat()
                 g = matching.gradient(x, fake, real)
             loss = matching.loss(x, g)
             if self._settings.gan_weight:
@@ -219,7 +219,7 @@ class Roles:
     def _of_all(self, values: torch.Tensor) -> torch.Tensor:
         """One number for each sample of the batch, in every process, from [batch] with zeros for others' samples."""
         world = self.engine.work.world
-        sums = world.mean({str(n): one * world.size for n, one in enumerate(values.tolist())})
+        sums = world.all_mean({str(n): one * world.size for n, one in enumerate(values.tolist())})
         return torch.tensor(list(sums.values()))
 
 

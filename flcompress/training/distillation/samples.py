@@ -97,7 +97,7 @@ class Prompts:
                 here = (place_of[part] == place).to(x.device)
                 seen = torch.where(spread(here, x), x0, seen)
                 x = walk(x, prediction, place, again)
-                self.work.world.beat()
+                self.work.world.heartbeat()
             clean.append(x)
             along.append(seen)
         return torch.cat(clean), torch.cat(along)
@@ -129,7 +129,7 @@ class Samples:
         clean, _ = self._prompts.sampled(student, contract)
         if self._work.world.main:
             draw_strip(self._work, self._program, clean[:SHOWN], strip_of(self._work.directory, step))
-            self._work.world.beat()
+            self._work.world.heartbeat()
         return compared(clean, reference, self._work.world)
 
     def redrawn(self, draw: int, student: Network, contract: SamplingContract) -> dict[str, float]:
@@ -142,7 +142,7 @@ class Samples:
         """The figures of the teacher's own samples with other noises; after `figures`, all processes together."""
         path, world = self._work.directory / CHECKPOINTS / "teacher-redraws.json", self._work.world
         if self._teacher_redraws is None:
-            self._teacher_redraws = world.once(lambda: json.loads(path.read_text()) if path.exists() else [])
+            self._teacher_redraws = world.broadcast(lambda: json.loads(path.read_text()) if path.exists() else [])
         while len(self._teacher_redraws) < TEACHER_REDRAWS:
             draw = 1 + len(self._teacher_redraws)
             self._teacher_redraws.append(self.redrawn(draw, self._teacher, self._contract))
@@ -153,14 +153,14 @@ class Samples:
     def _made(self) -> Moments:
         """The teacher's moments: those of an earlier start of this training, else its samples are made now."""
         path, world = self._work.directory / CHECKPOINTS / "teacher.safetensors", self._work.world
-        if world.once(path.exists):
+        if world.broadcast(path.exists):
             found: Moments = load_file(str(path))
             return found
         clean, _ = self._prompts.sampled(self._teacher, self._contract)
         made = moments(clean, world)
         if world.main:
             draw_strip(self._work, self._program, clean[:SHOWN], reference_strip(self._work.directory))
-            world.beat()
+            world.heartbeat()
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_suffix(".tmp")
             save_file(dict(made), str(temporary))
@@ -218,7 +218,7 @@ def _views(latents: torch.Tensor) -> dict[str, list[torch.Tensor]]:
 def _agreed(tensors: Mapping[str, torch.Tensor], world: World) -> dict[str, torch.Tensor]:
     """The mean of each tensor over the processes."""
     flat = {f"{name} {place}": one for name, value in tensors.items() for place, one in enumerate(value.tolist())}
-    mean = world.mean(flat)
+    mean = world.all_mean(flat)
     return {
         name: torch.tensor([mean[f"{name} {place}"] for place in range(len(value))], dtype=torch.float64)
         for name, value in tensors.items()

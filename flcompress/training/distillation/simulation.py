@@ -26,7 +26,7 @@ class Simulation:
         negative: conditioning of the negative prompt, [1, ...].
         device: the training's.
         partner: of two experts the other one, where it makes steps before the student's; it is not trained.
-        beat: called after every network call.
+        heartbeat: called after every network call.
     """
 
     program: Program
@@ -35,7 +35,7 @@ class Simulation:
     negative: Conditioning
     device: str
     partner: Network | None = None
-    beat: Callable[[], None] = lambda: None
+    heartbeat: Callable[[], None] = lambda: None
 
     def sampled(self, generator: Network, draws: Draws, *, grad: bool) -> tuple[torch.Tensor, Conditioning]:
         """Reach a random one of the student's levels by its own steps, then predict x0 there.
@@ -64,7 +64,7 @@ class Simulation:
                     prediction = generator(x, timestep, given)
                 else:
                     prediction = predict(self.partner, contract, place, x, given, self.negative)
-            self.beat()
+            self.heartbeat()
             if place < last:
                 x = advance(contract, x, prediction, place, again)
         level = torch.full((len(x),), contract.sigmas[last], device=self.device)

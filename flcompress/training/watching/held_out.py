@@ -94,10 +94,10 @@ class HeldOutELBO:
             draws += float(count.sum())
             for kind, values in enumerate((weighted, count)):
                 sums[kind].index_add_(0, group, values.double().cpu())
-            self._world.beat()
+            self._world.heartbeat()
         found = {"total": total, "draws": draws}
         found |= {f"{kind} {group}": one for kind, row in enumerate(sums.tolist()) for group, one in enumerate(row)}
-        agreed = self._world.mean(found)
+        agreed = self._world.all_mean(found)
         groups = [(agreed[f"0 {group}"], agreed[f"1 {group}"]) for group in range(GROUPS)]
         return Scored(agreed["total"] / agreed["draws"], tuple(part / count for part, count in groups if count > 0))
 
@@ -175,8 +175,8 @@ def critic_lag(
         columns = [fake(x, timestep, conditioning), other(x, timestep, conditioning), x, torch.ones_like(x)]
         flat = torch.stack([one.double().flatten() for one in (*columns, process.target(clean, e, s))])
         gram += (flat @ flat.T).cpu()
-        world.beat()
-    mean = world.mean({str(place): one for place, one in enumerate(gram.flatten().tolist())})
+        world.heartbeat()
+    mean = world.all_mean({str(place): one for place, one in enumerate(gram.flatten().tolist())})
     gram = torch.tensor(list(mean.values()), dtype=torch.float64).reshape(5, 5)
     inner, onto, square = gram[:4, :4], gram[:4, 4], gram[4, 4]
     # The columns can be alike: the fake score starts as a copy of the other network.

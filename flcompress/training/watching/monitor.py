@@ -158,7 +158,7 @@ class Watch:
                 step = int(record["step"])
                 self._judged(step, record, again.get(step, NONE))
             write_text(self._work.directory / HEALTH_FILE, json.dumps(self._settings(), indent=1) + "\n")
-        state = world.once(lambda: [self.best[0], _finite(self.best[1]), self._best_redrawn, sorted(self._beyond)])
+        state = world.broadcast(lambda: [self.best[0], _finite(self.best[1]), self._best_redrawn, sorted(self._beyond)])
         step, value, self._best_redrawn, beyond = state
         self.best, self._beyond = (step, math.inf if value is None else value), set(beyond)
 
