@@ -225,8 +225,8 @@ def report_command(run: Path) -> None:
     """Print a summary of RUN and write RUN/report.html."""
     from rich.console import Console
 
-    from flcompress.report.html import write_report
-    from flcompress.report.terminal import print_summary
+    from flcompress.reporting.html import write_report
+    from flcompress.reporting.terminal import print_summary
 
     written = write_report(run)
     print_summary(run, Console())
@@ -379,7 +379,7 @@ def _tell(results: dict[str, Any], as_json: bool, run: Path) -> None:
         return
     from rich.console import Console
 
-    from flcompress.report.terminal import print_summary
+    from flcompress.reporting.terminal import print_summary
 
     print_summary(run, Console())
 

@@ -12,7 +12,7 @@ from tests.cli.test_cli import cli
 from tests.fixtures.fakes import CALLS
 from tests.fixtures.recipes import WriteRecipe
 from tests.fixtures.small_disk import fill, small_disk
-from tests.report.synthetic import write_run
+from tests.reporting.synthetic import write_run
 
 pytestmark = pytest.mark.usefixtures("fake_steps")
 

@@ -21,10 +21,10 @@ from flcompress.core.program import Program
 from flcompress.core.steps import Pass, PassContext
 from flcompress.driver.manager import apply
 from flcompress.progress import QuietDisplay
-from flcompress.report.html import write_report
-from flcompress.report.reading import read_run
-from flcompress.report.stages import steps
-from flcompress.report.terminal import print_summary
+from flcompress.reporting.html import write_report
+from flcompress.reporting.reading import read_run
+from flcompress.reporting.stages import steps
+from flcompress.reporting.terminal import print_summary
 from tests.fixtures import fakes
 from tests.fixtures.recipes import WriteRecipe
 

@@ -17,7 +17,7 @@ from flcompress.diffusion.sampling import Network
 from flcompress.distributed.world import World
 from flcompress.driver.manager import apply
 from flcompress.progress import QuietDisplay
-from flcompress.report.reading import read_run
+from flcompress.reporting.reading import read_run
 from flcompress.training.watching.held_out import HeldOutELBO, Scored
 from tests.training.home import Home
 from tests.training.processes import start

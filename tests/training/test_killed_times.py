@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from flcompress.core import attempts
-from flcompress.report.reading import read_run
-from flcompress.report.stages import steps
-from flcompress.report.training import trainings
+from flcompress.reporting.reading import read_run
+from flcompress.reporting.stages import steps
+from flcompress.reporting.training import trainings
 from tests.training import toy
 from tests.training.faulty import command
 from tests.training.home import Home

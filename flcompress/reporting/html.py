@@ -12,13 +12,13 @@ from markupsafe import Markup
 
 from flcompress import wording
 from flcompress.files import write_text
-from flcompress.report import drawing, plots
-from flcompress.report.findings import Blocks, blocks, headline
-from flcompress.report.quality import Quality, quality
-from flcompress.report.reading import RunRecord, read_run
-from flcompress.report.speed import speed
-from flcompress.report.stages import exports, flatten, steps
-from flcompress.report.training import Training, trainings
+from flcompress.reporting import drawing, plots
+from flcompress.reporting.findings import Blocks, blocks, headline
+from flcompress.reporting.quality import Quality, quality
+from flcompress.reporting.reading import RunRecord, read_run
+from flcompress.reporting.speed import speed
+from flcompress.reporting.stages import exports, flatten, steps
+from flcompress.reporting.training import Training, trainings
 
 WIDE_ROW, NARROW_ROW = 16, 6
 """Most blocks in a row of the graph on a desk and on a phone."""
@@ -43,7 +43,7 @@ def write_report(run_dir: Path) -> Path:
 def render(run: RunRecord) -> str:
     """The page as text."""
     environment = Environment(
-        loader=PackageLoader("flcompress.report", ""),
+        loader=PackageLoader("flcompress.reporting", ""),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -13,7 +13,7 @@ from typing import Any
 from flcompress.ir.block import Block, Flow, Stream, TensorSpec
 from flcompress.ir.graph import BlockGraph
 from flcompress.ir.serial import to_json
-from tests.report.synthetic_measured import write_json, write_measured
+from tests.reporting.synthetic_measured import write_json, write_measured
 
 RECIPE = "version: 1\nmodel: teacher\npasses:\n  - importance: {draws: 256}\n  - prune: {remove: 0.3}\n"
 TEACHER = {"num_inference_steps": 50, "guidance_scale": 4.0, "sigmas": [1 - n / 50 for n in range(50)]}

@@ -13,7 +13,7 @@ from flcompress.errors import RequestError
 from flcompress.files import Lock, locked
 from flcompress.ir.graph import BlockGraph
 from flcompress.ir.serial import from_json
-from flcompress.report.record import Record, ReportError, read_lines, read_object
+from flcompress.reporting.record import Record, ReportError, read_lines, read_object
 
 
 @dataclass(frozen=True, kw_only=True)

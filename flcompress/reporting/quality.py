@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from flcompress.report.record import Interval, Record, ReportError
+from flcompress.reporting.record import Interval, Record, ReportError
 
 Mark = Literal["best", "tied", ""]
 

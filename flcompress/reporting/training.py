@@ -9,8 +9,8 @@ from pathlib import Path
 from statistics import fmean
 
 from flcompress.core.settings import highest
-from flcompress.report.reading import Entry, RunRecord
-from flcompress.report.record import Record, read_lines, read_object
+from flcompress.reporting.reading import Entry, RunRecord
+from flcompress.reporting.record import Record, read_lines, read_object
 
 Curve = list[tuple[float, float]]
 Bounds = tuple[float | None, float | None]

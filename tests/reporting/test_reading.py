@@ -6,10 +6,10 @@ import pytest
 
 from flcompress import wording
 from flcompress.errors import RequestError
-from flcompress.report.html import write_report
-from flcompress.report.reading import read_run
-from flcompress.report.record import ReportError
-from tests.report.synthetic import write_run
+from flcompress.reporting.html import write_report
+from flcompress.reporting.reading import read_run
+from flcompress.reporting.record import ReportError
+from tests.reporting.synthetic import write_run
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:

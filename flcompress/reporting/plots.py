@@ -13,7 +13,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from flcompress.report.findings import Blocks
+from flcompress.reporting.findings import Blocks
 
 Points = Sequence[tuple[float, float]]
 

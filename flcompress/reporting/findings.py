@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from flcompress.diffusion.contract import SamplingContract
 from flcompress.ir.block import Block, Estimate
 from flcompress.ir.graph import BlockGraph
-from flcompress.report.reading import RunRecord
-from flcompress.report.record import Interval, Record, ReportError
+from flcompress.reporting.reading import RunRecord
+from flcompress.reporting.record import Interval, Record, ReportError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flcompress.report.record import Interval, Record
+from flcompress.reporting.record import Interval, Record
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from flcompress.report.html import write_report
-from flcompress.report.quality import quality
-from flcompress.report.record import read_object
-from tests.report.synthetic import write_run
+from flcompress.reporting.html import write_report
+from flcompress.reporting.quality import quality
+from flcompress.reporting.record import read_object
+from tests.reporting.synthetic import write_run
 
 SECTIONS = (
     "headline", "quality", "samples", "speed", "graph", "importance", "removed", "training", "passes", "recipe",

@@ -7,8 +7,8 @@ from html import escape
 
 from flcompress import wording
 from flcompress.ir.graph import INPUT, OUTPUT
-from flcompress.report.findings import BlockFate, Blocks
-from flcompress.report.plots import LOG_SPREAD
+from flcompress.reporting.findings import BlockFate, Blocks
+from flcompress.reporting.plots import LOG_SPREAD
 
 PITCH, BOX = 62.0, 42.0
 """Distance of two blocks in a row, and the side of the largest block's box, in SVG units."""

@@ -10,11 +10,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from flcompress import wording
-from flcompress.report.findings import Blocks, Headline, blocks, headline
-from flcompress.report.quality import Cell, Quality, quality
-from flcompress.report.reading import RunRecord, read_run
-from flcompress.report.stages import Export, exports, steps
-from flcompress.report.training import Training, trainings
+from flcompress.reporting.findings import Blocks, Headline, blocks, headline
+from flcompress.reporting.quality import Cell, Quality, quality
+from flcompress.reporting.reading import RunRecord, read_run
+from flcompress.reporting.stages import Export, exports, steps
+from flcompress.reporting.training import Training, trainings
 
 PARITY_WORDS = ("difference", "error", "parity", "tolerance")
 """What an exporter's summary calls the numbers that say how close the export is to the model."""

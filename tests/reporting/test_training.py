@@ -12,11 +12,11 @@ from rich.console import Console
 
 from flcompress.core.settings import highest
 from flcompress.files import Lock, append_line, locked
-from flcompress.report.html import write_report
-from flcompress.report.reading import read_run
-from flcompress.report.terminal import print_summary
-from flcompress.report.training import MOST_STRIPS, trainings
-from tests.report.synthetic import write_run
+from flcompress.reporting.html import write_report
+from flcompress.reporting.reading import read_run
+from flcompress.reporting.terminal import print_summary
+from flcompress.reporting.training import MOST_STRIPS, trainings
+from tests.reporting.synthetic import write_run
 
 LIMITS = {"critic_lag": {"setting": "max_critic_lag", "low": None, "high": 1.0, "mend": "raise critic_updates"}}
 DISTANCES = {0: 0.5, 10: 0.2, 20: 0.1, 30: 0.3}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from flcompress.report.reading import RunRecord
-from flcompress.report.record import Record
+from flcompress.reporting.reading import RunRecord
+from flcompress.reporting.record import Record
 
 
 @dataclass(frozen=True, kw_only=True)

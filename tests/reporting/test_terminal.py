@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from flcompress.report.terminal import print_summary
-from tests.report.synthetic import write_run
+from flcompress.reporting.terminal import print_summary
+from tests.reporting.synthetic import write_run
 
 GOLDEN = Path(__file__).parent / "golden"
 
