@@ -1,5 +1,6 @@
-# `make demo` shows what flcompress does; `make test` checks everything a reviewer would. Both set up .venv themselves.
-PYTHON ?= $(shell for p in python3.11 python3.12 python3; do $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
+# `make demo` shows what flcompress does; `make check` is for every commit, `make test` checks everything a reviewer would;
+# `make docs` builds the site. All of them set up .venv themselves.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 SHELL := bash
 .SHELLFLAGS := -o pipefail -c
 BIN := .venv/bin
@@ -13,13 +14,16 @@ install = @echo "installing packages into $(1); this takes some minutes"; \
 	$(1)/bin/python -m pip install --disable-pip-version-check --progress-bar off -c $(2) -e '.[$(3)]' \
 	| awk '/^(Collecting|Building|Installing|Successfully)/ { print "  " substr($$0, 1, 100); fflush() }'
 
-.PHONY: demo test test-lowest lint clean
+.PHONY: demo check test test-lowest lint docs clean
 
 demo: .venv/.demo
 	$(BIN)/flcompress apply recipes/moving-digits.yaml
 	$(BIN)/flcompress eval $(RUN)
 	$(BIN)/flcompress bench $(RUN)
 	$(BIN)/flcompress report $(RUN)
+
+check: lint
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m "not slow and not e2e"
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
@@ -34,8 +38,12 @@ lint: .venv/.test
 	$(BIN)/mypy flcompress tests
 	$(BIN)/lint-imports
 
+# Strict: a broken link or a documented name that does not exist ends the build.
+docs: .venv/.docs
+	$(BIN)/mkdocs build --strict
+
 .venv/bin/python $(LOWEST)/bin/python:
-	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 found; install one or run make PYTHON=/path/to/python3.11"; exit 2; }
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer found; install one or run make PYTHON=/path/to/python3.11"; exit 2; }
 	$(PYTHON) -m venv $(@:/bin/python=)
 
 .venv/.demo: .venv/bin/python pyproject.toml constraints.txt
@@ -46,9 +54,13 @@ lint: .venv/.test
 	$(call install,.venv,constraints.txt,dev$(comma)onnxruntime$(comma)tensorrt-rtx)
 	@touch $@
 
+.venv/.docs: .venv/bin/python pyproject.toml constraints.txt
+	$(call install,.venv,constraints.txt,docs)
+	@touch $@
+
 $(LOWEST)/.test: $(LOWEST)/bin/python pyproject.toml constraints-lowest.txt
 	$(call install,$(LOWEST),constraints-lowest.txt,dev$(comma)onnxruntime$(comma)tensorrt-rtx)
 	@touch $@
 
 clean:
-	rm -rf .venv $(LOWEST) runs
+	rm -rf .venv $(LOWEST) runs site
