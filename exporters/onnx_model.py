@@ -18,7 +18,7 @@ from flcompress.exporters.shared.parity import Inputs, Parity, cases, compare, o
 from flcompress.exporters.shared.partner import PARTNER_FOLDER, partner_of
 from flcompress.exporters.shared.precision import TOLERANCES, Precision
 from flcompress.exporters.shared.reference import reference
-from flcompress.models.folder import check_transformer_config
+from flcompress.models.configs import check_transformer_config
 from flcompress.progress import ProgressSink
 from flcompress.runtime.inputs import OUTPUT, Arguments, arguments_of, constants_of, tensors_of
 from flcompress.runtime.manifest import sha256, write_json

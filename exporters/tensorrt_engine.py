@@ -19,7 +19,7 @@ from flcompress.exporters.shared.precision import TOLERANCES, Precision
 from flcompress.exporters.shared.reference import reference
 from flcompress.exporters.tensorrt_build.build import build_engine
 from flcompress.exporters.tensorrt_build.profiles import Profile
-from flcompress.models.folder import check_transformer_config
+from flcompress.models.configs import check_transformer_config
 from flcompress.progress import ProgressSink
 from flcompress.runtime.inputs import arguments_of, constants_of
 from flcompress.runtime.manifest import read_manifest, require_hash, sha256, write_json

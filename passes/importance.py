@@ -22,8 +22,7 @@ from flcompress.ir.block import Estimate
 from flcompress.ir.graph import BlockGraph
 from flcompress.ir.selection import u_index
 from flcompress.models.loading import load_transformer
-from flcompress.models.network import as_network
-from flcompress.models.precision import half_precision
+from flcompress.models.network import as_network, half_precision
 from flcompress.progress import ProgressSink
 from flcompress.tracing.prefix import remember
 from flcompress.training.objectives import level_range

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from docs.measurements.memory import ROOT
-from flcompress.models.alive import Alive
+from flcompress.models.tensor_memory import Alive
 
 MODEL = {"layers": 16, "heads": 56, "feed_forward": 3584, "vae_channels": 4}
 ENGINES = ("ddp", "fsdp2", "zero3")

@@ -69,7 +69,7 @@ def child(model: str, folder: Path, name: str, training: dict[str, Any]) -> dict
     from flcompress.driver.rundir import RunDirectory
     from flcompress.files import peak_mb, reset_peak
     from flcompress.frontend.loading import load_recipe
-    from flcompress.models.alive import Alive
+    from flcompress.models.tensor_memory import Alive
     from flcompress.passes.dmd import DistributionMatching
     from flcompress.progress import QuietDisplay
     from flcompress.training.distillation.roles import Roles

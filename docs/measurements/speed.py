@@ -24,10 +24,9 @@ from flcompress.core.steps import PassContext
 from flcompress.diffusion.process import FLOW
 from flcompress.draws import Draws
 from flcompress.driver.rundir import RunDirectory
-from flcompress.models.compiled import compile_blocks
 from flcompress.models.inputs import example_inputs
 from flcompress.models.loading import load_transformer
-from flcompress.models.network import as_network
+from flcompress.models.network import as_network, compile_blocks
 from flcompress.tracing.prefix import remember
 from flcompress.tracing.skip import skip
 from flcompress.tracing.tracer import trace

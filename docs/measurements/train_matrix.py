@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from flcompress.errors import FlcompressError
-from flcompress.models.folder import read_json
+from flcompress.models.configs import read_json
 from tests.families.pipelines import TINY, save
 from tests.families.test_apply import all_the_way
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from flcompress.core.program import Program
-from flcompress.models.folder import read_json
+from flcompress.models.configs import read_json
 from flcompress.models.loading import meta_transformer
 from flcompress.tracing.lists import listed_blocks
 

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from flcompress.core.program import Program
 from flcompress.errors import RequestError
-from flcompress.models.folder import check_transformer_config
+from flcompress.models.configs import check_transformer_config
 from flcompress.runtime.inputs import Arguments, tensors_of
 from flcompress.runtime.sizes import Size, size_of, sizes_of, step_of
 

@@ -196,7 +196,7 @@ class Pass(BaseModel, ABC):
 
     def __call__(self, program: Program, work: PassContext) -> Program:
         """Check the needs, apply, free what it leaves, verify the result's graph, set its facts."""
-        from flcompress.models.garbage import free_gpu_memory
+        from flcompress.models.tensor_memory import free_gpu_memory
 
         facts = self.flow(program.facts)
         result = self.apply(program, work)

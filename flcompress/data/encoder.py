@@ -13,8 +13,8 @@ from flcompress.data.index import LATENTS, PER_CLIP, Clip, ClipShard, PromptShar
 from flcompress.data.sizes import Size
 from flcompress.data.video_frames import BrokenVideo
 from flcompress.data.videos import read_clip, video_size
-from flcompress.models.garbage import free_gpu_memory
 from flcompress.models.parts import Parts
+from flcompress.models.tensor_memory import free_gpu_memory
 
 PROMPTS_AT_ONCE = 8
 PIXELS_AT_ONCE = 1 << 19

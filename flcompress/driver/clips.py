@@ -52,7 +52,7 @@ class Clips:
 
     def _place(self, spec: dict[str, Any], program: Program, request: dict[str, Any], final: Path) -> Path:
         """Where the dataset lies; it is made in `final` if it is not there yet."""
-        from flcompress.models.garbage import free_gpu_memory
+        from flcompress.models.tensor_memory import free_gpu_memory
 
         ((kind, given),) = spec.items()
         if kind == "latents":

@@ -51,7 +51,7 @@ def _check_latents(recipe: Recipe, folder: Path) -> None:
 def _check_origin(recipe: Recipe, folder: Path, request: dict[str, Any]) -> None:
     """Latents and embeddings mean nothing to a model with other parts."""
     from flcompress.data.encoding import parts_digests
-    from flcompress.models.folder import read_json
+    from flcompress.models.configs import read_json
     from flcompress.models.parts import part_names
 
     where = f"{recipe.where('data')}.latents: {folder}"

@@ -105,7 +105,8 @@ def transformer_folders(recipe: Recipe, home: Path, experts: Experts | None) -> 
 
 
 def _contract(folder: Path, where: str) -> SamplingContract:
-    from flcompress.models.folder import check_pipeline, read_json
+    from flcompress.models.configs import read_json
+    from flcompress.models.folder import check_pipeline
 
     path = folder / FACTS_FILE
     if not path.is_file():

@@ -81,8 +81,8 @@ def check_sampling(recipe: Recipe) -> None:
 
 def _sampled(recipe: Recipe) -> _Sampled:
     from flcompress.diffusion.contract import contract_of
+    from flcompress.models.configs import check_transformer_config, read_json
     from flcompress.models.families import family_of
-    from flcompress.models.folder import check_transformer_config, read_json
 
     folder, sampling = recipe.model_folder(), recipe.sampling
     index = read_json(folder / "model_index.json", "a diffusers pipeline folder has one")
@@ -120,7 +120,7 @@ def _sampled(recipe: Recipe) -> _Sampled:
 
 def _scheduler_config(folder: Path, index: dict[str, Any]) -> dict[str, Any]:
     """The scheduler's configuration; its class is the one that stock diffusers loads, that of `model_index.json`."""
-    from flcompress.models.folder import read_json
+    from flcompress.models.configs import read_json
 
     config = read_json(folder / SCHEDULER_FILE, "a diffusers pipeline folder has one")
     named = index.get("scheduler")
@@ -223,7 +223,7 @@ def starting_program(recipe: Recipe, folder: Path) -> Program:
 
 def components_of(recipe: Recipe, home: Path) -> dict[str, Path]:
     """Component folders of the starting program, whose model lies in `home`."""
-    from flcompress.models.folder import read_json
+    from flcompress.models.configs import read_json
     from flcompress.models.parts import part_names
 
     index = read_json(recipe.model_folder() / "model_index.json", "a diffusers pipeline folder has one")

@@ -12,8 +12,7 @@ import torch
 
 from flcompress.diffusion.conditioning import Conditioning
 from flcompress.diffusion.sampling import Network
-from flcompress.models.compiled import missing_compiler
-from flcompress.models.network import as_network
+from flcompress.models.network import as_network, missing_compiler
 
 EAGER = "torch eager"
 BACKENDS = (EAGER, "torch.compile", "ONNX Runtime")

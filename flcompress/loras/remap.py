@@ -14,9 +14,9 @@ from flcompress.files import move_in_place, sync, write_text
 from flcompress.loras.files import Remapped, remap
 from flcompress.loras.names import PrunedModel
 from flcompress.loras.peft_settings import SETTINGS, remap_settings
+from flcompress.models.configs import read_json
 from flcompress.models.families import family_of
 from flcompress.models.families.original_names import OriginalNames
-from flcompress.models.folder import read_json
 from flcompress.models.shards import file_metadata, file_tensors, folder_tensors, write_file
 
 KEPT_FILE = "kept_blocks.json"

@@ -7,6 +7,7 @@ gives another model without a word. Here that is an error.
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -84,6 +85,26 @@ def check_config(config: Mapping[str, Any], path: Path) -> type[Any]:
         else:
             _check_value(config[key], default, key, path)
     return found
+
+
+def check_transformer_config(folder: Path) -> dict[str, Any]:
+    """Check a transformer's `config.json`, keys and values, and return it."""
+    config = read_json(folder / "config.json", "a diffusers model folder has one")
+    check_config(config, folder / "config.json")
+    return config
+
+
+def read_json(path: Path, why: str) -> dict[str, Any]:
+    """A JSON object from a file, or a ModelError that names it."""
+    if not path.is_file():
+        raise ModelError(f"{path}: no such file; {why}")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path}: not valid JSON ({error}); copy the file again") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: a JSON {type(value).__name__} given, expected an object")
+    return value
 
 
 def settings(config: Mapping[str, Any], stock: type[Any]) -> dict[str, Any]:

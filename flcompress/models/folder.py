@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from flcompress.errors import ModelError
-from flcompress.models.configs import check_config
+from flcompress.models.configs import check_transformer_config, read_json
 from flcompress.models.families import FAMILIES, family_of
+from flcompress.models.part_check import check_part
 from flcompress.models.shards import check_finite, index_places
+from flcompress.models.stock import WITH_WEIGHTS
 from flcompress.models.stock_files import PICKLES, required_files
 
-WITH_WEIGHTS = ("transformer", "vae", "text_encoder", "image_encoder")
-"""How the names of components with weights begin."""
 PIPELINES = tuple(name for family in FAMILIES for name in family.pipelines)
 
 
@@ -60,8 +59,6 @@ def check_parts(folder: Path, *, weights: bool = True) -> None:
 
     `weights`: also those that have weights; False for a folder of configurations.
     """
-    from flcompress.models.part_check import check_part
-
     for component, kind in read_json(folder / "model_index.json", "a diffusers pipeline folder has one").items():
         if isinstance(kind, list) and len(kind) == 2 and kind[0] is not None and component != "scheduler":
             check_part(folder / component, kind, weights=weights)
@@ -99,13 +96,6 @@ def only_configurations(folder: Path) -> bool:
     return not any(path.suffix in kinds and not path.name.startswith(".") for path in folder.rglob("*"))
 
 
-def check_transformer_config(folder: Path) -> dict[str, Any]:
-    """Check a transformer's `config.json`, keys and values, and return it."""
-    config = read_json(folder / "config.json", "a diffusers model folder has one")
-    check_config(config, folder / "config.json")
-    return config
-
-
 def check_weights(folder: Path) -> None:
     """Every weight file of a component that stock loading reads is safetensors, whole, and finite.
 
@@ -117,16 +107,3 @@ def check_weights(folder: Path) -> None:
         index_places(found.index)
     for path in found.files:
         check_finite(path)
-
-
-def read_json(path: Path, why: str) -> dict[str, Any]:
-    """A JSON object from a file, or a ModelError that names it."""
-    if not path.is_file():
-        raise ModelError(f"{path}: no such file; {why}")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path}: not valid JSON ({error}); copy the file again") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: a JSON {type(value).__name__} given, expected an object")
-    return value

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from flcompress.errors import RequestError
+from flcompress.models.configs import check_transformer_config, read_json
 from flcompress.models.families import family_of
 from flcompress.models.families.family import LatentShape
-from flcompress.models.folder import check_transformer_config, read_json
 
 Names = tuple[str, str, str]
 """What frames, height and width are called where they were given."""

@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 
-from flcompress.models.configs import BUILD_ERRORS, build_error, check_config, settings
-from flcompress.models.folder import read_json
+from flcompress.models.configs import BUILD_ERRORS, build_error, check_config, read_json, settings
 from flcompress.models.part_check import check_loaded, matching_tensors
 from flcompress.models.parts import load_part
-from flcompress.models.quiet import no_progress_bars
 from flcompress.models.shards import StoredTensor
+from flcompress.models.stock import no_progress_bars
 from flcompress.models.stock_files import stock_files
 
 

@@ -1,13 +1,23 @@
-"""A stock transformer as the plain network function that objectives, samplers and exporters know."""
+"""A stock transformer as the network that objectives, samplers and exporters know; half precision, compilation."""
 
 from __future__ import annotations
 
+import os
+import shutil
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from flcompress.diffusion.conditioning import Conditioning
 from flcompress.diffusion.sampling import Network
+from flcompress.ir.graph import BlockGraph
 from flcompress.models.families import family_of
 
 
@@ -43,3 +53,39 @@ def stock_model(wrapped: Any) -> Any:
 def stock_name(model: Any) -> str:
     """Name of its stock class; fully_shard gives a model a class of its own."""
     return next((one.__name__ for one in type(model).__mro__ if one.__module__.startswith("diffusers.")), "")
+
+
+@contextmanager
+def half_precision(device: str, *, enabled: bool) -> Iterator[None]:
+    """Compute in bf16 where that is safe. Without autocast's cache of bf16 weights.
+
+    A training step updates weights several times, and the cache would go on with their old copies.
+    """
+    with warnings.catch_warnings(), torch.autocast(device, torch.bfloat16, enabled=enabled, cache_enabled=False):
+        # Norms keep fp32 weights on purpose; PyTorch says that it has no fused kernel for that.
+        warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+        yield
+
+
+def missing_compiler() -> str:
+    """What torch.compile lacks on this machine's CPU, with the mend; empty where it lacks nothing."""
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        return f"no C++ compiler ({compiler}) for torch.compile; install g++ or set CXX"
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    if not header.exists():
+        return f"no {header} for torch.compile; install Python's development headers"
+    return ""
+
+
+def compile_blocks(model: nn.Module, graph: BlockGraph) -> None:
+    """Compile the forward of every block of `model`, in place.
+
+    Not the modules themselves: their hooks, and the forwards that `skip` puts in place of theirs, must keep working.
+    """
+    forwards: dict[type[nn.Module], Any] = {}
+    for block in graph.blocks:
+        module = model.get_submodule(block.path)
+        kind = type(module)
+        forwards.setdefault(kind, torch.compile(kind.forward, dynamic=False))
+        vars(module)["forward"] = partial(forwards[kind], module)

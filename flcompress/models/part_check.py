@@ -17,11 +17,9 @@ import torch
 from accelerate import init_empty_weights
 
 from flcompress.errors import ModelError
-from flcompress.models.configs import BUILD_ERRORS, build_error, check_config, settings
-from flcompress.models.folder import WITH_WEIGHTS, read_json
-from flcompress.models.quiet import quiet_loading
+from flcompress.models.configs import BUILD_ERRORS, build_error, check_config, read_json, settings
 from flcompress.models.shards import StoredTensor, folder_tensors
-from flcompress.models.stock import Fit, diffusers_fit, stock_class, transformers_fit
+from flcompress.models.stock import WITH_WEIGHTS, Fit, diffusers_fit, quiet_loading, stock_class, transformers_fit
 from flcompress.models.stock_files import stock_files
 
 _SCALES = re.compile(

@@ -10,16 +10,14 @@ from typing import Any
 import torch
 
 from flcompress.errors import ModelError
+from flcompress.models.configs import check_transformer_config, read_json
 from flcompress.models.families import family_of
-from flcompress.models.folder import check_transformer_config, read_json
-from flcompress.models.garbage import free_gpu_memory
 from flcompress.models.part_check import check_loaded, check_part, load_tables
-from flcompress.models.quiet import no_progress_bars, quiet_loading
 from flcompress.models.shards import folder_tensors
-from flcompress.models.stock import stock_class
+from flcompress.models.stock import no_progress_bars, quiet_loading, stock_class
 from flcompress.models.stock_files import stock_files
-from flcompress.models.tiling import make_room
-from flcompress.models.video import decode_latents, encode_clips
+from flcompress.models.tensor_memory import free_gpu_memory
+from flcompress.models.video import decode_latents, encode_clips, make_room
 
 NOT_HERE = ("transformer", "transformer_2", "scheduler")
 

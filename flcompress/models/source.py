@@ -11,8 +11,7 @@ from typing import Any
 from urllib.error import HTTPError
 
 from flcompress.errors import ModelError
-from flcompress.models.configs import transformer_class
-from flcompress.models.folder import read_json
+from flcompress.models.configs import read_json, transformer_class
 
 INDEX, CONFIG = "model_index.json", "config.json"
 SECONDS = 5.0

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ from typing import Any
 import torch
 
 from flcompress.errors import ModelError
-from flcompress.models.quiet import quiet_loading
 from flcompress.models.shards import StoredTensor
 
 LIBRARIES = ("diffusers", "transformers")
 """A part of any other library would be code from the model folder, which is never run."""
+
+WITH_WEIGHTS = ("transformer", "vae", "text_encoder", "image_encoder")
+"""How the names of components with weights begin."""
 
 
 def stock_class(folder: Path, kind: Sequence[str]) -> Any:
@@ -100,3 +103,33 @@ def transformers_fit(factory: Any, config: Any, stored: Mapping[str, StoredTenso
         unexpected=frozenset(info["unexpected_keys"]),
         shapes={name: (tuple(given), tuple(wanted)) for name, given, wanted in info["mismatched_keys"]},
     )
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Stock loading draws bars on stderr, over those of the command."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    libraries = [one for one in (of_diffusers, of_transformers) if one.is_progress_bar_enabled()]
+    for library in libraries:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in libraries:
+            library.enable_progress_bar()
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Stock loading also reports what does not fit, in tables on stderr; for callers that report it themselves."""
+    from transformers.utils import logging as of_transformers
+
+    level = of_transformers.get_verbosity()
+    of_transformers.set_verbosity_error()
+    try:
+        with no_progress_bars():
+            yield
+    finally:
+        of_transformers.set_verbosity(level)

@@ -19,13 +19,13 @@ from flcompress.errors import RequestError
 from flcompress.exporters.onnx_model import MANIFEST_FILE
 from flcompress.exporters.shared.parity import Denoiser
 from flcompress.exporters.shared.partner import PARTNER_FOLDER
+from flcompress.models.configs import check_transformer_config, read_json
 from flcompress.models.families import family_of
-from flcompress.models.folder import check_parts, check_transformer_config, read_json
-from flcompress.models.garbage import free_gpu_memory
+from flcompress.models.folder import check_parts
 from flcompress.models.loading import load_transformer
-from flcompress.models.network import as_network
+from flcompress.models.network import as_network, half_precision
 from flcompress.models.parts import Parts, open_parts
-from flcompress.models.precision import half_precision
+from flcompress.models.tensor_memory import free_gpu_memory
 from flcompress.progress import ProgressSink
 from flcompress.runtime.clip_files import check_target, read_picture, write_clip
 from flcompress.runtime.inputs import tensors_of

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from flcompress.core.program import Program
 from flcompress.diffusion.conditioning import Conditioning
-from flcompress.models.folder import check_transformer_config
+from flcompress.models.configs import check_transformer_config
 from flcompress.models.inputs import FP32_ARGUMENTS
 from flcompress.runtime.positions import take_tables, with_positions
 from flcompress.runtime.sizes import Size

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from flcompress.core.program import Program
+from flcompress.models.configs import check_transformer_config
 from flcompress.models.families import family_of
-from flcompress.models.folder import check_transformer_config
 from flcompress.models.latent_size import Grid, folder_grid
 
 

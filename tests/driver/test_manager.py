@@ -28,7 +28,7 @@ from flcompress.errors import (
     UnavailableError,
 )
 from flcompress.files import locked
-from flcompress.models import garbage
+from flcompress.models import tensor_memory
 from flcompress.progress import QuietDisplay
 from tests.fixtures.fakes import CALLS, Reader
 from tests.fixtures.recipes import WriteRecipe
@@ -65,7 +65,7 @@ def test_clips_are_encoded_before_a_pass_begins_and_each_leaves_the_gpu_empty(
 
     monkeypatch.setattr(Clips, "_render", rendering)
     monkeypatch.setattr(Reader, "apply", reading)
-    monkeypatch.setattr(garbage, "free_gpu_memory", lambda: CALLS.append("free"))
+    monkeypatch.setattr(tensor_memory, "free_gpu_memory", lambda: CALLS.append("free"))
     run_recipe(write("data: {moving-digits: {clips: 8}}\npasses: [reader, score]\n"), tmp_path / "run")
     assert CALLS == ["encode", "free", "begin", "reader 8", "free", "score 8", "free"]
 

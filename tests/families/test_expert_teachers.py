@@ -15,7 +15,7 @@ from flcompress.errors import RequestError
 from flcompress.frontend.loading import load_recipe
 from flcompress.inspection.model import inspect_model
 from flcompress.inspection.text import inspection_text
-from flcompress.models.folder import read_json
+from flcompress.models.configs import read_json
 from flcompress.models.parts import open_parts
 from flcompress.progress import QuietDisplay
 from flcompress.runtime.generate import _denoiser, denoise

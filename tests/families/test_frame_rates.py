@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from flcompress.models.configs import read_json
 from flcompress.models.families import family_of
-from flcompress.models.folder import read_json
 from tests.families.pipelines import EXPERTS, TINY
 
 RATES = {

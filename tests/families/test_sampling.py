@@ -14,8 +14,8 @@ from flcompress.diffusion.conditioning import taken
 from flcompress.diffusion.contract import SamplingContract, contract_of, levels_of, scheduler_of
 from flcompress.diffusion.sampling import sample
 from flcompress.diffusion.student import student_contract
+from flcompress.models.configs import read_json
 from flcompress.models.families import family_of
-from flcompress.models.folder import read_json
 from flcompress.models.latent_size import grid_of
 from flcompress.models.loading import load_transformer
 from flcompress.models.network import as_network

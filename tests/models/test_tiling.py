@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from flcompress.models import tiling
-from flcompress.models.alive import Alive
+from flcompress.models import video
+from flcompress.models.tensor_memory import Alive
 from flcompress.models.video import decode_latents, encode_clips
 
 
@@ -43,14 +43,14 @@ def pictures() -> Any:
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """What was counted, of clips of any size."""
-    count, found = tiling._most_alive, []
+    count, found = video._most_alive, []
 
     def counted(*given: Any) -> int:
         found.append(count(*given))
         return found[-1]
 
-    monkeypatch.setattr(tiling, "_most_alive", counted)
-    monkeypatch.setattr(tiling, "SMALL", {"encode": 0, "decode": 0})
+    monkeypatch.setattr(video, "_most_alive", counted)
+    monkeypatch.setattr(video, "SMALL", {"encode": 0, "decode": 0})
     return found
 
 
@@ -74,21 +74,21 @@ def test_tiles_come_last(
     """Samples one by one change nothing; tiles do, so only where one sample does not fit."""
     vae, latents = hunyuan_video(), torch.randn(2, 4, 1, 40, 40)
     whole = decode_latents(vae, latents)
-    monkeypatch.setattr(tiling, "_free_bytes", lambda device: room * asked[0] / (1.0 - tiling.SPARE))
+    monkeypatch.setattr(video, "_free_bytes", lambda device: room * asked[0] / (1.0 - video.SPARE))
     made = decode_latents(vae, latents)
     assert (vae.use_slicing, vae.use_tiling) == (slicing, tiles)
     assert made.shape == whole.shape
     assert (float((made - whole).abs().max()) < 1e-4) == (not tiles)
-    monkeypatch.setattr(tiling, "_free_bytes", lambda device: 1 << 40)
+    monkeypatch.setattr(video, "_free_bytes", lambda device: 1 << 40)
     assert torch.equal(decode_latents(vae, latents), whole), "tiles outlast the need for them"
 
 
 def test_small_clips_are_never_asked_about(asked: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of the embedded benchmark: they stay bit for bit what they were, however little memory is free."""
     monkeypatch.undo()
-    monkeypatch.setattr(tiling, "_free_bytes", lambda device: 0)
+    monkeypatch.setattr(video, "_free_bytes", lambda device: 0)
     vae = wan()
-    tiling.make_room(vae, torch.zeros(64, 3, 9, 64, 64), "encode")
-    tiling.make_room(vae, torch.zeros(64, 4, 3, 8, 8), "decode")
+    video.make_room(vae, torch.zeros(64, 3, 9, 64, 64), "encode")
+    video.make_room(vae, torch.zeros(64, 4, 3, 8, 8), "decode")
     assert not vae.use_tiling
     assert not vae.use_slicing

@@ -17,9 +17,9 @@ from flcompress.driver.manager import apply
 from flcompress.driver.start import read_source
 from flcompress.frontend.loading import load_recipe
 from flcompress.models import example_inputs
-from flcompress.models.alive import Alive
 from flcompress.models.loading import load_transformer, meta_transformer
-from flcompress.models.precision import half_precision
+from flcompress.models.network import half_precision
+from flcompress.models.tensor_memory import Alive
 from flcompress.passes import importance
 from flcompress.passes.importance import Importance
 from flcompress.planning.gpus import gpu_machine

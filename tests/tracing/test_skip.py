@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flcompress.errors import NotRemovable, RequestError
-from flcompress.models.compiled import compile_blocks, missing_compiler
+from flcompress.models.network import compile_blocks, missing_compiler
 from flcompress.tracing.prefix import remember
 from flcompress.tracing.skip import skip
 from flcompress.tracing.tracer import trace

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flcompress.models.loading import load_transformer, save_transformer
-from flcompress.models.precision import half_precision
+from flcompress.models.network import half_precision
 from flcompress.tracing.skip import graph_of, skip
 from flcompress.training.shared_base import OWN_SHARE, SCALE, LoRA, SharedBase, lora_parameters, merge, unlike
 

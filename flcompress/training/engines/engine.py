@@ -16,9 +16,8 @@ from torch import nn
 from flcompress.core.steps import PassContext
 from flcompress.errors import RequestError, TrainingError, UnavailableError
 from flcompress.ir.graph import BlockGraph
-from flcompress.models.compiled import compile_blocks, missing_compiler
 from flcompress.models.loading import load_transformer, meta_transformer
-from flcompress.models.precision import half_precision
+from flcompress.models.network import compile_blocks, half_precision, missing_compiler
 from flcompress.tracing.skip import graph_of, mute, skip
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from flcompress.core.steps import PassContext
 from flcompress.errors import UnavailableError
 from flcompress.models.loading import empty_transformer, put
-from flcompress.models.precision import half_precision
+from flcompress.models.network import half_precision
 from flcompress.training.engines.engine import Engine, Hyper, NotFinite, Wrapped
 from flcompress.training.engines.optimiser import optimiser
 

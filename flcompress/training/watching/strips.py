@@ -9,7 +9,7 @@ import torch
 
 from flcompress.core.program import Program
 from flcompress.core.steps import PassContext
-from flcompress.models.garbage import free_gpu_memory
+from flcompress.models.tensor_memory import free_gpu_memory
 
 STRIPS = "samples"
 FRAMES, ROW_HEIGHT, GAP = 6, 80, 2

@@ -18,8 +18,8 @@ from flcompress.core.steps import PassContext
 from flcompress.distributed.world import World
 from flcompress.errors import ModelError
 from flcompress.ir.serial import from_json, to_json
-from flcompress.models.alive import Alive
 from flcompress.models.loading import empty_transformer, load_transformer, meta_transformer
+from flcompress.models.tensor_memory import Alive
 from flcompress.tracing.skip import graph_of
 from flcompress.training.engines import Engine, engine_of
 from tests.families.pipelines import EXPORTED

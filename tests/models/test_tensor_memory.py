@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 
-from flcompress.models.garbage import free_gpu_memory
+from flcompress.models.tensor_memory import free_gpu_memory
 
 
 class Cycle:
