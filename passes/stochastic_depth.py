@@ -19,9 +19,9 @@ from flcompress.ir.selection import By, choose
 from flcompress.ir.serial import from_json, to_json
 from flcompress.models.loading import save_transformer
 from flcompress.models.network import as_network
-from flcompress.tracing.network import skipping
 from flcompress.tracing.prefix import remember
 from flcompress.tracing.removal.on_disk import choose_removable
+from flcompress.tracing.skip import skipping
 from flcompress.training.engines import Engine, Hyper, engine_of
 from flcompress.training.loop import METRICS_FILE, train
 from flcompress.training.objectives import draw_levels, level_range

@@ -7,7 +7,7 @@ from dataclasses import replace
 from flcompress.core.program import Program
 from flcompress.models.configs import read_json
 from flcompress.models.loading import meta_transformer
-from flcompress.tracing.lists import listed_blocks
+from flcompress.tracing.counting import listed_blocks
 
 PARTNER_FOLDER = "partner"
 """Where its export lies, in the folder of the compressed one's."""

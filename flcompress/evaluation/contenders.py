@@ -19,7 +19,7 @@ from flcompress.ir.graph import BlockGraph
 from flcompress.models.loading import load_transformer, meta_transformer
 from flcompress.models.network import as_network
 from flcompress.models.stock_files import folder_digest
-from flcompress.tracing.network import skipping
+from flcompress.tracing.skip import skipping
 
 SHORTCUT_STEPS = 4
 """Steps of the teacher's shortcut where the run has no few-step student to compare it with."""

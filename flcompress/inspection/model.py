@@ -168,7 +168,7 @@ def inspect_model(
 
 def _others(source: Source) -> tuple[Other, ...]:
     from flcompress.models.loading import meta_transformer
-    from flcompress.tracing.lists import listed_blocks
+    from flcompress.tracing.counting import listed_blocks
 
     found = []
     for place, (name, config) in enumerate(zip(source.others, source.other_configs, strict=True), start=1):
@@ -190,8 +190,7 @@ def _timesteps(boundary_ratio: float | None, place: int) -> str:
 def _graph(transformer: Any, clip: ClipSize | None, latents: tuple[int, int, int] | None) -> tuple[BlockGraph, str]:
     """The block graph with the FLOPs of the clip; where the class cannot be run, its lists of blocks, and why."""
     from flcompress.models import example_inputs
-    from flcompress.tracing.counting import graph_at
-    from flcompress.tracing.lists import listed_blocks
+    from flcompress.tracing.counting import graph_at, listed_blocks
 
     name = type(transformer).__name__
     if clip is None or latents is None:

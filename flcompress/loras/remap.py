@@ -11,7 +11,7 @@ from typing import Any
 from flcompress.driver.rundir import RUN_FILE, RunDirectory
 from flcompress.errors import ModelError, RequestError
 from flcompress.files import move_in_place, sync, write_text
-from flcompress.loras.files import Remapped, remap
+from flcompress.loras.keys import Remapped, remap
 from flcompress.loras.names import PrunedModel
 from flcompress.loras.peft_settings import SETTINGS, remap_settings
 from flcompress.models.configs import read_json

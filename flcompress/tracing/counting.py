@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from flcompress.errors import RequestError
+from flcompress.ir.block import Block
 from flcompress.ir.graph import BlockGraph
 from flcompress.models import example_inputs
 from flcompress.tracing.call import FORWARD_ERRORS, Call, blank, first_line
-from flcompress.tracing.config_keys import build
+from flcompress.tracing.config_keys import build, count_keys
 from flcompress.tracing.replay import signature
 from flcompress.tracing.running import flop_counter, runnable_on_meta
 from flcompress.tracing.skip import replaced_forwards
@@ -89,3 +90,44 @@ def graph_at(model: nn.Module, inputs: Mapping[str, Any]) -> BlockGraph:
     """
     small = build(model, small_positions(model.config)).eval()  # type: ignore[arg-type]
     return with_flops(trace(small, example_inputs(small)), model, inputs)
+
+
+NOT_RUN = "not traced: its streams are not known"
+
+
+def listed_blocks(model: nn.Module) -> BlockGraph:
+    """Blocks with their parameters, but without streams, edges and FLOPs (0): what the structure alone tells.
+
+    Raises:
+        RequestError: no list of modules is counted by an integer of the configuration.
+    """
+    lists = {name: part for name, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part)}
+    keys = count_keys(model, lists)
+    stacks: list[str] = []
+    for name in (one for one in lists if one in keys):  # parents come before their children
+        if not name.startswith(tuple(f"{outer}." for outer in stacks)):
+            stacks.append(name)
+    if not stacks:
+        raise RequestError(f"{type(model).__name__}: no list of blocks is counted by its configuration")
+    return BlockGraph(
+        model_class=type(model).__name__,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        flops=0,
+        blocks=[
+            Block(
+                path=f"{stack}.{index}",
+                stack=stack,
+                index=index,
+                kind=type(module).__name__,
+                streams=(),
+                parameters=sum(parameter.numel() for parameter in module.parameters()),
+                flops=0,
+                outputs=0,
+                reason=NOT_RUN,
+            )
+            for stack in stacks
+            for index, module in enumerate(lists[stack])
+        ],
+        flows={},
+        config_keys={stack: keys[stack] for stack in stacks},
+    )

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from flcompress.diffusion.conditioning import Conditioning
+from flcompress.diffusion.sampling import Network
 from flcompress.errors import ModelError, NotRemovable, RequestError
 from flcompress.ir.block import Block
 from flcompress.ir.graph import BlockGraph
+from flcompress.models.network import as_network, stock_model
 from flcompress.tracing.call import named, positional_names
 from flcompress.tracing.traced import inputs_like, names_traced, recall
 from flcompress.tracing.tracer import trace
@@ -142,3 +145,29 @@ def require_blocks(graph: BlockGraph, paths: Iterable[str]) -> tuple[str, ...]:
     if not wanted:
         raise RequestError(f"no block of {graph.model_class} was named; expected at least one path")
     return wanted
+
+
+def skipping(
+    transformer: torch.nn.Module,
+    paths: Iterable[str],
+    graph: BlockGraph | None = None,
+    guidance: float | None = None,
+    skip: Callable[..., AbstractContextManager[None]] = skip,
+) -> Network:
+    """The transformer as a network in which the blocks at `paths` are identities; traced once where `graph` is None.
+
+    Args:
+        transformer: a stock model, or what an engine wrapped around one.
+        paths: of the blocks.
+        graph: its block graph.
+        guidance: the embedded scale, where the network is told one.
+        skip: `trace.skip.skip`, or `mute`.
+    """
+    network, skipped, model = as_network(transformer, guidance), tuple(paths), stock_model(transformer)
+    graph = graph or graph_of(model)
+
+    def call(x: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        with skip(model, skipped, graph=graph):
+            return network(x, timestep, conditioning)
+
+    return call

@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers.loaders import lora_conversion_utils as stock
 
-from flcompress.loras.files import remap
+from flcompress.loras.keys import remap
 from flcompress.loras.names import Modules, PrunedModel, Shape
 from flcompress.models.families import FAMILIES, family_of
 from tests.zoo import ZOO

@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from flcompress.errors import NotRemovable, RequestError
-from flcompress.tracing.removal.certificate import Certificate
-from flcompress.tracing.removal.remove import remove
+from flcompress.tracing.removal.remove import Certificate, remove
 from flcompress.tracing.skip import skip
 from flcompress.tracing.tracer import trace
 from tests.tracing import models

@@ -21,8 +21,7 @@ from flcompress.models.loading import load_transformer, meta_transformer
 from flcompress.models.part_check import matching_tensors
 from flcompress.models.shards import LARGEST_SHARD, StackedTensor, StoredTensor, Writable, write_tensors
 from flcompress.tracing.config_keys import build
-from flcompress.tracing.removal.certificate import Certificate
-from flcompress.tracing.removal.remove import certify, remove
+from flcompress.tracing.removal.remove import Certificate, certify, remove
 from flcompress.tracing.removal.sources import Chunks
 from flcompress.tracing.stand_in import stand_in
 

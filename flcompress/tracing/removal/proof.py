@@ -16,8 +16,7 @@ from flcompress.models.configs import BUILD_ERRORS
 from flcompress.tracing.call import FORWARD_ERRORS, evaluating, first_line, tensors_of
 from flcompress.tracing.removal.candidates import Candidate, Candidates
 from flcompress.tracing.removal.cuts import cut_inputs
-from flcompress.tracing.removal.repairs import Indices
-from flcompress.tracing.removal.sources import drawn
+from flcompress.tracing.removal.sources import Indices, drawn
 from flcompress.tracing.skip import skip
 
 RANDOM_SEED = 0

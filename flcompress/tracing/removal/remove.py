@@ -3,23 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from flcompress.errors import NotRemovable, RequestError
+from flcompress.ir.block import Block
 from flcompress.ir.graph import BlockGraph
 from flcompress.tracing.config_keys import has_config
 from flcompress.tracing.removal.candidates import Candidate
-from flcompress.tracing.removal.certificate import Certificate
-from flcompress.tracing.removal.cuts import cut_inputs
+from flcompress.tracing.removal.cuts import Cut, cut_inputs
 from flcompress.tracing.removal.proof import Prover
-from flcompress.tracing.removal.rebuild import needs_streams, removed_indices
+from flcompress.tracing.removal.sources import Chunks, Indices
 from flcompress.tracing.skip import require_blocks
 from flcompress.tracing.traced import keep, recall
 from flcompress.tracing.tracer import inputs_for, trace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Certificate:
+    """What was removed, how the config changed, and how the saved and reloaded model compared with the skip.
+
+    Where a kept block becomes one of another kind, such as the last of SD3, `chunked` says which tensors of the smaller
+    model are rows of one of the model's, and `dropped` which of the model's tensors have no place in it any more. Where
+    an argument of the forward has an entry for every block, `input_cuts` says which entries the smaller model is to be
+    given it without.
+    """
+
+    model_class: str
+    removed: tuple[str, ...]
+    kept: Mapping[str, str]  # {old path: new path}
+    config_changes: Mapping[str, tuple[Any, Any]]  # {key: (before, after)}
+    inputs: tuple[str, ...]  # names of the forward's arguments that the check used
+    max_abs_difference: float  # with the model's own weights; 0.0, or there is no certificate
+    random_max_abs_difference: float  # with random weights, where no branch is zero by initialisation
+    diffusers_version: str
+    chunked: Mapping[str, Chunks] = field(default_factory=dict)  # {tensor of the smaller model: rows of one}
+    dropped: tuple[str, ...] = ()  # tensors of kept blocks, by their names in the model
+    input_cuts: Mapping[str, Cut] = field(default_factory=dict)  # {argument: the entries that it loses}
+
+    def inputs_for(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of the model's forward as the smaller model takes them."""
+        return cut_inputs(inputs, self.input_cuts)
 
 
 def remove(model: nn.Module, paths: Iterable[str], inputs: Mapping[str, Any] | None = None) -> nn.Module:
@@ -125,3 +152,34 @@ def _diffusers_version() -> str:
     import diffusers  # late: its import takes seconds
 
     return str(diffusers.__version__)
+
+
+def removed_indices(graph: BlockGraph, paths: tuple[str, ...]) -> dict[str, Indices]:
+    """{stack: removed indices}, checked against the config keys that count the stacks; raises NotRemovable."""
+    removed: dict[str, set[int]] = {}
+    for path in paths:
+        removed.setdefault(graph.block(path).stack, set()).add(graph.block(path).index)
+    for stack, indices in removed.items():
+        key = graph.config_keys.get(stack)
+        if key is None:
+            raise NotRemovable(
+                f"'{stack}.{min(indices)}' cannot be removed: no config key of {graph.model_class} counts '{stack}'"
+            )
+        together = [one for one in graph.stacks if graph.config_keys.get(one) == key]
+        if any(len(removed.get(other, ())) != len(indices) for other in together):
+            wanted = max((removed.get(one, set()) for one in together), key=len)
+            whole = [f"'{one}.{index}'" for one in together for index in sorted(wanted)]
+            raise NotRemovable(
+                f"'{stack}.{min(indices)}' cannot be removed alone: config key '{key}' counts "
+                f"{' and '.join(repr(one) for one in together)}, which go only together; "
+                f"ask for as many of each, such as {', '.join(whole)}"
+            )
+    return {stack: frozenset(indices) for stack, indices in removed.items()}
+
+
+def needs_streams(blocks: list[Block]) -> None:
+    """Raise NotRemovable for the first block that carries nothing on."""
+    for block in blocks:
+        if not block.streams:
+            reason = block.reason or "it carries no residual stream"
+            raise NotRemovable(f"'{block.path}' cannot be removed: {reason}")

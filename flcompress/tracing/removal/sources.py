@@ -10,10 +10,10 @@ from itertools import permutations
 import torch
 from torch import Tensor
 
-from flcompress.tracing.removal.repairs import Indices
-
 ORDERS = 64
 """Choices of chunks up to which all are tried for the modulation of a block that becomes one of another kind."""
+
+Indices = frozenset[int]
 
 Shapes = Mapping[str, tuple[int, ...]]
 

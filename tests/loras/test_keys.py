@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flcompress.errors import RequestError
-from flcompress.loras.files import remap
+from flcompress.loras.keys import remap
 from flcompress.loras.names import PrunedModel
 from flcompress.loras.peft_settings import remap_settings
 from flcompress.models.families.original_names import WAN
