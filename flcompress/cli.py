@@ -66,20 +66,20 @@ def apply_command(
     quiet: bool,
 ) -> None:
     """Carry out RECIPE. What is already done is not done again; a killed run goes on."""
-    from flcompress.driver import manager
-    from flcompress.driver.rundir import RunDirectory
+    from flcompress.driver.manager import apply
     from flcompress.frontend.loading import load_recipe
 
     loaded = load_recipe(recipe, overrides)
     if gpu and not dry_run:
         raise RequestError(f"--gpu: {gpu} given without --dry-run; it says what a plan is made for")
     if dry_run:
+        from flcompress.planning.plan import plan_recipe
         from flcompress.planning.text import plan_text
 
-        plan = manager.planned(loaded, RunDirectory(run_dir or manager.default_run_dir(loaded)), gpu)
+        plan = plan_recipe(loaded, run_dir, gpu=gpu)
         click.echo(json.dumps(plan.to_dict(), indent=1) if as_json else plan_text(plan))
         return
-    run = manager.apply(loaded, run_dir, store=store, display=_display(quiet))
+    run = apply(loaded, run_dir, store=store, display=_display(quiet))
     if as_json and os.environ.get("RANK", "0") == "0":
         passes = [{**entry.record, "folder": str(entry.folder)} for entry in run.entries()]
         _print({"run": str(run.path), "passes": passes, "exports": [export.name for export in loaded.exports]})
@@ -98,13 +98,10 @@ def plan_command(
     recipe: Path, gpus: int | None, memory: str | None, gpu: str, overrides: Sequence[str], as_json: bool
 ) -> None:
     """Say what RECIPE takes on GPUs, and what to change to fit."""
-    from flcompress.driver import manager
-    from flcompress.driver.rundir import RunDirectory
-    from flcompress.frontend.loading import load_recipe
+    from flcompress.planning.plan import plan_recipe
     from flcompress.planning.text import plan_text
 
-    loaded = load_recipe(recipe, overrides)
-    plan = manager.planned(loaded, RunDirectory(manager.default_run_dir(loaded)), gpu, gpus, memory)
+    plan = plan_recipe(recipe, overrides=overrides, gpu=gpu, gpus=gpus, memory=memory)
     if as_json:
         _print(plan.to_dict())
     else:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flcompress.core.attempts import ATTEMPTS_FILE, seconds_so_far, told
 from flcompress.core.program import Program
@@ -33,32 +33,27 @@ from flcompress.frontend.recipe import Recipe, arguments
 from flcompress.progress import Display, QuietDisplay, default_display
 from flcompress.system_errors import system_errors_in_one_line
 
-if TYPE_CHECKING:
-    from flcompress.planning.plan import Plan
-
 
 def apply(
     recipe: Recipe | Path | str,
     run_dir: Path | str | None = None,
     *,
     overrides: Sequence[str] = (),
-    dry_run: bool = False,
     store: Path | str | None = None,
     display: Display | None = None,
     device: str | None = None,
-    gpu: str | None = None,
 ) -> RunDirectory:
-    """Carry out a recipe; what an earlier call already did is found again, a killed one goes on.
+    """Carry out a recipe; stored results of an earlier call are reused, and a killed call is resumed.
+
+    `flcompress.planning.plan.plan_recipe` checks and plans the same recipe without writing anything.
 
     Args:
         recipe: a recipe, or the path of a recipe file.
-        run_dir: where to write; `runs/<recipe name>` where left out.
+        run_dir: where to write; default: `runs/<recipe name>`.
         overrides: "key.path=value" each, for a recipe given by path.
-        dry_run: check everything and show the plan; write nothing.
-        store: a folder in which several runs share pass results and encoded clips; each run's own where left out.
-        display: where progress is shown; bars on a terminal, else lines.
-        device: "cpu" or "cuda"; cuda if there is one where left out.
-        gpu: plan a dry run for one of `gpus.GPUS`, this machine where left out.
+        store: a folder in which several runs share pass results and encoded clips; default: the run's own.
+        display: where progress is shown; default: bars on a terminal, else lines.
+        device: "cpu" or "cuda"; default: cuda if there is one.
 
     Returns:
         The run directory.
@@ -70,11 +65,6 @@ def apply(
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     display = display or default_display()
     run = RunDirectory(run_dir or default_run_dir(recipe))
-    if dry_run:
-        from flcompress.planning.text import plan_text
-
-        display.line(plan_text(planned(recipe, run, gpu)))
-        return run
     device = device or _device()
     check(recipe, run)
     shared = Path(store).resolve() if store else run.path
@@ -130,9 +120,13 @@ def export(
 
 
 def check(recipe: Recipe, run: RunDirectory, *, plan: bool = False) -> None:
-    """Everything that can be known to be wrong before any work. Raises RequestError; writes nothing.
+    """Raise RequestError for anything wrong with the request that can be known before any work; write nothing.
 
-    For a plan, a model folder may hold configurations alone; then neither data nor exporters need be there yet.
+    Args:
+        recipe: the recipe.
+        run: the run directory that it would be applied in.
+        plan: whether the recipe is only planned. Its model folder may then hold configurations alone, in which case
+            neither the data nor the exporters' libraries have to be available yet.
     """
     from flcompress.models.folder import check_pipeline, only_configurations
 
@@ -149,18 +143,6 @@ def check(recipe: Recipe, run: RunDirectory, *, plan: bool = False) -> None:
     start.check_sampling(recipe)
     if not bare:
         check_data(recipe)
-
-
-def planned(
-    recipe: Recipe, run: RunDirectory, gpu: str | None = None, count: int | None = None, memory: str | None = None
-) -> Plan:
-    """Check everything and plan: for GPUs (see `gpu_machine`), or for this machine where `gpu` is None."""
-    from flcompress.planning.gpus import gpu_machine
-    from flcompress.planning.plan import make_plan
-
-    machine = gpu_machine(recipe, gpu, count, memory) if gpu else None
-    check(recipe, run, plan=True)
-    return make_plan(recipe, machine=machine)
 
 
 def pass_key(step: Pass, program: Program, recipe: Recipe) -> str:

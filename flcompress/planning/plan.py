@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flcompress.core.settings import Precision
+from flcompress.driver.manager import check, default_run_dir
+from flcompress.driver.rundir import RunDirectory
 from flcompress.driver.start import read_source, trace_folder
 from flcompress.errors import RecipeError
+from flcompress.frontend.loading import load_recipe
 from flcompress.frontend.recipe import Recipe
 from flcompress.ir.graph import BlockGraph
 from flcompress.planning.activations import kept_alive
 from flcompress.planning.experts import PlannedExperts
-from flcompress.planning.gpus import Machine, this_machine
+from flcompress.planning.gpus import Machine, gpu_machine, this_machine
 from flcompress.planning.memory import PlannedMemory
 from flcompress.planning.settings import (
     Advice,
@@ -116,6 +120,34 @@ class Plan:
             for other, setting in zip(row["settings"], planned.settings, strict=True):
                 other["memory"]["total"] = setting.memory.total
         return plain
+
+
+def plan_recipe(
+    recipe: Recipe | Path | str,
+    run_dir: Path | str | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    gpu: str | None = None,
+    gpus: int | None = None,
+    memory: str | None = None,
+) -> Plan:
+    """Check a recipe as `apply` would, and plan it; nothing is written.
+
+    Args:
+        recipe: a recipe, or the path of a recipe file.
+        run_dir: where `apply` would write; default: `runs/<recipe name>`.
+        overrides: "key.path=value" each, for a recipe given by path.
+        gpu: the GPU model to plan for, a key of `GPUS`; default: this machine, at its measured speed.
+        gpus: number of GPUs; default: the recipe's `training.processes`, or 1.
+        memory: memory per GPU, such as "80G" or "48GiB"; default: that of the GPU model.
+
+    Raises:
+        RequestError: anything wrong with the request.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    machine = gpu_machine(recipe, gpu, gpus, memory) if gpu else None
+    check(recipe, RunDirectory(run_dir or default_run_dir(recipe)), plan=True)
+    return make_plan(recipe, machine=machine)
 
 
 def make_plan(recipe: Recipe, flops_per_second: float | None = None, machine: Machine | None = None) -> Plan:

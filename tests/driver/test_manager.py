@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from flcompress.errors import (
 )
 from flcompress.files import locked
 from flcompress.models import tensor_memory
+from flcompress.planning.plan import plan_recipe
 from flcompress.progress import QuietDisplay
 from tests.fixtures.fakes import CALLS, Reader
 from tests.fixtures.recipes import WriteRecipe
@@ -295,37 +297,44 @@ def test_exporting_again(write: WriteRecipe, tmp_path: Path) -> None:
     assert CALLS == ["text a", "copy a"]
 
 
+Command = Callable[[Path, Path], object]
+
+
+def apply_quietly(recipe: Path, run_dir: Path) -> None:
+    apply(recipe, run_dir, display=QuietDisplay())
+
+
 REFUSED = [
     ("exports: [unavailable]\n", UnavailableError, r"pip install flcompress\[builder\]"),
     ("model: none\n", ModelError, r"model: no folder"),
 ]
 
 
-@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize("command", [apply_quietly, plan_recipe])
 @pytest.mark.parametrize(("steps", "error", "message"), REFUSED)
 def test_refused_before_anything_is_written(
-    write: WriteRecipe, tmp_path: Path, model: Path, steps: str, error: type[Exception], message: str, dry_run: bool
+    write: WriteRecipe, tmp_path: Path, model: Path, steps: str, error: type[Exception], message: str, command: Command
 ) -> None:
     path = write(steps)
     if steps.startswith("model"):
         path.write_text("version: 1\nmodel: none\n")
     with pytest.raises(error, match=message):
-        apply(path, tmp_path / "run", dry_run=dry_run, display=QuietDisplay())
+        command(path, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("dry_run", [False, True])
-def test_a_run_directory_of_another_recipe(write: WriteRecipe, tmp_path: Path, dry_run: bool) -> None:
+@pytest.mark.parametrize("command", [apply_quietly, plan_recipe])
+def test_a_run_directory_of_another_recipe(write: WriteRecipe, tmp_path: Path, command: Command) -> None:
     run_recipe(write("passes: [score]\n"), tmp_path / "run")
     with pytest.raises(RequestError) as caught:
-        apply(write("passes: [score]\n", "other"), tmp_path / "run", dry_run=dry_run, display=QuietDisplay())
+        command(write("passes: [score]\n", "other"), tmp_path / "run")
     assert str(caught.value) == (
         f"{tmp_path}/run: run directory of recipe 'tiny', not of 'other'; choose another --run-dir"
     )
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").write_text("")
     with pytest.raises(RequestError, match=r"not empty and no run directory \(no run\.json\)"):
-        apply(write(""), tmp_path / "full", dry_run=dry_run, display=QuietDisplay())
+        command(write(""), tmp_path / "full")
 
 
 def test_no_run_directory(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from flcompress.driver.manager import apply
 from flcompress.driver.rundir import RunDirectory
 from flcompress.errors import DataError
 from flcompress.models.loading import load_transformer
+from flcompress.planning.plan import plan_recipe
 from flcompress.progress import QuietDisplay
 from tests.fixtures.tiny import tiny_pipeline
 from tests.fixtures.video_files import write_video
@@ -116,7 +117,7 @@ def test_passes_that_need_clips_say_so_before_any_work(folder: Path, step: dict[
 def test_prompts_alone_have_no_size(folder: Path) -> None:
     path = recipe(folder, "no-size", {"latents": "prompts"}, [DMD])
     with pytest.raises(DataError) as refused:
-        apply(path, folder / "run-size", dry_run=True)
+        plan_recipe(path, folder / "run-size")
     assert str(refused.value) == (
         f"{path}:1: data.latents: {folder}/prompts: this dataset holds prompts only, which have no size; "
         "say in sampling: num_frames, height and width of what is sampled"
@@ -126,12 +127,12 @@ def test_prompts_alone_have_no_size(folder: Path) -> None:
 def test_a_dataset_of_another_model_or_length_is_refused(folder: Path, tmp_path: Path) -> None:
     path = recipe(folder, "length", {"latents": "clips"}, [IMPORTANCE], max_sequence_length=8)
     with pytest.raises(DataError, match=r"its prompts are padded to 16 tokens, expected sampling\.max_sequence_length"):
-        apply(path, tmp_path / "run", dry_run=True)
+        plan_recipe(path, tmp_path / "run")
     tiny_pipeline(tmp_path / "model", layers=2, seed=1)
     shutil.copytree(folder / "clips", tmp_path / "clips")
     path = recipe(tmp_path, "other", {"latents": "clips"}, [IMPORTANCE])
     with pytest.raises(DataError) as refused:
-        apply(path, tmp_path / "run", dry_run=True)
+        plan_recipe(path, tmp_path / "run")
     assert str(refused.value) == (
         f"{path}:1: data.latents: {tmp_path}/clips: encoded by another text_encoder than that of {tmp_path}/model; "
         f"encode with --pipeline {tmp_path}/model"
@@ -144,7 +145,7 @@ def test_a_dataset_for_another_pipeline_class_is_refused(folder: Path, tmp_path:
     index.write_text(index.read_text().replace('"WanPipeline"', '"WanImageToVideoPipeline"'))
     path = recipe(folder, "first-frames", {"latents": "first-frames"}, [IMPORTANCE])
     with pytest.raises(DataError) as refused:
-        apply(path, tmp_path / "run", dry_run=True)
+        plan_recipe(path, tmp_path / "run")
     assert str(refused.value) == (
         f"{path}:1: data.latents: {folder}/first-frames: encoded for WanImageToVideoPipeline, expected WanPipeline; "
         "encode with --pipeline-class WanPipeline"
