@@ -12,15 +12,7 @@ from pydantic import Field, model_validator
 from flcompress.core.program import Fact, Program
 from flcompress.core.settings import EngineName, Range, Training
 from flcompress.core.steps import Cost, Pass, PassContext, Role
-from flcompress.diffusion.student import student_contract
 from flcompress.errors import RequestError
-from flcompress.models.loading import load_transformer, save_transformer
-from flcompress.training.distillation.guided_teacher import NO_INTER
-from flcompress.training.distillation.roles import Roles
-from flcompress.training.distillation.student_monitor import student_watch
-from flcompress.training.engines import engine_of
-from flcompress.training.loop import train
-from flcompress.training.shared_base import lora_parameters, merge, unlike
 
 
 class DistributionMatching(Pass):
@@ -111,7 +103,7 @@ class DistributionMatching(Pass):
 
     @property
     def guides(self) -> bool:
-        return self.inter_cfg != NO_INTER
+        return self.inter_cfg != (1.0, 1.0)
 
     @property
     def needs_clips(self) -> bool:
@@ -136,6 +128,8 @@ class DistributionMatching(Pass):
         return None
 
     def cost(self, parameters: float, blocks: int, original: float) -> Cost:
+        from flcompress.training.shared_base import lora_parameters
+
         # The generator is pruned; the scores are as deep as the original. A LoRA's backward has no weights' gradients.
         pruned = parameters / original
         of_generator, of_fake = (2.0 if kind == "lora" else 3.0 for kind in (self.generator, self.fake_score))
@@ -172,6 +166,14 @@ class DistributionMatching(Pass):
             )
 
     def apply(self, program: Program, work: PassContext) -> Program:
+        from flcompress.diffusion.student import student_contract
+        from flcompress.models.loading import load_transformer, save_transformer
+        from flcompress.training.distillation.roles import Roles
+        from flcompress.training.distillation.student_monitor import student_watch
+        from flcompress.training.engines import engine_of
+        from flcompress.training.loop import train
+        from flcompress.training.shared_base import merge, unlike
+
         if self.generator_shares:
             parts = program.components
             odd = work.world.broadcast(lambda: unlike(parts["transformer"], parts["elastic"], program.kept))

@@ -15,7 +15,6 @@ from flcompress.core.steps import Cost, Pass, PassContext, Role
 from flcompress.errors import PreconditionError
 from flcompress.ir.graph import BlockGraph
 from flcompress.ir.selection import By, choose
-from flcompress.tracing.removal.on_disk import OWN_WEIGHTS, choose_removable, remove_on_disk
 
 
 class Prune(Pass):
@@ -44,9 +43,13 @@ class Prune(Pass):
         return parameters * (1.0 - self.remove)
 
     def cost(self, parameters: float, blocks: int, original: float) -> Cost:
+        from flcompress.tracing.removal.on_disk import OWN_WEIGHTS
+
         return Cost(forwards=6.0, roles=(Role("certificate's copies", 4.0 * min(parameters, OWN_WEIGHTS)),))
 
     def apply(self, program: Program, work: PassContext) -> Program:
+        from flcompress.tracing.removal.on_disk import choose_removable, remove_on_disk
+
         if Fact.PRUNED in program.facts:
             raise PreconditionError("prune: the transformer is pruned already; put one prune pass in the recipe")
         among = program.prune_set if Fact.ELASTIC in program.facts else None

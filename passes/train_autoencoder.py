@@ -3,32 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
 from pydantic import Field
 
 from flcompress.core.program import Program
 from flcompress.core.steps import Cost, Pass, PassContext
-from flcompress.draws import Draws, generator
-from flcompress.models.loading import load_vae
-from flcompress.models.video import decode_latents, encode_clips
-from flcompress.moving_digits import digits
-from flcompress.training.engines import Hyper, engine_of
-from flcompress.training.loop import train
-from flcompress.training.role import Trained, warmup_cosine
 
-LATENT_PENALTY = 1e-4
-"""Weight of the mean square of the latents: keeps their scale near one; the pictures hardly feel it."""
-
-LATENT_NOISE = 0.05
-"""Standard deviation of the noise put on the latents, so that the decoder forgives small errors of a denoiser.
-
-The posterior's own noise starts at one, drowns the signal, and training then settles on an empty picture.
-"""
-
-LATENT_STATISTICS_CLIPS = 512
+if TYPE_CHECKING:
+    from flcompress.training.methods.autoencoder import AutoencoderTraining
 
 
 class TrainAutoencoder(Pass):
@@ -47,9 +30,22 @@ class TrainAutoencoder(Pass):
     def cost(self, parameters: float, blocks: int, original: float) -> Cost:
         return Cost(steps=self.steps, batch=self.batch)
 
+    @property
+    def training(self) -> AutoencoderTraining:
+        """The training with these arguments."""
+        from flcompress.training.methods.autoencoder import AutoencoderTraining
+
+        return AutoencoderTraining(name=self.name, **self.model_dump())
+
     def apply(self, program: Program, work: PassContext) -> Program:
+        from flcompress.draws import generator
+        from flcompress.models.loading import load_vae
+        from flcompress.models.video import decode_latents, encode_clips
+        from flcompress.moving_digits import digits
+        from flcompress.training.methods.autoencoder import latent_statistics
+
         vae = load_vae(program.components["vae"], work.device).requires_grad_(True)
-        self.fit(vae, work)
+        self.training.fit(vae, work)
         vae.to("cpu")
         mean, std = latent_statistics(vae, work.seed)
         vae.register_to_config(latents_mean=mean, latents_std=std)
@@ -60,51 +56,3 @@ class TrainAutoencoder(Pass):
         record = {"steps": self.steps, "heldout_mean_square_error": error}
         (work.directory / "result.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
         return program.with_component("vae", target)
-
-    def fit(self, vae: Any, work: PassContext) -> None:
-        """Minimise the reconstruction error of freshly drawn clips; `vae` is trained in place."""
-        engine = engine_of(work)
-        role = Trained(
-            engine,
-            "autoencoder",
-            vae.train(),
-            batch=self.batch,
-            hyper=Hyper(learning_rate=self.learning_rate),
-            schedule=warmup_cosine(self.steps, min(100, self.steps)),
-        )
-
-        def train_step(step: int, draws: Draws) -> Mapping[str, float]:
-            for part in role.micro_batches(draws):
-                x = digits.sample(self.batch, "train", part.shared)[0][part.mine].to(work.device)
-                latents = vae.encode(x).latent_dist.mode()
-                noise = part.normal(*latents.shape[1:]).to(work.device)
-                error = _decode_unclamped(vae, latents + LATENT_NOISE * noise) - x
-                loss = error.square().mean() + error.abs().mean() + LATENT_PENALTY * latents.square().mean()
-                role.backward(loss, part)
-            return role.step()
-
-        train(train_step, [role], engine=engine, name=self.name, steps=self.steps, batch=self.batch)
-        vae.eval()
-
-
-def _decode_unclamped(vae: Any, latents: torch.Tensor) -> torch.Tensor:
-    """Decode, before `AutoencoderKLWan.decode` clamps to [-1, 1].
-
-    A clamped picture has no gradient where it overshoots; on a black ground every pixel soon does and training is dead.
-    The decoder runs once per latent frame; its outputs, joined over time, are the clip.
-    """
-    parts: list[torch.Tensor] = []
-    handle = vae.decoder.register_forward_hook(lambda module, given, output: parts.append(output))
-    try:
-        vae.decode(latents)
-    finally:
-        handle.remove()
-    return torch.cat(parts, dim=2)
-
-
-@torch.no_grad()
-def latent_statistics(vae: Any, seed: int) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each latent channel over training clips, as Wan stores them."""
-    clips, _ = digits.sample(LATENT_STATISTICS_CLIPS, "train", generator(seed, "latent-statistics"))
-    latents = torch.cat([vae.encode(part).latent_dist.mode() for part in torch.split(clips, 64)])
-    return latents.mean(dim=(0, 2, 3, 4)).tolist(), latents.std(dim=(0, 2, 3, 4)).tolist()

@@ -36,7 +36,7 @@ def main(folder: Path) -> None:
     given = {"encoder_hidden_states": torch.randn(BATCH, 16, model.config.text_dim, generator=draw)}
     contract = contract_of({}, num_inference_steps=50, guidance_scale=4.0, max_sequence_length=16)
     sigma = 0.05 + 0.9 * torch.rand(BATCH, generator=draw)
-    step = Importance(draws=BATCH, noise_levels=1, batch=BATCH)
+    scores = Importance(draws=BATCH, noise_levels=1, batch=BATCH).scores
     x = FLOW.add_noise(x0, noise, sigma)
 
     @torch.no_grad()
@@ -53,7 +53,7 @@ def main(folder: Path) -> None:
         return scores
 
     def reused() -> dict[str, torch.Tensor]:
-        return step._differences(model, graph, contract, x0, given, noise, sigma)
+        return scores.differences(model, graph, contract, x0, given, noise, sigma)
 
     plain, fast = naive(), reused()
     difference = max(float((plain[path] - fast[path]).abs().max()) for path in plain)

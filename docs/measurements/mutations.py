@@ -55,8 +55,12 @@ AREAS: dict[str, Owners] = {
     "passes": {
         f"{TRAINING}/distillation/roles.py": (*HEART, "tests/passes/test_lora_roles.py"),
         f"{PASSES}/dmd.py": ("tests/passes/test_gaussian_roles.py", "tests/passes/test_passes.py"),
-        f"{PASSES}/stochastic_depth.py": ("tests/passes/test_gaussian_depth.py", "tests/passes/test_passes.py"),
-        f"{PASSES}/importance.py": ("tests/passes/test_gaussian_depth.py", "tests/passes/test_passes.py"),
+        f"{PASSES}/stochastic_depth.py": ("tests/passes/test_passes.py",),
+        f"{PASSES}/importance.py": ("tests/passes/test_passes.py",),
+        **{
+            f"{TRAINING}/methods/{name}.py": ("tests/passes/test_gaussian_depth.py", "tests/passes/test_passes.py")
+            for name in ("stochastic_depth", "block_importance", "pretraining")
+        },
         f"{PASSES}/prune.py": ("tests/passes/test_passes.py",),
         f"{PASSES}/pretrain.py": ("tests/passes/test_gaussian_depth.py",),
     },

@@ -75,7 +75,7 @@ def trained(folder: Path, kind: str, **settings: Any) -> dict[str, Tensor]:
     engine = Stand(work_in(folder, Clips(Normal(DATA, COVARIANCE), CAPTION)), {"transformer": model})
     program = program_of(teacher_contract(kind), graph_of(model), ["blocks.1"])
     given = {"remove": 0.3, "skip_probability": 1.0, "caption_dropout": 0.0, "batch": 32, "steps": 3}
-    return StochasticDepth(**{**given, **settings})._trained(engine, program)
+    return StochasticDepth(**{**given, **settings}).training.weights(engine, program)
 
 
 def predicted(kind: str, weights: dict[str, Tensor], row: dict[str, Any], blocks: int) -> Tensor:
@@ -165,7 +165,7 @@ def test_captions_are_dropped_as_often_as_asked(tmp_path: Path, monkeypatch: pyt
     model = Exact("flow", COVARIANCE, SHIFTS)
     engine = Stand(work_in(tmp_path / "pretrain", Clips(Normal(DATA, COVARIANCE), CAPTION)), {"transformer": model})
     settings = Pretrain(steps=5, batch=200, caption_dropout=0.25)
-    settings._trained(engine, program_of(teacher_contract("flow"), graph_of(model)))
+    settings.training.weights(engine, program_of(teacher_contract("flow"), graph_of(model)))
     for rows in (kept.rows[:5], kept.rows[5:]):
         prompts = torch.cat([row["prompt"][:, 0] for row in rows])
         empty = (prompts == 0.0).all(dim=1)
@@ -179,7 +179,7 @@ def test_training_from_clips_lands_on_the_data(tmp_path: Path, kind: str) -> Non
     model = Exact(kind, 1.7 * torch.eye(2), [[0.0, 0.0]])
     engine = Stand(work_in(tmp_path, Clips(Normal(DATA, COVARIANCE), CAPTION)), {"transformer": model})
     settings = Pretrain(steps=120, batch=64, learning_rate=0.1, caption_dropout=0.0, ema_decay=0.9)
-    weights = settings._trained(engine, program_of(teacher_contract(kind), graph_of(model)))
+    weights = settings.training.weights(engine, program_of(teacher_contract(kind), graph_of(model)))
     found = CAPTION[0, 0].double() + weights["blocks.0.by"].double()
     torch.testing.assert_close(found, DATA, atol=0.1, rtol=0)
     factor = weights["factor"].double()
@@ -200,7 +200,7 @@ def test_the_importance_of_a_block_that_moves_the_mean(tmp_path: Path, kind: str
     contract = teacher_contract(kind)
     step = Importance(draws=6000, noise_levels=3, weighting=weighting, sigma_min=0.3, sigma_max=0.9, batch=2000)
     clips: Any = Clips(Normal(mean, COVARIANCE), CAPTION)
-    found = step.score(model, graph_of(model), contract, clips, 0, lambda *_: None, World())
+    found = step.scores.score(model, graph_of(model), contract, clips, 0, lambda *_: None, World())
     strata = [(0.3, 0.5), (0.5, 0.7), (0.7, 0.9)]
     for place, shift in enumerate(shifts):
         d, expected = torch.tensor(shift).double(), []

@@ -20,7 +20,6 @@ from flcompress.models import example_inputs
 from flcompress.models.loading import load_transformer, meta_transformer
 from flcompress.models.network import half_precision
 from flcompress.models.tensor_memory import Alive
-from flcompress.passes import importance
 from flcompress.passes.importance import Importance
 from flcompress.planning.gpus import gpu_machine
 from flcompress.planning.plan import make_plan
@@ -82,7 +81,7 @@ def test_a_gpu_computes_in_the_precision_of_the_training(
     def loading(*given: Any) -> None:
         raise Asked(*given)
 
-    monkeypatch.setattr(importance, "load_transformer", loading)
+    monkeypatch.setattr("flcompress.models.loading.load_transformer", loading)
     with pytest.raises(Asked) as asked:
         Importance().apply(program, work)
     assert asked.value.args == (Path("transformer"), device, dtype)

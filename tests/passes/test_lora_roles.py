@@ -75,7 +75,7 @@ def test_the_finished_generator_is_the_trained_one_in_its_own_weights(
         trained.update(lora)
         return merge(weights, lora, paths)
 
-    monkeypatch.setattr("flcompress.passes.dmd.merge", watched)
+    monkeypatch.setattr("flcompress.training.shared_base.merge", watched)
     run = applied(folder, name, settings)
     program = run.final()
     student = load_transformer(program.components["transformer"])

@@ -82,12 +82,12 @@ def test_every_block_gets_a_finite_score_with_its_error(run: RunDirectory) -> No
 def test_scores_equal_plain_skipping(folder: Path, run: RunDirectory) -> None:
     program, _, _ = at(run, "importance")
     model = load_transformer(folder / "model" / "transformer")
-    step = Importance(draws=8, noise_levels=1, batch=8)
+    scores = Importance(draws=8, noise_levels=1, batch=8).scores
     draw = torch.Generator().manual_seed(1)
     x0, noise = torch.randn(4, 16, 3, 8, 8, generator=draw), torch.randn(4, 16, 3, 8, 8, generator=draw)
     embeds, sigma = torch.randn(4, 16, 64, generator=draw), torch.tensor([0.1, 0.4, 0.6, 0.9])
     contract, given = program.teacher_contract, {"encoder_hidden_states": embeds}
-    found = step._differences(model, program.graph, contract, x0, given, noise, sigma)
+    found = scores.differences(model, program.graph, contract, x0, given, noise, sigma)
     x = (1 - sigma.reshape(-1, 1, 1, 1, 1)) * x0 + sigma.reshape(-1, 1, 1, 1, 1) * noise
 
     def loss() -> torch.Tensor:

@@ -1,0 +1,70 @@
+"""Train a transformer by flow matching with dropped captions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from flcompress.core.program import Program
+from flcompress.diffusion.conditioning import dropped, on
+from flcompress.draws import Draws
+from flcompress.models.network import as_network
+from flcompress.training.engines import Engine, Hyper
+from flcompress.training.loop import train
+from flcompress.training.objectives import denoising_loss, draw_levels, level_range
+from flcompress.training.role import Trained, warmup_cosine
+from flcompress.training.watching.held_out import HeldOutELBO, HeldOutHealth
+from flcompress.training.watching.monitor import Watch
+
+MONITOR_CLIPS = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretraining:
+    """The training of the `pretrain` pass; the attributes are the pass's arguments."""
+
+    name: str
+    steps: int
+    batch: int
+    learning_rate: float
+    shift: float
+    caption_dropout: float
+    ema_decay: float
+
+    def weights(self, engine: Engine, program: Program) -> dict[str, torch.Tensor]:
+        """The moving average of the trained weights, in the main process."""
+        work, contract = engine.work, program.contract
+        role = Trained(
+            engine,
+            "pretrain",
+            engine.load_trained(program.components["transformer"]).train(),
+            batch=self.batch,
+            hyper=Hyper(learning_rate=self.learning_rate),
+            ema_decay=self.ema_decay,
+            schedule=warmup_cosine(self.steps, min(200, self.steps)),
+        )
+        process, guidance = contract.process, contract.embedded_guidance
+        network = as_network(role.module, guidance)
+        data = work.data(program)
+        training, heldout = data.split(min(MONITOR_CLIPS, len(data) // 4))
+
+        low, high = level_range(contract, self.shift, key=self.name)
+
+        def train_step(step: int, draws: Draws) -> Mapping[str, float]:
+            for part in role.micro_batches(draws):
+                x0, given = training.batch(part.batch, part.shared, part.mine)
+                given = dropped(given, data.empty, part.uniform() < self.caption_dropout)
+                noise, level = part.normal(*x0.shape[1:]), draw_levels(part, self.shift, low=low, high=high)
+                x0, noise, level = (t.to(work.device) for t in (x0, noise, level))
+                loss = denoising_loss(network, process, x0, on(given, work.device), level, noise)
+                role.backward(loss, part)
+            return role.step()
+
+        at_once = work.at_once(self.batch)
+        elbo = HeldOutELBO(heldout, contract, len(heldout), work.seed, work.device, at_once, work.world)
+        health = HeldOutHealth(elbo, {"elbo": network})
+        watch = Watch(work, name=self.name, look=health.look, again=health.again, held_out="elbo")
+        train(train_step, [role], engine=engine, name=self.name, steps=self.steps, batch=self.batch, watch=watch)
+        return role.averaged_state()
