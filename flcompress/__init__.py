@@ -1,14 +1,28 @@
 """flcompress: a compiler for video diffusion transformers. Fewer blocks, fewer steps, one recipe.
 
-The public door: `trace`, `skip`, `remove`, `NotRemovable`, `load_recipe`, `apply`. Each is imported when first used.
+What every command does is a function here: `apply`, `plan`, `inspect`, `encode`, `export`, `generate`, `evaluate`,
+`bench`, `report` and `remap_lora`. `load_recipe` reads a recipe; `trace`, `skip` and `remove` work on a transformer in
+memory; `NotRemovable` says why a block has to stay. Each is imported when it is first used.
+
+Authors of passes, exporters and model families find what they need in `flcompress.api`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flcompress.commands import bench as bench
+    from flcompress.commands import encode as encode
+    from flcompress.commands import evaluate as evaluate
+    from flcompress.commands import export as export
+    from flcompress.commands import generate as generate
+    from flcompress.commands import inspect as inspect
+    from flcompress.commands import plan as plan
+    from flcompress.commands import remap_lora as remap_lora
+    from flcompress.commands import report as report
     from flcompress.driver.manager import apply as apply
     from flcompress.errors import NotRemovable as NotRemovable
     from flcompress.frontend.loading import load_recipe as load_recipe
@@ -18,22 +32,61 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["NotRemovable", "apply", "load_recipe", "remove", "skip", "trace"]
-
 _DOOR = {
     "NotRemovable": "flcompress.errors",
     "apply": "flcompress.driver.manager",
+    "bench": "flcompress.commands",
+    "encode": "flcompress.commands",
+    "evaluate": "flcompress.commands",
+    "export": "flcompress.commands",
+    "generate": "flcompress.commands",
+    "inspect": "flcompress.commands",
     "load_recipe": "flcompress.frontend.loading",
+    "plan": "flcompress.commands",
+    "remap_lora": "flcompress.commands",
     "remove": "flcompress.tracing.removal.remove",
+    "report": "flcompress.commands",
     "skip": "flcompress.tracing.skip",
     "trace": "flcompress.tracing.tracer",
 }
 
+__all__ = [
+    "NotRemovable",
+    "apply",
+    "bench",
+    "encode",
+    "evaluate",
+    "export",
+    "generate",
+    "inspect",
+    "load_recipe",
+    "plan",
+    "remap_lora",
+    "remove",
+    "report",
+    "skip",
+    "trace",
+]
 
-def __getattr__(name: str) -> Any:
-    if name not in _DOOR:
-        raise AttributeError(f"module 'flcompress' has no attribute '{name}'")
-    return getattr(import_module(_DOOR[name]), name)
+
+def lazy_names(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
+    """Return a module's `__getattr__` that imports each name from its own module when it is first used.
+
+    Args:
+        module: the module's name, for the error.
+        names: public name -> module that defines it.
+    """
+
+    def get(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module '{module}' has no attribute '{name}'")
+        return getattr(import_module(names[name]), name)
+
+    return get
+
+
+if not TYPE_CHECKING:  # a type checker knows the names above, and no others
+    __getattr__ = lazy_names(__name__, _DOOR)
 
 
 def __dir__() -> list[str]:

@@ -8,18 +8,18 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from flcompress import __version__
+from flcompress import __version__, commands
 from flcompress.command_group import Commands
+from flcompress.commands import Backend
 from flcompress.errors import RequestError
 
 if TYPE_CHECKING:
     from flcompress.progress import Display
 
-Backend = Literal["torch", "onnx", "tensorrt"]
 _FOLDER = click.Path(path_type=Path)
 _GPUS = ("a100", "h100", "h200", "l40s", "rtx4090")  # those of pipeline/gpus.py, which --help does not load
 
@@ -66,19 +66,19 @@ def apply_command(
     quiet: bool,
 ) -> None:
     """Carry out RECIPE. What is already done is not done again; a killed run goes on."""
-    from flcompress.driver.manager import apply
     from flcompress.frontend.loading import load_recipe
 
     loaded = load_recipe(recipe, overrides)
     if gpu and not dry_run:
         raise RequestError(f"--gpu: {gpu} given without --dry-run; it says what a plan is made for")
     if dry_run:
-        from flcompress.planning.plan import plan_recipe
         from flcompress.planning.text import plan_text
 
-        plan = plan_recipe(loaded, run_dir, gpu=gpu)
+        plan = commands.plan(loaded, run_dir, gpu=gpu)
         click.echo(json.dumps(plan.to_dict(), indent=1) if as_json else plan_text(plan))
         return
+    from flcompress.driver.manager import apply
+
     run = apply(loaded, run_dir, store=store, display=_display(quiet))
     if as_json and os.environ.get("RANK", "0") == "0":
         passes = [{**entry.record, "folder": str(entry.folder)} for entry in run.entries()]
@@ -98,10 +98,9 @@ def plan_command(
     recipe: Path, gpus: int | None, memory: str | None, gpu: str, overrides: Sequence[str], as_json: bool
 ) -> None:
     """Say what RECIPE takes on GPUs, and what to change to fit."""
-    from flcompress.planning.plan import plan_recipe
     from flcompress.planning.text import plan_text
 
-    plan = plan_recipe(recipe, overrides=overrides, gpu=gpu, gpus=gpus, memory=memory)
+    plan = commands.plan(recipe, overrides=overrides, gpu=gpu, gpus=gpus, memory=memory)
     if as_json:
         _print(plan.to_dict())
     else:
@@ -126,22 +125,21 @@ def inspect_command(
     as_json: bool,
 ) -> None:
     """Show the blocks of MODEL. A model folder, a config.json, or a Hub id; its configuration is enough."""
-    from flcompress.inspection.model import inspect_model
     from flcompress.inspection.text import inspection_text
 
     if out is not None:
         from flcompress.inspection.drawing import check_picture
 
         check_picture(out)
-    found = inspect_model(model, height=height, width=width, frames=frames, tokens=tokens)
+    inspection = commands.inspect(model, height=height, width=width, frames=frames, tokens=tokens)
     if as_json:
-        _print(found.to_dict())
+        _print(inspection.to_dict())
     else:
-        click.echo(inspection_text(found))
+        click.echo(inspection_text(inspection))
     if out is not None:
         from flcompress.inspection.drawing import draw_inspection
 
-        draw_inspection(found, out)
+        draw_inspection(inspection, out)
         click.echo(str(out), err=as_json)
 
 
@@ -156,9 +154,9 @@ def remap_lora_command(lora: Path, pruned: Path, out: Path, model: Path | None, 
 
     LORA is a safetensors file, or a folder as PEFT saves it; PRUNED a run, an exported folder, or its kept_blocks.json.
     """
-    from flcompress.loras.remap import remap_lora, remapping_text
+    from flcompress.loras.remap import remapping_text
 
-    done = remap_lora(lora, pruned, out, model)
+    done = commands.remap_lora(lora, pruned, out, model=model)
     if as_json:
         _print(done)
     else:
@@ -202,18 +200,27 @@ def encode_command(
 
     A recipe reads it with `data: {latents: OUT}`. A killed command goes on. See docs/data.md.
     """
-    from flcompress.data.encoding import encode, folder_request, summary_text
-    from flcompress.data.sizes import Target
+    from flcompress.data.encoding import summary_text
 
-    target = Target(frames, height, width)
-    request = folder_request(
-        pipeline, captions, out, videos, target, max_sequence_length, workers, pipeline_class, fps, negative_prompt
+    summary = commands.encode(
+        pipeline,
+        captions,
+        out,
+        videos=videos,
+        pipeline_class=pipeline_class,
+        frames=frames,
+        height=height,
+        width=width,
+        fps=fps,
+        max_sequence_length=max_sequence_length,
+        negative_prompt=negative_prompt,
+        workers=workers,
+        display=_display(quiet),
     )
-    made = encode(request, _display(quiet))
     if as_json:
-        _print(made)
+        _print(summary)
     else:
-        click.echo(summary_text(made))
+        click.echo(summary_text(summary))
 
 
 @main.command("report")
@@ -222,10 +229,9 @@ def report_command(run: Path) -> None:
     """Print a summary of RUN and write RUN/report.html."""
     from rich.console import Console
 
-    from flcompress.reporting.html import write_report
     from flcompress.reporting.terminal import print_summary
 
-    written = write_report(run)
+    written = commands.report(run)
     print_summary(run, Console())
     click.echo(str(written))
 
@@ -241,10 +247,7 @@ def export_command(
     run: Path, formats: Sequence[str], force: bool, model: Path | None, as_json: bool, quiet: bool
 ) -> None:
     """Write the exports of the finished RUN. Those of its recipe, or the given formats."""
-    from flcompress.driver.manager import export
-    from flcompress.driver.rundir import RunDirectory
-
-    records = export(RunDirectory(run, model), formats, force=force, display=_display(quiet))
+    records = commands.export(run, formats, force=force, model=model, display=_display(quiet))
     if as_json:
         _print(records)
 
@@ -285,13 +288,18 @@ def generate_command(
     quiet: bool,
 ) -> None:
     """Generate one clip with the exported student of RUN."""
-    from flcompress.distributed.threads import use_free_cores
-    from flcompress.runtime.generate import generate
-
-    use_free_cores()
-    with _display(quiet).stage("generate") as progress:
-        generate(run, prompt, backend, out, seed, image, progress, fps, negative_prompt)
-    click.echo(str(out))
+    written = commands.generate(
+        run,
+        prompt,
+        backend=backend,
+        out=out,
+        seed=seed,
+        image=image,
+        fps=fps,
+        negative_prompt=negative_prompt,
+        display=_display(quiet),
+    )
+    click.echo(str(written))
 
 
 @main.command("eval")
@@ -313,16 +321,10 @@ def eval_command(
     run: Path, clips_per_prompt: int | None, seeds: int | None, model: Path | None, as_json: bool, quiet: bool
 ) -> None:
     """Compare teacher, stages and student of RUN on held-out prompts. Writes RUN/eval."""
-    from flcompress.distributed.threads import use_free_cores
-    from flcompress.driver.rundir import RunDirectory
-    from flcompress.evaluation.comparison import evaluate
-
-    opened = RunDirectory(run, model)
-    size = opened.recipe().evaluation
-    use_free_cores()
-    with _display(quiet).stage("evaluation") as progress:
-        results = evaluate(opened, clips_per_prompt or size.clips_per_prompt, seeds or size.seeds, progress)
-    _tell(results, as_json, run)
+    results = commands.evaluate(
+        run, clips_per_prompt=clips_per_prompt, seeds=seeds, model=model, display=_display(quiet)
+    )
+    _show(results, as_json, run)
 
 
 @main.command("bench")
@@ -333,12 +335,8 @@ def eval_command(
 @quiet
 def bench_command(run: Path, rounds: int, model: Path | None, as_json: bool, quiet: bool) -> None:
     """Time teacher and student of RUN side by side. Writes RUN/bench."""
-    from flcompress.driver.rundir import RunDirectory
-    from flcompress.evaluation.bench import bench
-
-    with _display(quiet).stage("bench") as progress:
-        results = bench(RunDirectory(run, model), rounds, progress)
-    _tell(results, as_json, run)
+    results = commands.bench(run, rounds=rounds, model=model, display=_display(quiet))
+    _show(results, as_json, run)
 
 
 @main.command("passes")
@@ -370,7 +368,7 @@ def _display(quiet: bool) -> Display:
     return QuietDisplay() if quiet else default_display()
 
 
-def _tell(results: dict[str, Any], as_json: bool, run: Path) -> None:
+def _show(results: dict[str, Any], as_json: bool, run: Path) -> None:
     if as_json:
         _print(results)
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 import subprocess
 import sys
 import tomllib
@@ -24,12 +25,34 @@ def test_importing_it_loads_nothing() -> None:
 def test_what_it_opens() -> None:
     code = "import flcompress; print([callable(getattr(flcompress, n)) for n in flcompress.__all__])"
     assert python(code) == str([True] * len(flcompress.__all__))
-    assert flcompress.__all__ == ["NotRemovable", "apply", "load_recipe", "remove", "skip", "trace"]
+    assert flcompress.__all__ == [
+        "NotRemovable",
+        "apply",
+        "bench",
+        "encode",
+        "evaluate",
+        "export",
+        "generate",
+        "inspect",
+        "load_recipe",
+        "plan",
+        "remap_lora",
+        "remove",
+        "report",
+        "skip",
+        "trace",
+    ]
+
+
+def test_no_room_hides_a_function() -> None:
+    """An imported module becomes an attribute of the package, in place of a function of that name."""
+    rooms = {module.name for module in pkgutil.iter_modules(flcompress.__path__)}
+    assert not rooms & set(flcompress.__all__)
 
 
 def test_what_it_does_not_open() -> None:
     with pytest.raises(AttributeError, match="module 'flcompress' has no attribute 'nothing'"):
-        flcompress.nothing  # noqa: B018
+        flcompress.nothing  # type: ignore[attr-defined] # noqa: B018
 
 
 def test_one_version() -> None:

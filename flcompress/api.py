@@ -1,0 +1,147 @@
+"""What an author of a pass, an exporter or a model family needs. See docs/writing-a-pass.md.
+
+Everything listed in `__all__` keeps its name and meaning between minor versions (docs/stability.md); other modules are
+laid out for the house's own sake and may move. Each name is imported when it is first used, so that the module of a
+pass, which every check of a recipe imports, stays light: import torch inside `apply`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from flcompress import lazy_names
+
+if TYPE_CHECKING:
+    from flcompress.core.program import Fact as Fact
+    from flcompress.core.program import Program as Program
+    from flcompress.core.settings import EngineName as EngineName
+    from flcompress.core.settings import Health as Health
+    from flcompress.core.settings import Precision as Precision
+    from flcompress.core.settings import Training as Training
+    from flcompress.core.steps import Cost as Cost
+    from flcompress.core.steps import Exporter as Exporter
+    from flcompress.core.steps import Pass as Pass
+    from flcompress.core.steps import PassContext as PassContext
+    from flcompress.core.steps import Role as Role
+    from flcompress.data.dataset import LatentDataset as LatentDataset
+    from flcompress.diffusion.contract import SamplingContract as SamplingContract
+    from flcompress.distributed.world import World as World
+    from flcompress.draws import Draws as Draws
+    from flcompress.draws import generator as generator
+    from flcompress.errors import DataError as DataError
+    from flcompress.errors import FlcompressError as FlcompressError
+    from flcompress.errors import ModelError as ModelError
+    from flcompress.errors import NotRemovable as NotRemovable
+    from flcompress.errors import PostconditionError as PostconditionError
+    from flcompress.errors import PreconditionError as PreconditionError
+    from flcompress.errors import RequestError as RequestError
+    from flcompress.errors import TrainingError as TrainingError
+    from flcompress.errors import UnavailableError as UnavailableError
+    from flcompress.ir.block import Block as Block
+    from flcompress.ir.graph import BlockGraph as BlockGraph
+    from flcompress.models.families import family_of as family_of
+    from flcompress.models.families.family import Family as Family
+    from flcompress.models.loading import load_transformer as load_transformer
+    from flcompress.models.loading import save_transformer as save_transformer
+    from flcompress.models.network import as_network as as_network
+    from flcompress.progress import ProgressSink as ProgressSink
+    from flcompress.training.engines import Engine as Engine
+    from flcompress.training.engines import Hyper as Hyper
+    from flcompress.training.engines import engine_of as engine_of
+    from flcompress.training.loop import train as train
+    from flcompress.training.watching.monitor import Watch as Watch
+
+_DOOR = {
+    # what a pass is, and what it gets
+    "Cost": "flcompress.core.steps",
+    "Exporter": "flcompress.core.steps",
+    "Pass": "flcompress.core.steps",
+    "PassContext": "flcompress.core.steps",
+    "Role": "flcompress.core.steps",
+    "ProgressSink": "flcompress.progress",
+    "World": "flcompress.distributed.world",
+    # settings of a recipe that a pass meets
+    "EngineName": "flcompress.core.settings",
+    "Health": "flcompress.core.settings",
+    "Precision": "flcompress.core.settings",
+    "Training": "flcompress.core.settings",
+    # what it rewrites
+    "Block": "flcompress.ir.block",
+    "BlockGraph": "flcompress.ir.graph",
+    "Fact": "flcompress.core.program",
+    "LatentDataset": "flcompress.data.dataset",
+    "Program": "flcompress.core.program",
+    "SamplingContract": "flcompress.diffusion.contract",
+    # models
+    "Family": "flcompress.models.families.family",
+    "as_network": "flcompress.models.network",
+    "family_of": "flcompress.models.families",
+    "load_transformer": "flcompress.models.loading",
+    "save_transformer": "flcompress.models.loading",
+    # training
+    "Draws": "flcompress.draws",
+    "Engine": "flcompress.training.engines",
+    "Hyper": "flcompress.training.engines",
+    "Watch": "flcompress.training.watching.monitor",
+    "engine_of": "flcompress.training.engines",
+    "generator": "flcompress.draws",
+    "train": "flcompress.training.loop",
+    # errors
+    "DataError": "flcompress.errors",
+    "FlcompressError": "flcompress.errors",
+    "ModelError": "flcompress.errors",
+    "NotRemovable": "flcompress.errors",
+    "PostconditionError": "flcompress.errors",
+    "PreconditionError": "flcompress.errors",
+    "RequestError": "flcompress.errors",
+    "TrainingError": "flcompress.errors",
+    "UnavailableError": "flcompress.errors",
+}
+
+__all__ = [
+    "Block",
+    "BlockGraph",
+    "Cost",
+    "DataError",
+    "Draws",
+    "Engine",
+    "EngineName",
+    "Exporter",
+    "Fact",
+    "Family",
+    "FlcompressError",
+    "Health",
+    "Hyper",
+    "LatentDataset",
+    "ModelError",
+    "NotRemovable",
+    "Pass",
+    "PassContext",
+    "PostconditionError",
+    "Precision",
+    "PreconditionError",
+    "Program",
+    "ProgressSink",
+    "RequestError",
+    "Role",
+    "SamplingContract",
+    "Training",
+    "TrainingError",
+    "UnavailableError",
+    "Watch",
+    "World",
+    "as_network",
+    "engine_of",
+    "family_of",
+    "generator",
+    "load_transformer",
+    "save_transformer",
+    "train",
+]
+
+if not TYPE_CHECKING:  # a type checker knows the names above, and no others
+    __getattr__ = lazy_names(__name__, _DOOR)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
