@@ -44,7 +44,7 @@ class DistributionMatching(Pass):
     intra_cfg: Range = Field(
         (0.0, 0.0),
         description="b2, guidance of the full teacher away from its pruned self, range; 0 is none "
-        "(the paper's best is 0.25; on the embedded benchmark none is better, docs/benchmarks.md)",
+        "(the paper's best is 0.25; on the embedded benchmark none is better, decision 12)",
     )
     real_score: Literal["original", "elastic"] = Field(
         "original", description="whose weights: the model the recipe started from, or what stochastic depth made of it"

@@ -3,7 +3,7 @@
 `python -m docs.measurements.plan [SIZE:PASS:BATCH:ENGINE ...]`: a real pass runs a few steps on random weights on this
 machine's CPU, on one process (local) or two (gloo), one thread each. Memory is the resident peak of the fuller process
 from the second step on, less what it held before the pass; time is processor time, which other work on the machine
-disturbs least. Prints rows of the table in docs/benchmarks.md.
+disturbs least. Prints rows of the table in docs/benchmarks/planning.md.
 """
 
 from __future__ import annotations

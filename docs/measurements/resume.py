@@ -1,4 +1,4 @@
-"""Trainings killed at random moments and resumed, against unbroken ones: the table of docs/benchmarks.md.
+"""Trainings killed at random moments and resumed, against unbroken ones: the table of docs/benchmarks/training.md.
 
 `python -m docs.measurements.resume --kills 100 [--seed 1]` spreads the kills over four engines. It ends with exit
 status 1 at the first result that differs in one bit.

@@ -2,7 +2,7 @@
 
 Threads of one operation wait for each other by spinning. Beside other work one of them is often not running, and the
 others burn their cores until it is: two threads on two cores of which one is taken need ten times the processor time of
-one thread. Letting them sleep instead makes a quiet machine slower by more than a tenth (docs/benchmarks.md).
+one thread. Letting them sleep instead makes a quiet machine slower by more than a tenth (docs/benchmarks/speed.md).
 """
 
 from __future__ import annotations

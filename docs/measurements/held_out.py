@@ -1,8 +1,8 @@
-"""Looks at a training on two processes against the same on one: python -m docs.measurements.looks.
+"""Held-out evaluations of a training on two processes against the same on one: python -m docs.measurements.held_out.
 
 A tiny model is distilled for 12 steps at a usual and at a hot rate, on one process, on one that samples as many at once
-in its looks as each of two does, and on two over gloo. Prints rows of the table in docs/benchmarks.md: the largest
-relative difference of any figure from those of one process.
+in its evaluations as each of two does, and on two over gloo. Prints rows of the table in docs/benchmarks/training.md:
+the largest relative difference of any figure from those of one process.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ training: {{health: {{every: 3, on_breach: warn}}, log_to: []}}
 passes:
   - dmd: {{steps: 12, critic_updates: 1, batch: 4, learning_rate: {rate}, intra_cfg: [0, 0]}}
 """
-SMALLER = "LOOKS_AT_ONCE"
-"""Environment variable of the process that samples as many at once as it says."""
+SMALLER = "SAMPLES_AT_ONCE"
+"""Environment variable: how many samples the process makes at once."""
 
 
 def run(recipe: Path, folder: Path, *, processes: int = 1, at_once: str = "") -> list[dict[str, float]]:
     """Apply the recipe; what was logged, but for a share of few values."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [*(launcher if processes > 1 else []), "-m", "docs.measurements.looks", "apply", str(recipe), "--quiet"]
-    command += ["--run-dir", str(folder), "--set", f"training.engine={'ddp' if processes > 1 else 'local'}"]
+    command = [*(launcher if processes > 1 else []), "-m", "docs.measurements.held_out", "apply", str(recipe)]
+    command += ["--quiet", "--run-dir", str(folder), "--set", f"training.engine={'ddp' if processes > 1 else 'local'}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", SMALLER: at_once}
     subprocess.run([sys.executable, *command], env=environment, check=True, stderr=subprocess.DEVNULL)
     (file,) = folder.glob("passes/*-dmd-*/metrics.jsonl")
@@ -42,18 +42,18 @@ def run(recipe: Path, folder: Path, *, processes: int = 1, at_once: str = "") ->
 
 
 def differences(one: list[dict[str, float]], other: list[dict[str, float]]) -> list[float]:
-    """The largest of each look, of the first step's figures and of the last one's."""
+    """The largest difference of each evaluation, of the first step's figures and of the last one's."""
     far = [max(abs(x[name] - y[name]) / abs(x[name]) for name in x if x[name]) for x, y in zip(one, other, strict=True)]
-    looks = [value for value, record in zip(far, one, strict=True) if "sample_distance" in record]
+    evaluations = [value for value, record in zip(far, one, strict=True) if "sample_distance" in record]
     steps = [value for value, record in zip(far, one, strict=True) if "sample_distance" not in record]
-    return [*looks, steps[0], steps[-1]]
+    return [*evaluations, steps[0], steps[-1]]
 
 
 def main() -> None:
     """Print the rows."""
     from tests.fixtures.tiny import tiny_pipeline
 
-    print("| rate | against one process | looks 0, 3, 6, 9, 12 | | | | | step 1 | step 12 |\n" + "|---" * 9 + "|")
+    print("| rate | against one process | steps 0, 3, 6, 9, 12 | | | | | step 1 | step 12 |\n" + "|---" * 9 + "|")
     with tempfile.TemporaryDirectory() as place:
         home = Path(place)
         model = tiny_pipeline(home / "model", layers=4)
