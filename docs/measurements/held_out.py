@@ -64,9 +64,9 @@ def main() -> None:
                 run(recipe, home / rate / str(number), processes=processes, at_once=at_once)
                 for number, (processes, at_once) in enumerate(((1, ""), (1, "2"), (2, "")))
             )
-            for name, found in (("two processes", two), ("one that samples 2 at once, not 4", half)):
+            for name, figures in (("two processes", two), ("one that samples 2 at once, not 4", half)):
                 print(
-                    f"| {rate} | {name} | " + " | ".join(f"{value:.1e}" for value in differences(whole, found)) + " |"
+                    f"| {rate} | {name} | " + " | ".join(f"{value:.1e}" for value in differences(whole, figures)) + " |"
                 )
             same = differences(half, two)[0]
             print(
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def apply() -> None:
-    """As `flcompress`, but for the samples at once in looks."""
+    """Run `flcompress` with another number of samples at once in held-out evaluations."""
     from flcompress import cli
     from flcompress.training.distillation import student_monitor
 

@@ -12,7 +12,7 @@ from flcompress.planning.activations import Kept
 from flcompress.planning.engine_memory import FLOAT, HALF, Place, Updating, moments, updating
 
 PROCESS = 450_000_000
-"""Bytes of Python, torch and diffusers with the smallest pipeline loaded (measured, see docs/benchmarks/planning.md)."""
+"""Bytes of Python, torch and diffusers with the smallest pipeline loaded (docs/benchmarks/planning.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
