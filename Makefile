@@ -40,7 +40,7 @@ lint: .venv/.test
 
 # Strict: a broken link or a documented name that does not exist ends the build.
 docs: .venv/.docs
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 .venv/bin/python $(LOWEST)/bin/python:
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer found; install one or run make PYTHON=/path/to/python3.11"; exit 2; }

@@ -23,7 +23,7 @@ TENSOR_ELEMENTS = 2**31
 
 ONNX_MEMORY = (1.2e9, 1.3)
 TENSORRT_MEMORY = (1.0e9, 3.2)
-"""Peak memory in bytes: a constant, and a multiple of the bytes of weights. See docs/benchmarks/exports.md; rounded up."""
+"""Peak memory in bytes: a constant, and a multiple of the weights' bytes. See docs/benchmarks/exports.md."""
 
 
 def weight_bytes(folder: Path, precision: Precision) -> int:
