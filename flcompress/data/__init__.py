@@ -1,0 +1,1 @@
+"""Latent datasets: `flcompress encode` writes them, trainings read them."""

@@ -1,4 +1,4 @@
-"""Captions files: which video shows what, or prompts alone."""
+"""Captions files: the text of every video, or prompts alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flcompress.data.video_names import VIDEO_SUFFIXES, VideoFolder, both, linked, printable
+from flcompress.data.video_names import VIDEO_SUFFIXES, VideoFolder, duplicate_links, name_pair, printable
 from flcompress.errors import DataError
 from flcompress.files import lines_of
 
@@ -19,13 +19,13 @@ _EXPECTED = 'expected {"file": "clip.mp4", "caption": "..."}'
 
 
 @dataclass(frozen=True, slots=True)
-class Captioned:
-    """One video and its text.
+class CaptionedVideo:
+    """A video and its caption.
 
     Attributes:
-        file: relative to the folder of videos, as it is written there.
-        caption: its text.
-        written: the file's name as the captions have it, where that is another.
+        file: name relative to the folder of videos, as it is spelled there.
+        caption: text.
+        written: name in the captions file, if it is spelled differently.
     """
 
     file: str
@@ -33,18 +33,18 @@ class Captioned:
     written: str | None = None
 
 
-def read_captions(path: Path, videos: Path) -> list[Captioned]:
-    """The videos that a captions file names, in its order.
+def read_captions(path: Path, videos: Path) -> list[CaptionedVideo]:
+    """Return the videos that a captions file names, in its order.
 
     Args:
         path: `.jsonl`, one `{"file": "clip.mp4", "caption": "..."}` a line, or `.csv` with the header `file,caption`.
-        videos: where the files lie.
+        videos: the folder of the files.
 
     Raises:
         DataError: no such file or folder, another format, unknown columns, a file missing or named twice, no clip.
     """
     folder = VideoFolder(videos)
-    found: dict[str, tuple[int, Captioned]] = {}
+    clips: dict[str, tuple[int, CaptionedVideo]] = {}
     for line, record, shown in _records(path):
         where = f"{path}:{line}"
         if not isinstance(record, dict) or not all(isinstance(record.get(column), str) for column in _COLUMNS):
@@ -54,20 +54,20 @@ def read_captions(path: Path, videos: Path) -> list[Captioned]:
             raise DataError(f"{where}: column {unknown[0]!r} given, expected only file and caption; remove the others")
         for column in _COLUMNS:
             _check_text(where, column, record[column])
-        one = _captioned(where, record["file"], record["caption"], folder)
-        if one.file in found:
-            first, other = found[one.file]
-            spelled = (one.written, other.written) != (None, None)
-            also = f", as {printable(other.written or other.file)} in line {first}" if spelled else ""
-            raise DataError(f"{where}: {printable(record['file'])} is named twice{also}; a video has one caption")
-        found[one.file] = line, one
-    if not found:
+        clip = _find_video(where, record["file"], record["caption"], folder)
+        if clip.file in clips:
+            first, other = clips[clip.file]
+            spelled = (clip.written, other.written) != (None, None)
+            hint = f", as {printable(other.written or other.file)} in line {first}" if spelled else ""
+            raise DataError(f"{where}: {printable(record['file'])} is named twice{hint}; a video has one caption")
+        clips[clip.file] = line, clip
+    if not clips:
         raise DataError(f"{path}: no clips; expected at least one line")
-    return [one for _, one in found.values()]
+    return [clip for _, clip in clips.values()]
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts of a `.txt` file, one a line, each once, in its order; DataError where it has none."""
+    """Return the distinct prompts of a `.txt` file, one per line, in order; DataError if there are none."""
     if path.suffix != ".txt":
         raise DataError(
             f"{path}: {path.suffix or 'no suffix'} given, expected .txt with one prompt a line for a dataset of "
@@ -79,35 +79,39 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def without_caption(videos: Path, captioned: list[Captioned]) -> list[str]:
-    """Video files under a folder that no caption names, relative to it."""
-    named = {(videos / one.file).resolve() for one in captioned}
+def videos_without_caption(videos: Path, captioned: list[CaptionedVideo]) -> list[str]:
+    """Return the video files under a folder that no caption names, relative to it."""
+    named = {(videos / clip.file).resolve() for clip in captioned}
     files = [name for name in VideoFolder(videos).names if Path(name).suffix.lower() in VIDEO_SUFFIXES]
     return [name for name in files if (videos / name).resolve() not in named]
 
 
-def odd_names(videos: Path, captioned: list[Captioned]) -> list[str]:
-    """Remarks on names that are written otherwise than the files', and on files that have several names."""
+def name_remarks(videos: Path, captioned: list[CaptionedVideo]) -> list[str]:
+    """Return remarks on names spelled unlike their files', and on files that have several names."""
     remarks = []
-    written = [(one.written, one.file) for one in captioned if one.written is not None]
+    written = [(clip.written, clip.file) for clip in captioned if clip.written is not None]
     if written:
-        remarks.append(f"{len(written):,} names are written otherwise than the files'; the first: {both(*written[0])}")
-    same = linked(videos, [one.file for one in captioned])
-    if same:
-        remarks.append(f"{len(same):,} videos are links to others that have a caption too; the first: {both(*same[0])}")
+        remarks.append(
+            f"{len(written):,} names are written otherwise than the files'; the first: {name_pair(*written[0])}"
+        )
+    links = duplicate_links(videos, [clip.file for clip in captioned])
+    if links:
+        remarks.append(
+            f"{len(links):,} videos are links to others that have a caption too; the first: {name_pair(*links[0])}"
+        )
     return remarks
 
 
-def _captioned(where: str, file: str, caption: str, folder: VideoFolder) -> Captioned:
+def _find_video(where: str, file: str, caption: str, folder: VideoFolder) -> CaptionedVideo:
     try:
         name = folder.find(file)
     except DataError as error:
         raise DataError(f"{where}: {error}") from error
-    return Captioned(name, caption, None if name == file else file)
+    return CaptionedVideo(name, caption, None if name == file else file)
 
 
 def _check_text(where: str, column: str, text: str) -> None:
-    """Raise DataError for what no tokenizer and no file system takes, or for nothing at all."""
+    """Raise DataError for text that is empty, or that no tokenizer or file system accepts."""
     half = next((sign for sign in text if "\ud800" <= sign <= "\udfff"), None)
     if half:
         raise DataError(
@@ -120,7 +124,7 @@ def _check_text(where: str, column: str, text: str) -> None:
 
 
 def _records(path: Path) -> Iterator[tuple[int, Any, str]]:
-    """(line number, record, how it is written) of a captions file."""
+    """Yield (line number, record, its text) of a captions file."""
     if path.suffix == ".jsonl":
         yield from ((number, _json(f"{path}:{number}", line), line.strip()) for number, line in _lines(path))
     elif path.suffix == ".csv":
@@ -134,7 +138,7 @@ def _records(path: Path) -> Iterator[tuple[int, Any, str]]:
 
 
 def _json(where: str, line: str) -> Any:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         record = dict(pairs)
         if len(record) < len(pairs):
             twice = next(key for key in record if sum(key == other for other, _ in pairs) > 1)
@@ -142,13 +146,13 @@ def _json(where: str, line: str) -> Any:
         return record
 
     try:
-        return json.loads(line, object_pairs_hook=once)
+        return json.loads(line, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:  # no JSON, a number of thousands of digits, thousands of brackets
         raise DataError(f"{where}: {line.strip()[:60]!r} given, {_EXPECTED}") from error
 
 
 def _rows(path: Path) -> Iterator[tuple[int, Any, str]]:
-    """The rows of a CSV file; a row's number is that of its first line, since quoted captions may have several."""
+    """Yield the rows of a CSV file, numbered by their first line: a quoted caption may span several."""
     rows = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
     header: list[str] | None = None
     while True:
@@ -177,7 +181,7 @@ def _rows(path: Path) -> Iterator[tuple[int, Any, str]]:
 
 
 def _lines(path: Path) -> list[tuple[int, str]]:
-    """(number, text) of the lines of a file in which something is written."""
+    """Return (number, text) of the non-blank lines of a file."""
     lines = list(enumerate(lines_of(_text(path)), start=1))
     for number, line in lines:
         if "\r" in line:

@@ -1,4 +1,4 @@
-"""Make the shards of a latent dataset: one process's work on one shard at a time, with the pipeline's own parts."""
+"""Encode the shards of a latent dataset, one at a time in one process, with the pipeline's own parts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from flcompress.data.index import LATENTS, PER_CLIP, Clip, ClipShard, PromptShard, write_shard
+from flcompress.data.index import LATENTS, PER_CLIP, ClipRecord, ClipShard, PromptShard, write_shard
 from flcompress.data.sizes import Size
 from flcompress.data.video_frames import BrokenVideo
 from flcompress.data.videos import read_clip, video_size
@@ -18,46 +18,48 @@ from flcompress.models.tensor_memory import free_gpu_memory
 
 PROMPTS_AT_ONCE = 8
 PIXELS_AT_ONCE = 1 << 19
-"""Clips are encoded together up to so many pixels; one alone may have more."""
+"""Pixels up to which clips are batched; a single clip may have more."""
 
 
 @dataclass(frozen=True, slots=True)
 class PromptTask:
-    """One shard of prompts to make."""
+    """A shard of prompts to encode."""
 
     file: str
     texts: tuple[str, ...]
 
     @property
     def size(self) -> int:
+        """Number of prompts."""
         return len(self.texts)
 
 
 @dataclass(frozen=True, slots=True)
 class ClipTask:
-    """One shard of clips of one bucket to make; `texts` are the clips' captions."""
+    """A shard of clips of one bucket to encode; `texts` are the clips' captions."""
 
     file: str
     bucket: Size
-    clips: tuple[Clip, ...]
+    clips: tuple[ClipRecord, ...]
     texts: tuple[str, ...]
 
     @property
     def size(self) -> int:
+        """Number of clips."""
         return len(self.clips)
 
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """A video that is left out, and why."""
+    """A video that is skipped, and the reason."""
 
     file: str
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
-    """What became of a task: its shard, unless no clip of it could be read, and the clips left out."""
+class ShardResult:
+    """Result of a task: its shard, or None if no clip could be read, and the skipped clips."""
 
     task: str
     shard: PromptShard | ClipShard | None
@@ -72,12 +74,12 @@ class Encoder:
         index: the pipeline's `model_index.json`.
         components: folders of its parts.
         device: "cpu", "cuda:0", ...
-        max_sequence_length: tokens a prompt is padded to.
-        out: where shards are written.
+        max_sequence_length: tokens that every prompt is padded to.
+        out: folder that shards are written to.
         videos: folder of the clips' files.
-        resize: scale clips to cover their bucket before they are cropped.
-        fps: frames a second that are taken; None takes every frame.
-        frames: how many of them are taken at most; None: all.
+        resize: scale clips to cover their bucket before cropping.
+        fps: sampling rate in frames per second; None keeps every frame.
+        frames: most frames read from a video; None reads all.
     """
 
     index: Mapping[str, Any]
@@ -92,10 +94,10 @@ class Encoder:
 
     _open: tuple[type, Parts] | None = field(default=None, init=False)
 
-    def make(self, task: PromptTask | ClipTask) -> Made:
-        """Make one shard; the same bytes whichever process makes it, and whenever."""
+    def make(self, task: PromptTask | ClipTask) -> ShardResult:
+        """Encode one shard; its bytes depend neither on the process nor on the order of tasks."""
         if self._open is None or self._open[0] is not type(task):
-            # What prompts needed is let go before clips are encoded: a text encoder can fill a GPU.
+            # Free the text encoder before clips are encoded: it can fill a GPU.
             self._open = None
             free_gpu_memory()
             self._open = (type(task), Parts(self.index, self.components, self.device))
@@ -103,25 +105,25 @@ class Encoder:
         return self._prompts(task, parts) if isinstance(task, PromptTask) else self._clips(task, parts)
 
     def measure(self, files: Sequence[str]) -> dict[str, Size | Skipped]:
-        """Each video's own size, or why it has none."""
-        found: dict[str, Size | Skipped] = {}
+        """Return each video's own size, or the reason why it has none."""
+        sizes: dict[str, Size | Skipped] = {}
         for file in files:
             try:
-                found[file] = video_size(self.videos / file, self.fps, self.frames)
+                sizes[file] = video_size(self.videos / file, self.fps, self.frames)
             except BrokenVideo as error:
-                found[file] = Skipped(file, str(error))
-        return found
+                sizes[file] = Skipped(file, str(error))
+        return sizes
 
-    def _prompts(self, task: PromptTask, parts: Parts) -> Made:
+    def _prompts(self, task: PromptTask, parts: Parts) -> ShardResult:
         groups = [task.texts[n : n + PROMPTS_AT_ONCE] for n in range(0, len(task.texts), PROMPTS_AT_ONCE)]
-        tensors = joined([parts.encode_prompts(group, self.max_sequence_length) for group in groups])
+        tensors = concatenate([parts.encode_prompts(group, self.max_sequence_length) for group in groups])
         digest, size = write_shard(self.out / task.file, tensors)
-        return Made(task.file, PromptShard(file=task.file, sha256=digest, bytes=size, prompts=len(task.texts)))
+        return ShardResult(task.file, PromptShard(file=task.file, sha256=digest, bytes=size, prompts=len(task.texts)))
 
-    def _clips(self, task: ClipTask, parts: Parts) -> Made:
+    def _clips(self, task: ClipTask, parts: Parts) -> ShardResult:
         frames, height, width = task.bucket
-        together = max(1, PIXELS_AT_ONCE // (frames * height * width))
-        kept: list[Clip] = []
+        batch = max(1, PIXELS_AT_ONCE // (frames * height * width))
+        kept: list[ClipRecord] = []
         skipped: list[Skipped] = []
         encoded: list[dict[str, torch.Tensor]] = []
         waiting: list[tuple[torch.Tensor, str]] = []
@@ -133,39 +135,39 @@ class Encoder:
                 continue
             kept.append(clip)
             waiting.append((pixels, text))
-            if len(waiting) == together:
+            if len(waiting) == batch:
                 encoded.append(self._encode(waiting, parts))
                 waiting.clear()
         if waiting:
             encoded.append(self._encode(waiting, parts))
-        tensors = joined(encoded) if kept else {LATENTS: torch.zeros(0, 1)}
+        tensors = concatenate(encoded) if kept else {LATENTS: torch.zeros(0, 1)}
         finite = tensors[LATENTS].flatten(1).isfinite().all(dim=1)
         if not bool(finite.all()):
             flags = finite.tolist()
             skipped += [
-                Skipped(one.file, "its latents are not finite")
-                for one, fine in zip(kept, flags, strict=True)
+                Skipped(clip.file, "its latents are not finite")
+                for clip, fine in zip(kept, flags, strict=True)
                 if not fine
             ]
-            kept = [one for one, fine in zip(kept, flags, strict=True) if fine]
+            kept = [clip for clip, fine in zip(kept, flags, strict=True) if fine]
             tensors = {name: value[finite] for name, value in tensors.items()}
         if not kept:
-            return Made(task.file, None, tuple(skipped))
+            return ShardResult(task.file, None, tuple(skipped))
         digest, size = write_shard(self.out / task.file, tensors)
         shard = ClipShard(file=task.file, sha256=digest, bytes=size, size=task.bucket, clips=tuple(kept))
-        return Made(task.file, shard, tuple(skipped))
+        return ShardResult(task.file, shard, tuple(skipped))
 
-    def _encode(self, some: Sequence[tuple[torch.Tensor, str]], parts: Parts) -> dict[str, torch.Tensor]:
-        clips = torch.stack([clip for clip, _ in some])
-        return clip_tensors(parts, clips, [text for _, text in some], self.max_sequence_length)
+    def _encode(self, batch: Sequence[tuple[torch.Tensor, str]], parts: Parts) -> dict[str, torch.Tensor]:
+        clips = torch.stack([clip for clip, _ in batch])
+        return clip_tensors(parts, clips, [text for _, text in batch], self.max_sequence_length)
 
 
 def clip_tensors(parts: Parts, clips: torch.Tensor, texts: Sequence[str], length: int) -> dict[str, torch.Tensor]:
-    """A shard's tensors for clips [n, 3, frames, height, width] in [-1, 1] and their captions."""
+    """Return a shard's tensors for clips [n, 3, frames, height, width] in [-1, 1] and their captions."""
     own = parts.encode_images(clips, texts, length)
     return {LATENTS: parts.encode_clips(clips), **{PER_CLIP + name: value for name, value in own.items()}}
 
 
-def joined(parts: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Named tensors, batch first, put one after the other on the CPU."""
+def concatenate(parts: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Concatenate named tensors along their first axis, on the CPU."""
     return {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}

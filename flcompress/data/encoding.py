@@ -1,4 +1,4 @@
-"""`flcompress encode`: what is asked for, checked, planned and made."""
+"""`flcompress encode`: check a request, plan the dataset, and encode it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from flcompress.data.captions import odd_names, read_captions, read_prompts, without_caption
+import torch
+
+from flcompress.data.captions import name_remarks, read_captions, read_prompts, videos_without_caption
 from flcompress.data.encoder import Encoder, Skipped
 from flcompress.data.index import INDEX_FILE, NEGATIVE, SKIPPED_FILE, WORK, Index
-from flcompress.data.making import clean, make, mend, store_plan, stored_plan, stored_request
+from flcompress.data.making import clean, make, remake_damaged, store_plan, stored_plan, stored_request
 from flcompress.data.planning import plan_clips, plan_prompts
 from flcompress.data.sizes import OWN_SIZE, Size, Target
-from flcompress.data.workers import Run, workers
+from flcompress.data.workers import Runner, workers
 from flcompress.errors import DataError
 from flcompress.files import lines_of, locked, working_alone
 from flcompress.models.configs import check_transformer_config
@@ -26,27 +28,27 @@ from flcompress.models.parts import part_names
 from flcompress.models.stock_files import folder_digest
 from flcompress.progress import Display
 
-_TOLD = ("max_sequence_length", "fps", NEGATIVE)
-"""Parts of a request that are said in full where they differ."""
-_TOGETHER = 32
-"""Videos that a process measures at once."""
+_REPORTED_IN_FULL = ("max_sequence_length", "fps", NEGATIVE)
+"""Keys of a request whose two values an error shows; other differences are only named."""
+_VIDEOS_AT_ONCE = 32
+"""Videos that a worker measures per task."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What to encode.
+    """Parameters of one `flcompress encode`.
 
     Attributes:
         index: `model_index.json` of the pipeline whose text encoders and autoencoder are used.
         components: folders of its parts, and of its transformer.
-        captions: captions of the videos, or prompts.
+        captions: file of captions, or of prompts.
         out: folder of the dataset.
         videos: folder of the videos; None for prompts only.
         target: size of the clips.
-        fps: frames a second of the clips; None takes every frame of a video.
-        max_sequence_length: tokens a prompt is padded to.
-        negative_prompt: what guidance leads away from.
-        processes: how many encode.
+        fps: frame rate of the clips in frames per second; None keeps every frame.
+        max_sequence_length: tokens that every prompt is padded to.
+        negative_prompt: negative prompt of guidance.
+        processes: number of worker processes.
         device: "cpu" or "cuda".
     """
 
@@ -63,7 +65,7 @@ class Request:
     device: str = "cpu"
 
     def identity(self, files: Sequence[str]) -> dict[str, Any]:
-        """What decides the dataset's contents, without where anything lies."""
+        """Return everything that decides the dataset's contents; no paths."""
         videos = None
         if self.videos is not None:
             listed = [(file, (self.videos / file).stat().st_size) for file in sorted(files)]
@@ -81,13 +83,13 @@ class Request:
 
 
 def parts_digests(index: Mapping[str, Any], components: Mapping[str, Path]) -> dict[str, str]:
-    """SHA-256 of every part of a pipeline that encodes, by name, and how its transformer takes a first frame."""
-    made = {name: folder_digest(components[name]) for name in part_names(index)}
+    """Return the SHA-256 of every encoding part of a pipeline, and how its transformer takes a first frame."""
+    digests = {name: folder_digest(components[name]) for name in part_names(index)}
     family = family_of(index["_class_name"])
     if index["_class_name"] in family.from_image:
         way = family.image_condition(check_transformer_config(components["transformer"]))
-        made |= {"transformer's image condition": way} if way else {}
-    return made
+        digests |= {"transformer's image condition": way} if way else {}
+    return digests
 
 
 def folder_request(
@@ -102,17 +104,20 @@ def folder_request(
     fps: float | None = None,
     negative_prompt: str = "",
 ) -> Request:
-    """A request to encode with the parts of a pipeline folder, on a GPU if there is one.
+    """Return a request to encode with the parts of a pipeline folder, on a GPU if there is one.
 
     Args:
         pipeline: the folder.
-        captions: see `Request`, as for those that follow.
-        pipeline_class: another stock pipeline class of the model's family, where not the one the folder names.
+        captions: see `Request`.
+        out: see `Request`.
+        videos: see `Request`.
+        target: see `Request`.
+        max_sequence_length: see `Request`.
+        processes: see `Request`.
+        pipeline_class: another stock pipeline class of the model's family than the one the folder names.
+        fps: see `Request`.
+        negative_prompt: see `Request`.
     """
-    import torch
-
-    from flcompress.models.folder import check_pipeline
-
     index = check_pipeline(pipeline)
     known = family_of(index["_class_name"]).pipelines
     if pipeline_class is not None and pipeline_class not in known:
@@ -136,19 +141,19 @@ def folder_request(
 
 
 def encode(request: Request, display: Display, *, wait: bool = False) -> dict[str, Any]:
-    """Make the dataset, or what is missing of it.
+    """Encode the dataset, or its missing shards.
 
     Args:
         request: what to encode.
-        display: where progress is shown.
-        wait: let another process that works on the same folder finish first; else it is refused.
+        display: shows the progress.
+        wait: wait for another process that works on the same folder, instead of raising RequestError.
 
     Returns:
-        A summary: clips, prompts, buckets, skipped videos, shards, bytes, and how many shards were made now.
+        A summary: clips, prompts, buckets, skipped videos, shards, bytes, and how many shards this call encoded.
 
     Raises:
-        DataError: captions, videos or sizes that cannot be; a folder that holds something else.
-        FlcompressError: a worker was ended from outside; the same command goes on.
+        DataError: unusable captions, videos or sizes; a folder that holds something else.
+        FlcompressError: a worker was killed; the same command resumes.
         OSError: the disk is full, or `out` cannot be written.
     """
     target = request.target
@@ -172,12 +177,12 @@ def encode(request: Request, display: Display, *, wait: bool = False) -> dict[st
     else:
         grid = folder_grid(request.components["transformer"], request.components["vae"])
         target.check(grid)
-        target = target.on(grid)
+        target = target.fixed_to(grid)
         captioned, prompts = read_captions(request.captions, request.videos), []
-        uncaptioned = without_caption(request.videos, captioned)
-        for remark in odd_names(request.videos, captioned):
+        uncaptioned = videos_without_caption(request.videos, captioned)
+        for remark in name_remarks(request.videos, captioned):
             display.line(f"{request.captions}: {remark}")
-    identity = request.identity([*(one.file for one in captioned), *uncaptioned])
+    identity = request.identity([*(clip.file for clip in captioned), *uncaptioned])
     _check_out(request.out, identity)
     encoder = Encoder(
         index=request.index,
@@ -191,25 +196,25 @@ def encode(request: Request, display: Display, *, wait: bool = False) -> dict[st
         frames=target.frames,
     )
     request.out.mkdir(parents=True, exist_ok=True)
-    with _alone(request.out, wait, display), workers(encoder, request.processes) as run:
+    with _exclusive(request.out, wait, display), workers(encoder, request.processes) as run:
         if (request.out / INDEX_FILE).exists():
-            made = mend(request.out, run, display)
+            shards = remake_damaged(request.out, run, display)
         else:
             plan = stored_plan(request.out)
             if plan is None:
                 if request.videos is None:
                     plan = plan_prompts(prompts, request.negative_prompt)
                 else:
-                    measured = _measure([one.file for one in captioned], run, display)
+                    measured = _measure([clip.file for clip in captioned], run, display)
                     plan = plan_clips(captioned, measured, uncaptioned, target, grid, request.negative_prompt)
                 store_plan(request.out, plan, identity)
-            made = make(request.out, plan, identity, run, display)
+            shards = make(request.out, plan, identity, run, display)
     clean(request.out)
-    return summary(request.out, made)
+    return summary(request.out, shards)
 
 
 def summary(out: Path, made: int) -> dict[str, Any]:
-    """What a dataset holds; `made` is how many of its shards were made now."""
+    """Return a dataset's contents as plain data; `made` is the number of shards encoded by this call."""
     index = Index.read(out)
     buckets: dict[Size, int] = {}
     for shard in index.clip_shards:
@@ -227,49 +232,50 @@ def summary(out: Path, made: int) -> dict[str, Any]:
     }
 
 
-def summary_text(made: dict[str, Any]) -> str:
-    """A summary for people."""
-    what = f"{made['clips']:,} clips, " if made["clips"] else ""
+def summary_text(totals: dict[str, Any]) -> str:
+    """Return a summary as text."""
+    what = f"{totals['clips']:,} clips, " if totals["clips"] else ""
     lines = [
-        f"{made['out']}: {what}{made['prompts']:,} prompts, {made['shards']:,} shards, {made['bytes'] / 1e6:,.1f} MB"
+        f"{totals['out']}: {what}{totals['prompts']:,} prompts, {totals['shards']:,} shards, "
+        f"{totals['bytes'] / 1e6:,.1f} MB"
     ]
-    lines += [f"  {b['frames']} x {b['height']} x {b['width']}: {b['clips']:,} clips" for b in made["buckets"]]
-    if made["skipped"]:
-        lines.append(f"{made['skipped']:,} videos skipped: {Path(made['out']) / SKIPPED_FILE} says why")
-    if not made["made"]:
+    lines += [f"  {b['frames']} x {b['height']} x {b['width']}: {b['clips']:,} clips" for b in totals["buckets"]]
+    if totals["skipped"]:
+        lines.append(f"{totals['skipped']:,} videos skipped: {Path(totals['out']) / SKIPPED_FILE} says why")
+    if not totals["made"]:
         lines.append("nothing to do: every shard is there and whole")
     return "\n".join(lines)
 
 
 def _check_out(out: Path, identity: dict[str, Any]) -> None:
-    """Raise DataError where `out` holds another dataset, or something else."""
+    """Raise DataError if `out` holds another dataset, or something else."""
     if out.exists() and not out.is_dir():
         raise DataError(f"{out}: a file, expected a folder; choose another --out")
-    found = stored_request(out)
-    if found is None:
+    stored = stored_request(out)
+    if stored is None:
         if out.is_dir() and any(path.name != WORK for path in out.iterdir()):
             raise DataError(f"{out}: not empty and no latent dataset (no {INDEX_FILE}); choose another --out")
         return
-    for key in (*identity, *(key for key in found if key not in identity)):
-        there, given = found.get(key), identity.get(key)
-        if there != given:
-            told = f"{key}: {there} there, {given} given" if key in _TOLD else f"other {key}"
-            raise DataError(f"{out}: holds a dataset made from another request ({told}); choose another --out")
+    for key in (*identity, *(key for key in stored if key not in identity)):
+        there, requested = stored.get(key), identity.get(key)
+        if there != requested:
+            difference = f"{key}: {there} there, {requested} given" if key in _REPORTED_IN_FULL else f"other {key}"
+            raise DataError(f"{out}: holds a dataset made from another request ({difference}); choose another --out")
 
 
-def _measure(files: Sequence[str], run: Run, display: Display) -> dict[str, Size | Skipped]:
+def _measure(files: Sequence[str], run: Runner, display: Display) -> dict[str, Size | Skipped]:
     measured: dict[str, Size | Skipped] = {}
-    groups = [tuple(files[start : start + _TOGETHER]) for start in range(0, len(files), _TOGETHER)]
+    groups = [tuple(files[start : start + _VIDEOS_AT_ONCE]) for start in range(0, len(files), _VIDEOS_AT_ONCE)]
     with display.stage("measuring videos") as progress:
-        for some in run(Encoder.measure, groups):
-            measured |= some
+        for sizes in run(Encoder.measure, groups):
+            measured |= sizes
             progress(len(measured), len(files), {})
     return measured
 
 
 @contextmanager
-def _alone(out: Path, wait: bool, display: Display) -> Iterator[None]:
-    """Hold the dataset's folder; where another process has it, wait for that one or raise RequestError."""
+def _exclusive(out: Path, wait: bool, display: Display) -> Iterator[None]:
+    """Lock the dataset's folder; if another process holds it, wait or raise RequestError."""
     if wait:
         with locked(out, wait=True):
             yield

@@ -1,4 +1,4 @@
-"""The files of a latent dataset: an index with checksums, shards of clips, shards of prompts."""
+"""Files of a latent dataset: an index with checksums, shards of clips, shards of prompts."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from flcompress.errors import DataError
 INDEX_FILE = "index.json"
 SKIPPED_FILE = "skipped.jsonl"
 WORK = ".encoding"
-"""In the folder of an unfinished dataset: its plan, and what of it is done."""
+"""Folder within an unfinished dataset: its plan, and the results so far."""
 LATENTS = "latents"
 PER_CLIP = "conditioning."
-"""Prefix, in a shard of clips, of what else conditions each clip, such as its first frame."""
+"""Prefix of a clip shard's tensors of per-clip conditioning, such as the first frame."""
 EMPTY = 0
-"""The empty prompt is the first of every dataset: dropped captions need it, and guidance without another negative."""
+"""Index of the empty prompt, the first of every dataset: for dropped captions, and for guidance by default."""
 NEGATIVE = "negative_prompt"
-"""Key of a request, absent where guidance leads away from the empty prompt."""
+"""Key of a request, absent if the negative prompt is the empty one."""
 
-_MEND = "encode again with the same command: only the damaged shard is redone"
+_FIX = "encode again with the same command: only the damaged shard is redone"
 
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Clip(_Part):
-    """One clip: its file, relative to the folder of videos, and the number of its prompt."""
+class ClipRecord(_Part):
+    """A clip: its file, relative to the folder of videos, and the index of its prompt."""
 
     file: str
     prompt: int
 
 
 class Shard(_Part):
-    """One file of tensors."""
+    """A file of tensors."""
 
     file: str
     sha256: str
@@ -51,26 +51,29 @@ class Shard(_Part):
 
 
 class PromptShard(Shard):
-    """`prompts` prompts; tensor NAME is [prompts, ...]."""
+    """A shard of `prompts` prompts; every tensor is [prompts, ...]."""
 
     prompts: int
 
 
 class ClipShard(Shard):
-    """Clips of one size (frames, height, width in pixels): `latents` [clips, channels, frames', height', width']."""
+    """A shard of clips of one size (frames, height, width in pixels).
+
+    Its tensor `latents` is [clips, channels, latent frames, latent height, latent width].
+    """
 
     size: Size
-    clips: tuple[Clip, ...]
+    clips: tuple[ClipRecord, ...]
 
 
 class Index(_Part):
     """`index.json`.
 
     Attributes:
-        request: what the dataset was made from and how; another request is another dataset.
-        prompts: the texts, each once; the first is the empty one, the second the negative one where there is one.
-        prompt_shards: prompts, in order.
-        clip_shards: clips, in order; none in a dataset of prompts only.
+        request: source and settings of the dataset; another request is another dataset.
+        prompts: distinct texts; the first is empty, the second the negative prompt if there is one.
+        prompt_shards: shards of the prompts, in order.
+        clip_shards: shards of the clips, in order; none in a dataset of prompts only.
     """
 
     format: Literal["flcompress-latents"] = "flcompress-latents"
@@ -82,24 +85,26 @@ class Index(_Part):
 
     @property
     def negative_prompt(self) -> str:
-        """What guidance leads away from; "" is the empty prompt."""
+        """Negative prompt of guidance."""
         return str(self.request.get(NEGATIVE, ""))
 
     @property
     def captions_start(self) -> int:
-        """Number of the first prompt that is a caption."""
-        return len(leading(self.negative_prompt))
+        """Index of the first prompt that is a caption."""
+        return len(leading_prompts(self.negative_prompt))
 
     @property
     def shards(self) -> tuple[Shard, ...]:
+        """All shards: prompts, then clips."""
         return (*self.prompt_shards, *self.clip_shards)
 
     @property
     def clips(self) -> int:
+        """Number of clips."""
         return sum(len(shard.clips) for shard in self.clip_shards)
 
     def write(self, folder: Path) -> None:
-        """Write `index.json` in one piece."""
+        """Write `index.json` atomically."""
         text = self.model_dump_json(indent=1) + "\n"
         temporary = folder / f".{INDEX_FILE}.tmp"
         with temporary.open("w", encoding="utf-8") as file:
@@ -110,10 +115,10 @@ class Index(_Part):
 
     @classmethod
     def read(cls, folder: Path) -> Index:
-        """Read what `write` wrote; DataError where there is none, or something else."""
+        """Read `index.json`; DataError if it is missing or invalid."""
         path = folder / INDEX_FILE
         try:
-            made = cls.model_validate_json(path.read_bytes())
+            index = cls.model_validate_json(path.read_bytes())
         except OSError as error:
             if (folder / WORK).is_dir():
                 raise DataError(
@@ -124,21 +129,21 @@ class Index(_Part):
             ) from error
         except ValidationError as error:
             first = error.errors()[0]
-            place = ".".join(map(str, first["loc"])) or "the file"
-            raise DataError(f"{path}: {place}: {first['msg']}; encode again into a new folder") from error
-        told, held = len(made.prompts), sum(shard.prompts for shard in made.prompt_shards)
-        if told != held or any(clip.prompt >= told for shard in made.clip_shards for clip in shard.clips):
+            location = ".".join(map(str, first["loc"])) or "the file"
+            raise DataError(f"{path}: {location}: {first['msg']}; encode again into a new folder") from error
+        prompts, sharded = len(index.prompts), sum(shard.prompts for shard in index.prompt_shards)
+        if prompts != sharded or any(clip.prompt >= prompts for shard in index.clip_shards for clip in shard.clips):
             raise DataError(f"{path}: its prompts and shards do not fit together; encode again into a new folder")
-        return made
+        return index
 
 
-def leading(negative_prompt: str) -> tuple[str, ...]:
-    """Prompts of a dataset before its captions."""
+def leading_prompts(negative_prompt: str) -> tuple[str, ...]:
+    """Return the prompts that precede the captions of a dataset."""
     return ("", negative_prompt) if negative_prompt else ("",)
 
 
 def write_shard(path: Path, tensors: Mapping[str, torch.Tensor]) -> tuple[str, int]:
-    """Write a shard in one piece; returns (SHA-256, bytes)."""
+    """Write a shard atomically, and return (SHA-256, bytes)."""
     data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("wb") as file:
@@ -150,32 +155,32 @@ def write_shard(path: Path, tensors: Mapping[str, torch.Tensor]) -> tuple[str, i
 
 
 def check_sizes(folder: Path, index: Index) -> None:
-    """Raise DataError, naming the shard, unless all are there with the size that the index tells."""
+    """Raise DataError, naming the shard, unless every shard exists with the size in the index."""
     for shard in index.shards:
         path = folder / shard.file
         size = path.stat().st_size if path.is_file() else None
         if size is None:
-            raise DataError(f"{path}: no such shard; {INDEX_FILE} names it; {_MEND}")
+            raise DataError(f"{path}: no such shard; {INDEX_FILE} names it; {_FIX}")
         if size != shard.bytes:
-            raise DataError(f"{path}: {size:,} bytes given, expected {shard.bytes:,}; {_MEND}")
+            raise DataError(f"{path}: {size:,} bytes given, expected {shard.bytes:,}; {_FIX}")
 
 
 def check_contents(folder: Path, index: Index) -> None:
-    """Raise DataError, naming the shard, unless all have the checksum that the index tells."""
+    """Raise DataError, naming the shard, unless every shard has the checksum in the index."""
     check_sizes(folder, index)
-    for shard in damaged(folder, index.shards):
-        raise DataError(f"{folder / shard.file}: damaged (its SHA-256 is not the one in {INDEX_FILE}); {_MEND}")
+    for shard in damaged_shards(folder, index.shards):
+        raise DataError(f"{folder / shard.file}: damaged (its SHA-256 is not the one in {INDEX_FILE}); {_FIX}")
 
 
-def damaged(folder: Path, shards: Iterable[Shard]) -> list[Shard]:
-    """The shards whose files are missing or have another checksum."""
-    known = list(shards)
+def damaged_shards(folder: Path, shards: Iterable[Shard]) -> list[Shard]:
+    """Return the shards whose files are missing or have another checksum."""
+    listed = list(shards)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing lets other threads run
-        whole = pool.map(lambda shard: _is_whole(folder / shard.file, shard), known)
-        return [shard for shard, fine in zip(known, whole, strict=True) if not fine]
+        intact = pool.map(lambda shard: _is_intact(folder / shard.file, shard), listed)
+        return [shard for shard, good in zip(listed, intact, strict=True) if not good]
 
 
-def _is_whole(path: Path, shard: Shard) -> bool:
+def _is_intact(path: Path, shard: Shard) -> bool:
     if not path.is_file() or path.stat().st_size != shard.bytes:
         return False
     with path.open("rb") as file:

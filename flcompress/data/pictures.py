@@ -16,10 +16,10 @@ from flcompress.data.video_frames import BrokenVideo, Colours
 from flcompress.errors import FlcompressError
 
 _STILLS = ("AVIF", "BMP", "JPEG", "JPEG2000", "PNG", "TIFF", "WEBP")
-"""Formats that hold a picture, or are a video where they hold several."""
+"""Formats that hold one picture, or a video if they hold several."""
 
 _ORIENTATION = 0x0112
-"""The EXIF tag that says how a camera was held."""
+"""EXIF tag of the camera's orientation."""
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -42,10 +42,10 @@ _UNREADABLE = (
     zlib.error,
     OverflowError,
 )
-"""What Pillow's decoders raise for damaged files."""
+"""Errors that Pillow's decoders raise for damaged files."""
 
 _SAME = 2
-"""Steps of 255 that a colour profile may change a colour by and count as sRGB: as far as rounding goes."""
+"""Largest change of a colour, of 255, by a profile that counts as sRGB: rounding alone."""
 
 
 class BrokenPicture(FlcompressError):  # noqa: N818 (what it is, not what went wrong here)
@@ -53,7 +53,7 @@ class BrokenPicture(FlcompressError):  # noqa: N818 (what it is, not what went w
 
 
 def is_still(path: Path) -> bool:
-    """Whether a file is one picture; phones put a depth map or a second exposure after it, which nothing shows."""
+    """Return whether a file is one picture; phones append a depth map or a second exposure, which viewers ignore."""
     Image.init()
     known = [name for name in _STILLS if name in Image.OPEN]
     try:
@@ -68,10 +68,10 @@ def is_still(path: Path) -> bool:
 
 
 def open_picture(path: Path) -> Image.Image:
-    """The picture in a file, of an animation its first, as RGB.
+    """Return the picture in a file, the first of an animation, as RGB.
 
     Raises:
-        BrokenPicture: it cannot be read, is transparent in parts, or has more than 8 or 16 bits a colour.
+        BrokenPicture: the file is unreadable, partly transparent, or has 32 bits per colour.
     """
     try:
         with warnings.catch_warnings():
@@ -81,7 +81,7 @@ def open_picture(path: Path) -> Image.Image:
                 if file.format == "AVIF":
                     _check_range(path)
                 turn = _UPRIGHT.get(_orientation(file))
-                shown = _on_screen(_eight_bits(_opaque(file)), file.info.get("icc_profile"))
+                shown = _to_srgb(_to_eight_bits(_without_alpha(file)), file.info.get("icc_profile"))
     except Image.DecompressionBombError as error:
         raise BrokenPicture("more than 178 million pixels; make it smaller") from error
     except UnidentifiedImageError as error:
@@ -103,22 +103,22 @@ def _check_range(path: Path) -> None:
 
 
 def _orientation(file: Image.Image) -> Any:
-    """The EXIF orientation; None where the EXIF data is damaged, which viewers ignore."""
+    """Return the EXIF orientation; None if the EXIF data is damaged, which viewers ignore."""
     try:
         return file.getexif().get(_ORIENTATION)
     except _UNREADABLE:
         return None
 
 
-def _opaque(picture: Image.Image) -> Image.Image:
-    """The picture without its alpha channel; refused where that hides something: viewers differ in what is behind."""
+def _without_alpha(picture: Image.Image) -> Image.Image:
+    """Return an opaque picture; refuse visible transparency, since viewers differ in the background they show."""
     if picture.has_transparency_data and picture.convert("RGBA").getchannel("A").getextrema() != (255, 255):
         raise BrokenPicture("transparent in parts; put it over a background first")
     return picture
 
 
-def _eight_bits(picture: Image.Image) -> Image.Image:
-    """Grey of 16 bits scaled to 8; Pillow's own conversion cuts it off at 255."""
+def _to_eight_bits(picture: Image.Image) -> Image.Image:
+    """Scale grey of 16 bits to 8; Pillow's own conversion clips it at 255."""
     if picture.mode in ("I", "F"):
         raise BrokenPicture(f"pixels of kind {picture.mode} (32 bits); save it with 8 bits a colour")
     if picture.mode.startswith("I;16"):
@@ -126,8 +126,8 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
     return picture
 
 
-def _on_screen(picture: Image.Image, profile: bytes | None) -> Image.Image:
-    """RGB as sRGB; a profile that is damaged or of another kind of picture is ignored, as viewers do."""
+def _to_srgb(picture: Image.Image, profile: bytes | None) -> Image.Image:
+    """Convert to sRGB; a profile that is damaged or for another colour space is ignored, as in viewers."""
     if not profile:
         return picture.convert("RGB")
     try:
@@ -148,7 +148,7 @@ def _on_screen(picture: Image.Image, profile: bytes | None) -> Image.Image:
 
 
 def _changes_nothing(convert: ImageCms.ImageCmsTransform, mode: str) -> bool:
-    """Whether a transform is that of sRGB itself, by what it makes of colours all over the cube, or of greys."""
+    """Return whether a transform leaves sRGB as it is, judged by a grid of colours, or of greys."""
     steps = np.linspace(0, 255, 18).round().astype(np.uint8)
     colours = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(1, -1, 3)
     probe = Image.fromarray(colours if mode == "RGB" else colours[..., 0])

@@ -1,4 +1,4 @@
-"""Decoded frames as a player shows them: upright, in square pixels, in the colours they are meant in; else why not."""
+"""Decoded frames as a player shows them: upright, in square pixels and the intended colours, or a reason why not."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 class BrokenVideo(FlcompressError):  # noqa: N818 (what it is, not what went wrong here)
-    """A file that cannot be shown as it is meant; the message is the reason alone."""
+    """A file that cannot be shown as intended; the message is the reason alone."""
 
 
 # Numbers of ITU-T H.273, which FFmpeg uses as they are.
@@ -24,26 +24,26 @@ _BT709, _BT601, _BT2020 = 1, 5, 9
 _CONVERTED = frozenset({_BT709, 4, _BT601, 6, 7, _BT2020})
 """Matrices that FFmpeg's scaler turns into RGB: also those of FCC, SMPTE 170M (BT.601 too) and SMPTE 240M."""
 _UNKNOWN = frozenset({0, 2, 3})
-"""Matrices that say nothing about a picture in YUV: identity, unspecified, reserved."""
+"""Matrices that do not describe a YUV picture: identity, unspecified, reserved."""
 _UNSPECIFIED = 2
 _HDR = {16: "PQ", 18: "HLG"}
 _OFF_SCREEN = {8: "linear", 9: "logarithmic", 10: "logarithmic", 17: "SMPTE 428"}
-"""Transfer characteristics that are not a screen's of standard range, and not HDR."""
+"""Transfer characteristics that are neither HDR nor those of a standard-range screen."""
 _WIDE = {8: "film", _BT2020: "BT.2020", 10: "XYZ", 11: "DCI-P3", 12: "Display P3"}
-"""Primaries far from those of BT.709; of the others even players that convert them change little."""
+"""Primaries far from those of BT.709; converting from any other changes little."""
 
-_MOST_APART = 10
-"""No camera or disc has pixels this many times as wide as high, or as high as wide."""
+_LARGEST_PIXEL_ASPECT = 10
+"""Largest believable ratio of a pixel's sides; no camera or disc comes near it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Colours:
-    """What a container or a frame says about its colours.
+    """Colour description of a container or a frame.
 
     Attributes:
-        matrix: from YUV to RGB.
-        primaries: the colours that full red, green and blue are.
-        transfer: from number to light.
+        matrix: conversion from YUV to RGB.
+        primaries: chromaticities of full red, green and blue.
+        transfer: transfer function from number to light.
         range: 0 unknown, 1 limited (black is 16), 2 full; FFmpeg's numbers.
     """
 
@@ -53,12 +53,12 @@ class Colours:
     range: int
 
     @classmethod
-    def of(cls, given: Any) -> Colours:
-        """Those of a frame or a codec context."""
-        return cls(given.colorspace, given.color_primaries, given.color_trc, given.color_range)
+    def of(cls, source: Any) -> Colours:
+        """Return the colours of a frame or a codec context."""
+        return cls(source.colorspace, source.color_primaries, source.color_trc, source.color_range)
 
-    def completed(self, other: Colours) -> Colours:
-        """With what these do not say taken from others."""
+    def fill_from(self, other: Colours) -> Colours:
+        """Return these colours with unspecified fields filled from `other`."""
         return Colours(
             other.matrix if self.matrix == _UNSPECIFIED else self.matrix,
             other.primaries if self.primaries == _UNSPECIFIED else self.primaries,
@@ -67,7 +67,7 @@ class Colours:
         )
 
     def check(self) -> None:
-        """Raise BrokenVideo unless these are shown on a screen of standard range as they are."""
+        """Raise BrokenVideo unless a standard-range screen shows these colours unconverted."""
         if self.transfer in _HDR:
             raise BrokenVideo(f"HDR ({_HDR[self.transfer]}); convert it to standard range (BT.709) first")
         if self.transfer in _OFF_SCREEN:
@@ -79,7 +79,7 @@ class Colours:
             raise BrokenVideo(f"a colour matrix that is not converted (number {self.matrix} of H.273)")
 
     def in_yuv(self, height: int, width: int) -> int:
-        """The matrix of a picture in YUV; where nothing says it, the one that players take for its size."""
+        """Return the matrix of a YUV picture; if unspecified, the one that players assume for its size."""
         if self.matrix not in _UNKNOWN:
             return self.matrix
         return _BT709 if height > 576 or width >= 1280 else _BT601
@@ -87,13 +87,13 @@ class Colours:
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """How the stored picture is to be shown.
+    """Mapping from the stored picture to the shown one.
 
     Attributes:
         stored: (height, width) in the file.
-        square: the same in square pixels: one side is enlarged, as the HTML standard asks of browsers.
-        mirrored: left and right change places.
-        turns: quarter turns counterclockwise, after that.
+        square: (height, width) in square pixels: one side is enlarged, as the HTML standard asks of browsers.
+        mirrored: whether left and right are exchanged.
+        turns: quarter turns counterclockwise, after mirroring.
     """
 
     stored: tuple[int, int]
@@ -102,21 +102,23 @@ class Geometry:
     turns: int = 0
 
     @property
-    def shown(self) -> tuple[int, int]:
-        """(height, width)."""
-        return self.turned(self.square)
+    def shown_size(self) -> tuple[int, int]:
+        """(height, width) as shown."""
+        return self.rotate(self.square)
 
-    def turned(self, size: tuple[int, int]) -> tuple[int, int]:
-        """(height, width) of the stored picture from those of the shown, and the other way round."""
+    def rotate(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Convert (height, width) between the stored and the shown picture; it is its own inverse."""
         return size[::-1] if self.turns % 2 else size
 
 
 @dataclass(frozen=True, slots=True)
 class ShownFrame:
-    """One frame, decoded but not yet converted.
+    """A frame, decoded but not yet converted.
 
     Attributes:
-        time: when it is shown, in seconds; None where the file does not say.
+        frame: PyAV's frame.
+        geometry: how its picture is shown.
+        time: presentation time in seconds; None if the file does not say.
     """
 
     frame: Any
@@ -124,10 +126,10 @@ class ShownFrame:
     time: float | None = 0.0
 
     def pixels(self, height: int, width: int, *, resize: bool) -> Pixels:
-        """[height, width, 3]: the centre, or all of it scaled until it just covers that size."""
+        """Return the picture's centre [height, width, 3], with `resize` after scaling it to just cover that size."""
         wanted = self.geometry.square
         if resize:
-            h, w = self.geometry.turned((height, width))
+            h, w = self.geometry.rotate((height, width))
             scale = max(h / wanted[0], w / wanted[1])
             wanted = max(h, math.floor(wanted[0] * scale)), max(w, math.floor(wanted[1] * scale))
         frame = self.frame
@@ -143,25 +145,25 @@ class ShownFrame:
 
 
 def in_square_pixels(height: int, width: int, pixel: Fraction | None) -> tuple[int, int]:
-    """(height, width) of a picture whose pixels are `pixel` times as wide as high; None or 0 are square ones."""
+    """Return (height, width) in square pixels, from pixels `pixel` times as wide as high; None or 0 mean square."""
     if not pixel or pixel < 0:
         return height, width
-    if not 1 / _MOST_APART <= pixel <= _MOST_APART:
+    if not 1 / _LARGEST_PIXEL_ASPECT <= pixel <= _LARGEST_PIXEL_ASPECT:
         raise BrokenVideo(f"pixels of {pixel.numerator}:{pixel.denominator}")
     return (height, round(width * pixel)) if pixel > 1 else (round(height / pixel), width)
 
 
 def orientation(matrix: Any) -> tuple[bool, int]:
-    """(mirrored, quarter turns) of a display matrix: nine numbers, of which a b, c d are the turn, scaled.
+    """Return (mirrored, quarter turns) of a display matrix: nine numbers, of which a b, c d are the scaled rotation.
 
     Raises:
-        BrokenVideo: it is turned by another angle, or sheared.
+        BrokenVideo: another angle, or shear.
     """
     a, b, u, c, d, v = map(int, matrix[:6])
     largest = max(abs(a), abs(b), abs(c), abs(d))
     if not largest:
         return False, 0  # players ignore a matrix without numbers
-    signs = tuple(0 if abs(one) * 100 < largest else (one > 0) - (one < 0) for one in (a, b, c, d))
+    signs = tuple(0 if abs(entry) * 100 < largest else (entry > 0) - (entry < 0) for entry in (a, b, c, d))
     even = abs(abs(b) - abs(c)) * 100 <= largest
     if u or v or signs not in _ORIENTATIONS or not (even or signs[0]):
         raise BrokenVideo(f"turned by {math.degrees(math.atan2(b, a)):.4g} degrees or sheared; turn it upright first")
@@ -182,7 +184,7 @@ _ORIENTATIONS = {
 
 
 def display_matrix(frame: Any) -> Any:
-    """Nine numbers, or None: how a frame is to be turned."""
+    """Return the nine numbers of a frame's display matrix, or None."""
     for data in frame.side_data:
         if data.type.name == "DISPLAYMATRIX":
             return np.frombuffer(data, np.int32)
@@ -190,7 +192,7 @@ def display_matrix(frame: Any) -> Any:
 
 
 def check_opaque(frame: Any) -> None:
-    """Raise BrokenVideo where a frame's alpha channel hides something: players differ in what they show behind it."""
+    """Raise BrokenVideo if a frame is transparent anywhere: players differ in the background they show."""
     format = frame.format
     if not (format.has_palette or any(component.is_alpha for component in format.components)):
         return
@@ -199,12 +201,12 @@ def check_opaque(frame: Any) -> None:
 
 
 def name_colours(frame: Any, container: Colours) -> None:
-    """Write down in a frame which colours its numbers mean, so that no version of PyAV or FFmpeg has to guess.
+    """Set a frame's colour properties explicitly, so that no version of PyAV or FFmpeg has to guess.
 
     Raises:
-        BrokenVideo: they would be shown wrongly on a screen of standard range.
+        BrokenVideo: a standard-range screen would show wrong colours.
     """
-    colours = Colours.of(frame).completed(container)
+    colours = Colours.of(frame).fill_from(container)
     colours.check()
     format = frame.format
     if not format.is_rgb and len(format.components) >= 3:

@@ -1,4 +1,4 @@
-"""The files of a folder of videos, found by names that people and programs write in several ways."""
+"""Look up the files of a folder of videos by names that people and programs spell in several ways."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ VIDEO_SUFFIXES = frozenset({".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".we
 
 
 class VideoFolder:
-    """Every file under a folder, by its name relative to it, with slashes.
+    """The files under a folder, by their names relative to it, with slashes.
 
     Attributes:
-        folder: where they lie.
-        names: in order; files in folders that are links are not among them, but are found.
+        folder: the folder.
+        names: sorted names; files in linked folders are not listed, but `find` finds them.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -31,10 +31,10 @@ class VideoFolder:
         self._exact = {name: [name] for name in self.names}
 
     def find(self, name: str) -> str:
-        """The name of the file that `name` means: its own, or that of the only file whose name is written otherwise.
+        """Return the name of the file that `name` means: an exact match, or the only file that differs in spelling.
 
-        Written otherwise are: "./a" and "b//a", an absolute path into the folder, accents as one sign or as two,
-        capitals, backslashes between folders, percent signs as in addresses.
+        Accepted spellings: "./a" and "b//a", an absolute path into the folder, composed or decomposed accents, other
+        capitals, backslashes between folders, percent escapes as in URLs.
 
         Raises:
             DataError: no such file, several, or one outside of the folder.
@@ -43,15 +43,15 @@ class VideoFolder:
         relative = Path(os.path.relpath(os.path.abspath(self.folder / name), os.path.abspath(self.folder))).as_posix()  # noqa: PTH100 (links are not followed)
         if relative.split("/")[0] == "..":
             raise DataError(f"{shown}: outside of {self.folder}; put it there, or give --videos a folder above both")
-        otherwise = (posixpath.normpath(one) for one in (relative.replace("\\", "/"), unquote(relative)))
-        for written in dict.fromkeys((relative, *otherwise)):
+        variants = (posixpath.normpath(spelling) for spelling in (relative.replace("\\", "/"), unquote(relative)))
+        for written in dict.fromkeys((relative, *variants)):
             for form, known in ((str, self._exact), (_composed, self._composed), (_caseless, self._caseless)):
-                same = known.get(form(written), [])
-                if len(same) > 1:
-                    several = " and ".join(map(printable, same[:2]))
+                matches = known.get(form(written), [])
+                if len(matches) > 1:
+                    several = " and ".join(map(printable, matches[:2]))
                     raise DataError(f"{shown}: no such video, but {several} are; name one of them as it is written")
-                if same:
-                    return same[0]
+                if matches:
+                    return matches[0]
         if self._is_file(relative):
             return relative
         raise DataError(f"{shown}: no such video; put it there or remove the line")
@@ -59,20 +59,20 @@ class VideoFolder:
     def _is_file(self, name: str) -> bool:
         try:
             return (self.folder / name).is_file()
-        except (OSError, ValueError):  # a name that is too long, or none at all
+        except (OSError, ValueError):  # a name that is too long or invalid
             return False
 
     @cached_property
     def _composed(self) -> Mapping[str, list[str]]:
-        return _grouped(self.names, _composed)
+        return _group(self.names, _composed)
 
     @cached_property
     def _caseless(self) -> Mapping[str, list[str]]:
-        return _grouped(self.names, _caseless)
+        return _group(self.names, _caseless)
 
 
-def linked(folder: Path, names: Iterable[str]) -> list[tuple[str, str]]:
-    """(name, first name) of files that have several names, by links."""
+def duplicate_links(folder: Path, names: Iterable[str]) -> list[tuple[str, str]]:
+    """Return (name, first name) of files that links give several names."""
     first: dict[tuple[int, int], str] = {}
     pairs = []
     for name in names:
@@ -83,20 +83,20 @@ def linked(folder: Path, names: Iterable[str]) -> list[tuple[str, str]]:
     return pairs
 
 
-def both(written: str, name: str) -> str:
-    """Two names of a file for people; in ASCII where they look alike."""
+def name_pair(written: str, name: str) -> str:
+    """Return two names of a file as text; in ASCII if they look alike."""
     if _composed(written) == _composed(name):
         return f"{written!a} is {name!a}"
     return f"{printable(written)} is {printable(name)}"
 
 
 def in_utf8(name: str) -> str:
-    """A name that can be written to a file of text: a byte that is not UTF-8 as an escape."""
+    """Return a name that can be written as UTF-8: undecodable bytes become escapes."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
 def printable(name: str) -> str:
-    """A name in one line: a newline, and whatever else a terminal does not show, as an escape."""
+    """Return a name on one line: newlines and other unprintable characters become escapes."""
     return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in name)
 
 
@@ -105,12 +105,12 @@ def _composed(name: str) -> str:
 
 
 def _caseless(name: str) -> str:
-    """Equal for names that differ in capitals, or in how accents are written: Unicode's canonical caseless matching."""
+    """Return a key for Unicode's canonical caseless matching: equal across case and composition of accents."""
     return unicodedata.normalize("NFD", unicodedata.normalize("NFD", name).casefold())
 
 
-def _grouped(names: Iterable[str], form: Callable[[str], str]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
+def _group(names: Iterable[str], form: Callable[[str], str]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
     for name in names:
-        found.setdefault(form(name), []).append(name)
-    return found
+        groups.setdefault(form(name), []).append(name)
+    return groups

@@ -1,4 +1,4 @@
-"""Video files: measured and decoded with PyAV, as a player shows them."""
+"""Measure and decode video files with PyAV, as a player shows them."""
 
 from __future__ import annotations
 
@@ -28,87 +28,87 @@ from flcompress.data.video_frames import (
 
 _Item = TypeVar("_Item")
 
-SLOWER = 0.98
-"""Share of a wanted frame rate that a video may have: one of 23.976 frames a second will do for 24."""
+SMALLEST_RATE_SHARE = 0.98
+"""Least share of the requested frame rate that a video must have: 23.976 fps is accepted for 24."""
 
 _CLOCK = 1e-3
-"""Seconds; some containers round times to it. Of two frames as near as that, the earlier is taken."""
+"""Resolution in seconds to which some containers round times; of two frames equally near, the earlier is taken."""
 
 _UNTIMED = "its frames do not say when they are shown"
 
 _EXIF = frozenset({"apng", "mjpeg", "png", "tiff", "webp"})
-"""Codecs whose frames can carry EXIF data. PyAV (17.0 to 18.1) frees that twice when a frame's side data are listed."""
+"""Codecs whose frames can carry EXIF data, which PyAV (17.0 to 18.1) frees twice if a frame's side data are listed."""
 
 _CROPPED = re.compile(r"^ +frame cropping: ", re.IGNORECASE | re.MULTILINE)
 _DOLBY_TAGS = frozenset({"dav1", "dva1", "dvav", "dvh1", "dvhe"})
 _DOLBY = re.compile(r"^ +dovi configuration record: ", re.IGNORECASE | re.MULTILINE)
-"""Lines of FFmpeg's description of a file; metadata of the user's have a name before the colon."""
+"""Lines of FFmpeg's description of a file; in user metadata a key precedes the colon."""
 
 _HEIF = re.compile(r"avi[fs]|he[iv][cmsx]|mif\d|msf\d")
-"""Brands of picture files in the container of MP4; a large picture is many small streams there."""
+"""Brands of picture files in an MP4 container, where a large picture is many small streams."""
 
 
-def video_size(path: Path, fps: float | None = None, most: int | None = None) -> Size:
-    """(frames, height, width) as it is shown: what `read_clip` would take is decoded and counted.
+def video_size(path: Path, fps: float | None = None, limit: int | None = None) -> Size:
+    """Return (frames, height, width) as shown, by decoding the frames that `read_clip` would read.
 
     Args:
         path: the file.
-        fps: count the frames that are shown at this rate; None: all.
-        most: count no further; None: to the end.
+        fps: count the frames shown at this rate; None counts all.
+        limit: stop counting here; None counts to the end.
 
     Raises:
-        BrokenVideo: no video, a damaged one, one that cannot be shown as it is meant, or one of fewer frames a second.
+        BrokenVideo: no video, or one that is damaged, cannot be shown as intended, or has a lower frame rate.
     """
     frames, size = 0, (0, 0)
-    with _shown_frames(path, fps) as found:
-        for one in islice(found, most):
-            frames, size = frames + 1, one.geometry.shown
+    with _shown_frames(path, fps) as shown:
+        for frame in islice(shown, limit):
+            frames, size = frames + 1, frame.geometry.shown_size
     if not frames:
         raise BrokenVideo("no frame can be decoded")
     return frames, *size
 
 
 def read_clip(path: Path, bucket: Size, *, resize: bool, fps: float | None = None) -> torch.Tensor:
-    """The first frames of a video, centred.
+    """Read the first frames of a video, cropped to the centre.
 
     Args:
         path: the file.
         bucket: (frames, height, width) of the result.
-        resize: scale the picture until it just covers the bucket before it is cropped; else only crop.
-        fps: take the frames that are shown at this rate; None: one after the other.
+        resize: scale the picture to just cover the bucket before cropping; otherwise only crop.
+        fps: take the frames shown at this rate; None takes consecutive frames.
 
     Returns:
         [3, frames, height, width] in [-1, 1].
 
     Raises:
-        BrokenVideo: as `video_size`, or it cannot be decoded that far.
+        BrokenVideo: as `video_size`, or too few frames can be decoded.
     """
     frames, height, width = bucket
-    with _shown_frames(path, fps) as found:
-        pictures = [one.pixels(height, width, resize=resize) for one in islice(found, frames)]
+    with _shown_frames(path, fps) as shown:
+        pictures = [frame.pixels(height, width, resize=resize) for frame in islice(shown, frames)]
     if len(pictures) < frames:
         raise BrokenVideo(f"{len(pictures)} frames can be decoded, {frames} expected from its header")
     return torch.from_numpy(np.stack(pictures)).permute(3, 0, 1, 2).float() / 127.5 - 1.0
 
 
 def check_rate(times: Sequence[float], fps: float) -> None:
-    """Raise BrokenVideo where frames would be shown twice at a rate.
+    """Raise BrokenVideo if sampling at a rate would repeat frames.
 
     Args:
-        times: of all frames of a video, in seconds, ascending.
-        fps: frames a second.
+        times: times of all frames of a video, in seconds, ascending.
+        fps: frames per second.
     """
     length = times[-1] - times[0]
-    if len(times) - 1 < SLOWER * fps * length:
+    if len(times) - 1 < SMALLEST_RATE_SHARE * fps * length:
         raise BrokenVideo(f"{(len(times) - 1) / length:.4g} frames a second, expected at least {fps:g}")
 
 
 def at_rate(timed: Iterable[tuple[float, _Item]], fps: float) -> Iterator[_Item]:
-    """What is shown at a rate: the nearest to each of its moments, from the first frame on.
+    """Resample frames to a rate: the frame nearest to each sampling time, from the first frame on.
 
     Args:
-        timed: frames, each with its time in seconds, ascending; not always evenly spaced.
-        fps: frames a second.
+        timed: frames with their times in seconds, ascending, not necessarily evenly spaced.
+        fps: frames per second.
     """
     number, start = 0, 0.0
     before: tuple[float, _Item] | None = None
@@ -116,13 +116,13 @@ def at_rate(timed: Iterable[tuple[float, _Item]], fps: float) -> Iterator[_Item]
         if before is None:
             start, before = time, (0.0, frame)
             continue
-        now = time - start
-        if now < before[0]:
+        elapsed = time - start
+        if elapsed < before[0]:
             raise BrokenVideo("its frames go back in time")
-        while (moment := number / fps) <= now:
-            yield frame if now - moment < moment - before[0] - _CLOCK else before[1]
+        while (moment := number / fps) <= elapsed:
+            yield frame if elapsed - moment < moment - before[0] - _CLOCK else before[1]
             number += 1
-        before = now, frame
+        before = elapsed, frame
     while before is not None and number / fps <= before[0] + _CLOCK:
         yield before[1]
         number += 1
@@ -130,22 +130,22 @@ def at_rate(timed: Iterable[tuple[float, _Item]], fps: float) -> Iterator[_Item]
 
 @contextmanager
 def _shown_frames(path: Path, fps: float | None) -> Iterator[Iterator[ShownFrame]]:
-    """The frames of a file, in the order in which they are shown."""
+    """Yield the frames of a file in presentation order."""
     if is_still(path):
         yield iter([_still(path)])
         return
     if fps is None:
-        with _opened(path) as opened:
-            yield _decoded(*opened)
+        with _open_video(path) as opened:
+            yield _decode(*opened)
         return
     times, guessed = _times(path)
     check_rate(times, fps)
-    with _opened(path) as opened:
-        frames = _decoded(*opened)
-        yield at_rate(zip(times, frames, strict=False) if guessed else map(_timed, frames), fps)
+    with _open_video(path) as opened:
+        frames = _decode(*opened)
+        yield at_rate(zip(times, frames, strict=False) if guessed else map(_with_time, frames), fps)
 
 
-def _timed(frame: ShownFrame) -> tuple[float, ShownFrame]:
+def _with_time(frame: ShownFrame) -> tuple[float, ShownFrame]:
     if frame.time is None:
         raise BrokenVideo(_UNTIMED)
     return frame.time, frame
@@ -162,10 +162,10 @@ def _still(path: Path) -> ShownFrame:
     return ShownFrame(frame, Geometry(size, size))
 
 
-def _decoded(container: Any, stream: Any) -> Iterator[ShownFrame]:
-    """Every frame that is shown; what an edit list hides is decoded and dropped by FFmpeg."""
+def _decode(container: Any, stream: Any) -> Iterator[ShownFrame]:
+    """Yield every shown frame; FFmpeg decodes and drops those that an edit list hides."""
     container_colours = Colours.of(stream.codec_context)  # some decoders forget what only the container says
-    promised, count, known = _promised(container, stream), 0, None
+    promised, count, known = _header_frame_count(container, stream), 0, None
     for frame in container.decode(stream):
         if frame.is_corrupt:
             raise BrokenVideo("a damaged frame")
@@ -189,7 +189,7 @@ def _geometry(frame: Any, stream: Any) -> Geometry:
 
 
 def _orientation(frame: Any, *, listed: bool) -> tuple[bool, int]:
-    """(mirrored, quarter turns) by the display matrix; by its angle alone where a frame's side data are not listed."""
+    """Return (mirrored, quarter turns) from the display matrix, or from its angle alone if side data are not listed."""
     if listed:
         try:
             matrix = display_matrix(frame)
@@ -200,8 +200,8 @@ def _orientation(frame: Any, *, listed: bool) -> tuple[bool, int]:
     return False, round(frame.rotation / 90) % 4
 
 
-def _promised(container: Any, stream: Any) -> int:
-    """How many frames the header lists as shown; 0 where it lists none, as in Matroska."""
+def _header_frame_count(container: Any, stream: Any) -> int:
+    """Return the number of shown frames in the header; 0 if it lists none, as in Matroska."""
     listed = stream.index_entries
     if not stream.frames or ("mp4" not in container.format.name and len(listed) < stream.frames):
         return int(stream.frames)  # no list, or that of a file which was cut off
@@ -210,12 +210,12 @@ def _promised(container: Any, stream: Any) -> int:
 
 
 def _times(path: Path) -> tuple[list[float], bool]:
-    """When each frame is shown, in seconds, ascending, and whether its own time is another; nothing is decoded.
+    """Return presentation times in seconds, ascending, and whether frames' own times differ; decodes nothing.
 
-    Containers that know only when a packet is decoded (AVI) give that as the time of its frame. Frames that are decoded
-    before others and shown after them then have each other's times.
+    Containers that know only when a packet is decoded (AVI) report that as its frame's time, so reordered frames carry
+    each other's times.
     """
-    with _opened(path) as (container, stream):
+    with _open_video(path) as (container, stream):
         packets = [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
         if not packets or any(packet.pts is None for packet in packets):
             raise BrokenVideo(_UNTIMED)
@@ -224,8 +224,8 @@ def _times(path: Path) -> tuple[list[float], bool]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
-    """A container and its video stream, which can be shown as far as the header says."""
+def _open_video(path: Path) -> Iterator[tuple[Any, Any]]:
+    """Open a container, and yield it with its video stream after checking the header."""
     import av
     from av.stream import Disposition
 
@@ -234,7 +234,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
             raise BrokenVideo("an empty file")
         # An absolute path is no protocol ("a:b.mp4"), and a % in it no pattern for many files.
         with av.open(str(path.absolute()), metadata_errors="ignore", options={"pattern_type": "none"}) as container:
-            tracks = (one for one in container.streams.video if not one.disposition & Disposition.attached_pic)
+            tracks = (track for track in container.streams.video if not track.disposition & Disposition.attached_pic)
             stream = next(tracks, None)
             if stream is None:
                 raise BrokenVideo("no video in it")
@@ -249,20 +249,20 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
 
 
 def _check_header(container: Any, stream: Any) -> None:
-    """Raise BrokenVideo for what PyAV decodes otherwise than it is shown."""
+    """Raise BrokenVideo for files that PyAV decodes unlike players show them."""
     if _HEIF.fullmatch(container.metadata.get("major_brand", "")):
         raise BrokenVideo("a HEIF picture; save it as PNG or JPEG")
     if {key.lower(): value for key, value in stream.metadata.items()}.get("alpha_mode") == "1":
         raise BrokenVideo("transparent in parts; put it over a background first")
-    described = _described(container)
+    described = _description(container)
     if stream.codec_context.codec_tag in _DOLBY_TAGS or _DOLBY.search(described):
         raise BrokenVideo("Dolby Vision; convert it to standard range (BT.709) first")
     if _CROPPED.search(described):
         raise BrokenVideo("its container crops the picture, which players do or do not; crop it first")
 
 
-def _described(container: Any) -> str:
-    """FFmpeg's description of a file; PyAV shows what belongs to a stream nowhere else, and only what it logs."""
+def _description(container: Any) -> str:
+    """Return FFmpeg's description of a file, the only way PyAV exposes a stream's side data, by logging it."""
     import av.logging
 
     level = av.logging.get_level()

@@ -1,4 +1,4 @@
-"""Encode in this process or in several; what comes out does not depend on how many."""
+"""Encode in this process or in several; the result does not depend on their number."""
 
 from __future__ import annotations
 
@@ -23,20 +23,21 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 _encoder: Encoder | None = None
-"""A worker process's own."""
+"""The encoder of a worker process."""
 
 
-class Run(Protocol):
-    """Does one thing to many items and gives the results as they are finished, in any order."""
+class Runner(Protocol):
+    """Applies a function to many items and yields the results as they finish, in any order."""
 
-    def __call__(self, do: Callable[[Encoder, _Item], _Result], items: Iterable[_Item]) -> Iterator[_Result]: ...
+    def __call__(self, do: Callable[[Encoder, _Item], _Result], items: Iterable[_Item]) -> Iterator[_Result]:
+        """Yield `do(encoder, item)` for every item."""
 
 
 @contextmanager
-def workers(encoder: Encoder, processes: int) -> Iterator[Run]:
-    """Encode with `processes` processes; with several of them, each loads the parts, GPUs are dealt out in turn.
+def workers(encoder: Encoder, processes: int) -> Iterator[Runner]:
+    """Encode with `processes` processes; if several, each loads the parts, and GPUs are assigned in turn.
 
-    On a CPU every process computes with one thread: sums that are split over threads depend on how many there are.
+    On a CPU every process computes with one thread: the rounding of sums depends on the number of threads.
     """
     if processes == 1:
         with _one_thread(encoder.device):

@@ -133,7 +133,7 @@ def grid_and_target(recipe: Recipe) -> tuple[Grid, Target]:
         target.check(grid)
     except RequestError as error:
         raise DataError(f"{recipe.where('sampling')}: {error}") from error
-    return grid, target.on(grid)
+    return grid, target.fixed_to(grid)
 
 
 def fingerprint(spec: dict[str, Any] | None) -> dict[str, Any] | None:

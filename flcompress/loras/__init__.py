@@ -1,0 +1,1 @@
+"""`flcompress remap-lora`: rewrite LoRAs of the teacher for the pruned model."""

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from flcompress.data.encoder import clip_tensors, joined
-from flcompress.data.index import NEGATIVE, Clip, ClipShard, Index, PromptShard, leading, write_shard
+from flcompress.data.encoder import clip_tensors, concatenate
+from flcompress.data.index import NEGATIVE, ClipRecord, ClipShard, Index, PromptShard, leading_prompts, write_shard
 from flcompress.draws import generator
 from flcompress.models.parts import Parts
 from flcompress.moving_digits import digits
@@ -33,7 +33,7 @@ def build_moving_digits(
     """
     known = digits.captions("train")
     rendered, wanted = digits.sample(clips, "train", generator(seed, "moving-digits", clips))
-    first = leading(request.get(NEGATIVE, ""))
+    first = leading_prompts(request.get(NEGATIVE, ""))
     prompts = (*first, *(caption.text for caption in known))
     place = {caption: number for number, caption in enumerate(known, start=len(first))}
     said, length = [caption.text for caption in wanted], request["max_sequence_length"]
@@ -42,8 +42,8 @@ def build_moving_digits(
         some = slice(start, start + _BATCH)
         encoded.append(clip_tensors(parts, rendered[some], said[some], length))
         progress(min(start + _BATCH, clips), clips, {})
-    digest, size = write_shard(folder / "clips-00000.safetensors", joined(encoded))
-    shown = tuple(Clip(file=f"{number}", prompt=place[caption]) for number, caption in enumerate(wanted))
+    digest, size = write_shard(folder / "clips-00000.safetensors", concatenate(encoded))
+    shown = tuple(ClipRecord(file=f"{number}", prompt=place[caption]) for number, caption in enumerate(wanted))
     bucket = (digits.FRAMES, digits.HEIGHT, digits.WIDTH)
     held = ClipShard(file="clips-00000.safetensors", sha256=digest, bytes=size, size=bucket, clips=shown)
     embeds = parts.encode_prompts(prompts, length)

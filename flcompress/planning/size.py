@@ -45,7 +45,7 @@ def _first(recipe: Recipe, given: dict[str, Any]) -> Size | None:
     grid, target = grid_and_target(recipe)
     for one in read_captions(Path(given["captions"]), Path(given["folder"])):
         try:
-            size = video_size(Path(given["folder"]) / one.file, most=target.frames)
+            size = video_size(Path(given["folder"]) / one.file, limit=target.frames)
         except BrokenVideo:
             continue
         if bucket := target.bucket(size, grid):

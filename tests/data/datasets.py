@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 
-from flcompress.data.index import LATENTS, PER_CLIP, Clip, ClipShard, Index, PromptShard, write_shard
+from flcompress.data.index import LATENTS, PER_CLIP, ClipRecord, ClipShard, Index, PromptShard, write_shard
 from flcompress.data.sizes import Size
 
 PROMPTS = ("", "one", "two", "three")
 
 
 def write_dataset(folder: Path, buckets: Mapping[Size, int], *, a_shard: int = 3, first_frame: bool = False) -> Path:
-    """Clip n (counted over all buckets) has latents that are n everywhere and prompt 1 + n % 3; prompt p is p."""
+    """ClipRecord n (counted over all buckets) has latents that are n everywhere and prompt 1 + n % 3; prompt p is p."""
     folder.mkdir(parents=True)
     prompts = []
     for place, numbers in enumerate(([0, 1, 2], [3])):
@@ -36,7 +36,7 @@ def write_dataset(folder: Path, buckets: Mapping[Size, int], *, a_shard: int = 3
                 tensors[PER_CLIP + "first_frame"] = -values[:, None]
             file = f"clips-{len(clips):05d}.safetensors"
             digest, size = write_shard(folder / file, tensors)
-            members = tuple(Clip(file=f"{n}.mp4", prompt=1 + n % 3) for n in numbers)
+            members = tuple(ClipRecord(file=f"{n}.mp4", prompt=1 + n % 3) for n in numbers)
             clips.append(ClipShard(file=file, sha256=digest, bytes=size, size=bucket, clips=members))
         number += count
     Index(prompts=PROMPTS, prompt_shards=tuple(prompts), clip_shards=tuple(clips)).write(folder)

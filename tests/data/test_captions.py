@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from flcompress.data.captions import Captioned, read_captions, read_prompts, without_caption
+from flcompress.data.captions import CaptionedVideo, read_captions, read_prompts, videos_without_caption
 from flcompress.errors import DataError
 
 
@@ -24,7 +24,7 @@ def written(tmp_path: Path, name: str, text: str) -> Path:
     return path
 
 
-EXPECTED = [Captioned("a.mp4", 'a "two", slowly'), Captioned("deep/b.MOV", "zwei - drei")]
+EXPECTED = [CaptionedVideo("a.mp4", 'a "two", slowly'), CaptionedVideo("deep/b.MOV", "zwei - drei")]
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ EXPECTED = [Captioned("a.mp4", 'a "two", slowly'), Captioned("deep/b.MOV", "zwei
 def test_both_formats_say_the_same(tmp_path: Path, videos: Path, name: str, text: str) -> None:
     found = read_captions(written(tmp_path, name, text), videos)
     assert found == EXPECTED
-    assert without_caption(videos, found) == ["c.webm"]
+    assert videos_without_caption(videos, found) == ["c.webm"]
 
 
 LINE = 'expected {"file": "clip.mp4", "caption": "..."}'

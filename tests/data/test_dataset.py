@@ -76,7 +76,7 @@ def test_a_split_keeps_every_clip_once(
     assert (len(training), len(heldout)) == (sum(counts) - wanted, wanted)
 
     def held(one: LatentDataset) -> set[tuple[int, ...]]:
-        return {tuple(place) for bucket in one._buckets for place in bucket.places.tolist()}
+        return {tuple(place) for bucket in one._buckets for place in bucket.entries.tolist()}
 
     assert not held(training) & held(heldout)
     assert held(training) | held(heldout) == held(data)

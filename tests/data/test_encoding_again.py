@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from flcompress.data.dataset import LatentDataset
-from flcompress.data.encoder import ClipTask, Encoder, Made, PromptTask
+from flcompress.data.encoder import ClipTask, Encoder, PromptTask, ShardResult
 from flcompress.data.index import Index
 from flcompress.data.workers import workers
 from flcompress.errors import DataError, FlcompressError
@@ -58,7 +58,7 @@ def test_an_interrupted_command_goes_on(
     out, real = tmp_path / "out", Encoder.make
     made: list[str] = []
 
-    def make_two(self: Encoder, task: PromptTask | ClipTask) -> Made:
+    def make_two(self: Encoder, task: PromptTask | ClipTask) -> ShardResult:
         if len(made) == 2:
             raise KeyboardInterrupt
         made.append(task.file)

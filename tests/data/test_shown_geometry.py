@@ -77,7 +77,7 @@ def test_a_picture_that_changes_shape_midway(tmp_path: Path, other: dict[str, ob
     for resize in (False, True):
         with pytest.raises(BrokenVideo, match=r"^its picture changes size or shape$"):
             read_clip(whole, (24, 32, 32), resize=resize)
-    assert video_size(whole, most=2) == (2, 32, 64)
+    assert video_size(whole, limit=2) == (2, 32, 64)
 
 
 TURNS = {
@@ -231,9 +231,9 @@ def test_frames_before_the_first_key_cannot_be_shown(tmp_path: Path, suffix: str
 
 def test_measuring_counts_no_further_than_asked(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4", frames=9)
-    assert video_size(path, most=5) == (5, 32, 32)
-    assert video_size(path, 4.0, most=3) == (3, 32, 32)
-    assert video_size(path, most=50) == (9, 32, 32)
+    assert video_size(path, limit=5) == (5, 32, 32)
+    assert video_size(path, 4.0, limit=3) == (3, 32, 32)
+    assert video_size(path, limit=50) == (9, 32, 32)
 
 
 def test_a_header_that_promises_more_than_can_be_decoded(tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ def test_a_header_that_promises_more_than_can_be_decoded(tmp_path: Path) -> None
     path.write_bytes(data[: data.rindex(b"00dc", 0, len(data) * 2 // 3)])
     with pytest.raises(BrokenVideo, match=r"^\d+ frames can be decoded, 40 expected from its header$"):
         video_size(path)
-    assert video_size(path, most=9) == (9, 48, 64)
+    assert video_size(path, limit=9) == (9, 48, 64)
 
 
 def test_a_cover_is_no_video(tmp_path: Path) -> None:

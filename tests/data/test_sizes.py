@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flcompress.data.captions import Captioned
+from flcompress.data.captions import CaptionedVideo
 from flcompress.data.encoder import ClipTask, PromptTask, Skipped
 from flcompress.data.planning import plan_clips, plan_prompts
 from flcompress.data.sizes import Target
@@ -83,8 +83,8 @@ def test_latents_are_padded_to_whole_tokens() -> None:
 
 
 def test_a_model_of_one_size_gets_every_clip_at_it() -> None:
-    assert Target(frames=9).on(FIXED).bucket((30, 1080, 1920), FIXED) == (9, 480, 720)
-    assert Target(frames=9).on(VIDEO) == Target(frames=9)
+    assert Target(frames=9).fixed_to(FIXED).bucket((30, 1080, 1920), FIXED) == (9, 480, 720)
+    assert Target(frames=9).fixed_to(VIDEO) == Target(frames=9)
 
 
 clips = st.lists(st.tuples(st.sampled_from("abc"), st.none() | st.sampled_from([(9, 32, 32), (5, 32, 48), (9, 4, 4)])))
@@ -95,7 +95,7 @@ clips = st.lists(st.tuples(st.sampled_from("abc"), st.none() | st.sampled_from([
 def test_every_video_is_in_one_shard_of_its_size_or_skipped(
     given_clips: list[tuple[str, tuple[int, int, int] | None]],
 ) -> None:
-    captioned = [Captioned(f"{n}.mp4", text) for n, (text, _) in enumerate(given_clips)]
+    captioned = [CaptionedVideo(f"{n}.mp4", text) for n, (text, _) in enumerate(given_clips)]
     measured = {
         f"{n}.mp4": Skipped(f"{n}.mp4", "broken") if size is None else size for n, (_, size) in enumerate(given_clips)
     }
@@ -122,5 +122,5 @@ def test_each_prompt_is_in_one_shard(texts: list[str]) -> None:
 
 def test_shards_are_limited_by_pixels() -> None:
     measured: dict[str, tuple[int, int, int] | Skipped] = {f"{n}.mp4": (81, 480, 832) for n in range(20)}
-    plan = plan_clips([Captioned(file, "x") for file in measured], measured, [], Target(), VIDEO)
+    plan = plan_clips([CaptionedVideo(file, "x") for file in measured], measured, [], Target(), VIDEO)
     assert [task.size for task in plan.tasks if isinstance(task, ClipTask)] == [8, 8, 4]

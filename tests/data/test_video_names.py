@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from flcompress.data.captions import odd_names, read_captions, without_caption
+from flcompress.data.captions import name_remarks, read_captions, videos_without_caption
 from flcompress.data.planning import plan_clips
 from flcompress.data.sizes import Target
 from flcompress.data.video_names import VideoFolder
@@ -60,7 +60,7 @@ def written(folder: Path, *names: str) -> Path:
 def test_a_name_means_the_file_that_it_can_only_mean(videos: Path, name: str, file: str) -> None:
     (one,) = read_captions(written(videos, name), videos)
     assert (one.file, one.written) == (file, None if name == file else name)
-    assert sorted(without_caption(videos, [one])) == sorted(set(NAMES) - {file})
+    assert sorted(videos_without_caption(videos, [one])) == sorted(set(NAMES) - {file})
 
 
 def test_an_absolute_path_into_the_folder(videos: Path) -> None:
@@ -95,12 +95,12 @@ def test_links_are_videos_of_their_own_and_are_told(videos: Path, tmp_path: Path
     (videos / "folder").symlink_to(tmp_path / "elsewhere")
     found = read_captions(written(videos, "a.mp4", "link.mp4", "folder/far.mp4", "./100%.mp4"), videos)
     assert [one.file for one in found] == ["a.mp4", "link.mp4", "folder/far.mp4", "100%.mp4"]
-    assert odd_names(videos, found) == [
+    assert name_remarks(videos, found) == [
         "1 names are written otherwise than the files'; the first: ./100%.mp4 is 100%.mp4",
         "1 videos are links to others that have a caption too; the first: link.mp4 is a.mp4",
     ]
     (one,) = read_captions(written(videos, unicodedata.normalize("NFC", CAFE)), videos)
-    assert odd_names(videos, [one])[0].endswith(r"the first: 'caf\xe9.mp4' is 'cafe\u0301.mp4'")
+    assert name_remarks(videos, [one])[0].endswith(r"the first: 'caf\xe9.mp4' is 'cafe\u0301.mp4'")
 
 
 def test_names_that_are_no_text(videos: Path) -> None:
@@ -111,7 +111,7 @@ def test_names_that_are_no_text(videos: Path) -> None:
     except OSError:
         pytest.skip("this disk takes UTF-8 only")
     captions = written(videos, "a.mp4")
-    uncaptioned = without_caption(videos, read_captions(captions, videos))
+    uncaptioned = videos_without_caption(videos, read_captions(captions, videos))
     assert name in uncaptioned
     plan = plan_clips([], {}, uncaptioned, Target(), Grid(over_time=4, over_space=8))
     assert r"caf\udce9.mp4" in [one.file for one in plan.skipped]
