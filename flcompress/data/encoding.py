@@ -23,6 +23,7 @@ from flcompress.errors import DataError
 from flcompress.files import lines_of, locked, working_alone
 from flcompress.models.configs import check_transformer_config
 from flcompress.models.families import family_of
+from flcompress.models.folder import check_pipeline
 from flcompress.models.latent_size import folder_grid
 from flcompress.models.parts import part_names
 from flcompress.models.stock_files import folder_digest
