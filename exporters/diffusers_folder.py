@@ -14,7 +14,6 @@ from flcompress.core.steps import Exporter
 from flcompress.diffusion.contract import SamplingContract, levels_of, scheduler_of, set_levels
 from flcompress.errors import ModelError, PostconditionError
 from flcompress.exporters.shared.model_card import model_card
-from flcompress.exporters.shared.partner import KEPT_FILE
 from flcompress.models.configs import check_transformer_config
 from flcompress.models.families.family import Family
 from flcompress.models.folder import check_weights
@@ -22,7 +21,7 @@ from flcompress.models.part_check import matching_tensors
 from flcompress.models.parts import part_names
 from flcompress.models.stock import WITH_WEIGHTS, no_progress_bars
 from flcompress.progress import ProgressSink
-from flcompress.runtime.manifest import copy_component, write_json
+from flcompress.runtime.manifest import KEPT_FILE, copy_component, write_json
 from flcompress.runtime.sizes import clip_of
 
 

@@ -14,19 +14,16 @@ from flcompress.core.steps import Exporter
 from flcompress.exporters.onnx_graph.emulation import emulate_bf16
 from flcompress.exporters.onnx_graph.write import OPSETS, Axes, write_onnx
 from flcompress.exporters.shared import preflight
-from flcompress.exporters.shared.parity import Inputs, Parity, cases, compare, outputs
-from flcompress.exporters.shared.partner import PARTNER_FOLDER, partner_of
-from flcompress.exporters.shared.precision import TOLERANCES, Precision
-from flcompress.exporters.shared.reference import reference
+from flcompress.exporters.shared.parity import Parity, cases, compare, outputs, reference
+from flcompress.exporters.shared.weights import TOLERANCES, Precision
 from flcompress.models.configs import check_transformer_config
 from flcompress.progress import ProgressSink
-from flcompress.runtime.inputs import OUTPUT, Arguments, arguments_of, constants_of, tensors_of
-from flcompress.runtime.manifest import sha256, write_json
+from flcompress.runtime.inputs import OUTPUT, Arguments, Inputs, arguments_of, constants_of, tensors_of
+from flcompress.runtime.manifest import MANIFEST_FILE, PARTNER_FOLDER, partner_of, sha256, write_json
 from flcompress.runtime.onnx_session import OnnxSession, require_onnxruntime
 from flcompress.runtime.sizes import Size, size_of, sizes_of, step_of
 
 MODEL_FILE = "model.onnx"
-MANIFEST_FILE = "manifest.json"
 
 CHECKED_UP_TO = 2048
 """Tokens above which a CPU takes minutes for one call of a large model: then a smaller clip is compared."""

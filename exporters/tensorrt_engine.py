@@ -11,18 +11,23 @@ from pydantic import Field, field_validator
 from flcompress.core.program import Program
 from flcompress.core.steps import Exporter
 from flcompress.errors import PostconditionError, RequestError, UnavailableError
-from flcompress.exporters.onnx_model import MANIFEST_FILE
 from flcompress.exporters.shared import preflight
-from flcompress.exporters.shared.parity import Parity, cases, compare, outputs
-from flcompress.exporters.shared.partner import PARTNER_FOLDER, partner_of
-from flcompress.exporters.shared.precision import TOLERANCES, Precision
-from flcompress.exporters.shared.reference import reference
+from flcompress.exporters.shared.parity import Parity, cases, compare, outputs, reference
+from flcompress.exporters.shared.weights import TOLERANCES, Precision
 from flcompress.exporters.tensorrt_build.build import build_engine
 from flcompress.exporters.tensorrt_build.profiles import Profile
 from flcompress.models.configs import check_transformer_config
 from flcompress.progress import ProgressSink
 from flcompress.runtime.inputs import arguments_of, constants_of
-from flcompress.runtime.manifest import read_manifest, require_hash, sha256, write_json
+from flcompress.runtime.manifest import (
+    MANIFEST_FILE,
+    PARTNER_FOLDER,
+    partner_of,
+    read_manifest,
+    require_hash,
+    sha256,
+    write_json,
+)
 from flcompress.runtime.sizes import Size
 from flcompress.runtime.tensorrt_api import builds_for_others, cuda_driver, load_tensorrt
 from flcompress.runtime.tensorrt_session import TensorRTSession, runs_here

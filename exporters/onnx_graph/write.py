@@ -15,8 +15,7 @@ import torch
 from flcompress.errors import FlcompressError
 from flcompress.exporters.onnx_graph import cogvideox, mochi
 from flcompress.exporters.onnx_graph.rewrites import rewritten
-from flcompress.exporters.shared.precision import DTYPES, Precision
-from flcompress.exporters.shared.weights import WeightFiles, lazily_allocated, skeleton
+from flcompress.exporters.shared.weights import DTYPES, Precision, WeightFiles, lazily_allocated, skeleton
 from flcompress.runtime.inputs import OUTPUT, Arguments, Denoiser, constants_of, tensors_of
 from flcompress.runtime.sizes import Size
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from flcompress.errors import PostconditionError
-from flcompress.runtime.inputs import Arguments, tensors_of
+from flcompress.exporters.shared.weights import DTYPES, Precision, streamed
+from flcompress.runtime.inputs import Arguments, Denoiser, Inputs, Session, tensors_of
 from flcompress.runtime.sizes import Size
 
-Inputs = Mapping[str, torch.Tensor]
-"""A transformer's forward arguments that are tensors, by name; see `flcompress.runtime.inputs.tensors_of`."""
-
-Denoiser = Callable[[Inputs], torch.Tensor]
-
 TIMESTEPS = 4
+"""Timesteps of a contract that are compared, at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,9 +61,9 @@ def cases(make: Arguments, timesteps: Sequence[float], sizes: Sequence[Size]) ->
 
 
 @torch.no_grad()
-def outputs(denoiser: Denoiser, given: Sequence[Inputs]) -> list[torch.Tensor]:
-    """The denoiser's output for every case, on the CPU in fp32."""
-    return [denoiser(inputs).float().cpu() for inputs in given]
+def outputs(session: Session, given: Sequence[Inputs]) -> list[torch.Tensor]:
+    """The session's output for every case, on the CPU in fp32."""
+    return [session(inputs).float().cpu() for inputs in given]
 
 
 def compare(reference: Sequence[torch.Tensor], found: Sequence[torch.Tensor], tolerance: float) -> Parity:
@@ -82,3 +83,35 @@ def compare(reference: Sequence[torch.Tensor], found: Sequence[torch.Tensor], to
         tolerance=tolerance,
         cases=len(differences),
     )
+
+
+def reference(
+    folder: Path, constants: Mapping[str, Any], precision: Precision, given: Sequence[Inputs]
+) -> list[Tensor]:
+    """The stock transformer's outputs on the CPU, in fp32, its weights read layer by layer.
+
+    Args:
+        folder: the transformer's.
+        constants: forward arguments that are not tensors.
+        precision: of weights and arithmetic, by diffusers' own rule.
+        given: the cases.
+    """
+    denoiser = Denoiser(streamed(folder, precision), constants, DTYPES[precision]).eval()
+    with WideSums():
+        return outputs(lambda inputs: denoiser(dict(inputs)), given)
+
+
+class WideSums(TorchFunctionMode):
+    """Linear layers in fp16 on a CPU add up in fp32 and round once.
+
+    So does torch's own kernel, and a GPU; but few CPUs multiply fp16, and without that its kernel takes four times as
+    long as this.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is torch.nn.functional.linear and args[0].dtype is torch.float16 and args[0].device.type == "cpu":
+            wide = [one if one is None else one.float() for one in args]
+            return func(*wide, **(kwargs or {})).half()
+        return func(*args, **(kwargs or {}))

@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 
 from flcompress.errors import RequestError
-from flcompress.exporters.shared.precision import Precision, dtype_of
+from flcompress.exporters.shared.weights import Precision, dtype_of
 from flcompress.models.loading import transformer_class
 from flcompress.models.shards import folder_tensors
 from flcompress.runtime.sizes import Size, patch_of

@@ -4,15 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from flcompress.exporters.shared.precision import DTYPES, Precision, dtype_of
 from flcompress.models.loading import frozen, transformer_class
 from flcompress.models.part_check import matching_tensors
 from flcompress.models.shards import folder_tensors
+
+Precision = Literal["fp32", "fp16", "bf16"]
+
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+TOLERANCES: dict[Precision, float] = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 8e-2}
+"""Largest absolute difference from torch at the same precision. A bf16 number has eight times the rounding of an fp16
+one (8 bits against 11)."""
+
+
+def dtype_of(name: str, model_class: Any, precision: Precision) -> torch.dtype:
+    """The type of a floating parameter, by the rule of diffusers' `from_pretrained(torch_dtype=...)`.
+
+    Args:
+        name: its full name.
+        model_class: the diffusers class; its `_keep_in_fp32_modules` name the fp32 islands.
+        precision: of the rest.
+    """
+    islands = set(model_class._keep_in_fp32_modules or ())
+    return torch.float32 if islands & set(name.split(".")) else DTYPES[precision]
 
 
 class WeightFiles(Mapping[str, Tensor]):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flcompress.errors import FlcompressError, UnavailableError
-from flcompress.exporters.tensorrt_build.profiles import Shapes
+from flcompress.runtime.inputs import Shapes
 from flcompress.runtime.tensorrt_api import builds_for_others, log_into
 
 

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from flcompress.core.program import Program
 from flcompress.errors import RequestError
 from flcompress.models.configs import check_transformer_config
-from flcompress.runtime.inputs import Arguments, tensors_of
+from flcompress.runtime.inputs import Arguments, Shapes, tensors_of
 from flcompress.runtime.sizes import Size, size_of, sizes_of, step_of
 
 
@@ -23,9 +23,6 @@ def _ascending(given: tuple[int, int, int]) -> tuple[int, int, int]:
 Count = Annotated[int, Field(ge=1)]
 Range = Annotated[tuple[Count, Count, Count], AfterValidator(_ascending)]
 """[smallest, tuned for, largest]."""
-
-Shapes = dict[str, list[int]]
-"""Input -> its shape."""
 
 
 class Profile(BaseModel):

@@ -16,9 +16,6 @@ from flcompress.diffusion.contract import SamplingContract
 from flcompress.diffusion.experts import COMPONENTS, OTHER
 from flcompress.diffusion.sampling import Network, sample
 from flcompress.errors import RequestError
-from flcompress.exporters.onnx_model import MANIFEST_FILE
-from flcompress.exporters.shared.parity import Denoiser
-from flcompress.exporters.shared.partner import PARTNER_FOLDER
 from flcompress.models.configs import check_transformer_config, read_json
 from flcompress.models.families import family_of
 from flcompress.models.folder import check_parts
@@ -28,8 +25,8 @@ from flcompress.models.parts import Parts, open_parts
 from flcompress.models.tensor_memory import free_gpu_memory
 from flcompress.progress import ProgressSink
 from flcompress.runtime.clip_files import check_target, read_picture, write_clip
-from flcompress.runtime.inputs import tensors_of
-from flcompress.runtime.manifest import read_manifest, require_hash
+from flcompress.runtime.inputs import Session, tensors_of
+from flcompress.runtime.manifest import MANIFEST_FILE, PARTNER_FOLDER, read_manifest, require_hash
 from flcompress.runtime.onnx_session import PROVIDERS, OnnxSession, require_onnxruntime
 from flcompress.runtime.positions import with_positions
 from flcompress.runtime.tensorrt_api import cuda_driver
@@ -234,13 +231,13 @@ def _onnx_session(model: Path) -> OnnxSession:
     return OnnxSession(model, "cuda" if gpu else "cpu")
 
 
-def _as_network(denoiser: Denoiser, config: dict[str, Any], guidance: float | None) -> Network:
+def _as_network(session: Session, config: dict[str, Any], guidance: float | None) -> Network:
     """An exported transformer behind its family's adapter: the graph's inputs are the forward's tensors."""
     family = family_of(config["_class_name"])
 
     def call(x: torch.Tensor, timestep: torch.Tensor, given: Conditioning) -> torch.Tensor:
         arguments = family.arguments(config, x, timestep, given, guidance)
-        output = denoiser(tensors_of(with_positions(config, arguments)))
+        output = session(tensors_of(with_positions(config, arguments)))
         return family.prediction(config, output.to(x.device), x, timestep, given)
 
     return call

@@ -19,6 +19,15 @@ OUTPUT = "sample"
 """What the graph's one output is called: the transformer's own prediction, fp32."""
 
 
+Inputs = Mapping[str, Tensor]
+"""A transformer's forward arguments that are tensors, by name; see `tensors_of`."""
+
+Session = Callable[[Inputs], Tensor]
+"""A network behind a backend: named tensors -> the transformer's prediction, fp32."""
+
+Shapes = dict[str, list[int]]
+"""Input -> its shape."""
+
 Arguments = Callable[[Size, Sequence[float], int], dict[str, Any]]
 """(size, timesteps [batch], seed) -> the forward's keyword arguments."""
 

@@ -1,15 +1,29 @@
-"""Files that exporters write and read: hashes, JSON, copied components."""
+"""Files that exporters write and sessions read: their names, hashes, JSON, copied components."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from flcompress.core.program import Program
 from flcompress.errors import RequestError
+from flcompress.models.configs import read_json
+from flcompress.models.loading import meta_transformer
 from flcompress.models.stock_files import leftovers, stock_files
+from flcompress.tracing.lists import listed_blocks
+
+MANIFEST_FILE = "manifest.json"
+"""Name of the file that describes an ONNX or TensorRT export."""
+
+PARTNER_FOLDER = "partner"
+"""Folder of the partner's export, inside that of the compressed expert."""
+
+KEPT_FILE = "kept_blocks.json"
+"""Name of the file that maps the blocks of an exported transformer to those of its original."""
 
 KEPT_SUFFIXES = (".json", ".safetensors", ".model", ".txt")
 """What a component of a pipeline is made of; anything else (a pickle, an editor's leftover) is not exported."""
@@ -72,3 +86,14 @@ def copy_component(source: Path, target: Path) -> None:
             write_json(target / weights.plain_name(path), index)
         else:
             shutil.copyfile(path, target / (weights.plain_name(path) if path in weights.files else path.name))
+
+
+def partner_of(program: Program) -> Program | None:
+    """The program whose transformer is the partner, sampled by the same contract; None of a single transformer."""
+    if program.contract.experts is None:
+        return None
+    folder = program.components["partner"]
+    graph = listed_blocks(meta_transformer(folder))
+    every = {block.path: block.path for block in graph.blocks}
+    kept = read_json(folder / KEPT_FILE, "") if (folder / KEPT_FILE).is_file() else every
+    return replace(program.with_component("transformer", folder), graph=graph, kept=kept)

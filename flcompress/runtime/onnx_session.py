@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from flcompress.errors import UnavailableError
-from flcompress.exporters.shared.parity import Inputs
+from flcompress.runtime.inputs import Inputs
 
 MISSING = (
     "ONNX Runtime is not installed, which checks and runs ONNX exports; pip install 'flcompress[onnxruntime]', or "
@@ -26,7 +26,7 @@ def require_onnxruntime(what: str) -> None:
 
 
 class OnnxSession:
-    """Callable as a `flcompress.exporters.shared.parity.Denoiser`."""
+    """Callable as a `flcompress.runtime.inputs.Session`."""
 
     def __init__(self, model: Path, device: Literal["cpu", "cuda"] = "cpu", *, lean: bool = False) -> None:
         """Load `model` (its external data beside it).

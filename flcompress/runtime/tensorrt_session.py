@@ -8,9 +8,7 @@ from pathlib import Path
 import torch
 
 from flcompress.errors import FlcompressError, UnavailableError
-from flcompress.exporters.shared.parity import Inputs
-from flcompress.exporters.tensorrt_build.profiles import Shapes
-from flcompress.runtime.inputs import OUTPUT
+from flcompress.runtime.inputs import OUTPUT, Inputs, Shapes
 from flcompress.runtime.tensorrt_api import cuda_driver, load_tensorrt, log_into
 
 DEVICE = "cuda"
@@ -39,7 +37,7 @@ def runs_here(targets: Sequence[str]) -> bool:
 
 
 class TensorRTSession:
-    """Callable as a `flcompress.exporters.shared.parity.Denoiser`."""
+    """Callable as a `flcompress.runtime.inputs.Session`."""
 
     def __init__(self, engine: Path, builder: Mapping[str, str], shapes: Sequence[Mapping[str, Shapes]]) -> None:
         """Deserialize the engine.

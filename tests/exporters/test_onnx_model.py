@@ -20,7 +20,7 @@ from flcompress.exporters.onnx_graph import write
 from flcompress.exporters.onnx_graph.write import Axes, write_onnx
 from flcompress.exporters.onnx_model import OnnxExporter
 from flcompress.exporters.shared.parity import Parity, cases, compare, outputs
-from flcompress.exporters.shared.precision import TOLERANCES, Precision
+from flcompress.exporters.shared.weights import TOLERANCES, Precision
 from flcompress.models.loading import load_transformer
 from flcompress.runtime import onnx_session
 from flcompress.runtime.generate import generate
