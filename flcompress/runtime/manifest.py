@@ -14,7 +14,7 @@ from flcompress.errors import RequestError
 from flcompress.models.configs import read_json
 from flcompress.models.loading import meta_transformer
 from flcompress.models.stock_files import leftovers, stock_files
-from flcompress.tracing.lists import listed_blocks
+from flcompress.tracing.counting import listed_blocks
 
 MANIFEST_FILE = "manifest.json"
 """Name of the file that describes an ONNX or TensorRT export."""
