@@ -13,6 +13,7 @@ from flcompress.core.program import Fact, Program
 from flcompress.core.settings import EngineName, Range, Training
 from flcompress.core.steps import Cost, Pass, PassContext, Role
 from flcompress.errors import RequestError
+from flcompress.training.distillation.settings import NO_INTER, NO_INTRA, DistillationSettings
 
 
 class DistributionMatching(Pass):
@@ -77,19 +78,9 @@ class DistributionMatching(Pass):
         return self
 
     @property
-    def loras(self) -> bool:
-        """Whether a role is a LoRA."""
-        return "lora" in (self.fake_score, self.generator)
-
-    @property
-    def generator_shares(self) -> bool:
-        """Whether the generator is a LoRA on the real score's weights, without the prune set."""
-        return self.generator == "lora" and self.real_score == "elastic"
-
-    @property
-    def shares(self) -> bool:
-        """Whether any role is a LoRA on the real score's weights."""
-        return self.fake_score == "lora" or self.generator_shares
+    def settings(self) -> DistillationSettings:
+        """These arguments, as the distillation reads them."""
+        return DistillationSettings(**self.model_dump())
 
     def evaluations(self, evaluations: int) -> int:
         return self.student_steps
@@ -97,13 +88,13 @@ class DistributionMatching(Pass):
     @property
     def needs(self) -> frozenset[Fact]:
         needed = {Fact.TRAINED}
-        if self.intra_cfg != (0.0, 0.0):
+        if self.intra_cfg != NO_INTRA:
             needed.add(Fact.PRUNED)
         return frozenset(needed)
 
     @property
     def guides(self) -> bool:
-        return self.inter_cfg != (1.0, 1.0)
+        return self.inter_cfg != NO_INTER
 
     @property
     def needs_clips(self) -> bool:
@@ -120,7 +111,7 @@ class DistributionMatching(Pass):
                 f"dmd.gan_weight: {self.gan_weight:g} given with training.engine {engine}, expected 0: the "
                 "term reads the fake score from outside its engine; use local or ddp"
             )
-        if self.loras and engine == "zero3":
+        if self.settings.has_loras and engine == "zero3":
             return (
                 "training.engine: zero3 given with LoRA roles in dmd, expected local, ddp, zero1, zero2 or fsdp2: "
                 "DeepSpeed does not split weights that a LoRA lies on; use fsdp2"
@@ -134,7 +125,7 @@ class DistributionMatching(Pass):
         pruned = parameters / original
         of_generator, of_fake = (2.0 if kind == "lora" else 3.0 for kind in (self.generator, self.fake_score))
         simulate = pruned * (self.student_steps - 1) / 2.0
-        intra = pruned if self.intra_cfg != (0.0, 0.0) else 0.0
+        intra = pruned if self.intra_cfg != NO_INTRA else 0.0
         generator = simulate + pruned * of_generator + 1.0 + 2.0 + intra
         critic = simulate + pruned + of_fake
 
@@ -142,7 +133,7 @@ class DistributionMatching(Pass):
             own = lora_parameters(parameters, blocks, self.lora_rank) if kind == "lora" else parameters
             return Role(name, own, trained=True, moments=1, averaged=averaged, runs=parameters)
 
-        own_base = self.generator == "lora" and not self.generator_shares
+        own_base = self.generator == "lora" and not self.settings.generator_shares
         return Cost(
             steps=self.steps,
             forwards=self.steps * self.batch * (generator + self.critic_updates * critic),
@@ -151,7 +142,7 @@ class DistributionMatching(Pass):
             roles=(
                 role("generator", self.generator, parameters, blocks, averaged=True),
                 role("fake score", self.fake_score, original, blocks / pruned),
-                Role("shared base" if self.shares else "real score", original),
+                Role("shared base" if self.settings.shares else "real score", original),
                 *((Role("generator's base", parameters),) if own_base else ()),
             ),
         )
@@ -159,7 +150,7 @@ class DistributionMatching(Pass):
     def check(self, training: Training) -> None:
         if against := self._against(training.engine):
             raise RequestError(against)
-        if self.loras and training.compile:
+        if self.settings.has_loras and training.compile:
             raise RequestError(
                 "training.compile: true given with LoRA roles in dmd, expected false: every role's every layer would "
                 "be compiled by itself; set it to false, or fake_score and generator to full"
@@ -174,7 +165,7 @@ class DistributionMatching(Pass):
         from flcompress.training.loop import train
         from flcompress.training.shared_base import merge, unlike
 
-        if self.generator_shares:
+        if self.settings.generator_shares:
             parts = program.components
             odd = work.world.broadcast(lambda: unlike(parts["transformer"], parts["elastic"], program.kept))
             if odd:
@@ -184,7 +175,7 @@ class DistributionMatching(Pass):
                 )
         contract = student_contract(program.teacher_contract, self.student_steps, program.family.sigmas)
         started = time.monotonic()
-        roles = Roles(self, program, contract, engine_of(work))
+        roles = Roles(self.settings, program, contract, engine_of(work))
         steps = train(
             roles.step,
             roles.trained,
@@ -200,7 +191,8 @@ class DistributionMatching(Pass):
             work.world.main_only(f"saving what {self.name} trained")
             if self.generator == "lora":
                 whole = load_transformer(program.components["transformer"]).state_dict()
-                weights = merge(whole, weights, program.kept if self.generator_shares else {b: b for b in program.kept})
+                paths = program.kept if self.settings.generator_shares else {path: path for path in program.kept}
+                weights = merge(whole, weights, paths)
             save_transformer(program.components["transformer"], weights, target)
             result = {
                 "sigmas": list(contract.sigmas),

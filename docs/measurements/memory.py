@@ -91,7 +91,7 @@ def child(model: str, folder: Path, name: str, training: dict[str, Any]) -> dict
     alive, before = Alive(given=True), psutil.Process().memory_info().rss
     reset_peak()
     with alive:
-        made = Roles(step, program, contract, engine_of(work))
+        made = Roles(step.settings, program, contract, engine_of(work))
         for number in (1, 2):
             with made.engine.forward_mode():
                 made.step(number, Draws(0, "memory", number, batch=step.batch))

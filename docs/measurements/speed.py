@@ -32,7 +32,7 @@ from flcompress.tracing.skip import skip
 from flcompress.tracing.tracer import trace
 from flcompress.training.engines import Hyper, engine_of
 from flcompress.training.loop import train
-from flcompress.training.role import Trained
+from flcompress.training.role import TrainedRole
 
 TEACHER = Path("recipes/moving-digits/teacher/transformer")
 BATCH, ROUNDS, TOKENS = 16, 24, 16
@@ -127,13 +127,14 @@ def _loop() -> None:
         with tempfile.TemporaryDirectory() as folder:
             work = PassContext(directory=Path(folder), seed=0, data=_no_data, progress=lambda done, total, values: None)
             engine = engine_of(work)
-            role = Trained(engine, "model", here.model, batch=BATCH, hyper=Hyper(learning_rate=1e-6))
+            role = TrainedRole(engine, "model", here.model, batch=BATCH, hyper=Hyper(learning_rate=1e-6))
+
+            def loss(draws: Draws) -> torch.Tensor:
+                noise = draws.normal(*LATENTS)
+                return (here.network(noise, here.timestep, here.given) - noise).square().mean()
 
             def train_step(step: int, draws: Draws) -> dict[str, float]:
-                for part in role.micro_batches(draws):
-                    noise = part.normal(*LATENTS)
-                    role.backward((here.network(noise, here.timestep, here.given) - noise).square().mean(), part)
-                return role.step()
+                return role.update(draws, loss)
 
             train(train_step, [role], engine=engine, name="speed", steps=steps, batch=BATCH)
 

@@ -19,10 +19,10 @@ from flcompress.errors import Preempted, RequestError, TrainingError
 from flcompress.files import append_line, lines_of, sync, write_text
 from flcompress.training.checkpoint import Checkpoints, Kind
 from flcompress.training.engines import Engine
-from flcompress.training.role import Trained
+from flcompress.training.role import TrainedRole
 from flcompress.training.watching.monitor import BREACHES_FILE, REDRAWS_FILE, Watch
 from flcompress.training.watching.strips import STRIPS, strip_of
-from flcompress.training.watching.trackers import figures_of, trackers
+from flcompress.training.watching.trackers import Tracker, trackers
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -31,7 +31,7 @@ TrainStep = Callable[[int, Draws], Mapping[str, float]]
 
 def train(
     train_step: TrainStep,
-    roles: Sequence[Trained],
+    roles: Sequence[TrainedRole],
     *,
     engine: Engine,
     name: str,
@@ -39,23 +39,23 @@ def train(
     batch: int,
     watch: Watch | None = None,
 ) -> int:
-    """Run `train_step` for `steps` steps; go on from the last checkpoint in the work's directory if there is one.
+    """Run `train_step` for `steps` steps; resume from the last checkpoint in the work's directory if there is one.
 
     Every process of the work's world calls it, with the same arguments.
 
     Args:
-        train_step: does the updates of one step with the given draws and returns what to log: means over this
-            process's samples.
+        train_step: does the updates of one step with its draws and returns what to log: means over this process's
+            samples.
         roles: the models it trains; they are checkpointed together.
         engine: theirs. Its work's directory holds `metrics.jsonl`, one object a step, and the checkpoints.
         name: seeds the draws, with the recipe's seed and the step: a resumed run draws the same.
         steps: number of steps.
         batch: samples of a step, over all processes.
-        watch: looks before the first step, every so many steps and after the last, and judges these figures and those
-            of every step.
+        watch: makes held-out evaluations before the first step, at its interval and after the last step, and judges
+            their figures and those of every step.
 
     Returns:
-        The step whose weights the roles have: the last one, or the best look's where the watch sent them back to it.
+        The step whose weights the roles have: the last one, or the best evaluation's where the watch rolled back.
 
     Raises:
         RequestError: the processes do not divide the batch, or the checkpoint was written by others.
@@ -66,65 +66,19 @@ def train(
     world = work.world
     if batch % world.size:
         raise RequestError(f"{name}: batch {batch} given, expected a multiple of the {world.size} processes")
-    checkpoints = Checkpoints(work.directory, world, engine.layout, work.say)
-    log, redraws = work.directory / METRICS_FILE, work.directory / REDRAWS_FILE
-    start = _restore(checkpoints, roles)
-    if world.main:
-        work.directory.mkdir(parents=True, exist_ok=True)
-        for file in (log, redraws, work.directory / BREACHES_FILE):
-            _truncate(file, start)
-    logged = _logged(log) if world.main else []
-    if watch is not None:
-        watch.resume(logged)
-
-    def write(record: Mapping[str, float]) -> None:
-        if world.main:
-            append_line(log, json.dumps(record))
-            for tracker in tracked:
-                tracker.log(int(record["step"]), figures_of(record))
-
-    def look(step: int) -> bool:
-        """Whether to go back to the best look."""
-        if watch is None or not (step in (0, steps) or step % watch.every == 0):
-            return False
-        world.heartbeat(f"held-out figures of step {step}")
-        with engine.forward_mode(), world.exchanging():
-            figures, again = watch.look(step), watch.again(step)
-        if figures:
-            write({"step": step, **figures})
-        if again.draws and world.main:
-            append_line(redraws, json.dumps({"step": step, **asdict(again)}))
-        strip = strip_of(work.directory, step)
-        for tracker in tracked if strip.exists() else ():
-            tracker.picture(step, STRIPS, strip)
-        back = watch.judge(step, figures, again)
-        if watch.best[0] == step > 0:
-            checkpoints.save(step, _stored(roles), "best")
-        return back
-
-    saved = time.monotonic()
-    with _termination(name, world) as asked, trackers(work, name, start, logged) as tracked:
+    run = _Run(train_step, roles, engine, name, batch, watch)
+    start, logged = run.resume()
+    with _termination(name, world) as preempted, trackers(work, name, start, logged) as run.trackers:
         if start == 0:
-            look(0)
+            run.evaluate(0)
         for step in range(start + 1, steps + 1):
-            world.heartbeat(f"step {step}")
-            draws = Draws(work.seed, name, step, batch=batch, rank=world.rank, processes=world.size)
-            torch.manual_seed(seed_of(work.seed, name, step, "model", world.rank))  # dropout, where a model has it
-            with engine.forward_mode(), world.exchanging():
-                values = dict(train_step(step, draws))
-            due = time.monotonic() - saved >= work.checkpoint_seconds
-            agreed = world.all_mean({**values, _SAVE: float(due and world.main), _END: float(asked.is_set())})
-            save, end = agreed.pop(_SAVE) > 0, agreed.pop(_END) > 0
-            write({"step": step, **agreed})
-            work.progress(step, steps, agreed)
-            if (watch is not None and watch.judge(step, agreed)) or look(step):
-                return _back_to_best(checkpoints, roles)
-            if step == steps or save or end:
-                if world.main:
-                    for file in filter(Path.exists, (log, redraws)):
-                        sync(file)  # what was logged before a checkpoint must not be lost where that is kept
-                checkpoints.save(step, _stored(roles))
-                saved = time.monotonic()
+            figures, due, end = run.step(step, preempted)
+            run.record(step, figures)
+            work.progress(step, steps, figures)
+            if run.judge(step, figures, last=step == steps):
+                return run.roll_back()
+            if step == steps or due or end:
+                run.save(step)
             if end:
                 raise Preempted(
                     f"{name}: ended by SIGTERM after step {step} of {steps}; a checkpoint was written, "
@@ -133,46 +87,142 @@ def train(
     return steps
 
 
+class _Run:
+    """The bookkeeping around the steps of one training: draws, logs, held-out evaluations and checkpoints.
+
+    Args: those of `train`.
+
+    Attributes:
+        trackers: where figures go in addition to `metrics.jsonl`.
+    """
+
+    trackers: Sequence[Tracker] = ()
+
+    def __init__(
+        self,
+        train_step: TrainStep,
+        roles: Sequence[TrainedRole],
+        engine: Engine,
+        name: str,
+        batch: int,
+        watch: Watch | None,
+    ) -> None:
+        self._train_step, self._roles, self._engine = train_step, roles, engine
+        self._name, self._batch, self._watch = name, batch, watch
+        self._work = work = engine.work
+        self._world = work.world
+        self._log, self._redraws = work.directory / METRICS_FILE, work.directory / REDRAWS_FILE
+        self._checkpoints = Checkpoints(work.directory, work.world, engine.layout, work.say)
+        self._saved = time.monotonic()
+
+    def resume(self) -> tuple[int, list[dict[str, float]]]:
+        """Take up the last checkpoint; return its step, 0 without one, and what was logged up to there."""
+        start = self._restore("step")
+        logged: list[dict[str, float]] = []
+        if self._world.main:
+            self._work.directory.mkdir(parents=True, exist_ok=True)
+            for file in (self._log, self._redraws, self._work.directory / BREACHES_FILE):
+                _truncate(file, start)
+            logged = _logged(self._log)
+        if self._watch is not None:
+            self._watch.resume(logged)
+        self._saved = time.monotonic()
+        return start, logged
+
+    def step(self, step: int, preempted: threading.Event) -> tuple[dict[str, float], bool, bool]:
+        """Train one step; return its figures, and whether to checkpoint and to end after it, as all processes agree."""
+        work, world = self._work, self._world
+        world.heartbeat(f"step {step}")
+        draws = Draws(work.seed, self._name, step, batch=self._batch, rank=world.rank, processes=world.size)
+        torch.manual_seed(seed_of(work.seed, self._name, step, "model", world.rank))  # dropout, where a model has it
+        with self._engine.forward_mode(), world.exchanging():
+            values = dict(self._train_step(step, draws))
+        due = time.monotonic() - self._saved >= work.checkpoint_seconds
+        agreed = world.all_mean({**values, _SAVE: float(due and world.main), _END: float(preempted.is_set())})
+        save, end = agreed.pop(_SAVE) > 0, agreed.pop(_END) > 0
+        return agreed, save, end
+
+    def record(self, step: int, figures: Mapping[str, float]) -> None:
+        """Write the figures of a step or of an evaluation to the log and the trackers."""
+        if self._world.main:
+            append_line(self._log, json.dumps({"step": step, **figures}))
+            for tracker in self.trackers:
+                tracker.log(step, figures)
+
+    def judge(self, step: int, figures: Mapping[str, float], *, last: bool) -> bool:
+        """Judge a step, and evaluate after it where that is due; return whether to roll back to the best evaluation."""
+        if (watch := self._watch) is None or watch.judge(step, figures):
+            return watch is not None
+        return (last or step % watch.every == 0) and self.evaluate(step)
+
+    def evaluate(self, step: int) -> bool:
+        """Make a held-out evaluation and judge it; return whether to roll back to the best one."""
+        if (watch := self._watch) is None:
+            return False
+        self._world.heartbeat(f"held-out figures of step {step}")
+        with self._engine.forward_mode(), self._world.exchanging():
+            figures, again = watch.look(step), watch.again(step)
+        if figures:
+            self.record(step, figures)
+        if again.draws and self._world.main:
+            append_line(self._redraws, json.dumps({"step": step, **asdict(again)}))
+        strip = strip_of(self._work.directory, step)
+        for tracker in self.trackers if strip.exists() else ():
+            tracker.picture(step, STRIPS, strip)
+        back = watch.judge(step, figures, again)
+        if watch.best[0] == step > 0:
+            self._save(step, "best")
+        return back
+
+    def save(self, step: int) -> None:
+        """Write the checkpoint of a step."""
+        if self._world.main:
+            for file in filter(Path.exists, (self._log, self._redraws)):
+                sync(file)  # what was logged before a checkpoint must not be lost where that is kept
+        self._save(step, "step")
+        self._saved = time.monotonic()
+
+    def roll_back(self) -> int:
+        """Take up the best evaluation's checkpoint; return its step."""
+        step = self._restore("best")
+        if step == 0:
+            folder = self._checkpoints.directory
+            raise TrainingError(f"{folder}: the best look's checkpoint is gone or damaged; start this again")
+        return step
+
+    def _save(self, step: int, kind: Kind) -> None:
+        tensors = {f"{role.name}/{key}": value for role in self._roles for key, value in role.checkpoint().items()}
+        self._checkpoints.save(step, tensors, kind)
+
+    def _restore(self, kind: Kind) -> int:
+        step, tensors = self._checkpoints.load(kind)
+        for role in self._roles if step else ():
+            prefix = f"{role.name}/"
+            role.restore({key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)})
+        return step
+
+
 _SAVE, _END = "save", "end"
-
-
-def _stored(roles: Sequence[Trained]) -> dict[str, torch.Tensor]:
-    return {f"{role.name}/{key}": value for role in roles for key, value in role.checkpoint().items()}
-
-
-def _back_to_best(checkpoints: Checkpoints, roles: Sequence[Trained]) -> int:
-    step = _restore(checkpoints, roles, "best")
-    if step == 0:
-        raise TrainingError(f"{checkpoints.directory}: the best look's checkpoint is gone or damaged; start this again")
-    return step
-
-
-def _restore(checkpoints: Checkpoints, roles: Sequence[Trained], kind: Kind = "step") -> int:
-    step, tensors = checkpoints.load(kind)
-    for role in roles if step else ():
-        prefix = f"{role.name}/"
-        role.restore({key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)})
-    return step
 
 
 @contextmanager
 def _termination(name: str, world: World) -> Iterator[threading.Event]:
     """An event that SIGTERM sets, instead of ending the process at once."""
-    asked = threading.Event()
+    preempted = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield asked
+        yield preempted
         return
 
-    def ask(number: int, frame: object) -> None:
-        asked.set()
+    def preempt(number: int, frame: object) -> None:
+        preempted.set()
         world.ending()
 
-    before = signal.signal(signal.SIGTERM, ask)
+    before = signal.signal(signal.SIGTERM, preempt)
     try:
-        yield asked
+        yield preempted
     finally:
         signal.signal(signal.SIGTERM, before)
-    if asked.is_set():  # too late for the last step to see it; everything is saved
+    if preempted.is_set():  # too late for the last step to see it; everything is saved
         raise Preempted(f"{name}: ended by SIGTERM after its last step; the same command goes on from there")
 
 

@@ -1,10 +1,12 @@
-"""A model in training: its learning rate, its moving average, and the guard before every step."""
+"""A model in training: its updates, its learning rate, its moving average, and the guard before every step."""
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,14 +16,29 @@ from flcompress.errors import TrainingError
 from flcompress.training.engines import Engine, Hyper, NotFinite
 
 
-class Trained:
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """The loss of a micro batch, where an objective hands over more than its value.
+
+    Attributes:
+        value: scalar, the mean over the micro batch's samples.
+        figures: name -> scalar mean over the same samples, to be logged.
+        per_sample: name -> one value for each of them [n], logged as name_mean, name_min and name_max of the batch.
+        backward_context: entered around the backward, which recomputes blocks under gradient checkpointing.
+    """
+
+    value: torch.Tensor
+    figures: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    per_sample: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    backward_context: AbstractContextManager[None] = field(default_factory=nullcontext)
+
+
+class TrainedRole:
     """One trained role (a generator, a critic, ...) with AdamW, gradient clipping and an optional moving average.
 
-    An update is
+    An objective hands over its loss; micro batches, the backward, the step and the figures are the role's:
 
-        for part in role.micro_batches(draws):
-            role.backward(loss_of(part), part)
-        figures = role.step()
+        figures = role.update(draws, loss_of)
 
     Args:
         engine: what shares it over the processes.
@@ -29,13 +46,14 @@ class Trained:
         model: the module whose parameters with `requires_grad` are trained.
         batch: samples of a step, over all processes.
         hyper: of the optimiser.
-        ema_decay: decay of the moving average, or None for none. It starts from the model as given here, so load
+        ema_decay: decay of the moving average, or None for none. It starts from the model as passed here, so load
             weights first: an average that starts from other weights stays anchored to them.
         schedule: step -> factor on the learning rate; constant where None.
 
     Attributes:
-        model: the module as given; paths of blocks lead into it.
+        model: the module that was passed; paths of blocks lead into it.
         module: what is called, so that the engine sees every forward.
+        updates: optimiser steps taken so far.
     """
 
     def __init__(
@@ -60,25 +78,50 @@ class Trained:
         shards = self._wrapped.shards()
         self._ema = {name: one.clone() for name, one in shards.items()} if ema_decay is not None else None
 
-    def micro_batches(self, draws: Draws) -> Iterator[Draws]:
-        """This process's samples of a batch, as many at a time as the training allows; see `Draws.micro_batches`."""
+    def update(self, draws: Draws, loss_of: Callable[[Draws], torch.Tensor | Loss]) -> dict[str, float]:
+        """Take one optimiser step on the loss of a batch; all processes together.
+
+        Args:
+            draws: this process's samples. They are drawn in micro batches of as many as the training allows at once;
+                see `Draws.micro_batches`.
+            loss_of: draws of a micro batch -> its loss, a scalar mean over its samples, or a `Loss`.
+
+        Returns:
+            What to log: the loss of the batch and the gradient norm, then the figures of the `Loss`.
+
+        Raises:
+            TrainingError: the loss or its gradient is not finite in some process; nothing was changed.
+        """
+        figures: dict[str, float] = defaultdict(float)
+        per_sample: dict[str, torch.Tensor] = {}
         for part in draws.micro_batches(self._at_once):
             with self._wrapped.micro_batch(last=part.mine.stop == draws.mine.stop):
-                yield part
+                result = loss_of(part)
+                loss = result if isinstance(result, Loss) else Loss(value=result)
+                with loss.backward_context:
+                    self._backward(loss.value, part)
+            for name, value in loss.figures.items():
+                figures[name] += part.share * float(value)
+            for name, values in loss.per_sample.items():
+                batch = per_sample.setdefault(name, torch.zeros(draws.batch, dtype=torch.float64))
+                batch[part.mine] = values.double().cpu()
+        logged = {**self._step(), **figures}
+        for name, batch in per_sample.items():
+            everyone = self._of_all(batch)
+            logged[f"{name}_mean"] = float(everyone.mean())
+            logged[f"{name}_min"] = float(everyone.min())
+            logged[f"{name}_max"] = float(everyone.max())
+        return logged
 
-    def backward(self, loss: torch.Tensor, part: Draws) -> None:
-        """Back-propagate the loss of a micro batch, a mean over its samples; gradients add up to those of the batch."""
+    def _backward(self, loss: torch.Tensor, part: Draws) -> None:
+        """Back-propagate the loss of a micro batch; gradients add up to those of the batch."""
         self._loss = self._loss + part.share * loss.detach()
         self._world.heartbeat()
         self._wrapped.backward(part.share * loss)
         self._world.heartbeat()
 
-    def step(self) -> dict[str, float]:
-        """Take one optimiser step; all processes together. The loss is that of the batch.
-
-        Raises:
-            TrainingError: the loss or its gradient is not finite in some process; nothing was changed.
-        """
+    def _step(self) -> dict[str, float]:
+        """Take the optimiser step after the last micro batch."""
         value = self._world.all_mean({"loss": float(self._loss)})["loss"]
         self._loss = 0.0
         if not math.isfinite(value):
@@ -96,6 +139,15 @@ class Trained:
             decay = min(self.ema_decay, (1.0 + self.updates) / (10.0 + self.updates))
             torch._foreach_lerp_(list(self._ema.values()), list(self._wrapped.shards().values()), 1.0 - decay)
         return {f"{self.name}_loss": value, f"{self.name}_grad_norm": norm}
+
+    def _of_all(self, values: torch.Tensor) -> torch.Tensor:
+        """Return one number for each sample of the batch, in every process.
+
+        Args:
+            values: [batch], zero for the samples of other processes.
+        """
+        sums = self._world.all_mean({str(n): one * self._world.size for n, one in enumerate(values.tolist())})
+        return torch.tensor(list(sums.values()))
 
     def clear(self) -> None:
         """Throw away gradients that another role's loss left here."""

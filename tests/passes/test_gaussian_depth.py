@@ -16,7 +16,7 @@ from flcompress.passes.importance import Importance
 from flcompress.passes.pretrain import Pretrain
 from flcompress.passes.stochastic_depth import StochasticDepth
 from flcompress.training.loop import METRICS_FILE
-from flcompress.training.role import Trained
+from flcompress.training.role import TrainedRole
 from flcompress.training.watching.held_out import HeldOutELBO
 from tests.fixtures.gaussian import (
     COVARIANCE,
@@ -45,9 +45,9 @@ class Kept:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.rows: list[dict[str, Any]] = []
         self._last: dict[str, Tensor] = {}
-        backward, forward, batch = Trained.backward, Exact.forward, Clips.batch
+        backward, forward, batch = TrainedRole._backward, Exact.forward, Clips.batch
 
-        def kept_backward(role: Trained, loss: Tensor, part: Any) -> None:
+        def kept_backward(role: TrainedRole, loss: Tensor, part: Any) -> None:
             row: dict[str, Any] = {"loss": loss.detach().clone(), **self._last}
             row["weights"] = {name: one.detach().clone() for name, one in role.model.named_parameters()}
             backward(role, loss, part)
@@ -64,7 +64,7 @@ class Kept:
             self._last["x0"] = found[0].flatten(1)
             return found
 
-        monkeypatch.setattr(Trained, "backward", kept_backward)
+        monkeypatch.setattr(TrainedRole, "_backward", kept_backward)
         monkeypatch.setattr(Exact, "forward", kept_forward)
         monkeypatch.setattr(Clips, "batch", kept_batch)
 

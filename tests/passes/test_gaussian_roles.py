@@ -53,7 +53,7 @@ def test_the_critic_ends_at_the_generators_own_distribution(tmp_path: Path, kind
     roles, *_ = roles_of(tmp_path, kind, BELOW, critic_learning_rate=0.05)
     fake, means, covariances = roles.trained[1].model, [], []
     for number in range(100):
-        roles._update_critic(draws(number, batch=64))
+        roles.update_critic(draws(number, batch=64))
         if number >= 50:  # its steps do not die down: their mean is at the fixed point
             means.append(mean_of(fake))
             covariances.append(fake.covariance.detach().double())
@@ -79,7 +79,7 @@ def test_levels_are_spread_evenly_over_the_score_range_and_then_shifted(tmp_path
     """Unshifted they lie one in each of as many strata of [0.1, 0.8] as there are samples: F(s) is exact to 1 / n."""
     roles, *_ = roles_of(tmp_path, "flow", BELOW, score_range=(0.1, 0.8))
     fake, teacher = Calls(roles.trained[1].model), Calls(roles.teacher)
-    getattr(roles, f"_update_{update}")(draws())
+    getattr(roles, f"update_{update}")(draws())
     seen = [fake, teacher] if update == "generator" else [fake]
     for calls in seen:
         (timesteps,) = calls.timesteps
@@ -97,7 +97,7 @@ def test_what_the_critic_meets_has_the_noise_of_its_level(tmp_path: Path) -> Non
     """Of a generator that gives a constant: (x_s - (1 - s) c) / s is standard normal, and the target is that less c."""
     roles, *_ = roles_of(tmp_path, "flow", (0.0, (0.5, -0.25)))
     calls, losses = Calls(roles.trained[1].model), spied(roles, 1)
-    roles._update_critic(draws(batch=512))
+    roles.update_critic(draws(batch=512))
     s = (calls.timesteps[0] / 1000.0).reshape(-1, 1, 1, 1, 1)
     constant = torch.tensor([0.5, -0.25]).reshape(1, 1, 2, 1, 1)
     noise = (calls.x[0] - (1.0 - s) * constant) / s
@@ -112,26 +112,26 @@ def spied(roles: Roles, place: int) -> list[Tensor]:
     """The losses that a role is given from now on."""
     losses: list[Tensor] = []
     role = roles.trained[place]
-    backward = role.backward
+    backward = role._backward
 
     def keep(loss: Tensor, part: Draws) -> None:
         losses.append(loss.detach().clone())
         backward(loss, part)
 
-    role.backward = keep  # type: ignore[method-assign]
+    role._backward = keep  # type: ignore[method-assign]
     return losses
 
 
 def gradients(roles: Roles, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
     """Those of the generator just before its next step, filled in by that step."""
     found: dict[str, Tensor] = {}
-    step = roles.generator.step
+    step = roles.generator._step
 
     def keep() -> dict[str, float]:
         found.update({name: one.grad.clone() for name, one in roles.generator.model.named_parameters()})
         return step()
 
-    monkeypatch.setattr(roles.generator, "step", keep)
+    monkeypatch.setattr(roles.generator, "_step", keep)
     return found
 
 
@@ -147,7 +147,7 @@ def test_the_generators_gradient(tmp_path: Path, kind: str, gan: float, monkeypa
         fake.blocks[0].by.add_(0.3)
     generated, met = Calls(roles.generator.model), Calls(fake)
     found = gradients(roles, monkeypatch)
-    roles._update_generator(draws())
+    roles.update_generator(draws())
     # What the student's one level gave: x0 = A e + c of the noise that it met.
     noise = generated.x[0].flatten(1).double()
     weight, bias = (one.detach().double().requires_grad_() for one in before(ABOVE))
@@ -187,7 +187,7 @@ def test_the_generators_step_leaves_nothing_in_the_critic(tmp_path: Path, gan: f
     roles.step(1, draws(1))
     assert all(one.grad is None or not one.grad.any() for one in critic.model.parameters())
     kept = [one.detach().clone() for one in critic.model.parameters()]
-    roles._update_generator(draws(2))
+    roles.update_generator(draws(2))
     assert all(one.grad is None or not one.grad.any() for one in critic.model.parameters())
     assert all(torch.equal(one, other) for one, other in zip(kept, critic.model.parameters(), strict=True))
     assert all(not one.requires_grad for one in roles.teacher.parameters())
@@ -200,7 +200,7 @@ def test_the_discriminator_learns_to_tell_data_from_samples(tmp_path: Path) -> N
     roles._data = data
     critic: Any = roles.trained[1].model
     for number in range(40):
-        roles._update_critic(draws(number))
+        roles.update_critic(draws(number))
     timestep = torch.full((BATCH,), 100.0)
     given = data.given(BATCH)
     logits = [
@@ -218,7 +218,7 @@ def test_the_critics_loss_with_the_adversarial_term(tmp_path: Path) -> None:
     calls, losses = Calls(critic.score), spied(roles, 1)
     logits: list[Tensor] = []
     critic.register_forward_hook(lambda module, args, output: logits.append(output[1].detach().clone()))
-    roles._update_critic(draws())
+    roles.update_critic(draws())
     (loss,) = losses
     s = (calls.timesteps[0] / 1000.0).reshape(-1, 1, 1, 1, 1)
     constant = torch.tensor([0.5, -0.25]).reshape(1, 1, 2, 1, 1)
@@ -237,7 +237,7 @@ def test_the_figures_of_a_step(tmp_path: Path) -> None:
     with torch.no_grad():
         roles.trained[1].model.blocks[0].by.add_(0.4)
     generated, teacher, fake = Calls(roles.generator.model), Calls(roles.teacher), Calls(roles.trained[1].model)
-    found = roles._update_generator(draws())
+    found = roles.update_generator(draws())
     s = (teacher.timesteps[0] / 1000.0).reshape(-1, 1, 1, 1, 1)
     x = generated.x[0] - generated.outputs[0]
     real, fake_x0 = (calls.x[0] - s * calls.outputs[0] for calls in (teacher, fake))

@@ -66,7 +66,7 @@ def roles_of(
     }
     step = DistributionMatching(student_steps=student_steps, **{**given, **settings})
     program = program_of(teacher, graph_of(real), ["blocks.1"], shape)
-    return Roles(step, program, contract, engine), step, engine
+    return Roles(step.settings, program, contract, engine), step, engine
 
 
 @pytest.mark.parametrize(

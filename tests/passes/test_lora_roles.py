@@ -20,7 +20,7 @@ from flcompress.passes.dmd import DistributionMatching
 from flcompress.progress import QuietDisplay
 from flcompress.tracing.skip import graph_of, skip
 from flcompress.training.engines import replicated
-from flcompress.training.role import Trained
+from flcompress.training.role import TrainedRole
 from flcompress.training.shared_base import LoRA, SharedBase, merge
 from tests.fixtures.rounding import rounding
 from tests.fixtures.tiny import tiny_pipeline
@@ -117,15 +117,15 @@ def test_a_run_that_is_killed_goes_on_bit_for_bit(folder: Path, monkeypatch: pyt
     store = folder / "store-killed"
     shutil.copytree(folder / "store", store, ignore=shutil.ignore_patterns("*-dmd-*"))
     overrides = ["training.checkpoint_seconds=0"]
-    step = Trained.step
+    step = TrainedRole._step
 
-    def killed(role: Trained) -> dict[str, float]:
+    def killed(role: TrainedRole) -> dict[str, float]:
         if role.name == "generator" and role.updates == 1:
             raise KeyboardInterrupt
         return step(role)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trained, "step", killed)
+        patch.setattr(TrainedRole, "_step", killed)
         with pytest.raises(KeyboardInterrupt):
             apply(
                 folder / "plain.yaml",

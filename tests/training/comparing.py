@@ -19,7 +19,7 @@ from flcompress.draws import Draws
 from flcompress.driver.rundir import RunDirectory
 from flcompress.training.engines import Hyper
 from flcompress.training.engines.optimiser import optimiser
-from flcompress.training.role import Trained
+from flcompress.training.role import TrainedRole
 from tests.fixtures.rounding import rounding
 from tests.training.home import Home
 from tests.training.processes import Hook, run
@@ -57,23 +57,23 @@ class ShareForgotten:
     """A fault: every micro batch counts as much as the others, whatever its size."""
 
     def __call__(self) -> None:
-        def backward(self: Trained, loss: torch.Tensor, part: Draws) -> None:
+        def backward(self: TrainedRole, loss: torch.Tensor, part: Draws) -> None:
             self._loss = self._loss + part.share * loss.detach()
             self._wrapped.backward(loss)
 
-        Trained.backward = backward  # type: ignore[method-assign]
+        TrainedRole._backward = backward  # type: ignore[method-assign]
 
 
 class LastDropped:
     """A fault: the gradient of a batch's last micro batch is lost."""
 
     def __call__(self) -> None:
-        def backward(self: Trained, loss: torch.Tensor, part: Draws) -> None:
+        def backward(self: TrainedRole, loss: torch.Tensor, part: Draws) -> None:
             self._loss = self._loss + part.share * loss.detach()
             last = part.mine.stop == part.batch and part.share < 1.0
             self._wrapped.backward(part.share * loss * (0.0 if last else 1.0))
 
-        Trained.backward = backward  # type: ignore[method-assign]
+        TrainedRole._backward = backward  # type: ignore[method-assign]
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ class Half(World):
         self.seen: list[Mapping[str, float]] = []
         self.other: list[Mapping[str, float]] = []
 
-    def mean(self, values: Mapping[str, float]) -> dict[str, float]:
+    def all_mean(self, values: Mapping[str, float]) -> dict[str, float]:
         self.seen.append(values)
         other = self.other[len(self.seen) - 1] if self.other else values
         assert list(other) == list(values)

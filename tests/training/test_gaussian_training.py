@@ -21,7 +21,7 @@ from flcompress.training.distillation.guided_teacher import GuidedTeacher
 from flcompress.training.engines import Hyper
 from flcompress.training.engines.replicated import Local
 from flcompress.training.objectives import denoising_loss, draw_levels
-from flcompress.training.role import Trained, warmup_cosine
+from flcompress.training.role import TrainedRole, warmup_cosine
 from flcompress.training.watching.held_out import HeldOutELBO
 from tests.fixtures.gaussian import (
     COVARIANCE,
@@ -158,18 +158,17 @@ class Two(nn.Module):
         return self.free.sum()
 
 
-def free_of(role: Trained) -> float:
+def free_of(role: TrainedRole) -> float:
     return float(role.model.free.detach())
 
 
 def test_the_moving_average(tmp_path: Path) -> None:
     """e <- d e + (1 - d) p with d = min(decay, (1 + n) / (10 + n)), from the weights as they were given."""
-    role = Trained(Local(work_in(tmp_path)), "one", Two(), batch=1, hyper=Hyper(learning_rate=0.5), ema_decay=0.3)
-    expected, part = 2.0, next(iter(role.micro_batches(draws(batch=1))))
+    role = TrainedRole(Local(work_in(tmp_path)), "one", Two(), batch=1, hyper=Hyper(learning_rate=0.5), ema_decay=0.3)
+    expected = 2.0
     assert float(role.averaged_state()["free"]) == 2.0
     for number in range(1, 6):
-        role.backward(role.module().square(), part)
-        role.step()
+        role.update(draws(batch=1), lambda draws: role.module().square())
         live = free_of(role)
         decay = min(0.3, (1 + number) / (10 + number))
         expected = decay * expected + (1 - decay) * live
@@ -186,18 +185,16 @@ def test_the_moving_average(tmp_path: Path) -> None:
 def test_steps_follow_the_gradient_at_the_rate_of_the_schedule(tmp_path: Path) -> None:
     """AdamW's first steps are as long as the rate, whatever the gradient, and lead downhill."""
     rates = (1.0, 0.5, 0.0)
-    role = Trained(
+    role = TrainedRole(
         Local(work_in(tmp_path)), "one", Two(), batch=1, hyper=Hyper(learning_rate=0.1), schedule=rates.__getitem__
     )
-    part = next(iter(role.micro_batches(draws(batch=1))))
     for rate in rates:
         before = free_of(role)
-        role.backward(3.0 * role.module(), part)
-        figures = role.step()
+        figures = role.update(draws(batch=1), lambda draws: 3.0 * role.module())
         assert before - free_of(role) == pytest.approx(0.1 * rate, rel=1e-4)
         assert figures == {"one_loss": pytest.approx(3.0 * before), "one_grad_norm": pytest.approx(3.0)}
     assert float(role.model.held) == 7.0
-    role.backward(role.module(), part)
+    role.module().backward()
     role.clear()
     assert role.model.free.grad is None
 
@@ -254,7 +251,7 @@ class Share(World):
         super().__init__(rank, 2)
         self.given: Mapping[str, float] = {}
 
-    def mean(self, values: Mapping[str, float]) -> dict[str, float]:
+    def all_mean(self, values: Mapping[str, float]) -> dict[str, float]:
         self.given = values
         return dict(values)
 

@@ -16,7 +16,7 @@ from flcompress.draws import Draws
 from flcompress.errors import TrainingError
 from flcompress.training import loop
 from flcompress.training.engines import Engine, Hyper, engine_of, replicated
-from flcompress.training.role import Trained
+from flcompress.training.role import TrainedRole
 from flcompress.training.watching.monitor import Watch
 from tests.fixtures.rounding import rounding
 from tests.training.comparing import LastDropped, ShareForgotten, smooth
@@ -44,20 +44,22 @@ def engine(folder: Path = Path(), checkpoint_seconds: float = 60.0, micro_batch:
     return engine_of(work)
 
 
-def role(micro_batch: int | None = None) -> Trained:
+def role(micro_batch: int | None = None) -> TrainedRole:
     torch.manual_seed(0)
     sharing, hyper = engine(micro_batch=micro_batch), Hyper(learning_rate=0.1)
-    return Trained(sharing, "model", nn.Linear(3, 1), batch=8, hyper=hyper, ema_decay=0.9)
+    return TrainedRole(sharing, "model", nn.Linear(3, 1), batch=8, hyper=hyper, ema_decay=0.9)
 
 
-def run(trained: Trained, folder: Path, steps: int, fail_at: int | None = None, *, seconds: float = 0.0) -> None:
+def run(trained: TrainedRole, folder: Path, steps: int, fail_at: int | None = None, *, seconds: float = 0.0) -> None:
     def train_step(step: int, draws: Draws) -> Mapping[str, float]:
         if step == fail_at:
             raise KeyboardInterrupt
-        for part in trained.micro_batches(draws):
-            x = part.normal(3)
-            trained.backward((trained.module(x) - x.sum(1, keepdim=True)).square().mean(), part)
-        return trained.step()
+        return trained.update(draws, loss)
+
+    def loss(draws: Draws) -> torch.Tensor:
+        x = draws.normal(3)
+        error: torch.Tensor = (trained.module(x) - x.sum(1, keepdim=True)).square().mean()
+        return error
 
     sharing = engine(folder, seconds)
     watch = Watch(sharing.work, name="test", look=lambda step: {"held_out": 1.0 / (1.0 + step)}, held_out="held_out")
@@ -108,7 +110,9 @@ def test_micro_batches_that_add_up_to_something_else_would_be_found(
     tmp_path: Path, fault: Hook, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(replicated, "optimiser", smooth)
-    monkeypatch.setattr(Trained, "backward", Trained.backward)  # so that what the fault puts there is taken back
+    monkeypatch.setattr(
+        TrainedRole, "_backward", TrainedRole._backward
+    )  # so that what the fault puts there is taken back
     fault()
     assert min(apart(tmp_path, 3)) > 100 * ROUNDED
 
@@ -124,10 +128,14 @@ def test_a_micro_batch_that_is_not_finite_stops_before_the_step() -> None:
     """The others are; nothing of them stays."""
     trained = role(4)
     before = {key: value.clone() for key, value in trained.model.state_dict().items()}
-    for place, part in enumerate(trained.micro_batches(Draws("bad", batch=8))):
-        trained.backward(trained.model(part.normal(3)).square().mean() * (float("nan") if place == 0 else 1.0), part)
+
+    def loss(draws: Draws) -> torch.Tensor:
+        first = draws.mine.start == 0
+        error: torch.Tensor = trained.model(draws.normal(3)).square().mean() * (float("nan") if first else 1.0)
+        return error
+
     with pytest.raises(TrainingError, match=r"model: the loss is nan at update 1; expected a finite number"):
-        trained.step()
+        trained.update(Draws("bad", batch=8), loss)
     for key, value in trained.model.state_dict().items():
         assert torch.equal(value, before[key])
     assert all(parameter.grad is None for parameter in trained.model.parameters())
@@ -165,10 +173,8 @@ def test_checkpoints_come_as_often_as_asked(tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_stops_before_the_step(bad: float) -> None:
     trained = role()
     before = {key: value.clone() for key, value in trained.model.state_dict().items()}
-    draws = Draws("bad", batch=1)
-    trained.backward(trained.model(torch.ones(1, 3)).sum() * bad, draws)
     with pytest.raises(TrainingError, match=r"model: the loss is (nan|-?inf) at update 1; expected a finite number"):
-        trained.step()
+        trained.update(Draws("bad", batch=1), lambda draws: trained.model(torch.ones(1, 3)).sum() * bad)
     for key, value in trained.model.state_dict().items():
         assert torch.equal(value, before[key])
 
@@ -177,9 +183,8 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step() -> None:
     trained = role()
     before = {key: value.clone() for key, value in trained.model.state_dict().items()}
     zero = trained.model(torch.ones(1, 3)).sum() * 0.0
-    trained.backward(torch.sqrt(zero.abs()), Draws("bad", batch=1))
     with pytest.raises(TrainingError, match="model: the gradient norm is nan"):
-        trained.step()
+        trained.update(Draws("bad", batch=1), lambda draws: torch.sqrt(zero.abs()))
     for key, value in trained.model.state_dict().items():
         assert torch.equal(value, before[key])
     assert all(parameter.grad is None for parameter in trained.model.parameters())

@@ -27,7 +27,7 @@ from flcompress.draws import Draws
 from flcompress.training import checkpoint
 from flcompress.training.engines import Hyper, engine_of
 from flcompress.training.loop import train
-from flcompress.training.role import Trained, warmup_cosine
+from flcompress.training.role import TrainedRole, warmup_cosine
 from flcompress.training.watching.monitor import Watch
 from tests.fixtures.small_disk import fill
 
@@ -61,7 +61,9 @@ class Toy(Pass):
             model = nn.Sequential(layers[0], nn.GELU(), layers[1], nn.GELU(), layers[2]).to(work.device)
             schedule = warmup_cosine(self.steps, 3)
             hyper = Hyper(learning_rate=1e-2)
-            roles.append(Trained(engine, name, model, batch=self.batch, hyper=hyper, ema_decay=0.9, schedule=schedule))
+            roles.append(
+                TrainedRole(engine, name, model, batch=self.batch, hyper=hyper, ema_decay=0.9, schedule=schedule)
+            )
         student, critic = roles
         data = work.data(program) if self.reads_from else None
 
@@ -70,18 +72,22 @@ class Toy(Pass):
             time.sleep(self.seconds)
             if data and step >= self.reads_from:
                 data.batch(draws.batch, draws.shared, draws.mine)
-            for part in critic.micro_batches(draws):
-                x = part.normal(8)
+
+            def critic_loss(draws: Draws) -> torch.Tensor:
+                x = draws.normal(8)
                 with torch.no_grad():
                     target = student.module(x).cos()
-                critic.backward((critic.module(x) - target).square().mean() * broken, part)
-            values = critic.step()
-            for part in student.micro_batches(draws):
-                x = part.normal(8)
+                loss: torch.Tensor = (critic.module(x) - target).square().mean() * broken
+                return loss
+
+            def student_loss(draws: Draws) -> torch.Tensor:
+                x = draws.normal(8)
                 with torch.no_grad():
                     target = critic.module(x).sin() + x
-                student.backward((student.module(x) - target).square().mean(), part)
-            values |= student.step()
+                loss: torch.Tensor = (student.module(x) - target).square().mean()
+                return loss
+
+            values = critic.update(draws, critic_loss) | student.update(draws, student_loss)
             critic.clear()
             return values
 

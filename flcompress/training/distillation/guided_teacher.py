@@ -14,9 +14,8 @@ from flcompress.diffusion.sampling import Network
 from flcompress.draws import Draws
 from flcompress.ir.graph import BlockGraph
 from flcompress.tracing.prefix import remember
+from flcompress.training.distillation.settings import NO_INTER, NO_INTRA
 from flcompress.training.engines import Engine
-
-NO_INTER, NO_INTRA = (1.0, 1.0), (0.0, 0.0)
 
 
 class GuidedTeacher:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -20,15 +19,13 @@ from flcompress.models.loading import meta_transformer
 from flcompress.models.network import as_network
 from flcompress.training.distillation.discriminator import Discriminator, critic_term, generator_term
 from flcompress.training.distillation.guided_teacher import GuidedTeacher
+from flcompress.training.distillation.settings import DistillationSettings
 from flcompress.training.distillation.simulation import Simulation
 from flcompress.training.distillation.student_monitor import StudentHealth
 from flcompress.training.engines import Engine, Hyper
 from flcompress.training.objectives import denoising_loss, draw_levels, level_range
-from flcompress.training.role import Trained
+from flcompress.training.role import Loss, TrainedRole
 from flcompress.training.shared_base import LoRA, SharedBase, loose
-
-if TYPE_CHECKING:
-    from flcompress.passes.dmd import DistributionMatching
 
 BETAS = (0.0, 0.999)
 """AdamW's, for both roles: no momentum, since what each follows moves (Yin et al. 2024, DMD2)."""
@@ -46,7 +43,7 @@ class Roles:
     """
 
     def __init__(
-        self, settings: DistributionMatching, program: Program, contract: SamplingContract, engine: Engine
+        self, settings: DistillationSettings, program: Program, contract: SamplingContract, engine: Engine
     ) -> None:
         work, parts = engine.work, program.components
         self.engine, self._settings, self._device = engine, settings, work.device
@@ -125,11 +122,11 @@ class Roles:
             base, kept, settings.lora_rank, seed=seed, around=lambda: engine.skip(self.teacher, gone, graph=graph)
         )
 
-    def _role(self, name: str, model: Any, learning_rate: float, ema_decay: float | None = None) -> Trained:
+    def _role(self, name: str, model: Any, learning_rate: float, ema_decay: float | None = None) -> TrainedRole:
         hyper = Hyper(learning_rate=learning_rate, betas=BETAS)
-        return Trained(self.engine, name, model, batch=self._settings.batch, hyper=hyper, ema_decay=ema_decay)
+        return TrainedRole(self.engine, name, model, batch=self._settings.batch, hyper=hyper, ema_decay=ema_decay)
 
-    def _scoring(self, program: Program, base: SharedBase | None) -> tuple[Trained, Network]:
+    def _scoring(self, program: Program, base: SharedBase | None) -> tuple[TrainedRole, Network]:
         """The critic's role and what predicts: the fake score, inside a discriminator with the adversarial term."""
         settings, name = self._settings, "fake_score"
         if settings.fake_score == "lora" and base is not None:
@@ -148,12 +145,22 @@ class Roles:
         return self._role(name, judge, settings.critic_learning_rate), network
 
     def step(self, step: int, draws: Draws) -> Mapping[str, float]:
-        """The critic's updates, then one of the generator's (two-time-scale rule)."""
+        """Take the critic's updates, then one of the generator's (two-time-scale rule)."""
         values: dict[str, float] = {}
         for _ in range(self._settings.critic_updates):
-            values.update(self._update_critic(draws))
-        values.update(self._update_generator(draws))
-        return values
+            values |= self.update_critic(draws)
+        return values | self.update_generator(draws)
+
+    def update_critic(self, draws: Draws) -> dict[str, float]:
+        """Take one step of the fake score, with its discriminator where there is one."""
+        return self._critic.update(draws, self._critic_loss)
+
+    def update_generator(self, draws: Draws) -> dict[str, float]:
+        """Take one step of the generator."""
+        figures = self.generator.update(draws, self._generator_loss)
+        # The critic only lends its judgement: its own gradients of the adversarial term are thrown away.
+        self._critic.clear()
+        return figures
 
     def _noised(self, x: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(x_s, s, noise) at levels drawn from the score range and shifted."""
@@ -161,11 +168,6 @@ class Roles:
         level = draw_levels(draws, self._shift, low=low, high=high).to(self._device)
         noise = draws.normal(*x.shape[1:]).to(self._device)
         return self._process.add_noise(x, noise, level), level, noise
-
-    def _update_critic(self, draws: Draws) -> dict[str, float]:
-        for part in self._critic.micro_batches(draws):
-            self._critic.backward(self._critic_loss(part), part)
-        return self._critic.step()
 
     def _critic_loss(self, draws: Draws) -> torch.Tensor:
         x, given = self._simulation.sampled(self._generator, draws, grad=False)
@@ -180,47 +182,25 @@ class Roles:
         loss: torch.Tensor = (prediction.float() - self._process.target(x, noise, level)).square().mean()
         return loss + self._settings.gan_weight * critic_term(logits, generated)
 
-    def _update_generator(self, draws: Draws) -> dict[str, float]:
-        means: dict[str, float] = defaultdict(float)
-        scales = torch.zeros(draws.batch, dtype=torch.float64)
-        for part in self.generator.micro_batches(draws):
-            x, given = self._simulation.sampled(self._generator, part, grad=True)
-            noised, level, _ = self._noised(x, part)
-            timestep = self._process.timestep(level)
-            with torch.no_grad():
-                fake = self._process.tweedie(noised, self._fake(noised, timestep, given), level)
-                self._heartbeat()
-                real = self._process.tweedie(noised, self._teacher(noised, timestep, given, part), level)
-                self._heartbeat()
-                g = matching.gradient(x, fake, real)
-            loss = matching.loss(x, g)
-            if self._settings.gan_weight:
-                # The critic only lends its judgement: its own gradients of this term are thrown away.
-                _, logits = self._critic.model(noised, timestep, given)
-                loss = loss + self._settings.gan_weight * generator_term(logits)
-            self.generator.backward(loss, part)
-            x = x.detach()
-            scales[part.mine] = matching.normaliser(x, real).double().cpu()
-            means["score_gap"] += part.share * float((fake - real).abs().mean())
-            means["generated_std"] += part.share * float(x.flatten(1).std(dim=1).mean())
-            if x.shape[2] > 1:  # an image has no motion: the mean of nothing is not a number
-                means["generated_motion"] += part.share * float(x.diff(dim=2).abs().mean())
-        values = self.generator.step()
-        self._critic.clear()
-        scale = self._of_all(scales)
-        return {
-            **values,
-            **means,
-            "normaliser_mean": float(scale.mean()),
-            "normaliser_min": float(scale.min()),
-            "normaliser_max": float(scale.max()),
-        }
-
-    def _of_all(self, values: torch.Tensor) -> torch.Tensor:
-        """One number for each sample of the batch, in every process, from [batch] with zeros for others' samples."""
-        world = self.engine.work.world
-        sums = world.all_mean({str(n): one * world.size for n, one in enumerate(values.tolist())})
-        return torch.tensor(list(sums.values()))
+    def _generator_loss(self, draws: Draws) -> Loss:
+        x, given = self._simulation.sampled(self._generator, draws, grad=True)
+        noised, level, _ = self._noised(x, draws)
+        timestep = self._process.timestep(level)
+        with torch.no_grad():
+            fake = self._process.tweedie(noised, self._fake(noised, timestep, given), level)
+            self._heartbeat()
+            real = self._process.tweedie(noised, self._teacher(noised, timestep, given, draws), level)
+            self._heartbeat()
+            g = matching.gradient(x, fake, real)
+        loss = matching.loss(x, g)
+        if self._settings.gan_weight:
+            _, logits = self._critic.model(noised, timestep, given)
+            loss = loss + self._settings.gan_weight * generator_term(logits)
+        x = x.detach()
+        figures = {"score_gap": (fake - real).abs().mean(), "generated_std": x.flatten(1).std(dim=1).mean()}
+        if x.shape[2] > 1:  # an image has no motion: the mean of nothing is not a number
+            figures["generated_motion"] = x.diff(dim=2).abs().mean()
+        return Loss(value=loss, figures=figures, per_sample={"normaliser": matching.normaliser(x, real)})
 
 
 def _split(data: LatentDataset, samples: int) -> tuple[LatentDataset, LatentDataset | None]:

@@ -14,7 +14,7 @@ from flcompress.diffusion.flow import shift
 from flcompress.diffusion.sampling import Network
 from flcompress.draws import Draws
 from flcompress.training.distillation.samples import Prompts, Samples
-from flcompress.training.role import Trained
+from flcompress.training.role import TrainedRole
 from flcompress.training.watching.held_out import critic_lag
 from flcompress.training.watching.monitor import REDRAWS, Limit, Redraws, Watch
 
@@ -43,7 +43,7 @@ class StudentHealth:
         data: LatentDataset,
         *,
         batch: int,
-        generator: Trained,
+        generator: TrainedRole,
         student: Network,
         fake: Network,
         real: Network,

@@ -203,20 +203,3 @@ class Engine(ABC):
         """Around every forward and backward of a training: precision."""
         with half_precision(self.work.device, enabled=self.work.precision == "bf16"):
             yield
-
-
-def engine_of(work: PassContext) -> Engine:
-    """The engine that a pass's work asks for."""
-    from flcompress.training.engines.replicated import Distributed, Local
-
-    if work.engine == "local":
-        return Local(work)
-    if work.engine == "ddp":
-        return Distributed(work)
-    if work.engine == "fsdp2":
-        from flcompress.training.engines.fsdp import FullySharded
-
-        return FullySharded(work)
-    from flcompress.training.engines.zero import Zero
-
-    return Zero(work, stage=int(work.engine[-1]))

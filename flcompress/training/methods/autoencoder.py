@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ from flcompress.draws import Draws, generator
 from flcompress.moving_digits import digits
 from flcompress.training.engines import Hyper, engine_of
 from flcompress.training.loop import train
-from flcompress.training.role import Trained, warmup_cosine
+from flcompress.training.role import TrainedRole, warmup_cosine
 
 LATENT_PENALTY = 1e-4
 """Weight of the mean square of the latents: keeps their scale near one; the pictures hardly feel it."""
@@ -39,7 +38,7 @@ class AutoencoderTraining:
     def fit(self, vae: Any, work: PassContext) -> None:
         """Minimise the reconstruction error of freshly drawn clips; `vae` is trained in place."""
         engine = engine_of(work)
-        role = Trained(
+        role = TrainedRole(
             engine,
             "autoencoder",
             vae.train(),
@@ -48,17 +47,21 @@ class AutoencoderTraining:
             schedule=warmup_cosine(self.steps, min(100, self.steps)),
         )
 
-        def train_step(step: int, draws: Draws) -> Mapping[str, float]:
-            for part in role.micro_batches(draws):
-                x = digits.sample(self.batch, "train", part.shared)[0][part.mine].to(work.device)
-                latents = vae.encode(x).latent_dist.mode()
-                noise = part.normal(*latents.shape[1:]).to(work.device)
-                error = _decode_unclamped(vae, latents + LATENT_NOISE * noise) - x
-                loss = error.square().mean() + error.abs().mean() + LATENT_PENALTY * latents.square().mean()
-                role.backward(loss, part)
-            return role.step()
+        def loss(draws: Draws) -> torch.Tensor:
+            x = digits.sample(self.batch, "train", draws.shared)[0][draws.mine].to(work.device)
+            latents: torch.Tensor = vae.encode(x).latent_dist.mode()
+            noise = draws.normal(*latents.shape[1:]).to(work.device)
+            error = _decode_unclamped(vae, latents + LATENT_NOISE * noise) - x
+            return error.square().mean() + error.abs().mean() + LATENT_PENALTY * latents.square().mean()
 
-        train(train_step, [role], engine=engine, name=self.name, steps=self.steps, batch=self.batch)
+        train(
+            lambda step, draws: role.update(draws, loss),
+            [role],
+            engine=engine,
+            name=self.name,
+            steps=self.steps,
+            batch=self.batch,
+        )
         vae.eval()
 
 

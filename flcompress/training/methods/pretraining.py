@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +13,7 @@ from flcompress.models.network import as_network
 from flcompress.training.engines import Engine, Hyper
 from flcompress.training.loop import train
 from flcompress.training.objectives import denoising_loss, draw_levels, level_range
-from flcompress.training.role import Trained, warmup_cosine
+from flcompress.training.role import TrainedRole, warmup_cosine
 from flcompress.training.watching.held_out import HeldOutELBO, HeldOutHealth
 from flcompress.training.watching.monitor import Watch
 
@@ -36,7 +35,7 @@ class Pretraining:
     def weights(self, engine: Engine, program: Program) -> dict[str, torch.Tensor]:
         """The moving average of the trained weights, in the main process."""
         work, contract = engine.work, program.contract
-        role = Trained(
+        role = TrainedRole(
             engine,
             "pretrain",
             engine.load_trained(program.components["transformer"]).train(),
@@ -52,19 +51,24 @@ class Pretraining:
 
         low, high = level_range(contract, self.shift, key=self.name)
 
-        def train_step(step: int, draws: Draws) -> Mapping[str, float]:
-            for part in role.micro_batches(draws):
-                x0, given = training.batch(part.batch, part.shared, part.mine)
-                given = dropped(given, data.empty, part.uniform() < self.caption_dropout)
-                noise, level = part.normal(*x0.shape[1:]), draw_levels(part, self.shift, low=low, high=high)
-                x0, noise, level = (t.to(work.device) for t in (x0, noise, level))
-                loss = denoising_loss(network, process, x0, on(given, work.device), level, noise)
-                role.backward(loss, part)
-            return role.step()
+        def loss(draws: Draws) -> torch.Tensor:
+            x0, given = training.batch(draws.batch, draws.shared, draws.mine)
+            given = dropped(given, data.empty, draws.uniform() < self.caption_dropout)
+            noise, level = draws.normal(*x0.shape[1:]), draw_levels(draws, self.shift, low=low, high=high)
+            x0, noise, level = (t.to(work.device) for t in (x0, noise, level))
+            return denoising_loss(network, process, x0, on(given, work.device), level, noise)
 
         at_once = work.at_once(self.batch)
         elbo = HeldOutELBO(heldout, contract, len(heldout), work.seed, work.device, at_once, work.world)
         health = HeldOutHealth(elbo, {"elbo": network})
         watch = Watch(work, name=self.name, look=health.look, again=health.again, held_out="elbo")
-        train(train_step, [role], engine=engine, name=self.name, steps=self.steps, batch=self.batch, watch=watch)
+        train(
+            lambda step, draws: role.update(draws, loss),
+            [role],
+            engine=engine,
+            name=self.name,
+            steps=self.steps,
+            batch=self.batch,
+            watch=watch,
+        )
         return role.averaged_state()

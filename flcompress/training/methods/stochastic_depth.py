@@ -17,7 +17,7 @@ from flcompress.tracing.skip import skipping
 from flcompress.training.engines import Engine, Hyper
 from flcompress.training.loop import train
 from flcompress.training.objectives import draw_levels, level_range
-from flcompress.training.role import Trained, warmup_cosine
+from flcompress.training.role import Loss, TrainedRole, warmup_cosine
 from flcompress.training.watching.held_out import HeldOutELBO, HeldOutHealth
 from flcompress.training.watching.monitor import Limit, Watch
 
@@ -39,89 +39,123 @@ class StochasticDepthTraining:
     caption_dropout: float
 
     def weights(self, engine: Engine, program: Program) -> dict[str, torch.Tensor]:
-        """The trained weights, in the main process."""
-        work, contract, graph, paths = engine.work, program.contract, program.graph, program.prune_set
-        source, process, guidance = program.components["transformer"], contract.process, contract.embedded_guidance
+        """Train; return the trained weights in the main process, nothing in the others."""
+        roles = DepthRoles(self, program, engine)
+        train(
+            roles.step,
+            [roles.role],
+            engine=engine,
+            name=self.name,
+            steps=self.steps,
+            batch=self.batch,
+            watch=roles.watch(),
+        )
+        return roles.role.gathered()
+
+
+class DepthRoles:
+    """The transformer that learns both depths, and the original that it is compared with.
+
+    Attributes:
+        role: the trained transformer.
+    """
+
+    def __init__(self, settings: StochasticDepthTraining, program: Program, engine: Engine) -> None:
+        work, contract = engine.work, program.contract
+        self._settings, self._engine, self._work = settings, engine, work
+        self._graph, self._prune_set = program.graph, program.prune_set
+        self._contract, self._process = contract, contract.process
+        source, guidance = program.components["transformer"], contract.embedded_guidance
         data = work.data(program)
-        training, heldout = data.split(min(HELD_OUT_CLIPS, max(1, len(data) // 4)))
-        role = Trained(
+        self._training, self._held_out = data.split(min(HELD_OUT_CLIPS, max(1, len(data) // 4)))
+        self.role = TrainedRole(
             engine,
             "stochastic_depth",
             engine.load_trained(source),
-            batch=self.batch,
-            hyper=Hyper(learning_rate=self.learning_rate),
-            ema_decay=TARGET_EMA_DECAY if self.target == "ema" else None,
-            schedule=warmup_cosine(self.steps, min(20, self.steps)),
+            batch=settings.batch,
+            hyper=Hyper(learning_rate=settings.learning_rate),
+            ema_decay=TARGET_EMA_DECAY if settings.target == "ema" else None,
+            schedule=warmup_cosine(settings.steps, min(20, settings.steps)),
         )
-        network = as_network(role.module, guidance)
-        original = as_network(engine.frozen(engine.load_frozen(source)), guidance)
+        self._network = as_network(self.role.module, guidance)
+        self._original = as_network(engine.frozen(engine.load_frozen(source)), guidance)
+        self._low, self._high = level_range(contract, contract.shift, key=settings.name)
 
-        def both(
-            x: torch.Tensor, timestep: torch.Tensor, given: Conditioning, skipped: list[str]
-        ) -> tuple[torch.Tensor, torch.Tensor]:
-            """(prediction of the pruned path, its target: the full path's, without gradient)."""
-            if self.target == "self" and not skipped:
-                pruned = network(x, timestep, given)
-                return pruned, pruned.detach()
-            if self.target == "self" and not engine.splits_weights:
-                # Both paths share the weights, so what lies before the first skipped block is computed once.
-                with remember(role.model, graph, until=skipped[0]) as memory:
-                    with engine.skip(role.model, skipped, graph=graph):
-                        pruned = network(x, timestep, given)
-                    with torch.no_grad(), memory.recalled():
-                        return pruned, network(x, timestep, given)
-            with torch.no_grad():
-                if self.target == "frozen":
-                    full = original(x, timestep, given)
-                else:
-                    with role.averaged():
-                        full = network(x, timestep, given)
-            work.world.heartbeat()
-            with engine.skip(role.model, skipped, graph=graph):
-                return network(x, timestep, given), full
+    def step(self, step: int, draws: Draws) -> Mapping[str, float]:
+        """Take one optimiser step."""
+        return self.role.update(draws, self._loss)
 
-        low, high = level_range(contract, contract.shift, key=self.name)
+    def _loss(self, draws: Draws) -> Loss:
+        """L_II = alpha |f_pruned - target|^2 + (1 - alpha) |f_pruned - v|^2."""
+        settings, process, device = self._settings, self._process, self._work.device
+        x0, given = self._training.batch(draws.batch, draws.shared, draws.mine)
+        given = dropped(given, self._training.negative, draws.uniform() < settings.caption_dropout)
+        noise = draws.normal(*x0.shape[1:])
+        level = draw_levels(draws, self._contract.shift, low=self._low, high=self._high)
+        # One mask for all processes: sharded engines hang, or go wrong, on masks that differ.
+        mask = torch.rand(len(self._prune_set), generator=draws.shared) < settings.skip_probability
+        skipped = [path for path, gone in zip(self._prune_set, mask.tolist(), strict=True) if gone]
+        x0, noise, level = (t.to(device) for t in (x0, noise, level))
+        x = process.add_noise(x0, noise, level)
+        pruned, full = self._both_paths(x, process.timestep(level), on(given, device), skipped)
+        loss = settings.alpha * (pruned - full).square().mean()
+        if settings.alpha < 1.0:
+            loss = loss + (1.0 - settings.alpha) * (pruned - process.target(x0, noise, level)).square().mean()
+        # Under gradient checkpointing the backward recomputes blocks, and must skip the same ones.
+        return Loss(value=loss, backward_context=self._engine.skip(self.role.model, skipped, graph=self._graph))
 
-        def train_step(step: int, draws: Draws) -> Mapping[str, float]:
-            for part in role.micro_batches(draws):
-                x0, given = training.batch(part.batch, part.shared, part.mine)
-                given = dropped(given, training.negative, part.uniform() < self.caption_dropout)
-                noise, level = part.normal(*x0.shape[1:]), draw_levels(part, contract.shift, low=low, high=high)
-                # One mask for all processes: sharded engines hang, or go wrong, on masks that differ.
-                mask = torch.rand(len(paths), generator=part.shared) < self.skip_probability
-                skipped = [path for path, gone in zip(paths, mask.tolist(), strict=True) if gone]
-                x0, noise, level = (t.to(work.device) for t in (x0, noise, level))
-                x = process.add_noise(x0, noise, level)
-                pruned, full = both(x, process.timestep(level), on(given, work.device), skipped)
-                loss = self.alpha * (pruned - full).square().mean()
-                if self.alpha < 1.0:
-                    loss = loss + (1.0 - self.alpha) * (pruned - process.target(x0, noise, level)).square().mean()
-                # The backward too: under gradient checkpointing it computes blocks again, and must skip the same ones.
+    def _both_paths(
+        self, x: torch.Tensor, timestep: torch.Tensor, given: Conditioning, skipped: list[str]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (prediction of the pruned path, its target: the full path's, without gradient)."""
+        engine, role, graph, network = self._engine, self.role, self._graph, self._network
+        target = self._settings.target
+        if target == "self" and not skipped:
+            pruned = network(x, timestep, given)
+            return pruned, pruned.detach()
+        if target == "self" and not engine.splits_weights:
+            # Both paths share the weights, so what comes before the first skipped block is computed once.
+            with remember(role.model, graph, until=skipped[0]) as memory:
                 with engine.skip(role.model, skipped, graph=graph):
-                    role.backward(loss, part)
-            return role.step()
+                    pruned = network(x, timestep, given)
+                with torch.no_grad(), memory.recalled():
+                    return pruned, network(x, timestep, given)
+        with torch.no_grad():
+            if target == "frozen":
+                full = self._original(x, timestep, given)
+            else:
+                with role.averaged():
+                    full = network(x, timestep, given)
+        self._work.world.heartbeat()
+        with engine.skip(role.model, skipped, graph=graph):
+            return network(x, timestep, given), full
 
-        at_once = work.at_once(self.batch)
-        elbo = HeldOutELBO(heldout, contract, len(heldout), work.seed, work.device, at_once, work.world)
+    def watch(self) -> Watch:
+        """Return the watch over the held-out losses of both paths; the original is scored at once."""
+        settings, work, engine = self._settings, self._work, self._engine
+        at_once = work.at_once(settings.batch)
+        elbo = HeldOutELBO(
+            self._held_out, self._contract, len(self._held_out), work.seed, work.device, at_once, work.world
+        )
         with engine.forward_mode():
-            reference = elbo(original)
-
-        def figures(losses: Mapping[str, float]) -> Mapping[str, float]:
-            full, pruned, first = (losses[f"elbo_{name}"] for name in ("full", "pruned", "original"))
-            return {**losses, "elbo_mean": (full + pruned) / 2.0, "drift": full / first - 1.0}
-
-        pruned_path = skipping(role.module, paths, graph, guidance, engine.skip)
-        networks = {"elbo_full": network, "elbo_pruned": pruned_path}
-        health = HeldOutHealth(elbo, networks, figures, fixed={"elbo_original": reference})
-        mend = "lower learning_rate" if self.target == "frozen" else "lower learning_rate, or set target: frozen"
+            reference = elbo(self._original)
+        guidance = self._contract.embedded_guidance
+        pruned = skipping(self.role.module, self._prune_set, self._graph, guidance, engine.skip)
+        networks = {"elbo_full": self._network, "elbo_pruned": pruned}
+        health = HeldOutHealth(elbo, networks, _figures, fixed={"elbo_original": reference})
+        mend = "lower learning_rate" if settings.target == "frozen" else "lower learning_rate, or set target: frozen"
         drift = Limit(setting="max_drift", high=work.health.max_drift, mend=mend)
-        watch = Watch(
+        return Watch(
             work,
-            name=self.name,
+            name=settings.name,
             look=health.look,
             again=health.again,
             held_out="elbo_mean",
             limits={"drift": drift},
         )
-        train(train_step, [role], engine=engine, name=self.name, steps=self.steps, batch=self.batch, watch=watch)
-        return role.gathered()
+
+
+def _figures(losses: Mapping[str, float]) -> Mapping[str, float]:
+    """Add the mean of both paths' losses, and by what share the full path's exceeds the original's."""
+    full, pruned, original = (losses[f"elbo_{name}"] for name in ("full", "pruned", "original"))
+    return {**losses, "elbo_mean": (full + pruned) / 2.0, "drift": full / original - 1.0}

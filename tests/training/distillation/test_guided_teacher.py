@@ -14,7 +14,8 @@ from flcompress.models.inputs import example_inputs
 from flcompress.models.network import as_network
 from flcompress.tracing.skip import skip
 from flcompress.tracing.tracer import trace
-from flcompress.training.distillation.guided_teacher import NO_INTER, GuidedTeacher
+from flcompress.training.distillation.guided_teacher import GuidedTeacher
+from flcompress.training.distillation.settings import NO_INTER
 from flcompress.training.engines import engine_of
 from tests.tracing import models
 

@@ -20,7 +20,7 @@ from flcompress.draws import Draws
 from flcompress.errors import TrainingError
 from flcompress.training import loop
 from flcompress.training.engines import Hyper, engine_of
-from flcompress.training.role import Trained
+from flcompress.training.role import TrainedRole
 from flcompress.training.watching.monitor import BREACHES_FILE, Limit, Watch
 from tests.training.test_loop import no_data, silent
 
@@ -135,13 +135,13 @@ def test_a_resumed_watch_judges_as_an_unbroken_one(
         assert said == whole_said[len(after) :]
 
 
-def trained(folder: Path) -> Trained:
+def trained(folder: Path) -> TrainedRole:
     torch.manual_seed(0)
     hyper = Hyper(learning_rate=0.05, betas=(0.0, 0.9))  # no momentum: it would go downhill a little longer
-    return Trained(engine_of(work(folder)), "model", nn.Linear(3, 1), batch=4, hyper=hyper)
+    return TrainedRole(engine_of(work(folder)), "model", nn.Linear(3, 1), batch=4, hyper=hyper)
 
 
-def descend(role: Trained, folder: Path, steps: int, *, hot_from: int = 99, die_at: int = 99, **health: Any) -> int:
+def descend(role: TrainedRole, folder: Path, steps: int, *, hot_from: int = 99, die_at: int = 99, **health: Any) -> int:
     """Fit a line; from step `hot_from` on, walk away from it."""
     given = work(folder, **health)
     fixed = torch.randn(16, 3, generator=torch.Generator().manual_seed(1))
@@ -152,8 +152,8 @@ def descend(role: Trained, folder: Path, steps: int, *, hot_from: int = 99, die_
     def train_step(step: int, draws: Draws) -> Mapping[str, float]:
         if step == die_at:
             raise KeyboardInterrupt
-        role.backward(error(draws.normal(3)) * (-1.0 if step >= hot_from else 1.0), draws)
-        return role.step()
+        sign = -1.0 if step >= hot_from else 1.0
+        return role.update(draws, lambda draws: error(draws.normal(3)) * sign)
 
     def look(step: int) -> Mapping[str, float]:
         with torch.no_grad():

@@ -310,7 +310,7 @@ class Summed(World):
         super().__init__(rank, size)
         self.given: dict[str, float] = {}
 
-    def mean(self, values: Any) -> dict[str, float]:
+    def all_mean(self, values: Any) -> dict[str, float]:
         self.given = dict(values)
         return {name: max(value, 1e-300) for name, value in self.given.items()}
 

@@ -18,7 +18,7 @@ from flcompress.driver.manager import apply
 from flcompress.errors import UnavailableError
 from flcompress.training import loop
 from flcompress.training.engines import Hyper, engine_of
-from flcompress.training.role import Trained
+from flcompress.training.role import TrainedRole
 from flcompress.training.watching.monitor import Watch
 from flcompress.training.watching.strips import strip_of
 from flcompress.training.watching.trackers import FOLDER, trackers
@@ -28,11 +28,10 @@ from tests.training.watching.test_monitor import work
 
 def test_tensorboard_gets_every_figure_and_strip(tmp_path: Path) -> None:
     given = replace(work(tmp_path), log_to=("tensorboard",))
-    role = Trained(engine_of(given), "model", nn.Linear(3, 1), batch=4, hyper=Hyper(learning_rate=0.1))
+    role = TrainedRole(engine_of(given), "model", nn.Linear(3, 1), batch=4, hyper=Hyper(learning_rate=0.1))
 
     def train_step(step: int, draws: Draws) -> Mapping[str, float]:
-        role.backward(role.module(draws.normal(3)).square().mean(), draws)
-        return role.step()
+        return role.update(draws, lambda draws: role.module(draws.normal(3)).square().mean())
 
     def look(step: int) -> Mapping[str, float]:
         strip_of(tmp_path, step).parent.mkdir(exist_ok=True)

@@ -19,7 +19,7 @@ from flcompress.driver.manager import apply
 from flcompress.errors import TrainingError, UnavailableError
 from flcompress.training import loop
 from flcompress.training.engines import Hyper, engine_of
-from flcompress.training.role import Trained
+from flcompress.training.role import TrainedRole
 from flcompress.training.watching.monitor import Watch
 from flcompress.training.watching.strips import strip_of
 from flcompress.training.watching.trackers import trackers
@@ -48,13 +48,12 @@ def network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.
 
 def train(folder: Path, *, ends_at: int = 0) -> None:
     given = replace(work(folder), log_to=("wandb",))
-    role = Trained(engine_of(given), "model", nn.Linear(3, 1), batch=4, hyper=Hyper(learning_rate=0.1))
+    role = TrainedRole(engine_of(given), "model", nn.Linear(3, 1), batch=4, hyper=Hyper(learning_rate=0.1))
 
     def train_step(step: int, draws: Draws) -> Mapping[str, float]:
         if step == ends_at:
             raise TrainingError("ended")
-        role.backward(role.module(draws.normal(3)).square().mean(), draws)
-        return role.step()
+        return role.update(draws, lambda draws: role.module(draws.normal(3)).square().mean())
 
     def look(step: int) -> Mapping[str, float]:
         strip_of(folder, step).parent.mkdir(exist_ok=True)
