@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     from flcompress.training.engines import Hyper as Hyper
     from flcompress.training.engines import engine_of as engine_of
     from flcompress.training.loop import train as train
+    from flcompress.training.role import Loss as Loss
+    from flcompress.training.role import TrainedRole as TrainedRole
     from flcompress.training.watching.monitor import Watch as Watch
 
 _DOOR = {
@@ -82,6 +84,8 @@ _DOOR = {
     "Draws": "flcompress.draws",
     "Engine": "flcompress.training.engines",
     "Hyper": "flcompress.training.engines",
+    "Loss": "flcompress.training.role",
+    "TrainedRole": "flcompress.training.role",
     "Watch": "flcompress.training.watching.monitor",
     "engine_of": "flcompress.training.engines",
     "generator": "flcompress.draws",
@@ -113,6 +117,7 @@ __all__ = [
     "Health",
     "Hyper",
     "LatentDataset",
+    "Loss",
     "ModelError",
     "NotRemovable",
     "Pass",
@@ -125,6 +130,7 @@ __all__ = [
     "RequestError",
     "Role",
     "SamplingContract",
+    "TrainedRole",
     "Training",
     "TrainingError",
     "UnavailableError",
