@@ -1,4 +1,4 @@
-"""The house rules: how large a room and a module may be, and that the documentation's links and the door's names hold."""
+"""The house rules: how large a room and a module may be; documentation links and the names of the door hold."""
 
 from __future__ import annotations
 
