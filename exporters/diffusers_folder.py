@@ -15,6 +15,7 @@ from flcompress.diffusion.contract import SamplingContract, levels_of, scheduler
 from flcompress.errors import ModelError, PostconditionError
 from flcompress.exporters.shared.model_card import model_card
 from flcompress.models.configs import check_transformer_config
+from flcompress.models.families import family_of
 from flcompress.models.families.family import Family
 from flcompress.models.folder import check_weights
 from flcompress.models.part_check import matching_tensors
@@ -111,10 +112,9 @@ def check_folder(folder: Path, pipeline_class: str, contract: SamplingContract) 
     Raises:
         PostconditionError: a tensor that is missing, left over or changed, or a schedule other than the contract's.
     """
-    import diffusers
-
+    factory = family_of(pipeline_class).model_class(pipeline_class)
     with no_progress_bars():
-        pipeline = getattr(diffusers, pipeline_class).from_pretrained(str(folder), use_safetensors=True)
+        pipeline = factory.from_pretrained(str(folder), use_safetensors=True)
     for name in ("transformer", "vae", *(("transformer_2",) if contract.experts else ())):
         _same_tensors(getattr(pipeline, name), folder / name)
     set_levels(pipeline.scheduler, contract)

@@ -107,7 +107,7 @@ class OnnxExporter(Exporter):
         """RequestError where the size, the disk or the memory forbids this export; before any long work."""
         transformer, text = program.components["transformer"], program.contract.max_sequence_length
         config, size = check_transformer_config(transformer), size_of(program)
-        preflight.check_text(config, text)
+        program.family.check_export(config, text)
         tokens = preflight.attention_tokens(config, size, text)
         preflight.check_keys(self.precision, tokens, preflight.described(size))
         weights = [preflight.weight_bytes(one, self.precision) for one in program.transformers.values()]

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from flcompress.errors import FlcompressError
-from flcompress.exporters.onnx_graph import cogvideox, mochi
 from flcompress.exporters.onnx_graph.rewrites import rewritten
 from flcompress.exporters.shared.weights import DTYPES, Precision, WeightFiles, lazily_allocated, skeleton
+from flcompress.models.families import family_of
+from flcompress.models.network import stock_name
 from flcompress.runtime.inputs import OUTPUT, Arguments, Denoiser, constants_of, tensors_of
 from flcompress.runtime.sizes import Size
 
@@ -81,9 +82,7 @@ def write_onnx(folder: Path, arguments: Arguments, size: Size, step: Size, preci
     tensors, constants = tensors_of(given), constants_of(given)
     varying = _varying(arguments, size, step)
     denoiser = Denoiser(lazily_allocated(skeleton(folder, precision)), constants, DTYPES[precision])
-    for module in denoiser.modules():
-        mochi.free(module)
-        cogvideox.free(module)
+    family_of(stock_name(denoiser.transformer)).prepare_export(denoiser.transformer)
     with _quiet(), torch.no_grad():
         auto = torch.export.Dim.AUTO
         dynamic = {name: dict.fromkeys(axes, auto) for name, axes in varying.items()}

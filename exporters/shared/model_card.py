@@ -18,7 +18,7 @@ evaluations a sample (it was made from one sampled with {teacher_evaluations}).{
 
 ```python
 import torch
-from diffusers import {pipeline_class}
+from {library} import {pipeline_class}
 {imports}
 pipe = {pipeline_class}.from_pretrained(".")
 torch.manual_seed(0)
@@ -78,6 +78,7 @@ def model_card(program: Program, call: Mapping[str, int | float | str], frame_ra
         experts=_experts(contract),
         blocks=len(program.graph.blocks),
         steps=contract.num_inference_steps,
+        library=family.module_of(program.pipeline_class),
         pipeline_class=program.pipeline_class,
         parameters=program.graph.parameters,
         evaluations=contract.evaluations,

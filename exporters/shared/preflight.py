@@ -11,6 +11,7 @@ import psutil
 
 from flcompress.errors import RequestError
 from flcompress.exporters.shared.weights import Precision, dtype_of
+from flcompress.models.families import family_of
 from flcompress.models.loading import transformer_class
 from flcompress.models.shards import folder_tensors
 from flcompress.runtime.sizes import Size, patch_of
@@ -37,7 +38,7 @@ def attention_tokens(config: dict[str, Any], size: Size, text: int) -> int:
     """Keys of the longest attention: the latents' tokens, and the text's where both are attended to at once."""
     over_time, over_space = patch_of(config)
     tokens = -(-size.frames // over_time) * (size.height // over_space) * (size.width // over_space)
-    return tokens if config["_class_name"].startswith(("Wan", "LTX")) else tokens + text
+    return tokens + text if family_of(config["_class_name"]).attends_to_text else tokens
 
 
 def check_keys(precision: Precision, tokens: int, what: str) -> None:
@@ -64,15 +65,6 @@ def check_scores(precision: Precision, heads: int, batch: int, tokens: int, what
             f"tensorrt: {what} is {tokens:,} tokens, whose fp32 attention scores are {elements:,} elements of one "
             f"tensor, and TensorRT takes fewer than {TENSOR_ELEMENTS:,}; it fuses attention in half precision only: "
             "set onnx.precision: bf16"
-        )
-
-
-def check_text(config: dict[str, Any], tokens: int) -> None:
-    """RequestError where Wan's image-to-video transformer would take prompt tokens for image tokens."""
-    if config["_class_name"] == "WanTransformer3DModel" and config.get("added_kv_proj_dim") and tokens != 512:
-        raise RequestError(
-            f"sampling.max_sequence_length: {tokens} given, but the stock WanTransformer3DModel with an image encoder "
-            "takes the last 512 tokens for the prompt; set sampling.max_sequence_length: 512"
         )
 
 

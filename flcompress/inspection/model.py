@@ -11,7 +11,8 @@ from flcompress.errors import FlcompressError, PreconditionError
 from flcompress.ir.block import Block
 from flcompress.ir.graph import BlockGraph
 from flcompress.ir.selection import choose
-from flcompress.models.latent_size import ClipSize, usual_grid
+from flcompress.models.families.family import ClipSize
+from flcompress.models.latent_size import usual_grid
 
 if TYPE_CHECKING:
     from flcompress.models.source import Source

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from flcompress.models.families.original_names import OriginalNames
+from flcompress.models.families.family import OriginalNames
 
 Shape = tuple[int, ...]
 

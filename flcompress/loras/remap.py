@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from flcompress.driver.rundir import RUN_FILE, RunDirectory
-from flcompress.errors import ModelError, RequestError
+from flcompress.errors import RequestError
 from flcompress.files import move_in_place, sync, write_text
 from flcompress.loras.keys import Remapped, remap
 from flcompress.loras.names import PrunedModel
 from flcompress.loras.peft_settings import SETTINGS, remap_settings
 from flcompress.models.configs import read_json
-from flcompress.models.families import family_of
-from flcompress.models.families.original_names import OriginalNames
+from flcompress.models.families import find_family
+from flcompress.models.families.family import OriginalNames
 from flcompress.models.shards import file_metadata, file_tensors, folder_tensors, write_file
 
 KEPT_FILE = "kept_blocks.json"
@@ -189,10 +189,8 @@ def pruned_model(place: Path, model: Path | None = None) -> PrunedModel:
 
 def _original(name: str) -> OriginalNames:
     """The original module names of a transformer class's family; none where no family is known."""
-    try:
-        return family_of(name).original
-    except ModelError:
-        return OriginalNames()
+    family = find_family(name)
+    return family.original if family else OriginalNames()
 
 
 def _is_block(path: str) -> bool:

@@ -45,14 +45,17 @@ def transformer_class(config: Mapping[str, Any], path: Path) -> Any:
     import diffusers
     from diffusers.models import transformers as stock
 
+    from flcompress.models.families import find_family  # as diffusers, it comes with torch
+
     name = config.get("_class_name")
     if not isinstance(name, str):
         raise ModelError(
             f"{path}: names no _class_name; expected a diffusers transformer such as WanTransformer3DModel"
         )
-    found = getattr(stock, name, None)
-    if _is_model(found):
-        return found
+    family = find_family(name)
+    model_class = family.model_class(name) if family else getattr(stock, name, None)
+    if _is_model(model_class):
+        return model_class
     if name.startswith("UNet") or "UNet" in name:
         raise ModelError(f"{path}: {name} is a U-Net; only diffusion transformers are handled")
     if _is_model(getattr(diffusers, name, None)):

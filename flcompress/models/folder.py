@@ -8,13 +8,11 @@ from typing import Any
 
 from flcompress.errors import ModelError
 from flcompress.models.configs import check_transformer_config, read_json
-from flcompress.models.families import FAMILIES, family_of
+from flcompress.models.families import family_of, known_families
 from flcompress.models.part_check import check_part
 from flcompress.models.shards import check_finite, index_places
 from flcompress.models.stock import WITH_WEIGHTS
 from flcompress.models.stock_files import PICKLES, required_files
-
-PIPELINES = tuple(name for family in FAMILIES for name in family.pipelines)
 
 
 def check_pipeline(folder: Path, *, weights: bool = True, parts: bool = True) -> dict[str, Any]:
@@ -33,8 +31,9 @@ def check_pipeline(folder: Path, *, weights: bool = True, parts: bool = True) ->
         raise ModelError(f"{folder}: no such model folder; expected a diffusers pipeline folder with model_index.json")
     index = read_json(folder / "model_index.json", "a diffusers pipeline folder has one")
     name = index.get("_class_name")
-    if name not in PIPELINES:
-        raise ModelError(f"{folder / 'model_index.json'}: _class_name is {name!r}, expected {' or '.join(PIPELINES)}")
+    pipelines = [name for family in known_families() for name in family.pipelines]
+    if name not in pipelines:
+        raise ModelError(f"{folder / 'model_index.json'}: _class_name is {name!r}, expected {' or '.join(pipelines)}")
     named = [part for part, kind in index.items() if isinstance(kind, list) and kind[0] is not None]
     transformers = _transformers(folder, index)
     for component in named if parts else (*transformers, "vae", "scheduler"):

@@ -9,8 +9,8 @@ from typing import Any
 
 from flcompress.errors import RequestError
 from flcompress.models.configs import check_transformer_config, read_json
-from flcompress.models.families import family_of
-from flcompress.models.families.family import LatentShape
+from flcompress.models.families import family_of, find_family
+from flcompress.models.families.family import ClipSize, Compression, Family, LatentShape
 
 Names = tuple[str, str, str]
 """What frames, height and width are called where they were given."""
@@ -102,58 +102,33 @@ class Grid:
         return (frames - self.padding - 1) * self.over_time + 1, height * self.over_space, width * self.over_space
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClipSize:
-    """Height and width in pixels, frames (1 for an image), and the length of the prompt in tokens."""
-
-    height: int
-    width: int
-    frames: int
-    tokens: int
-
-
 def grid_of(transformer: Mapping[str, Any], autoencoder: Mapping[str, Any]) -> Grid:
-    """The sizes that a pipeline takes, from the configurations of two of its parts."""
-    return _grid(transformer["_class_name"], transformer, _compression(autoencoder))
+    """Return the sizes that a pipeline takes, from the configurations of two of its parts."""
+    family = family_of(transformer["_class_name"])
+    return _grid(family, transformer, family.compression(autoencoder))
 
 
 def folder_grid(transformer: Path, autoencoder: Path) -> Grid:
-    """As `grid_of`, from the folders of the two parts."""
+    """Return the sizes that a pipeline takes, from the folders of two of its parts."""
     config = read_json(autoencoder / "config.json", "a pipeline's autoencoder has one")
     return grid_of(check_transformer_config(transformer), config)
 
 
 def usual_grid(name: str, transformer: Mapping[str, Any]) -> tuple[Grid, ClipSize] | None:
-    """As `grid_of` where a transformer of class `name` is all there is: with the autoencoder that it usually has.
+    """Return the sizes, with the usual autoencoder, of a transformer of class `name`, and the pipeline's default one.
 
-    Also what the stock pipeline makes by default. None for a class of which this is not known.
+    For a transformer without its pipeline. None for a class of which no family knows this.
     """
-    if name not in _USUAL:
+    family = find_family(name)
+    usual = family.usual(transformer) if family else None
+    if family is None or usual is None:
         return None
-    small = name == "WanTransformer3DModel" and transformer["out_channels"] == _SMALL_WAN_CHANNELS
-    compression, (height, width, frames, tokens) = _SMALL_WAN if small else _USUAL[name]
-    usual = ClipSize(height=height, width=width, frames=frames, tokens=tokens)
-    return _grid(name, transformer, compression), usual
+    compression, size = usual
+    return _grid(family, transformer, compression), size
 
 
-_USUAL = {
-    "WanTransformer3DModel": ((4, 8), (480, 832, 81, 512)),
-    "HunyuanVideoTransformer3DModel": ((4, 8), (720, 1280, 129, 256)),
-    "CogVideoXTransformer3DModel": ((4, 8), (480, 720, 49, 226)),
-    "LTXVideoTransformer3DModel": ((8, 32), (512, 704, 161, 128)),
-    "MochiTransformer3DModel": ((6, 8), (480, 848, 19, 256)),
-    "FluxTransformer2DModel": ((1, 8), (1024, 1024, 1, 512)),
-    "SD3Transformer2DModel": ((1, 8), (1024, 1024, 1, 333)),
-    "QwenImageTransformer2DModel": ((1, 8), (1024, 1024, 1, 512)),
-}
-"""Compression (over time, over space) by the usual autoencoder; height, width, frames and tokens by default."""
-_SMALL_WAN_CHANNELS = 48
-_SMALL_WAN = ((4, 16), (704, 1280, 121, 512))
-"""Wan 2.2 TI2V-5B, which its autoencoder's channels tell."""
-
-
-def _grid(name: str, transformer: Mapping[str, Any], compression: tuple[int, int]) -> Grid:
-    family, (over_time, over_space) = family_of(name), compression
+def _grid(family: Family, transformer: Mapping[str, Any], compression: Compression) -> Grid:
+    over_time, over_space = compression
     fixed = family.fixed_latents(transformer)
     return Grid(
         over_time=over_time,
@@ -162,21 +137,3 @@ def _grid(name: str, transformer: Mapping[str, Any], compression: tuple[int, int
         image=family.image,
         fixed=(fixed[1] * over_space, fixed[2] * over_space) if fixed else None,
     )
-
-
-def _compression(config: Mapping[str, Any]) -> tuple[int, int]:
-    """(over time, over space) factors of a stock autoencoder; (1, ...) for one of single pictures."""
-    name = config["_class_name"]
-    if name == "AutoencoderKLMochi":
-        return 6, 8  # in its code, not in its configuration
-    if name == "AutoencoderKLWan":
-        return int(config["scale_factor_temporal"] or 4), int(config["scale_factor_spatial"] or 8)
-    if name == "AutoencoderKLQwenImage":
-        return 1, 2 ** len(config["temperal_downsample"])
-    if name == "AutoencoderKLLTXVideo":
-        scaled = sum(map(bool, config["spatio_temporal_scaling"]))
-        return config["patch_size_t"] * 2**scaled, config["patch_size"] * 2**scaled
-    if name == "AutoencoderKLHunyuanVideo":
-        return int(config["temporal_compression_ratio"]), int(config["spatial_compression_ratio"])
-    space = 2 ** (len(config["block_out_channels"]) - 1)
-    return int(config.get("temporal_compression_ratio") or 1), space

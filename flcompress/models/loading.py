@@ -14,7 +14,7 @@ from flcompress.models.configs import BUILD_ERRORS, build_error, check_config, r
 from flcompress.models.part_check import check_loaded, matching_tensors
 from flcompress.models.parts import load_part
 from flcompress.models.shards import StoredTensor
-from flcompress.models.stock import no_progress_bars
+from flcompress.models.stock import no_progress_bars, stock_class
 from flcompress.models.stock_files import stock_files
 
 
@@ -126,9 +126,6 @@ def initialise_pipeline(source: Path, target: Path, seed: int) -> None:
 
     The start of a recipe that trains a model from nothing. What has no weights (tokenizer, scheduler) is copied.
     """
-    import diffusers
-    import transformers
-
     index = read_json(source / "model_index.json", "a diffusers pipeline folder has one")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -136,10 +133,10 @@ def initialise_pipeline(source: Path, target: Path, seed: int) -> None:
             if not isinstance(kind, list) or kind[0] is None:
                 continue
             folder = source / name
-            factory = getattr(diffusers if kind[0] == "diffusers" else transformers, kind[1])
+            factory = stock_class(folder, kind)
             if not issubclass(factory, torch.nn.Module):
                 shutil.copytree(folder, target / name)
-            elif kind[0] == "diffusers":
+            elif kind[0] != "transformers":
                 config = read_json(folder / "config.json", "a diffusers model folder has one")
                 factory.from_config(config).save_pretrained(str(target / name))
             else:

@@ -18,11 +18,11 @@ from torch import nn
 from flcompress.diffusion.conditioning import Conditioning
 from flcompress.diffusion.sampling import Network
 from flcompress.ir.graph import BlockGraph
-from flcompress.models.families import family_of
+from flcompress.models.families import family_of, find_family
 
 
 def as_network(transformer: Any, guidance: float | None = None) -> Network:
-    """The transformer behind its family's adapter.
+    """Return the transformer behind its family's adapter.
 
     Args:
         transformer: of a class that a family knows, or what an engine wrapped around one.
@@ -32,15 +32,15 @@ def as_network(transformer: Any, guidance: float | None = None) -> Network:
     family, config = family_of(stock_name(inner)), inner.config
 
     def call(x: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        given = family.arguments(config, x, timestep, conditioning, guidance)
-        output = transformer(**given, return_dict=False)[0]
+        arguments = family.arguments(config, x, timestep, conditioning, guidance)
+        output = transformer(**arguments, return_dict=False)[0]
         return family.prediction(config, output, x, timestep, conditioning)
 
     return call
 
 
 def stock_model(wrapped: Any) -> Any:
-    """The stock model inside what torch.compile, DistributedDataParallel or DeepSpeed made of it, or under a LoRA."""
+    """Return the stock model inside a wrapper of torch.compile, DistributedDataParallel, DeepSpeed or a LoRA."""
     for name in ("_orig_mod", "module", "inner"):
         inner = vars(wrapped).get("_modules", {}).get(name)
         if inner is None:
@@ -51,8 +51,10 @@ def stock_model(wrapped: Any) -> Any:
 
 
 def stock_name(model: Any) -> str:
-    """Name of its stock class; fully_shard gives a model a class of its own."""
-    return next((one.__name__ for one in type(model).__mro__ if one.__module__.startswith("diffusers.")), "")
+    """Return the name of the class that a family or diffusers has; fully_shard gives a model a class of its own."""
+    bases = type(model).__mro__
+    known = (base for base in bases if find_family(base.__name__) or base.__module__.startswith("diffusers."))
+    return next((base.__name__ for base in known), "")
 
 
 @contextmanager

@@ -63,13 +63,11 @@ class Parts:
     @cached_property
     def _pipeline(self) -> Any:
         """The stock pipeline with all but the transformers and the autoencoder."""
-        import diffusers
-
         found = {name: self._loaded(name) for name in self.folders if name != "vae"}
-        vae = self.vae if self._index["_class_name"] in NEED_VAE else None
+        vae = self.vae if self.family.needs_vae(self._index["_class_name"]) else None
         missing = {name: None for name in self._index if _is_part(self._index[name]) and name not in found}
         options = {name: one for name, one in self._index.items() if not name.startswith("_") and not _is_part(one)}
-        factory = getattr(diffusers, self._index["_class_name"])
+        factory = self.family.model_class(self._index["_class_name"])
         return factory(**{**missing, **found, **options, "vae": vae})
 
     @torch.no_grad()
@@ -138,15 +136,6 @@ class Parts:
     @no_progress_bars()
     def _loaded(self, name: str, dtype: torch.dtype | None = None) -> Any:
         return load_part(self.folders[name], self._index[name], self._device, dtype)
-
-
-NEED_VAE = (
-    "WanImageToVideoPipeline",
-    "LTXPipeline",
-    "CogVideoXImageToVideoPipeline",
-    "HunyuanVideoImageToVideoPipeline",
-)
-"""Pipelines that ask the autoencoder for more than its code of a clip: a condition, compression ratios."""
 
 
 def open_parts(folder: Path, device: str = "cpu") -> Parts:

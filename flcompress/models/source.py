@@ -12,6 +12,7 @@ from urllib.error import HTTPError
 
 from flcompress.errors import ModelError
 from flcompress.models.configs import read_json, transformer_class
+from flcompress.models.families.registry import find_family, plugin_class
 
 INDEX, CONFIG = "model_index.json", "config.json"
 SECONDS = 5.0
@@ -74,13 +75,13 @@ def _transformers(index: Mapping[str, Any], path: Path) -> tuple[tuple[str, ...]
     parts = {
         name: part[1]
         for name, part in index.items()
-        if isinstance(part, list) and len(part) == 2 and part[0] == "diffusers" and part[1]
+        if isinstance(part, list) and len(part) == 2 and part[1] and (part[0] == "diffusers" or plugin_class(*part))
     }
     found: list[str] = []
     for name, part in parts.items():
         if "UNet" in part:
             raise ModelError(f"{path}: the {name} of a {pipeline} is a U-Net ({part}); only transformers are handled")
-        if "Transformer" in part:
+        if "Transformer" in part or find_family(part):
             transformer_class({"_class_name": part}, path)
             found.append(name)
     if not found:

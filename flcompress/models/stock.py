@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from flcompress.errors import ModelError
+from flcompress.models.families.registry import plugin_class
 from flcompress.models.shards import StoredTensor
 
 LIBRARIES = ("diffusers", "transformers")
@@ -33,6 +34,8 @@ def stock_class(folder: Path, kind: Sequence[str]) -> Any:
         ModelError: a library other than diffusers and transformers, or a class it does not have.
     """
     library, name = kind
+    if (own := plugin_class(library, name)) is not None:
+        return own
     if library not in LIBRARIES:
         raise ModelError(
             f"{folder.parent / 'model_index.json'}: {folder.name} is of library {library!r}, expected "

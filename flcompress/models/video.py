@@ -40,8 +40,8 @@ def _scale(vae: Any, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _pictures(vae: Any) -> bool:
-    """Whether the autoencoder codes single pictures [n, channels, height, width]."""
-    return type(vae).__name__ == "AutoencoderKL"
+    """Tell whether the autoencoder takes pictures [n, channels, height, width]: it never convolves over time."""
+    return not any(parameter.dim() == 5 for parameter in vae.parameters())
 
 
 @torch.no_grad()

@@ -28,7 +28,6 @@ from flcompress.runtime.clip_files import check_target, read_picture, write_clip
 from flcompress.runtime.inputs import Session, tensors_of
 from flcompress.runtime.manifest import MANIFEST_FILE, PARTNER_FOLDER, read_manifest, require_hash
 from flcompress.runtime.onnx_session import PROVIDERS, OnnxSession, require_onnxruntime
-from flcompress.runtime.positions import with_positions
 from flcompress.runtime.tensorrt_api import cuda_driver
 from flcompress.runtime.tensorrt_session import TensorRTSession, require_gpu
 
@@ -237,7 +236,7 @@ def _as_network(session: Session, config: dict[str, Any], guidance: float | None
 
     def call(x: torch.Tensor, timestep: torch.Tensor, given: Conditioning) -> torch.Tensor:
         arguments = family.arguments(config, x, timestep, given, guidance)
-        output = session(tensors_of(with_positions(config, arguments)))
+        output = session(tensors_of(family.export_arguments(config, arguments)))
         return family.prediction(config, output.to(x.device), x, timestep, given)
 
     return call

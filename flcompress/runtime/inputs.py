@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from flcompress.core.program import Program
-from flcompress.diffusion.conditioning import Conditioning
 from flcompress.models.configs import check_transformer_config
-from flcompress.models.inputs import FP32_ARGUMENTS
-from flcompress.runtime.positions import take_tables, with_positions
+from flcompress.models.families import family_of
+from flcompress.models.network import stock_name
 from flcompress.runtime.sizes import Size
 
 OUTPUT = "sample"
@@ -36,17 +35,15 @@ def arguments_of(program: Program) -> Arguments:
     """Random arguments of the program's denoiser at any size, made by its family as for a real call."""
     family, contract = program.family, program.contract
     config = check_transformer_config(program.components["transformer"])
-    per_token = program.pipeline_class in family.from_image and bool(program.index.get("expand_timesteps"))
+    index, tokens = program.index, contract.max_sequence_length
 
     def make(size: Size, timesteps: Sequence[float], seed: int) -> dict[str, Any]:
         draw = torch.Generator().manual_seed(seed)
         shape = (size.frames, size.height, size.width)
         x = torch.randn(size.batch, family.channels(config), *shape, generator=draw)
-        given: Conditioning = family.example_conditioning(config, size.batch, shape, contract.max_sequence_length, draw)
-        if per_token:  # Wan 2.2: the first latent frame is given, and its tokens stand at timestep 0
-            given = {**given, "first_frame": torch.randn(*x.shape[:2], 1, *shape[1:], generator=draw)}
-        made = family.arguments(config, x, torch.tensor(timesteps), given, contract.embedded_guidance)
-        return with_positions(config, made)
+        conditioning = family.call_conditioning(index, config, size.batch, shape, tokens, draw)
+        arguments = family.arguments(config, x, torch.tensor(timesteps), conditioning, contract.embedded_guidance)
+        return family.export_arguments(config, arguments)
 
     return make
 
@@ -80,12 +77,13 @@ class Denoiser(nn.Module):
         Args:
             transformer: a stock transformer.
             constants: forward arguments that are not tensors.
-            dtype: what latents and conditioning are cast to; timestep, guidance and positions stay fp32, because a
-                timestep of 6000 would become 6016 in bf16.
+            dtype: what latents and conditioning are cast to; timestep, guidance and positions stay fp32.
         """
         super().__init__()
         self.transformer = transformer
-        self.tables = take_tables(transformer)
+        family = family_of(stock_name(transformer))
+        family.take_export_arguments(transformer)
+        self.fp32_arguments = family.fp32_arguments
         self.constants = dict(constants)
         self.dtype = dtype
 
@@ -94,15 +92,11 @@ class Denoiser(nn.Module):
         nested: dict[str, Any] = {}
         for name, tensor in tensors.items():
             argument, _, place = name.partition(".")
-            cast = tensor.is_floating_point() and argument not in FP32_ARGUMENTS
+            cast = tensor.is_floating_point() and argument not in self.fp32_arguments
             tensor = tensor.to(self.dtype) if cast else tensor
             nested[argument] = (*nested.get(argument, ()), tensor) if place else tensor
-        if self.tables is not None:
-            self.tables.given = nested.pop("image_rotary_emb")
-        made: Tensor = self.transformer(**nested, **self.constants, return_dict=False)[0].float()
-        if self.tables is not None:
-            self.tables.given = None
-        return made
+        output: Tensor = self.transformer(**nested, **self.constants, return_dict=False)[0]
+        return output.float()
 
 
 def _is_tuple_of_tensors(value: Any) -> bool:

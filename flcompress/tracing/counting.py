@@ -13,13 +13,12 @@ from torch.utils._pytree import tree_map
 from flcompress.errors import RequestError
 from flcompress.ir.block import Block
 from flcompress.ir.graph import BlockGraph
-from flcompress.models import example_inputs
+from flcompress.models.inputs import example_inputs, small_config
 from flcompress.tracing.call import FORWARD_ERRORS, Call, blank, first_line
 from flcompress.tracing.config_keys import build, count_keys
 from flcompress.tracing.replay import signature
 from flcompress.tracing.running import flop_counter, runnable_on_meta
 from flcompress.tracing.skip import replaced_forwards
-from flcompress.tracing.stand_in import small_positions
 from flcompress.tracing.tracer import trace
 
 
@@ -88,7 +87,7 @@ def graph_at(model: nn.Module, inputs: Mapping[str, Any]) -> BlockGraph:
     The streams are found by running blocks, which takes time and memory: so at a small size, whose tensor specs they
     keep.
     """
-    small = build(model, small_positions(model.config)).eval()  # type: ignore[arg-type]
+    small = build(model, small_config(model)).eval()
     return with_flops(trace(small, example_inputs(small)), model, inputs)
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from flcompress.errors import FlcompressError, NotRemovable
-from flcompress.models import example_inputs
 from flcompress.models.configs import BUILD_ERRORS
+from flcompress.models.inputs import example_inputs, small_config
 from flcompress.tracing.config_keys import build, changed_config, list_lengths
 from flcompress.tracing.running import runs
 
@@ -35,7 +35,7 @@ def stand_in(model: nn.Module) -> tuple[nn.Module, dict[str, tuple[Any, Any]]]:
     """
     config: Any = model.config
     lengths = list_lengths(model)
-    changes = small_positions(config)
+    changes = small_config(model)
     for step in _steps(config):
         tried = changes | step
         try:
@@ -62,13 +62,6 @@ def stand_in(model: nn.Module) -> tuple[nn.Module, dict[str, tuple[Any, Any]]]:
             # The scale of a linear layer's weight: outputs stay finite through any number of blocks.
             parameter.normal_(std=max(parameter[0].numel(), 1) ** -0.5 if parameter.dim() > 1 else 0.1)
     return made, {key: (config[key], value) for key, value in changes.items()}
-
-
-def small_positions(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Config changes with which a model of learned positions, which fix the size, takes the usual example inputs."""
-    if not config.get("use_learned_positional_embeddings"):
-        return {}
-    return {"sample_height": 8, "sample_width": 8, "sample_frames": 9, "max_text_seq_length": 16}
 
 
 def _steps(config: Mapping[str, Any]) -> list[dict[str, Any]]:

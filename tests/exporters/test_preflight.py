@@ -51,17 +51,6 @@ def test_more_scores_than_a_tensor_takes() -> None:
     )
 
 
-def test_a_prompt_of_another_length_than_wan_cuts_off() -> None:
-    preflight.check_text(WAN, 226)
-    preflight.check_text(WAN | {"added_kv_proj_dim": 1536}, 512)
-    with pytest.raises(RequestError) as caught:
-        preflight.check_text(WAN | {"added_kv_proj_dim": 1536}, 226)
-    assert str(caught.value) == (
-        "sampling.max_sequence_length: 226 given, but the stock WanTransformer3DModel with an image encoder takes the "
-        "last 512 tokens for the prompt; set sampling.max_sequence_length: 512"
-    )
-
-
 def test_too_little_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1_000_000_000))
     with pytest.raises(RequestError) as caught:

@@ -7,8 +7,16 @@ from typing import Any
 import pytest
 import torch
 
-from flcompress.models.families import FAMILIES, family_of
-from flcompress.models.families.family import evenly, leading_to, packed, padded, picture_of, replaced, unpacked
+from flcompress.models.families import family_of, known_families
+from flcompress.models.families.conversions import (
+    even_sigmas,
+    pack,
+    pad_tokens,
+    picture_of,
+    unpack,
+    velocity_to,
+    with_first,
+)
 
 T = torch.tensor([250.0, 1000.0])
 TEXT = torch.arange(2 * 3 * 4.0).reshape(2, 3, 4)
@@ -22,37 +30,37 @@ def numbered(*shape: int) -> torch.Tensor:
 def test_packing_lays_out_patches_row_by_row_channel_first() -> None:
     """Token (i, j) holds, for each channel, the patch's 2 x 2 numbers row by row; unpacking undoes it exactly."""
     x = numbered(2, 3, 1, 4, 6)
-    tokens = packed(x)
+    tokens = pack(x)
     assert tokens.shape == (2, 6, 12)
     for row in range(2):
         for column in range(3):
             expected = x[:, :, 0, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2].reshape(2, 12)
             assert torch.equal(tokens[:, 3 * row + column], expected)
-    assert torch.equal(unpacked(tokens, x), x)
+    assert torch.equal(unpack(tokens, x), x)
 
 
 def test_padding_adds_zeros_after_the_last_token() -> None:
-    made = padded(TEXT, 5)
+    made = pad_tokens(TEXT, 5)
     assert made.shape == (2, 5, 4)
     assert torch.equal(made[:, :3], TEXT)
     assert not made[:, 3:].any()
-    assert padded(TEXT, 3) is TEXT
-    assert padded(TEXT, 2) is TEXT
-    assert padded(torch.ones(2, 3, dtype=torch.long), 4).tolist() == [[1, 1, 1, 0]] * 2
+    assert pad_tokens(TEXT, 3) is TEXT
+    assert pad_tokens(TEXT, 2) is TEXT
+    assert pad_tokens(torch.ones(2, 3, dtype=torch.long), 4).tolist() == [[1, 1, 1, 0]] * 2
 
 
 def test_a_given_first_frame_stays_and_its_velocity_leads_to_it() -> None:
     """Tweedie's x - s v of the held frames is the given frame, at every level; the other frames are untouched."""
     x, first, output = numbered(2, 3, 4, 2, 2), -numbered(2, 3, 1, 2, 2), 0.5 * numbered(2, 3, 4, 2, 2)
-    held = replaced(x, first.double())
+    held = with_first(x, first.double())
     assert held.dtype == x.dtype
     assert torch.equal(held[:, :, :1], first)
     assert torch.equal(held[:, :, 1:], x[:, :, 1:])
-    found = leading_to(first, output, x, T)
+    found = velocity_to(first, output, x, T)
     assert torch.equal(found[:, :, 1:], output[:, :, 1:])
     level = (T / 1000.0).reshape(2, 1, 1, 1, 1)
     torch.testing.assert_close((x - level * found)[:, :, :1], first)
-    assert bool(leading_to(first, output, x, torch.zeros(2)).isfinite().all())
+    assert bool(velocity_to(first, output, x, torch.zeros(2)).isfinite().all())
 
 
 def test_the_first_frame_as_a_picture() -> None:
@@ -64,8 +72,8 @@ def test_the_first_frame_as_a_picture() -> None:
 
 
 def test_even_sigmas() -> None:
-    assert evenly(4) == [1.0, 0.75, 0.5, 0.25]
-    assert evenly(1) == [1.0]
+    assert even_sigmas(4) == [1.0, 0.75, 0.5, 0.25]
+    assert even_sigmas(1) == [1.0]
 
 
 def test_wan() -> None:
@@ -91,7 +99,7 @@ def test_wan() -> None:
     assert not held["timestep"][:, :6].any()
     assert torch.equal(held["timestep"][:, 6:], T[:, None].expand(2, 12))
     found = family.prediction(config, x, x, T, {"first_frame": first})
-    assert torch.equal(found, leading_to(first, x, x, T))
+    assert torch.equal(found, velocity_to(first, x, x, T))
     assert family.channels(config) == 3
     assert family.patch(config) == (1, 2)
     assert family.sigmas(4, {}) is None
@@ -146,8 +154,8 @@ def test_hunyuan_video_from_an_image(hunyuan_given: dict[str, torch.Tensor], kin
         assert not made[:, 6, 1:].any()
         assert family.prediction(config, x, x, T, given) is x
     else:
-        assert torch.equal(made, replaced(x, first))
-        assert torch.equal(family.prediction(config, x, x, T, given), leading_to(first, x, x, T))
+        assert torch.equal(made, with_first(x, first))
+        assert torch.equal(family.prediction(config, x, x, T, given), velocity_to(first, x, x, T))
     assert family.cut_frames(config) == (4 if kind == "latent_concat" else 0)
     assert family.channels(config) == (16 if kind == "latent_concat" else 33)
     # Sampling starts from a trace of the first frame, in every frame.
@@ -244,14 +252,14 @@ def test_flux() -> None:
     family, x = family_of("FluxTransformer2DModel"), numbered(2, 3, 1, 4, 6)
     given = {"encoder_hidden_states": TEXT, "pooled_projections": torch.ones(2, 5)}
     made = family.arguments({"guidance_embeds": True}, x, T, given, None)
-    assert torch.equal(made["hidden_states"], packed(x))
+    assert torch.equal(made["hidden_states"], pack(x))
     assert made["timestep"].tolist() == [0.25, 1.0]
     assert made["guidance"].tolist() == [3.5, 3.5]
     assert family.arguments({"guidance_embeds": True}, x, T, given, 2.0)["guidance"].tolist() == [2.0, 2.0]
     assert "guidance" not in family.arguments({"guidance_embeds": False}, x, T, given, 2.0)
     assert made["img_ids"].tolist() == [[0.0, row, column] for row in range(2) for column in range(3)]
     assert made["txt_ids"].tolist() == [[0.0, 0.0, 0.0]] * 3
-    assert torch.equal(family.prediction({}, packed(x), x, T, given), x)
+    assert torch.equal(family.prediction({}, pack(x), x, T, given), x)
     assert family.channels({"in_channels": 64}) == 16
     assert family.patch({}) == (1, 2)
     assert family.sequence_length({}, (1, 4, 6)) == 6
@@ -277,10 +285,10 @@ def test_qwen_image() -> None:
     family, x = family_of("QwenImageTransformer2DModel"), numbered(2, 3, 1, 4, 6)
     given = {"encoder_hidden_states": TEXT, "encoder_hidden_states_mask": torch.ones(2, 3, dtype=torch.long)}
     made = family.arguments({}, x, T, given, None)
-    assert torch.equal(made["hidden_states"], packed(x))
+    assert torch.equal(made["hidden_states"], pack(x))
     assert made["timestep"].tolist() == [0.25, 1.0]
     assert made["img_shapes"] == [[(1, 2, 3)], [(1, 2, 3)]]
-    assert torch.equal(family.prediction({}, packed(x), x, T, given), x)
+    assert torch.equal(family.prediction({}, pack(x), x, T, given), x)
 
 
 def test_dynamic_shifting_is_linear_in_the_tokens() -> None:
@@ -294,7 +302,7 @@ def test_dynamic_shifting_is_linear_in_the_tokens() -> None:
     assert family.mu({}, {}, (1, 32, 32)) is None
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.parametrize("family", known_families(), ids=lambda family: family.name)
 def test_noise_is_drawn_in_the_order_of_the_stock_pipeline(family: Any) -> None:
     noise = family.noise((2, 1, 4, 4), torch.Generator().manual_seed(1))
     assert noise.shape == (1, 2, 1, 4, 4)

@@ -66,9 +66,9 @@ def stock(
     size: dict[str, Any] = {"height": height, "width": width} | ({} if family.image else {"num_frames": frames})
     given = {"image": image} if image is not None else {}
     if name in ("flux", "qwen-image"):
-        from flcompress.models.families.family import packed, unpacked
+        from flcompress.models.families.conversions import pack, unpack
 
-        start: torch.Tensor = packed(noise)
+        start: torch.Tensor = pack(noise)
     elif name == "ltx":
         start = noise.flatten(2).transpose(1, 2)
     elif name.startswith("cogvideox"):
@@ -89,7 +89,7 @@ def stock(
     )[0]
     assert levels_of(pipeline.scheduler) == (contract.sigmas, contract.timesteps)
     if name in ("flux", "qwen-image"):
-        return unpacked(found, noise)
+        return unpack(found, noise)
     if name == "ltx":
         return found.transpose(1, 2).reshape(noise.shape)
     if name.startswith("cogvideox"):

@@ -12,7 +12,7 @@ from flcompress.errors import RequestError
 from flcompress.loras.keys import remap
 from flcompress.loras.names import PrunedModel
 from flcompress.loras.peft_settings import remap_settings
-from flcompress.models.families.original_names import WAN
+from flcompress.models.families.wan import ORIGINAL as WAN
 
 Shapes = dict[str, tuple[int, ...]]
 

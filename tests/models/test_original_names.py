@@ -13,10 +13,10 @@ from diffusers.loaders import lora_conversion_utils as stock
 
 from flcompress.loras.keys import remap
 from flcompress.loras.names import Modules, PrunedModel, Shape
-from flcompress.models.families import FAMILIES, family_of
+from flcompress.models.families import family_of, known_families
 from tests.zoo import ZOO
 
-CLASSES = sorted({name for family in FAMILIES if family.original.modules for name in family.transformers})
+CLASSES = sorted({name for family in known_families() if family.original.modules for name in family.transformers})
 
 
 def shapes_of(name: str) -> list[dict[str, Shape]]:

@@ -1,34 +1,67 @@
-"""What a model family is: all that tracing cannot find out about its transformers and pipelines."""
+"""The interface of a model family: what tracing cannot find out about its transformers and pipelines."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 
 from flcompress.diffusion.conditioning import Conditioning
-from flcompress.models.families.original_names import OriginalNames
 
 Config = Mapping[str, Any]
-"""A transformer's configuration."""
+"""The configuration of a transformer, an autoencoder, a scheduler or a pipeline."""
 
 LatentShape = tuple[int, int, int]
 """(frames, height, width) of latents."""
+
+Compression = tuple[int, int]
+"""(frames, pixels each way) that one latent of an autoencoder stands for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClipSize:
+    """Height and width in pixels, frames (1 for an image), and the length of the prompt in tokens."""
+
+    height: int
+    width: int
+    frames: int
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class OriginalNames:
+    """Names that a family's own project gives to the modules of its transformer, which most LoRAs use.
+
+    "a + b" is a layer whose rows are those of a and b, in this order; "a | b" is whichever of the two a block has.
+
+    Attributes:
+        stacks: list of blocks in the original code -> that of the stock class, with the same numbers.
+        modules: module in the original code -> in the stock class: within a block, or in the whole model.
+    """
+
+    stacks: Mapping[str, str] = field(default_factory=dict)
+    modules: Mapping[str, str] = field(default_factory=dict)
 
 
 class Family(ABC):
     """One family, stateless. Latents are [n, channels, frames, height, width] everywhere; an image has one frame.
 
+    A subclass names its classes and writes `arguments`, `example_conditioning` and `encode_prompts`; every other method
+    has a default, which fits a flow model of images or clips whose pipeline does nothing unusual.
+
     Attributes:
         name: as the documentation has it.
-        pipelines: stock pipeline classes.
+        pipelines: pipeline classes.
         from_image: those of them that make a clip from its first frame.
-        transformers: stock transformer classes.
+        transformers: transformer classes.
         prompt_names: entries of the conditioning that the prompt decides; others come from a first frame.
         embedded_guidance: the usual scale of a guidance-distilled network; None where the family has none.
         image: whether its latents always have one frame.
+        attends_to_text: whether one attention runs over the tokens of latents and text together.
+        fp32_arguments: forward arguments that no precision rounds: bf16 makes 6016 of a timestep of 6000.
         original: the module names of the family's own project, where they differ from the stock class's.
     """
 
@@ -39,44 +72,72 @@ class Family(ABC):
     prompt_names: ClassVar[tuple[str, ...]] = ("encoder_hidden_states",)
     embedded_guidance: ClassVar[float | None] = None
     image: ClassVar[bool] = False
+    attends_to_text: ClassVar[bool] = True
+    fp32_arguments: ClassVar[tuple[str, ...]] = ("timestep", "guidance")
     original: ClassVar[OriginalNames] = OriginalNames()
+
+    # The call of the transformer.
 
     @abstractmethod
     def arguments(
-        self, config: Config, x: torch.Tensor, timestep: torch.Tensor, given: Conditioning, guidance: float | None
+        self,
+        config: Config,
+        x: torch.Tensor,
+        timestep: torch.Tensor,
+        conditioning: Conditioning,
+        guidance: float | None,
     ) -> dict[str, Any]:
-        """Keyword arguments of the transformer's forward.
+        """Return the keyword arguments of the transformer's forward.
 
         Args:
             config: the transformer's.
             x: noised latents.
             timestep: [n], 0 to 1000, 1000 being pure noise; each family scales or turns it as its pipeline does.
-            given: conditioning.
+            conditioning: of the prompt and, for `from_image`, of the first frame.
             guidance: embedded guidance scale; the family's usual one where None.
         """
 
     def prediction(
-        self, config: Config, output: torch.Tensor, x: torch.Tensor, timestep: torch.Tensor, given: Conditioning
+        self, config: Config, output: torch.Tensor, x: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning
     ) -> torch.Tensor:
-        """The forward's output as the process predicts it (velocity e - x0 for flow models), shaped as x."""
+        """Return the forward's output as the process predicts it (velocity e - x0 for flow models), shaped as x."""
         return output
+
+    def patch(self, config: Config) -> tuple[int, int]:
+        """Return (frames, rows or columns) of latents that one token stands for."""
+        size = config.get("patch_size") or 1
+        if isinstance(size, list | tuple):
+            return int(size[0]), int(size[-1])
+        return int(config.get("patch_size_t") or 1), int(size)
+
+    def channels(self, config: Config) -> int:
+        """Return the channels of the latents."""
+        return int(config["in_channels"])
+
+    # Conditioning.
 
     @abstractmethod
     def example_conditioning(
         self, config: Config, batch: int, shape: LatentShape, tokens: int, draw: torch.Generator
     ) -> dict[str, torch.Tensor]:
-        """Random conditioning for tracing and certificates, with every optional input that the model uses."""
+        """Draw random conditioning for tracing and certificates, with every optional input that the model uses."""
+
+    def call_conditioning(
+        self, index: Config, config: Config, batch: int, shape: LatentShape, tokens: int, draw: torch.Generator
+    ) -> dict[str, torch.Tensor]:
+        """Draw random conditioning as a call of the pipeline in `index` (`model_index.json`) would make it."""
+        return self.example_conditioning(config, batch, shape, tokens, draw)
 
     @abstractmethod
     def encode_prompts(
         self, pipeline: Any, config: Config, prompts: Sequence[str], length: int
     ) -> dict[str, torch.Tensor]:
-        """Conditioning of prompts by the stock pipeline's own code; tokens padded to `length`."""
+        """Return the conditioning of prompts by the pipeline's own code; tokens padded to `length`."""
 
     def image_conditioning(
         self, pipeline: Any, config: Config, clips: torch.Tensor, prompts: Sequence[str], length: int
     ) -> dict[str, torch.Tensor]:
-        """Conditioning by the first frame, for `from_image`; it goes before that by the prompt alone.
+        """Return the conditioning by the first frame, for `from_image`; it precedes that by the prompt alone.
 
         Args:
             pipeline: the stock one, without its transformers' weights.
@@ -88,15 +149,49 @@ class Family(ABC):
         raise NotImplementedError(f"{self.name} has no pipeline that starts from an image")
 
     def image_condition(self, config: Config) -> str | None:
-        """What decides, beside the pipeline and its parts, how a first frame conditions; None where nothing does."""
+        """Return what, besides the pipeline and its parts, decides how a first frame conditions; None if nothing."""
         return None
 
+    # Sampling.
+
     def call(self, guidance_scale: float, embedded: float | None, negative_prompt: str = "") -> dict[str, float | str]:
-        """Guidance arguments of the stock pipeline's call."""
+        """Return the guidance arguments of the stock pipeline's call."""
         return {"guidance_scale": guidance_scale, **({"negative_prompt": negative_prompt} if negative_prompt else {})}
 
+    def noise(self, shape: Sequence[int], draw: torch.Generator) -> torch.Tensor:
+        """Draw starting noise [1, *shape] with the numbers that the stock pipeline draws from the same generator."""
+        return torch.randn(1, *shape, generator=draw)
+
+    def start(self, noise: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        """Return the latents that sampling starts from; noise alone in most pipelines."""
+        return noise
+
+    def end(self, config: Config, x: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        """Return the final latents: a given first frame as it was given, without rounding."""
+        return x
+
+    def sigmas(self, steps: int, scheduler: Config) -> Sequence[float] | None:
+        """Return what the stock pipeline passes to a scheduler of this configuration; None if that spaces its own."""
+        return None
+
+    def sequence_length(self, config: Config, shape: LatentShape) -> int | None:
+        """Return the tokens that the stock pipeline counts for dynamic shifting; None if it counts none."""
+        return None
+
+    def mu(self, scheduler: Config, config: Config, shape: LatentShape) -> float | None:
+        """Return what the stock pipeline passes to a scheduler with dynamic shifting: linear in the tokens."""
+        tokens = self.sequence_length(config, shape)
+        if tokens is None or not scheduler.get("use_dynamic_shifting"):
+            return None
+        low, high = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
+        base, top = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
+        slope = (top - base) / (high - low)
+        return float(tokens * slope + base - slope * low)
+
+    # Clips and their latents.
+
     def frame_rate(self, index: Config, config: Config) -> float:
-        """Frames a second of the clips that it makes; of an image, whose frame is shown for a second, 1.
+        """Return the frames per second of its clips; 1 for an image, whose frame is shown for a second.
 
         Args:
             index: the pipeline's `model_index.json`.
@@ -106,110 +201,62 @@ class Family(ABC):
             return 1.0
         raise NotImplementedError(f"{self.name} has no frame rate")
 
-    def noise(self, shape: Sequence[int], draw: torch.Generator) -> torch.Tensor:
-        """Starting noise [1, *shape] with the numbers that the stock pipeline draws from the same generator."""
-        return torch.randn(1, *shape, generator=draw)
+    def compression(self, autoencoder: Config) -> Compression:
+        """Return (frames, pixels each way) that one latent stands for, from the autoencoder's configuration."""
+        space = 2 ** (len(autoencoder["block_out_channels"]) - 1)
+        return int(autoencoder.get("temporal_compression_ratio") or 1), space
 
-    def start(self, noise: torch.Tensor, given: Conditioning) -> torch.Tensor:
-        """Latents that sampling starts from; noise alone in most pipelines."""
-        return noise
-
-    def end(self, config: Config, x: torch.Tensor, given: Conditioning) -> torch.Tensor:
-        """Latents that sampling ends with: a given first frame as it was given, free of what rounding made of it."""
-        return x
-
-    def cut_frames(self, config: Config) -> int:
-        """First frames of what the autoencoder decodes that the stock pipeline does not show."""
-        return 0
-
-    def patch(self, config: Config) -> tuple[int, int]:
-        """(frames, rows or columns) of latents that one token stands for."""
-        given = config.get("patch_size") or 1
-        if isinstance(given, list | tuple):
-            return int(given[0]), int(given[-1])
-        return int(config.get("patch_size_t") or 1), int(given)
+    def usual(self, config: Config) -> tuple[Compression, ClipSize] | None:
+        """Return the usual autoencoder's compression and the pipeline's default size; None where there is none."""
+        return None
 
     def fixed_latents(self, config: Config) -> LatentShape | None:
-        """The size that learned positions are for; None where they are computed."""
+        """Return the size that learned positions are for; None if positions are computed."""
         return None
 
-    def channels(self, config: Config) -> int:
-        """Channels of the latents."""
-        return int(config["in_channels"])
+    def small_positions(self, config: Config) -> dict[str, Any]:
+        """Return the config changes with which a model of fixed size takes the usual small example inputs."""
+        return {}
 
-    def sigmas(self, steps: int, scheduler: Config) -> Sequence[float] | None:
-        """What the stock pipeline hands to a scheduler of this configuration; None where that spaces its own."""
-        return None
+    def cut_frames(self, config: Config) -> int:
+        """Return how many of the first decoded frames the stock pipeline does not show."""
+        return 0
 
-    def sequence_length(self, config: Config, shape: LatentShape) -> int | None:
-        """Tokens that the stock pipeline counts for dynamic shifting; None where it knows none."""
-        return None
+    def needs_vae(self, pipeline: str) -> bool:
+        """Tell whether that pipeline class asks the autoencoder for more than its code of a clip (a condition, say)."""
+        return pipeline in self.from_image
 
-    def mu(self, scheduler: Config, config: Config, shape: LatentShape) -> float | None:
-        """What the stock pipeline hands to a scheduler with dynamic shifting: linear in the number of tokens."""
-        tokens = self.sequence_length(config, shape)
-        if tokens is None or not scheduler.get("use_dynamic_shifting"):
-            return None
-        low, high = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
-        base, top = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
-        slope = (top - base) / (high - low)
-        return float(tokens * slope + base - slope * low)
+    # Classes.
 
+    def model_class(self, name: str) -> Any:
+        """Return the class of a name in `pipelines` or `transformers`: that of diffusers, unless overridden."""
+        import diffusers
 
-def true_guidance(scale: float, embedded: float | None, negative_prompt: str) -> dict[str, float | str]:
-    """Guidance arguments of a pipeline whose `guidance_scale` is the embedded one and the other `true_cfg_scale`.
+        return getattr(diffusers, name, None)
 
-    It guides only where it is given a negative prompt, be it the empty one.
-    """
-    made: dict[str, float | str] = {} if embedded is None else {"guidance_scale": embedded}
-    return {**made, "true_cfg_scale": scale, **({"negative_prompt": negative_prompt} if scale != 1.0 else {})}
+    def module_of(self, name: str) -> str:
+        """Return the module that a user imports one of its classes from."""
+        module: str = self.model_class(name).__module__
+        return "diffusers" if module.partition(".")[0] == "diffusers" else module
 
+    # Exports of the denoiser.
 
-def normal(draw: torch.Generator, *shape: int) -> torch.Tensor:
-    """Random numbers for examples."""
-    return torch.randn(shape, generator=draw)
+    def check_export(self, config: Config, tokens: int) -> None:  # noqa: B027 (nothing to do for most families)
+        """Check that an exported forward is right for prompts of `tokens` tokens.
 
+        Raises:
+            RequestError: it is not; names the setting.
+        """
 
-def evenly(steps: int) -> list[float]:
-    """1, (N-1)/N ... 1/N."""
-    return [(steps - place) / steps for place in range(steps)]
+    def export_arguments(self, config: Config, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Return `arguments` with tensors in place of sizes, so that one graph takes any size.
 
+        A number becomes part of an exported graph, a tensor is an input of it.
+        """
+        return dict(arguments)
 
-def replaced(x: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
-    """`x` with its first frames replaced by given ones."""
-    return torch.cat([first.to(x.dtype), x[:, :, first.shape[2] :]], dim=2)
+    def take_export_arguments(self, transformer: Any) -> None:  # noqa: B027 (nothing to do for most families)
+        """Change a transformer, in place, so that its forward takes `export_arguments`, if it does not already."""
 
-
-def leading_to(first: torch.Tensor, output: torch.Tensor, x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-    """A flow network's `output` with, in the first frames, the velocity that leads exactly to the given ones.
-
-    So no loss and no sampler has to know of them.
-    """
-    level = (timestep / 1000.0).clamp(min=1e-3).reshape(-1, 1, 1, 1, 1)
-    return replaced(output, (x[:, :, : first.shape[2]] - first.to(x.dtype)) / level)
-
-
-def picture_of(clip: torch.Tensor) -> Any:
-    """The first frame of a clip [3, frames, height, width] in [-1, 1] as the image that a user would give."""
-    from PIL import Image
-
-    pixels = ((clip[:, 0] + 1.0) / 2.0).clamp(0.0, 1.0)
-    return Image.fromarray((pixels.permute(1, 2, 0) * 255.0).round().byte().cpu().numpy())
-
-
-def packed(x: torch.Tensor) -> torch.Tensor:
-    """Image latents [n, c, 1, h, w] as tokens [n, h/2 w/2, 4 c] of 2 x 2 patches (Flux, QwenImage)."""
-    n, c, _, h, w = x.shape
-    return x.reshape(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(n, h // 2 * (w // 2), 4 * c)
-
-
-def unpacked(tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """`packed` undone, to the shape of `like`."""
-    n, c, _, h, w = like.shape
-    return tokens.reshape(n, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(n, c, 1, h, w)
-
-
-def padded(tokens: torch.Tensor, length: int) -> torch.Tensor:
-    """[n, tokens, ...] with zeros, or nothing, after the last token up to `length`."""
-    missing = length - tokens.shape[1]
-    return tokens if missing <= 0 else torch.cat([tokens, tokens.new_zeros(len(tokens), missing, *tokens.shape[2:])], 1)
+    def prepare_export(self, transformer: Any) -> None:  # noqa: B027 (nothing to do for most families)
+        """Rewrite modules, in place, whose forward torch.export would fix to one size; the numbers stay."""

@@ -2,7 +2,7 @@
 
 From an image, its prompt embedding is that of a vision-language model which sees the first frame, too, and the frame's
 latents come in one of two ways, which the transformer's `image_condition_type` names: "latent_concat" puts them and a
-mask beside the noised ones, "token_replace" in the place of the first of them.
+mask next to the noised ones, "token_replace" in the place of the first of them.
 """
 
 from __future__ import annotations
@@ -11,65 +11,105 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
+from typing_extensions import override
 
 from flcompress.diffusion.conditioning import Conditioning
-from flcompress.models.families import original_names
-from flcompress.models.families.family import (
-    Config,
-    Family,
-    LatentShape,
-    evenly,
-    leading_to,
-    normal,
-    padded,
-    picture_of,
-    replaced,
-    true_guidance,
+from flcompress.models.families.conversions import normal, pad_tokens, picture_of, velocity_to, with_first
+from flcompress.models.families.family import ClipSize, Compression, Config, LatentShape, OriginalNames
+from flcompress.models.families.shared import (
+    DOUBLE_STREAM_MODULES,
+    DOUBLE_STREAM_STACKS,
+    EMBEDDERS,
+    MASKED,
+    TrueGuidance,
 )
-from flcompress.models.families.original_names import OriginalNames
 from flcompress.models.video import encode_clips
 
+ORIGINAL = OriginalNames(
+    stacks={
+        **DOUBLE_STREAM_STACKS,
+        "txt_in.individual_token_refiner.blocks": "context_embedder.token_refiner.refiner_blocks",
+    },
+    modules={
+        **DOUBLE_STREAM_MODULES,
+        **{
+            f"{original}.{layer}": f"time_text_embed.{stock}.linear_{number}"
+            for original, stock in EMBEDDERS.items()
+            for layer, number in (("mlp.0", 1), ("mlp.2", 2), ("in_layer", 1), ("out_layer", 2))
+        },
+        **{
+            f"txt_in.{original}": f"context_embedder.time_text_embed.{stock}"
+            for original, stock in (
+                ("t_embedder.mlp.0", "timestep_embedder.linear_1"),
+                ("t_embedder.mlp.2", "timestep_embedder.linear_2"),
+                ("c_embedder.linear_1", "text_embedder.linear_1"),
+                ("c_embedder.linear_2", "text_embedder.linear_2"),
+            )
+        },
+        "img_in.proj": "x_embedder.proj",
+        "txt_in.input_embedder": "context_embedder.proj_in",
+        "self_attn_qkv": "attn.to_q + attn.to_k + attn.to_v",
+        "self_attn.qkv": "attn.to_q + attn.to_k + attn.to_v",
+        "self_attn_proj": "attn.to_out.0",
+        "self_attn.proj": "attn.to_out.0",
+        "mlp.fc1": "ff.net.0.proj",
+        "mlp.fc2": "ff.net.2",
+        "mlp.0": "ff.net.0.proj",
+        "mlp.2": "ff.net.2",
+        "adaLN_modulation.1": "norm_out.linear",
+    },
+)
 
-class HunyuanVideo(Family):
+
+class HunyuanVideo(TrueGuidance):
     """Text or image to video. The network is told its guidance scale; classifier-free guidance is not needed on top."""
 
     name: ClassVar[str] = "HunyuanVideo"
     pipelines: ClassVar[tuple[str, ...]] = ("HunyuanVideoPipeline", "HunyuanVideoImageToVideoPipeline")
     from_image: ClassVar[tuple[str, ...]] = ("HunyuanVideoImageToVideoPipeline",)
     transformers: ClassVar[tuple[str, ...]] = ("HunyuanVideoTransformer3DModel",)
-    original: ClassVar[OriginalNames] = original_names.HUNYUAN_VIDEO
-    prompt_names: ClassVar[tuple[str, ...]] = ("encoder_hidden_states", "encoder_attention_mask", "pooled_projections")
+    original: ClassVar[OriginalNames] = ORIGINAL
+    prompt_names: ClassVar[tuple[str, ...]] = (*MASKED, "pooled_projections")
     embedded_guidance: ClassVar[float | None] = 6.0
 
     IMAGE_TOKENS = 576
-    """Of a picture, in the pipeline's prompt template."""
+    """Tokens of a picture in the pipeline's prompt template."""
     ENDING_TOKENS = 4
-    """Of the template, that the pipeline cuts out of what is padded to the prompt's length."""
+    """Tokens of the template that the pipeline cuts out of what is padded to the prompt's length."""
     KEPT_IMAGE_TOKENS: ClassVar[dict[str, int]] = {"latent_concat": 2, "token_replace": 4}
-    """One of so many, by the way that the first frame conditions."""
+    """Keep one image token in N, by the way that the first frame conditions."""
     WITHOUT_CONDITION = 2
-    """The same for the negative prompt, whatever the way."""
+    """N for the negative prompt, whatever the way."""
     NOISE_SHARE = 0.999
-    """Of the starting latents; the rest is the first frame, in every frame."""
+    """Share of noise in the starting latents; the rest is the first frame, in every frame."""
 
+    @override
     def arguments(
-        self, config: Config, x: torch.Tensor, timestep: torch.Tensor, given: Conditioning, guidance: float | None
+        self,
+        config: Config,
+        x: torch.Tensor,
+        timestep: torch.Tensor,
+        conditioning: Conditioning,
+        guidance: float | None,
     ) -> dict[str, Any]:
-        if "first_frame" in given:
-            first = given["first_frame"].to(x.dtype)
-            x = replaced(x, first) if self._replaces(config) else torch.cat([x, *_beside(x, first)], dim=1)
-        made = {"hidden_states": x, "timestep": timestep, **{name: given[name] for name in self.prompt_names}}
+        if "first_frame" in conditioning:
+            first = conditioning["first_frame"].to(x.dtype)
+            x = with_first(x, first) if self._replaces(config) else torch.cat([x, *_frame_and_mask(x, first)], dim=1)
+        prompt = {name: conditioning[name] for name in self.prompt_names}
+        arguments = {"hidden_states": x, "timestep": timestep, **prompt}
         if config["guidance_embeds"]:
             scale = self.embedded_guidance if guidance is None else guidance
-            made["guidance"] = torch.full_like(timestep, 1000.0 * float(scale or 1.0))
-        return made
+            arguments["guidance"] = torch.full_like(timestep, 1000.0 * float(scale or 1.0))
+        return arguments
 
+    @override
     def prediction(
-        self, config: Config, output: torch.Tensor, x: torch.Tensor, timestep: torch.Tensor, given: Conditioning
+        self, config: Config, output: torch.Tensor, x: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning
     ) -> torch.Tensor:
-        held = "first_frame" in given and self._replaces(config)
-        return leading_to(given["first_frame"], output, x, timestep) if held else output
+        replaces = "first_frame" in conditioning and self._replaces(config)
+        return velocity_to(conditioning["first_frame"], output, x, timestep) if replaces else output
 
+    @override
     def example_conditioning(
         self, config: Config, batch: int, shape: LatentShape, tokens: int, draw: torch.Generator
     ) -> dict[str, torch.Tensor]:
@@ -77,87 +117,98 @@ class HunyuanVideo(Family):
         tokens += self._more_tokens if self.image_condition(config) else 0
         mask = torch.ones(batch, tokens)
         mask[:, tokens - padding :] = 0.0
-        made = {
+        conditioning = {
             "encoder_hidden_states": normal(draw, batch, tokens, config["text_embed_dim"]),
             "encoder_attention_mask": mask,
             "pooled_projections": normal(draw, batch, config["pooled_projection_dim"]),
         }
         if self.image_condition(config):
-            made["first_frame"] = normal(draw, batch, self.channels(config), 1, *shape[1:])
-        return made
+            conditioning["first_frame"] = normal(draw, batch, self.channels(config), 1, *shape[1:])
+        return conditioning
 
+    @override
     def encode_prompts(
         self, pipeline: Any, config: Config, prompts: Sequence[str], length: int
     ) -> dict[str, torch.Tensor]:
         if type(pipeline).__name__ in self.from_image:
-            return self._seen(pipeline, [_black()] * len(prompts), prompts, length, self.WITHOUT_CONDITION)
+            return self._with_pictures(pipeline, [_black()] * len(prompts), prompts, length, self.WITHOUT_CONDITION)
         embeds, pooled, mask = pipeline.encode_prompt(
             list(prompts), max_sequence_length=length, device=pipeline.text_encoder.device
         )
         return _prompt(embeds, mask, pooled)
 
+    @override
     def image_conditioning(
         self, pipeline: Any, config: Config, clips: torch.Tensor, prompts: Sequence[str], length: int
     ) -> dict[str, torch.Tensor]:
         kept = self.KEPT_IMAGE_TOKENS[str(self.image_condition(config))]
-        made = self._seen(pipeline, [picture_of(clip) for clip in clips], prompts, length, kept)
-        return {**made, "first_frame": encode_clips(pipeline.vae, clips[:, :, :1])}
+        prompt = self._with_pictures(pipeline, [picture_of(clip) for clip in clips], prompts, length, kept)
+        return {**prompt, "first_frame": encode_clips(pipeline.vae, clips[:, :, :1])}
 
-    def _seen(
+    def _with_pictures(
         self, pipeline: Any, pictures: Sequence[Any], prompts: Sequence[str], length: int, kept: int
     ) -> dict[str, torch.Tensor]:
-        """Prompts beside pictures, of whose tokens one of `kept` is kept.
+        """Encode prompts with pictures, of whose tokens one in `kept` is kept.
 
         All are padded to one length, so that a prompt can stand for another (the network does not see padding).
         """
-        made = []
+        encoded = []
         # One at a time: the pipeline cuts a prompt that is too long rightly only when it is alone.
-        for picture, prompt in zip(pictures, prompts, strict=True):
+        for picture, text in zip(pictures, prompts, strict=True):
             embeds, pooled, mask = pipeline.encode_prompt(
                 picture,
-                prompt,
+                text,
                 max_sequence_length=length,
                 image_embed_interleave=kept,
                 device=pipeline.text_encoder.device,
             )
             whole = length + self._more_tokens
-            made.append(_prompt(padded(embeds, whole), padded(mask, whole), pooled))
-        return {name: torch.cat([one[name] for one in made]) for name in self.prompt_names}
+            encoded.append(_prompt(pad_tokens(embeds, whole), pad_tokens(mask, whole), pooled))
+        return {name: torch.cat([prompt[name] for prompt in encoded]) for name in self.prompt_names}
 
     @property
     def _more_tokens(self) -> int:
         return self.IMAGE_TOKENS // min(self.KEPT_IMAGE_TOKENS.values()) - self.ENDING_TOKENS
 
+    @override
     def image_condition(self, config: Config) -> str | None:
-        found: str | None = config.get("image_condition_type")
-        return found
+        kind: str | None = config.get("image_condition_type")
+        return kind
 
     def _replaces(self, config: Config) -> bool:
         return self.image_condition(config) == "token_replace"
 
-    def start(self, noise: torch.Tensor, given: Conditioning) -> torch.Tensor:
-        if "first_frame" not in given:
+    @override
+    def start(self, noise: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        if "first_frame" not in conditioning:
             return noise
-        return noise * self.NOISE_SHARE + given["first_frame"].to(noise) * (1.0 - self.NOISE_SHARE)
+        return noise * self.NOISE_SHARE + conditioning["first_frame"].to(noise) * (1.0 - self.NOISE_SHARE)
 
-    def end(self, config: Config, x: torch.Tensor, given: Conditioning) -> torch.Tensor:
-        return replaced(x, given["first_frame"]) if "first_frame" in given and self._replaces(config) else x
+    @override
+    def end(self, config: Config, x: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        replaces = "first_frame" in conditioning and self._replaces(config)
+        return with_first(x, conditioning["first_frame"]) if replaces else x
 
+    @override
     def frame_rate(self, index: Config, config: Config) -> float:
         return 24.0
 
+    @override
+    def compression(self, autoencoder: Config) -> Compression:
+        return int(autoencoder["temporal_compression_ratio"]), int(autoencoder["spatial_compression_ratio"])
+
+    @override
+    def usual(self, config: Config) -> tuple[Compression, ClipSize]:
+        return (4, 8), ClipSize(height=720, width=1280, frames=129, tokens=256)
+
+    @override
     def cut_frames(self, config: Config) -> int:
         return 4 if self.image_condition(config) == "latent_concat" else 0
 
+    @override
     def channels(self, config: Config) -> int:
         channels = int(config["in_channels"])
         return (channels - 1) // 2 if self.image_condition(config) == "latent_concat" else channels
-
-    def call(self, guidance_scale: float, embedded: float | None, negative_prompt: str = "") -> dict[str, float | str]:
-        return true_guidance(guidance_scale, embedded, negative_prompt)
-
-    def sigmas(self, steps: int, scheduler: Config) -> Sequence[float] | None:
-        return evenly(steps)
 
 
 def _prompt(embeds: torch.Tensor, mask: torch.Tensor, pooled: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -168,15 +219,15 @@ def _prompt(embeds: torch.Tensor, mask: torch.Tensor, pooled: torch.Tensor) -> d
     }
 
 
-def _beside(x: torch.Tensor, first: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first frame's latents in a clip that is empty otherwise, and the mask that tells where they are."""
+def _frame_and_mask(x: torch.Tensor, first: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the first frame's latents in an otherwise empty clip, and the mask of where they are."""
     mask = torch.zeros_like(x[:, :1])
     mask[:, :, :1] = 1.0
     return first * mask, mask
 
 
 def _black() -> Any:
-    """What the pipeline shows beside a negative prompt; its own size is scaled away."""
+    """Return what the pipeline shows with a negative prompt; its own size is scaled away."""
     from PIL import Image
 
     return Image.new("RGB", (64, 64), 0)
