@@ -19,9 +19,21 @@ SECTIONS = (
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of a whole run, drawn once; tests only read it."""
+    return write_report(write_run(tmp_path_factory.mktemp("report") / "run"))
+
+
+@pytest.fixture(scope="module")
+def page(report: Path) -> str:
+    return report.read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("blocks", [16, 60])
-def test_every_section_is_there_and_linked(blocks: int, tmp_path: Path) -> None:
-    page = write_report(write_run(tmp_path, blocks=blocks)).read_text(encoding="utf-8")
+def test_every_section_is_there_and_linked(blocks: int, page: str, tmp_path: Path) -> None:
+    if blocks != 16:
+        page = write_report(write_run(tmp_path, blocks=blocks)).read_text(encoding="utf-8")
     assert re.findall(r'<section id="(\w+)">', page) == list(SECTIONS)
     assert re.findall(r'<a href="#(\w+)"', page) == list(SECTIONS)
     assert page.count('class="block removed"') == 2 * round(0.3 * blocks)  # for a desk and for a phone
@@ -39,8 +51,7 @@ def test_one_picture_of_all_contenders_stands_for_their_own(tmp_path: Path) -> N
     assert "Teacher beside student, prompt by prompt" in page
 
 
-def test_nothing_is_fetched(tmp_path: Path) -> None:
-    page = write_report(write_run(tmp_path)).read_text(encoding="utf-8")
+def test_nothing_is_fetched(page: str) -> None:
     assert "http://" not in page
     assert "https://" not in page
     assert "<script" not in page
@@ -48,8 +59,7 @@ def test_nothing_is_fetched(tmp_path: Path) -> None:
     assert all(link.startswith(("#", "data:")) for link in re.findall(r'(?:src|href)="([^"]*)"', page))
 
 
-def test_the_best_and_those_not_known_to_be_worse_are_marked(tmp_path: Path) -> None:
-    page = write_report(write_run(tmp_path)).read_text(encoding="utf-8")
+def test_the_best_and_those_not_known_to_be_worse_are_marked(page: str) -> None:
     assert '<span class="best">420</span>' in page
     assert '<span class="tied">431</span>' in page
     assert '<span class="">980</span>' in page
@@ -102,14 +112,14 @@ def test_missing_parts_name_the_command_that_makes_them(tmp_path: Path) -> None:
     assert "No pass of this run has trained anything." in page
 
 
-def test_the_same_run_gives_the_same_page(tmp_path: Path) -> None:
-    run = write_run(tmp_path)
-    assert write_report(run).read_bytes() == write_report(run).read_bytes()
+def test_the_same_run_gives_the_same_page(report: Path) -> None:
+    before = report.read_bytes()
+    assert write_report(report.parent).read_bytes() == before
 
 
 def test_a_failed_write_leaves_the_old_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = write_run(tmp_path, measured=False)
-    before = write_report(run).read_bytes()
+    (run / "report.html").write_bytes(b"the old page")
 
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
@@ -117,20 +127,19 @@ def test_a_failed_write_leaves_the_old_page(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space left on device"):
         write_report(run)
-    assert (run / "report.html").read_bytes() == before
+    assert (run / "report.html").read_bytes() == b"the old page"
     assert not list(run.glob("report.html?*"))
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome on PATH")
 @pytest.mark.parametrize("width", [1200, 500])
-def test_a_browser_shows_it(width: int, tmp_path: Path) -> None:
-    page = write_report(write_run(tmp_path / "run"))
+def test_a_browser_shows_it(width: int, report: Path, tmp_path: Path) -> None:
     picture = tmp_path / "page.png"
     subprocess.run(
         [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
          "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
          f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},5000", f"--screenshot={picture}",
-         page.as_uri()],
+         report.as_uri()],
         check=True, capture_output=True, timeout=900,
     )  # fmt: skip
     with Image.open(picture) as shown:
