@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import math
 
-from flcompress.reporting.record import Interval
+from flcompress.stats import Interval
 
 
 def count(value: float) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ import yaml
 from flcompress.driver.manager import apply
 from flcompress.errors import FlcompressError
 from flcompress.evaluation.comparison import evaluate
-from flcompress.evaluation.metrics import interval, paired
 from flcompress.frontend.loading import dump_recipe, load_recipe
 from flcompress.progress import QuietDisplay
+from flcompress.stats import interval, paired
 
 METRICS = ("frechet", "prompt_accuracy", "average")
 
@@ -74,9 +74,9 @@ def ablate(base: Path, out: Path, seeds: int, variants: Sequence[Variant] = VARI
             {
                 "name": variant.name,
                 "question": variant.question,
-                **{metric: interval(values[variant.name][metric]) for metric in METRICS},
+                **{metric: asdict(interval(values[variant.name][metric])) for metric in METRICS},
                 "against_base": {
-                    metric: paired(values[variant.name][metric], values["base"][metric]) for metric in METRICS
+                    metric: asdict(paired(values[variant.name][metric], values["base"][metric])) for metric in METRICS
                 },
             }
             for variant in variants
@@ -91,11 +91,11 @@ def row(name: str, values: dict[str, dict[str, list[float]]]) -> str:
     """One line of the table: means with 95 % intervals, and the paired difference in Frechet distance from the base."""
     cells = []
     for metric in METRICS:
-        found = interval(values[name][metric])
-        cells.append(f"{metric} {found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}]")
+        mean = interval(values[name][metric])
+        cells.append(f"{metric} {mean.mean:.3f} [{mean.low:.3f}, {mean.high:.3f}]")
     if name != "base" and "base" in values:
         difference = paired(values[name]["frechet"], values["base"]["frechet"])
-        cells.append(f"frechet - base {difference['mean']:+.3f} [{difference['low']:+.3f}, {difference['high']:+.3f}]")
+        cells.append(f"frechet - base {difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]")
     return f"{name}: " + ", ".join(cells)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ import torch
 
 from flcompress.driver.rundir import RunDirectory
 from flcompress.errors import RequestError
-from flcompress.evaluation import metrics
 from flcompress.evaluation.contenders import Contender, run_contenders
 from flcompress.evaluation.pictures import draw_animation, draw_strips
 from flcompress.evaluation.sampling import Counter, Studio, judged_reality
@@ -21,7 +21,9 @@ from flcompress.files import write_text
 from flcompress.models.parts import Parts
 from flcompress.moving_digits import digits
 from flcompress.moving_digits.classifier import classifier_record
+from flcompress.moving_digits.figures import benchmark_figures
 from flcompress.progress import ProgressSink
+from flcompress.stats import interval, paired
 
 REFERENCE_CLIPS_PER_PROMPT = 64
 """Real clips, of held-out handwriting and the held-out captions, that every Frechet distance is measured from."""
@@ -119,7 +121,7 @@ def evaluate_contenders(
     real = _reference()
     rows: list[dict[str, Any]] = []
     for contender in contenders:
-        values = _by_metric([metrics.figures(judged[contender.name, seed], real) for seed in range(seeds)])
+        values = _by_metric([benchmark_figures(judged[contender.name, seed], real) for seed in range(seeds)])
         rows.append(
             {
                 "name": contender.name,
@@ -128,10 +130,10 @@ def evaluate_contenders(
                 "guidance": contender.contract.guidance_scale,
                 "evaluations": contender.contract.evaluations,
                 "parameters": contender.parameters,
-                **{metric: {**metrics.interval(each), "values": each} for metric, each in values.items()},
+                **{metric: {**asdict(interval(each)), "values": each} for metric, each in values.items()},
             }
         )
-    floor = _by_metric([metrics.figures(judged_reality(captions, "floor", seed), real) for seed in range(seeds)])
+    floor = _by_metric([benchmark_figures(judged_reality(captions, "floor", seed), real) for seed in range(seeds)])
     results = {
         "benchmark": "moving-digits",
         "clips": len(captions),
@@ -139,10 +141,10 @@ def evaluate_contenders(
         "prompts": len(digits.captions("heldout")),
         "reference_clips": len(real),
         "classifier": {k: v for k, v in classifier_record().items() if k.endswith("_accuracy")},
-        "floor": {metric: {**metrics.interval(each), "values": each} for metric, each in floor.items()},
+        "floor": {metric: {**asdict(interval(each)), "values": each} for metric, each in floor.items()},
         "contenders": rows,
         "paired": [
-            {"a": a["name"], "b": b["name"], "metric": m, **metrics.paired(a[m]["values"], b[m]["values"])}
+            {"a": a["name"], "b": b["name"], "metric": m, **asdict(paired(a[m]["values"], b[m]["values"]))}
             for b, a in itertools.combinations(rows, 2)
             for m in floor
         ],

@@ -14,7 +14,6 @@ from flcompress.diffusion.sampling import Network, sample
 from flcompress.draws import generator
 from flcompress.errors import FlcompressError
 from flcompress.evaluation.contenders import Contender
-from flcompress.evaluation.metrics import motion_smoothness, moves
 from flcompress.evaluation.pictures import SHOWN
 from flcompress.files import key_of
 from flcompress.models.parts import Parts
@@ -22,6 +21,7 @@ from flcompress.models.stock_files import folder_digest
 from flcompress.moving_digits import digits
 from flcompress.moving_digits.classifier import FOLDER, Classifier, judge, labels, load_classifier
 from flcompress.moving_digits.digits import Caption
+from flcompress.moving_digits.figures import motion_smoothness, moves
 from flcompress.progress import ProgressSink
 
 VERSION = 1

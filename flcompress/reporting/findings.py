@@ -8,7 +8,8 @@ from flcompress.diffusion.contract import SamplingContract
 from flcompress.ir.block import Block, Estimate
 from flcompress.ir.graph import BlockGraph
 from flcompress.reporting.reading import RunRecord
-from flcompress.reporting.record import Interval, Record, ReportError
+from flcompress.reporting.record import Record, ReportError
+from flcompress.stats import Interval
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from flcompress.reporting.record import Interval, Record, ReportError
+from flcompress.reporting.record import Record, ReportError
+from flcompress.stats import Interval
 
 Mark = Literal["best", "tied", ""]
 
@@ -48,9 +49,8 @@ class Differences:
         found: dict[tuple[str, str, str], Interval] = {}
         for row in results.each("paired"):
             a, b, metric = row.text("a"), row.text("b"), row.text("metric")
-            mean, low, high = row.number("mean"), row.number("low"), row.number("high")
-            found[a, b, metric] = Interval(mean, low, high)
-            found[b, a, metric] = Interval(-mean, -high, -low)
+            difference = Interval(row.number("mean"), row.number("low"), row.number("high"))
+            found[a, b, metric], found[b, a, metric] = difference, -difference
         return cls(results=results, found=found)
 
     def of(self, name: str, other: str, metric: str) -> Interval:

@@ -11,27 +11,11 @@ from typing import Any, NoReturn, TypeGuard
 
 from flcompress.errors import FlcompressError
 from flcompress.files import lines_of
+from flcompress.stats import Interval
 
 
 class ReportError(FlcompressError):
     """A file of the run directory is damaged, so there is nothing true to report from it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """A mean with its confidence interval; `low` and `high` equal `mean` where the file gave a bare number."""
-
-    mean: float
-    low: float
-    high: float
-
-    @property
-    def measured(self) -> bool:
-        """Whether there is an interval, and not only a number."""
-        return self.high > self.low
-
-    def holds(self, value: float) -> bool:
-        return self.low <= value <= self.high
 
 
 @dataclass(frozen=True, slots=True)

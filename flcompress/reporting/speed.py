@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flcompress.reporting.record import Interval, Record
+from flcompress.reporting.record import Record
+from flcompress.stats import Interval
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,8 @@ from flcompress.driver.rundir import RunDirectory
 from flcompress.errors import FlcompressError, RequestError
 from flcompress.evaluation.comparison import evaluate, evaluate_contenders
 from flcompress.evaluation.contenders import Contender, run_contenders
-from flcompress.evaluation.metrics import AVERAGED
 from flcompress.models.parts import open_parts
+from flcompress.moving_digits.figures import AVERAGED
 from tests.evaluation.conftest import make_run
 
 NAMES = ["teacher-3", "teacher-2", "raw-pruned", "stochastic-depth-full", "stochastic-depth-pruned", "student"]
