@@ -16,6 +16,7 @@ from flcompress import __version__, commands
 from flcompress.command_group import Commands
 from flcompress.commands import Backend
 from flcompress.errors import RequestError
+from flcompress.runtime import Backend
 
 if TYPE_CHECKING:
     from flcompress.progress import Display

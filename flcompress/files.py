@@ -1,4 +1,4 @@
-"""The ground: files that survive a kill (whole in the new state, or untouched in the old), text lines, keys, memory."""
+"""Files that survive a kill (whole in the new state, or untouched in the old), their hashes, locks, and peak memory."""
 
 from __future__ import annotations
 
@@ -18,29 +18,40 @@ from typing import Any
 from flcompress.errors import RequestError
 
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF)
-"""What flock says on Lustre without -o flock, on NFS (which wants a file open for writing), and on FUSE."""
+"""What flock reports on Lustre without -o flock, on NFS (which wants a file open for writing), and on FUSE."""
+
+TEMPORARY = ".tmp"
+"""Suffix of a file that is not whole yet; a killed process may leave one."""
+
+_BLOCK = 1 << 24
+"""Bytes that are hashed at once."""
 
 _STATUS = Path("/proc/self/status")
 _RESET = Path("/proc/self/clear_refs")
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file in one piece: to a temporary one, which then takes its place."""
-    temporary = path.with_name(path.name + ".tmp")
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path; what is written there replaces `path` in one piece, unless the context raises."""
+    temporary = path.with_name(path.name + TEMPORARY)
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        sync(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     sync(path.parent)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in one piece."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def append_line(path: Path, line: str) -> None:
-    """Add a line to a file; where the disk is full, the file is left as it was, without half a line."""
+    """Add a line to a file; if the disk is full, the file is left as it was, without half a line."""
     added = line.encode() + b"\n"
     with path.open("ab", buffering=0) as file:
         before = file.tell()
@@ -86,7 +97,7 @@ class Lock(Enum):
 
 @contextmanager
 def locked(folder: Path, *, wait: bool) -> Iterator[Lock]:
-    """Hold the one lock on `folder` (which may be renamed meanwhile), or say why it is not held.
+    """Hold the lock on `folder` (which may be renamed meanwhile), or report why it is not held.
 
     The lock goes with the process, so a killed one leaves none behind.
     """
@@ -103,8 +114,11 @@ def working_alone(folder: Path, busy: str, say: Callable[[str], None]) -> Iterat
 
     Args:
         folder: what is locked.
-        busy: the RequestError's text where another process has it.
-        say: called with one line where the file system has no locks, so that two commands could meet unnoticed.
+        busy: message of the RequestError if another process has it.
+        say: called with one line if the file system has no locks, so that two commands could meet unnoticed.
+
+    Raises:
+        RequestError: another process holds the lock.
     """
     with locked(folder, wait=False) as lock:
         if lock is Lock.BUSY:
@@ -126,13 +140,28 @@ def _lock(descriptor: int, wait: bool) -> Lock:
     return Lock.HELD
 
 
+def sha256(path: Path, beat: Callable[[], None] = lambda: None) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal.
+
+    Args:
+        path: the file.
+        beat: called after each block read, so that a long read shows signs of life.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+            beat()
+    return digest.hexdigest()
+
+
 def key_of(**parts: Any) -> str:
-    """SHA-256, in full, of the canonical JSON of `parts`."""
+    """Return the SHA-256, in hexadecimal, of the canonical JSON of `parts`."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 def lines_of(text: str) -> list[str]:
-    """The lines of a text, without their ends: a newline, or a carriage return and a newline.
+    """Return the lines of a text without their ends: a newline, or a carriage return and a newline.
 
     `str.splitlines` also cuts at form feeds, U+0085, U+2028 and others, which people and JSON have in sentences.
     """
@@ -143,16 +172,16 @@ def lines_of(text: str) -> list[str]:
 
 
 def reset_peak() -> None:
-    """Forget the peak so far, where the system can (Linux); elsewhere `peak_mb` is the peak since the start."""
+    """Forget the peak so far if the system can (Linux); elsewhere `peak_mb` is the peak since the process start."""
     if _RESET.exists():
         try:
             _RESET.write_text("5", encoding="ascii")
         except PermissionError:
-            return  # a sandbox may forbid it; the peak since the start is then what is told
+            return  # a sandbox may forbid it; then the peak since the process start is reported
 
 
 def peak_mb() -> float:
-    """The peak resident memory in megabytes (10^6 bytes) since `reset_peak`."""
+    """Return the peak resident memory in megabytes (10^6 bytes) since `reset_peak`."""
     if _STATUS.exists():
         for line in _STATUS.read_text(encoding="ascii").splitlines():
             if line.startswith("VmHWM:"):

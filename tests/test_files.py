@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 from pathlib import Path
 
 import pytest
 
-from flcompress.files import append_line, write_text
+from flcompress.files import append_line, replacing, sha256, write_text
 from tests.fixtures.small_disk import fill, small_disk
 
 
@@ -36,3 +37,26 @@ def test_lines_are_appended_whole(tmp_path: Path) -> None:
     append_line(tmp_path / "journal.jsonl", "one")
     append_line(tmp_path / "journal.jsonl", "zwölf")
     assert (tmp_path / "journal.jsonl").read_text(encoding="utf-8") == "one\nzwölf\n"
+
+
+def test_a_replacement_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+    file = tmp_path / "shard.bin"
+    file.write_bytes(b"old")
+    writing = replacing(file)
+    writing.__enter__().write_bytes(b"half of the n")
+    assert writing.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None) is False
+    assert file.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [file]
+    with replacing(file) as temporary:
+        temporary.write_bytes(b"new")
+        assert file.read_bytes() == b"old"
+    assert file.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_the_hash_of_a_file_shows_signs_of_life(tmp_path: Path) -> None:
+    content = bytes(range(256)) * (1 << 17)
+    (tmp_path / "weights").write_bytes(content)
+    beats: list[None] = []
+    assert sha256(tmp_path / "weights", lambda: beats.append(None)) == hashlib.sha256(content).hexdigest()
+    assert len(beats) > 1

@@ -27,10 +27,10 @@ PROGRAM_FILE = "program.json"
 GRAPH_FILE = "graph.json"
 
 FACTS_FILE = "flcompress.json"
-"""What an exported pipeline folder says about itself."""
+"""In an exported pipeline folder: its sampling contract, arguments of the call, sizes."""
 
 CHECKPOINTS = "checkpoints"
-"""Folder in which a training keeps what a killed run goes on from; no part of a result."""
+"""Folder of the checkpoints that an interrupted training resumes from; no part of a result."""
 
 
 class Fact(StrEnum):

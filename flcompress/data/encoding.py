@@ -20,7 +20,7 @@ from flcompress.data.planning import plan_clips, plan_prompts
 from flcompress.data.sizes import OWN_SIZE, Size, Target
 from flcompress.data.workers import Runner, workers
 from flcompress.errors import DataError
-from flcompress.files import lines_of, locked, working_alone
+from flcompress.files import lines_of, locked, sha256, working_alone
 from flcompress.models.configs import check_transformer_config
 from flcompress.models.families import family_of
 from flcompress.models.folder import check_pipeline
@@ -74,7 +74,7 @@ class Request:
         return {
             "pipeline": self.index["_class_name"],
             "parts": parts_digests(self.index, self.components),
-            "captions": hashlib.sha256(self.captions.read_bytes()).hexdigest(),
+            "captions": sha256(self.captions),
             "videos": videos,
             "target": asdict(self.target),
             "fps": self.fps,

@@ -15,6 +15,7 @@ from safetensors.torch import save
 
 from flcompress.data.sizes import Size
 from flcompress.errors import DataError
+from flcompress.files import replacing, sha256, write_text
 
 INDEX_FILE = "index.json"
 SKIPPED_FILE = "skipped.jsonl"
@@ -105,13 +106,7 @@ class Index(_Part):
 
     def write(self, folder: Path) -> None:
         """Write `index.json` atomically."""
-        text = self.model_dump_json(indent=1) + "\n"
-        temporary = folder / f".{INDEX_FILE}.tmp"
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(folder / INDEX_FILE)
+        write_text(folder / INDEX_FILE, self.model_dump_json(indent=1) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> Index:
@@ -145,12 +140,8 @@ def leading_prompts(negative_prompt: str) -> tuple[str, ...]:
 def write_shard(path: Path, tensors: Mapping[str, torch.Tensor]) -> tuple[str, int]:
     """Write a shard atomically, and return (SHA-256, bytes)."""
     data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
     return hashlib.sha256(data).hexdigest(), len(data)
 
 
@@ -183,5 +174,4 @@ def damaged_shards(folder: Path, shards: Iterable[Shard]) -> list[Shard]:
 def _is_intact(path: Path, shard: Shard) -> bool:
     if not path.is_file() or path.stat().st_size != shard.bytes:
         return False
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256
+    return sha256(path) == shard.sha256

@@ -16,7 +16,7 @@ from flcompress.data.index import INDEX_FILE, SKIPPED_FILE, WORK, ClipShard, Ind
 from flcompress.data.planning import DatasetPlan
 from flcompress.data.workers import Runner
 from flcompress.errors import DataError
-from flcompress.files import lines_of, write_text
+from flcompress.files import TEMPORARY, lines_of, write_text
 from flcompress.progress import Display
 
 _PLAN_FILE, _DONE_FILE = "plan.json", "done.jsonl"
@@ -145,5 +145,5 @@ def remake_damaged(out: Path, run: Runner, display: Display) -> int:
 def clean(out: Path) -> None:
     """Remove the files of an unfinished dataset, and leftovers of a killed attempt."""
     shutil.rmtree(out / WORK, ignore_errors=True)
-    for path in out.glob(".*.tmp"):
+    for path in out.glob(f"*{TEMPORARY}"):
         path.unlink()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from flcompress.core.program import Program
 from flcompress.data.index import INDEX_FILE, NEGATIVE
 from flcompress.errors import DataError, RequestError
-from flcompress.files import key_of, locked, move_in_place
+from flcompress.files import key_of, locked, move_in_place, sha256
 from flcompress.frontend.recipe import Recipe
 from flcompress.progress import Display
 
@@ -144,7 +144,7 @@ def fingerprint(spec: dict[str, Any] | None) -> dict[str, Any] | None:
         return None
     ((kind, given),) = spec.items()
     if kind == "latents":
-        return {kind: hashlib.sha256((Path(given) / INDEX_FILE).read_bytes()).hexdigest()}
+        return {kind: sha256(Path(given) / INDEX_FILE)}
     if kind == "videos":
         return {kind: {name: _files(Path(path)) for name, path in given.items()}}
     return spec

@@ -15,7 +15,7 @@ from flcompress.draws import generator
 from flcompress.errors import FlcompressError
 from flcompress.evaluation.contenders import Contender
 from flcompress.evaluation.pictures import SHOWN
-from flcompress.files import key_of
+from flcompress.files import key_of, replacing
 from flcompress.models.parts import Parts
 from flcompress.models.stock_files import folder_digest
 from flcompress.moving_digits import digits
@@ -82,9 +82,8 @@ class Studio:
         made = {**judge_clips(clips, self._captions), "shown": ((shown + 1.0) * 127.5).round().byte()}
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(".tmp")
-            save_file({name: value.contiguous() for name, value in made.items()}, temporary)
-            temporary.replace(path)
+            with replacing(path) as temporary:
+                save_file({name: value.contiguous() for name, value in made.items()}, temporary)
         return made
 
     def _path(self, contender: Contender, seed: int) -> Path | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flcompress.errors import RequestError
+from flcompress.files import replacing
 from flcompress.inspection.model import Inspection
 from flcompress.ir.graph import INPUT, OUTPUT
 
@@ -41,12 +42,8 @@ def draw_inspection(found: Inspection, path: Path) -> None:
         _blocks(above, found)
         _stacks(below, found)
         figure.suptitle(_title(found), fontsize=9)
-        temporary = path.with_name(f".{path.name}.tmp")
-        try:
+        with replacing(path) as temporary:
             figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=150, metadata={})
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def _title(found: Inspection) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from flcompress.driver.rundir import RUN_FILE, RunDirectory
 from flcompress.errors import RequestError
-from flcompress.files import move_in_place, sync, write_text
+from flcompress.files import move_in_place, replacing, sync, write_text
 from flcompress.loras.keys import Remapped, remap
 from flcompress.loras.names import PrunedModel
 from flcompress.loras.peft_settings import SETTINGS, remap_settings
@@ -18,9 +18,7 @@ from flcompress.models.configs import read_json
 from flcompress.models.families import find_family
 from flcompress.models.families.family import OriginalNames
 from flcompress.models.shards import file_metadata, file_tensors, folder_tensors, write_file
-
-KEPT_FILE = "kept_blocks.json"
-"""Beside an exported transformer's weights: path of every block -> path in the original."""
+from flcompress.runtime.manifest import KEPT_FILE
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """What PEFT saves an adapter as: a folder with these two."""
@@ -67,12 +65,8 @@ def _remap_file(lora: Path, target: PrunedModel, out: Path) -> tuple[Remapped, i
             f"{lora}: {ADAPTER_CONFIG} beside it names modules of the uncut model; give the folder {lora.parent}, so "
             "that both are rewritten"
         )
-    work = out.with_name(f".{out.name}.tmp")
-    try:
-        _write(lora, done, tensors, work)
-        work.replace(out)
-    finally:
-        work.unlink(missing_ok=True)
+    with replacing(out) as temporary:
+        _write(lora, done, tensors, temporary)
     return done, len(tensors)
 
 

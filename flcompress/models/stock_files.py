@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from flcompress.errors import ModelError
+from flcompress.files import sha256
 
 DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"
 """What the two libraries name their weights."""
@@ -170,5 +171,4 @@ def folder_digest(folder: Path) -> str:
 
 @lru_cache(maxsize=4096)
 def _file_digest(path: Path, modified: int, size: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256(path)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -24,14 +24,13 @@ from flcompress.models.network import as_network, half_precision
 from flcompress.models.parts import Parts, open_parts
 from flcompress.models.tensor_memory import free_gpu_memory
 from flcompress.progress import ProgressSink
+from flcompress.runtime import Backend
 from flcompress.runtime.clip_files import check_target, read_picture, write_clip
 from flcompress.runtime.inputs import Session, tensors_of
 from flcompress.runtime.manifest import MANIFEST_FILE, PARTNER_FOLDER, read_manifest, require_hash
 from flcompress.runtime.onnx_session import PROVIDERS, OnnxSession, require_onnxruntime
 from flcompress.runtime.tensorrt_api import cuda_driver
 from flcompress.runtime.tensorrt_session import TensorRTSession, require_gpu
-
-Backend = Literal["torch", "onnx", "tensorrt"]
 
 Load = Callable[[], Network]
 """Brings a network into memory."""

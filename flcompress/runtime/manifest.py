@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from dataclasses import replace
@@ -11,6 +10,7 @@ from typing import Any
 
 from flcompress.core.program import Program
 from flcompress.errors import RequestError
+from flcompress.files import sha256
 from flcompress.models.configs import read_json
 from flcompress.models.loading import meta_transformer
 from flcompress.models.stock_files import leftovers, stock_files
@@ -27,12 +27,6 @@ KEPT_FILE = "kept_blocks.json"
 
 KEPT_SUFFIXES = (".json", ".safetensors", ".model", ".txt")
 """What a component of a pipeline is made of; anything else (a pickle, an editor's leftover) is not exported."""
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -19,12 +18,10 @@ from safetensors.torch import load_file, save_file
 from flcompress.core.program import CHECKPOINTS
 from flcompress.distributed.world import World
 from flcompress.errors import RequestError
-from flcompress.files import key_of, move_in_place, sync, write_text
+from flcompress.files import key_of, move_in_place, sha256, sync, write_text
 
 MANIFEST = "checkpoint.json"
 WORK = ".work-"
-BLOCK = 1 << 28
-"""Bytes that are read at once."""
 
 Kind = Literal["step", "best"]
 KEPT: Mapping[Kind, int] = {"step": 2, "best": 1}
@@ -71,7 +68,7 @@ class Checkpoints:
                 save_file(here, str(path))
                 self.world.heartbeat()
                 sync(path)
-                mine[path.name] = self._digest(path)
+                mine[path.name] = sha256(path, self.world.heartbeat)
             files = {name: digest for one in self.world.all_gather(mine) for name, digest in one.items()}
             self.world.broadcast(lambda: self._put_in_place(step, kind, work, files))
         except BaseException:
@@ -149,17 +146,9 @@ class Checkpoints:
             path = folder / name
             if not path.is_file():
                 return record, f"{name} is missing"
-            if self._digest(path) != files[name]:
+            if sha256(path, self.world.heartbeat) != files[name]:
                 return record, f"{name} does not match its checksum"
         return record, ""
-
-    def _digest(self, path: Path) -> str:
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while block := file.read(BLOCK):
-                digest.update(block)
-                self.world.heartbeat()
-        return digest.hexdigest()
 
     def _written(self, kind: Kind) -> Sequence[Path]:
         return sorted(self._folder.glob(f"{kind}-*"), reverse=True)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from flcompress.errors import NotRemovable, PostconditionError
+from flcompress.files import move_in_place
 from flcompress.ir.graph import BlockGraph
 from flcompress.models import example_inputs
 from flcompress.models.configs import check_transformer_config
@@ -106,7 +107,7 @@ def remove_on_disk(
     write_tensors(work, tensors, largest_shard)
     text = json.dumps({**config, **changes}, indent=2) + "\n"
     (work / "config.json").write_text(text, encoding="utf-8")
-    work.rename(target)
+    move_in_place(work, target)
     return DiskRemoval(
         certificate=certificate, stand_in=changed, names=names, resized=_resized(large, built, certificate)
     )

@@ -18,7 +18,7 @@ from flcompress.diffusion.flow import spread
 from flcompress.diffusion.sampling import Network, Walk, predict
 from flcompress.distributed.world import World
 from flcompress.draws import Draws
-from flcompress.files import write_text
+from flcompress.files import replacing, write_text
 from flcompress.training.watching.strips import draw_strip, reference_strip, strip_of
 
 SHOWN = 4
@@ -162,9 +162,8 @@ class Samples:
             draw_strip(self._work, self._program, clean[:SHOWN], reference_strip(self._work.directory))
             world.heartbeat()
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(".tmp")
-            save_file(dict(made), str(temporary))
-            temporary.replace(path)
+            with replacing(path) as temporary:
+                save_file(dict(made), str(temporary))
         return made
 
 

@@ -9,6 +9,7 @@ import torch
 
 from flcompress.core.program import Program
 from flcompress.core.steps import PassContext
+from flcompress.files import replacing
 from flcompress.models.tensor_memory import free_gpu_memory
 
 STRIPS = "samples"
@@ -58,9 +59,8 @@ def _draw(program: Program, latents: torch.Tensor, path: Path, device: str) -> N
         for x, picture in enumerate(row):
             canvas.paste(picture, (x * (width + GAP), y * (height + GAP)))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    canvas.save(temporary, format="png", optimize=True)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        canvas.save(temporary, format="png", optimize=True)
 
 
 def _small(picture: Any) -> Any:
