@@ -14,7 +14,6 @@ import click
 
 from flcompress import __version__, commands
 from flcompress.command_group import Commands
-from flcompress.commands import Backend
 from flcompress.errors import RequestError
 from flcompress.runtime import Backend
 

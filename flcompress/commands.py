@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
+
+from flcompress.runtime import Backend
 
 if TYPE_CHECKING:
     from flcompress.driver.rundir import RunDirectory
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
     from flcompress.progress import Display
 
 StrPath = str | os.PathLike[str]
-Backend = Literal["torch", "onnx", "tensorrt"]
 
 
 def plan(
