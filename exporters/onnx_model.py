@@ -15,11 +15,12 @@ from flcompress.exporters.onnx_graph.emulation import emulate_bf16
 from flcompress.exporters.onnx_graph.write import OPSETS, Axes, write_onnx
 from flcompress.exporters.shared import preflight
 from flcompress.exporters.shared.parity import Parity, cases, compare, outputs, reference
-from flcompress.exporters.shared.weights import TOLERANCES, Precision
+from flcompress.exporters.shared.weights import TOLERANCES, ExportPrecision
+from flcompress.files import sha256
 from flcompress.models.configs import check_transformer_config
 from flcompress.progress import ProgressSink
 from flcompress.runtime.inputs import OUTPUT, Arguments, Inputs, arguments_of, constants_of, tensors_of
-from flcompress.runtime.manifest import MANIFEST_FILE, PARTNER_FOLDER, partner_of, sha256, write_json
+from flcompress.runtime.manifest import MANIFEST_FILE, PARTNER_FOLDER, partner_of, write_json
 from flcompress.runtime.onnx_session import OnnxSession, require_onnxruntime
 from flcompress.runtime.sizes import Size, size_of, sizes_of, step_of
 
@@ -40,7 +41,9 @@ class OnnxExporter(Exporter):
     name: ClassVar[str] = "onnx"
     version: ClassVar[int] = 3
 
-    precision: Precision = Field(default="fp32", description="of weights and arithmetic; inputs and output are fp32")
+    precision: ExportPrecision = Field(
+        default="fp32", description="of weights and arithmetic; inputs and output are fp32"
+    )
     tolerance: float | None = Field(
         default=None,
         gt=0.0,
@@ -140,7 +143,7 @@ class OnnxExporter(Exporter):
             emulated.unlink(missing_ok=True)
 
 
-_ARITHMETIC: dict[Precision, str] = {
+_ARITHMETIC: dict[ExportPrecision, str] = {
     "fp32": "fp32 by ONNX Runtime on a CPU",
     "fp16": "fp16 by ONNX Runtime on a CPU, which computes each operation in fp32 and rounds its result",
     "bf16": "the same graph with every result rounded to bf16 by a cast: ONNX Runtime has no bf16 kernels on a CPU",

@@ -13,9 +13,10 @@ from flcompress.core.steps import Exporter
 from flcompress.errors import PostconditionError, RequestError, UnavailableError
 from flcompress.exporters.shared import preflight
 from flcompress.exporters.shared.parity import Parity, cases, compare, outputs, reference
-from flcompress.exporters.shared.weights import TOLERANCES, Precision
+from flcompress.exporters.shared.weights import TOLERANCES, ExportPrecision
 from flcompress.exporters.tensorrt_build.build import build_engine
 from flcompress.exporters.tensorrt_build.profiles import Profile
+from flcompress.files import sha256
 from flcompress.models.configs import check_transformer_config
 from flcompress.progress import ProgressSink
 from flcompress.runtime.inputs import arguments_of, constants_of
@@ -25,7 +26,6 @@ from flcompress.runtime.manifest import (
     partner_of,
     read_manifest,
     require_hash,
-    sha256,
     write_json,
 )
 from flcompress.runtime.sizes import Size
@@ -56,7 +56,7 @@ class TensorRTExporter(Exporter):
 
     version: ClassVar[int] = 2
 
-    precision: Precision | None = Field(
+    precision: ExportPrecision | None = Field(
         default=None, description="what the engine computes in; null: as onnx.precision, which it has to equal"
     )
     targets: Annotated[tuple[Target, ...], Field(min_length=1)] = Field(
@@ -128,7 +128,7 @@ class TensorRTExporter(Exporter):
             )
         del built
         progress(1, 2, {})
-        precision: Precision = onnx_manifest["precision"]
+        precision: ExportPrecision = onnx_manifest["precision"]
         builder = {"name": trt.__name__, "version": trt.__version__}
         ranges = [dict(zip(("min", "opt", "max"), three, strict=True)) for three in shapes]
         found = None
@@ -175,7 +175,9 @@ class TensorRTExporter(Exporter):
             )
         return folder / str(manifest["file"]), manifest
 
-    def _require_room(self, program: Program, folder: Path, precision: Precision, sizes: list[list[Size]]) -> None:
+    def _require_room(
+        self, program: Program, folder: Path, precision: ExportPrecision, sizes: list[list[Size]]
+    ) -> None:
         """RequestError where precision, sizes, disk or memory forbid this engine."""
         if self.precision not in (None, precision):
             raise RequestError(
@@ -192,7 +194,7 @@ class TensorRTExporter(Exporter):
         preflight.check_room("tensorrt", folder, weights, preflight.needed(weights, preflight.TENSORRT_MEMORY))
 
     def _run(
-        self, program: Program, session: TensorRTSession, name: str, precision: Precision, sizes: list[list[Size]]
+        self, program: Program, session: TensorRTSession, name: str, precision: ExportPrecision, sizes: list[list[Size]]
     ) -> Parity:
         """Compare with torch on the GPU of this machine, at the smallest and the tuned-for sizes."""
         make, chosen = arguments_of(program), [size for three in sizes for size in three[:2]]

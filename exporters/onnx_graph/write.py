@@ -14,13 +14,13 @@ import torch
 
 from flcompress.errors import FlcompressError
 from flcompress.exporters.onnx_graph.rewrites import rewritten
-from flcompress.exporters.shared.weights import DTYPES, Precision, WeightFiles, lazily_allocated, skeleton
+from flcompress.exporters.shared.weights import DTYPES, ExportPrecision, WeightFiles, lazily_allocated, skeleton
 from flcompress.models.families import family_of
 from flcompress.models.network import stock_name
 from flcompress.runtime.inputs import OUTPUT, Arguments, Denoiser, constants_of, tensors_of
 from flcompress.runtime.sizes import Size
 
-OPSETS: dict[Precision, int] = {"fp32": 18, "fp16": 18, "bf16": 22}
+OPSETS: dict[ExportPrecision, int] = {"fp32": 18, "fp16": 18, "bf16": 22}
 """From 23 on attention is one operator, which TensorRT for RTX 1.7 builds for some head sizes only (not for 16); below
 that torch's exporter writes it, and the RMS norm, as plain arithmetic, which every runtime knows. A convolution takes
 bf16 from 22 on."""
@@ -58,7 +58,9 @@ class Axes:
         return tuple(dict.fromkeys(axis for axes in self.inputs.values() for axis in axes if isinstance(axis, str)))
 
 
-def write_onnx(folder: Path, arguments: Arguments, size: Size, step: Size, precision: Precision, path: Path) -> Axes:
+def write_onnx(
+    folder: Path, arguments: Arguments, size: Size, step: Size, precision: ExportPrecision, path: Path
+) -> Axes:
     """Write the graph; weights above `EXTERNAL_ABOVE` bytes go to `<path>.data`.
 
     Args:

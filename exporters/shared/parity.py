@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from flcompress.errors import PostconditionError
-from flcompress.exporters.shared.weights import DTYPES, Precision, streamed
+from flcompress.exporters.shared.weights import DTYPES, ExportPrecision, streamed
 from flcompress.runtime.inputs import Arguments, Denoiser, Inputs, Session, tensors_of
 from flcompress.runtime.sizes import Size
 
@@ -86,7 +86,7 @@ def compare(reference: Sequence[torch.Tensor], found: Sequence[torch.Tensor], to
 
 
 def reference(
-    folder: Path, constants: Mapping[str, Any], precision: Precision, given: Sequence[Inputs]
+    folder: Path, constants: Mapping[str, Any], precision: ExportPrecision, given: Sequence[Inputs]
 ) -> list[Tensor]:
     """The stock transformer's outputs on the CPU, in fp32, its weights read layer by layer.
 

@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 
 from flcompress.errors import RequestError
-from flcompress.exporters.shared.weights import Precision, dtype_of
+from flcompress.exporters.shared.weights import ExportPrecision, dtype_of
 from flcompress.models.families import family_of
 from flcompress.models.loading import transformer_class
 from flcompress.models.shards import folder_tensors
@@ -27,7 +27,7 @@ TENSORRT_MEMORY = (1.0e9, 3.2)
 """Peak memory in bytes: a constant, and a multiple of the weights' bytes. See docs/benchmarks/exports.md."""
 
 
-def weight_bytes(folder: Path, precision: Precision) -> int:
+def weight_bytes(folder: Path, precision: ExportPrecision) -> int:
     """Bytes of a transformer's weights at a precision, from the headers of its files."""
     factory = transformer_class(folder)
     stored = folder_tensors(folder).items()
@@ -41,7 +41,7 @@ def attention_tokens(config: dict[str, Any], size: Size, text: int) -> int:
     return tokens + text if family_of(config["_class_name"]).attends_to_text else tokens
 
 
-def check_keys(precision: Precision, tokens: int, what: str) -> None:
+def check_keys(precision: ExportPrecision, tokens: int, what: str) -> None:
     """RequestError where an fp16 softmax can overflow.
 
     Args:
@@ -56,7 +56,7 @@ def check_keys(precision: Precision, tokens: int, what: str) -> None:
         )
 
 
-def check_scores(precision: Precision, heads: int, batch: int, tokens: int, what: str) -> None:
+def check_scores(precision: ExportPrecision, heads: int, batch: int, tokens: int, what: str) -> None:
     """RequestError where TensorRT would have to hold all attention scores at once: it fuses attention in fp16 and bf16
     only."""
     elements = batch * heads * tokens * tokens

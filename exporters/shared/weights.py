@@ -13,16 +13,16 @@ from flcompress.models.loading import frozen, transformer_class
 from flcompress.models.part_check import matching_tensors
 from flcompress.models.shards import folder_tensors
 
-Precision = Literal["fp32", "fp16", "bf16"]
+ExportPrecision = Literal["fp32", "fp16", "bf16"]
 
-DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES: dict[ExportPrecision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-TOLERANCES: dict[Precision, float] = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 8e-2}
+TOLERANCES: dict[ExportPrecision, float] = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 8e-2}
 """Largest absolute difference from torch at the same precision. A bf16 number has eight times the rounding of an fp16
 one (8 bits against 11)."""
 
 
-def dtype_of(name: str, model_class: Any, precision: Precision) -> torch.dtype:
+def dtype_of(name: str, model_class: Any, precision: ExportPrecision) -> torch.dtype:
     """The type of a floating parameter, by the rule of diffusers' `from_pretrained(torch_dtype=...)`.
 
     Args:
@@ -55,7 +55,7 @@ class WeightFiles(Mapping[str, Tensor]):
         return len(self.files)
 
 
-def skeleton(folder: Path, precision: Precision) -> Any:
+def skeleton(folder: Path, precision: ExportPrecision) -> Any:
     """The transformer with parameters on the meta device, each of the type it has at `precision`.
 
     Buffers are real: what `__init__` computes (rotary tables) lies in no file, and what lies in one is read.
@@ -87,7 +87,7 @@ def skeleton(folder: Path, precision: Precision) -> Any:
     return frozen(model)
 
 
-def streamed(folder: Path, precision: Precision) -> Any:
+def streamed(folder: Path, precision: ExportPrecision) -> Any:
     """The transformer, ready to run: every layer reads its weights when it is called and lets go of them after."""
     from accelerate.hooks import attach_align_device_hook
 

@@ -20,12 +20,12 @@ from flcompress.exporters.onnx_graph import write
 from flcompress.exporters.onnx_graph.write import Axes, write_onnx
 from flcompress.exporters.onnx_model import OnnxExporter
 from flcompress.exporters.shared.parity import Parity, cases, compare, outputs
-from flcompress.exporters.shared.weights import TOLERANCES, Precision
+from flcompress.exporters.shared.weights import TOLERANCES, ExportPrecision
+from flcompress.files import sha256
 from flcompress.models.loading import load_transformer
 from flcompress.runtime import onnx_session
 from flcompress.runtime.generate import generate
 from flcompress.runtime.inputs import arguments_of
-from flcompress.runtime.manifest import sha256
 from flcompress.runtime.onnx_session import OnnxSession
 from flcompress.runtime.sizes import Size, size_of, step_of
 from tests.fixtures.exports import silent
@@ -118,7 +118,9 @@ def test_a_tolerance_is_positive(given: float) -> None:
 @pytest.mark.parametrize(
     ("precision", "kind"), [("fp16", onnx.TensorProto.FLOAT16), ("bf16", onnx.TensorProto.BFLOAT16)]
 )
-def test_half_precision_keeps_its_islands(precision: Precision, kind: int, program: Program, tmp_path: Path) -> None:
+def test_half_precision_keeps_its_islands(
+    precision: ExportPrecision, kind: int, program: Program, tmp_path: Path
+) -> None:
     """What diffusers keeps in fp32 is fp32, doors are fp32, and what was compared is in the manifest."""
     exports = tmp_path / "exports"
     summary = OnnxExporter(precision=precision).export(program, tmp_path, exports, silent)

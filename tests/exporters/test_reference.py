@@ -12,7 +12,7 @@ from flcompress.core.program import Program
 from flcompress.exporters.onnx_graph.emulation import emulate_bf16
 from flcompress.exporters.onnx_graph.write import write_onnx
 from flcompress.exporters.shared.parity import WideSums, cases, reference
-from flcompress.exporters.shared.weights import Precision
+from flcompress.exporters.shared.weights import ExportPrecision
 from flcompress.models.loading import transformer_class
 from flcompress.runtime.inputs import arguments_of, constants_of
 from flcompress.runtime.sizes import size_of, step_of
@@ -41,7 +41,7 @@ def test_other_precisions_are_left_alone() -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-def test_the_reference_is_the_stock_model(program: Program, precision: Precision) -> None:
+def test_the_reference_is_the_stock_model(program: Program, precision: ExportPrecision) -> None:
     """As diffusers loads and runs it."""
     make = arguments_of(program)
     given = cases(make, [700.0, 20.0], [size_of(program, batch=2)])

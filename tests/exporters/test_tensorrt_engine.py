@@ -20,8 +20,8 @@ from flcompress.exporters import tensorrt_engine
 from flcompress.exporters.tensorrt_build.build import build_engine
 from flcompress.exporters.tensorrt_build.profiles import Profile
 from flcompress.exporters.tensorrt_engine import TensorRTExporter
+from flcompress.files import sha256
 from flcompress.runtime import tensorrt_api
-from flcompress.runtime.manifest import sha256
 from flcompress.runtime.tensorrt_api import cuda_driver, load_tensorrt
 from flcompress.runtime.tensorrt_session import TensorRTSession
 from tests.fixtures.exports import silent
