@@ -1,4 +1,4 @@
-"""Train the video autoencoder of a pipeline from clips (used for the embedded benchmark's teacher)."""
+"""Train the video autoencoder of a pipeline on moving digits (used for the embedded benchmark's teacher)."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ if TYPE_CHECKING:
 
 
 class TrainAutoencoder(Pass):
-    """Train the autoencoder to reconstruct moving-digits clips, and measure its latents' scale.
+    """Train the autoencoder on moving-digits clips, which it draws itself, and measure its latents' scale.
+
+    A recipe whose `data:` is anything but moving-digits is refused.
 
     `- train-autoencoder: {steps: 1500}`
     """
 
     name: ClassVar[str] = "train-autoencoder"
     version: ClassVar[int] = 2
+    own_clips: ClassVar[str | None] = "moving-digits"
 
     steps: int = Field(gt=0, description="optimiser steps")
     batch: int = Field(8, gt=0, description="clips a step")

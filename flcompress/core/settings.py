@@ -178,6 +178,12 @@ class Data(Settings):
             )
         return self
 
+    @property
+    def kind(self) -> str:
+        """Return which of the three it is, as the recipe's key."""
+        (key,) = (key for key, value in self.model_dump(by_alias=True).items() if value is not None)
+        return str(key)
+
 
 class Evaluation(Settings):
     """How large `flcompress eval` makes its comparison."""

@@ -130,6 +130,8 @@ class Pass(BaseModel, ABC):
     voids: ClassVar[frozenset[Fact]] = frozenset()
     needs_data: ClassVar[bool] = False
     """Whether it reads clips or prompts: a recipe without `data:` is then refused before any work."""
+    own_clips: ClassVar[str | None] = None
+    """The kind of `data:` whose clips it draws itself: a recipe with any other kind is then refused before any work."""
     distributed: ClassVar[bool] = False
     """Whether all processes apply it together (see `PassContext.world`); else the main one does and the others wait.
 

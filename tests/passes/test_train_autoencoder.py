@@ -1,0 +1,43 @@
+"""The pass that trains the embedded benchmark's autoencoder knows moving digits alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flcompress.errors import RecipeError
+from flcompress.frontend.loading import load_recipe
+
+RECIPE = """\
+version: 1
+model: {path: model, weights: random}
+data: DATA
+passes:
+  - train-autoencoder: {steps: 1}
+"""
+
+
+def recipe(folder: Path, data: str) -> Path:
+    path = folder / "x.yaml"
+    path.write_text(RECIPE.replace("DATA", data), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [("{latents: encoded}", "latents"), ("{videos: {folder: clips, captions: captions.jsonl}}", "videos")],
+)
+def test_other_clips_are_refused_before_any_work(tmp_path: Path, data: str, kind: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(recipe(tmp_path, data))
+    assert caught.value.exit_status == 2
+    assert str(caught.value) == (
+        f"{tmp_path}/x.yaml:5: passes[0].train-autoencoder: draws clips of its own from moving-digits, but the recipe "
+        f"has data.{kind}, which it would not read; remove this pass, or set data: {{moving-digits: {{clips: 2048}}}}"
+    )
+
+
+def test_moving_digits_are_what_it_trains_on(tmp_path: Path) -> None:
+    loaded = load_recipe(recipe(tmp_path, "{moving-digits: {clips: 4}}"))
+    assert [step.name for step in loaded.passes] == ["train-autoencoder"]
