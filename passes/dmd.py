@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
+from typing_extensions import override
 
 from flcompress.core.program import Fact, Program
 from flcompress.core.settings import EngineName, Range, Training
@@ -82,10 +83,12 @@ class DistributionMatching(Pass):
         """These arguments, as the distillation reads them."""
         return DistillationSettings(**self.model_dump())
 
+    @override
     def evaluations(self, evaluations: int) -> int:
         return self.student_steps
 
     @property
+    @override
     def needs(self) -> frozenset[Fact]:
         needed = {Fact.TRAINED}
         if self.intra_cfg != NO_INTRA:
@@ -93,14 +96,17 @@ class DistributionMatching(Pass):
         return frozenset(needed)
 
     @property
+    @override
     def guides(self) -> bool:
         return self.inter_cfg != NO_INTER
 
     @property
+    @override
     def needs_clips(self) -> bool:
         return self.gan_weight > 0
 
     @property
+    @override
     def engines(self) -> tuple[EngineName, ...]:
         return tuple(one for one in super().engines if self._against(one) is None)
 
@@ -118,6 +124,7 @@ class DistributionMatching(Pass):
             )
         return None
 
+    @override
     def cost(self, parameters: float, blocks: int, original: float) -> Cost:
         from flcompress.training.shared_base import lora_parameters
 
@@ -147,6 +154,7 @@ class DistributionMatching(Pass):
             ),
         )
 
+    @override
     def check(self, training: Training) -> None:
         if against := self._against(training.engine):
             raise RequestError(against)
@@ -156,6 +164,7 @@ class DistributionMatching(Pass):
                 "be compiled by itself; set it to false, or fake_score and generator to full"
             )
 
+    @override
     def apply(self, program: Program, work: PassContext) -> Program:
         from flcompress.diffusion.student import student_contract
         from flcompress.models.loading import load_transformer, save_transformer

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
+from typing_extensions import override
 
 from flcompress.core.program import Fact, Program
 from flcompress.core.steps import Cost, Pass, PassContext, Role
@@ -40,6 +41,7 @@ class Importance(Pass):
     sigma_max: float = Field(0.98, gt=0, le=1, description="highest noise level")
     batch: int = Field(32, gt=0, description="draws computed at once, by each process")
 
+    @override
     def cost(self, parameters: float, blocks: int, original: float) -> Cost:
         return Cost(
             forwards=self.draws * (blocks + 3) / 2.0,
@@ -56,6 +58,7 @@ class Importance(Pass):
 
         return BlockScores(name=self.name, **self.model_dump())
 
+    @override
     def apply(self, program: Program, work: PassContext) -> Program:
         import torch
 

@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
+from typing_extensions import override
 
 from flcompress.core.program import Fact, Program
 from flcompress.core.steps import Cost, Pass, PassContext, Role
@@ -34,6 +35,7 @@ class Pretrain(Pass):
     caption_dropout: float = Field(0.1, ge=0, lt=1, description="share of clips trained with the empty prompt")
     ema_decay: float = Field(0.999, ge=0, lt=1, description="decay of the moving average that is kept")
 
+    @override
     def cost(self, parameters: float, blocks: int, original: float) -> Cost:
         return Cost(
             steps=self.steps,
@@ -50,6 +52,7 @@ class Pretrain(Pass):
 
         return Pretraining(name=self.name, **self.model_dump())
 
+    @override
     def apply(self, program: Program, work: PassContext) -> Program:
         from flcompress.models.loading import save_transformer
         from flcompress.training.engines import engine_of

@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from typing import ClassVar
 
 from pydantic import Field
+from typing_extensions import override
 
 from flcompress.core.program import Fact, Program
 from flcompress.core.steps import Cost, Pass, PassContext, Role
@@ -36,17 +37,21 @@ class Prune(Pass):
     by: By = Field("importance", description="which blocks go: the least important, random ones, or the middle")
 
     @property
+    @override
     def needs(self) -> frozenset[Fact]:
         return frozenset({Fact.SCORED} if self.by == "importance" else ())
 
+    @override
     def remaining(self, parameters: float) -> float:
         return parameters * (1.0 - self.remove)
 
+    @override
     def cost(self, parameters: float, blocks: int, original: float) -> Cost:
         from flcompress.tracing.removal.on_disk import OWN_WEIGHTS
 
         return Cost(forwards=6.0, roles=(Role("certificate's copies", 4.0 * min(parameters, OWN_WEIGHTS)),))
 
+    @override
     def apply(self, program: Program, work: PassContext) -> Program:
         from flcompress.tracing.removal.on_disk import choose_removable, remove_on_disk
 

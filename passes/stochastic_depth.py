@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
+from typing_extensions import override
 
 from flcompress.core.program import Fact, Program
 from flcompress.core.steps import Cost, Pass, PassContext, Role
@@ -50,9 +51,11 @@ class StochasticDepth(Pass):
     )
 
     @property
+    @override
     def needs(self) -> frozenset[Fact]:
         return frozenset({Fact.SCORED} if self.by == "importance" else ())
 
+    @override
     def cost(self, parameters: float, blocks: int, original: float) -> Cost:
         roles = [Role("model", parameters, trained=True, averaged=self.target == "ema"), Role("original", parameters)]
         if self.target == "ema":
@@ -72,6 +75,7 @@ class StochasticDepth(Pass):
 
         return StochasticDepthTraining(name=self.name, **self.model_dump(exclude={"remove", "by"}))
 
+    @override
     def apply(self, program: Program, work: PassContext) -> Program:
         from flcompress.ir.serial import from_json
         from flcompress.models.loading import save_transformer

@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
+from typing_extensions import override
 
 from flcompress.core.program import Program
 from flcompress.core.steps import Cost, Pass, PassContext
@@ -30,6 +31,7 @@ class TrainAutoencoder(Pass):
     batch: int = Field(8, gt=0, description="clips a step")
     learning_rate: float = Field(3e-3, gt=0, description="peak; rises for 100 steps, then half a cosine")
 
+    @override
     def cost(self, parameters: float, blocks: int, original: float) -> Cost:
         return Cost(steps=self.steps, batch=self.batch)
 
@@ -40,6 +42,7 @@ class TrainAutoencoder(Pass):
 
         return AutoencoderTraining(name=self.name, **self.model_dump())
 
+    @override
     def apply(self, program: Program, work: PassContext) -> Program:
         from flcompress.draws import generator
         from flcompress.models.loading import load_vae

@@ -66,7 +66,8 @@ def check_flow(recipe: Recipe) -> None:
 
     Raises:
         PreconditionError: a pass needs a fact that nothing before it gives.
-        RecipeError: a pass that reads data in a recipe without, or draws clips of another kind, a repeated export, or one that stands too early.
+        RecipeError: a pass that reads data in a recipe without or draws clips of another kind, a repeated export, or
+            one that stands too early.
     """
     facts = frozenset({Fact.TRAINED}) if recipe.model.weights == "trained" else frozenset[Fact]()
     for place, step in enumerate(recipe.passes):
@@ -83,8 +84,8 @@ def check_flow(recipe: Recipe) -> None:
             )
         if step.own_clips is not None and recipe.data is not None and recipe.data.kind != step.own_clips:
             raise RecipeError(
-                f"{recipe.where(f'passes[{place}]')}.{step.name}: draws clips of its own from {step.own_clips}, but the "
-                f"recipe has data.{recipe.data.kind}, which it would not read; remove this pass, or set "
+                f"{recipe.where(f'passes[{place}]')}.{step.name}: draws clips of its own from {step.own_clips}, but "
+                f"the recipe has data.{recipe.data.kind}, which it would not read; remove this pass, or set "
                 f"data: {{{step.own_clips}: {{clips: 2048}}}}"
             )
         facts = after

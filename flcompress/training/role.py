@@ -71,7 +71,7 @@ class TrainedRole:
         self.ema_decay = ema_decay
         self._world, self._at_once = engine.work.world, engine.work.at_once(batch)
         self._learning_rate, self._schedule = hyper.learning_rate, schedule
-        self._wrapped = engine.trained(model, hyper, batch=batch)
+        self._wrapped = engine.wrap_trained(model, hyper, batch=batch)
         self.model, self.module = self._wrapped.model, self._wrapped.module
         self.updates = 0
         self._loss: torch.Tensor | float = 0.0
@@ -126,12 +126,12 @@ class TrainedRole:
         self._loss = 0.0
         if not math.isfinite(value):
             self._wrapped.clear()
-            raise self._stopped("loss", value)
+            raise self._not_finite("loss", value)
         factor = self._schedule(self.updates) if self._schedule is not None else 1.0
         try:
             norm = self._wrapped.step(self._learning_rate * factor)
         except NotFinite as error:
-            raise self._stopped("gradient norm", error.norm) from error
+            raise self._not_finite("gradient norm", error.norm) from error
         self.updates += 1
         self._world.heartbeat()
         if self._ema is not None and self.ema_decay is not None:
@@ -154,7 +154,7 @@ class TrainedRole:
         self._wrapped.clear()
 
     @contextmanager
-    def averaged(self) -> Iterator[None]:
+    def with_average(self) -> Iterator[None]:
         """While active the model has the moving average as its weights, where there is one."""
         if self._ema is None:
             yield
@@ -172,17 +172,17 @@ class TrainedRole:
             kept = live.clone()
             live.copy_(self._ema[name])
             self._ema[name].copy_(kept)
-        self._wrapped.written()
+        self._wrapped.shards_changed()
 
-    def gathered(self) -> dict[str, torch.Tensor]:
+    def full_state(self) -> dict[str, torch.Tensor]:
         """The whole state dict in the main process; empty in the others. All processes call it together."""
         self._world.heartbeat(f"gathering the weights of {self.name}")
-        return self._wrapped.gathered()
+        return self._wrapped.full_state()
 
     def averaged_state(self) -> dict[str, torch.Tensor]:
         """As `gathered`, with the moving average in place of the trained parameters."""
-        with self.averaged():
-            return self.gathered()
+        with self.with_average():
+            return self.full_state()
 
     def checkpoint(self) -> dict[str, torch.Tensor]:
         """What this process stores to go on bit for bit: weights, moments, average, counters. Flat, tensors only."""
@@ -199,7 +199,7 @@ class TrainedRole:
             value.copy_(flat[f"ema.{name}"])
         self.updates = int(flat["updates"])
 
-    def _stopped(self, what: str, value: float) -> TrainingError:
+    def _not_finite(self, what: str, value: float) -> TrainingError:
         return TrainingError(
             f"{self.name}: the {what} is {value} at update {self.updates + 1}; expected a finite number. "
             "Stopped before the optimiser step; the last good checkpoint is kept. Lower learning_rate."

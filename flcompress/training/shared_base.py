@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from typing_extensions import override
 
 from flcompress.draws import seed_of
 from flcompress.models.shards import folder_tensors
@@ -145,6 +146,7 @@ class LoRA(nn.Module):
             if not name.startswith(left_out):
                 self.own[_key(name)] = nn.Parameter(parameter.detach().float().clone())
 
+    @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with self._base.using(self), self._around():
             return vars(self)["inner"](*args, **kwargs)

@@ -175,8 +175,8 @@ def test_the_moving_average(tmp_path: Path) -> None:
         state = role.averaged_state()
         assert float(state["free"]) == pytest.approx(expected, rel=1e-6)
         assert (float(state["held"]), float(state["table"])) == (7.0, 5.0)
-        assert free_of(role) == live == float(role.gathered()["free"])
-        with role.averaged():
+        assert free_of(role) == live == float(role.full_state()["free"])
+        with role.with_average():
             assert free_of(role) == pytest.approx(expected, rel=1e-6)
         assert role.updates == number
     assert expected != pytest.approx(live, abs=1e-3)

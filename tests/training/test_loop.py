@@ -81,7 +81,7 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(tmp_path: Path, micro_
 
 def apart(folder: Path, micro_batch: int) -> tuple[float, float]:
     """(figures, weights): how far five steps in micro batches are from five at once; weights relative to their way."""
-    start, whole, parts = role().gathered(), role(), role(micro_batch)
+    start, whole, parts = role().full_state(), role(), role(micro_batch)
     run(whole, folder / "whole", 5)
     run(parts, folder / "parts", 5)
     assert parts.updates == whole.updates == 5

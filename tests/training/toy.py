@@ -102,7 +102,7 @@ class Toy(Pass):
             batch=self.batch,
             watch=watch,
         )
-        whole = {f"{role.name}.{key}": value for role in roles for key, value in role.gathered().items()}
+        whole = {f"{role.name}.{key}": value for role in roles for key, value in role.full_state().items()}
         whole |= {f"average.{key}": value for key, value in student.averaged_state().items()}
         if work.world.main:
             save_file(whole, str(work.directory / "weights.safetensors"))

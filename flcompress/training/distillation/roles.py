@@ -59,7 +59,7 @@ class Roles:
         self._graph = engine.graph(real_score)
         base = self._base(real_score) if settings.shares else None
         self.teacher = base.model if base is not None else engine.load_frozen(real_score)
-        real = as_network(engine.frozen(self.teacher), self._embedded)
+        real = as_network(engine.wrap_frozen(self.teacher), self._embedded)
         self._teacher = GuidedTeacher(
             engine,
             self.teacher,
@@ -79,9 +79,9 @@ class Roles:
         partner, sampled, guided = None, self._generator, real
         # A low-noise expert starts where its partner ends; what comes after a high-noise one concerns samples alone.
         if (experts := contract.experts) is not None and (experts.compressed == "low" or fixed is not None):
-            partner = beside = as_network(engine.frozen(engine.load_frozen(parts["partner"])), self._embedded)
+            partner = beside = as_network(engine.wrap_frozen(engine.load_frozen(parts["partner"])), self._embedded)
             if fixed is not None and parts["original_partner"] != parts["partner"]:
-                beside = as_network(engine.frozen(engine.load_frozen(parts["original_partner"])), self._embedded)
+                beside = as_network(engine.wrap_frozen(engine.load_frozen(parts["original_partner"])), self._embedded)
             sampled, guided = experts.joined(sampled, partner), experts.joined(guided, beside)
         self._simulation = Simulation(program, contract, self._data, negative, work.device, partner, self._heartbeat)
         self.health: StudentHealth | None = None

@@ -59,7 +59,7 @@ class StudentHealth:
 
     def look(self, step: int) -> Mapping[str, float]:
         """The figures of a step."""
-        with self._generator.averaged():
+        with self._generator.with_average():
             figures = self._samples.figures(step, self._student, self._contract)
         lag, highest = self._lag(), self._work.health.max_critic_lag
         self._lagging = highest is not None and lag > highest
@@ -67,7 +67,7 @@ class StudentHealth:
 
     def again(self, step: int) -> Redraws:
         """The figures of the same weights with other noises; after `look`. The lag only where it is in question."""
-        with self._generator.averaged():
+        with self._generator.with_average():
             found = [self._samples.redrawn(draw, self._student, self._contract) for draw in range(1, 1 + REDRAWS)]
         if self._lagging:
             found = [{**one, "critic_lag": self._lag(draw)} for draw, one in enumerate(found, start=1)]

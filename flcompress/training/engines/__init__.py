@@ -1,6 +1,6 @@
-"""How a training runs on one process or many. `engine_of` gives the recipe's; DeepSpeed is imported only when asked."""
+"""How a training runs on one process or many. `engine_of` returns the recipe's engine."""
 
 from flcompress.training.engines.choice import engine_of
-from flcompress.training.engines.engine import Engine, Hyper, NotFinite, Wrapped
+from flcompress.training.engines.engine import Engine, Hyper, NotFinite, WrappedModel
 
-__all__ = ["Engine", "Hyper", "NotFinite", "Wrapped", "engine_of"]
+__all__ = ["Engine", "Hyper", "NotFinite", "WrappedModel", "engine_of"]

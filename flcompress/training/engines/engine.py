@@ -1,4 +1,4 @@
-"""What an engine does for the one loop: it wraps models, moves gradients, steps optimisers, and gathers weights."""
+"""What an engine does for the training loop: wrap models, exchange gradients, step optimisers, gather weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from flcompress.tracing.skip import graph_of, mute, skip
 
 @dataclass(frozen=True, kw_only=True)
 class Hyper:
-    """AdamW's settings and the global norm that gradients are scaled down to."""
+    """Settings of AdamW, and the global norm that gradients are scaled down to."""
 
     learning_rate: float
     betas: tuple[float, float] = (0.9, 0.999)
@@ -39,7 +39,7 @@ class NotFinite(Exception):  # noqa: N818
         self.norm = norm
 
 
-class Wrapped(ABC):
+class WrappedModel(ABC):
     """A trained model under an engine.
 
     A parameter without a gradient is stepped with a gradient of zeros: so AdamW's moments of a skipped block fade alike
@@ -54,16 +54,20 @@ class Wrapped(ABC):
     module: Any
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
-        """Around forward and backward of each micro batch of a step; `last` before the step."""
+        """Return a context for forward and backward of a micro batch; `last` for the one before the optimiser step."""
         return nullcontext()
 
     @abstractmethod
     def backward(self, loss: torch.Tensor) -> None:
-        """Add gradients to those since the last step; after the last micro batch they are means over the processes."""
+        """Accumulate gradients; after the last micro batch they are means over the processes."""
 
     @abstractmethod
     def step(self, learning_rate: float) -> float:
-        """Clip, take one optimiser step, clear gradients; the global norm before clipping. Raises NotFinite."""
+        """Clip, take one optimiser step, clear gradients; return the global norm before clipping.
+
+        Raises:
+            NotFinite: the norm is not finite; nothing was changed but the gradients, which are cleared.
+        """
 
     @abstractmethod
     def clear(self) -> None:
@@ -71,32 +75,32 @@ class Wrapped(ABC):
 
     @abstractmethod
     def shards(self) -> dict[str, torch.Tensor]:
-        """The trained parameters as far as this process holds them: live storage, by parameter name."""
+        """Return this process's part of the trained parameters: live storage, by parameter name."""
 
-    def written(self) -> None:
-        """After something was written to `shards`: copies of them that were gathered before count no more."""
+    def shards_changed(self) -> None:
+        """Invalidate copies that were gathered before this write to `shards`."""
         return
 
     @abstractmethod
-    def gathered(self) -> dict[str, torch.Tensor]:
-        """The whole state dict on the CPU in the main process, empty in the others. All processes call it together."""
+    def full_state(self) -> dict[str, torch.Tensor]:
+        """Return the whole state dict on the CPU in the main process, empty in the others; all processes together."""
 
     @abstractmethod
     def state(self) -> dict[str, torch.Tensor]:
-        """All that this process must store to go on bit for bit; empty where the main process stores it."""
+        """Return all that this process must store to resume bit for bit; empty where the main process stores it."""
 
     @abstractmethod
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Take up what `state` gave."""
+        """Load what `state` returned."""
 
 
 class Engine(ABC):
-    """One way to share a training. Made for one pass; see `engine_of`.
+    """One way to distribute a training over processes, for one pass; see `engine_of`.
 
     Attributes:
         layout: how checkpoints are split; see `Checkpoints`.
-        skips: whether a skipped block may be left out of the computation. Where not, it is computed and multiplied
-            by zero.
+        skips: whether a skipped block may be left out of the computation; if not, it is computed and multiplied by
+            zero.
         splits_weights: whether a process holds only its part of every weight, and gathers them block by block.
     """
 
@@ -109,34 +113,38 @@ class Engine(ABC):
         self._graphs: dict[str, BlockGraph] = {}
 
     def load_trained(self, folder: Path) -> Any:
-        """A transformer to be trained, or this process's part of it: fp32 weights. All processes call it together.
+        """Load a transformer to be trained, or this process's part of it, in fp32; all processes together.
 
         Raises:
-            RequestError: gradient checkpointing is asked of a class that has none.
+            RequestError: the training asks for gradient checkpointing, which its class does not have.
         """
         model = self._load(folder, None, trained=True)
         self.checkpoint_blocks(model)
-        return self._compiled(model, folder)
+        return self._compile(model, folder)
 
     def load_frozen(self, folder: Path, *, whole: Collection[str] = ()) -> Any:
-        """A transformer that only judges, or this process's part of it: weights in the training's precision.
+        """Load a transformer that is not trained, or this process's part of it, in the training's precision.
 
         Args:
-            folder: of the transformer.
-            whole: paths of parameters that every process holds, since it puts others in their place at times.
+            folder: the transformer's folder.
+            whole: paths of parameters that every process holds whole, since LoRA roles replace them.
         """
         half = torch.bfloat16 if self.work.precision == "bf16" else None
-        return self._compiled(self._load(folder, half, trained=False, whole=whole), folder)
+        return self._compile(self._load(folder, half, trained=False, whole=whole), folder)
 
     def _load(self, folder: Path, dtype: torch.dtype | None, *, trained: bool, whole: Collection[str] = ()) -> Any:
-        """The transformer, as far as this process holds it, on its device."""
+        """Load this process's part of a transformer onto its device."""
         return load_transformer(folder, self.work.device, dtype).requires_grad_(trained)
 
     def checkpoint_blocks(self, model: Any, function: Callable[..., Any] | None = None) -> None:
-        """Let the model compute its blocks again in the backward, by `function` where given, if the training asks so.
+        """Enable gradient checkpointing if the training asks for it: the backward recomputes the blocks.
+
+        Args:
+            model: a diffusers transformer.
+            function: recomputes a block; diffusers' own by default.
 
         Raises:
-            RequestError: its class cannot.
+            RequestError: the model's class has no gradient checkpointing.
         """
         if not self.work.gradient_checkpointing:
             return
@@ -146,7 +154,7 @@ class Engine(ABC):
             )
         model.enable_gradient_checkpointing(function)
 
-    def _compiled(self, model: Any, folder: Path) -> Any:
+    def _compile(self, model: Any, folder: Path) -> Any:
         if self.work.compile:
             if self.work.device == "cpu" and (missing := missing_compiler()):
                 raise UnavailableError(f"training.compile: {missing}, or set it to false")
@@ -154,52 +162,52 @@ class Engine(ABC):
         return model
 
     def graph(self, folder: Path) -> BlockGraph:
-        """Of the transformer in a folder, from its configuration; traced once for all roles of one architecture."""
+        """Return the block graph of the transformer in `folder`, traced once for all roles of one architecture."""
         settings = (folder / "config.json").read_text(encoding="utf-8")
         if settings not in self._graphs:
             self._graphs[settings] = graph_of(meta_transformer(folder))
         return self._graphs[settings]
 
     @abstractmethod
-    def trained(self, model: nn.Module, hyper: Hyper, *, batch: int) -> Wrapped:
-        """Take a model into training.
+    def wrap_trained(self, model: nn.Module, hyper: Hyper, *, batch: int) -> WrappedModel:
+        """Wrap a model for training.
 
         Args:
-            model: from `load_trained`, or a small one that was made alike in every process, on its device.
-            hyper: of its optimiser.
+            model: from `load_trained`, or a small one that is the same in every process, on its device.
+            hyper: settings of its optimiser.
             batch: samples of a step, over all processes.
         """
 
-    def proven(self, wrapped: Wrapped, kind: type) -> Wrapped:
-        """`wrapped`, proven to be what was asked: each of these has been seen to go wrong without a word.
+    def verify_engine(self, wrapped: WrappedModel, kind: type) -> WrappedModel:
+        """Return `wrapped` if it is what the recipe asks for; each check has caught a silent failure.
 
         Raises:
-            TrainingError: the library made something else of it.
+            TrainingError: the library built something else.
         """
         size, name = self.work.world.size, type(wrapped.module).__name__
         if not isinstance(wrapped.module, kind):
-            raise self._unproven(f"the model is a {name}", kind.__name__)
-        met = dist.get_world_size() if dist.is_initialized() else 1
-        if met != size:
-            raise self._unproven(f"{met} processes share the model", f"{size}")
-        odd = next(((key, one.dtype) for key, one in wrapped.shards().items() if one.dtype != torch.float32), None)
-        if odd:
-            raise self._unproven(f"{odd[0]} is held in {odd[1]}", "torch.float32")
+            raise self._mismatch(f"the model is a {name}", kind.__name__)
+        processes = dist.get_world_size() if dist.is_initialized() else 1
+        if processes != size:
+            raise self._mismatch(f"{processes} processes share the model", f"{size}")
+        for key, shard in wrapped.shards().items():
+            if shard.dtype != torch.float32:
+                raise self._mismatch(f"{key} is held in {shard.dtype}", "torch.float32")
         return wrapped
 
-    def _unproven(self, found: str, expected: str) -> TrainingError:
-        return TrainingError(f"training.engine: {self.work.engine} asked, but {found}, expected {expected}")
+    def _mismatch(self, actual: str, expected: str) -> TrainingError:
+        return TrainingError(f"training.engine: {self.work.engine} asked, but {actual}, expected {expected}")
 
     @abstractmethod
-    def frozen(self, model: nn.Module) -> Any:
-        """Take a model from `load_frozen` into the training; what is called."""
+    def wrap_frozen(self, model: nn.Module) -> Any:
+        """Wrap a model from `load_frozen`; return the module to call."""
 
     def skip(self, model: nn.Module, paths: Iterable[str], *, graph: BlockGraph) -> AbstractContextManager[None]:
-        """Blocks at `paths` are identities, in the way that is right with this engine; the same in every process."""
+        """Return a context in which the blocks at `paths`, the same in every process, are identities."""
         return skip(model, paths, graph=graph) if self.skips else mute(model, paths, graph=graph)
 
     @contextmanager
     def forward_mode(self) -> Iterator[None]:
-        """Around every forward and backward of a training: precision."""
+        """Return a context for every forward and backward of a training: its precision."""
         with half_precision(self.work.device, enabled=self.work.precision == "bf16"):
             yield

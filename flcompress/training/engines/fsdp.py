@@ -1,4 +1,4 @@
-"""torch's fully_shard (FSDP2): weights, gradients and moments are split over the processes, block by block."""
+"""The engine on torch's fully_shard (FSDP2): weights, gradients and moments are split over the processes by block."""
 
 from __future__ import annotations
 
@@ -12,31 +12,35 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from typing_extensions import override
 
 from flcompress.core.steps import PassContext
 from flcompress.errors import RequestError
 from flcompress.models.loading import empty_transformer
-from flcompress.training.engines.engine import Engine, Hyper, Wrapped
+from flcompress.training.engines.engine import Engine, Hyper, WrappedModel
 from flcompress.training.engines.replicated import Replica
 
 
 class Shards(Replica):
     """A model whose parameters are DTensors; this process holds its part of each.
 
-    Gradients are exchanged after every micro batch: kept back until the last one they would be whole in every process.
+    Gradients are exchanged after every micro batch: held back until the last one, they would be whole in every process.
     """
 
     def _norm(self) -> float:
         norm: Any = nn.utils.clip_grad_norm_(self._named.values(), self._hyper.max_grad_norm)
         return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
+    @override
     def shards(self) -> dict[str, torch.Tensor]:
         return {name: _local(parameter) for name, parameter in self._named.items()}
 
-    def written(self) -> None:
-        self.model.reshard()  # a forward without backward leaves what lies outside the blocks gathered
+    @override
+    def shards_changed(self) -> None:
+        self.model.reshard()  # a forward without backward leaves what is outside the blocks gathered
 
-    def gathered(self) -> dict[str, torch.Tensor]:
+    @override
+    def full_state(self) -> dict[str, torch.Tensor]:
         whole: dict[str, torch.Tensor] = {}
         for name, value in self.model.state_dict().items():
             full = value.full_tensor() if isinstance(value, DTensor) else value
@@ -44,16 +48,18 @@ class Shards(Replica):
                 whole[name] = full.detach().cpu().clone()
         return whole
 
+    @override
     def state(self) -> dict[str, torch.Tensor]:
         flat = {f"model.{name}": _local(value) for name, value in self.model.state_dict().items()}
         return flat | {key: _local(value) for key, value in self._moments(self._named).items()}
 
+    @override
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
         for name, value in self.model.state_dict().items():
             _local(value).copy_(state[f"model.{name}"])
         self._restore_moments(state)
 
-    def _placed(self, parameter: Any, value: torch.Tensor) -> torch.Tensor:
+    def _like_parameter(self, parameter: Any, value: torch.Tensor) -> torch.Tensor:
         return DTensor.from_local(value.to(parameter.device), parameter.device_mesh, parameter.placements)
 
 
@@ -64,7 +70,7 @@ class FullySharded(Engine):
         super().__init__(work)
         self.splits_weights = True
         self.layout = f"fsdp2 on {work.world.size} processes"
-        # A transformer's last reshape makes a view; nothing here writes into what a model returned.
+        # A transformer's last reshape makes a view; nothing here writes into a model's output.
         warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
         self._device = torch.device(work.device)
         self._mesh = init_device_mesh(self._device.type, (work.world.size,))
@@ -73,8 +79,8 @@ class FullySharded(Engine):
         model, stored = empty_transformer(folder, self.work.device, dtype)
         model.requires_grad_(trained)
         self._share(model, [block.path for block in self.graph(folder).blocks], whole)
-        # Only now memory, and only for this process's rows. Not by `to_empty`, which would empty the buffers too.
-        model._apply(lambda one: torch.empty_like(one, device=self._device) if one.device.type == "meta" else one)
+        # Allocate memory only now, and only for this rank's rows. Not by `to_empty`, which would empty the buffers too.
+        model._apply(lambda t: torch.empty_like(t, device=self._device) if t.device.type == "meta" else t)
         for name, value in model.state_dict().items():
             mine = stored[name]
             if isinstance(value, DTensor):
@@ -85,12 +91,14 @@ class FullySharded(Engine):
             mine.fill(_local(value))
         return model
 
-    def trained(self, model: nn.Module, hyper: Hyper, *, batch: int) -> Wrapped:
+    @override
+    def wrap_trained(self, model: nn.Module, hyper: Hyper, *, batch: int) -> WrappedModel:
         if not isinstance(model, FSDPModule):
             self._share(model)
-        return self.proven(Shards(self.work, model, model, hyper), FSDPModule)
+        return self.verify_engine(Shards(self.work, model, model, hyper), FSDPModule)
 
-    def frozen(self, model: nn.Module) -> Any:
+    @override
+    def wrap_frozen(self, model: nn.Module) -> Any:
         return model
 
     def _share(self, model: nn.Module, blocks: Iterable[str] = (), whole: Collection[str] = ()) -> None:

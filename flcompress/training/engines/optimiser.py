@@ -1,4 +1,4 @@
-"""AdamW, with no more memory than the moments that it needs."""
+"""AdamW, with no more memory than its moments."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch.distributed.tensor import DTensor
 from flcompress.training.engines.engine import Hyper
 
 SLICE = 1 << 24
-"""Numbers that are stepped at once (64 MiB): there is one temporary tensor of as many."""
+"""Numbers that are stepped at once (64 MiB), the size of the one temporary tensor."""
 
 
 def optimiser(parameters: Sequence[torch.Tensor], hyper: Hyper) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019); where beta1 is 0, without the first moment."""
+    """Return AdamW (Loshchilov & Hutter 2019), without the first moment where beta1 is 0."""
     if hyper.betas[0] == 0.0:
         return MomentumFreeAdamW(
             parameters, lr=hyper.learning_rate, beta2=hyper.betas[1], weight_decay=hyper.weight_decay
@@ -68,8 +68,8 @@ class MomentumFreeAdamW(torch.optim.Optimizer):
 
 
 def _slices(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """The same rows of tensors of one shape, as many at once as are about `SLICE` numbers."""
-    local = [one.to_local() if isinstance(one, DTensor) else one for one in tensors]
-    local = [one if one.ndim else one.reshape(1) for one in local]
+    """Iterate over the same rows of tensors of one shape, about `SLICE` numbers at a time."""
+    local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    local = [tensor if tensor.ndim else tensor.reshape(1) for tensor in local]
     rows = max(1, SLICE // max(1, local[0][:1].numel()))
-    return zip(*(torch.split(one, rows) for one in local), strict=True)
+    return zip(*(torch.split(tensor, rows) for tensor in local), strict=True)

@@ -1,4 +1,4 @@
-"""Whole copies of the models: one process, or several whose gradients torch's DistributedDataParallel averages."""
+"""Engines that keep whole models: one process, or several whose gradients torch's DistributedDataParallel averages."""
 
 from __future__ import annotations
 
@@ -10,26 +10,29 @@ from typing import Any
 
 import torch
 from torch import nn
+from typing_extensions import override
 
 from flcompress.core.steps import PassContext
 from flcompress.training.checkpoint import WHOLE
-from flcompress.training.engines.engine import Engine, Hyper, NotFinite, Wrapped
+from flcompress.training.engines.engine import Engine, Hyper, NotFinite, WrappedModel
 from flcompress.training.engines.optimiser import optimiser
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
-class Replica(Wrapped):
+class Replica(WrappedModel):
     """A model with torch's AdamW; every process holds all of it."""
 
     def __init__(self, work: PassContext, model: Any, module: Any, hyper: Hyper) -> None:
         self.work, self.model, self.module, self._hyper = work, model, module, hyper
-        self._named = {name: one for name, one in model.named_parameters() if one.requires_grad}
+        self._named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self._optimizer = optimiser(list(self._named.values()), hyper)
 
+    @override
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
 
+    @override
     def step(self, learning_rate: float) -> float:
         for parameter in self._named.values():
             if parameter.grad is None:
@@ -45,20 +48,24 @@ class Replica(Wrapped):
         return norm
 
     def _norm(self) -> float:
-        """The global gradient norm; gradients are clipped to the limit."""
+        """Clip the gradients to the limit; return their global norm before."""
         return float(nn.utils.clip_grad_norm_(self._named.values(), self._hyper.max_grad_norm))
 
+    @override
     def clear(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)
 
+    @override
     def shards(self) -> dict[str, torch.Tensor]:
         return {name: parameter.detach() for name, parameter in self._named.items()}
 
-    def gathered(self) -> dict[str, torch.Tensor]:
+    @override
+    def full_state(self) -> dict[str, torch.Tensor]:
         if not self.work.world.main:
             return {}
         return {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
 
+    @override
     def state(self) -> dict[str, torch.Tensor]:
         if not self.work.world.main:
             return {}
@@ -72,6 +79,7 @@ class Replica(Wrapped):
             for moment, value in self._optimizer.state.get(parameter, {}).items()
         }
 
+    @override
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
         prefix = "model."
         self.model.load_state_dict({k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)})
@@ -79,25 +87,26 @@ class Replica(Wrapped):
 
     def _restore_moments(self, state: Mapping[str, torch.Tensor]) -> None:
         for name, parameter in self._named.items():
-            found = {one: state[key] for one in MOMENTS if (key := f"optimizer.{one}.{name}") in state}
-            if found:
+            stored = {moment: state[key] for moment in MOMENTS if (key := f"optimizer.{moment}.{name}") in state}
+            if stored:
                 # AdamW counts steps on the CPU, whatever the device.
                 self._optimizer.state[parameter] = {
-                    one: value if one == "step" else self._placed(parameter, value) for one, value in found.items()
+                    moment: value if moment == "step" else self._like_parameter(parameter, value)
+                    for moment, value in stored.items()
                 }
 
-    def _placed(self, parameter: Any, value: torch.Tensor) -> torch.Tensor:
+    def _like_parameter(self, parameter: Any, value: torch.Tensor) -> torch.Tensor:
         return value.to(parameter.device)
 
 
-class Averaged(Replica):
-    """One of several alike."""
+class AveragedReplica(Replica):
+    """A DDP replica."""
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
-        """Gradients are exchanged once a step.
+        """Exchange gradients once a step, after the last micro batch.
 
         A forward without `torch.no_grad` whose output is then detached makes torch wait for a backward: the next one is
-        exchanged, whatever is said here, and a resumed training adds up in another order than an unbroken one.
+        synchronised regardless, and a resumed training sums in a different order than an unbroken one.
         """
         return nullcontext() if last else self.module.no_sync()
 
@@ -107,10 +116,12 @@ class Local(Engine):
 
     layout = WHOLE
 
-    def trained(self, model: nn.Module, hyper: Hyper, *, batch: int) -> Wrapped:
-        return self.proven(Replica(self.work, model, model, hyper), nn.Module)
+    @override
+    def wrap_trained(self, model: nn.Module, hyper: Hyper, *, batch: int) -> WrappedModel:
+        return self.verify_engine(Replica(self.work, model, model, hyper), nn.Module)
 
-    def frozen(self, model: nn.Module) -> Any:
+    @override
+    def wrap_frozen(self, model: nn.Module) -> Any:
         return model
 
 
@@ -119,7 +130,8 @@ class Distributed(Engine):
 
     layout = WHOLE
 
-    def trained(self, model: nn.Module, hyper: Hyper, *, batch: int) -> Wrapped:
+    @override
+    def wrap_trained(self, model: nn.Module, hyper: Hyper, *, batch: int) -> WrappedModel:
         from torch.nn.parallel import DistributedDataParallel
 
         devices = [torch.cuda.current_device()] if self.work.device == "cuda" else None
@@ -128,7 +140,8 @@ class Distributed(Engine):
             model, device_ids=devices, find_unused_parameters=True, gradient_as_bucket_view=True
         )
         warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
-        return self.proven(Averaged(self.work, model, module, hyper), DistributedDataParallel)
+        return self.verify_engine(AveragedReplica(self.work, model, module, hyper), DistributedDataParallel)
 
-    def frozen(self, model: nn.Module) -> Any:
+    @override
+    def wrap_frozen(self, model: nn.Module) -> Any:
         return model

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO: 1 splits the optimiser over the processes, 2 the gradients too, 3 the weights too."""
+"""The engine on DeepSpeed's ZeRO: 1 splits the optimiser over the processes, 2 the gradients too, 3 the weights too."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ from typing import Any
 
 import torch
 from torch import nn
+from typing_extensions import override
 
 from flcompress.core.steps import PassContext
 from flcompress.errors import UnavailableError
 from flcompress.models.loading import empty_transformer, put
 from flcompress.models.network import half_precision
-from flcompress.training.engines.engine import Engine, Hyper, NotFinite, Wrapped
+from flcompress.training.engines.engine import Engine, Hyper, NotFinite, WrappedModel
 from flcompress.training.engines.optimiser import optimiser
 
 
-class ZeroModel(Wrapped):
+class ZeroModel(WrappedModel):
     """A model behind a DeepSpeed engine, which owns gradients, clipping and the step of torch's AdamW."""
 
     def __init__(self, work: PassContext, stage: int, model: Any, hyper: Hyper, config: Mapping[str, Any]) -> None:
         import deepspeed
 
         self.work, self.model, self._stage = work, model, stage
-        self._named = {name: one for name, one in model.named_parameters() if one.requires_grad}
+        self._named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self._optimizer = optimiser(list(self._named.values()), hyper)
         self.module, *_ = deepspeed.initialize(
             model=model,
@@ -41,39 +42,43 @@ class ZeroModel(Wrapped):
 
     @property
     def _partitions(self) -> list[torch.Tensor]:
-        """This process's part of the fp32 weights, flat, one a parameter group."""
-        found = (
-            self._zero.fp32_partitioned_groups_flat if self._stage == 3 else self._zero.single_partition_of_fp32_groups
-        )
-        return list(found)
+        """This process's part of the fp32 weights, one flat tensor per parameter group."""
+        if self._stage == 3:
+            return list(self._zero.fp32_partitioned_groups_flat)
+        return list(self._zero.single_partition_of_fp32_groups)
 
     @contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:
-        """ZeRO-1 exchanges gradients once a step; 2 and 3, which keep this process's part, after every backward."""
+        """Exchange gradients once a step under ZeRO-1, after every backward under 2 and 3, which keep a part."""
         self.module.set_gradient_accumulation_boundary(last)
         yield
 
+    @override
     def backward(self, loss: torch.Tensor) -> None:
         self.module.backward(loss)
 
+    @override
     def step(self, learning_rate: float) -> float:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self.module.step()
-        # A gradient that is not finite makes DeepSpeed leave the step out and say nothing.
+        # DeepSpeed silently skips the step where a gradient is not finite.
         if self._zero.overflow:
             raise NotFinite(float("nan"))
         return float(self.module.get_global_grad_norm())
 
+    @override
     def clear(self) -> None:
         self.module.zero_grad()
 
+    @override
     def shards(self) -> dict[str, torch.Tensor]:
         if self._stage == 3:
             return {name: parameter.ds_tensor.data for name, parameter in self._named.items()}
         return {name: parameter.detach() for name, parameter in self._named.items()}
 
-    def gathered(self) -> dict[str, torch.Tensor]:
+    @override
+    def full_state(self) -> dict[str, torch.Tensor]:
         import deepspeed
 
         if self._stage < 3:
@@ -89,18 +94,20 @@ class ZeroModel(Wrapped):
             whole |= {name: self.model.get_buffer(name).detach().cpu().clone() for name in buffers}
         return whole
 
+    @override
     def state(self) -> dict[str, torch.Tensor]:
         flat: dict[str, torch.Tensor] = {}
-        for place, partition in enumerate(self._partitions):
-            flat[f"partition.{place}"] = partition.detach()
+        for index, partition in enumerate(self._partitions):
+            flat[f"partition.{index}"] = partition.detach()
             for moment, value in self._optimizer.state.get(partition, {}).items():
-                flat[f"optimizer.{moment}.{place}"] = torch.as_tensor(value)
+                flat[f"optimizer.{moment}.{index}"] = torch.as_tensor(value)
         return flat
 
+    @override
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
-        for place, partition in enumerate(self._partitions):
-            partition.data.copy_(state[f"partition.{place}"])
-            moments = {key.split(".")[1]: key for key in state if key.startswith("optimizer.") and _place(key) == place}
+        for index, partition in enumerate(self._partitions):
+            partition.data.copy_(state[f"partition.{index}"])
+            moments = {key.split(".")[1]: key for key in state if key.startswith("optimizer.") and _index(key) == index}
             if moments:
                 self._optimizer.state[partition] = {
                     moment: state[key] if moment == "step" else state[key].to(partition.device)
@@ -113,7 +120,8 @@ class ZeroModel(Wrapped):
             flat.data.copy_(partition.data)
 
 
-def _place(key: str) -> int:
+def _index(key: str) -> int:
+    """Return the parameter group of a key of `ZeroModel.state`."""
     return int(key.rsplit(".", 1)[1])
 
 
@@ -133,13 +141,13 @@ class Zero(Engine):
         # Under its bf16 norms keep their fp32 weights, which torch has no fused kernel for.
         warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
         if work.device == "cpu":
-            # Else a shared-memory operation is compiled on first use, for minutes.
+            # Otherwise a shared-memory operation is compiled on first use, for minutes.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         os.environ.setdefault("LOCAL_RANK", "0")  # one process without a launcher, where training.processes is 1
         deepspeed.init_distributed(dist_init_required=False)
         self._stage, self._kind = stage, deepspeed.DeepSpeedEngine
         self.layout = f"zero{stage} on {work.world.size} processes"
-        # ZeRO-3 would take a block that was left out for one whose gradient is the last one's.
+        # ZeRO-3 would give a skipped block the gradient of its last step.
         self.skips = stage < 3
         self.splits_weights = stage == 3
 
@@ -151,13 +159,13 @@ class Zero(Engine):
         # Not inside `zero.Init`, which would round what buffers are computed from to one dtype.
         model, stored = empty_transformer(folder, self.work.device, dtype)
         model.requires_grad_(trained)
-        # Split here and now, block by block: `deepspeed.initialize` would want all of them whole.
+        # Split here, block by block: `deepspeed.initialize` would need all weights whole at once.
         for part in (*(block.path for block in self.graph(folder).blocks), ""):
             for name, parameter in list(model.get_submodule(part).named_parameters(part)):
                 if parameter.device.type == "meta":
-                    whole = torch.empty_like(parameter, device=self.work.device, requires_grad=False)
-                    stored[name].fill(whole)
-                    put(model, name, whole)
+                    weight = torch.empty_like(parameter, device=self.work.device, requires_grad=False)
+                    stored[name].fill(weight)
+                    put(model, name, weight)
             deepspeed.zero.Init(
                 module=model.get_submodule(part), config_dict_or_path=self._config(self.work.world.size)
             )
@@ -166,16 +174,18 @@ class Zero(Engine):
                 stored[name].fill(model.get_buffer(name))
         return model
 
-    def trained(self, model: nn.Module, hyper: Hyper, *, batch: int) -> Wrapped:
+    @override
+    def wrap_trained(self, model: nn.Module, hyper: Hyper, *, batch: int) -> WrappedModel:
         wrapped = ZeroModel(self.work, self._stage, model, hyper, self._config(batch))
-        found = wrapped.module.zero_optimization_stage(), wrapped.module.dp_world_size
-        if found != (self._stage, self.work.world.size):
-            raise self._unproven(
-                f"DeepSpeed runs ZeRO-{found[0]} on {found[1]}", f"ZeRO-{self._stage} on {self.work.world.size}"
+        stage, processes = wrapped.module.zero_optimization_stage(), wrapped.module.dp_world_size
+        if (stage, processes) != (self._stage, self.work.world.size):
+            raise self._mismatch(
+                f"DeepSpeed runs ZeRO-{stage} on {processes}", f"ZeRO-{self._stage} on {self.work.world.size}"
             )
-        return self.proven(wrapped, self._kind)
+        return self.verify_engine(wrapped, self._kind)
 
-    def frozen(self, model: nn.Module) -> Any:
+    @override
+    def wrap_frozen(self, model: nn.Module) -> Any:
         if self._stage < 3:
             return _Frozen(model, self.work)
         import deepspeed
@@ -188,13 +198,14 @@ class Zero(Engine):
             "train_micro_batch_size_per_gpu": batch // self.work.world.size,
             "gradient_accumulation_steps": 1,  # it would divide the loss; see `micro_batch`
             "steps_per_print": 1 << 62,
-            # Small parameters are split like all others: what a process holds is then its share of everything.
+            # Small parameters are split like all others, so that a process holds its share of everything.
             "zero_optimization": {"stage": self._stage, "stage3_param_persistence_threshold": 0},
             # Weights and what the processes exchange stay in fp32.
             "torch_autocast": {"enabled": half, "dtype": "bfloat16", "lower_precision_safe_modules": []},
         }
 
     @contextmanager
+    @override
     def forward_mode(self) -> Iterator[None]:
         # DeepSpeed sets the precision of its own forwards. Inside another autocast its bf16 copies of the weights would
         # outlive their update.
@@ -202,7 +213,7 @@ class Zero(Engine):
 
 
 class _Frozen(nn.Module):
-    """A frozen model beside DeepSpeed's, in the training's precision."""
+    """A frozen model next to DeepSpeed's, in the training's precision."""
 
     def __init__(self, model: Any, work: PassContext) -> None:
         super().__init__()

@@ -1,0 +1,1 @@
+"""What the passes train and measure; `passes/` declares their arguments."""

@@ -50,7 +50,7 @@ class StochasticDepthTraining:
             batch=self.batch,
             watch=roles.watch(),
         )
-        return roles.role.gathered()
+        return roles.role.full_state()
 
 
 class DepthRoles:
@@ -78,7 +78,7 @@ class DepthRoles:
             schedule=warmup_cosine(settings.steps, min(20, settings.steps)),
         )
         self._network = as_network(self.role.module, guidance)
-        self._original = as_network(engine.frozen(engine.load_frozen(source)), guidance)
+        self._original = as_network(engine.wrap_frozen(engine.load_frozen(source)), guidance)
         self._low, self._high = level_range(contract, contract.shift, key=settings.name)
 
     def step(self, step: int, draws: Draws) -> Mapping[str, float]:
@@ -124,7 +124,7 @@ class DepthRoles:
             if target == "frozen":
                 full = self._original(x, timestep, given)
             else:
-                with role.averaged():
+                with role.with_average():
                     full = network(x, timestep, given)
         self._work.world.heartbeat()
         with engine.skip(role.model, skipped, graph=graph):

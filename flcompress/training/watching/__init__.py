@@ -1,0 +1,1 @@
+"""What watches a training: held-out figures, limits, sample strips and trackers."""

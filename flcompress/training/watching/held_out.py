@@ -82,6 +82,7 @@ class HeldOutELBO:
 
     @torch.no_grad()
     def __call__(self, network: Network) -> Scored:
+        """Score a network; all processes together."""
         total = draws = 0.0
         sums = torch.zeros(2, GROUPS, dtype=torch.float64)
         for batch, group in zip(self._batches, self._groups, strict=True):

@@ -43,10 +43,12 @@ class TensorBoard:
         self.writer = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
+        """Write a point of every curve."""
         for name, value in figures.items():
             self.writer.add_scalar(name, value, step)
 
     def picture(self, step: int, name: str, path: Path) -> None:
+        """Write a picture file as an image of the step."""
         import numpy as np
         from PIL import Image
 
@@ -92,9 +94,11 @@ class WeightsAndBiases:
                 self.picture(step, STRIPS, strip)
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
+        """Log the figures of a step."""
         self._log(step, dict(figures))
 
     def picture(self, step: int, name: str, path: Path) -> None:
+        """Log a picture file with the figures of its step."""
         import wandb
 
         self._log(step, {name: wandb.Image(str(path))})

@@ -167,8 +167,8 @@ def test_rollback_ends_with_the_weights_of_the_best_look(tmp_path: Path) -> None
     good, bad = trained(tmp_path / "good"), trained(tmp_path / "bad")
     assert descend(good, tmp_path / "good", 6) == 6
     assert descend(bad, tmp_path / "bad", 200, hot_from=7, on_breach="rollback", max_worsening=0.1) == 6
-    for key, value in good.gathered().items():
-        assert torch.equal(value, bad.gathered()[key])
+    for key, value in good.full_state().items():
+        assert torch.equal(value, bad.full_state()[key])
     (breach,) = [json.loads(line) for line in (tmp_path / "bad" / BREACHES_FILE).read_text().splitlines()]
     assert (breach["action"], breach["best_step"], breach["figure"]) == ("rollback", 6, "loss")
     assert breach["value"] > breach["high"]
@@ -183,8 +183,8 @@ def test_a_killed_training_rolls_back_to_the_same_weights(die_at: int, tmp_path:
         descend(trained(tmp_path / "broken"), tmp_path / "broken", 40, die_at=die_at, **settings)
     again = trained(tmp_path / "broken")
     assert descend(again, tmp_path / "broken", 40, **settings) == ended
-    for key, value in whole.gathered().items():
-        assert torch.equal(value, again.gathered()[key])
+    for key, value in whole.full_state().items():
+        assert torch.equal(value, again.full_state()[key])
     for name in ("metrics.jsonl", BREACHES_FILE):
         assert (tmp_path / "whole" / name).read_text() == (tmp_path / "broken" / name).read_text()
 
@@ -198,8 +198,8 @@ def test_stop_keeps_the_last_good_checkpoint_and_another_limit_goes_on(tmp_path:
     again, unbroken = trained(tmp_path), trained(tmp_path / "unbroken")
     assert descend(again, tmp_path, 20, hot_from=7, max_worsening=None) == 20
     assert descend(unbroken, tmp_path / "unbroken", 20, hot_from=7, max_worsening=None) == 20
-    for key, value in unbroken.gathered().items():
-        assert torch.equal(value, again.gathered()[key])
+    for key, value in unbroken.full_state().items():
+        assert torch.equal(value, again.full_state()[key])
 
 
 def test_rollback_without_a_good_look_stops(tmp_path: Path) -> None:
