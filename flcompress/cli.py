@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from flcompress.progress import Display
 
 _FOLDER = click.Path(path_type=Path)
-_GPUS = ("a100", "h100", "h200", "l40s", "rtx4090")  # those of pipeline/gpus.py, which --help does not load
+_GPUS = ("a100", "h100", "h200", "l40s", "rtx4090")  # those of planning/machines.py, which --help does not load
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")
 quiet = click.option("--quiet", is_flag=True, help="Show no progress.")

@@ -38,7 +38,7 @@ def plan(
         recipe: a recipe, or the path of a recipe file.
         run_dir: the run directory it is meant for; `runs/<recipe name>` by default.
         overrides: "key.path=value" each, for a recipe given by path.
-        gpu: GPU model to plan for, one of `flcompress.planning.gpus.GPUS`; None plans for this machine.
+        gpu: GPU model to plan for, one of `flcompress.planning.machines.GPUS`; None plans for this machine.
         gpus: number of GPUs; `training.processes` of the recipe, or 1, by default.
         memory: memory per GPU, such as "80G" or "48GiB"; the GPU model's own by default.
 
@@ -198,7 +198,7 @@ def generate(
         UnavailableError: the backend cannot run on this machine.
         RequestError: an export is missing, damaged or of another model; `out` cannot be written.
     """
-    from flcompress.distributed.threads import use_free_cores
+    from flcompress.distributed.launch import use_free_cores
     from flcompress.progress import default_display
     from flcompress.runtime.generate import generate
 
@@ -231,7 +231,7 @@ def evaluate(
     Raises:
         RequestError: an unfinished run, another dataset, or too few seeds or clips.
     """
-    from flcompress.distributed.threads import use_free_cores
+    from flcompress.distributed.launch import use_free_cores
     from flcompress.evaluation import comparison
     from flcompress.progress import default_display
 

@@ -9,6 +9,12 @@ INTERRUPTED = 130
 """Exit status after Ctrl-C."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message; the name of its class if it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 class FlcompressError(Exception):
     """The work failed (exit status 1).
 

@@ -12,7 +12,7 @@ from flcompress.driver.rundir import RunDirectory
 from flcompress.driver.start import read_source
 from flcompress.errors import DataError, ModelError
 from flcompress.frontend.loading import load_recipe
-from flcompress.planning.gpus import gpu_machine
+from flcompress.planning.machines import gpu_machine
 from flcompress.planning.plan import make_plan
 from flcompress.planning.text import plan_text
 

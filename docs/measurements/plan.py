@@ -48,17 +48,16 @@ def write_recipe(home: Path, case: str) -> Path:
 def train(file: Path, out: Path) -> None:
     """In a process of the training: run the pass, write what it took."""
     from flcompress.core.steps import PassContext
-    from flcompress.distributed.joining import joined
-    from flcompress.distributed.launch import Launch
+    from flcompress.distributed.launch import Launch, join
     from flcompress.driver.clips import Clips
-    from flcompress.driver.start import starting_program
+    from flcompress.driver.start import read_source, starting_program
     from flcompress.files import peak_mb, reset_peak
     from flcompress.frontend.loading import load_recipe
     from flcompress.progress import QuietDisplay
 
     recipe = load_recipe(file)
     (step,) = recipe.passes
-    program = starting_program(recipe, file.parent)
+    program = starting_program(recipe, read_source(recipe), file.parent)
     clips = Clips(recipe, file.parent / "data", QuietDisplay(), "cpu")
     clips(program)
     if recipe.training.engine.startswith("zero"):
@@ -70,7 +69,7 @@ def train(file: Path, out: Path) -> None:
         seen.append((peak_mb() - base, time.process_time()))
         reset_peak()
 
-    with joined(recipe.training.engine, recipe.training.timeout, "cpu", Launch.from_environment()) as world:
+    with join(recipe.training.engine, recipe.training.timeout, "cpu", Launch.from_environment()) as world:
         work = PassContext(
             directory=file.parent / "work",
             seed=0,
@@ -112,8 +111,8 @@ def planned(file: Path) -> dict[str, float]:
 
     from flcompress.driver.start import read_source
     from flcompress.frontend.loading import load_recipe
+    from flcompress.planning.machines import measure_speed
     from flcompress.planning.plan import make_plan
-    from flcompress.planning.speed import measure_speed
 
     torch.set_num_threads(1)
     recipe = load_recipe(file)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from flcompress.errors import UnavailableError
+from flcompress.errors import UnavailableError, first_line
 
 _MEND = "log in with `wandb login`, set WANDB_MODE=offline, or leave it out"
 
@@ -34,5 +34,5 @@ def check_wandb_login() -> None:
 
 def refused(error: Exception) -> UnavailableError:
     """What an error of its own means here."""
-    first = str(error).splitlines()[0].rstrip(".")
+    first = first_line(error).rstrip(".")
     return UnavailableError(f"training.log_to: wandb given, but it cannot be used: {first}; {_MEND}")

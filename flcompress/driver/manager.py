@@ -15,9 +15,7 @@ from flcompress.core.program import Program
 from flcompress.core.registry import find_exporter
 from flcompress.core.steps import Pass, PassContext
 from flcompress.core.wandb_access import check_wandb_installed, check_wandb_login
-from flcompress.distributed.joining import joined
-from flcompress.distributed.launch import Launch
-from flcompress.distributed.threads import use_free_cores
+from flcompress.distributed.launch import Launch, join, use_free_cores
 from flcompress.distributed.world import World
 from flcompress.driver import start
 from flcompress.driver.clips import Clips, fingerprint
@@ -66,12 +64,12 @@ def apply(
     display = display or default_display()
     run = RunDirectory(run_dir or default_run_dir(recipe))
     device = device or _device()
-    check(recipe, run)
+    source = check(recipe, run)
     shared = Path(store).resolve() if store else run.path
     launch = Launch.from_environment()
     check_launch(recipe.training, launch, recipe.passes)
     with (
-        joined(recipe.training.engine, recipe.training.timeout, device, launch) as world,
+        join(recipe.training.engine, recipe.training.timeout, device, launch) as world,
         world.propagating_failures(),
         system_errors_in_one_line(run.path),
     ):
@@ -79,7 +77,7 @@ def apply(
             if "wandb" in recipe.training.log_to:
                 check_wandb_login()
             with _own(run, display):
-                _apply(recipe, run, shared, display, device, world)
+                _apply(recipe, source, run, shared, display, device, world)
         else:
             _follow(recipe, shared, device, world)
     return run
@@ -119,14 +117,17 @@ def export(
         return run_exports(run, program, chosen, display, force=force)
 
 
-def check(recipe: Recipe, run: RunDirectory, *, plan: bool = False) -> None:
-    """Raise RequestError for anything wrong with the request that can be known before any work; write nothing.
+def check(recipe: Recipe, run: RunDirectory, *, plan: bool = False) -> start.Source:
+    """Check everything that can be checked before any work, and return the model that the recipe starts from.
 
     Args:
         recipe: the recipe.
         run: the run directory that it would be applied in.
         plan: whether the recipe is only planned. Its model folder may then hold configurations alone, in which case
             neither the data nor the exporters' libraries have to be available yet.
+
+    Raises:
+        RequestError: anything wrong with the request; nothing was written.
     """
     from flcompress.models.folder import check_pipeline, only_configurations
 
@@ -140,9 +141,11 @@ def check(recipe: Recipe, run: RunDirectory, *, plan: bool = False) -> None:
     if not bare and "wandb" in recipe.training.log_to:
         check_wandb_installed()
     check_pipeline(recipe.model_folder(), weights=trained and not bare, parts=not bare)
-    start.check_sampling(recipe)
+    source = start.read_source(recipe)
+    start.check_sampling(recipe, source)
     if not bare:
-        check_data(recipe)
+        check_data(recipe, source.index)
+    return source
 
 
 def pass_key(step: Pass, program: Program, recipe: Recipe) -> str:
@@ -158,7 +161,15 @@ def pass_key(step: Pass, program: Program, recipe: Recipe) -> str:
     )
 
 
-def _apply(recipe: Recipe, run: RunDirectory, shared: Path, display: Display, device: str, world: World) -> None:
+def _apply(
+    recipe: Recipe,
+    source: start.Source,
+    run: RunDirectory,
+    shared: Path,
+    display: Display,
+    device: str,
+    world: World,
+) -> None:
     threads = use_free_cores(run.threads)
     run.begin(recipe)
     run.note("start", recipe.name, threads=threads)
@@ -166,7 +177,7 @@ def _apply(recipe: Recipe, run: RunDirectory, shared: Path, display: Display, de
     clips = Clips(recipe, shared / "data", display, device)
     current = recipe.name
     try:
-        entry, fresh = _entry_of_start(recipe, store)
+        entry, fresh = _entry_of_start(recipe, source, store)
         beginning = program = entry.program()
         entries, ran = [entry], int(fresh)
         run.record_entries(entries, finished=not recipe.passes)
@@ -211,15 +222,15 @@ def _apply(recipe: Recipe, run: RunDirectory, shared: Path, display: Display, de
     display.line(f"done: {run.path}" if ran else f"nothing to do: every pass and export is unchanged in {run.path}")
 
 
-def _entry_of_start(recipe: Recipe, store: Store) -> tuple[Entry, bool]:
+def _entry_of_start(recipe: Recipe, source: start.Source, store: Store) -> tuple[Entry, bool]:
     key = start.start_key(recipe)
     given = start.model_arguments(recipe)
     found = store.find(0, "model", key)
     if found is None:
-        return store.make(0, "model", key, given, lambda folder: start.starting_program(recipe, folder)), True
+        return store.make(0, "model", key, given, lambda folder: start.starting_program(recipe, source, folder)), True
     if recipe.model.weights == "trained":
         # The same model may have moved since; every later program is pointed to where it lies now.
-        program, here = found.program(), start.components_of(recipe, recipe.model_folder())
+        program, here = found.program(), start.components_of(recipe, source.index, source.folder)
         if program.components != here:
             replace(program, components=here).save(found.folder)
     return found, False

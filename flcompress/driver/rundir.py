@@ -174,7 +174,7 @@ class RunDirectory:
         if self._model is not None:
             recipe = self._moved(recipe, self._model)
         with suppress(ModelError):  # no model there either
-            here = start.components_of(recipe, recipe.model_folder())
+            here = start.components_of(recipe, start.model_index(recipe), recipe.model_folder())
             program = replace(program, components={**program.components, **{name: here[name] for name in shared}})
             missing = [path for path in program.components.values() if not path.is_dir()]
         if missing:

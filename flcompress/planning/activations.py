@@ -1,4 +1,4 @@
-"""What a forward keeps alive for its backward, counted block by block on tensors that hold no memory."""
+"""Activations that autograd saves in a forward, counted block by block on fake tensors, which hold no memory."""
 
 from __future__ import annotations
 
@@ -17,69 +17,84 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Bytes:
-    """Bytes that do not depend on the batch (weights copied to another precision), and those of a sample."""
+    """Bytes as an affine function of the batch.
+
+    Attributes:
+        fixed: bytes that do not depend on the batch, such as weights copied to another precision.
+        sample: bytes per sample.
+    """
 
     fixed: float
     sample: float
 
     def of(self, samples: float) -> float:
+        """Return the bytes of a batch."""
         return self.fixed + samples * self.sample
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kept:
-    """What autograd keeps of a forward.
+class SavedActivations:
+    """What autograd saves in a forward.
 
     Attributes:
-        outside: of all that is in no block.
-        blocks: of all blocks together.
-        block: of the block that keeps most.
-        streams: the blocks' inputs, which gradient checkpointing keeps in place of `blocks`.
-        alone: the most that is alive at once of a forward without gradients, of weights loaded in the precision.
+        outside: saved outside of all blocks.
+        blocks: saved in all blocks together.
+        block: saved in the block that saves most.
+        streams: the blocks' inputs, which gradient checkpointing saves in place of `blocks`.
+        inference: the most that is alive at once in a forward without gradients, its weights loaded in the precision.
     """
 
     outside: Bytes
     blocks: Bytes
     block: Bytes
     streams: Bytes
-    alone: Bytes
+    inference: Bytes
 
     def training(self, samples: float, share: float, checkpointed: bool) -> float:
-        """Bytes at the turn from the forward to the backward.
+        """Return the bytes at the turn from the forward to the backward.
 
-        One block's worth is added for what is being worked on: a backward holds the gradients of what a block kept, a
-        frozen model's forward what it computes with.
+        One block's worth is added as working memory: a backward holds the gradients of what a block saved, a frozen
+        model's forward its own intermediate tensors.
 
         Args:
-            samples: how many are in memory at once.
-            share: of the blocks that the model has.
-            checkpointed: whether blocks are computed again.
+            samples: samples in memory at once.
+            share: share of the blocks that the model still has.
+            checkpointed: whether blocks are recomputed in the backward.
         """
         inside = self.streams.of(samples) * share if checkpointed else self.blocks.of(samples) * share
-        again = self.block.of(samples) if checkpointed else 0.0
-        return self.outside.of(samples) + inside + again + self.block.of(samples)
+        recomputed = self.block.of(samples) if checkpointed else 0.0
+        return self.outside.of(samples) + inside + recomputed + self.block.of(samples)
 
 
-def kept_alive(transformer: Path, graph: BlockGraph, tokens: int, shape: LatentShape, precision: Precision) -> Kept:
-    """Count what a forward at latents [batch, channels, *shape] keeps alive."""
-    one, two = (kept_for_backward(transformer, tokens, shape, precision, graph, batch=batch) for batch in (1, 2))
-    alone = kept_for_backward(transformer, tokens, shape, precision, graph, gradients=False).alive
+def saved_activations(
+    transformer: Path, graph: BlockGraph, tokens: int, shape: LatentShape, precision: Precision
+) -> SavedActivations:
+    """Count the activations of a forward at latents [batch, channels, *shape], at a batch of one and of two."""
+    one, two = (count_activations(transformer, tokens, shape, precision, graph, batch=batch) for batch in (1, 2))
+    inference = count_activations(transformer, tokens, shape, precision, graph, gradients=False).alive
 
-    def line(first: float, second: float) -> Bytes:
+    def affine(first: float, second: float) -> Bytes:
         return Bytes(fixed=max(0.0, 2.0 * first - second), sample=second - first)
 
-    return Kept(
-        outside=line(one.total - sum(one.blocks), two.total - sum(two.blocks)),
-        blocks=line(sum(one.blocks), sum(two.blocks)),
-        block=line(max(one.blocks), max(two.blocks)),
-        streams=line(one.streams, two.streams),
-        alone=Bytes(fixed=0.0, sample=alone),
+    return SavedActivations(
+        outside=affine(one.total - sum(one.blocks), two.total - sum(two.blocks)),
+        blocks=affine(sum(one.blocks), sum(two.blocks)),
+        block=affine(max(one.blocks), max(two.blocks)),
+        streams=affine(one.streams, two.streams),
+        inference=Bytes(fixed=0.0, sample=inference),
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Counted:
-    """Bytes of a batch: the most that is alive, all that autograd keeps, what each block adds, the blocks' streams."""
+class ActivationBytes:
+    """Bytes of one forward of a batch.
+
+    Attributes:
+        alive: the most that is alive at once.
+        total: all that autograd saves.
+        blocks: what each block adds to `total`.
+        streams: the inputs of all blocks.
+    """
 
     alive: int
     total: int
@@ -87,7 +102,7 @@ class Counted:
     streams: int
 
 
-def kept_for_backward(
+def count_activations(
     transformer: Path,
     tokens: int,
     shape: LatentShape,
@@ -96,11 +111,20 @@ def kept_for_backward(
     *,
     batch: int = 1,
     gradients: bool = True,
-) -> Counted:
-    """Count for latents [batch, channels, *shape]; each tensor once, weights not at all.
+) -> ActivationBytes:
+    """Count the activations of a forward at latents [batch, channels, *shape]: each tensor once, weights not at all.
 
-    Counted on fake tensors, which choose the same kernels as real ones on the CPU. Of blocks that are built and called
-    alike two run, and the second stands for the rest: the first keeps, too, what all of them share.
+    The forward runs on fake tensors, which choose the same kernels as real ones on the CPU. Of blocks that are built
+    and called alike two run, and the second stands for the rest: the first also saves what all of them share.
+
+    Args:
+        transformer: the transformer's folder; its configuration is enough.
+        tokens: length of the prompt.
+        shape: (frames, height, width) of the latents.
+        precision: precision that the forward computes in.
+        graph: the transformer's block graph.
+        batch: samples in the batch.
+        gradients: whether autograd records the forward.
     """
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -126,10 +150,10 @@ def kept_for_backward(
         return torch.empty(like.shape, dtype=dtype or like.dtype, requires_grad=like.requires_grad)
 
     def weight(name: str, like: torch.Tensor) -> torch.Tensor:
-        kept = like.dtype != torch.float32 or single & set(name.split("."))
-        return fake(like, None if kept else loaded)
+        as_stored = like.dtype != torch.float32 or single & set(name.split("."))
+        return fake(like, None if as_stored else loaded)
 
-    # The storages themselves are held: the address of one that is freed would name another later.
+    # Holds the storages themselves: the address of a freed one could name another later.
     saved: dict[int, torch.UntypedStorage] = {}
     weights: dict[int, torch.UntypedStorage] = {}
 
@@ -139,12 +163,12 @@ def kept_for_backward(
             saved[storage._cdata] = storage
         return tensor
 
-    def held() -> int:
+    def saved_bytes() -> int:
         return sum(storage.nbytes() for storage in saved.values())
 
     streams = 0
-    spent: list[int] = []
-    known: dict[str, list[tuple[Any, int]]] = {}
+    added: list[int] = []
+    run_blocks: dict[str, list[tuple[Any, int]]] = {}
 
     def counting(block: Block) -> Callable[..., Any]:
         module = model.get_submodule(block.path)
@@ -152,22 +176,22 @@ def kept_for_backward(
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             nonlocal streams
-            given = named(module, args, kwargs)
-            tensors = [given[stream.input] for stream in block.streams]
+            arguments = named(module, args, kwargs)
+            tensors = [arguments[stream.input] for stream in block.streams]
             streams += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-            alike = known.setdefault(repr((plain, blank(args), sorted(blank(kwargs).items()))), [])
-            if len(alike) < 2:
-                before = held()
+            runs = run_blocks.setdefault(repr((plain, blank(args), sorted(blank(kwargs).items()))), [])
+            if len(runs) < 2:
+                before = saved_bytes()
                 output = stock(*args, **kwargs)
-                alike.append((tree_map_only(torch.Tensor, _shape, output), held() - before))
+                runs.append((tree_map_only(torch.Tensor, _shape, output), saved_bytes() - before))
             else:
-                output = tree_map_only(torch.Tensor, _like, alike[1][0])
-            spent.append(alike[-1][1])
+                output = tree_map_only(torch.Tensor, _like, runs[1][0])
+            added.append(runs[-1][1])
             return output
 
         return forward
 
-    # Some models keep plain tensors beside their weights; those may stay on the meta device.
+    # Some models keep plain tensors in addition to their weights; those may stay on the meta device.
     forwards = {block.path: counting(block) for block in graph.blocks}
     with FakeTensorMode(allow_non_fake_inputs=True), AllTrueMasks(), replaced_forwards(model, forwards):
         state = {name: weight(name, value) for name, value in model.named_parameters()}
@@ -178,19 +202,19 @@ def kept_for_backward(
         alive = Alive()
         with cast, torch.set_grad_enabled(gradients), saved_tensors_hooks(note, lambda tensor: tensor), alive:
             torch.func.functional_call(model, state, (), inputs)
-    more = sum(spent) - sum(size for alike in known.values() for _, size in alike)
-    return Counted(alive=alive.most, total=held() + more, blocks=tuple(spent), streams=streams)
+    stood_for = sum(added) - sum(size for runs in run_blocks.values() for _, size in runs)
+    return ActivationBytes(alive=alive.most, total=saved_bytes() + stood_for, blocks=tuple(added), streams=streams)
 
 
 def _shape(tensor: Any) -> Any:
-    """All but the storage."""
+    """Return a tensor's shape, dtype and need of gradients, without its storage."""
     import torch
 
     return torch.empty_like(tensor, device="meta").requires_grad_(tensor.requires_grad)
 
 
 def _like(shape: Any) -> Any:
-    """A fresh tensor of the shape, with a place in the graph of autograd, but no leaf: models add in place."""
+    """Return a fresh tensor of the shape that has a node in autograd's graph but is no leaf: models add in place."""
     import torch
 
     fresh = torch.empty_like(shape, device="cpu")

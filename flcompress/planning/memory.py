@@ -1,16 +1,24 @@
-"""How much memory a pass takes on one process, role by role. Each part is counted; none is a fitted factor."""
+"""Memory of a pass on one process, role by role and engine by engine.
+
+Every term is something that torch, AdamW or the engine allocates; none is a fitted factor.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from flcompress.core.settings import Precision, Training
+from flcompress.core.settings import EngineName, Precision, Training
 from flcompress.core.steps import Cost
 from flcompress.ir.graph import BlockGraph
-from flcompress.planning.activations import Kept
-from flcompress.planning.engine_memory import FLOAT, HALF, Place, Updating, moments, updating
+from flcompress.planning.activations import SavedActivations
 
+FP32, BF16 = 4, 2
+"""Bytes of a number. Trained weights, gradients and moments are fp32; frozen weights are in the pass's precision."""
+BUCKET = 500_000_000
+"""Numbers in the buffer from which DeepSpeed reduces gradients (`reduce_bucket_size`, its default)."""
+LIVE = 1_000_000_000
+"""Numbers of gathered weights that ZeRO-3 may keep (`stage3_max_live_parameters`, its default)."""
 PROCESS = 450_000_000
 """Bytes of Python, torch and diffusers with the smallest pipeline loaded (docs/benchmarks/planning.md)."""
 
@@ -20,11 +28,11 @@ class RoleMemory:
     """Bytes of one model on one process.
 
     Attributes:
-        weights: of it, or of this process's part.
-        gradients: while it is updated.
-        moments: AdamW's.
+        weights: its weights, or this process's part of them.
+        gradients: its gradients, while it is updated.
+        moments: AdamW's moments.
         average: its moving average.
-        engine: what the engine keeps beside these from step to step.
+        engine: what the engine keeps in addition from step to step.
     """
 
     weights: float
@@ -35,7 +43,7 @@ class RoleMemory:
 
     @property
     def lasting(self) -> float:
-        """Bytes that are there all the time: all but the gradients."""
+        """Bytes that are allocated all the time: all but the gradients."""
         return self.weights + self.moments + self.average + self.engine
 
 
@@ -45,10 +53,10 @@ class PlannedMemory:
 
     Attributes:
         process: the interpreter and its libraries.
-        roles: of each model.
-        activations: what autograd keeps of the samples in memory at once, and what one block is being computed with.
-        update: the most that one role's update takes beside what lasts: activations or gradients, with all that the
-            engine needs. Roles are updated one after the other, so it counts once.
+        roles: each model by its name.
+        activations: what autograd saves for the samples in memory at once, plus the working memory of one block.
+        update: the peak of one role's update in addition to what lasts: activations or gradients, with everything that
+            the engine needs. Roles are updated one after the other, so only the largest counts.
         host: what a process with a GPU keeps in the machine's memory.
     """
 
@@ -60,98 +68,214 @@ class PlannedMemory:
 
     @property
     def total(self) -> float:
-        """The peak."""
+        """Peak bytes."""
         lasting = sum(role.lasting for role in self.roles.values())
         return self.process + lasting + self.update
 
     def parts(self) -> dict[str, float]:
-        """Every part of the peak of the training by its name, the largest first."""
+        """Return the parts of the training's peak by name, the largest first."""
         roles = {name: role.lasting for name, role in self.roles.items()}
         parts = {"process": self.process, **roles, "activations or gradients": self.update}
         return dict(sorted(parts.items(), key=lambda part: -part[1]))
 
 
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """How a training is split over processes, and on which kind of device.
+
+    Attributes:
+        engine: how the processes share the training.
+        processes: number of processes.
+        gpu: whether they run on GPUs. There DeepSpeed's buffers take their whole size; on a CPU they take only the
+            pages that are written to.
+    """
+
+    engine: EngineName
+    processes: int
+    gpu: bool
+
+    @property
+    def splits_weights(self) -> bool:
+        """Whether each process holds only its part of the weights."""
+        return self.engine in ("zero3", "fsdp2")
+
+    def weights(self, size: float) -> float:
+        """Return the bytes that one process holds of `size` bytes of weights, or of an average of them."""
+        return size / self.processes if self.splits_weights else size
+
+    def gathered_weights(self, size: float, parameters: float, share: float) -> float:
+        """Return the most bytes of split weights that are gathered at once.
+
+        Args:
+            size: bytes of all weights.
+            parameters: number of parameters.
+            share: share of them that is outside of all blocks or in the two largest.
+        """
+        if self.engine == "zero3":
+            return size * min(1.0, LIVE / max(parameters, 1.0))
+        return size * share if self.engine == "fsdp2" else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateMemory:
+    """Bytes that an engine takes on one process for a role's gradients and its update.
+
+    Attributes:
+        gradients: reduced gradients.
+        lasting: what stays from step to step in addition to weights, moments and average.
+        forward: what is allocated in addition to the activations when the backward begins, including the gradients of
+            earlier micro batches.
+        backward: peak at the end of the backward.
+        step: peak while AdamW steps.
+    """
+
+    gradients: float
+    lasting: float = 0.0
+    forward: float = 0.0
+    backward: float
+    step: float
+
+
+def moments_memory(numbers: float, placement: Placement) -> float:
+    """Return the bytes on one process of the optimiser's moments, `numbers` over all processes."""
+    shared = 1 if placement.engine in ("local", "ddp") else placement.processes
+    return FP32 * numbers / shared
+
+
+def update_memory(
+    trained: float, moments: int, gathered: float, placement: Placement, *, micro_batches: bool = False
+) -> UpdateMemory:
+    """Return what an update takes on one process.
+
+    Args:
+        trained: number of trained parameters.
+        moments: optimiser moments of each of them.
+        gathered: bytes of weights that are gathered at once.
+        placement: how the training is split.
+        micro_batches: whether gradients accumulate over several micro batches.
+    """
+    whole = FP32 * trained
+    part = whole / placement.processes
+    # AdamW's denominator is as large as the tensor that is stepped, here one flat tensor; on the CPU there are two.
+    # With one moment the tensor is stepped in slices.
+    denominator = 0.0 if moments == 1 else part if placement.gpu else 2.0 * part
+    sent = FP32 * min(BUCKET, trained)
+    bucket = FP32 * BUCKET if placement.gpu else sent
+    waiting = (part if placement.engine in ("zero2", "fsdp2") else whole) * micro_batches
+    match placement.engine:
+        case "local":
+            return UpdateMemory(gradients=whole, forward=waiting, backward=whole, step=whole)
+        case "ddp":  # gradients are in its buckets, which stay; until the last micro batch they are outside
+            return UpdateMemory(gradients=0.0, lasting=whole, forward=waiting, backward=0.0, step=0.0)
+        case "fsdp2":  # gathered weights, their gradients, and a copy of those that is being sent
+            return UpdateMemory(gradients=part, forward=waiting + gathered, backward=part + 3.0 * gathered, step=part)
+        case "zero3":  # its part of the gradients, the bucket and gathered weights stay; a step flattens the part
+            return UpdateMemory(
+                gradients=part,
+                lasting=part + bucket + gathered,
+                backward=part + sent * (1.0 if placement.gpu else 2.0),
+                step=part + denominator,
+            )
+    # zero1 and zero2: the fp32 part that is stepped is a copy, and the bucket is reduced in a flat copy of its own.
+    # zero2 also adds the part of a micro batch to that of the earlier ones.
+    left = whole - sent if placement.engine == "zero1" else waiting
+    return UpdateMemory(
+        gradients=whole if placement.engine == "zero1" else part,
+        lasting=part,
+        forward=waiting + bucket,
+        backward=left + bucket + sent + part,
+        step=2.0 * part + denominator,
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
-class Sizes:
+class ParameterShares:
     """Shares of a transformer's parameters.
 
     Attributes:
-        outside: what is in no block.
-        block: the largest block.
+        outside: the share outside of all blocks.
+        block: the share of the largest block.
     """
 
     outside: float
     block: float
 
 
-def sizes_of(graph: BlockGraph) -> Sizes:
-    """Of a traced transformer."""
+def parameter_shares(graph: BlockGraph) -> ParameterShares:
+    """Return the shares of a traced transformer's parameters."""
     inside = [block.parameters for block in graph.blocks]
-    return Sizes(outside=1.0 - sum(inside) / graph.parameters, block=max(inside) / graph.parameters)
+    return ParameterShares(outside=1.0 - sum(inside) / graph.parameters, block=max(inside) / graph.parameters)
 
 
-def precision_of(cost: Cost, precision: Precision, *, gpu: bool) -> Precision:
-    """What a pass computes in, where the training's precision is the given one."""
+def compute_precision(cost: Cost, precision: Precision, *, gpu: bool) -> Precision:
+    """Return the precision that a pass computes in under `training.precision`."""
     return precision if cost.steps or (cost.half and gpu) else "fp32"
 
 
-def planned_memory(
-    cost: Cost, kept: Kept, training: Training, sizes: Sizes, original: float, *, processes: int, gpu: bool
+def plan_memory(
+    cost: Cost,
+    saved: SavedActivations,
+    training: Training,
+    shares: ParameterShares,
+    original: float,
+    *,
+    processes: int,
+    gpu: bool,
 ) -> PlannedMemory:
-    """Memory of a pass on one of its processes.
+    """Return the memory of a pass on one of its processes.
 
     Args:
-        cost: what the pass says it holds.
-        kept: what a forward of the whole transformer keeps alive, in the precision that the pass computes in.
+        cost: the models that the pass holds, its batch and its steps.
+        saved: activations of the whole transformer, in the precision that the pass computes in.
         training: engine, precision, gradient checkpointing and micro batch.
-        sizes: of the transformer's parts.
-        original: parameters of the transformer that `kept` was counted for.
-        processes: how many share the pass.
-        gpu: whether each has a GPU.
+        shares: shares of the transformer's parameters.
+        original: parameters of the transformer that `saved` was counted for.
+        processes: number of processes that share the pass.
+        gpu: whether each of them has a GPU.
     """
-    # Without a training every process has the whole model, and a batch of its own.
-    place = Place(training.engine if cost.steps else "local", processes, gpu)
-    width = HALF if precision_of(cost, training.precision, gpu=gpu) == "bf16" else FLOAT
+    # A pass that does not train has the whole model in every process, and a batch of its own.
+    placement = Placement(training.engine if cost.steps else "local", processes, gpu)
+    width = BF16 if compute_precision(cost, training.precision, gpu=gpu) == "bf16" else FP32
     own = cost.batch / processes if cost.steps else float(cost.batch)
     samples = min(own, training.micro_batch or own) if cost.steps else own
 
     roles: dict[str, RoleMemory] = {}
-    updates: list[tuple[Updating, float]] = []
+    updates: list[tuple[UpdateMemory, float]] = []
     activations = others = 0.0
     for role in cost.roles:
-        size = role.parameters * (FLOAT if role.trained else width)
-        weights = place.weights(size)
-        gathered = place.gathered(size, role.parameters, min(1.0, sizes.outside + 2.0 * sizes.block))
+        size = role.parameters * (FP32 if role.trained else width)
+        weights = placement.weights(size)
+        share = min(1.0, shares.outside + 2.0 * shares.block)
+        gathered = placement.gathered_weights(size, role.parameters, share)
         if not role.trained:
-            # ZeRO-3 lets gathered weights go late, FSDP2 when the next block has run.
-            kept_gathered = gathered if place.engine == "zero3" else 0.0
-            roles[role.name] = RoleMemory(weights=weights, engine=kept_gathered)
-            others = max(others, gathered - kept_gathered)
+            # ZeRO-3 releases gathered weights late, FSDP2 when the next block has run.
+            lasting = gathered if placement.engine == "zero3" else 0.0
+            roles[role.name] = RoleMemory(weights=weights, engine=lasting)
+            others = max(others, gathered - lasting)
             continue
-        taken = updating(role.parameters, role.moments, gathered, place, micro_batches=samples < own)
+        update = update_memory(role.parameters, role.moments, gathered, placement, micro_batches=samples < own)
         roles[role.name] = RoleMemory(
             weights=weights,
-            gradients=taken.gradients,
-            moments=moments(role.moments * role.parameters, place),
+            gradients=update.gradients,
+            moments=moments_memory(role.moments * role.parameters, placement),
             average=weights if role.averaged else 0.0,
-            engine=taken.lasting,
+            engine=update.lasting,
         )
         depth = (role.runs or role.parameters) / original
-        alive = kept.training(samples, min(1.0, depth), training.gradient_checkpointing)
+        alive = saved.training(samples, min(1.0, depth), training.gradient_checkpointing)
         activations = max(activations, alive)
-        updates.append((taken, alive))
-    # A frozen model judges while the activations of a trained one are there.
-    update = max((max(one.forward + others + alive, one.backward, one.step) for one, alive in updates), default=0.0)
+        updates.append((update, alive))
+    # A frozen model runs while the activations of a trained one are saved.
+    peaks = (max(update.forward + others + alive, update.backward, update.step) for update, alive in updates)
+    peak = max(peaks, default=0.0)
     if not updates:
-        activations = update = kept.alone.of(samples)
-    remembered = kept.streams.of(samples) * cost.remembers
-    if not gpu:
-        update += remembered
-    # Models are loaded one after the other, by parts where they are split: never more than what is held in training.
+        activations = peak = saved.inference.of(samples)
+    remembered = saved.streams.of(samples) * cost.remembers
+    # Models are loaded one after the other, and part by part where an engine splits them: loading is never the peak.
     return PlannedMemory(
         process=0.0 if gpu else PROCESS,
         roles=roles,
         activations=activations,
-        update=update,
+        update=peak if gpu else peak + remembered,
         host=remembered if gpu else 0.0,
     )

@@ -1,55 +1,55 @@
-"""The plan of a recipe: what each pass will leave, and about what it will take. Nothing is loaded or written."""
+"""The plan of a recipe: the model after each pass, and the memory and time that each takes. Nothing is written."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flcompress.core.program import Fact
 from flcompress.core.settings import Precision
+from flcompress.core.steps import Pass, Role
+from flcompress.diffusion.contract import SamplingContract
+from flcompress.diffusion.student import student_contract
 from flcompress.driver.manager import check, default_run_dir
 from flcompress.driver.rundir import RunDirectory
-from flcompress.driver.start import read_source, trace_folder
+from flcompress.driver.start import Source, read_source, trace_folder, transformer_folders
 from flcompress.errors import RecipeError
 from flcompress.frontend.loading import load_recipe
 from flcompress.frontend.recipe import Recipe
 from flcompress.ir.graph import BlockGraph
-from flcompress.planning.activations import kept_alive
-from flcompress.planning.experts import PlannedExperts
-from flcompress.planning.gpus import Machine, gpu_machine, this_machine
+from flcompress.models.families import family_of
+from flcompress.models.loading import meta_transformer, transformer_class
+from flcompress.planning.activations import saved_activations
+from flcompress.planning.machines import Machine, gpu_machine, measure_speed, this_machine
 from flcompress.planning.memory import PlannedMemory
-from flcompress.planning.settings import (
-    Advice,
-    Met,
-    PlannedSetting,
-    Planner,
-    Setting,
-    advise,
-    setting_of,
-    settings,
-)
-from flcompress.planning.size import latents
-from flcompress.planning.speed import measure_speed
+from flcompress.planning.settings import Advice, PlannedInput, PlannedSetting, Planner, Setting, advise, all_settings
 
 if TYPE_CHECKING:
+    from flcompress.data.sizes import Size
     from flcompress.models.families.family import LatentShape
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedPass:
-    """One row.
+    """The plan of one pass.
 
     Attributes:
-        parameters_before, parameters: of the transformer, before and after the pass.
-        flops: of one forward of one sample through the transformer after the pass.
-        steps, batch: of its training, or 0 and the samples in memory at once.
-        forwards: of one sample through the full transformer, with those that gradient checkpointing does again.
-        seconds: from beginning to end.
-        memory: of one process, under the recipe's own setting.
-        fits: whether that is enough.
-        settings: the pass under every setting of `training:`, where it trains.
+        name: name of the pass.
+        parameters_before: parameters of the transformer before the pass.
+        parameters: parameters of the transformer after the pass.
+        flops: FLOPs of one forward of one sample through the transformer after the pass.
+        steps: training steps; 0 for a pass that does not train.
+        batch: samples of a training step, or those in memory at once.
+        forwards: forwards of one sample through the full transformer, recomputed ones included.
+        processes: processes that share the pass.
+        seconds: duration of the pass.
+        memory: memory of one process, under the recipe's own setting.
+        fits: whether that memory fits the machine.
+        settings: the pass under every setting of `training:`; empty for a pass that does not train.
     """
 
     name: str
@@ -72,15 +72,23 @@ class PlannedPass:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A recipe's plan.
+    """The plan of a recipe.
 
     Attributes:
+        recipe: the recipe's name.
+        model: the model folder.
         latents: (frames, height, width) that FLOPs and memory are counted for.
+        parameters: parameters of the starting transformer.
+        flops: FLOPs of one forward of one sample through it.
+        evaluations: network evaluations of a sample before the first pass.
+        passes: the plan of each pass.
+        exports: names of the exporters.
+        final_evaluations: network evaluations of a sample after the last pass.
         work_ratio: evaluations times parameters, before over after.
-        machine: what it is made for.
-        setting: the recipe's own.
-        advice: what fits instead, where a pass does not; None where nothing does, too.
-        expert: which of two is compressed; rows are of that one, evaluations of both.
+        machine: the machine that the plan is made for.
+        setting: the recipe's own setting.
+        advice: what fits instead if a pass does not fit; also None if nothing fits.
+        expert: which of two experts is compressed; passes are of that one, evaluations of both.
     """
 
     recipe: str
@@ -108,10 +116,11 @@ class Plan:
 
     @property
     def gpus(self) -> int:
-        """GPUs that the recipe's own setting keeps busy, or waiting."""
+        """GPUs that the recipe's own setting occupies."""
         return self.setting.processes(self.machine)
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the plan as plain JSON values, with totals and hours."""
         plain = asdict(self)
         plain |= {"fits": self.fits, "hours": self.seconds / 3600, "gpu_hours": self.gpus * self.seconds / 3600}
         plain["advice"] = plain["advice"] and plain["advice"] | {"recipe": self.advice.lines() if self.advice else []}
@@ -155,55 +164,52 @@ def make_plan(recipe: Recipe, flops_per_second: float | None = None, machine: Ma
 
     Args:
         recipe: the recipe.
-        flops_per_second: speed of this machine; measured where left out.
-        machine: what to plan for instead; see `gpu_machine`.
+        flops_per_second: speed of this machine; default: measured.
+        machine: the machine to plan for instead; see `gpu_machine`.
 
     Raises:
         RecipeError: a batch that the processes do not divide.
     """
     source = read_source(recipe)
-    transformer, tokens, shape = (
-        source.transformer,
-        source.contract.max_sequence_length,
-        _data_latents(recipe),
-    )
-    shape = shape or source.latents[1:]
+    transformer, tokens = source.transformer, source.contract.max_sequence_length
+    shape = _available_latents(recipe) or source.latents[1:]
     graph = source.graph if shape == source.latents[1:] else trace_folder(transformer, tokens, shape)
     if machine is None:
         machine = this_machine(recipe, flops_per_second or measure_speed(transformer, graph, tokens, shape))
     precisions: tuple[Precision, ...] = ("fp32", "bf16")
-    planner = Planner(graph, {one: kept_alive(transformer, graph, tokens, shape, one) for one in precisions})
-    own = setting_of(recipe.training)
-    checkpointing = _checkpointing(transformer)
+    planner = Planner(graph, {name: saved_activations(transformer, graph, tokens, shape, name) for name in precisions})
+    own = Setting.of(recipe.training)
+    checkpointing = bool(transformer_class(transformer)._supports_gradient_checkpointing)
     rows: list[PlannedPass] = []
-    passes: list[Met] = []
+    inputs: list[PlannedInput] = []
     experts = PlannedExperts(recipe, source)
     parameters, evaluations = float(graph.parameters), source.contract.evaluations
     for index, step in enumerate(recipe.passes):
-        left = _whole_blocks(graph, parameters, step.remaining(parameters))
-        met = Met(step, parameters, _blocks(graph, parameters), experts.beside(step))
-        passes.append(met)
-        _check_batch(recipe, index, met, planner, own.processes(machine))
-        cost, planned = met.cost(graph), planner.planned(met, own, machine)
+        remaining = _remaining(graph, parameters, step.remaining(parameters))
+        planned = PlannedInput(step, parameters, _blocks(graph, parameters), experts.extra_roles(step))
+        inputs.append(planned)
+        _check_batch(recipe, index, planned, planner, own.processes(machine))
+        cost, plan = planned.cost(graph), planner.plan(planned, own, machine)
         trains = any(role.trained for role in cost.roles)
-        others = [one for one in settings(checkpointing, own.micro_batch) if trains and one.engine in step.engines]
+        choices = all_settings(checkpointing, own.micro_batch) if trains else []
+        choices = [setting for setting in choices if setting.engine in step.engines]
         rows.append(
             PlannedPass(
                 name=step.name,
                 parameters_before=round(parameters),
-                parameters=round(left),
-                flops=_flops(graph, left),
+                parameters=round(remaining),
+                flops=_flops(graph, remaining),
                 steps=cost.steps,
-                batch=planned.batch,
+                batch=plan.batch,
                 forwards=round(cost.forwards + cost.again * own.gradient_checkpointing),
-                processes=planned.processes,
-                seconds=planned.seconds,
-                memory=planned.memory,
-                fits=planned.fits,
-                settings=tuple(planner.planned(met, one, machine) for one in others),
+                processes=plan.processes,
+                seconds=plan.seconds,
+                memory=plan.memory,
+                fits=plan.fits,
+                settings=tuple(planner.plan(planned, setting, machine) for setting in choices),
             )
         )
-        parameters, evaluations = left, step.evaluations(evaluations)
+        parameters, evaluations = remaining, step.evaluations(evaluations)
     final, ratio = experts.work_ratio(parameters, evaluations)
     fits = all(row.fits for row in rows)
     return Plan(
@@ -219,13 +225,13 @@ def make_plan(recipe: Recipe, flops_per_second: float | None = None, machine: Ma
         work_ratio=ratio,
         machine=machine,
         setting=own,
-        advice=None if fits else advise(planner, passes, machine, checkpointing),
+        advice=None if fits else advise(planner, inputs, machine, checkpointing),
         expert=recipe.model.expert,
     )
 
 
-def _check_batch(recipe: Recipe, index: int, met: Met, planner: Planner, processes: int) -> None:
-    cost, step = met.cost(planner.graph), met.step
+def _check_batch(recipe: Recipe, index: int, planned: PlannedInput, planner: Planner, processes: int) -> None:
+    cost, step = planned.cost(planner.graph), planned.step
     if step.distributed and cost.steps and cost.batch % processes:
         whole = -(-cost.batch // processes) * processes
         raise RecipeError(
@@ -234,38 +240,130 @@ def _check_batch(recipe: Recipe, index: int, met: Met, planner: Planner, process
         )
 
 
-def _checkpointing(transformer: Path) -> bool:
-    """Whether the transformer's class can compute blocks again."""
-    from flcompress.models.loading import transformer_class
-
-    return bool(transformer_class(transformer)._supports_gradient_checkpointing)
-
-
-def _data_latents(recipe: Recipe) -> LatentShape | None:
-    """The size of the recipe's data, which need not be there where the model folder holds configurations alone."""
+def _available_latents(recipe: Recipe) -> LatentShape | None:
+    """Return the latent shape of the recipe's data; None if only configurations are there, which need no data yet."""
     from flcompress.models.folder import only_configurations
 
     planning = recipe.model.weights == "trained" and only_configurations(recipe.model_folder())
-    return None if planning else latents(recipe)
+    return None if planning else data_latents(recipe)
 
 
-def _whole_blocks(graph: BlockGraph, before: float, wanted: float) -> float:
-    """Parameters left when whole blocks of mean size go until at most `wanted` are left."""
+def _remaining(graph: BlockGraph, before: float, wanted: float) -> float:
+    """Return the parameters left when whole blocks of mean size are removed until at most `wanted` are left."""
     size = sum(block.parameters for block in graph.blocks) / len(graph.blocks)
     # Not one block more for the last digit of a float.
     return before - math.ceil((before - wanted) / size - 1e-9) * size
 
 
 def _blocks(graph: BlockGraph, parameters: float) -> int:
-    """How many blocks a transformer cut to `parameters` has."""
+    """Return the number of blocks of a transformer cut to `parameters`."""
     inside = sum(block.parameters for block in graph.blocks)
     outside = graph.parameters - inside
     return max(1, round(len(graph.blocks) * (parameters - outside) / inside))
 
 
 def _flops(graph: BlockGraph, parameters: float) -> int:
-    """FLOPs of a transformer cut to `parameters`: those inside blocks go down with the blocks' parameters."""
+    """Return the FLOPs of a transformer cut to `parameters`: those in blocks shrink with the blocks' parameters."""
     inside = sum(block.parameters for block in graph.blocks)
     share = (parameters - (graph.parameters - inside)) / inside
     within = sum(block.flops for block in graph.blocks)
     return round(graph.flops - within * (1.0 - share))
+
+
+def data_latents(recipe: Recipe) -> LatentShape | None:
+    """Return (frames, height, width) of the latents of a recipe's data; None without data, or with prompts only.
+
+    A dataset of several sizes counts with its largest, videos with the first that can be read.
+    """
+    from flcompress.data.index import Index
+    from flcompress.models.latent_size import folder_grid
+    from flcompress.moving_digits import digits
+
+    spec = recipe.data_spec()
+    if spec is None:
+        return None
+    ((kind, source),) = spec.items()
+    size: Size | None = digits.FRAMES, digits.HEIGHT, digits.WIDTH
+    if kind == "latents":
+        sizes = (shard.size for shard in Index.read(Path(source)).clip_shards)
+        size = max(sizes, key=math.prod, default=None)
+    elif kind == "videos":
+        size = _first_video_size(recipe, source)
+    model = recipe.model_folder()
+    return folder_grid(model / "transformer", model / "vae").latents(*size) if size else None
+
+
+def _first_video_size(recipe: Recipe, videos: dict[str, Any]) -> Size | None:
+    """Return (frames, height, width) at which the first readable video of a recipe is encoded."""
+    from flcompress.data.captions import read_captions
+    from flcompress.data.video_frames import BrokenVideo
+    from flcompress.data.videos import video_size
+    from flcompress.driver.clips import grid_and_target
+
+    grid, target = grid_and_target(recipe)
+    for clip in read_captions(Path(videos["captions"]), Path(videos["folder"])):
+        try:
+            size = video_size(Path(videos["folder"]) / clip.file, limit=target.frames)
+        except BrokenVideo:
+            continue
+        if bucket := target.bucket(size, grid):
+            return bucket
+    return None
+
+
+class PlannedExperts:
+    """What two experts change in a plan: the partner held in memory, and whose evaluations are counted.
+
+    For a single transformer nothing changes.
+
+    Args:
+        recipe: the recipe.
+        source: the model that it starts from.
+    """
+
+    def __init__(self, recipe: Recipe, source: Source) -> None:
+        self._source = source
+        self._sampled = recipe.training.health.samples > 0
+        self._folders = transformer_folders(recipe, source.folder, source.contract.experts)
+
+    @cached_property
+    def _partners(self) -> tuple[int, int]:
+        """Parameters of the teacher's partner, and of the student's."""
+        return _parameters(self._folders["original_partner"]), _parameters(self._folders["partner"])
+
+    def extra_roles(self, step: Pass) -> tuple[Role, ...]:
+        """Return the partners that a student needs to take the steps before a low-noise one, and to finish samples."""
+        experts = self._source.contract.experts
+        if experts is None or Fact.FEW_STEP not in step.gives:
+            return ()
+        roles = []
+        if experts.compressed == "low" or self._sampled:
+            roles.append(Role("partner", self._partners[1]))
+        if self._sampled and self._folders["partner"] != self._folders["original_partner"]:
+            roles.append(Role("teacher's partner", self._partners[0]))
+        return tuple(roles)
+
+    def work_ratio(self, parameters: float, evaluations: int) -> tuple[int, float]:
+        """Return the final evaluations of a sample, and evaluations times parameters, before over after.
+
+        Args:
+            parameters: parameters of the compressed transformer after the last pass.
+            evaluations: steps of its student, or the model's own evaluations without one.
+        """
+        before = self._source.contract
+        whole = float(self._source.graph.parameters)
+        if before.experts is None:
+            return evaluations, before.evaluations / evaluations * whole / parameters
+        after = before
+        if evaluations != before.evaluations:
+            after = student_contract(before, evaluations, family_of(self._source.index["_class_name"]).sigmas)
+        teacher, student = self._partners
+        return after.evaluations, _work(before, whole, teacher) / _work(after, parameters, student)
+
+
+def _work(contract: SamplingContract, own: float, partner: float) -> float:
+    return contract.own_evaluations * own + (contract.evaluations - contract.own_evaluations) * partner
+
+
+def _parameters(folder: Path) -> int:
+    return sum(parameter.numel() for parameter in meta_transformer(folder).parameters())

@@ -1,4 +1,4 @@
-"""The settings of `training:` that a recipe could have, what each takes, and which is the cheapest that fits."""
+"""The values of `training:` that a recipe could have, what each takes, and which is the cheapest that fits."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import get_args
 from flcompress.core.settings import EngineName, Precision, Training
 from flcompress.core.steps import Cost, Pass, Role
 from flcompress.ir.graph import BlockGraph
-from flcompress.planning.activations import Kept
-from flcompress.planning.gpus import Machine
-from flcompress.planning.memory import PlannedMemory, planned_memory, precision_of, sizes_of
+from flcompress.planning.activations import SavedActivations
+from flcompress.planning.machines import Machine
+from flcompress.planning.memory import PlannedMemory, compute_precision, parameter_shares, plan_memory
 
 ENGINES: tuple[EngineName, ...] = ("local", "ddp", "zero1", "zero2", "fsdp2", "zero3")
-"""The simplest first; of those that take equally long this order decides. zero3 is last: it cannot skip blocks."""
-MOST = 1024
-"""GPUs up to which is looked for a number that fits."""
+"""The simplest first, which breaks ties between settings that take equally long; zero3 last: it cannot skip blocks."""
+MAX_GPUS = 1024
+"""Largest GPU count that the advice considers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,18 +30,23 @@ class Setting:
     gradient_checkpointing: bool
     micro_batch: int | None = None
 
+    @classmethod
+    def of(cls, training: Training) -> Setting:
+        """Return a recipe's own setting."""
+        return cls(training.engine, training.precision, training.gradient_checkpointing, training.micro_batch)
+
     def processes(self, machine: Machine) -> int:
-        """How many a distributed pass runs on."""
+        """Return the number of processes that a distributed pass runs on."""
         return 1 if self.engine == "local" else machine.count
 
 
-def setting_of(training: Training) -> Setting:
-    """A recipe's own."""
-    return Setting(training.engine, training.precision, training.gradient_checkpointing, training.micro_batch)
+def all_settings(checkpointing: bool, micro_batch: int | None = None) -> list[Setting]:
+    """Return every setting to compare at this micro batch.
 
-
-def settings(checkpointing: bool, micro_batch: int | None = None) -> list[Setting]:
-    """All that there are with one micro batch; without gradient checkpointing where the model's class has none."""
+    Args:
+        checkpointing: whether the model's class supports gradient checkpointing.
+        micro_batch: samples in one forward of a process; None for all of its share.
+    """
     choices = product(ENGINES, get_args(Precision), (False, True) if checkpointing else (False,))
     return [Setting(*choice, micro_batch) for choice in choices]
 
@@ -51,12 +56,12 @@ class PlannedSetting:
     """What a pass takes under a setting.
 
     Attributes:
-        setting: which.
-        processes: that share the pass.
-        batch: of a step, over all of them: the recipe's, or the next that they divide.
-        memory: of one process.
-        seconds: from beginning to end.
-        fits: whether a GPU has the memory, RESERVE aside.
+        setting: the setting.
+        processes: processes that share the pass.
+        batch: samples of a step over all processes: the recipe's batch, or the next that the processes divide.
+        memory: memory of one process.
+        seconds: duration of the pass.
+        fits: whether a GPU has the memory, with `RESERVE` left.
     """
 
     setting: Setting
@@ -68,26 +73,27 @@ class PlannedSetting:
 
 
 @dataclass(frozen=True)
-class Met:
-    """A pass with the transformer that it meets.
+class PlannedInput:
+    """A pass and the transformer that it will be applied to.
 
     Attributes:
         step: the pass.
-        parameters, blocks: of the transformer then.
-        beside: models in memory that the pass cannot know of.
+        parameters: parameters of that transformer.
+        blocks: blocks of that transformer.
+        extra_roles: models in memory that the pass does not know of.
     """
 
     step: Pass
     parameters: float
     blocks: int
-    beside: tuple[Role, ...] = ()
+    extra_roles: tuple[Role, ...] = ()
 
     def cost(self, graph: BlockGraph, batch: int | None = None) -> Cost:
-        """Of the pass, with another batch where one is given."""
+        """Return the cost of the pass, optionally at another batch size."""
         own = "batch" in type(self.step).model_fields
         step = self.step if batch is None or not own else self.step.model_copy(update={"batch": batch})
         cost = step.cost(self.parameters, self.blocks, float(graph.parameters))
-        cost = replace(cost, roles=(*cost.roles, *self.beside))
+        cost = replace(cost, roles=(*cost.roles, *self.extra_roles))
         return cost if batch is None else replace(cost, batch=batch)
 
 
@@ -96,32 +102,31 @@ class Planner:
     """Plans passes of one model under any setting.
 
     Attributes:
-        graph: of the whole transformer.
-        kept: what its forward keeps alive, by precision.
+        graph: block graph of the whole transformer.
+        saved: activations of its forward, by precision.
     """
 
     graph: BlockGraph
-    kept: Mapping[Precision, Kept]
+    saved: Mapping[Precision, SavedActivations]
 
-    def planned(self, met: Met, setting: Setting, machine: Machine) -> PlannedSetting:
-        """One pass under one setting, with its batch or the next that the processes divide."""
-        cost = met.cost(self.graph)
-        processes = setting.processes(machine) if met.step.distributed else 1
+    def plan(self, planned: PlannedInput, setting: Setting, machine: Machine) -> PlannedSetting:
+        """Plan one pass under one setting, at its own batch or the next that the processes divide."""
+        cost = planned.cost(self.graph)
+        processes = setting.processes(machine) if planned.step.distributed else 1
         if cost.steps:
-            cost = met.cost(self.graph, -(-cost.batch // processes) * processes)
-        engine = setting.engine if met.step.distributed else "local"
+            cost = planned.cost(self.graph, -(-cost.batch // processes) * processes)
         training = Training(
-            engine=engine,
+            engine=setting.engine if planned.step.distributed else "local",
             precision=setting.precision,
             gradient_checkpointing=setting.gradient_checkpointing,
             micro_batch=setting.micro_batch,
         )
-        precision = precision_of(cost, setting.precision, gpu=machine.gpu)
-        memory = planned_memory(
+        precision = compute_precision(cost, setting.precision, gpu=machine.gpu)
+        memory = plan_memory(
             cost,
-            self.kept[precision],
+            self.saved[precision],
             training,
-            sizes_of(self.graph),
+            parameter_shares(self.graph),
             float(self.graph.parameters),
             processes=processes,
             gpu=machine.gpu,
@@ -142,10 +147,10 @@ class Advice:
     """The cheapest setting under which every pass fits.
 
     Attributes:
-        setting: which.
-        gpus: how many it needs.
-        batches: of the passes that train, where the GPUs do not divide the recipe's.
-        seconds: of all passes.
+        setting: the setting.
+        gpus: number of GPUs that it needs.
+        batches: new batch of each training pass whose batch the GPUs do not divide.
+        seconds: duration of all passes.
     """
 
     setting: Setting
@@ -154,55 +159,61 @@ class Advice:
     seconds: float
 
     def lines(self) -> list[str]:
-        """What to write into the recipe."""
-        one = self.setting
-        checkpointing = str(one.gradient_checkpointing).lower()
-        training = f"engine: {one.engine}, precision: {one.precision}, gradient_checkpointing: {checkpointing}"
-        parts = f", micro_batch: {one.micro_batch}" if one.micro_batch else ""
-        count = f", processes: {self.gpus}" if one.engine != "local" else ""
+        """Return the lines to write into the recipe."""
+        setting = self.setting
+        checkpointing = str(setting.gradient_checkpointing).lower()
+        training = f"engine: {setting.engine}, precision: {setting.precision}, gradient_checkpointing: {checkpointing}"
+        parts = f", micro_batch: {setting.micro_batch}" if setting.micro_batch else ""
+        count = f", processes: {self.gpus}" if setting.engine != "local" else ""
         passes = [
-            f"  - {name}: {{batch: {batch}}}  # beside its other arguments" for name, batch in self.batches.items()
+            f"  - {name}: {{batch: {batch}}}  # in addition to its other arguments"
+            for name, batch in self.batches.items()
         ]
         return [f"training: {{{training}{parts}{count}}}", *(["passes:", *passes] if passes else [])]
 
 
-def advise(planner: Planner, passes: Sequence[Met], machine: Machine, checkpointing: bool) -> Advice | None:
-    """The cheapest setting that fits this machine, or a larger one of the same GPUs; None where none does.
+def advise(planner: Planner, passes: Sequence[PlannedInput], machine: Machine, checkpointing: bool) -> Advice | None:
+    """Return the cheapest setting that fits this machine, or a larger one with the same GPUs; None if nothing fits.
 
-    Batches are kept, or rounded up to what the GPUs divide. Of what fits the quickest counts, then the largest micro
-    batch, then the fewest GPUs, then the simplest engine.
+    Batches are kept, or rounded up to what the GPUs divide. Of the settings that fit the shortest time wins, then the
+    largest micro batch, then the fewest GPUs, then the simplest engine.
     """
-    counts = [machine.count, *(2**power for power in range(11) if machine.count < 2**power <= MOST)]
+    counts = [machine.count, *(2**power for power in range(11) if machine.count < 2**power <= MAX_GPUS)]
     for count in counts:
-        found = list(_fitting(planner, passes, replace(machine, count=count), checkpointing))
-        if found:
-            return min(found, key=lambda one: (one.seconds, -(one.setting.micro_batch or math.inf), one.gpus))
+        fitting = list(_fitting(planner, passes, replace(machine, count=count), checkpointing))
+        if fitting:
+            return min(
+                fitting, key=lambda advice: (advice.seconds, -(advice.setting.micro_batch or math.inf), advice.gpus)
+            )
     return None
 
 
-def _fitting(planner: Planner, passes: Sequence[Met], machine: Machine, checkpointing: bool) -> Iterator[Advice]:
-    """Every setting that fits, with the largest micro batch that does."""
-    for setting in settings(checkpointing):
-        if any(setting.engine not in met.step.engines for met in passes):
+def _fitting(
+    planner: Planner, passes: Sequence[PlannedInput], machine: Machine, checkpointing: bool
+) -> Iterator[Advice]:
+    """Yield every setting that fits, with the largest micro batch that does."""
+    for setting in all_settings(checkpointing):
+        if any(setting.engine not in planned.step.engines for planned in passes):
             continue
         count = setting.processes(machine)
-        costs = [met.cost(planner.graph) for met in passes]
+        costs = [planned.cost(planner.graph) for planned in passes]
         own = -(-max((cost.batch for cost in costs if cost.steps), default=1) // count)
         for micro_batch in (None, *_halves(own)):
-            one = replace(setting, micro_batch=micro_batch)
-            planned = [planner.planned(met, one, machine) for met in passes]
-            if all(each.fits for each in planned):
+            smaller = replace(setting, micro_batch=micro_batch)
+            plans = [planner.plan(planned, smaller, machine) for planned in passes]
+            if all(plan.fits for plan in plans):
                 batches = {
-                    met.step.name: each.batch
-                    for met, each, cost in zip(passes, planned, costs, strict=True)
-                    if cost.steps and each.batch != cost.batch
+                    planned.step.name: plan.batch
+                    for planned, plan, cost in zip(passes, plans, costs, strict=True)
+                    if cost.steps and plan.batch != cost.batch
                 }
-                yield Advice(setting=one, gpus=count, batches=batches, seconds=sum(each.seconds for each in planned))
+                seconds = sum(plan.seconds for plan in plans)
+                yield Advice(setting=smaller, gpus=count, batches=batches, seconds=seconds)
                 break
 
 
 def _halves(samples: int) -> Iterator[int]:
-    """8 -> 4, 2, 1."""
+    """Yield 4, 2, 1 for 8; 3, 2, 1 for 5."""
     while samples > 1:
         samples = -(-samples // 2)
         yield samples

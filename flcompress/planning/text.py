@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from flcompress.planning.gpus import RESERVE, UTILISATION
+from flcompress.planning.machines import RESERVE, UTILISATION
 from flcompress.planning.plan import Plan, PlannedPass
 from flcompress.planning.settings import ENGINES, Setting
 from flcompress.progress import clock

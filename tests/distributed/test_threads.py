@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-from flcompress.distributed.threads import free_cores, use_free_cores
+from flcompress.distributed.launch import free_cores, use_free_cores
 from flcompress.driver.rundir import JOURNAL_FILE, RunDirectory
 
 

@@ -8,7 +8,7 @@ import pytest
 from flcompress.core.program import Fact, Program
 from flcompress.diffusion.student import student_contract
 from flcompress.driver.rundir import RunDirectory
-from flcompress.driver.start import starting_program
+from flcompress.driver.start import read_source, starting_program
 from flcompress.driver.store import Store
 from flcompress.frontend.loading import load_recipe
 from tests.fixtures.tiny import tiny_pipeline
@@ -34,7 +34,7 @@ def make_run(
     store = Store(run.path / "passes")
 
     def compress(work: Path) -> Program:
-        program = starting_program(recipe, work)
+        program = starting_program(recipe, read_source(recipe), work)
         if not stages:
             return program
         elastic = tiny_pipeline(folder / "elastic", layers=4, seed=1) / "transformer"
@@ -47,7 +47,7 @@ def make_run(
             facts=program.facts | {Fact.FEW_STEP},
         )
 
-    start = store.make(0, "model", "0" * 64, {}, lambda work: starting_program(recipe, work))
+    start = store.make(0, "model", "0" * 64, {}, lambda work: starting_program(recipe, read_source(recipe), work))
     last = store.make(1, "compress", "1" * 64, {}, compress)
     run.record_entries([start, last], finished=True)
     return run

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from flcompress.core.program import Program
-from flcompress.driver.start import starting_program
+from flcompress.driver.start import read_source, starting_program
 from flcompress.frontend.loading import load_recipe
 from flcompress.models.parts import open_parts
 from tests.families.pipelines import EXPORTED, save
@@ -26,11 +26,12 @@ passes: []
 
 def exportable(name: str, folder: Path) -> Program:
     """Write the pipeline below `folder` and start a program with it."""
-    tiny, recipe = EXPORTED[name], folder / "recipe.yaml"
+    tiny, path = EXPORTED[name], folder / "recipe.yaml"
     tokens = 512 if name == "wan-i2v" else 16  # the stock transformer with an image encoder takes no other length
     model = save(name, folder / "model")
-    recipe.write_text(RECIPE.format(model=model, guidance=tiny.guidance, tokens=tokens, size=tiny.size))
-    return starting_program(load_recipe(recipe), folder)
+    path.write_text(RECIPE.format(model=model, guidance=tiny.guidance, tokens=tokens, size=tiny.size))
+    recipe = load_recipe(path)
+    return starting_program(recipe, read_source(recipe), folder)
 
 
 def first_frame(folder: Path, facts: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

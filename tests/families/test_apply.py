@@ -167,8 +167,9 @@ def test_a_dataset_is_made_for_one_way_of_taking_a_first_frame(
     (other / "transformer" / "config.json").write_text(json.dumps(config))
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"version: 1\nmodel: {other}\nsampling: {{max_sequence_length: 16}}\ndata: {{latents: {data}}}\n")
+    loaded = load_recipe(recipe)
     with pytest.raises(DataError, match=r"encoded by another transformer's image condition than that of .*/other"):
-        check_data(load_recipe(recipe))
+        check_data(loaded, read_source(loaded).index)
 
 
 def test_a_size_that_the_patches_do_not_divide_is_named(pipeline_folder: Callable[[str], Path], tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from flcompress.diffusion.contract import SamplingContract
 from flcompress.diffusion.experts import Expert
 from flcompress.driver.manager import apply, check, export
 from flcompress.driver.rundir import RunDirectory
-from flcompress.driver.start import components_of
+from flcompress.driver.start import components_of, model_index
 from flcompress.errors import RequestError
 from flcompress.evaluation.bench import bench
 from flcompress.evaluation.contenders import run_contenders
@@ -243,7 +243,8 @@ def test_a_model_of_two_experts_that_moved_is_found_again(runs: dict[Expert, Mad
     run = RunDirectory(runs["low"][0])
     recipe = run.recipe()
     moved = Path(shutil.copytree(recipe.model_folder(), tmp_path / "moved"))
-    found = components_of(recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": moved})}), moved)
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": moved})})
+    found = components_of(recipe, model_index(recipe), moved)
     assert found["transformer"] == found["original"] == moved / "transformer_2"
     assert found["original_partner"] == moved / "transformer"
     assert found["partner"] == run.start().components["partner"] == runs["high"][0] / "exports/diffusers/transformer"

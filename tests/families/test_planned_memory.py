@@ -13,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from flcompress.driver.start import trace_folder
 from flcompress.models.inputs import example_inputs
 from flcompress.models.loading import load_transformer
-from flcompress.planning.activations import kept_for_backward
+from flcompress.planning.activations import count_activations
 from tests.families.pipelines import TINY
 
 
@@ -37,7 +37,7 @@ def test_what_a_backward_needs_is_counted_as_a_real_one_keeps_it(
     del output
     assert real > 0
     graph = trace_folder(folder, 16)
-    counted = kept_for_backward(folder, 16, (3, 8, 8), "fp32", graph)
+    counted = count_activations(folder, 16, (3, 8, 8), "fp32", graph)
     specs = [stream.spec for block in graph.blocks for stream in block.streams]
     assert counted.streams == sum(4 * math.prod(spec.shape) for spec in specs)
     if name == "mochi":  # drops padding from the prompt; the plan knows no mask and counts every token

@@ -9,7 +9,7 @@ import pytest
 
 from flcompress.core.program import Fact
 from flcompress.core.steps import PassContext
-from flcompress.driver.start import starting_program
+from flcompress.driver.start import read_source, starting_program
 from flcompress.frontend.loading import load_recipe
 from flcompress.passes.prune import Prune
 from flcompress.passes.stochastic_depth import StochasticDepth
@@ -20,7 +20,8 @@ def test_a_gpu_takes_no_part_in_a_certificate(tmp_path: Path) -> None:
     """Here there is none, so that anything put there would fail."""
     path = tmp_path / "recipe.yaml"
     path.write_text(f"version: 1\nmodel: {tiny_pipeline(tmp_path / 'model')}\nsampling: {{max_sequence_length: 16}}\n")
-    program = starting_program(load_recipe(path), tmp_path / "start")
+    recipe = load_recipe(path)
+    program = starting_program(recipe, read_source(recipe), tmp_path / "start")
     (tmp_path / "work").mkdir()
     work = PassContext(
         directory=tmp_path / "work",

@@ -21,7 +21,7 @@ from flcompress.models.loading import load_transformer, meta_transformer
 from flcompress.models.network import half_precision
 from flcompress.models.tensor_memory import Alive
 from flcompress.passes.importance import Importance
-from flcompress.planning.gpus import gpu_machine
+from flcompress.planning.machines import gpu_machine
 from flcompress.planning.plan import make_plan
 from flcompress.planning.text import plan_text
 from flcompress.progress import QuietDisplay

@@ -4,25 +4,32 @@ import pytest
 
 from flcompress.core.settings import EngineName, Precision, Training
 from flcompress.core.steps import Cost, Role
-from flcompress.planning.activations import Bytes, Kept
-from flcompress.planning.engine_memory import BUCKET, Place, updating
-from flcompress.planning.memory import PROCESS, PlannedMemory, Sizes, planned_memory
+from flcompress.planning.activations import Bytes, SavedActivations
+from flcompress.planning.memory import (
+    BUCKET,
+    PROCESS,
+    ParameterShares,
+    Placement,
+    PlannedMemory,
+    plan_memory,
+    update_memory,
+)
 
 
 def per_sample(size: float) -> Bytes:
     return Bytes(fixed=0, sample=size)
 
 
-KEPT = Kept(
+SAVED = SavedActivations(
     outside=per_sample(100),
     blocks=Bytes(fixed=50, sample=1000),
     block=per_sample(250),
     streams=per_sample(80),
-    alone=per_sample(30),
+    inference=per_sample(30),
 )
 GENERATOR = Role("generator", 200, trained=True, averaged=True)
 FAKE, REAL = Role("fake", 100, trained=True), Role("real", 50)
-SIZES = Sizes(outside=0.1, block=0.1)
+SHARES = ParameterShares(outside=0.1, block=0.1)
 
 
 def memory(
@@ -38,7 +45,7 @@ def memory(
 ) -> PlannedMemory:
     training = Training(engine=engine, precision=precision, gradient_checkpointing=again, micro_batch=micro_batch)
     cost = Cost(steps=steps, batch=batch, roles=roles)
-    return planned_memory(cost, KEPT, training, SIZES, 200.0, processes=processes, gpu=gpu)
+    return plan_memory(cost, SAVED, training, SHARES, 200.0, processes=processes, gpu=gpu)
 
 
 def test_each_part_of_a_training_pass() -> None:
@@ -64,7 +71,7 @@ def test_one_moment_takes_half_of_two() -> None:
     one = Role("generator", 200, trained=True, moments=1)
     assert memory(one).roles["generator"].moments == 4 * 200
     assert memory(one, engine="zero2", processes=4).roles["generator"].moments == 4 * 200 / 4
-    step = [updating(200, moments, 0.0, Place("zero2", 4, gpu=False)).step for moments in (1, 2)]
+    step = [update_memory(200, moments, 0.0, Placement("zero2", 4, gpu=False)).step for moments in (1, 2)]
     assert step == [2 * 4 * 200 / 4, 4 * 4 * 200 / 4]  # stepped in slices, or with denominators
 
 

@@ -6,8 +6,8 @@ import pytest
 
 from flcompress.driver.start import read_source, trace_folder
 from flcompress.frontend.loading import load_recipe
+from flcompress.planning.machines import measure_speed
 from flcompress.planning.plan import make_plan
-from flcompress.planning.speed import measure_speed
 from flcompress.planning.text import plan_text
 from tests.fixtures.recipes import WriteRecipe
 

@@ -8,7 +8,7 @@ import pytest
 
 from flcompress.errors import RequestError
 from flcompress.frontend.loading import load_recipe
-from flcompress.planning.gpus import RESERVE, Machine, gpu_machine
+from flcompress.planning.machines import RESERVE, Machine, gpu_machine
 from flcompress.planning.plan import Plan, make_plan
 from flcompress.planning.text import plan_text
 from tests.fixtures.recipes import WriteRecipe

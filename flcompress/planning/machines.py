@@ -1,19 +1,30 @@
-"""Machines that a plan can be made for: GPUs with their memory, and speed as their makers state it."""
+"""Machines that a plan can be made for: GPUs with their stated memory and speed, or this machine, measured."""
 
 from __future__ import annotations
 
 import re
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from flcompress.core.settings import Precision
 from flcompress.errors import RequestError
 from flcompress.frontend.recipe import Recipe
+from flcompress.ir.graph import BlockGraph
+
+if TYPE_CHECKING:
+    from flcompress.models.families.family import LatentShape
 
 UTILISATION = 0.4
-"""Share of the stated speed that training of large transformers usually reaches; an assumption, and printed as one."""
+"""Share of the stated speed that training of large transformers usually reaches: an assumption, printed as such."""
 
 RESERVE = 0.1
 """Share of a GPU's memory that a plan leaves for what it does not count: CUDA, NCCL, and gaps between tensors."""
+
+TIMED_FLOPS = 2e11
+"""Up to this many FLOPs a forward of the transformer itself is timed; above, a matrix product."""
 
 _UNITS = {"G": 1e9, "GB": 1e9, "GiB": 2.0**30, "M": 1e6, "MB": 1e6, "MiB": 2.0**20}
 _SIZE = re.compile(rf"(?P<number>\d+(\.\d+)?)(?P<unit>{'|'.join(_UNITS)})")
@@ -21,12 +32,13 @@ _SIZE = re.compile(rf"(?P<number>\d+(\.\d+)?)(?P<unit>{'|'.join(_UNITS)})")
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One GPU.
+    """A GPU model.
 
     Attributes:
         name: as a plan prints it.
         memory: bytes.
-        half, single: dense FLOP/s in bf16 and in fp32. Without TF32, which PyTorch leaves off.
+        half: dense FLOP/s in bf16.
+        single: dense FLOP/s in fp32, without TF32, which PyTorch leaves off.
     """
 
     name: str
@@ -46,13 +58,14 @@ GPUS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """What a plan is made for.
+    """The hardware that a plan is made for.
 
     Attributes:
-        name: of a GPU, or "process" of this machine.
-        count: GPUs, or processes.
-        memory: bytes of one; None where nobody asks whether the work fits.
-        half, single: FLOP/s to reckon with, in bf16 and fp32.
+        name: name of the GPU, or "process" for this machine.
+        count: number of GPUs, or of processes.
+        memory: bytes per GPU; None on this machine, where nothing is checked to fit.
+        half: FLOP/s to plan with in bf16.
+        single: FLOP/s to plan with in fp32.
         gpu: whether it has GPUs.
     """
 
@@ -64,16 +77,16 @@ class Machine:
     gpu: bool
 
     def speed(self, precision: Precision) -> float:
-        """FLOP/s of one GPU or process."""
+        """Return the FLOP/s of one GPU or process."""
         return self.half if precision == "bf16" else self.single
 
     def holds(self, size: float) -> bool:
-        """Whether one GPU has so many bytes, with something left for what is not counted."""
+        """Return whether `size` bytes fit one GPU, with `RESERVE` left for what is not counted."""
         return self.memory is None or size <= (1.0 - RESERVE) * self.memory
 
 
 def this_machine(recipe: Recipe, flops_per_second: float) -> Machine:
-    """Where the plan is made, at a measured speed."""
+    """Return the machine that this runs on, at a measured speed."""
     return Machine(
         name="process",
         count=recipe.training.processes or 1,
@@ -85,16 +98,16 @@ def this_machine(recipe: Recipe, flops_per_second: float) -> Machine:
 
 
 def gpu_machine(recipe: Recipe, gpu: str, count: int | None = None, memory: str | None = None) -> Machine:
-    """So many GPUs of a kind.
+    """Return `count` GPUs of one model.
 
     Args:
-        recipe: says how many processes where `count` is None.
+        recipe: the recipe; its `training.processes` is the default of `count`.
         gpu: a key of `GPUS`.
-        count: GPUs.
-        memory: of one, such as "80G" or "48GiB"; that of the kind where None.
+        count: number of GPUs.
+        memory: memory per GPU, such as "80G" or "48GiB"; default: that of the GPU model.
 
     Raises:
-        RequestError: no such size, no GPU, or another count than the recipe's.
+        RequestError: no size, no GPU, or a count that differs from the recipe's.
     """
     wanted, kind = recipe.training.processes, GPUS[gpu]
     if count is not None and count < 1:
@@ -122,3 +135,44 @@ def _bytes(text: str) -> float:
     if not size:
         raise RequestError(f"--memory: {text} given, expected a size such as 80G or 48GiB")
     return size
+
+
+def measure_speed(
+    transformer: Path,
+    graph: BlockGraph,
+    tokens: int,
+    shape: LatentShape,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
+    """Return the FLOP/s of this machine: on the transformer with random weights if that is cheap, else on a product."""
+    import torch
+
+    batch = max(1, min(16, int(TIMED_FLOPS // max(graph.flops, 1))))
+    if graph.flops > TIMED_FLOPS:
+        left, right = torch.randn(1024, 1024), torch.randn(1024, 1024)
+        flops = 2.0 * 1024**3
+
+        def work() -> Any:
+            return left @ right
+    else:
+        from flcompress.models.inputs import example_inputs
+        from flcompress.models.loading import meta_transformer
+
+        model = meta_transformer(transformer).to_empty(device="cpu")
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(std=0.02)
+        inputs = example_inputs(model, batch=batch, latent_shape=shape, tokens=tokens)
+        flops = float(batch * graph.flops)
+
+        def work() -> Any:
+            return model(**inputs, return_dict=False)
+
+    with torch.no_grad():
+        work()
+        times = []
+        for _ in range(3):
+            started = clock()
+            work()
+            times.append(clock() - started)
+    return flops / min(times)

@@ -1,0 +1,55 @@
+"""Processes that cannot meet, or lose each other, end with one line whatever torch's error says."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+import torch.distributed.rendezvous  # noqa: F401 (the module, which torch.distributed hides behind its function)
+
+from flcompress.core.wandb_access import refused
+from flcompress.distributed.launch import Launch, join
+from flcompress.distributed.world import World
+from flcompress.errors import RequestError, TrainingError, first_line
+
+
+@pytest.mark.parametrize(
+    ("message", "line"), [("", "DistNetworkError"), (" \n", "DistNetworkError"), ("gone\nat x.cpp", "gone")]
+)
+def test_the_first_line_of_an_error(message: str, line: str) -> None:
+    assert first_line(dist.DistNetworkError(message)) == line
+
+
+def test_processes_that_cannot_meet_for_no_stated_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise dist.DistNetworkError("")
+
+    monkeypatch.setattr(sys.modules["torch.distributed.rendezvous"], "rendezvous", fail)
+    with (
+        pytest.raises(RequestError, match=r"within 5 s \(training\.timeout\): DistNetworkError; start all"),
+        join("ddp", 5.0, "cpu", Launch(0, 2)),
+    ):
+        pass
+
+
+class Silent:
+    """The watch of a world whose store is gone."""
+
+    period = 0.0
+
+    def lives(self) -> list[tuple[int, str]]:
+        raise RuntimeError
+
+
+def test_a_lost_peer_without_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(0, 2)
+    monkeypatch.setattr(world, "_watch", Silent())
+    monkeypatch.setattr("flcompress.distributed.world._EXCHANGE_WORDS", ("",))
+    with pytest.raises(TrainingError, match=r"lost the one that all meet at: .* \(RuntimeError\)"), world.exchanging():
+        raise RuntimeError
+
+
+def test_a_wandb_error_without_a_message() -> None:
+    assert "it cannot be used: RuntimeError;" in str(refused(RuntimeError()))
