@@ -126,8 +126,8 @@ def use_free_cores(earlier: int | None = None) -> int:
 
     Threads of one operation wait for each other by spinning. Next to other work one of them is often not running, and
     the others burn their cores until it is: two threads on two cores of which one is busy need ten times the processor
-    time of one thread. Letting them sleep instead slows down a quiet machine by a tenth and more
-    (docs/benchmarks/speed.md).
+    time of one thread. Letting them sleep instead slows down a quiet machine by more than a
+    tenth (docs/benchmarks/speed.md).
     OMP_NUM_THREADS, which launchers set as well, is obeyed.
 
     Args:
