@@ -64,7 +64,7 @@ def program_of(folder: Path) -> Any:
     from flcompress.core.program import Program
     from flcompress.diffusion.contract import contract_of
     from flcompress.diffusion.student import student_contract
-    from flcompress.models import example_inputs
+    from flcompress.models.inputs import example_inputs
     from flcompress.models.loading import meta_transformer
     from flcompress.tracing.tracer import trace
 

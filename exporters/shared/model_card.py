@@ -88,7 +88,7 @@ def model_card(program: Program, call: Mapping[str, int | float | str], frame_ra
         seed=STOCHASTIC if contract.stochastic else DETERMINISTIC,
         sigmas=", ".join(f"{sigma:.4g}" for sigma in contract.sigmas),
         shift=contract.shift,
-        solver=REPLACED.format(scheduler=contract.scheduler_class) if contract.replaced else "",
+        solver=REPLACED.format(scheduler=contract.scheduler_class) if contract.replaces_steps else "",
     )
 
 

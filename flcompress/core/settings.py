@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from flcompress.diffusion.contract import from_conditional_convention
+
 Precision = Literal["fp32", "bf16"]
 EngineName = Literal["local", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
 LogName = Literal["tensorboard", "wandb"]
@@ -144,8 +146,6 @@ class Sampling(Settings):
     def _in_our_convention(self, scale: float) -> float:
         if self.guidance_convention == "unconditional":
             return scale
-        from flcompress.diffusion.guidance import from_conditional_convention
-
         return from_conditional_convention(scale)
 
 

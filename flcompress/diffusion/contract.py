@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flcompress.diffusion.experts import Experts
-from flcompress.diffusion.process import FLOW, Discrete, Process
 from flcompress.diffusion.schedulers import (
     FLOW_SCHEDULER,
     ONE_STEP,
@@ -27,12 +26,15 @@ from flcompress.diffusion.schedulers import (
     shift_of,
 )
 
+if TYPE_CHECKING:
+    from flcompress.diffusion.process import Process
+
 PipelineSigmas = Callable[[int, Mapping[str, Any]], Sequence[float] | None]
-"""(Steps, the scheduler's configuration) -> the sigmas that a stock pipeline hands to its scheduler; None where the
+"""(Steps, the scheduler's configuration) -> the sigmas that a stock pipeline hands to its scheduler; None if the
 scheduler spaces its own."""
 
 _LATER: dict[str, Any] = {"mu": None, "ends": None, "negative_prompt": ""}
-"""Fields that the first contracts did not have, left out where they say nothing: equal contracts stay equal files."""
+"""Fields that the first contracts did not have, omitted at these values: equal contracts stay equal files."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,17 +45,17 @@ class SamplingContract:
         prediction: what the network predicts: "flow" (the velocity e - x0), "v_prediction" or "epsilon".
         scheduler_class: of diffusers, the one that is saved with the model: its own, or a few-step student's.
         scheduler: its configuration.
-        given_sigmas: what the stock pipeline hands to the scheduler; None where the scheduler spaces its own.
+        given_sigmas: what the stock pipeline hands to the scheduler; None if the scheduler spaces its own.
         num_inference_steps: network calls along a sampling path.
         sigmas: the noise level of each call, in order, as that scheduler gives them (without the final 0).
-        timesteps: what the network is told at each call, as that scheduler gives it.
+        timesteps: the network's timestep input at each call, as that scheduler gives it.
         guidance_scale: w in u + w (c - u); 1 is none.
         max_sequence_length: tokens that a prompt is padded to.
-        embedded_guidance: the scale that a guidance-distilled network (HunyuanVideo, FLUX.1-dev) is told as an input.
-        experts: of a pipeline with two transformers, who answers for which level; then `guidance_scale` is the
-            high-noise one's.
+        embedded_guidance: the scale that a guidance-distilled network (HunyuanVideo, FLUX.1-dev) takes as an input.
+        experts: in a pipeline with two transformers, which is called at which level; `guidance_scale` is then the
+            high-noise expert's.
         mu: what the stock pipeline hands to a scheduler with dynamic shifting, at the size that is sampled.
-        ends: the noise level after each call, where it is not the next call's and 0 after the last.
+        ends: the noise level after each call; None if it is the next call's, and 0 after the last.
         negative_prompt: what guidance leads away from.
     """
 
@@ -79,42 +81,42 @@ class SamplingContract:
 
     @property
     def stochastic(self) -> bool:
-        """Whether each step predicts x0 and noises it again (few-step students) or follows the ODE (Euler)."""
+        """Whether each step predicts x0 and adds fresh noise (few-step students) or follows the ODE (Euler)."""
         return self.scheduler_class == FLOW_SCHEDULER and bool(dict(self.scheduler).get("stochastic_sampling", False))
 
     @property
     def solver(self) -> bool:
-        """Whether the saved scheduler looks back at earlier steps, so that only itself can take them."""
+        """Whether the saved scheduler uses earlier steps, so that only it can take the next one."""
         return is_solver(self.scheduler_class, dict(self.scheduler))
 
     @property
-    def replaced(self) -> bool:
-        """Whether sampling follows the levels of the saved scheduler by other steps, since that one adds noise."""
+    def replaces_steps(self) -> bool:
+        """Whether sampling takes other steps between the saved scheduler's levels, since its own add noise."""
         return self.scheduler_class not in ONE_STEP and not self.solver
 
     @property
     def shift(self) -> float:
-        """Timestep shift of a flow model; 1 where the levels are not shifted."""
+        """Timestep shift of a flow model; 1 if the levels are not shifted."""
         return shift_of(self.scheduler_class, dict(self.scheduler), self.mu) if self.prediction == "flow" else 1.0
 
     @property
     def evaluations(self) -> int:
         """Network evaluations for one sample: guidance doubles them."""
-        return sum(2 if self.guidance_at(place) != 1.0 else 1 for place in range(len(self.timesteps)))
+        return sum(2 if self.guidance_at(step) != 1.0 else 1 for step in range(len(self.timesteps)))
 
     @property
     def own_evaluations(self) -> int:
-        """Those of the compressed transformer, where it shares the levels with another."""
-        return sum(2 if self.guidance_at(place) != 1.0 else 1 for place in self.places)
+        """Network evaluations of the compressed transformer, which may share the levels with another."""
+        return sum(2 if self.guidance_at(step) != 1.0 else 1 for step in self.own_steps)
 
     @property
     def guided(self) -> bool:
         """Whether any call needs the negative prompt."""
         return self.evaluations > len(self.timesteps)
 
-    def guidance_at(self, place: int) -> float:
-        """The guidance scale of call number `place`."""
-        if self.experts is None or self.experts.at(self.timesteps[place]) == "high":
+    def guidance_at(self, step: int) -> float:
+        """Return the guidance scale of call number `step`."""
+        if self.experts is None or self.experts.at(self.timesteps[step]) == "high":
             return self.guidance_scale
         return self.experts.guidance_scale
 
@@ -124,26 +126,28 @@ class SamplingContract:
         return tuple(zip(self.sigmas, self.ends or (*self.sigmas[1:], 0.0), strict=True))
 
     @property
-    def places(self) -> tuple[int, ...]:
-        """Numbers of the calls that the compressed transformer answers: all, but for one of two experts."""
+    def own_steps(self) -> tuple[int, ...]:
+        """Indices of the calls to the compressed transformer: all, unless it is one of two experts."""
         every = range(len(self.timesteps))
         if (experts := self.experts) is None:
             return tuple(every)
-        return tuple(place for place in every if experts.at(self.timesteps[place]) == experts.compressed)
+        return tuple(step for step in every if experts.at(self.timesteps[step]) == experts.compressed)
 
     @property
     def levels(self) -> tuple[float, float]:
-        """Lowest and highest noise level that the compressed transformer is responsible for."""
+        """Lowest and highest noise level at which the compressed transformer is called."""
         return (0.0, 1.0) if self.experts is None else self.experts.levels
 
     def to_dict(self) -> dict[str, Any]:
-        told = {key: value for key, value in asdict(self).items() if key not in _LATER or value != _LATER[key]}
-        return {**told, "scheduler": dict(self.scheduler), "guidance_convention": "u + w (c - u)"}
+        """Return plain data, as files keep it."""
+        fields = {key: value for key, value in asdict(self).items() if key not in _LATER or value != _LATER[key]}
+        return {**fields, "scheduler": dict(self.scheduler), "guidance_convention": "u + w (c - u)"}
 
     @classmethod
-    def from_dict(cls, given: dict[str, Any]) -> SamplingContract:
-        fields = {key: value for key, value in given.items() if key != "guidance_convention"}
-        fields["scheduler"] = frozen(fields["scheduler"])
+    def from_dict(cls, plain: dict[str, Any]) -> SamplingContract:
+        """Read what `to_dict` returned."""
+        fields = {key: value for key, value in plain.items() if key != "guidance_convention"}
+        fields["scheduler"] = freeze(fields["scheduler"])
         for name in ("sigmas", "timesteps", "given_sigmas", "ends"):
             if fields.get(name) is not None:
                 fields[name] = tuple(fields[name])
@@ -164,12 +168,18 @@ def contract_of(
     experts: Experts | None = None,
     negative_prompt: str = "",
 ) -> SamplingContract:
-    """The contract that a stock scheduler with this configuration gives: its own levels, read off, never recomputed.
+    """Return the contract of a stock scheduler with this configuration: its own levels, read off, never recomputed.
 
     Args:
-        scheduler_config: of a pipeline folder.
+        scheduler_config: the scheduler's configuration in a pipeline folder.
+        num_inference_steps: see `SamplingContract`, as for those that follow.
+        guidance_scale: w in u + w (c - u).
+        max_sequence_length: tokens that a prompt is padded to.
+        embedded_guidance: the scale that a guidance-distilled network takes as an input.
         pipeline_sigmas: the sigmas that the stock pipeline hands over.
-        mu: of a scheduler with dynamic shifting, at the size that is sampled.
+        mu: the shift of a scheduler with dynamic shifting, at the size that is sampled.
+        experts: in a pipeline with two transformers, which is called at which level.
+        negative_prompt: what guidance leads away from.
 
     Raises:
         ModelError: a scheduler of another process, or one that cannot be followed.
@@ -178,7 +188,7 @@ def contract_of(
     config = {key: value for key, value in scheduler_config.items() if not key.startswith("_")}
     prediction = prediction_of(name, config)
     if prediction == "flow":
-        shift_of(name, config, mu)  # a shift that depends on the size needs the pipeline to say it
+        shift_of(name, config, mu)  # raises if the shift depends on the size and the pipeline gives none
     given = pipeline_sigmas(num_inference_steps, config) if pipeline_sigmas else None
     scheduler = scheduler_from(name, config)
     set_timesteps(scheduler, num_inference_steps, given, mu)
@@ -189,7 +199,7 @@ def contract_of(
     return SamplingContract(
         prediction=prediction,
         scheduler_class=name,
-        scheduler=frozen(saved_config(scheduler)),
+        scheduler=freeze(saved_config(scheduler)),
         num_inference_steps=num_inference_steps,
         sigmas=levels.sigmas,
         timesteps=levels.timesteps,
@@ -205,7 +215,7 @@ def contract_of(
 
 
 def scheduler_of(contract: SamplingContract) -> Any:
-    """The stock scheduler, its timesteps set as the stock pipeline of the model sets them."""
+    """Return the stock scheduler, its timesteps set as the stock pipeline of the model sets them."""
     scheduler = scheduler_from(contract.scheduler_class, dict(contract.scheduler))
     set_levels(scheduler, contract)
     return scheduler
@@ -217,15 +227,15 @@ def set_levels(scheduler: Any, contract: SamplingContract) -> None:
 
 
 def levels_of(scheduler: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(noise levels, timesteps) of a stock scheduler whose timesteps are set, 1 or T being pure noise."""
+    """Return (noise levels, timesteps) of a stock scheduler whose timesteps are set, 1 or T being pure noise."""
     levels = read_levels(scheduler)
     return levels.sigmas, levels.timesteps
 
 
-def resampled(
+def resample(
     contract: SamplingContract, num_inference_steps: int, pipeline_sigmas: PipelineSigmas | None = None
 ) -> SamplingContract:
-    """The same scheduler and guidance in another number of steps."""
+    """Return the contract of the same scheduler and guidance in another number of steps."""
     return contract_of(
         {**dict(contract.scheduler), "_class_name": contract.scheduler_class},
         num_inference_steps=num_inference_steps,
@@ -239,13 +249,20 @@ def resampled(
     )
 
 
-def frozen(config: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """A scheduler's configuration as a contract holds it."""
-    return tuple((key, tuple(one) if isinstance(one, list) else one) for key, one in sorted(config.items()))
+def freeze(config: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """Return a scheduler's configuration as a contract holds it: sorted pairs, hashable."""
+    return tuple((key, tuple(value) if isinstance(value, list) else value) for key, value in sorted(config.items()))
+
+
+def from_conditional_convention(scale: float) -> float:
+    """Convert a guidance scale written for c + w (c - u), as other projects have it, to u + w (c - u)."""
+    return scale + 1.0
 
 
 @lru_cache(maxsize=32)
 def _process(scheduler_class: str, prediction: str, config: tuple[tuple[str, Any], ...]) -> Process:
+    from flcompress.diffusion.process import FLOW, Discrete  # torch, which reading a contract does not need
+
     if prediction == "flow":
         return FLOW
     return Discrete(scheduler_from(scheduler_class, dict(config)).alphas_cumprod, prediction)

@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-import torch
-
-from flcompress.diffusion.process import NUM_TRAIN_TIMESTEPS
+from flcompress.diffusion.schedulers import NUM_TRAIN_TIMESTEPS
 
 if TYPE_CHECKING:
-    from flcompress.diffusion.conditioning import Conditioning
-    from flcompress.diffusion.sampling import Network
+    import torch
+
+    from flcompress.diffusion.network import Conditioning, Network
 
 Expert = Literal["high", "low"]
 
 COMPONENTS: dict[Expert, str] = {"high": "transformer", "low": "transformer_2"}
-"""What the stock pipeline calls them."""
+"""The stock pipeline's names of the two transformers."""
 
 OTHER: dict[Expert, Expert] = {"high": "low", "low": "high"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experts:
-    """Who answers for which noise level, as the stock pipeline decides it.
+    """Which expert handles which noise level, as the stock pipeline decides it.
 
     Attributes:
-        boundary_ratio: share of the training timesteps below which the low-noise expert answers.
-        compressed: the one that passes rewrite; the other, its partner, stays as it is.
-        guidance_scale: w of the low-noise expert; the contract's own is the high-noise one's.
-        partner_steps: steps that the partner was distilled for by an earlier recipe; None where it is the teacher's.
+        boundary_ratio: share of the training timesteps below which the low-noise expert is called.
+        compressed: the expert that passes rewrite; the other, its partner, stays as it is.
+        guidance_scale: w of the low-noise expert; the contract's own is the high-noise expert's.
+        partner_steps: steps that the partner was distilled for by an earlier recipe; None if it is the teacher's.
     """
 
     boundary_ratio: float
@@ -39,23 +39,30 @@ class Experts:
 
     @property
     def boundary(self) -> float:
-        """Timestep from which on, upward, the high-noise expert answers."""
+        """Lowest timestep of the high-noise expert."""
         return self.boundary_ratio * NUM_TRAIN_TIMESTEPS
 
     @property
     def levels(self) -> tuple[float, float]:
-        """The noise levels of the compressed expert, lowest and highest."""
+        """Lowest and highest noise level of the compressed expert."""
         return (self.boundary_ratio, 1.0) if self.compressed == "high" else (0.0, self.boundary_ratio)
 
     def at(self, timestep: torch.Tensor | float) -> Expert:
-        """Who answers at a timestep, fp32 as the stock scheduler has them; all samples of a batch stand at one."""
-        one = torch.as_tensor(timestep, dtype=torch.float32).flatten()[0]
-        return "high" if bool(one >= self.boundary) else "low"
+        """Return the expert that is called at a timestep; all samples of a batch have the same.
 
-    def joined(self, compressed: Network, partner: Network) -> Network:
-        """Both as the one network that a sampler knows."""
+        Stock schedulers keep timesteps in fp32, so that is where they are compared with the boundary.
+        """
+        first = timestep if isinstance(timestep, int | float) else timestep.flatten()[0]
+        return "high" if _fp32(float(first)) >= _fp32(self.boundary) else "low"
 
-        def call(x: torch.Tensor, timestep: torch.Tensor, given: Conditioning) -> torch.Tensor:
-            return (compressed if self.at(timestep) == self.compressed else partner)(x, timestep, given)
+    def combine(self, compressed: Network, partner: Network) -> Network:
+        """Return both experts as one network, as a sampler calls it."""
+
+        def call(x: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+            return (compressed if self.at(timestep) == self.compressed else partner)(x, timestep, conditioning)
 
         return call
+
+
+def _fp32(value: float) -> float:
+    return float(struct.unpack("f", struct.pack("f", value))[0])

@@ -1,6 +1,6 @@
 """The noising process of a model: what a noise level means, what its network predicts, and Tweedie's formula.
 
-A level lies in (0, 1], 1 being pure noise, one value a sample, shape [n]; latents are any shape that starts with n.
+A level lies in (0, 1], 1 being pure noise, one value per sample, shape [n]; latents have any shape that starts with n.
 """
 
 from __future__ import annotations
@@ -8,11 +8,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 import torch
+from typing_extensions import override
 
-from flcompress.diffusion import flow
-from flcompress.diffusion.flow import spread
+from flcompress.diffusion.schedulers import NUM_TRAIN_TIMESTEPS
 
-NUM_TRAIN_TIMESTEPS = 1000
+
+def expand_to(level: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Reshape a level [n] so that it multiplies a tensor of `like`'s rank."""
+    return level.reshape(-1, *([1] * (like.ndim - 1)))
+
+
+def shift(level: torch.Tensor, by: float) -> torch.Tensor:
+    """Shift a flow's levels by k: s -> k s / (1 + (k - 1) s) (Esser et al. 2024, eq. 23)."""
+    return by * level / (1.0 + (by - 1.0) * level)
 
 
 class Process(ABC):
@@ -20,57 +28,65 @@ class Process(ABC):
 
     @abstractmethod
     def add_noise(self, x0: torch.Tensor, noise: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
-        """Noised latents."""
+        """Return noised latents."""
 
     @abstractmethod
     def target(self, x0: torch.Tensor, noise: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
-        """What a network that knew x0 and the noise would predict: the training target."""
+        """Return what a network that knew x0 and the noise would predict: the training target."""
 
     @abstractmethod
     def tweedie(self, x: torch.Tensor, prediction: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
-        """The posterior mean E[x0 | x] (Efron 2011, "Tweedie's formula and selection bias")."""
+        """Return the posterior mean E[x0 | x] (Efron 2011, "Tweedie's formula and selection bias")."""
 
     @abstractmethod
     def step(
         self, x: torch.Tensor, prediction: torch.Tensor, level: torch.Tensor, following: torch.Tensor
     ) -> torch.Tensor:
-        """One deterministic step (Euler, DDIM) to the level `following`, which may be 0."""
+        """Take one deterministic step (Euler, DDIM) to the level `following`, which may be 0."""
 
     @abstractmethod
     def elbo_weight(self, level: torch.Tensor) -> torch.Tensor:
-        """The continuous-time ELBO weight on |x0 - x0_hat|^2: -1/2 dSNR/dlevel (Kingma et al. 2021, eq. 17)."""
+        """Return the continuous-time ELBO weight on |x0 - x0_hat|^2: -1/2 dSNR/dlevel (Kingma et al. 2021, eq. 17)."""
 
     @abstractmethod
     def timestep(self, level: torch.Tensor) -> torch.Tensor:
-        """What the network is told, fp32 [n]."""
+        """Return the timestep that the network takes as input, fp32 [n]."""
 
 
 class Flow(Process):
-    """Flow matching: x = (1 - s) x0 + s e; the network predicts the velocity e - x0."""
+    """Flow matching (docs/method.md, "Conventions"): x_s = (1 - s) x0 + s e; the network predicts v = e - x0."""
 
+    @override
     def add_noise(self, x0: torch.Tensor, noise: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
-        return flow.add_noise(x0, noise, level)
+        s = expand_to(level, x0)
+        return (1.0 - s) * x0 + s * noise
 
+    @override
     def target(self, x0: torch.Tensor, noise: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
-        return flow.velocity(x0, noise)
+        return noise - x0
 
+    @override
     def tweedie(self, x: torch.Tensor, prediction: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
-        return flow.tweedie(x, prediction, level)
+        return x - expand_to(level, x) * prediction
 
+    @override
     def step(
         self, x: torch.Tensor, prediction: torch.Tensor, level: torch.Tensor, following: torch.Tensor
     ) -> torch.Tensor:
-        return x + spread(following - level, x) * prediction
+        return x + expand_to(following - level, x) * prediction
 
+    @override
     def elbo_weight(self, level: torch.Tensor) -> torch.Tensor:
-        return flow.elbo_weight(level)
+        # (1 - s) / s^3, for SNR = ((1 - s) / s)^2. It diverges at 0: callers clamp the level.
+        return (1.0 - level) / level**3
 
+    @override
     def timestep(self, level: torch.Tensor) -> torch.Tensor:
         return level * NUM_TRAIN_TIMESTEPS
 
 
 class Discrete(Process):
-    """DDPM and its kin (CogVideoX): x_t = a_t x0 + b_t e at integer timesteps; level = (t + 1) / T, and 0 is clean.
+    """DDPM and variants (CogVideoX): x_t = a_t x0 + b_t e at integer timesteps; level = (t + 1) / T, and 0 is clean.
 
     Args:
         alphas_cumprod: a_t^2, [T], as the stock scheduler has them.
@@ -87,20 +103,24 @@ class Discrete(Process):
 
     def _coefficients(self, level: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         signal = self._signal[self._index(level)].to(like.device)
-        return spread(signal.sqrt(), like), spread((1.0 - signal).sqrt(), like)
+        return expand_to(signal.sqrt(), like), expand_to((1.0 - signal).sqrt(), like)
 
+    @override
     def add_noise(self, x0: torch.Tensor, noise: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
         a, b = self._coefficients(level, x0)
         return a * x0 + b * noise
 
+    @override
     def target(self, x0: torch.Tensor, noise: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
         a, b = self._coefficients(level, x0)
         return a * noise - b * x0 if self._velocity else noise
 
+    @override
     def tweedie(self, x: torch.Tensor, prediction: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
         a, b = self._coefficients(level, x)
         return a * x - b * prediction if self._velocity else (x - b * prediction) / a
 
+    @override
     def step(
         self, x: torch.Tensor, prediction: torch.Tensor, level: torch.Tensor, following: torch.Tensor
     ) -> torch.Tensor:
@@ -108,6 +128,7 @@ class Discrete(Process):
         noise = a * prediction + b * x if self._velocity else prediction
         return self.add_noise(self.tweedie(x, prediction, level), noise, following)
 
+    @override
     def elbo_weight(self, level: torch.Tensor) -> torch.Tensor:
         # A finite difference; at the first index, where the ratio before is infinite, the one after it serves.
         index = self._index(level).clamp(min=2)
@@ -115,6 +136,7 @@ class Discrete(Process):
         steps = len(self._signal) - 1
         return (0.5 * steps * (ratio[index - 1] - ratio[index])).to(level.device)
 
+    @override
     def timestep(self, level: torch.Tensor) -> torch.Tensor:
         return (self._index(level) - 1).float().to(level.device)
 

@@ -6,12 +6,13 @@ from collections.abc import Callable
 
 import torch
 
-from flcompress.diffusion.conditioning import Conditioning, without_prompt
 from flcompress.diffusion.contract import SamplingContract, scheduler_of
-from flcompress.diffusion.guidance import guide
+from flcompress.diffusion.network import Conditioning, Network, with_negative_prompt
 
-Network = Callable[[torch.Tensor, torch.Tensor, Conditioning], torch.Tensor]
-"""(latents [n, channels, frames, height, width], timestep [n], conditioning) -> prediction, shaped as the latents."""
+
+def guide(unconditional: torch.Tensor, conditional: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return the guided prediction u + w (c - u), so that w = 1 is no guidance (Ho & Salimans 2022)."""
+    return unconditional + scale * (conditional - unconditional)
 
 
 @torch.no_grad()
@@ -26,50 +27,50 @@ def sample(
     """Walk the contract's noise levels from `noise` to clean latents.
 
     Args:
-        network: what predicts; of two experts, both as one (`Experts.joined`).
-        contract: levels, guidance and whether each step follows the ODE (Euler) or predicts x0 and noises it again.
+        network: the denoiser; two experts are combined first (`Experts.combine`).
+        contract: levels, guidance and whether each step follows the ODE (Euler) or predicts x0 and adds fresh noise.
         noise: starting latents [n, channels, frames, height, width].
-        conditioning: of the n samples.
-        negative: of the negative prompt, [1, ...]; needed where the contract guides.
+        conditioning: conditioning of the n samples.
+        negative: conditioning of the negative prompt, [1, ...]; required if the contract guides.
         generator: source of the re-noising of a stochastic contract.
 
     Returns:
         Clean latents, shaped as `noise`.
     """
 
-    def again(x: torch.Tensor) -> torch.Tensor:
+    def draw_noise(x: torch.Tensor) -> torch.Tensor:
         return torch.randn(x.shape, generator=generator, dtype=x.dtype)
 
     x, walk = noise, Walk(contract)
     if contract.guided and negative is None:
         raise ValueError("negative: None given, but the contract guides; pass the negative prompt's conditioning")
-    for place in range(len(contract.timesteps)):
-        x = walk(x, predict(network, contract, place, x, conditioning, negative), place, again)
+    for step in range(len(contract.timesteps)):
+        x = walk(x, predict(network, contract, step, x, conditioning, negative), step, draw_noise)
     return x
 
 
 def predict(
     network: Network,
     contract: SamplingContract,
-    place: int,
+    step: int,
     x: torch.Tensor,
     conditioning: Conditioning,
     negative: Conditioning | None,
 ) -> torch.Tensor:
-    """The network's prediction at the contract's level number `place`, guided where the contract guides there."""
-    timestep = torch.full((len(x),), contract.timesteps[place], device=x.device)
+    """Return the network's prediction at call number `step` of the contract, guided if the contract guides there."""
+    timestep = torch.full((len(x),), contract.timesteps[step], device=x.device)
     prediction = network(x, timestep, conditioning)
-    scale = contract.guidance_at(place)
+    scale = contract.guidance_at(step)
     if scale == 1.0 or negative is None:
         return prediction
-    return guide(network(x, timestep, without_prompt(conditioning, negative)), prediction, scale)
+    return guide(network(x, timestep, with_negative_prompt(conditioning, negative)), prediction, scale)
 
 
 class Walk:
     """The steps of one batch along a contract's levels, from the first to the last, as its stock scheduler steps.
 
-    A solver looks back at earlier steps: it takes its own. One that adds noise on the way gives way to the steps of its
-    ODE (docs/decisions/0007-families.md).
+    A solver takes its own steps, which depend on earlier ones. A scheduler that adds noise on the way is replaced by
+    the steps of its ODE (docs/decisions/0007-families.md).
     """
 
     def __init__(self, contract: SamplingContract) -> None:
@@ -79,12 +80,12 @@ class Walk:
             self._solver.set_begin_index(0)
 
     def __call__(
-        self, x: torch.Tensor, prediction: torch.Tensor, place: int, again: Callable[[torch.Tensor], torch.Tensor]
+        self, x: torch.Tensor, prediction: torch.Tensor, step: int, draw_noise: Callable[[torch.Tensor], torch.Tensor]
     ) -> torch.Tensor:
-        """See `advance`; `place` is 0, 1, 2 ... in turn."""
+        """Take a step, see `advance`; `step` is 0, 1, 2 ... in turn."""
         if self._solver is None:
-            return advance(self._contract, x, prediction, place, again)
-        timestep = self._solver.timesteps[place]
+            return advance(self._contract, x, prediction, step, draw_noise)
+        timestep = self._solver.timesteps[step]
         # Some solvers return the prediction's dtype.
         stepped: torch.Tensor = self._solver.step(prediction.to(x.dtype), timestep, x, return_dict=False)[0]
         return stepped
@@ -94,15 +95,20 @@ def advance(
     contract: SamplingContract,
     x: torch.Tensor,
     prediction: torch.Tensor,
-    place: int,
-    again: Callable[[torch.Tensor], torch.Tensor],
+    step: int,
+    draw_noise: Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
-    """From the contract's level number `place` to the next one (0 after the last), one step of first order.
+    """Take one first-order step from the contract's level number `step` to the next one (0 after the last).
 
-    `again` gives standard normal noise shaped as a tensor, for a stochastic contract.
+    Args:
+        contract: levels and process.
+        x: latents at the level [n, ...].
+        prediction: the network's, shaped as `x`.
+        step: index of the level.
+        draw_noise: returns standard normal noise shaped as a tensor, for a stochastic contract.
     """
-    level, target = (torch.full((len(x),), s, device=x.device) for s in contract.steps[place])
+    level, target = (torch.full((len(x),), s, device=x.device) for s in contract.steps[step])
     if not contract.stochastic:
         return contract.process.step(x, prediction, level, target)
     x0 = contract.process.tweedie(x, prediction, level)
-    return contract.process.add_noise(x0, again(x).to(x.device), target)
+    return contract.process.add_noise(x0, draw_noise(x).to(x.device), target)

@@ -1,6 +1,6 @@
-"""Stock schedulers: which ones are known, what they say of the process, and the levels that they have.
+"""Stock schedulers: which are supported, which process they follow, and their noise levels.
 
-Levels are read off the scheduler object after the call that the stock pipeline makes, never computed again: the classes
+Levels are read off the scheduler object after the call that the stock pipeline makes, never recomputed: the classes
 space them in ways of their own (the last of 4 levels under shift 3 is .009 for Euler's and .501 for UniPC's).
 """
 
@@ -13,11 +13,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
-import torch
-
-from flcompress.diffusion.process import NUM_TRAIN_TIMESTEPS
 from flcompress.errors import ModelError
+
+NUM_TRAIN_TIMESTEPS = 1000
 
 FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 FLOW_SOLVERS = (
@@ -30,9 +28,9 @@ FLOW_SOLVERS = (
 """Solvers of higher order that can follow a flow."""
 DISCRETE_SCHEDULER = "CogVideoXDDIMScheduler"
 DISCRETE_ALIKE = (DISCRETE_SCHEDULER, "CogVideoXDPMScheduler")
-"""Stock schedulers of one and the same process; the first is the one that follows its ODE step by step."""
+"""Stock schedulers of one process; the first follows its ODE step by step."""
 ONE_STEP = (FLOW_SCHEDULER, DISCRETE_SCHEDULER)
-"""Those whose steps know nothing of the steps before."""
+"""Schedulers whose steps do not depend on earlier steps."""
 
 _ROUNDING = 1e-6
 """Euler's scheduler shifts in fp32 and can start at 1.0000001."""
@@ -55,7 +53,7 @@ class Levels:
 
     Attributes:
         sigmas: the noise level of each call.
-        timesteps: what the network is told at each call.
+        timesteps: the network's timestep input at each call.
         ends: the noise level after each call; the next one and 0 for most schedulers.
     """
 
@@ -70,7 +68,7 @@ class Levels:
 
 
 def prediction_of(name: str, config: Mapping[str, Any]) -> str:
-    """What a network under this scheduler predicts: "flow", "v_prediction" or "epsilon".
+    """Return what a network under this scheduler predicts: "flow", "v_prediction" or "epsilon".
 
     Raises:
         ModelError: a scheduler, or a setting of one, that is not followed.
@@ -122,7 +120,7 @@ def shift_of(name: str, config: Mapping[str, Any], mu: float | None) -> float:
 
 
 def scheduler_from(name: str, config: Mapping[str, Any]) -> Any:
-    """The stock scheduler of a class and a configuration; ModelError where the class refuses it."""
+    """Return the stock scheduler of a class and a configuration; raise ModelError if the class refuses it."""
     import diffusers
 
     try:
@@ -132,9 +130,9 @@ def scheduler_from(name: str, config: Mapping[str, Any]) -> Any:
 
 
 def saved_config(scheduler: Any) -> dict[str, Any]:
-    """A stock scheduler's whole configuration, without what JSON has no word for.
+    """Return a stock scheduler's whole configuration, without values that JSON cannot express.
 
-    That is infinity, which the classes that clip at a level have as the default, for no clipping.
+    Those are infinities, the default of classes that clip at a level, for no clipping.
     """
     endless = {key for key, value in scheduler.config.items() if isinstance(value, float) and math.isinf(value)}
     return {key: value for key, value in scheduler.config.items() if not key.startswith("_") and key not in endless}
@@ -146,6 +144,8 @@ def set_timesteps(scheduler: Any, steps: int, given_sigmas: Sequence[float] | No
     Raises:
         ModelError: the scheduler does not take them, so the stock pipeline cannot be run with it.
     """
+    import numpy as np
+
     name, arguments = type(scheduler).__name__, {} if mu is None else {"mu": mu}
     if given_sigmas is not None and "sigmas" not in inspect.signature(scheduler.set_timesteps).parameters:
         raise ModelError(
@@ -162,7 +162,7 @@ def set_timesteps(scheduler: Any, steps: int, given_sigmas: Sequence[float] | No
 
 
 def read_levels(scheduler: Any) -> Levels:
-    """The levels of a stock scheduler whose timesteps are set."""
+    """Return the levels of a stock scheduler whose timesteps are set."""
     timesteps = tuple(float(t) for t in scheduler.timesteps)
     if type(scheduler).__name__ in DISCRETE_ALIKE:
         return _discrete_levels(scheduler, timesteps)
@@ -174,7 +174,7 @@ def read_levels(scheduler: Any) -> Levels:
 
 
 def check_levels(scheduler: Any, levels: Levels) -> None:
-    """ModelError unless the levels fall from 1 towards 0, one a call."""
+    """Raise ModelError unless the levels fall from 1 towards 0, one per call."""
     sigmas = levels.sigmas
     falling = all(before > after for before, after in pairwise(sigmas))
     if not falling or not 0.0 < sigmas[-1] <= sigmas[0] < 1.0 + _ROUNDING or len(sigmas) != len(levels.timesteps):
@@ -187,7 +187,9 @@ def check_levels(scheduler: Any, levels: Levels) -> None:
 
 
 def check_steps(scheduler: Any) -> None:
-    """ModelError unless a solver whose timesteps are set can walk to the end; its state is that of the end then."""
+    """Raise ModelError unless a solver whose timesteps are set can walk to the end, where this leaves it."""
+    import torch
+
     x = torch.zeros(1, 1, 1, 1, 1)
     scheduler.set_begin_index(0)
     name = type(scheduler).__name__
@@ -204,7 +206,7 @@ def check_steps(scheduler: Any) -> None:
 
 
 def _discrete_levels(scheduler: Any, timesteps: tuple[float, ...]) -> Levels:
-    """Those of CogVideoX: a step goes back by a fixed number of timesteps, wherever the next call is."""
+    """Return the levels of CogVideoX: a step goes back by a fixed number of timesteps, wherever the next call is."""
     count = scheduler.config.num_train_timesteps
     back = count // scheduler.num_inference_steps
     clean = 0.0 if scheduler.config.set_alpha_to_one else 1.0 / count

@@ -1,11 +1,11 @@
-"""The contract of a few-step student, made from its teacher's."""
+"""The contract of a few-step student, derived from its teacher's."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
 
-from flcompress.diffusion.contract import PipelineSigmas, SamplingContract, frozen, resampled
+from flcompress.diffusion.contract import PipelineSigmas, SamplingContract, freeze, resample
 from flcompress.diffusion.schedulers import DISCRETE_SCHEDULER, FLOW_SCHEDULER
 from flcompress.errors import ModelError
 
@@ -15,12 +15,12 @@ OTHER_SPACINGS = ("use_dynamic_shifting", "use_karras_sigmas", "use_exponential_
 def student_contract(
     teacher: SamplingContract, num_inference_steps: int, pipeline_sigmas: PipelineSigmas | None = None
 ) -> SamplingContract:
-    """The few-step contract: levels 1, (N-1)/N ... 1/N under the teacher's shift, no guidance.
+    """Return the few-step contract: levels 1, (N-1)/N ... 1/N under the teacher's shift, no guidance.
 
-    A flow student noises its prediction again at every step, a discrete one, and one whose scheduler counts backwards,
-    follows the ODE: those stock schedulers know no other way. A stock flow scheduler spaces its own levels from 1 down
-    to almost 0 and would all but waste the last call. Stretched to `shift_terminal` = T it gives the wanted ones
-    exactly: both maps are Moebius maps fixed at 1, so matching the value at 0 and one shift is enough
+    A flow student adds fresh noise to its prediction at every step; a discrete one, and one whose scheduler counts
+    backwards, follows the ODE: those stock schedulers know no other way. A stock flow scheduler spaces its own levels
+    from 1 down to almost 0 and would all but waste the last call. Stretched to `shift_terminal` = T it gives the wanted
+    ones exactly: both maps are Moebius maps fixed at 1, so matching the value at 0 and one shift is enough
     (docs/decisions/0003-student-schedule.md). With N steps, shift K and a = 1/N:
 
         T = K a / (1 + (K - 1) a)        k = 1 + (1 - a) (K - 1) / (1 + a (K - 1))
@@ -34,14 +34,14 @@ def student_contract(
         name, config = DISCRETE_SCHEDULER, _discrete(teacher, num_inference_steps)
     else:
         name, config = FLOW_SCHEDULER, _flow(teacher, num_inference_steps, pipeline_sigmas)
-    unguided = _unguided(replace(teacher, scheduler_class=name, scheduler=frozen(config), mu=None))
-    student = resampled(unguided, num_inference_steps, pipeline_sigmas)
+    unguided = _unguided(replace(teacher, scheduler_class=name, scheduler=freeze(config), mu=None))
+    student = resample(unguided, num_inference_steps, pipeline_sigmas)
     _check_experts(student)
     return student if student.guided else replace(student, negative_prompt="")
 
 
 def _discrete(teacher: SamplingContract, num_inference_steps: int) -> dict[str, Any]:
-    """The scheduler that starts at the last timestep, pure noise, whatever the teacher's spacing."""
+    """Return the scheduler that starts at the last timestep, pure noise, whatever the teacher's spacing."""
     config = dict(teacher.scheduler)
     if config["num_train_timesteps"] % num_inference_steps:
         raise ModelError(
@@ -57,7 +57,7 @@ def _discrete(teacher: SamplingContract, num_inference_steps: int) -> dict[str, 
 
 
 def _flow(teacher: SamplingContract, steps: int, pipeline_sigmas: PipelineSigmas | None) -> dict[str, Any]:
-    """Euler's scheduler with the wanted levels; options of the teacher's that would space them otherwise are off."""
+    """Return Euler's scheduler with the wanted levels; the teacher's options of other spacings are off."""
     given = dict(teacher.scheduler) if teacher.scheduler_class == FLOW_SCHEDULER else {}
     config: dict[str, Any] = {**given, **dict.fromkeys(OTHER_SPACINGS, False)}
     k, a = teacher.shift, 1.0 / steps
@@ -72,7 +72,7 @@ def _flow(teacher: SamplingContract, steps: int, pipeline_sigmas: PipelineSigmas
 
 
 def _unguided(teacher: SamplingContract) -> SamplingContract:
-    """Without guidance; a partner that was not distilled keeps its own."""
+    """Return the contract without guidance; a partner that was not distilled keeps its own."""
     if (experts := teacher.experts) is None:
         return replace(teacher, guidance_scale=1.0)
     alone = experts.partner_steps is None
@@ -82,7 +82,7 @@ def _unguided(teacher: SamplingContract) -> SamplingContract:
 
 
 def _check_experts(student: SamplingContract) -> None:
-    """ModelError where the compressed expert answers no call, or its partner was distilled for other calls."""
+    """Raise ModelError if the compressed expert is never called, or its partner was distilled for other steps."""
     if (experts := student.experts) is None:
         return
     steps = student.num_inference_steps
@@ -91,10 +91,10 @@ def _check_experts(student: SamplingContract) -> None:
             f"dmd.student_steps: {steps} given, expected {experts.partner_steps}: the partner that model.partner names "
             "was distilled for so many"
         )
-    if not student.places:
-        told = ", ".join(f"{timestep:.4g}" for timestep in student.timesteps)
+    if not student.own_steps:
+        timesteps = ", ".join(f"{timestep:.4g}" for timestep in student.timesteps)
         raise ModelError(
-            f"dmd.student_steps: {steps} given, but none of its timesteps ({told}) is the {experts.compressed}-noise "
-            f"expert's, which answers {'from' if experts.compressed == 'high' else 'below'} {experts.boundary:g}; "
-            "give more steps"
+            f"dmd.student_steps: {steps} given, but none of its timesteps ({timesteps}) is the "
+            f"{experts.compressed}-noise expert's, which answers "
+            f"{'from' if experts.compressed == 'high' else 'below'} {experts.boundary:g}; give more steps"
         )

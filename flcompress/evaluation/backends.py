@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from flcompress.diffusion.conditioning import Conditioning
-from flcompress.diffusion.sampling import Network
+from flcompress.diffusion.network import Conditioning, Network
 from flcompress.models.network import as_network, missing_compiler
 
 EAGER = "torch eager"

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from flcompress.core.program import Program
-from flcompress.diffusion.conditioning import Conditioning, taken
 from flcompress.diffusion.contract import SamplingContract
-from flcompress.diffusion.sampling import Network, sample
+from flcompress.diffusion.network import Conditioning, Network, select
+from flcompress.diffusion.sampling import sample
 from flcompress.draws import generator
 from flcompress.driver.rundir import RunDirectory
 from flcompress.errors import RequestError
@@ -66,8 +66,8 @@ class _Stage:
         prompts = [PROMPT, contract.negative_prompt] if contract.guided else [PROMPT]
         length = contract.max_sequence_length
         made = self._parts.encode_prompts(prompts, length)
-        given = taken(made, slice(0, 1)) | self._parts.encode_images(self._clip, [PROMPT], length)
-        return given, taken(made, slice(1, 2)) if contract.guided else None
+        given = select(made, slice(0, 1)) | self._parts.encode_images(self._clip, [PROMPT], length)
+        return given, select(made, slice(1, 2)) if contract.guided else None
 
     @torch.no_grad()
     def generate(self, sampler: Sampler) -> tuple[float, float]:

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 
 from flcompress.core.program import Fact, Program
-from flcompress.diffusion.conditioning import Conditioning
-from flcompress.diffusion.contract import SamplingContract, resampled
-from flcompress.diffusion.sampling import Network
+from flcompress.diffusion.contract import SamplingContract, resample
+from flcompress.diffusion.network import Conditioning, Network
 from flcompress.driver.rundir import RunDirectory
 from flcompress.ir.graph import BlockGraph
 from flcompress.models.loading import load_transformer, meta_transformer
@@ -56,7 +55,7 @@ def run_contenders(run: RunDirectory) -> list[Contender]:
     guided = f"{teacher.num_inference_steps} steps" + (", guided" if teacher.guided else "")
     found = [parts.contender(f"teacher-{teacher.num_inference_steps}", f"teacher, {guided}", "original", teacher)]
     if few != teacher.num_inference_steps:
-        shortcut = resampled(teacher, few, final.family.sigmas)
+        shortcut = resample(teacher, few, final.family.sigmas)
         found.append(parts.contender(f"teacher-{few}", f"teacher, {few} steps", "original", shortcut))
     cut = final.prune_set
     if cut:
@@ -102,7 +101,7 @@ class _Parts:
 
         # A few-step student has the partner that its recipe names; teachers have the model's own.
         beside = "partner" if component == "transformer" else "original_partner"
-        network = own if experts is None else experts.joined(own, partner)
+        network = own if experts is None else experts.combine(own, partner)
         decisive = (self.digest(component), *skipped, *((self.digest(beside),) if experts else ()))
         return Contender(
             name=name,

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from flcompress.diffusion.conditioning import Conditioning, taken
-from flcompress.diffusion.sampling import Network, sample
+from flcompress.diffusion.network import Conditioning, Network, select
+from flcompress.diffusion.sampling import sample
 from flcompress.draws import generator
 from flcompress.errors import FlcompressError
 from flcompress.evaluation.contenders import Contender
@@ -99,7 +99,7 @@ class Studio:
         given = self._parts.encode_prompts([*(caption.text for caption in prompts), negative], length)
         every = torch.arange(len(prompts)).repeat(len(self._captions) // len(prompts))
         one = torch.zeros(1, 3, digits.FRAMES, digits.HEIGHT, digits.WIDTH)
-        return taken(given, every), taken(given, slice(-1, None)), self._parts.encode_clips(one).shape[1:]
+        return select(given, every), select(given, slice(-1, None)), self._parts.encode_clips(one).shape[1:]
 
     @torch.no_grad()
     def _clips(self, contender: Contender, seed: int, counter: Counter) -> torch.Tensor:
@@ -111,7 +111,7 @@ class Studio:
         for number, first in enumerate(range(0, len(noise), BATCH)):
             some = slice(first, first + BATCH)
             again = generator("evaluation", "noise again", seed, number)
-            latents = sample(network, contract, noise[some], taken(prompts, some), negative, again)
+            latents = sample(network, contract, noise[some], select(prompts, some), negative, again)
             if not bool(torch.isfinite(latents).all()):
                 raise FlcompressError(
                     f"{contender.name}: its latents are not finite at seed {seed}; expected numbers. Its training went "

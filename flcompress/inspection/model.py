@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from flcompress.diffusion.process import NUM_TRAIN_TIMESTEPS
+from flcompress.diffusion.schedulers import NUM_TRAIN_TIMESTEPS
 from flcompress.errors import FlcompressError, PreconditionError
 from flcompress.ir.block import Block
 from flcompress.ir.graph import BlockGraph
@@ -190,7 +190,7 @@ def _timesteps(boundary_ratio: float | None, place: int) -> str:
 
 def _graph(transformer: Any, clip: ClipSize | None, latents: tuple[int, int, int] | None) -> tuple[BlockGraph, str]:
     """The block graph with the FLOPs of the clip; where the class cannot be run, its lists of blocks, and why."""
-    from flcompress.models import example_inputs
+    from flcompress.models.inputs import example_inputs
     from flcompress.tracing.counting import graph_at, listed_blocks
 
     name = type(transformer).__name__

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flcompress.diffusion.conditioning import Conditioning
-from flcompress.diffusion.sampling import Network
+from flcompress.diffusion.network import Conditioning, Network
 from flcompress.ir.graph import BlockGraph
 from flcompress.models.families import family_of, find_family
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from flcompress.core.program import FACTS_FILE
-from flcompress.diffusion.conditioning import Conditioning, on, taken
 from flcompress.diffusion.contract import SamplingContract
 from flcompress.diffusion.experts import COMPONENTS, OTHER
-from flcompress.diffusion.sampling import Network, sample
+from flcompress.diffusion.network import Conditioning, Network, select, to_device
+from flcompress.diffusion.sampling import sample
 from flcompress.errors import RequestError
 from flcompress.models.configs import check_transformer_config, read_json
 from flcompress.models.families import family_of
@@ -98,13 +98,13 @@ def denoise(
     Starting noise and every re-noising come from one generator in the order a stock pipeline draws them.
     """
     contract = SamplingContract.from_dict(facts["contract"])
-    prompts = on(parts.encode_prompts([prompt, contract.negative_prompt], contract.max_sequence_length), "cpu")
+    prompts = to_device(parts.encode_prompts([prompt, contract.negative_prompt], contract.max_sequence_length), "cpu")
     parts.let_go()  # the text encoders leave before a transformer comes
-    given = taken(prompts, slice(0, 1)) | dict(first_frame or {})
+    given = select(prompts, slice(0, 1)) | dict(first_frame or {})
     draw = torch.Generator().manual_seed(seed)
     start = parts.family.start(parts.family.noise(facts["latents"], draw), given)
     told = _counted(network, contract.evaluations, progress) if progress else network
-    made = sample(told, contract, start, given, taken(prompts, slice(1, 2)), draw)
+    made = sample(told, contract, start, given, select(prompts, slice(1, 2)), draw)
     return parts.family.end(parts.config, made, given)
 
 
@@ -140,7 +140,7 @@ def _first_frame(parts: Parts, facts: dict[str, Any], prompt: str, image: Path |
     call = facts["call"]
     picture = read_picture(image, call["height"], call["width"])
     clip = picture[None, :, None].expand(1, -1, call["num_frames"], -1, -1)
-    return on(parts.encode_images(clip, [prompt], call["max_sequence_length"]), "cpu")
+    return to_device(parts.encode_images(clip, [prompt], call["max_sequence_length"]), "cpu")
 
 
 def _denoiser(run_dir: Path, backend: Backend, facts: dict[str, Any]) -> Network:
@@ -151,7 +151,7 @@ def _denoiser(run_dir: Path, backend: Backend, facts: dict[str, Any]) -> Network
         return turns.network(make(run_dir, "transformer", "", facts))
     compressed = turns.network(make(run_dir, COMPONENTS[experts.compressed], "", facts))
     partner = make(run_dir, COMPONENTS[OTHER[experts.compressed]], PARTNER_FOLDER, facts)
-    return experts.joined(compressed, turns.network(partner))
+    return experts.combine(compressed, turns.network(partner))
 
 
 class _InTurn:
@@ -190,7 +190,7 @@ def _torch_network(run_dir: Path, transformer: str, part: str, facts: dict[str, 
 
         def call(x: torch.Tensor, timestep: torch.Tensor, given: Conditioning) -> torch.Tensor:
             with half_precision(device, enabled=half):
-                return network(x.to(device), timestep.to(device), on(given, device)).to(x)
+                return network(x.to(device), timestep.to(device), to_device(given, device)).to(x)
 
         return call
 

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flcompress.diffusion.conditioning import Conditioning
-from flcompress.diffusion.sampling import Network
+from flcompress.diffusion.network import Conditioning, Network
 from flcompress.errors import ModelError, NotRemovable, RequestError
 from flcompress.ir.block import Block
 from flcompress.ir.graph import BlockGraph

@@ -82,7 +82,7 @@ def inputs_for(model: nn.Module, inputs: Mapping[str, Any] | None) -> dict[str, 
                 "one forward as a dict"
             )
         return dict(inputs)
-    from flcompress.models import example_inputs  # late: it knows every family, and only few callers need it
+    from flcompress.models.inputs import example_inputs  # late: it knows every family, and only few callers need it
 
     return dict(example_inputs(model))
 

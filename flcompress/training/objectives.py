@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from flcompress.diffusion.conditioning import Conditioning
 from flcompress.diffusion.contract import SamplingContract
-from flcompress.diffusion.flow import shift
-from flcompress.diffusion.process import Process
-from flcompress.diffusion.sampling import Network
+from flcompress.diffusion.network import Conditioning, Network
+from flcompress.diffusion.process import Process, shift
 from flcompress.draws import Draws
 from flcompress.errors import PreconditionError
 

@@ -34,7 +34,7 @@ def test_each_call_goes_to_the_expert_of_its_timestep_at_its_own_scale() -> None
     def constant(value: float) -> Any:
         return lambda x, timestep, given: torch.full_like(x, value) + given["prompt"].reshape(-1, 1, 1, 1, 1)
 
-    joined = teacher.experts.joined(constant(10.0), constant(20.0))
+    joined = teacher.experts.combine(constant(10.0), constant(20.0))
     prompt, negative = {"prompt": torch.tensor([1.0])}, {"prompt": torch.tensor([0.0])}
     found = sample(joined, teacher, torch.zeros(1, 1, 1, 1, 1), prompt, negative)
     sigmas = torch.tensor([*teacher.sigmas, 0.0])
@@ -56,10 +56,10 @@ def test_the_boundary_itself_is_the_high_noise_experts_as_in_the_stock_pipeline(
 def test_a_student_keeps_the_guidance_of_a_partner_that_is_no_student() -> None:
     first = student_contract(contract("high"), 4)
     assert first.experts is not None
-    assert (first.guidance_scale, first.experts.guidance_scale, first.places) == (1.0, 3.0, (0, 1))
+    assert (first.guidance_scale, first.experts.guidance_scale, first.own_steps) == (1.0, 3.0, (0, 1))
     alone = student_contract(contract("low"), 4)
     assert alone.experts is not None
-    assert (alone.guidance_scale, alone.experts.guidance_scale, alone.places) == (4.0, 1.0, (2, 3))
+    assert (alone.guidance_scale, alone.experts.guidance_scale, alone.own_steps) == (4.0, 1.0, (2, 3))
     second = student_contract(contract("low", partner_steps=4), 4)
     assert (second.evaluations, second.sigmas) == (4, first.sigmas)
     assert SamplingContract.from_dict(json.loads(json.dumps(second.to_dict()))) == second

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from flcompress.diffusion import flow, matching
-from flcompress.diffusion.conditioning import dropped, on, taken, without_prompt
+from flcompress.diffusion import matching
 from flcompress.diffusion.contract import SamplingContract
-from flcompress.diffusion.guidance import guide, well_guided
-from flcompress.diffusion.sampling import sample
+from flcompress.diffusion.matching import well_guided
+from flcompress.diffusion.network import drop_captions, select, to_device, with_negative_prompt
+from flcompress.diffusion.process import shift
+from flcompress.diffusion.sampling import guide, sample
 from flcompress.diffusion.student import student_contract
 from tests.fixtures.gaussian import (
     KINDS,
@@ -77,8 +78,8 @@ def test_noising_the_target_and_what_is_read_off_it(kind: str) -> None:
 
 def test_the_timestep_shift_by_hand() -> None:
     """k s / (1 + (k - 1) s): a half becomes three quarters at a shift of 3; both ends stay."""
-    assert flow.shift(torch.tensor([0.0, 0.5, 1.0]), 3.0).tolist() == [0.0, 0.75, 1.0]
-    assert flow.shift(torch.tensor([0.25]), 1.0).tolist() == [0.25]
+    assert shift(torch.tensor([0.0, 0.5, 1.0]), 3.0).tolist() == [0.0, 0.75, 1.0]
+    assert shift(torch.tensor([0.25]), 1.0).tolist() == [0.25]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -220,17 +221,19 @@ def test_the_matching_gradient_by_hand() -> None:
 def test_conditioning_is_taken_dropped_and_replaced_sample_by_sample() -> None:
     given: dict[str, Any] = {PROMPT: torch.arange(12.0).reshape(3, 2, 2), "first_frame": torch.arange(3.0)[:, None]}
     negative = {PROMPT: -torch.ones(1, 2, 2)}
-    plain = without_prompt(given, negative)
+    plain = with_negative_prompt(given, negative)
     assert torch.equal(plain[PROMPT], -torch.ones(3, 2, 2))
     assert torch.equal(plain["first_frame"], given["first_frame"])
     where = torch.tensor([True, False, True])
-    some = dropped(given, {PROMPT: negative[PROMPT].double()}, where)
+    some = drop_captions(given, {PROMPT: negative[PROMPT].double()}, where)
     assert torch.equal(some[PROMPT][where], -torch.ones(2, 2, 2))
     assert torch.equal(some[PROMPT][1], given[PROMPT][1])
     assert some[PROMPT].dtype == torch.float32
     assert torch.equal(some["first_frame"], given["first_frame"])
-    assert torch.equal(dropped({"mask": torch.ones(3)}, {"mask": torch.zeros(1)}, where)["mask"], (~where).float())
-    assert torch.equal(taken(given, slice(1, 3))[PROMPT], given[PROMPT][1:])
-    assert torch.equal(taken(given, torch.tensor([2, 0]))["first_frame"], torch.tensor([[2.0], [0.0]]))
-    assert on(given, "meta")[PROMPT].device.type == "meta"
-    assert on(given, "cpu").keys() == given.keys()
+    assert torch.equal(
+        drop_captions({"mask": torch.ones(3)}, {"mask": torch.zeros(1)}, where)["mask"], (~where).float()
+    )
+    assert torch.equal(select(given, slice(1, 3))[PROMPT], given[PROMPT][1:])
+    assert torch.equal(select(given, torch.tensor([2, 0]))["first_frame"], torch.tensor([[2.0], [0.0]]))
+    assert to_device(given, "meta")[PROMPT].device.type == "meta"
+    assert to_device(given, "cpu").keys() == given.keys()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from flcompress.diffusion.contract import SamplingContract, contract_of, resampled, scheduler_of
+from flcompress.diffusion.contract import SamplingContract, contract_of, resample, scheduler_of
 from flcompress.diffusion.sampling import advance, predict, sample
 from flcompress.diffusion.schedulers import DISCRETE_ALIKE, FLOW_SCHEDULER, FLOW_SOLVERS
 from flcompress.diffusion.student import student_contract
@@ -133,7 +133,7 @@ def test_a_solver_of_first_order_takes_the_steps_of_its_ode(case: str) -> None:
 def test_a_solver_that_adds_noise_is_followed_along_its_ode(more: dict[str, Any]) -> None:
     given = {"_class_name": "DPMSolverMultistepScheduler", **FLOW, **more}
     made = contract_of(given, num_inference_steps=6, guidance_scale=1.0, max_sequence_length=4)
-    assert made.replaced
+    assert made.replaces_steps
     assert not made.stochastic
     once, again = (sample(Recording(), made, noise(), {}) for _ in range(2))
     assert torch.equal(once, again)
@@ -172,7 +172,7 @@ def test_a_shift_that_depends_on_the_size_is_the_folders_own(name: str, config: 
     theirs = stock(name, config, 4, mu=0.7)
     assert list(made.sigmas) == theirs.sigmas[:-1].tolist()
     assert made.shift == pytest.approx(0.7 if config.get("time_shift_type") else 2.01375, abs=1e-5)
-    assert resampled(made, 9).sigmas == contract(name, config, 9, mu=0.7).sigmas
+    assert resample(made, 9).sigmas == contract(name, config, 9, mu=0.7).sigmas
     assert SamplingContract.from_dict(json.loads(json.dumps(made.to_dict()))) == made
     student = student_contract(made, 4)
     assert student.mu is None

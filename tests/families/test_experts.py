@@ -99,13 +99,13 @@ def runs(made: Callable[[Expert], Made], high: Made) -> dict[Expert, Made]:
 def test_the_first_expert_goes_all_the_way(high: Made) -> None:
     """Its partner is still the teacher's, and guided."""
     program = RunDirectory(high[0]).final()
-    assert (len(program.graph.blocks), program.contract.places) == (HIGH[0], (0, 1))
+    assert (len(program.graph.blocks), program.contract.own_steps) == (HIGH[0], (0, 1))
     assert program.contract.evaluations == 2 + 2 * 2
 
 
 def test_the_second_expert_goes_all_the_way(runs: dict[Expert, Made]) -> None:
     first, program = (RunDirectory(runs[expert][0]).final() for expert in ("high", "low"))
-    assert (len(program.graph.blocks), program.contract.places) == (LOW[0], (2, 3))
+    assert (len(program.graph.blocks), program.contract.own_steps) == (LOW[0], (2, 3))
     assert program.contract.evaluations == 4
     assert program.contract.sigmas == first.contract.sigmas
 

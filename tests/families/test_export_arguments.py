@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from flcompress.errors import RequestError
-from flcompress.models import example_inputs
 from flcompress.models.families import family_of
 from flcompress.models.families.qwen_image import RotaryInputs
+from flcompress.models.inputs import example_inputs
 from flcompress.runtime.inputs import Denoiser, constants_of, tensors_of
 from tests.families.pipelines import EXPORTED
 

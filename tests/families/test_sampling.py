@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from flcompress.diffusion.conditioning import taken
 from flcompress.diffusion.contract import SamplingContract, contract_of, levels_of, scheduler_of
+from flcompress.diffusion.network import select
 from flcompress.diffusion.sampling import sample
 from flcompress.diffusion.student import student_contract
 from flcompress.models.configs import read_json
@@ -60,7 +60,7 @@ def stock(
     pipeline.set_progress_bar_config(disable=True)
     if not own:
         pipeline.scheduler = scheduler_of(contract)
-    if contract.replaced:  # CogVideoX's DPM adds noise; its ODE is that of the other one
+    if contract.replaces_steps:  # CogVideoX's DPM adds noise; its ODE is that of the other one
         pipeline.scheduler = CogVideoXDDIMScheduler.from_config(dict(contract.scheduler))
     frames, height, width = TINY[name].size
     size: dict[str, Any] = {"height": height, "width": width} | ({} if family.image else {"num_frames": frames})
@@ -107,7 +107,7 @@ def difference(folder: Path, name: str, contract: SamplingContract, own: bool = 
     draw = torch.Generator().manual_seed(3)
     noise = torch.randn(1, parts.family.channels(config), *shape, generator=draw)
     prompts = parts.encode_prompts([PROMPT, ""], LENGTH)
-    given, image = taken(prompts, slice(0, 1)), None
+    given, image = select(prompts, slice(0, 1)), None
     if parts.from_image:
         frames, height, width = TINY[name].size
         pixels = (torch.rand(height, width, 3, generator=draw) * 255).byte()
@@ -115,7 +115,7 @@ def difference(folder: Path, name: str, contract: SamplingContract, own: bool = 
         clip = (pixels.permute(2, 0, 1).float() / 127.5 - 1.0)[None, :, None].expand(1, 3, frames, height, width)
         given |= parts.encode_images(clip, [PROMPT], LENGTH)
     network = as_network(load_transformer(folder / "transformer"), contract.embedded_guidance)
-    ours = sample(network, contract, parts.family.start(noise, given), given, taken(prompts, slice(1, 2)))
+    ours = sample(network, contract, parts.family.start(noise, given), given, select(prompts, slice(1, 2)))
     ours = parts.family.end(config, ours, given)
     theirs = stock(folder, contract, name, noise, image, own)
     if name == "hunyuan-video-i2v-concat":

@@ -17,7 +17,7 @@ from flcompress.cli import main
 from flcompress.errors import RequestError
 from flcompress.inspection.drawing import draw_inspection
 from flcompress.inspection.model import inspect_model
-from flcompress.models import example_inputs
+from flcompress.models.inputs import example_inputs
 from flcompress.tracing.counting import count_flops
 
 WAN = {

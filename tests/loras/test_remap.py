@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from flcompress.cli import main
 from flcompress.driver.manager import apply, export
 from flcompress.driver.rundir import RunDirectory
-from flcompress.models import example_inputs
+from flcompress.models.inputs import example_inputs
 from flcompress.models.loading import load_transformer
 from flcompress.tracing.skip import skip
 from tests.fixtures.tiny import tiny_pipeline

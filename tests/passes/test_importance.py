@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 from flcompress.driver.manager import apply
 from flcompress.driver.start import read_source
 from flcompress.frontend.loading import load_recipe
-from flcompress.models import example_inputs
+from flcompress.models.inputs import example_inputs
 from flcompress.models.loading import load_transformer, meta_transformer
 from flcompress.models.network import half_precision
 from flcompress.models.tensor_memory import Alive

@@ -13,7 +13,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from flcompress.errors import NotRemovable
-from flcompress.models import example_inputs
+from flcompress.models.inputs import example_inputs
 from flcompress.models.shards import folder_tensors
 from flcompress.tracing.removal.on_disk import remove_on_disk
 from flcompress.tracing.removal.remove import remove

@@ -10,7 +10,7 @@ import torch
 from diffusers import CogVideoXTransformer3DModel, WanTransformer3DModel
 
 from flcompress.errors import ModelError, NotRemovable, RequestError
-from flcompress.models import example_inputs
+from flcompress.models.inputs import example_inputs
 from flcompress.models.shards import folder_tensors
 from flcompress.tracing.config_keys import build
 from flcompress.tracing.removal.on_disk import remove_on_disk

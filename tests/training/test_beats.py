@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from diffusers import WanTransformer3DModel
 
-from flcompress.diffusion.sampling import Network
+from flcompress.diffusion.network import Network
 from flcompress.distributed.world import World
 from flcompress.driver.manager import apply
 from flcompress.progress import QuietDisplay

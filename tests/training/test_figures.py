@@ -14,11 +14,11 @@ from flcompress.core.program import Program
 from flcompress.core.steps import PassContext
 from flcompress.data.dataset import LatentDataset
 from flcompress.diffusion import matching
-from flcompress.diffusion.conditioning import Conditioning
 from flcompress.diffusion.contract import contract_of
 from flcompress.diffusion.experts import Experts
+from flcompress.diffusion.network import Conditioning, Network
 from flcompress.diffusion.process import FLOW
-from flcompress.diffusion.sampling import Network, sample
+from flcompress.diffusion.sampling import sample
 from flcompress.distributed.world import World
 from flcompress.training.distillation.samples import Prompts, compared, moments
 from flcompress.training.watching.held_out import critic_lag

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
-from flcompress.diffusion.conditioning import Conditioning
+from flcompress.diffusion.network import Conditioning
 from flcompress.models.families.conversions import normal
 from flcompress.models.families.family import ClipSize, Compression, Config, Family, LatentShape, OriginalNames
 from flcompress.models.video import encode_clips

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from flcompress.diffusion.conditioning import Conditioning
+from flcompress.diffusion.network import Conditioning
 
 Config = Mapping[str, Any]
 """The configuration of a transformer, an autoencoder, a scheduler or a pipeline."""

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from typing_extensions import override
 
-from flcompress.diffusion.conditioning import Conditioning
+from flcompress.diffusion.network import Conditioning
 from flcompress.models.families.conversions import normal, pad_tokens, picture_of, velocity_to, with_first
 from flcompress.models.families.family import ClipSize, Compression, Config, LatentShape, OriginalNames
 from flcompress.models.families.shared import (

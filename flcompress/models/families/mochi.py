@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from flcompress.diffusion.conditioning import Conditioning
+from flcompress.diffusion.network import Conditioning
 from flcompress.models.families.family import ClipSize, Compression, Config, Family, LatentShape, OriginalNames
 from flcompress.models.families.shared import MASKED, masked_example, masked_prompts
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from flcompress.diffusion.conditioning import Conditioning
+from flcompress.diffusion.network import Conditioning
 from flcompress.models.families.conversions import normal, pack, pad_tokens
 from flcompress.models.families.family import ClipSize, Compression, Config, LatentShape
 from flcompress.models.families.shared import PackedImage

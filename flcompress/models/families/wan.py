@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from typing_extensions import override
 
-from flcompress.diffusion.conditioning import Conditioning
+from flcompress.diffusion.network import Conditioning
 from flcompress.errors import RequestError
 from flcompress.models.families.conversions import normal, picture_of, velocity_to, with_first
 from flcompress.models.families.family import ClipSize, Compression, Config, Family, LatentShape, OriginalNames

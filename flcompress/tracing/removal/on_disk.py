@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from flcompress.errors import NotRemovable, PostconditionError
 from flcompress.files import move_in_place
 from flcompress.ir.graph import BlockGraph
-from flcompress.models import example_inputs
 from flcompress.models.configs import check_transformer_config
+from flcompress.models.inputs import example_inputs
 from flcompress.models.loading import load_transformer, meta_transformer
 from flcompress.models.part_check import matching_tensors
 from flcompress.models.shards import LARGEST_SHARD, StackedTensor, StoredTensor, Writable, write_tensors

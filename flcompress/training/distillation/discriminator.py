@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from flcompress.diffusion.conditioning import Conditioning
-from flcompress.diffusion.sampling import Network
+from flcompress.diffusion.network import Conditioning, Network
 
 
 class Discriminator(nn.Module):

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 
 from flcompress.core.settings import Range
-from flcompress.diffusion.conditioning import Conditioning, without_prompt
-from flcompress.diffusion.guidance import well_guided
-from flcompress.diffusion.sampling import Network
+from flcompress.diffusion.matching import well_guided
+from flcompress.diffusion.network import Conditioning, Network, with_negative_prompt
 from flcompress.draws import Draws
 from flcompress.ir.graph import BlockGraph
 from flcompress.tracing.prefix import remember
@@ -62,7 +61,7 @@ class GuidedTeacher:
         conditional, pruned = self._full_and_pruned(x, timestep, given)
         unconditional = conditional
         if self._inter_cfg != NO_INTER:
-            unconditional = self._network(x, timestep, without_prompt(given, self._negative))
+            unconditional = self._network(x, timestep, with_negative_prompt(given, self._negative))
         return well_guided(unconditional, conditional, pruned, inter, intra)
 
     @staticmethod

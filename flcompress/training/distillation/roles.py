@@ -11,9 +11,8 @@ import torch
 from flcompress.core.program import Program
 from flcompress.data.dataset import LatentDataset
 from flcompress.diffusion import matching
-from flcompress.diffusion.conditioning import on
 from flcompress.diffusion.contract import SamplingContract
-from flcompress.diffusion.sampling import Network
+from flcompress.diffusion.network import Network, to_device
 from flcompress.draws import Draws, seed_of
 from flcompress.models.loading import meta_transformer
 from flcompress.models.network import as_network
@@ -51,7 +50,7 @@ class Roles:
         self._process, self._shift = contract.process, program.teacher_contract.shift
         self._embedded = contract.embedded_guidance
         self._data, fixed = _split(work.data(program), work.health.samples)
-        negative = on(self._data.negative, work.device)
+        negative = to_device(self._data.negative, work.device)
         low, high = settings.score_range
         self._score_range = level_range(contract, self._shift, low=low, high=high, key="dmd.score_range")
 
@@ -82,7 +81,7 @@ class Roles:
             partner = beside = as_network(engine.wrap_frozen(engine.load_frozen(parts["partner"])), self._embedded)
             if fixed is not None and parts["original_partner"] != parts["partner"]:
                 beside = as_network(engine.wrap_frozen(engine.load_frozen(parts["original_partner"])), self._embedded)
-            sampled, guided = experts.joined(sampled, partner), experts.joined(guided, beside)
+            sampled, guided = experts.combine(sampled, partner), experts.combine(guided, beside)
         self._simulation = Simulation(program, contract, self._data, negative, work.device, partner, self._heartbeat)
         self.health: StudentHealth | None = None
         if fixed is not None:
@@ -178,7 +177,7 @@ class Roles:
         self._heartbeat()
         x_real, given_real = self._data.batch(draws.batch, draws.shared, draws.mine)
         real, real_level, _ = self._noised(x_real.to(self._device), draws)
-        _, logits = self._critic.module(real, self._process.timestep(real_level), on(given_real, self._device))
+        _, logits = self._critic.module(real, self._process.timestep(real_level), to_device(given_real, self._device))
         loss: torch.Tensor = (prediction.float() - self._process.target(x, noise, level)).square().mean()
         return loss + self._settings.gan_weight * critic_term(logits, generated)
 

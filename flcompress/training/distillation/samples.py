@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from flcompress.core.program import CHECKPOINTS, Program
 from flcompress.core.steps import PassContext
 from flcompress.data.dataset import LatentDataset
-from flcompress.diffusion.conditioning import Conditioning, on, taken
 from flcompress.diffusion.contract import SamplingContract
-from flcompress.diffusion.flow import spread
-from flcompress.diffusion.sampling import Network, Walk, predict
+from flcompress.diffusion.network import Conditioning, Network, select, to_device
+from flcompress.diffusion.process import expand_to
+from flcompress.diffusion.sampling import Walk, predict
 from flcompress.distributed.world import World
 from flcompress.draws import Draws
 from flcompress.files import replacing, write_text
@@ -64,7 +64,7 @@ class Prompts:
         total = -(-work.health.samples // size) * size
         draws = _draws(work, total)
         shape, given = data.conditions(total, draws.shared, program.latents, draws.mine)
-        given, negative = on(given, work.device), on(data.negative, work.device)
+        given, negative = to_device(given, work.device), to_device(data.negative, work.device)
         return cls(work, given, negative, shape, at_once, total, program.family.start)
 
     @torch.no_grad()
@@ -87,7 +87,7 @@ class Prompts:
         place_of = torch.arange(self.total)[draws.mine] % len(levels)
         clean, along = [], []
         for part in torch.split(torch.arange(len(draws)), self.at_once):
-            given = taken(self.given, part.to(self.work.device))
+            given = select(self.given, part.to(self.work.device))
             again = _one_by_one([noise[part] for noise in noises])
             x = self.start(again(noises[0]).to(self.work.device), given)
             seen, walk = torch.zeros_like(x), Walk(contract)
@@ -95,7 +95,7 @@ class Prompts:
                 prediction = predict(network, contract, place, x, given, self.negative)
                 x0 = contract.process.tweedie(x, prediction, torch.full((len(x),), sigma, device=x.device))
                 here = (place_of[part] == place).to(x.device)
-                seen = torch.where(spread(here, x), x0, seen)
+                seen = torch.where(expand_to(here, x), x0, seen)
                 x = walk(x, prediction, place, again)
                 self.work.world.heartbeat()
             clean.append(x)

@@ -9,9 +9,9 @@ import torch
 
 from flcompress.core.program import Program
 from flcompress.data.dataset import LatentDataset
-from flcompress.diffusion.conditioning import Conditioning, on
 from flcompress.diffusion.contract import SamplingContract
-from flcompress.diffusion.sampling import Network, advance, predict
+from flcompress.diffusion.network import Conditioning, Network, to_device
+from flcompress.diffusion.sampling import advance, predict
 from flcompress.draws import Draws
 
 
@@ -46,9 +46,9 @@ class Simulation:
         Returns:
             x0 [n, channels, frames, height, width] and its conditioning.
         """
-        contract, places = self.contract, self.contract.places
+        contract, places = self.contract, self.contract.own_steps
         shape, given = self.data.conditions(draws.batch, draws.shared, self.program.latents, draws.mine)
-        given = on(given, self.device)
+        given = to_device(given, self.device)
         # The same level for all processes: else they would wait for the one with most steps, or hang where weights
         # are split.
         last = places[int(torch.randint(len(places), (), generator=draws.shared))]

@@ -10,8 +10,8 @@ from flcompress.core.program import Program
 from flcompress.core.steps import PassContext
 from flcompress.data.dataset import LatentDataset
 from flcompress.diffusion.contract import SamplingContract
-from flcompress.diffusion.flow import shift
-from flcompress.diffusion.sampling import Network
+from flcompress.diffusion.network import Network
+from flcompress.diffusion.process import shift
 from flcompress.draws import Draws
 from flcompress.training.distillation.samples import Prompts, Samples
 from flcompress.training.role import TrainedRole

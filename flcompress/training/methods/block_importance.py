@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 
 from flcompress.data.dataset import LatentDataset
-from flcompress.diffusion.conditioning import Conditioning, on
 from flcompress.diffusion.contract import SamplingContract
+from flcompress.diffusion.network import Conditioning, to_device
 from flcompress.distributed.world import World
 from flcompress.draws import generator
 from flcompress.ir.block import Estimate
@@ -96,7 +96,7 @@ class BlockScores:
         """w(s) (loss without block - loss with all) of each draw: path -> [n], in float64."""
         device = next(model.parameters()).device
         x0, noise, sigma = (tensor.to(device) for tensor in (x0, noise, sigma))
-        given, process = on(conditioning, device), contract.process
+        given, process = to_device(conditioning, device), contract.process
         weight = process.elbo_weight(sigma) if self.weighting == "elbo" else torch.ones_like(sigma)
         x, network = process.add_noise(x0, noise, sigma), as_network(model, contract.embedded_guidance)
 

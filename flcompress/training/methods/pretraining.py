@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from flcompress.core.program import Program
-from flcompress.diffusion.conditioning import dropped, on
+from flcompress.diffusion.network import drop_captions, to_device
 from flcompress.draws import Draws
 from flcompress.models.network import as_network
 from flcompress.training.engines import Engine, Hyper
@@ -53,10 +53,10 @@ class Pretraining:
 
         def loss(draws: Draws) -> torch.Tensor:
             x0, given = training.batch(draws.batch, draws.shared, draws.mine)
-            given = dropped(given, data.empty, draws.uniform() < self.caption_dropout)
+            given = drop_captions(given, data.empty, draws.uniform() < self.caption_dropout)
             noise, level = draws.normal(*x0.shape[1:]), draw_levels(draws, self.shift, low=low, high=high)
             x0, noise, level = (t.to(work.device) for t in (x0, noise, level))
-            return denoising_loss(network, process, x0, on(given, work.device), level, noise)
+            return denoising_loss(network, process, x0, to_device(given, work.device), level, noise)
 
         at_once = work.at_once(self.batch)
         elbo = HeldOutELBO(heldout, contract, len(heldout), work.seed, work.device, at_once, work.world)

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from flcompress.core.program import Program
-from flcompress.diffusion.conditioning import Conditioning, dropped, on
+from flcompress.diffusion.network import Conditioning, drop_captions, to_device
 from flcompress.draws import Draws
 from flcompress.models.network import as_network
 from flcompress.tracing.prefix import remember
@@ -89,7 +89,7 @@ class DepthRoles:
         """L_II = alpha |f_pruned - target|^2 + (1 - alpha) |f_pruned - v|^2."""
         settings, process, device = self._settings, self._process, self._work.device
         x0, given = self._training.batch(draws.batch, draws.shared, draws.mine)
-        given = dropped(given, self._training.negative, draws.uniform() < settings.caption_dropout)
+        given = drop_captions(given, self._training.negative, draws.uniform() < settings.caption_dropout)
         noise = draws.normal(*x0.shape[1:])
         level = draw_levels(draws, self._contract.shift, low=self._low, high=self._high)
         # One mask for all processes: sharded engines hang, or go wrong, on masks that differ.
@@ -97,7 +97,7 @@ class DepthRoles:
         skipped = [path for path, gone in zip(self._prune_set, mask.tolist(), strict=True) if gone]
         x0, noise, level = (t.to(device) for t in (x0, noise, level))
         x = process.add_noise(x0, noise, level)
-        pruned, full = self._both_paths(x, process.timestep(level), on(given, device), skipped)
+        pruned, full = self._both_paths(x, process.timestep(level), to_device(given, device), skipped)
         loss = settings.alpha * (pruned - full).square().mean()
         if settings.alpha < 1.0:
             loss = loss + (1.0 - settings.alpha) * (pruned - process.target(x0, noise, level)).square().mean()

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from flcompress.data.dataset import LatentDataset
-from flcompress.diffusion.conditioning import Conditioning, on, taken
 from flcompress.diffusion.contract import SamplingContract
+from flcompress.diffusion.network import Conditioning, Network, select, to_device
 from flcompress.diffusion.process import Process
-from flcompress.diffusion.sampling import Network
 from flcompress.distributed.world import World
 from flcompress.training.objectives import level_range
 from flcompress.training.watching.monitor import Redraws
@@ -78,7 +77,7 @@ class HeldOutELBO:
             counts = torch.split((mine < clips).double(), at_once)
             for part, count in zip(torch.split(mine.clamp(max=clips - 1), at_once), counts, strict=True):
                 self._groups.append(part % GROUPS)
-                self._batches.append((x0[part], whole[part], level[part], count, taken(conditioning, part)))
+                self._batches.append((x0[part], whole[part], level[part], count, select(conditioning, part)))
 
     @torch.no_grad()
     def __call__(self, network: Network) -> Scored:
@@ -87,7 +86,7 @@ class HeldOutELBO:
         sums = torch.zeros(2, GROUPS, dtype=torch.float64)
         for batch, group in zip(self._batches, self._groups, strict=True):
             x0, x, level, count = (tensor.to(self._device) for tensor in batch[:4])
-            prediction = network(x, self._process.timestep(level), on(batch[4], self._device))
+            prediction = network(x, self._process.timestep(level), to_device(batch[4], self._device))
             error = x0 - self._process.tweedie(x, prediction, level)
             per_draw = error.double().square().mean(dim=tuple(range(1, error.ndim)))
             weighted = count * self._process.elbo_weight(level) * per_draw
@@ -171,7 +170,7 @@ def critic_lag(
     gram = torch.zeros(5, 5, dtype=torch.float64)
     for part in torch.split(torch.arange(len(x0)), at_once):
         clean, e, s = (tensor[part.to(tensor.device)] for tensor in (x0, noise, level))
-        conditioning = taken(given, part.to(x0.device))
+        conditioning = select(given, part.to(x0.device))
         x, timestep = process.add_noise(clean, e, s), process.timestep(s)
         columns = [fake(x, timestep, conditioning), other(x, timestep, conditioning), x, torch.ones_like(x)]
         flat = torch.stack([one.double().flatten() for one in (*columns, process.target(clean, e, s))])

@@ -17,10 +17,9 @@ from hypothesis import strategies as st
 
 from flcompress.core.settings import Health, highest
 from flcompress.core.steps import PassContext
-from flcompress.diffusion.conditioning import Conditioning
 from flcompress.diffusion.contract import contract_of
+from flcompress.diffusion.network import Conditioning, Network
 from flcompress.diffusion.process import FLOW
-from flcompress.diffusion.sampling import Network
 from flcompress.distributed.world import World
 from flcompress.draws import generator
 from flcompress.errors import TrainingError

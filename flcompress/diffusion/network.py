@@ -1,0 +1,42 @@
+"""A denoising network as losses and samplers see it: its type, and what conditions it.
+
+Conditioning is all that a network is given beside latents and noise level: the prompt and, for some models, the first
+frame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+Conditioning = Mapping[str, torch.Tensor]
+"""Named tensors, the batch axis first: "encoder_hidden_states" [n, tokens, channels], masks, a first frame, ..."""
+
+Network = Callable[[torch.Tensor, torch.Tensor, Conditioning], torch.Tensor]
+"""(latents [n, channels, frames, height, width], timestep [n], conditioning) -> prediction, shaped as the latents."""
+
+
+def select(conditioning: Conditioning, index: torch.Tensor | slice) -> dict[str, torch.Tensor]:
+    """Return the conditioning of some of the samples."""
+    return {name: tensor[index] for name, tensor in conditioning.items()}
+
+
+def to_device(conditioning: Conditioning, device: torch.device | str) -> dict[str, torch.Tensor]:
+    """Return the conditioning on a device."""
+    return {name: tensor.to(device) for name, tensor in conditioning.items()}
+
+
+def with_negative_prompt(conditioning: Conditioning, negative: Conditioning) -> dict[str, torch.Tensor]:
+    """Replace the prompts by the negative prompt's tensors [1, ...]; what is no prompt (a first frame) stays."""
+    n = len(next(iter(conditioning.values())))
+    return {**conditioning, **{name: tensor.expand(n, *tensor.shape[1:]) for name, tensor in negative.items()}}
+
+
+def drop_captions(conditioning: Conditioning, negative: Conditioning, where: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Replace the prompts of the samples where `where` [n] holds by the negative prompt [1, ...] (caption dropout)."""
+    result = dict(conditioning)
+    for name, tensor in negative.items():
+        own = conditioning[name]
+        result[name] = torch.where(where.reshape(-1, *([1] * (tensor.ndim - 1))), tensor.to(own.dtype), own)
+    return result
