@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from urllib.parse import unquote
 
 import pytest
-
-import flcompress
-import flcompress.api
 
 ROOT = Path(__file__).parents[1]
 MAX_MODULES = 15
@@ -76,25 +71,3 @@ def test_every_page_is_in_the_navigation() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     pages = [path.relative_to(ROOT / "docs").as_posix() for path in PAGES if path.is_relative_to(ROOT / "docs")]
     assert [page for page in pages if page not in navigation] == []
-
-
-def undocumented(door: ModuleType) -> Iterator[str]:
-    """Names that a public module opens, and their public members, without a docstring of their own."""
-    for public in door.__all__:
-        opened = getattr(door, public)
-        if not (inspect.isclass(opened) or inspect.isroutine(opened)):
-            continue  # a type alias
-        if not opened.__doc__:
-            yield public
-        if inspect.isclass(opened):
-            fields = inspect.get_annotations(opened)  # a field's default may be a function
-            members = {key: value for key, value in vars(opened).items() if key not in fields}
-            for key, value in members.items():
-                function = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
-                if not key.startswith(("_", "model_")) and inspect.isroutine(function) and not function.__doc__:
-                    yield f"{public}.{key}"
-
-
-@pytest.mark.parametrize("door", [flcompress, flcompress.api], ids=lambda door: door.__name__)
-def test_everything_public_has_a_docstring(door: ModuleType) -> None:
-    assert list(undocumented(door)) == []

@@ -16,6 +16,8 @@ from flcompress.planning.machines import gpu_machine
 from flcompress.planning.plan import make_plan
 from flcompress.planning.text import plan_text
 
+pytestmark = pytest.mark.e2e
+
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 REAL = {
     "wan2.1-t2v-1.3b": (1_418_996_800, (16, 21, 60, 104)),

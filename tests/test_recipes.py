@@ -15,6 +15,8 @@ from flcompress.driver.rundir import RunDirectory
 from flcompress.exporters.tensorrt_engine import TensorRTExporter
 from flcompress.frontend.loading import load_recipe
 
+pytestmark = pytest.mark.e2e
+
 RECIPES = Path(__file__).parents[1] / "recipes"
 TEACHER_BYTES = 25 * 1024 * 1024
 

@@ -17,7 +17,7 @@ from flcompress.cli import main
 from flcompress.driver import manager
 from tests.fixtures.recipes import WriteRecipe
 
-pytestmark = pytest.mark.usefixtures("fake_steps")
+pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("fake_steps")]
 
 
 def cli(*arguments: str | Path) -> Result:

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 import flcompress
 from flcompress.progress import QuietDisplay
 
+pytestmark = pytest.mark.e2e
+
 QUIET = QuietDisplay()
 
 RECIPE = """

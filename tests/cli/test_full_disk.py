@@ -14,7 +14,7 @@ from tests.fixtures.recipes import WriteRecipe
 from tests.fixtures.small_disk import fill, small_disk
 from tests.reporting.synthetic import write_run
 
-pytestmark = pytest.mark.usefixtures("fake_steps")
+pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("fake_steps")]
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from tests.fixtures.fakes import CALLS
 from tests.fixtures.recipes import WriteRecipe
 from tests.fixtures.small_disk import small_disk
 
-pytestmark = pytest.mark.usefixtures("fake_steps")
+pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("fake_steps")]
 
 
 def refused(done: Result, *named: str, status: int = 2) -> None:

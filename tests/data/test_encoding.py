@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
@@ -17,6 +18,8 @@ from flcompress.models.parts import open_parts
 from tests.fixtures.encode_command import contents, encode
 from tests.fixtures.mp4_boxes import turn
 from tests.fixtures.video_files import Tags, cut, write_colour, write_video
+
+pytestmark = pytest.mark.e2e
 
 
 def test_what_is_written(encoded: tuple[Path, dict[str, Any]]) -> None:

@@ -22,6 +22,8 @@ from flcompress.errors import DataError, FlcompressError
 from tests.fixtures.encode_command import arguments, contents, encode
 from tests.fixtures.video_files import write_video
 
+pytestmark = pytest.mark.e2e
+
 
 def test_nothing_to_do_the_second_time(encoded: tuple[Path, dict[str, Any]], model: Path, videos: Path) -> None:
     out, _ = encoded

@@ -2,12 +2,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import yaml
 
 from flcompress.driver.rundir import RunDirectory
 from flcompress.evaluation.ablation import Variant, ablate
 from flcompress.models.stock_files import folder_digest
 from tests.fixtures.tiny import tiny_pipeline
+
+pytestmark = pytest.mark.e2e
 
 
 def test_variants_are_trained_evaluated_and_compared_with_the_base(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from flcompress.evaluation import bench as bench_module
 from flcompress.evaluation.bench import _Stage, bench
 from flcompress.models.loading import load_transformer
 
+pytestmark = pytest.mark.e2e
+
 
 def test_work_is_counted_and_rounds_are_timed(run: RunDirectory) -> None:
     told: list[tuple[int, int]] = []

@@ -18,6 +18,8 @@ from flcompress.models.parts import open_parts
 from flcompress.moving_digits.figures import AVERAGED
 from tests.evaluation.conftest import make_run
 
+pytestmark = pytest.mark.e2e
+
 NAMES = ["teacher-3", "teacher-2", "raw-pruned", "stochastic-depth-full", "stochastic-depth-pruned", "student"]
 METRICS = {*AVERAGED, "frechet", "prompt_accuracy", "speed_accuracy", "average"}
 

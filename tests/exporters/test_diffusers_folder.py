@@ -19,6 +19,8 @@ from flcompress.models.parts import open_parts
 from flcompress.runtime.generate import denoise
 from tests.fixtures.exports import silent
 
+pytestmark = pytest.mark.e2e
+
 PROMPT = "a three drifting up and left, fast"
 
 

@@ -30,6 +30,8 @@ from flcompress.runtime.onnx_session import OnnxSession
 from flcompress.runtime.sizes import Size, size_of, step_of
 from tests.fixtures.exports import silent
 
+pytestmark = pytest.mark.e2e
+
 
 def test_the_manifest_states_what_was_measured(run: Path, program: Program) -> None:
     folder = run / "exports" / "onnx"

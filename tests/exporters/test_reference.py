@@ -17,6 +17,8 @@ from flcompress.models.loading import transformer_class
 from flcompress.runtime.inputs import arguments_of, constants_of
 from flcompress.runtime.sizes import size_of, step_of
 
+pytestmark = pytest.mark.e2e
+
 EPSILON = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 

@@ -26,6 +26,8 @@ from flcompress.runtime.tensorrt_api import cuda_driver, load_tensorrt
 from flcompress.runtime.tensorrt_session import TensorRTSession
 from tests.fixtures.exports import silent
 
+pytestmark = pytest.mark.e2e
+
 
 def builder() -> Any:
     try:

@@ -26,6 +26,8 @@ from flcompress.runtime.generate import generate
 from tests.families.pipelines import TINY
 from tests.fixtures.video_files import write_video
 
+pytestmark = pytest.mark.e2e
+
 PROMPT, COLOUR = "a three drifting up", (90, 10, 200)
 CAPTIONS = ("a three drifting up", "a two drifting left")
 RECIPE = """

@@ -18,6 +18,8 @@ from flcompress.models.families.conversions import (
     with_first,
 )
 
+pytestmark = pytest.mark.e2e
+
 T = torch.tensor([250.0, 1000.0])
 TEXT = torch.arange(2 * 3 * 4.0).reshape(2, 3, 4)
 

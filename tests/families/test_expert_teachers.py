@@ -22,6 +22,8 @@ from flcompress.runtime.generate import _denoiser, denoise
 from tests.families.exports import PROMPT, first_frame
 from tests.families.pipelines import EXPERTS
 
+pytestmark = pytest.mark.e2e
+
 
 def test_an_inspection_shows_both_experts(pipeline_folder: Callable[[str], Path]) -> None:
     found = inspect_model(str(pipeline_folder("wan-a14b")), height=64, width=64, frames=9)

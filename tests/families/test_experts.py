@@ -36,6 +36,8 @@ from tests.families.exports import PROMPT, first_frame
 from tests.families.pipelines import EXPERTS
 from tests.families.test_apply import RECIPE, encoded
 
+pytestmark = pytest.mark.e2e
+
 DATA = "data: {moving-digits: {clips: 8}}"
 HIGH, LOW = (3, 4), (5, 6)
 """Blocks of the tiny high-noise and low-noise expert: pruned, and whole."""

@@ -14,6 +14,8 @@ from flcompress.models.inputs import example_inputs
 from flcompress.runtime.inputs import Denoiser, constants_of, tensors_of
 from tests.families.pipelines import EXPORTED
 
+pytestmark = pytest.mark.e2e
+
 
 def built(name: str) -> Any:
     torch.manual_seed(0)

@@ -13,6 +13,8 @@ from flcompress.exporters.tensorrt_engine import TensorRTExporter
 from flcompress.runtime.tensorrt_api import load_tensorrt
 from tests.families.exports import exportable
 
+pytestmark = pytest.mark.e2e
+
 SIZES = ["frames", "height", "width"]
 
 

@@ -11,6 +11,8 @@ from flcompress.models.configs import read_json
 from flcompress.models.families import family_of
 from tests.families.pipelines import EXPERTS, TINY
 
+pytestmark = pytest.mark.e2e
+
 RATES = {
     "wan": 16.0,
     "wan-i2v": 16.0,

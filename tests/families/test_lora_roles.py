@@ -15,6 +15,8 @@ from flcompress.tracing.skip import graph_of
 from flcompress.training.shared_base import LoRA, SharedBase, merge
 from tests.families.pipelines import TINY
 
+pytestmark = pytest.mark.e2e
+
 
 @pytest.mark.parametrize("name", TINY)
 def test_every_half_of_a_lora_is_trained_and_merged(pipeline_folder: Callable[[str], Path], name: str) -> None:

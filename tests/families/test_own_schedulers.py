@@ -20,7 +20,7 @@ from flcompress.progress import QuietDisplay
 from tests.families.test_sampling import contracts, difference
 
 # diffusers hands tensors to numpy in ways that the newest numpy deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
+pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")]
 
 FLOW: dict[str, Any] = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 LTX = {"use_dynamic_shifting": True, "base_shift": 0.95, "max_shift": 2.05, "base_image_seq_len": 1024}

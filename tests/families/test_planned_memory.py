@@ -16,6 +16,8 @@ from flcompress.models.loading import load_transformer
 from flcompress.planning.activations import count_activations
 from tests.families.pipelines import TINY
 
+pytestmark = pytest.mark.e2e
+
 
 @pytest.mark.parametrize("name", TINY)
 def test_what_a_backward_needs_is_counted_as_a_real_one_keeps_it(

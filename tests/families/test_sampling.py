@@ -22,6 +22,8 @@ from flcompress.models.network import as_network
 from flcompress.models.parts import open_parts
 from tests.families.pipelines import TINY
 
+pytestmark = pytest.mark.e2e
+
 PROMPT, LENGTH = "a three drifting up and left, fast", 16
 
 

@@ -98,6 +98,7 @@ def wan_flops(config: dict[str, Any], n: int, text: int) -> int:
     return 2 * (own + cross + 2 * n * d * f)
 
 
+@pytest.mark.e2e
 def test_wan_14b_in_little_memory(tmp_path: Path) -> None:
     code = (
         "import re, sys; from flcompress.cli import main; main(sys.argv[1:], standalone_mode=False); "
@@ -219,6 +220,7 @@ def test_an_image_model_makes_no_clips(tmp_path: Path) -> None:
     assert failed.stderr == "error: --frames: 5 given, expected 1, as this model makes images\n"
 
 
+@pytest.mark.e2e
 def test_pictures(tmp_path: Path) -> None:
     config = WAN | {"num_layers": 21, "num_attention_heads": 1, "ffn_dim": 64, "text_dim": 32}
     folder = written(tmp_path, config)

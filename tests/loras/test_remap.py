@@ -23,6 +23,8 @@ from flcompress.models.loading import load_transformer
 from flcompress.tracing.skip import skip
 from tests.fixtures.tiny import tiny_pipeline
 
+pytestmark = pytest.mark.e2e
+
 MODULES = ("attn1.to_q", "attn1.to_out.0", "attn2.to_k", "ffn.net.0.proj", "ffn.net.2")
 ORIGINAL = ("self_attn.q", "self_attn.o", "cross_attn.k", "ffn.0", "ffn.2")
 LAYERS, RANK, ALPHA = 5, 3, 6.0

@@ -12,6 +12,8 @@ from flcompress.models import video
 from flcompress.models.tensor_memory import Alive
 from flcompress.models.video import decode_latents, encode_clips
 
+pytestmark = pytest.mark.e2e
+
 
 def hunyuan_video() -> Any:
     from diffusers import AutoencoderKLHunyuanVideo

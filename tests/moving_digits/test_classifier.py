@@ -14,6 +14,8 @@ from flcompress.moving_digits import classifier_training as training
 from flcompress.moving_digits.classifier import FOLDER, classifier_record, judge, load_classifier
 from flcompress.moving_digits.damage import DAMAGES, Damage, damage
 
+pytestmark = pytest.mark.e2e
+
 
 def test_the_stored_accuracy_is_the_stored_weights() -> None:
     record = classifier_record()

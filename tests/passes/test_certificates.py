@@ -15,6 +15,8 @@ from flcompress.passes.prune import Prune
 from flcompress.passes.stochastic_depth import StochasticDepth
 from tests.fixtures.tiny import tiny_pipeline
 
+pytestmark = pytest.mark.e2e
+
 
 def test_a_gpu_takes_no_part_in_a_certificate(tmp_path: Path) -> None:
     """Here there is none, so that anything put there would fail."""

@@ -22,6 +22,8 @@ from flcompress.progress import QuietDisplay
 from tests.fixtures.tiny import tiny_pipeline
 from tests.fixtures.video_files import write_video
 
+pytestmark = pytest.mark.e2e
+
 IMPORTANCE: dict[str, Any] = {"importance": {"draws": 8, "noise_levels": 2, "batch": 4}}
 DMD: dict[str, Any] = {"dmd": {"steps": 1, "batch": 2, "critic_updates": 1, "intra_cfg": [0, 0], "student_steps": 2}}
 SIZE = {"num_frames": 5, "height": 16, "width": 24}

@@ -29,6 +29,8 @@ from flcompress.tracing import prefix
 from tests.fixtures.tiny import tiny_pipeline
 from tests.training import processes
 
+pytestmark = pytest.mark.e2e
+
 RECIPE = """
 version: 1
 model: {model}

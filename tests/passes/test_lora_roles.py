@@ -27,6 +27,8 @@ from tests.fixtures.tiny import tiny_pipeline
 from tests.training.comparing import FORWARD, STEP, Smooth, apart, difference, smooth
 from tests.training.processes import run
 
+pytestmark = pytest.mark.e2e
+
 LORA = "fake_score: lora, generator: lora, real_score: elastic, lora_rank: 4"
 """On one base."""
 APART = "fake_score: lora, generator: lora, lora_rank: 4"

@@ -24,6 +24,8 @@ from flcompress.passes.importance import Importance
 from flcompress.tracing.skip import skip
 from tests.fixtures.tiny import tiny_pipeline
 
+pytestmark = pytest.mark.e2e
+
 PASSES: list[dict[str, Any]] = [
     {"importance": {"draws": 8, "noise_levels": 2, "batch": 4}},
     {"stochastic-depth": {"remove": 0.2, "steps": 3, "batch": 2}},

@@ -16,6 +16,8 @@ from tests.fixtures.rounding import rounding
 from tests.fixtures.tiny import tiny_pipeline
 from tests.training.comparing import STEP, apart, smooth
 
+pytestmark = pytest.mark.e2e
+
 RECIPE = """
 version: 1
 model: {model}

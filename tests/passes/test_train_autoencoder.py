@@ -9,6 +9,8 @@ import pytest
 from flcompress.errors import RecipeError
 from flcompress.frontend.loading import load_recipe
 
+pytestmark = pytest.mark.e2e
+
 RECIPE = """\
 version: 1
 model: {path: model, weights: random}

@@ -26,6 +26,8 @@ from flcompress.runtime.clip_files import frames_of, write_clip
 from flcompress.runtime.generate import generate
 from flcompress.runtime.tensorrt_api import cuda_driver
 
+pytestmark = pytest.mark.e2e
+
 PROMPT = "a three drifting up and left, fast"
 
 

@@ -22,6 +22,8 @@ from flcompress.training.watching.held_out import HeldOutELBO, Scored
 from tests.training.home import Home
 from tests.training.processes import start
 
+pytestmark = pytest.mark.e2e
+
 EVERY_PASS = [
     "stochastic-depth: {remove: 0.3, by: middle, steps: 2, batch: 2}",
     "prune: {remove: 0.3, by: middle}",

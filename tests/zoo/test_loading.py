@@ -14,7 +14,7 @@ from flcompress.models.loading import empty_transformer, load_transformer
 from tests.zoo import ZOO
 from tests.zoo.check import randomised
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # stock models warn of much that is not ours
+pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore")]  # stock models warn of much that is not ours]
 
 
 def held(model: nn.Module) -> dict[str, Tensor]:

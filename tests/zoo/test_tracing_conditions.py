@@ -13,7 +13,7 @@ from flcompress.errors import NotRemovable, RequestError
 from tests.zoo import ZOO
 from tests.zoo.check import answer, randomised
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # stock models warn of much that is not ours
+pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore")]  # stock models warn of much that is not ours]
 
 
 @pytest.mark.parametrize("inputs_on", ["meta", "cpu"])

@@ -26,7 +26,7 @@ from tests.zoo.check import answer, largest_difference, named_set, randomised
 CENSUS = Path(__file__).parents[2] / "docs/measurements/census.json"
 MATRIX: dict[str, dict[str, Any]] = {row["model"]: row for row in json.loads(CENSUS.read_text())["rows"]}
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # stock models warn of much that is not ours
+pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore")]  # stock models warn of much that is not ours]
 
 
 def sampled(name: str) -> str:
