@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import Field
+from typing_extensions import override
 
 from flcompress.core.program import Program
 from flcompress.core.steps import Exporter
-from flcompress.exporters.onnx_graph.emulation import emulate_bf16
-from flcompress.exporters.onnx_graph.write import OPSETS, Axes, write_onnx
-from flcompress.exporters.shared import preflight
-from flcompress.exporters.shared.parity import Parity, cases, compare, outputs, reference
-from flcompress.exporters.shared.weights import TOLERANCES, ExportPrecision
-from flcompress.files import sha256
-from flcompress.models.configs import check_transformer_config
+from flcompress.exporters.shared import ExportPrecision
 from flcompress.progress import ProgressSink
-from flcompress.runtime.inputs import OUTPUT, Arguments, Inputs, arguments_of, constants_of, tensors_of
-from flcompress.runtime.manifest import MANIFEST_FILE, PARTNER_FOLDER, partner_of, write_json
-from flcompress.runtime.onnx_session import OnnxSession, require_onnxruntime
-from flcompress.runtime.sizes import Size, size_of, sizes_of, step_of
-
-MODEL_FILE = "model.onnx"
-
-CHECKED_UP_TO = 2048
-"""Tokens above which a CPU takes minutes for one call of a large model: then a smaller clip is compared."""
 
 
 class OnnxExporter(Exporter):
@@ -51,131 +36,20 @@ class OnnxExporter(Exporter):
         "fp16, 8e-2 in bf16",
     )
 
+    @override
     def check(self) -> None:
         """ONNX Runtime is installed, which every export is checked by."""
+        from flcompress.runtime.onnx_session import require_onnxruntime
+
         require_onnxruntime("onnx")
 
+    @override
     def fingerprint(self) -> str:
         return " ".join(f"{package} {version(package)}" for package in ("torch", "onnx", "onnxscript"))
 
+    @override
     def export(self, program: Program, folder: Path, exports: Path, progress: ProgressSink) -> dict[str, Any]:
-        """Write and check the model, of two experts both; see `Exporter.export`."""
-        self.require_room(program, folder)
-        summary = self._export(program, folder, exports / self.name / MODEL_FILE, progress)
-        if (other := partner_of(program)) is not None:
-            (folder / PARTNER_FOLDER).mkdir()
-            place = exports / self.name / PARTNER_FOLDER / MODEL_FILE
-            summary["partner"] = self._export(other, folder / PARTNER_FOLDER, place, progress)
-        return summary
+        from flcompress.exporters.onnx_graph.export import OnnxExport
 
-    def _export(self, program: Program, folder: Path, place: Path, progress: ProgressSink) -> dict[str, Any]:
-        transformer, make = program.components["transformer"], arguments_of(program)
-        model = folder / MODEL_FILE
-        axes = write_onnx(transformer, make, size_of(program, batch=2), step_of(program), self.precision, model)
-        progress(1, 3, {})
-        sizes = checked_sizes(program, axes)
-        checked = self._compare(program, make, sizes, model)
-        found = checked["same"].require(str(place), "raise onnx.tolerance only if that is small enough for you")
-        progress(2, 3, {})
-        files = sorted(path for path in folder.iterdir() if path.is_file())
-        manifest = {
-            "file": MODEL_FILE,
-            "sha256": {path.name: sha256(path) for path in files},
-            "opset": OPSETS[self.precision],
-            "producer": self.fingerprint(),
-            "precision": self.precision,
-            "inputs": described(make, size_of(program), axes),
-            "outputs": [{"name": OUTPUT, "shape": axes.output, "dtype": "float32"}],
-            "dynamic": list(axes.names),
-            "parameters": program.graph.parameters,
-            "tolerance": found.tolerance,
-            "difference": found.difference,
-            "magnitude": found.magnitude,
-            "difference_to_fp32": checked["export_to_fp32"].difference,
-            "torch_difference_to_fp32": checked["torch_to_fp32"].difference,
-            "cases": found.cases,
-            "checked": {
-                "sizes": [[size.batch, size.frames, size.height, size.width] for size in sizes],
-                "arithmetic": _ARITHMETIC[self.precision],
-            },
-            "contract": program.contract.to_dict(),
-            "kept": dict(program.kept),
-        }
-        write_json(folder / MANIFEST_FILE, manifest)
-        progress(3, 3, {"difference": found.difference})
-        shown = ("sha256", "precision", "difference", "difference_to_fp32", "tolerance", "cases", "dynamic")
-        return {"bytes": sum(path.stat().st_size for path in files)} | {key: manifest[key] for key in shown}
-
-    def require_room(self, program: Program, folder: Path) -> None:
-        """RequestError where the size, the disk or the memory forbids this export; before any long work."""
-        transformer, text = program.components["transformer"], program.contract.max_sequence_length
-        config, size = check_transformer_config(transformer), size_of(program)
-        program.family.check_export(config, text)
-        tokens = preflight.attention_tokens(config, size, text)
-        preflight.check_keys(self.precision, tokens, preflight.described(size))
-        weights = [preflight.weight_bytes(one, self.precision) for one in program.transformers.values()]
-        preflight.check_room("onnx", folder, sum(weights), preflight.needed(max(weights), preflight.ONNX_MEMORY))
-
-    def _compare(self, program: Program, make: Arguments, sizes: list[Size], model: Path) -> dict[str, Parity]:
-        """The export against torch at its own precision, and both against torch in fp32."""
-        given = cases(make, program.contract.timesteps, sizes)
-        constants = constants_of(make(sizes[0], [0.0] * sizes[0].batch, 0))
-        transformer = program.components["transformer"]
-
-        exported = self._outputs(model, given)  # first: while this process still holds little
-        same = reference(transformer, constants, self.precision, given)
-        exact = same if self.precision == "fp32" else reference(transformer, constants, "fp32", given)
-        tolerance = self.tolerance or TOLERANCES[self.precision]
-        return {
-            "same": compare(same, exported, tolerance),
-            "export_to_fp32": compare(exact, exported, tolerance),
-            "torch_to_fp32": compare(exact, same, tolerance),
-        }
-
-    def _outputs(self, model: Path, given: list[dict[str, Any]]) -> Any:
-        if self.precision != "bf16":
-            return outputs(OnnxSession(model, lean=True), given)
-        emulated = model.with_name("emulated.onnx")
-        try:
-            emulate_bf16(model, emulated)
-            return outputs(OnnxSession(emulated, lean=True), given)
-        finally:
-            emulated.unlink(missing_ok=True)
-
-
-_ARITHMETIC: dict[ExportPrecision, str] = {
-    "fp32": "fp32 by ONNX Runtime on a CPU",
-    "fp16": "fp16 by ONNX Runtime on a CPU, which computes each operation in fp32 and rounds its result",
-    "bf16": "the same graph with every result rounded to bf16 by a cast: ONNX Runtime has no bf16 kernels on a CPU",
-}
-
-
-def checked_sizes(program: Program, axes: Axes) -> list[Size]:
-    """Sizes to compare at: the program's own where a CPU can, else a small clip; and three samples, where sizes vary of
-    another size. The graph was traced with two samples."""
-    size, step = size_of(program), step_of(program)
-    config = check_transformer_config(program.components["transformer"])
-    # Learned positions have one size, whatever the graph leaves open.
-    varies = set() if sizes_of(program).fixed else set(axes.names) - {"batch"}
-    if varies and preflight.attention_tokens(config, size, 0) > CHECKED_UP_TO:
-        frames = min(size.frames, 2 * max(step.frames, 1))
-        size = replace(size, frames=frames, height=4 * step.height, width=6 * step.width)
-    if not varies:
-        return [size, replace(size, batch=3)]
-    other = replace(
-        size,
-        batch=3,
-        frames=size.frames + (step.frames if varies & {"frames", "tokens"} else 0),
-        height=size.height + step.height,
-        width=size.width + 2 * step.width,
-    )
-    return [size, other]
-
-
-def described(make: Arguments, size: Size, axes: Axes) -> list[dict[str, object]]:
-    """Inputs of the graph, as a manifest states them."""
-    given: Inputs = tensors_of(make(size, [0.0] * size.batch, 0))
-    return [
-        {"name": name, "shape": shape, "dtype": str(given[name].dtype).removeprefix("torch.")}
-        for name, shape in axes.inputs.items()
-    ]
+        export = OnnxExport(self.precision, self.tolerance, self.fingerprint())
+        return export.write(program, folder, exports / self.name, progress)

@@ -14,7 +14,8 @@ import torch
 
 from flcompress.errors import FlcompressError
 from flcompress.exporters.onnx_graph.rewrites import rewritten
-from flcompress.exporters.shared.weights import DTYPES, ExportPrecision, WeightFiles, lazily_allocated, skeleton
+from flcompress.exporters.shared import ExportPrecision
+from flcompress.exporters.shared.weights import DTYPES, WeightFiles, lazily_allocated, skeleton
 from flcompress.models.families import family_of
 from flcompress.models.network import stock_name
 from flcompress.runtime.inputs import OUTPUT, Arguments, Denoiser, constants_of, tensors_of

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from flcompress.errors import PostconditionError
-from flcompress.exporters.shared.weights import DTYPES, ExportPrecision, streamed
+from flcompress.exporters.shared import ExportPrecision
+from flcompress.exporters.shared.weights import DTYPES, streamed
 from flcompress.runtime.inputs import Arguments, Denoiser, Inputs, Session, tensors_of
 from flcompress.runtime.sizes import Size
 

@@ -10,7 +10,8 @@ from typing import Any
 import psutil
 
 from flcompress.errors import RequestError
-from flcompress.exporters.shared.weights import ExportPrecision, dtype_of
+from flcompress.exporters.shared import ExportPrecision
+from flcompress.exporters.shared.weights import dtype_of
 from flcompress.models.families import family_of
 from flcompress.models.loading import transformer_class
 from flcompress.models.shards import folder_tensors

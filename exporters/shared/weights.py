@@ -4,22 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from flcompress.exporters.shared import ExportPrecision
 from flcompress.models.loading import frozen, transformer_class
 from flcompress.models.part_check import matching_tensors
 from flcompress.models.shards import folder_tensors
 
-ExportPrecision = Literal["fp32", "fp16", "bf16"]
-
 DTYPES: dict[ExportPrecision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-TOLERANCES: dict[ExportPrecision, float] = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 8e-2}
-"""Largest absolute difference from torch at the same precision. A bf16 number has eight times the rounding of an fp16
-one (8 bits against 11)."""
 
 
 def dtype_of(name: str, model_class: Any, precision: ExportPrecision) -> torch.dtype:

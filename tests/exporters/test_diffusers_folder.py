@@ -12,7 +12,8 @@ import torch
 
 from flcompress.core.program import Program
 from flcompress.errors import PostconditionError
-from flcompress.exporters.diffusers_folder import DiffusersExporter, check_folder
+from flcompress.exporters.diffusers_folder import DiffusersExporter
+from flcompress.exporters.shared.pipeline_folder import check_folder
 from flcompress.models.loading import load_transformer
 from flcompress.models.network import as_network
 from flcompress.models.parts import open_parts

@@ -15,12 +15,12 @@ from pydantic import ValidationError
 
 from flcompress.core.program import Program
 from flcompress.errors import PostconditionError, UnavailableError
-from flcompress.exporters import onnx_model
+from flcompress.exporters.onnx_graph import export as onnx_export
 from flcompress.exporters.onnx_graph import write
 from flcompress.exporters.onnx_graph.write import Axes, write_onnx
 from flcompress.exporters.onnx_model import OnnxExporter
+from flcompress.exporters.shared import TOLERANCES, ExportPrecision
 from flcompress.exporters.shared.parity import Parity, cases, compare, outputs
-from flcompress.exporters.shared.weights import TOLERANCES, ExportPrecision
 from flcompress.files import sha256
 from flcompress.models.loading import load_transformer
 from flcompress.runtime import onnx_session
@@ -102,7 +102,7 @@ def test_a_difference_above_the_tolerance_is_refused(
         shutil.copy(run / "exports" / "onnx" / "model.onnx", tmp_path)
         return Axes(inputs={}, output=[])
 
-    monkeypatch.setattr(onnx_model, "write_onnx", copied)
+    monkeypatch.setattr(onnx_export, "write_onnx", copied)
     with pytest.raises(PostconditionError) as caught:
         OnnxExporter(tolerance=1e-9).export(program, tmp_path, tmp_path / "exports", silent)
     assert str(caught.value).startswith(f"{tmp_path}/exports/onnx/model.onnx: differs from torch by ")

@@ -11,8 +11,8 @@ import torch
 from flcompress.core.program import Program
 from flcompress.exporters.onnx_graph.emulation import emulate_bf16
 from flcompress.exporters.onnx_graph.write import write_onnx
+from flcompress.exporters.shared import ExportPrecision
 from flcompress.exporters.shared.parity import WideSums, cases, reference
-from flcompress.exporters.shared.weights import ExportPrecision
 from flcompress.models.loading import transformer_class
 from flcompress.runtime.inputs import arguments_of, constants_of
 from flcompress.runtime.sizes import size_of, step_of

@@ -18,6 +18,7 @@ from flcompress.core.program import Program
 from flcompress.errors import FlcompressError, PostconditionError, RequestError, UnavailableError
 from flcompress.exporters import tensorrt_engine
 from flcompress.exporters.tensorrt_build.build import build_engine
+from flcompress.exporters.tensorrt_build.export import sizes_in
 from flcompress.exporters.tensorrt_build.profiles import Profile
 from flcompress.exporters.tensorrt_engine import TensorRTExporter
 from flcompress.files import sha256
@@ -225,13 +226,13 @@ def test_an_engine_of_another_precision_than_its_source(run: Path, program: Prog
 )
 def test_sizes_that_the_model_does_not_take(ranges: dict[str, Any], message: str, program: Program) -> None:
     with pytest.raises(RequestError) as caught:
-        Profile(**ranges).sizes(program, ["batch", "frames", "height", "width"])
+        sizes_in(Profile(**ranges), program, ["batch", "frames", "height", "width"])
     assert str(caught.value) == message
 
 
 def test_sizes_that_the_graph_does_not_take(program: Program) -> None:
     with pytest.raises(RequestError) as caught:
-        Profile(height=(32, 32, 64)).sizes(program, ["batch"])
+        sizes_in(Profile(height=(32, 32, 64)), program, ["batch"])
     assert str(caught.value) == (
         "tensorrt.profiles: height [32, 32, 64] given, but a graph of WanTransformer3DModel has one height; leave "
         "height out"

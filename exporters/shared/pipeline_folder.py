@@ -1,0 +1,148 @@
+"""Write a pipeline folder for stock diffusers, and check what stock diffusers makes of it."""
+
+from __future__ import annotations
+
+import math
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flcompress.core.program import FACTS_FILE, Program
+from flcompress.diffusion.contract import SamplingContract, levels_of, scheduler_of, set_levels
+from flcompress.errors import ModelError, PostconditionError
+from flcompress.exporters.shared.model_card import model_card
+from flcompress.models.configs import check_transformer_config
+from flcompress.models.families import family_of
+from flcompress.models.families.family import Family
+from flcompress.models.folder import check_weights
+from flcompress.models.part_check import matching_tensors
+from flcompress.models.parts import part_names
+from flcompress.models.stock import WITH_WEIGHTS, no_progress_bars
+from flcompress.progress import ProgressSink
+from flcompress.runtime.manifest import KEPT_FILE, copy_component, write_json
+from flcompress.runtime.sizes import clip_of
+
+
+def write_pipeline(program: Program, folder: Path, progress: ProgressSink) -> dict[str, Any]:
+    """Write a pipeline folder and load it back by stock diffusers.
+
+    Args:
+        program: what is exported.
+        folder: empty folder to write to.
+        progress: called after each component, and after the check.
+
+    Returns:
+        A summary for the terminal and the report.
+
+    Raises:
+        PostconditionError: stock diffusers loads something else than was written.
+    """
+    parts = program.transformers | {name: program.components[name] for name in part_names(program.index)}
+    for done, (name, source) in enumerate(parts.items()):
+        copy_component(source, folder / name)
+        if name.startswith(WITH_WEIGHTS):
+            check_weights(folder / name)
+        progress(done + 1, len(parts) + 1, {})
+    scheduler = scheduler_of(program.contract)
+    scheduler.save_pretrained(str(folder / "scheduler"))
+    index = {
+        **program.index,
+        "_diffusers_version": version("diffusers"),
+        "scheduler": ["diffusers", type(scheduler).__name__],
+    }
+    write_json(folder / "model_index.json", index)
+    write_json(folder / program.own_name / KEPT_FILE, dict(program.kept))
+    size = clip_of(program).arguments()
+    if program.family.image:
+        del size["num_frames"]
+    call = call_arguments(program.contract, program.family) | size
+    frame_rate = frame_rate_of(program)
+    facts = {
+        "contract": program.contract.to_dict(),
+        "call": call,
+        "parameters": program.graph.parameters,
+        "kept": dict(program.kept),
+        "latents": list(program.latents),
+        "frame_rate": frame_rate,
+        "pipeline_class": program.pipeline_class,
+    }
+    write_json(folder / FACTS_FILE, facts)
+    card = model_card(program, call, frame_rate)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    check_folder(folder, program.pipeline_class, program.contract)
+    progress(len(parts) + 1, len(parts) + 1, {})
+    return {
+        "bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+        "parameters": program.graph.parameters,
+        "call": call,
+    }
+
+
+def call_arguments(contract: SamplingContract, family: Family) -> dict[str, int | float | str]:
+    """Arguments that a stock pipeline's call needs beside prompt and size; its own defaults are a teacher's."""
+    negative = contract.negative_prompt if contract.guided else ""
+    return {
+        "num_inference_steps": contract.num_inference_steps,
+        **family.call(contract.guidance_scale, contract.embedded_guidance, negative),
+        **_experts_call(contract),
+        "max_sequence_length": contract.max_sequence_length,
+    }
+
+
+def frame_rate_of(program: Program) -> float:
+    """Frames a second of its clips: those of the run's data where they are known, else the family's."""
+    if program.frame_rate is not None:
+        return program.frame_rate
+    config = check_transformer_config(program.components["transformer"])
+    return program.family.frame_rate(program.index, config)
+
+
+def _experts_call(contract: SamplingContract) -> dict[str, float]:
+    """Guidance arguments of two experts. The stock pipeline guides neither where the first scale is at most 1."""
+    if contract.experts is None:
+        return {}
+    scales = {"guidance_scale_2": contract.experts.guidance_scale}
+    only_second = contract.guidance_scale == 1.0 and contract.guided
+    return scales | ({"guidance_scale": math.nextafter(1.0, 2.0)} if only_second else {})
+
+
+def check_folder(folder: Path, pipeline_class: str, contract: SamplingContract) -> None:
+    """Load the folder by stock diffusers and compare it with what was to be written.
+
+    Raises:
+        PostconditionError: a tensor that is missing, left over or changed, or a schedule other than the contract's.
+    """
+    factory = family_of(pipeline_class).model_class(pipeline_class)
+    with no_progress_bars():
+        pipeline = factory.from_pretrained(str(folder), use_safetensors=True)
+    for name in ("transformer", "vae", *(("transformer_2",) if contract.experts else ())):
+        _same_tensors(getattr(pipeline, name), folder / name)
+    set_levels(pipeline.scheduler, contract)
+    found = dict(zip(("sigmas", "timesteps"), levels_of(pipeline.scheduler), strict=True))
+    for what, expected in (("sigmas", contract.sigmas), ("timesteps", contract.timesteps)):
+        if found[what] != expected:
+            raise PostconditionError(
+                f"{folder / 'scheduler'}: a stock pipeline would use {what} {_few(found[what])}, the model was "
+                f"made for {_few(expected)}; "
+                f"here is diffusers {version('diffusers')}, install the one that the recipe ran with"
+            )
+
+
+def _same_tensors(module: Any, folder: Path) -> None:
+    """PostconditionError unless what stock diffusers loaded is what the files hold, in its own dtype."""
+    try:
+        stored = matching_tensors(folder, module)
+    except ModelError as error:
+        raise PostconditionError(str(error)) from error
+    for name, loaded in module.state_dict().items():
+        written = torch.empty(loaded.shape, dtype=loaded.dtype)
+        stored[name].fill(written)
+        if not torch.equal(loaded, written):
+            raise PostconditionError(f"{stored[name].file}: stock diffusers reads another value for tensor {name}")
+
+
+def _few(numbers: tuple[float, ...]) -> str:
+    shown = ", ".join(f"{number:g}" for number in numbers[:4])
+    return f"[{shown}{', ...' if len(numbers) > 4 else ''}]"

@@ -1,0 +1,228 @@
+"""Write the TensorRT export of a program, and compare it with torch on a GPU that can run it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flcompress.core.program import Program
+from flcompress.errors import PostconditionError, RequestError
+from flcompress.exporters.shared import TOLERANCES, ExportPrecision, preflight
+from flcompress.exporters.shared.parity import Parity, cases, compare, outputs, reference
+from flcompress.exporters.tensorrt_build.build import build_engine
+from flcompress.exporters.tensorrt_build.profiles import Profile, Target
+from flcompress.files import sha256
+from flcompress.models.configs import check_transformer_config
+from flcompress.progress import ProgressSink
+from flcompress.runtime.inputs import Arguments, Shapes, arguments_of, constants_of, tensors_of
+from flcompress.runtime.manifest import (
+    MANIFEST_FILE,
+    PARTNER_FOLDER,
+    partner_of,
+    read_manifest,
+    require_hash,
+    write_json,
+)
+from flcompress.runtime.sizes import Size, size_of, sizes_of, step_of
+from flcompress.runtime.tensorrt_api import load_tensorrt
+from flcompress.runtime.tensorrt_session import TensorRTSession, runs_here
+
+ENGINE_FILE = "model.engine"
+SAME_RECIPE = "'onnx' under exports: of the same recipe"
+GPU_TOLERANCE = 10.0
+"""A GPU sums in another order than the CPU that made the reference: so many times the ONNX export's tolerance."""
+
+
+@dataclass(frozen=True)
+class TensorRTExport:
+    """One export to TensorRT.
+
+    Attributes:
+        precision: precision that is expected of the ONNX export; None takes any.
+        targets: GPU generations that the engine is for, or "current" alone.
+        profiles: ranges of sizes that it takes.
+    """
+
+    precision: ExportPrecision | None
+    targets: tuple[Target, ...]
+    profiles: tuple[Profile, ...]
+
+    def write(self, program: Program, folder: Path, onnx: Path, progress: ProgressSink) -> dict[str, Any]:
+        """Build the engine, or both engines of two experts, and its manifest, and run it if there is a GPU.
+
+        Args:
+            program: what is exported.
+            folder: empty folder to write to.
+            onnx: folder of its ONNX export.
+            progress: called after each of two parts.
+
+        Returns:
+            A summary for the terminal and the report.
+        """
+        summary = self._export(program, folder, onnx, progress)
+        if (other := partner_of(program)) is not None:
+            (folder / PARTNER_FOLDER).mkdir()
+            summary["partner"] = self._export(other, folder / PARTNER_FOLDER, onnx / PARTNER_FOLDER, progress)
+        return summary
+
+    def _export(self, program: Program, folder: Path, onnx: Path, progress: ProgressSink) -> dict[str, Any]:
+        source, onnx_manifest = self._source(program, onnx)
+        sizes = [sizes_in(profile, program, onnx_manifest["dynamic"]) for profile in self.profiles]
+        self._require_room(program, folder, onnx_manifest["precision"], sizes)
+        make = arguments_of(program)
+        shapes = [shapes_at(make, three) for three in sizes]
+        trt = load_tensorrt()
+        progress(0, 2, {})
+        engine = folder / ENGINE_FILE
+        built = build_engine(trt, source, targets=self.targets, profiles=shapes)
+        with engine.open("wb") as file:
+            file.write(built)
+        if not built.nbytes or engine.stat().st_size != built.nbytes:
+            raise PostconditionError(
+                f"{engine}: {engine.stat().st_size} bytes on disk, {built.nbytes} built, expected > 0"
+            )
+        del built
+        progress(1, 2, {})
+        precision: ExportPrecision = onnx_manifest["precision"]
+        builder = {"name": trt.__name__, "version": trt.__version__}
+        ranges = [dict(zip(("min", "opt", "max"), three, strict=True)) for three in shapes]
+        found = None
+        if runs_here(self.targets):
+            found = self._run(program, TensorRTSession(engine, builder, ranges), str(engine), precision, sizes)
+        contract = program.contract
+        manifest = {
+            "file": ENGINE_FILE,
+            "sha256": sha256(engine),
+            "bytes": engine.stat().st_size,
+            "builder": builder,
+            "targets": list(self.targets),
+            "precision": precision,
+            "profiles": [profile.model_dump(mode="json") for profile in self.profiles],
+            "shapes": ranges,
+            "inputs": onnx_manifest["inputs"],
+            "outputs": onnx_manifest["outputs"],
+            "timesteps": list(contract.timesteps),
+            "sigmas": list(contract.sigmas),
+            "shift": contract.shift,
+            "guidance_scale": contract.guidance_scale,
+            "contract": contract.to_dict(),
+            "kept": dict(program.kept),
+            "source": {"file": os.path.relpath(source, folder), "sha256": sha256(source)},
+            "checked_on_gpu": found is not None,
+            "difference": None if found is None else found.difference,
+            "tolerance": GPU_TOLERANCE * TOLERANCES[precision],
+        }
+        write_json(folder / MANIFEST_FILE, manifest)
+        progress(2, 2, {})
+        shown = ("bytes", "sha256", "builder", "targets", "precision", "checked_on_gpu", "difference")
+        return {key: manifest[key] for key in shown}
+
+    def _source(self, program: Program, folder: Path) -> tuple[Path, dict[str, Any]]:
+        """The ONNX model in a folder, whole and of this very program, and its manifest."""
+        manifest = read_manifest(folder / MANIFEST_FILE, SAME_RECIPE)
+        for name, expected in manifest["sha256"].items():
+            require_hash(folder / name, expected, SAME_RECIPE)
+        # Through from_dict, since JSON has lists where the contract has tuples.
+        if type(program.contract).from_dict(manifest["contract"]) != program.contract:
+            raise PostconditionError(
+                f"{folder / MANIFEST_FILE}: its sampling contract is not this program's; remove the folder, "
+                "then export again"
+            )
+        return folder / str(manifest["file"]), manifest
+
+    def _require_room(
+        self, program: Program, folder: Path, precision: ExportPrecision, sizes: list[list[Size]]
+    ) -> None:
+        """RequestError where precision, sizes, disk or memory forbid this engine."""
+        if self.precision not in (None, precision):
+            raise RequestError(
+                f"tensorrt.precision: {self.precision} given, but the ONNX export it is built from is {precision}; "
+                f"set onnx.precision: {self.precision} too"
+            )
+        transformer, text = program.components["transformer"], program.contract.max_sequence_length
+        config = check_transformer_config(transformer)
+        for *_, largest in sizes:
+            tokens, what = preflight.attention_tokens(config, largest, text), preflight.described(largest)
+            preflight.check_keys(precision, tokens, what)
+            preflight.check_scores(precision, preflight.heads_of(config), largest.batch, tokens, what)
+        weights = preflight.weight_bytes(transformer, precision)
+        preflight.check_room("tensorrt", folder, weights, preflight.needed(weights, preflight.TENSORRT_MEMORY))
+
+    def _run(
+        self, program: Program, session: TensorRTSession, name: str, precision: ExportPrecision, sizes: list[list[Size]]
+    ) -> Parity:
+        """Compare with torch on the GPU of this machine, at the smallest and the tuned-for sizes."""
+        make, chosen = arguments_of(program), [size for three in sizes for size in three[:2]]
+        given = cases(make, program.contract.timesteps, chosen)
+        constants = constants_of(make(chosen[0], [0.0] * chosen[0].batch, 0))
+        expected = reference(program.components["transformer"], constants, precision, given)
+        found = compare(expected, outputs(session, given), GPU_TOLERANCE * TOLERANCES[precision])
+        return found.require(name, "please report it with the engine's manifest.json")
+
+
+def sizes_in(profile: Profile, program: Program, dynamic: list[str]) -> list[Size]:
+    """Return the smallest, tuned-for and largest size of a profile, in latents.
+
+    Args:
+        profile: the ranges.
+        program: what is exported.
+        dynamic: the axes that its ONNX export leaves open.
+
+    Raises:
+        RequestError: a size that the model, or this ONNX export, does not take.
+    """
+    own = size_of(program)
+    found = []
+    for place in range(3):
+        frames, height, width = _latents(profile, program, place)
+        size = Size(batch=profile.batch[place], frames=frames, height=height, width=width)
+        found.append(size)
+    for what in ("frames", "height", "width"):
+        given = [getattr(size, what) for size in found]
+        if set(given) != {getattr(own, what)} and not {what, "tokens"} & set(dynamic):
+            raise RequestError(
+                f"tensorrt.profiles: {what} {list(getattr(profile, what) or ())} given, but a graph of "
+                f"{program.graph.model_class} has one {what}; leave {what} out"
+            )
+    _require_positions(program, found[-1])
+    return found
+
+
+def _latents(profile: Profile, program: Program, place: int) -> tuple[int, int, int]:
+    own = size_of(program)
+    grid = sizes_of(program)
+    ranges = (profile.frames, profile.height, profile.width)
+    if all(one is None for one in ranges):
+        return own.frames, own.height, own.width
+    clip = grid.clip((own.frames, own.height, own.width))
+    frames, height, width = (own if one is None else one[place] for one, own in zip(ranges, clip, strict=True))
+    try:
+        return grid.latents(frames, height, width)
+    except RequestError as error:
+        raise RequestError(f"tensorrt.profiles: {error}") from error
+
+
+def shapes_at(make: Arguments, sizes: list[Size]) -> list[Shapes]:
+    """Return the inputs' shapes at each size."""
+    with torch.no_grad():
+        return [
+            {name: list(one.shape) for name, one in tensors_of(make(size, [0.0] * size.batch, 0)).items()}
+            for size in sizes
+        ]
+
+
+def _require_positions(program: Program, largest: Size) -> None:
+    """RequestError beyond the rotary table that a model was made with."""
+    config: dict[str, Any] = check_transformer_config(program.components["transformer"])
+    table, step = config.get("rope_max_seq_len"), step_of(program)
+    for what in ("frames", "height", "width"):
+        tokens = getattr(largest, what) // max(getattr(step, what), 1)
+        if table is not None and tokens > table:
+            raise RequestError(
+                f"tensorrt.profiles: {what} of {tokens} tokens given, but rope_max_seq_len of the transformer's "
+                f"config.json is {table}; choose a smaller size"
+            )
