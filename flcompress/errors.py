@@ -61,6 +61,10 @@ class NotRemovable(FlcompressError):  # noqa: N818 (the name that users catch)
     """Blocks whose removal could not be certified; names the block and the cause."""
 
 
+class RecordError(FlcompressError):
+    """A JSON file of a run that is damaged, or that a newer flcompress wrote."""
+
+
 class TrainingError(FlcompressError):
     """Training was stopped: a non-finite loss or a monitor's limit. The last good checkpoint is kept."""
 

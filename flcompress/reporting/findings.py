@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from flcompress.core.records import ContractPart, ImportanceResult, PruneResult, StochasticDepthResult
 from flcompress.diffusion.contract import SamplingContract
+from flcompress.errors import RecordError
 from flcompress.ir.block import Block, Estimate
 from flcompress.ir.graph import BlockGraph
 from flcompress.reporting.reading import RunRecord
-from flcompress.reporting.record import Record, ReportError
 from flcompress.stats import Interval
 
 
@@ -28,18 +31,15 @@ class Sampling:
     own: int
 
     @classmethod
-    def read(cls, contract: Record) -> Sampling:
-        steps, guidance = int(contract.number("num_inference_steps")), contract.number("guidance_scale")
-        evaluations = own = steps * (2 if guidance != 1.0 else 1)
-        if contract.has("experts"):
-            whole = SamplingContract.from_dict(dict(contract.values))
-            evaluations, own = whole.evaluations, whole.own_evaluations
+    def read(cls, contract: ContractPart) -> Sampling:
+        """Return the cost of sampling by a stored contract."""
+        whole = SamplingContract.from_dict(contract.dump())
         return cls(
-            steps=steps,
-            guidance=guidance,
-            sigmas=tuple(contract.numbers("sigmas")),
-            evaluations=evaluations,
-            own=own,
+            steps=whole.num_inference_steps,
+            guidance=whole.guidance_scale,
+            sigmas=whole.sigmas,
+            evaluations=whole.evaluations,
+            own=whole.own_evaluations,
         )
 
 
@@ -90,7 +90,7 @@ class Blocks:
     weighting: str = ""
     draws: int | None = None
     u_index: float | None = None
-    certificate: Record | None = None
+    certificate: Mapping[str, Any] | None = None
 
     @property
     def scored(self) -> list[tuple[BlockFate, Estimate]]:
@@ -108,17 +108,17 @@ def headline(run: RunRecord) -> Headline | None:
     first, last = run.entries[0], run.entries[-1]
     before, after, program = first.graph(), last.graph(), last.program()
     measured, measured_on = None, ""
-    rows = run.bench.each("rows") if run.bench is not None else []
-    preferred = [row for row in rows if "eager" in row.text("backend") and row.text("what") == "denoising"]
+    rows = run.bench.rows if run.bench is not None else []
+    preferred = [row for row in rows if "eager" in row.backend and row.what == "denoising"]
     for row in (preferred or rows)[:1]:
-        measured, measured_on = row.interval("ratio", "median"), f"{row.text('backend')}, {row.text('what')}"
+        measured, measured_on = row.ratio.interval, f"{row.backend}, {row.what}"
     return Headline(
         parameters_before=before.parameters,
         parameters_after=after.parameters,
         blocks_before=len(before.blocks),
         blocks_after=len(after.blocks),
-        before=Sampling.read(program.sub("teacher_contract")),
-        after=Sampling.read(program.sub("contract")),
+        before=Sampling.read(program.teacher_contract),
+        after=Sampling.read(program.contract),
         measured=measured,
         measured_on=measured_on,
     )
@@ -129,22 +129,23 @@ def blocks(run: RunRecord) -> Blocks | None:
     if not run.entries:
         return None
     graph = run.entries[0].graph()
-    importance, prune = run.result("importance"), run.result("prune")
+    importance = run.result("importance", ImportanceResult)
+    prune = run.result("prune", PruneResult)
     scores = _scores(importance, graph)
     reasons: dict[str, str] = {}
     edges = list(graph.flows)
     if prune is not None:
-        gone, fate = prune.texts("removed"), "removed"
-        reasons = {path: str(why) for path, why in prune.sub("reasons").values.items()} if prune.has("reasons") else {}
+        gone, fate = prune.removed, "removed"
+        reasons = prune.reasons
         cut = run.entry("prune")
-        kept = {str(new): str(old) for new, old in prune.sub("kept").values.items()}
+        kept = prune.kept
         edges = [(kept.get(a, a), kept.get(b, b)) for a, b in cut.graph().flows] if cut else edges
     else:
-        depth = run.result("stochastic-depth")
-        gone, fate = (depth.texts("prune_set") if depth is not None else []), "chosen"
+        depth = run.result("stochastic-depth", StochasticDepthResult)
+        gone, fate = (depth.prune_set if depth is not None else []), "chosen"
     unknown = sorted(set(gone) - {block.path for block in graph.blocks})
     if unknown:
-        raise ReportError(f"{run.path}: removed blocks name '{unknown[0]}', which the starting model has not")
+        raise RecordError(f"{run.path}: removed blocks name '{unknown[0]}', which the starting model does not have")
     ranked = sorted((path for path in scores), key=lambda path: scores[path].mean)
     total = sum(block.parameters for block in graph.blocks)
     return Blocks(
@@ -161,23 +162,18 @@ def blocks(run: RunRecord) -> Blocks | None:
             for block in graph.blocks
         ],
         edges=edges,
-        weighting=importance.text("weighting") if importance is not None and importance.has("weighting") else "",
-        draws=int(importance.number("draws")) if importance is not None and importance.has("draws") else None,
-        u_index=importance.number("u_index") if importance is not None and importance.has("u_index") else None,
-        certificate=prune.sub("certificate") if prune is not None and prune.has("certificate") else None,
+        weighting=importance.weighting if importance is not None else "",
+        draws=importance.draws if importance is not None else None,
+        u_index=importance.u_index if importance is not None else None,
+        certificate=prune.certificate if prune is not None else None,
     )
 
 
-def _scores(importance: Record | None, graph: BlockGraph) -> dict[str, Estimate]:
-    """Scores of the importance pass, or those a graph already carries."""
+def _scores(importance: ImportanceResult | None, graph: BlockGraph) -> dict[str, Estimate]:
+    """Return the scores of the importance pass, or those a graph already carries."""
     if importance is None:
         return {block.path: block.importance for block in graph.blocks if block.importance is not None}
-    found: dict[str, Estimate] = {}
-    for scored in importance.each("blocks"):
-        levels = scored.rows("per_level", 4) if scored.has("per_level") else []
-        found[scored.text("path")] = Estimate(
-            mean=scored.number("mean"),
-            standard_error=scored.number("standard_error"),
-            per_level=tuple((low, high, mean, error) for low, high, mean, error in levels),
-        )
-    return found
+    return {
+        score.path: Estimate(mean=score.mean, standard_error=score.standard_error, per_level=tuple(score.per_level))
+        for score in importance.blocks
+    }

@@ -31,7 +31,7 @@ def write_report(run_dir: Path) -> Path:
 
     Raises:
         RequestError: `run_dir` is no run directory.
-        ReportError: a file in it is damaged.
+        RecordError: a file in it is damaged.
         OSError: the disk is full, or `run_dir` may not be written.
     """
     page = render(read_run(run_dir))
@@ -58,7 +58,7 @@ def render(run: RunRecord) -> str:
     return environment.get_template("report.html.j2").render(
         style=Markup(style),
         run=run,
-        name=str(run.info.values.get("name") or run.path.name),
+        name=run.info.name or run.path.name,
         top=headline(run),
         blocks=found,
         pictures=_pictures(found),
@@ -131,9 +131,9 @@ def _address(file: Path) -> str:
 
 def _environment(run: RunRecord) -> dict[str, str]:
     """Where the numbers come from, as far as the run's own files say, and what wrote this page."""
-    known = {key.replace("_", " "): value for key, value in flatten(run.info).items() if key != "entries"}
-    if run.bench is not None and run.bench.has("machine"):
-        known |= {f"bench {key}": value for key, value in flatten(run.bench.sub("machine")).items()}
+    known = {key.replace("_", " "): value for key, value in flatten(run.info.dump()).items() if key != "entries"}
+    if run.bench is not None:
+        known |= {f"bench {key}": value for key, value in flatten(run.bench.machine).items()}
     known["page written by"] = f"flcompress {_version()}, Python {platform.python_version()}"
     return known
 

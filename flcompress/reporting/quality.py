@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from flcompress.reporting.record import Record, ReportError
+from flcompress.core.records import EvalFile, Measured
+from flcompress.errors import RecordError
 from flcompress.stats import Interval
 
 Mark = Literal["best", "tied", ""]
@@ -39,24 +40,24 @@ METRICS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Differences:
-    """What `results` hold of pairs: (contender, other, metric) -> contender minus other, both ways round."""
+    """Paired differences of `eval/results.json`: (contender, other, metric) -> contender minus other, both ways."""
 
-    results: Record
-    found: Mapping[tuple[str, str, str], Interval]
+    intervals: Mapping[tuple[str, str, str], Interval]
 
     @classmethod
-    def read(cls, results: Record) -> Differences:
-        found: dict[tuple[str, str, str], Interval] = {}
-        for row in results.each("paired"):
-            a, b, metric = row.text("a"), row.text("b"), row.text("metric")
-            difference = Interval(row.number("mean"), row.number("low"), row.number("high"))
-            found[a, b, metric], found[b, a, metric] = difference, -difference
-        return cls(results=results, found=found)
+    def read(cls, results: EvalFile) -> Differences:
+        """Return the differences of the results."""
+        intervals: dict[tuple[str, str, str], Interval] = {}
+        for row in results.paired:
+            difference = Interval(row.mean, row.low, row.high)
+            intervals[row.a, row.b, row.metric], intervals[row.b, row.a, row.metric] = difference, -difference
+        return cls(intervals=intervals)
 
-    def of(self, name: str, other: str, metric: str) -> Interval:
-        if (name, other, metric) not in self.found:
-            raise ReportError(f"{self.results.file}: paired has no {metric} of {name} and {other}; make the file again")
-        return self.found[name, other, metric]
+    def between(self, name: str, other: str, metric: str) -> Interval:
+        """Return the interval of `name` minus `other`; RecordError if the file lacks the pair."""
+        if (name, other, metric) not in self.intervals:
+            raise RecordError(f"eval/results.json: paired has no {metric} of {name} and {other}; make the file again")
+        return self.intervals[name, other, metric]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +72,8 @@ class Cell:
 class Contender:
     name: str
     label: str
-    evaluations: int | None
-    parameters: int | None
+    evaluations: int
+    parameters: int
     cells: list[Cell]
     strip: str | None
 
@@ -99,58 +100,52 @@ class Quality:
     """The table. `metrics` are the columns that at least one contender has; `floor` is one cell a column."""
 
     benchmark: str
-    clips: int | None
-    seeds: int | None
-    prompts: int | None
+    clips: int
+    seeds: int
+    prompts: int
     metrics: list[Metric]
     contenders: list[Contender]
-    floor: list[Cell] | None
+    floor: list[Cell]
     classifier: dict[str, float]
     comparisons: list[Comparison]
 
 
-def quality(results: Record) -> Quality:
-    """Read `eval/results.json`; ReportError names the place where it is damaged."""
-    rows = results.each("contenders")
-    floor = results.sub("floor") if results.has("floor") else None
-    metrics = [metric for metric in METRICS if any(row.has(metric.key) for row in rows)]
+def quality(results: EvalFile) -> Quality:
+    """Return the table of `eval/results.json`; RecordError if a pair of contenders is missing."""
+    rows = results.contenders
+    metrics = [metric for metric in METRICS if any(metric.key in row.figures for row in rows)]
     differences = Differences.read(results)
-    names = [row.text("name") for row in rows]
+    names = [row.name for row in rows]
     columns = [
-        _marked(metric, {name: _value(row, metric.key) for name, row in zip(names, rows, strict=True)}, differences)
+        _marked(metric, {row.name: _interval(row.figures, metric.key) for row in rows}, differences)
         for metric in metrics
     ]
     contenders = [
         Contender(
             name=names[place],
-            label=row.text("label") if row.has("label") else names[place],
-            evaluations=_whole(row, "evaluations"),
-            parameters=_whole(row, "parameters"),
+            label=row.label,
+            evaluations=row.evaluations,
+            parameters=row.parameters,
             cells=[column[place] for column in columns],
-            strip=row.text("strip") if row.has("strip") else None,
+            strip=row.strip,
         )
         for place, row in enumerate(rows)
     ]
-    accuracies = results.sub("classifier").values if results.has("classifier") else {}
     return Quality(
-        benchmark=results.text("benchmark") if results.has("benchmark") else "",
-        clips=_whole(results, "clips"),
-        seeds=_whole(results, "seeds"),
-        prompts=_whole(results, "prompts"),
+        benchmark=results.benchmark,
+        clips=results.clips,
+        seeds=results.seeds,
+        prompts=results.prompts,
         metrics=metrics,
         contenders=contenders,
-        floor=[Cell(value=_value(floor, metric.key)) for metric in metrics] if floor is not None else None,
-        classifier={key: float(value) for key, value in accuracies.items() if isinstance(value, int | float)},
+        floor=[Cell(value=_interval(results.floor, metric.key)) for metric in metrics],
+        classifier=results.classifier,
         comparisons=_comparisons(metrics, contenders, differences),
     )
 
 
-def _value(row: Record, key: str) -> Interval | None:
-    return row.interval(key) if row.has(key) else None
-
-
-def _whole(row: Record, key: str) -> int | None:
-    return int(row.number(key)) if row.has(key) else None
+def _interval(figures: Mapping[str, Measured], key: str) -> Interval | None:
+    return figures[key].interval if key in figures else None
 
 
 def _marked(metric: Metric, values: Mapping[str, Interval | None], differences: Differences) -> list[Cell]:
@@ -165,7 +160,7 @@ def _marked(metric: Metric, values: Mapping[str, Interval | None], differences: 
             return ""
         if present[name].mean == present[best].mean:
             return "best"
-        return "tied" if differences.of(name, best, metric.key).holds(0.0) else ""
+        return "tied" if differences.between(name, best, metric.key).holds(0.0) else ""
 
     return [Cell(value=value, mark=mark(name)) for name, value in values.items()]
 
@@ -183,7 +178,7 @@ def _comparisons(metrics: list[Metric], contenders: list[Contender], differences
             ours, theirs = student.cells[place].value, other.cells[place].value
             if other is student or ours is None or theirs is None:
                 continue
-            difference = differences.of(student.name, other.name, metric.key)
+            difference = differences.between(student.name, other.name, metric.key)
             ahead = metric.better * difference.mean > 0
             found.append(
                 Comparison(

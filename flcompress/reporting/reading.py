@@ -9,11 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from flcompress.core.attempts import ATTEMPTS_FILE, seconds_so_far
-from flcompress.errors import RequestError
+from flcompress.core.records import (
+    AnyRecord,
+    BenchFile,
+    EntryFile,
+    EvalFile,
+    Event,
+    ExportFile,
+    MetricsLine,
+    ProgramFile,
+    RunFile,
+)
+from flcompress.errors import RecordError, RequestError
 from flcompress.files import Lock, locked
 from flcompress.ir.graph import BlockGraph
 from flcompress.ir.serial import from_json
-from flcompress.reporting.record import Record, ReportError, read_lines, read_object
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,25 +48,25 @@ class Entry:
         shown = (f"{key}: {one if isinstance(one, str) else json.dumps(one)}" for key, one in self.given.items())
         return ", ".join(shown)
 
-    def program(self) -> Record:
-        return read_object(self.folder / "program.json")
+    def program(self) -> ProgramFile:
+        """What `program.json` says of the model after this pass."""
+        return ProgramFile.read(self.folder / "program.json")
 
     def graph(self) -> BlockGraph:
-        """The block graph after this pass; ReportError where `graph.json` is missing or damaged."""
+        """The block graph after this pass; RecordError if `graph.json` is missing or damaged."""
         file = self.folder / "graph.json"
         try:
             return from_json(file.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, RequestError) as error:
-            raise ReportError(f"{file}: {error}; delete {self.folder} and run the recipe again") from error
+            raise RecordError(f"{file}: {error}; delete {self.folder} and run the recipe again") from error
 
-    def result(self) -> Record | None:
-        """What the pass says of itself, or None where it says nothing."""
-        file = self.folder / "result.json"
-        return read_object(file) if file.is_file() else None
+    def result(self, kind: type[AnyRecord]) -> AnyRecord | None:
+        """Return the pass's summary, `result.json`, or None if it wrote none."""
+        return kind.read_optional(self.folder / "result.json")
 
-    def metrics(self) -> list[Record]:
-        """One record a step, and one a look of the monitor."""
-        return read_lines(self.folder / "metrics.jsonl")
+    def metrics(self) -> list[MetricsLine]:
+        """Return one line a step, and one a held-out evaluation."""
+        return MetricsLine.read_lines(self.folder / "metrics.jsonl")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,20 +96,20 @@ class RunRecord:
     """
 
     path: Path
-    info: Record
+    info: RunFile
     recipe: str
-    journal: list[Record]
+    journal: list[Event]
     entries: list[Entry]
     unfinished: Unfinished | None
-    exports: dict[str, Record]
-    evaluation: Record | None
-    bench: Record | None
+    exports: dict[str, ExportFile]
+    evaluation: EvalFile | None
+    bench: BenchFile | None
     outdated: frozenset[str]
 
     @property
-    def latest(self) -> list[Record]:
+    def latest(self) -> list[Event]:
         """The journal's events since the recipe was last started."""
-        starts = [place for place, event in enumerate(self.journal) if event.values.get("event") == "start"]
+        starts = [place for place, event in enumerate(self.journal) if event.event == "start"]
         return self.journal[starts[-1] :] if starts else self.journal
 
     def entry(self, name: str) -> Entry | None:
@@ -107,10 +117,10 @@ class RunRecord:
         found = [entry for entry in self.entries if entry.name == name]
         return found[-1] if found else None
 
-    def result(self, name: str) -> Record | None:
+    def result(self, name: str, kind: type[AnyRecord]) -> AnyRecord | None:
         """`result.json` of the last pass of that name."""
         entry = self.entry(name)
-        return entry.result() if entry else None
+        return entry.result(kind) if entry else None
 
     def inside(self, relative: str) -> Path | None:
         """A file of the run directory by its relative name; None if it is missing or lies elsewhere."""
@@ -123,18 +133,24 @@ def read_run(run_dir: Path) -> RunRecord:
 
     Raises:
         RequestError: it is no run directory.
-        ReportError: a file in it is damaged; the message names it.
+        RecordError: a file in it is damaged, or a newer flcompress wrote it; the message names it.
     """
     if not run_dir.is_dir():
         raise RequestError(f"{run_dir}: no such folder, expected a run directory; flcompress apply RECIPE makes one")
     if not (run_dir / "run.json").is_file():
         raise RequestError(f"{run_dir}: has no run.json, expected a run directory; flcompress apply RECIPE makes one")
-    info = read_object(run_dir / "run.json")
+    info = RunFile.read(run_dir / "run.json")
     # Results of earlier versions of a recipe stay beside these; a folder being there does not mean that it counts.
-    entries = [_entry(run_dir / place, index) for index, place in enumerate(info.texts("entries"))]
-    measured = {name: _optional(run_dir / name / "results.json") for name in ("eval", "bench")}
-    current = {name: found for name, found in measured.items() if found is not None and _is_of(found, entries)}
-    journal = read_lines(run_dir / "journal.jsonl")
+    entries = [_entry(run_dir / place, index) for index, place in enumerate(info.entries)]
+    evaluation = EvalFile.read_optional(run_dir / "eval" / "results.json")
+    bench = BenchFile.read_optional(run_dir / "bench" / "results.json")
+    # A result was measured on the last of the entries if it names the whole key of that.
+    student = entries[-1].key if entries else None
+    measured = {"eval": evaluation, "bench": bench}
+    outdated = frozenset(
+        name for name, results in measured.items() if results and (student is None or results.program != student)
+    )
+    journal = Event.read_lines(run_dir / "journal.jsonl")
     return RunRecord(
         path=run_dir,
         info=info,
@@ -142,41 +158,41 @@ def read_run(run_dir: Path) -> RunRecord:
         journal=journal,
         entries=entries,
         unfinished=_unfinished(run_dir, journal, len(entries)),
-        exports={file.stem: read_object(file) for file in sorted((run_dir / "exports").glob("*.json"))},
-        evaluation=current.get("eval"),
-        bench=current.get("bench"),
-        outdated=frozenset(name for name, found in measured.items() if found is not None and name not in current),
+        exports={file.stem: ExportFile.read(file) for file in sorted((run_dir / "exports").glob("*.json"))},
+        evaluation=None if "eval" in outdated else evaluation,
+        bench=None if "bench" in outdated else bench,
+        outdated=outdated,
     )
 
 
 def _entry(folder: Path, index: int) -> Entry:
-    record = read_object(folder / "entry.json")
+    record = EntryFile.read(folder / "entry.json")
     return Entry(
         folder=folder,
         index=index,
-        name=record.text("name"),
-        key=record.text("key"),
-        given=_arguments(record),
-        seconds=record.number("seconds") if record.has("seconds") else 0.0,
-        peak_rss_mb=record.number("peak_rss_mb") if record.has("peak_rss_mb") else None,
-        attempts=int(record.number("attempts")) if record.has("attempts") else 1,
+        name=record.name,
+        key=record.key,
+        given=record.arguments,
+        seconds=record.seconds,
+        peak_rss_mb=record.peak_rss_mb,
+        attempts=record.attempts,
     )
 
 
-def _unfinished(run_dir: Path, journal: list[Record], index: int) -> Unfinished | None:
+def _unfinished(run_dir: Path, journal: list[Event], index: int) -> Unfinished | None:
     """The pass whose beginning is the last that the journal has of any pass, where its folder is still there."""
-    passes = [event for event in journal if event.values.get("event") in ("begin", "pass")]
-    if not passes or passes[-1].values.get("event") != "begin":
+    passes = [event for event in journal if event.event in ("begin", "pass")]
+    if not passes or passes[-1].event != "begin":
         return None
     begun = passes[-1]
-    folder = run_dir / begun.text("folder")
+    folder = run_dir / begun.folder
     entry = Entry(
         folder=folder,
         index=index,
-        name=begun.text("name"),
-        key=begun.text("key"),
-        given=_arguments(begun),
-        seconds=seconds_so_far(folder / ATTEMPTS_FILE, begun.text("key")),
+        name=begun.name,
+        key=begun.key,
+        given=begun.arguments,
+        seconds=seconds_so_far(folder / ATTEMPTS_FILE, begun.key),
         peak_rss_mb=None,
     )
     try:
@@ -186,21 +202,8 @@ def _unfinished(run_dir: Path, journal: list[Record], index: int) -> Unfinished 
         return None
 
 
-def _arguments(record: Record) -> Mapping[str, Any]:
-    return record.sub("arguments").values if record.has("arguments") else {}
-
-
-def _is_of(measured: Record, entries: list[Entry]) -> bool:
-    """Whether a result was measured on the last of the entries, by its whole key."""
-    return bool(entries) and measured.values.get("program") == entries[-1].key
-
-
-def _optional(file: Path) -> Record | None:
-    return read_object(file) if file.is_file() else None
-
-
 def _text(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8") if file.is_file() else ""
     except (OSError, UnicodeDecodeError) as error:
-        raise ReportError(f"{file}: cannot be read as text ({error}); run the recipe again") from error
+        raise RecordError(f"{file}: cannot be read as text ({error}); run the recipe again") from error

@@ -1,10 +1,10 @@
-"""The speed table: what the work ratio promises beside what the clock said."""
+"""The speed table: the counted work ratio next to the measured times."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flcompress.reporting.record import Record
+from flcompress.core.records import BenchFile
 from flcompress.stats import Interval
 
 
@@ -21,29 +21,30 @@ class SpeedRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
+    """The table, with what it was measured on."""
+
     rounds: int
-    batch: int | None
+    batch: int
     work_ratio: float
     rows: list[SpeedRow]
     machine: dict[str, str]
 
 
-def speed(results: Record) -> Speed:
-    """Read `bench/results.json`; ReportError names the place where it is damaged."""
-    machine = results.sub("machine").values if results.has("machine") else {}
+def speed(results: BenchFile) -> Speed:
+    """Return the table of `bench/results.json`."""
     return Speed(
-        rounds=int(results.number("rounds")),
-        batch=int(results.number("batch")) if results.has("batch") else None,
-        work_ratio=results.number("work_ratio"),
+        rounds=results.rounds,
+        batch=results.batch,
+        work_ratio=results.work_ratio,
         rows=[
             SpeedRow(
-                backend=row.text("backend"),
-                what=row.text("what"),
-                teacher=row.interval("teacher_seconds", "median"),
-                student=row.interval("student_seconds", "median"),
-                ratio=row.interval("ratio", "median"),
+                backend=row.backend,
+                what=row.what,
+                teacher=row.teacher_seconds.interval,
+                student=row.student_seconds.interval,
+                ratio=row.ratio.interval,
             )
-            for row in results.each("rows")
+            for row in results.rows
         ],
-        machine={str(key): str(value) for key, value in machine.items() if value not in (None, "")},
+        machine={key: str(value) for key, value in results.machine.items() if value not in (None, "")},
     )

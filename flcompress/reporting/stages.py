@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from flcompress.reporting.reading import RunRecord
-from flcompress.reporting.record import Record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,16 +38,16 @@ def steps(run: RunRecord) -> list[Step]:
     arguments = {entry.key: entry.arguments for entry in run.entries}
     found = [
         Step(
-            event=event.text("event"),
-            name=event.text("name") if event.has("name") else "",
-            status=event.text("status") if event.has("status") else "",
-            seconds=event.number("seconds") if event.has("seconds") else None,
-            peak_rss_mb=event.number("peak_rss_mb") if event.has("peak_rss_mb") else None,
-            attempts=int(event.number("attempts")) if event.has("attempts") else 1,
-            arguments=arguments.get(str(event.values.get("key")), "") or str(event.values.get("error") or ""),
+            event=event.event,
+            name=event.name,
+            status=event.status,
+            seconds=event.seconds,
+            peak_rss_mb=event.peak_rss_mb,
+            attempts=event.attempts,
+            arguments=arguments.get(event.key, "") or event.error,
         )
         for event in run.latest
-        if event.values.get("event") in ("pass", "export", "failed")
+        if event.event in ("pass", "export", "failed")
     ]
     return found or [
         Step(
@@ -68,22 +69,22 @@ def exports(run: RunRecord) -> list[Export]:
     for name, summary in run.exports.items():
         folder = run.path / "exports" / name
         octets = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else None
-        found.append(Export(name=name, folder=folder, octets=octets, summary=flatten(summary)))
+        found.append(Export(name=name, folder=folder, octets=octets, summary=flatten(summary.dump())))
     return found
 
 
-def flatten(record: Record, prefix: str = "") -> dict[str, str]:
-    """The scalars of a record by dotted name; long lists are counted instead of shown."""
-    found: dict[str, str] = {}
-    for key, value in record.values.items():
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Return the scalars of a JSON object by dotted name; long lists are counted instead of shown."""
+    scalars: dict[str, str] = {}
+    for key, value in values.items():
         if isinstance(value, dict):
-            found |= flatten(Record(record.file, value), f"{prefix}{key}.")
+            scalars |= flatten(value, f"{prefix}{key}.")
         elif isinstance(value, list):
             short = len(value) <= 6 and not any(isinstance(item, dict | list) for item in value)
-            found[prefix + key] = ", ".join(_scalar(item) for item in value) if short else f"{len(value)} entries"
+            scalars[prefix + key] = ", ".join(_scalar(item) for item in value) if short else f"{len(value)} entries"
         elif value is not None and key != "key":
-            found[prefix + key] = _scalar(value)
-    return found
+            scalars[prefix + key] = _scalar(value)
+    return scalars
 
 
 def _scalar(value: object) -> str:

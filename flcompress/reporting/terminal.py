@@ -27,14 +27,14 @@ def print_summary(run_dir: Path, console: Console) -> None:
 
     Raises:
         RequestError: `run_dir` is no run directory.
-        ReportError: a file in it is damaged.
+        RecordError: a file in it is damaged.
     """
     run = read_run(run_dir)
     found, passes = blocks(run), steps(run)
     # Everything is read before the first line is printed: an error does not follow half a summary.
     top, made, trained = headline(run), exports(run), trainings(run)
     measured = quality(run.evaluation) if run.evaluation is not None else None
-    console.print(f"[bold]{escape(str(run.info.values.get('name') or run_dir.name))}[/bold]  {escape(str(run_dir))}")
+    console.print(f"[bold]{escape(run.info.name or run_dir.name)}[/bold]  {escape(str(run_dir))}")
     if top is None:
         console.print("Nothing is stored yet; run flcompress apply RECIPE", highlight=False)
     else:

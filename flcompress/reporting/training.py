@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
+from flcompress.core.records import BreachLine, HealthFile, MetricsLine, RedrawsLine, StochasticDepthResult
 from flcompress.core.settings import highest
 from flcompress.reporting.reading import Entry, RunRecord
-from flcompress.reporting.record import Record, read_lines, read_object
 
 Curve = list[tuple[float, float]]
+Draw = Mapping[str, float]
 Bounds = tuple[float | None, float | None]
 
 MOST_PANELS = 12
@@ -98,19 +99,19 @@ def trainings(run: RunRecord) -> list[Training]:
 
 def _training(entry: Entry, status: str) -> Training | None:
     records = entry.metrics()
-    result = entry.result()
-    if result is not None and result.has("monitor") and not any("elbo_full" in r.values for r in records):
-        records = [*records, *result.each("monitor")]
+    if entry.name == "stochastic-depth" and not any("elbo_full" in record.figures for record in records):
+        result = entry.result(StochasticDepthResult)
+        records = [*records, *(result.monitor if result is not None else [])]
     fields = _fields(records)
     if not fields:
         return None
-    health = read_object(entry.folder / "health.json") if (entry.folder / "health.json").is_file() else None
-    breaches = [_breach(record) for record in read_lines(entry.folder / "breaches.jsonl")]
-    held_out = health.text("held_out") if health is not None else ""
+    health = HealthFile.read_optional(entry.folder / "health.json")
+    breaches = [_breach(line) for line in BreachLine.read_lines(entry.folder / "breaches.jsonl")]
+    held_out = health.held_out if health is not None else ""
     looks = dict(fields.get(held_out, []))
-    lines = read_lines(entry.folder / "redraws.jsonl")
-    redraws = {record.number("step"): record.each("draws") for record in lines}
-    reference = lines[-1].each("reference") if lines else []
+    lines = RedrawsLine.read_lines(entry.folder / "redraws.jsonl")
+    redraws: dict[float, Sequence[Draw]] = {line.step: line.draws for line in lines}
+    reference = lines[-1].reference if lines else []
     means = _means(held_out, looks, redraws)
     ended = [breach.best_step for breach in breaches if breach.action == "rollback"]
     best = int(ended[-1] if ended else min(means, key=lambda step: means[step])) if looks else None
@@ -120,7 +121,7 @@ def _training(entry: Entry, status: str) -> Training | None:
     return Training(
         entry=entry,
         status=status,
-        step=int(max(record.number("step") for record in records)),
+        step=int(max(record.step for record in records)),
         steps=int(entry.given["steps"]) if isinstance(entry.given.get("steps"), int) else None,
         panels=_panels(fields, bounds),
         figures=[
@@ -143,30 +144,29 @@ def _training(entry: Entry, status: str) -> Training | None:
     )
 
 
-def _means(figure: str, looks: Mapping[float, float], redraws: Mapping[float, list[Record]]) -> dict[float, float]:
+def _means(figure: str, looks: Mapping[float, float], redraws: Mapping[float, Sequence[Draw]]) -> dict[float, float]:
     """Step -> mean of a figure over all draws of a look; looks without redraws count where none has any."""
     counted = looks.keys() & redraws.keys() or looks.keys()
     return {step: fmean([looks[step], *_redrawn(figure, redraws.get(step, []))]) for step in sorted(counted)}
 
 
-def _redrawn(figure: str, draws: Iterable[Record]) -> list[float]:
+def _redrawn(figure: str, draws: Iterable[Draw]) -> list[float]:
     """A figure on each of the other draws."""
-    return [draw.number(figure) for draw in draws if draw.has(figure)]
+    return [draw[figure] for draw in draws if figure in draw]
 
 
-def _spread(figure: str, draws: Iterable[Record]) -> Bounds:
+def _spread(figure: str, draws: Iterable[Draw]) -> Bounds:
     found = _redrawn(figure, draws)
     return (min(found), max(found)) if found else (None, None)
 
 
-def _fields(records: Iterable[Record]) -> dict[str, Curve]:
+def _fields(records: Iterable[MetricsLine]) -> dict[str, Curve]:
     fields: dict[str, Curve] = {}
     for record in records:
-        step = record.number("step")
-        for key, value in record.values.items():
+        for key, value in record.figures.items():
             number = isinstance(value, int | float) and not isinstance(value, bool)
-            if key != "step" and number and math.isfinite(value):
-                fields.setdefault(key, []).append((step, float(value)))
+            if number and math.isfinite(value):
+                fields.setdefault(key, []).append((record.step, float(value)))
     return fields
 
 
@@ -199,22 +199,17 @@ def _words(field: str) -> str:
     return field.replace("_", " ").replace(".", " ").strip()
 
 
-def _bounds(field: str, health: Record | None, best: float | None, reference: Sequence[float]) -> Bounds:
+def _bounds(field: str, health: HealthFile | None, best: float | None, reference: Sequence[float]) -> Bounds:
     """Limits of a figure; `best` is the held-out one at the best look, `reference` the teacher's own on other draws."""
     if health is None:
         return None, None
-    if field == health.text("held_out") and health.has("max_worsening") and best is not None:
-        return None, highest(best, health.number("max_worsening"), fmean(reference) if reference else 0.0)
+    if field == health.held_out and health.max_worsening is not None and best is not None:
+        return None, highest(best, health.max_worsening, fmean(reference) if reference else 0.0)
     if field.endswith("_grad_norm"):
-        return None, health.number("max_grad_norm") if health.has("max_grad_norm") else None
-    limits = health.sub("limits")
-    low, high = _low_high(limits.sub(field)) if limits.has(field) else (None, None)
+        return None, health.max_grad_norm
+    limit = health.limits.get(field)
+    low, high = (limit.low, limit.high) if limit is not None else (None, None)
     return low and min([low, *reference]), high and max([high, *reference])
-
-
-def _low_high(record: Record) -> Bounds:
-    low, high = (record.number(key) if record.has(key) else None for key in ("low", "high"))
-    return low, high
 
 
 def _within(value: float, bounds: Bounds) -> bool:
@@ -222,18 +217,18 @@ def _within(value: float, bounds: Bounds) -> bool:
     return (low is None or value >= low) and (high is None or value <= high)
 
 
-def _breach(record: Record) -> Breach:
-    redrawn = [one for one in record.values.get("redrawn", []) if one is not None]
+def _breach(line: BreachLine) -> Breach:
+    redrawn = [value for value in line.redrawn if value is not None]
     return Breach(
-        step=int(record.number("step")),
-        figure=_words(record.text("figure")),
-        value=record.number("value") if record.has("value") else None,
+        step=line.step,
+        figure=_words(line.figure),
+        value=line.value,
         spread=(min(redrawn), max(redrawn)) if redrawn else (None, None),
-        bounds=_low_high(record),
-        setting=record.text("setting"),
-        mend=record.text("mend"),
-        action=record.text("action"),
-        best_step=int(record.number("best_step")),
+        bounds=(line.low, line.high),
+        setting=line.setting,
+        mend=line.mend,
+        action=line.action,
+        best_step=line.best_step,
     )
 
 

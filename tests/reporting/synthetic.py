@@ -16,8 +16,28 @@ from flcompress.ir.serial import to_json
 from tests.reporting.synthetic_measured import write_json, write_measured
 
 RECIPE = "version: 1\nmodel: teacher\npasses:\n  - importance: {draws: 256}\n  - prune: {remove: 0.3}\n"
-TEACHER = {"num_inference_steps": 50, "guidance_scale": 4.0, "sigmas": [1 - n / 50 for n in range(50)]}
-STUDENT = {"num_inference_steps": 4, "guidance_scale": 1.0, "sigmas": [1.0, 0.9, 0.75, 0.5]}
+
+
+def contract(guidance: float, sigmas: list[float]) -> dict[str, Any]:
+    """A sampling contract as `program.json` holds it."""
+    return {
+        "prediction": "flow",
+        "scheduler_class": "FlowMatchEulerDiscreteScheduler",
+        "scheduler": {"shift": 1.0},
+        "num_inference_steps": len(sigmas),
+        "sigmas": sigmas,
+        "timesteps": [1000 * sigma for sigma in sigmas],
+        "guidance_scale": guidance,
+        "max_sequence_length": 16,
+        "given_sigmas": None,
+        "embedded_guidance": None,
+        "experts": None,
+        "guidance_convention": "u + w (c - u)",
+    }
+
+
+TEACHER = contract(4.0, [1 - n / 50 for n in range(50)])
+STUDENT = contract(1.0, [1.0, 0.9, 0.75, 0.5])
 
 
 def graph(count: int) -> BlockGraph:
@@ -135,7 +155,7 @@ def write_run(path: Path, *, blocks: int = 16, passes: bool = True, measured: bo
             ),
         ]
     journal: list[dict[str, Any]] = [{"time": 1767323045.0, "event": "start", "name": "moving-digits"}]
-    for index, (name, model, contract, result, metrics) in enumerate(entries):
+    for index, (name, model, sampling, result, metrics) in enumerate(entries):
         key = f"{index:064x}"
         folder = path / "passes" / f"{index:02d}-{name}-{index:012x}"
         arguments = {"draws": 256} if name == "importance" else {}
@@ -150,7 +170,19 @@ def write_run(path: Path, *, blocks: int = 16, passes: bool = True, measured: bo
                 "peak_rss_mb": 900.0,
             },
         )
-        write_json(folder / "program.json", {"contract": contract, "teacher_contract": TEACHER})
+        write_json(
+            folder / "program.json",
+            {
+                "components": {"transformer": "transformer"},
+                "contract": sampling,
+                "teacher_contract": TEACHER,
+                "facts": [],
+                "prune_set": [],
+                "kept": {},
+                "index": {"_class_name": "WanPipeline"},
+                "latents": [16, 3, 4, 4],
+            },
+        )
         (folder / "graph.json").write_text(to_json(model))
         if result is not None:
             write_json(folder / "result.json", result)

@@ -100,10 +100,11 @@ def write_measured(path: Path, program: str, before: int, after: int) -> None:
 def _paired(contenders: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Differences with four fifths of the means' intervals: where two of those overlap, this may tell them apart."""
     return [
-        {"a": a["name"], "b": b["name"], "metric": metric, **_around(a[metric]["mean"] - b[metric]["mean"], half)}
+        {"a": a["name"], "b": b["name"], "metric": metric, "mean": mean, "low": mean - half, "high": mean + half}
         for b, a in itertools.combinations(contenders, 2)
         for metric, value in a.items()
         if isinstance(value, dict)
+        for mean in [a[metric]["mean"] - b[metric]["mean"]]
         for half in [0.4 * (value["high"] - value["low"])]
     ]
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from flcompress.core.records import EvalFile
 from flcompress.reporting.html import write_report
 from flcompress.reporting.quality import quality
-from flcompress.reporting.record import read_object
 from tests.reporting.synthetic import write_run
 
 SECTIONS = (
@@ -70,7 +70,7 @@ def test_the_best_and_those_not_known_to_be_worse_are_marked(page: str) -> None:
 def test_paired_differences_decide_where_intervals_overlap(tmp_path: Path) -> None:
     """0.900 and 0.910 are known to 0.012 each, their difference to less than its size."""
     run = write_run(tmp_path)
-    found = {(c.other, c.metric): c for c in quality(read_object(run / "eval/results.json")).comparisons}
+    found = {(c.other, c.metric): c for c in quality(EvalFile.read(run / "eval/results.json")).comparisons}
     accuracy = found["teacher, 50 steps, guided", "Prompt accuracy"]
     assert accuracy.student.high > accuracy.against.low
     assert accuracy.difference.mean == pytest.approx(-0.01)
@@ -82,13 +82,13 @@ def test_paired_differences_decide_where_intervals_overlap(tmp_path: Path) -> No
 
 def test_a_pair_is_read_from_both_sides(tmp_path: Path) -> None:
     file = write_run(tmp_path) / "eval/results.json"
-    before = quality(read_object(file)).comparisons
+    before = quality(EvalFile.read(file)).comparisons
     results = json.loads(file.read_text())
     for pair in results["paired"]:
         a, b, low, high = pair["a"], pair["b"], pair["low"], pair["high"]
         pair |= {"a": b, "b": a, "mean": -pair["mean"], "low": -high, "high": -low}
     file.write_text(json.dumps(results))
-    assert quality(read_object(file)).comparisons == before
+    assert quality(EvalFile.read(file)).comparisons == before
 
 
 def test_odd_text_is_escaped(tmp_path: Path) -> None:

@@ -5,10 +5,9 @@ from pathlib import Path
 import pytest
 
 from flcompress import wording
-from flcompress.errors import RequestError
+from flcompress.errors import RecordError, RequestError
 from flcompress.reporting.html import write_report
 from flcompress.reporting.reading import read_run
-from flcompress.reporting.record import ReportError
 from tests.reporting.synthetic import write_run
 
 
@@ -63,7 +62,7 @@ def _middle(file: Path) -> None:
 def test_a_damaged_file_is_named(name: str, damage: Callable[[Path], None], message: str, tmp_path: Path) -> None:
     run = write_run(tmp_path)
     damage(next(run.glob(name)))
-    with pytest.raises(ReportError, match=message) as caught:
+    with pytest.raises(RecordError, match=message) as caught:
         write_report(run)
     assert "\n" not in str(caught.value)
     assert not (run / "report.html").exists()
@@ -113,7 +112,7 @@ def test_what_does_not_say_its_student_does_not_count(tmp_path: Path) -> None:
 def test_a_listed_result_that_is_gone_is_named(tmp_path: Path) -> None:
     run = write_run(tmp_path)
     next(run.glob("passes/*-dmd-*/entry.json")).unlink()
-    with pytest.raises(ReportError, match=r"04-dmd-000000000004/entry.json: cannot be read as JSON"):
+    with pytest.raises(RecordError, match=r"04-dmd-000000000004/entry.json: cannot be read as JSON"):
         read_run(run)
 
 

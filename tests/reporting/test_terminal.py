@@ -46,5 +46,7 @@ def test_it_says_what_was_measured_on_an_earlier_student(tmp_path: Path) -> None
 
 def test_markup_in_a_name_is_printed_as_it_is(tmp_path: Path) -> None:
     run = write_run(tmp_path, measured=False)
-    (run / "run.json").write_text('{"name": "[red]odd[/red]", "entries": []}')
+    (run / "run.json").write_text(
+        '{"name": "[red]odd[/red]", "recipe_path": "odd.yaml", "created": "", "entries": [], "finished": false}'
+    )
     assert "[red]odd[/red]" in summary(run)

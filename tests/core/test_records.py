@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flcompress.core.records import BreachLine, EntryFile, EvalFile, HealthFile, MetricsLine, Record, RunFile
+from flcompress.core.settings import Health
+from flcompress.errors import RecordError
+
+RUN = {"name": "digits", "recipe_path": "r.yaml", "created": "2026-01-02", "entries": ["passes/0"], "finished": True}
+MEASURED = {"mean": 1.0, "low": 0.5, "high": 1.5, "values": [0.5, 1.5]}
+CONTENDER = {"name": "s", "label": "s", "steps": 4, "guidance": 1.0, "evaluations": 4, "parameters": 9}
+EVAL = {
+    "benchmark": "moving-digits", "clips": 2, "seeds": 2, "prompts": 1, "floor": {"frechet": MEASURED},
+    "contenders": [{**CONTENDER, "frechet": MEASURED}], "paired": [],
+}  # fmt: skip
+
+
+def written(folder: Path, value: object) -> Path:
+    file = folder / "file.json"
+    file.write_text(json.dumps(value))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "message"),
+    [
+        (RunFile, {**RUN, "entries": ["a", 1]}, 'entries is ["a", 1], expected a list of texts; give flcompress apply'),
+        (RunFile, {**RUN, "finished": "yes"}, 'finished is "yes", expected true or false; give flcompress apply'),
+        (RunFile, {**RUN, "done": 1}, "unknown key done, expected name, recipe_path, created, entries, finished; give"),
+        (RunFile, [RUN], "holds list, expected an object; give flcompress apply RECIPE again"),
+        (EntryFile, {"key": "k", "name": "n"}, "index is nothing, expected a number; remove its folder"),
+        (EvalFile, {**EVAL, "contenders": {}}, "contenders is {}, expected a list of objects; make the file again"),
+        (
+            EvalFile,
+            {**EVAL, "contenders": [{**CONTENDER, "frechet": {**MEASURED, "low": "x"}}]},
+            'contenders[0].frechet.low is "x", expected a number; make the file again',
+        ),
+        (
+            EvalFile,
+            {**EVAL, "floor": {"frechet": {"mean": 1.0, "low": 1.0}}},
+            "floor.frechet.high is nothing, expected a number; make the file again",
+        ),
+        (
+            EvalFile,
+            {**EVAL, "contenders": [{**CONTENDER, "frechet": {**MEASURED, "width": 1}}]},
+            "unknown key contenders[0].frechet.width, expected mean, low, high, values; make the file again",
+        ),
+        (
+            EvalFile,
+            {**EVAL, "contenders": [{**CONTENDER, "frechet": 3}]},
+            "contenders[0].frechet is 3, expected an obj",
+        ),
+    ],
+)
+def test_a_key_that_is_unknown_missing_or_of_another_type_is_one_line(
+    kind: type[Record], value: Any, message: str, tmp_path: Path
+) -> None:
+    file = written(tmp_path, value)
+    with pytest.raises(RecordError, match=re.escape(f"{file}: {message}")) as caught:
+        kind.read(file)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_of_a_newer_version_is_refused_by_name(tmp_path: Path) -> None:
+    file = written(tmp_path, {"format": 2, "title": "digits"})
+    message = f"{file}: written by a newer flcompress: format 2, this one reads up to 1; update flcompress"
+    with pytest.raises(RecordError, match=re.escape(message)):
+        RunFile.read(file)
+    file.write_text('{"format": 2, "loss": 1}\n')
+    with pytest.raises(RecordError, match=r"file.json: line 1: written by a newer flcompress: format 2"):
+        MetricsLine.read_lines(file)
+
+
+def test_a_record_is_written_as_it_was_built_and_read_back(tmp_path: Path) -> None:
+    record = RunFile(**RUN)
+    record.write(tmp_path / "run.json")
+    assert json.loads((tmp_path / "run.json").read_text()) == RUN
+    assert list(json.loads((tmp_path / "run.json").read_text())) == list(RUN)
+    assert RunFile.read(tmp_path / "run.json") == record
+    assert EntryFile(key="k", name="n", index=1).dump() == {"key": "k", "name": "n", "index": 1}
+
+
+def test_files_of_older_versions_keep_their_meaning(tmp_path: Path) -> None:
+    entry = EntryFile.read(written(tmp_path, {"key": "k", "name": "prune", "index": 1, "arguments": {}, "seconds": 2}))
+    assert (entry.seconds, entry.peak_rss_mb, entry.attempts) == (2.0, None, 1)
+    breach = {"step": 1, "figure": "f", "value": None, "low": None, "high": 1.0, "setting": "s", "mend": "m"}
+    (line,) = BreachLine.read_lines(written(tmp_path, {**breach, "action": "warn", "best_step": 0}))
+    assert line.redrawn == []
+
+
+def test_the_limits_file_has_every_setting_of_training_health() -> None:
+    HealthFile(held_out="elbo_full", limits={}, **Health().model_dump(mode="json"))
