@@ -53,7 +53,7 @@ def written(folder: Path, value: object) -> Path:
         (
             EvalFile,
             {**EVAL, "contenders": [{**CONTENDER, "frechet": 3}]},
-            "contenders[0].frechet is 3, expected an obj",
+            "contenders[0].frechet is 3, expected an",
         ),
     ],
 )
