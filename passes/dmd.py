@@ -108,10 +108,10 @@ class DistributionMatching(Pass):
     @property
     @override
     def engines(self) -> tuple[EngineName, ...]:
-        return tuple(one for one in super().engines if self._against(one) is None)
+        return tuple(engine for engine in super().engines if self._reason_against(engine) is None)
 
-    def _against(self, engine: EngineName) -> str | None:
-        """Why an engine cannot train these roles; None where it can."""
+    def _reason_against(self, engine: EngineName) -> str | None:
+        """Return why an engine cannot train these roles, or None if it can."""
         if self.gan_weight and engine not in ("local", "ddp"):
             return (
                 f"dmd.gan_weight: {self.gan_weight:g} given with training.engine {engine}, expected 0: the "
@@ -156,7 +156,7 @@ class DistributionMatching(Pass):
 
     @override
     def check(self, training: Training) -> None:
-        if against := self._against(training.engine):
+        if against := self._reason_against(training.engine):
             raise RequestError(against)
         if self.settings.has_loras and training.compile:
             raise RequestError(
@@ -172,14 +172,14 @@ class DistributionMatching(Pass):
         from flcompress.training.distillation.student_monitor import student_watch
         from flcompress.training.engines import engine_of
         from flcompress.training.loop import train
-        from flcompress.training.shared_base import merge, unlike
+        from flcompress.training.shared_base import first_difference, merge
 
         if self.settings.generator_shares:
             parts = program.components
-            odd = work.world.broadcast(lambda: unlike(parts["transformer"], parts["elastic"], program.kept))
-            if odd:
+            name = work.world.broadcast(lambda: first_difference(parts["transformer"], parts["elastic"], program.kept))
+            if name:
                 raise RequestError(
-                    f"dmd.generator: lora given, but {odd} of the transformer is not that of the elastic one, whose "
+                    f"dmd.generator: lora given, but {name} of the transformer is not that of the elastic one, whose "
                     "weights a LoRA would start from; set real_score: original or generator: full"
                 )
         contract = student_contract(program.teacher_contract, self.student_steps, program.family.sigmas)

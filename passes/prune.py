@@ -84,7 +84,7 @@ class Prune(Pass):
             program.with_component("transformer", target),
             graph=result,
             prune_set=paths,
-            kept=_composed(certificate.kept, program.kept),
+            kept=_compose(certificate.kept, program.kept),
         )
 
     def _reason(self, graph: BlockGraph, path: str) -> str:
@@ -92,13 +92,13 @@ class Prune(Pass):
         if self.by != "importance" or importance is None:
             return f"chosen by {self.by}"
         ranked = sorted(block.importance.mean for block in graph.blocks if block.importance)
-        place = ranked.index(importance.mean) + 1
+        rank = ranked.index(importance.mean) + 1
         return (
             f"importance {importance.mean:.3g} ± {importance.standard_error:.2g}, "
-            f"{place} of {len(ranked)} from the least important"
+            f"{rank} of {len(ranked)} from the least important"
         )
 
 
-def _composed(kept: Mapping[str, str], before: Mapping[str, str]) -> dict[str, str]:
-    """New path -> path in the original, from (old -> new) of this cut and (old -> original) before it."""
+def _compose(kept: Mapping[str, str], before: Mapping[str, str]) -> dict[str, str]:
+    """Return new path -> path in the original, from old -> new of this cut and old -> original before it."""
     return {new: before[old] for old, new in kept.items()}

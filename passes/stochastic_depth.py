@@ -81,7 +81,7 @@ class StochasticDepth(Pass):
         from flcompress.models.loading import save_transformer
         from flcompress.training.engines import engine_of
 
-        graph, paths = work.world.broadcast(lambda: self._chosen(program, work))
+        graph, paths = work.world.broadcast(lambda: self._choose(program, work))
         program = replace(program, graph=from_json(graph), prune_set=tuple(paths))
         weights = self.training.weights(engine_of(work), program)
         target = work.directory / "transformer"
@@ -91,8 +91,8 @@ class StochasticDepth(Pass):
             self._write_result(program, work)
         return program.with_component("transformer", target).with_component("elastic", target)
 
-    def _chosen(self, program: Program, work: PassContext) -> tuple[str, tuple[str, ...]]:
-        """(graph, the prune set). A block that cannot be removed must not be trained to be skipped either."""
+    def _choose(self, program: Program, work: PassContext) -> tuple[str, tuple[str, ...]]:
+        """Return (graph, prune set); a block that cannot be removed must not be trained to be skipped either."""
         from flcompress.ir.serial import to_json
         from flcompress.tracing.removal.on_disk import choose_removable
 
@@ -107,11 +107,11 @@ class StochasticDepth(Pass):
         from flcompress.files import lines_of
         from flcompress.training.loop import METRICS_FILE
 
-        held = sum(program.graph.block(path).parameters for path in program.prune_set)
+        parameters = sum(program.graph.block(path).parameters for path in program.prune_set)
         lines = lines_of((work.directory / METRICS_FILE).read_text(encoding="utf-8"))
         result = {
             "prune_set": list(program.prune_set),
-            "removed_share": held / program.graph.parameters,
+            "removed_share": parameters / program.graph.parameters,
             "by": self.by,
             "target": self.target,
             "monitor": [record for record in map(json.loads, lines) if "elbo_full" in record],

@@ -80,12 +80,12 @@ def apply() -> None:
     from flcompress.training.distillation import student_monitor
 
     if number := os.environ.get(SMALLER):
-        stock = student_monitor.StudentHealth.__init__
+        stock = student_monitor.StudentEvaluation.__init__
 
-        def smaller(self: student_monitor.StudentHealth, *args: object, **kwargs: object) -> None:
+        def smaller(self: student_monitor.StudentEvaluation, *args: object, **kwargs: object) -> None:
             stock(self, *args, **{**kwargs, "batch": int(number)})  # type: ignore[arg-type]
 
-        student_monitor.StudentHealth.__init__ = smaller  # type: ignore[method-assign]
+        student_monitor.StudentEvaluation.__init__ = smaller  # type: ignore[method-assign]
     cli.main()
 
 

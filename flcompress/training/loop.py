@@ -1,4 +1,4 @@
-"""The one training loop. Objectives plug in as a function of the step; everything else here is bookkeeping."""
+"""The training loop. Objectives plug in as a function of the step; everything else here is bookkeeping."""
 
 from __future__ import annotations
 
@@ -161,15 +161,15 @@ class _Run:
             return False
         self._world.heartbeat(f"held-out figures of step {step}")
         with self._engine.forward_mode(), self._world.exchanging():
-            figures, again = watch.look(step), watch.again(step)
+            figures, redraws = watch.evaluate(step), watch.redraw(step)
         if figures:
             self.record(step, figures)
-        if again.draws and self._world.main:
-            append_line(self._redraws, json.dumps({"step": step, **asdict(again)}))
+        if redraws.draws and self._world.main:
+            append_line(self._redraws, json.dumps({"step": step, **asdict(redraws)}))
         strip = strip_of(self._work.directory, step)
         for tracker in self.trackers if strip.exists() else ():
             tracker.picture(step, STRIPS, strip)
-        back = watch.judge(step, figures, again)
+        back = watch.judge(step, figures, redraws)
         if watch.best[0] == step > 0:
             self._save(step, "best")
         return back
@@ -207,7 +207,7 @@ _SAVE, _END = "save", "end"
 
 @contextmanager
 def _termination(name: str, world: World) -> Iterator[threading.Event]:
-    """An event that SIGTERM sets, instead of ending the process at once."""
+    """Yield an event that SIGTERM sets, instead of ending the process at once."""
     preempted = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield preempted
@@ -227,9 +227,9 @@ def _termination(name: str, world: World) -> Iterator[threading.Event]:
 
 
 def _truncate(log: Path, step: int) -> None:
-    """Drop what was logged after the checkpoint: those steps will be done, and logged, again.
+    """Drop what was logged after the checkpoint: those steps will be trained, and logged, again.
 
-    Without a checkpoint that is everything, what was held against step 0 too.
+    Without a checkpoint that is everything, including breaches recorded at step 0.
     """
     if log.exists():
         lines = lines_of(log.read_text(encoding="utf-8")) if step else []

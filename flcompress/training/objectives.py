@@ -1,4 +1,4 @@
-"""Losses that more than one pass uses. Each reads like its equation."""
+"""Losses and noise levels that more than one pass uses. Each reads like its equation."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from flcompress.errors import PreconditionError
 
 
 def draw_levels(draws: Draws, by: float, *, low: float = 0.0, high: float = 1.0) -> torch.Tensor:
-    """Noise levels [n]: uniform in [low, high], one in each of as many strata as the batch has samples, then shifted.
+    """Draw noise levels [n]: uniform in [low, high], stratified into one stratum per sample of the batch, then shifted.
 
-    Strata cost nothing and take most of the variance over noise levels out of a batch.
+    Strata cost nothing and remove most of a batch's variance over noise levels.
     """
     order = torch.randperm(draws.batch, generator=draws.shared)
     u = (order[draws.mine] + draws.uniform()) / draws.batch
@@ -24,10 +24,17 @@ def draw_levels(draws: Draws, by: float, *, low: float = 0.0, high: float = 1.0)
 def level_range(
     contract: SamplingContract, by: float = 1.0, *, low: float = 0.0, high: float = 1.0, key: str
 ) -> tuple[float, float]:
-    """The part of [low, high], levels before a shift, after which the contract's transformer is responsible for them.
+    """Return the part of [low, high] for which the contract's transformer is responsible after a shift.
+
+    Args:
+        contract: a low- or high-noise expert's, or one of a single transformer, which is responsible for all levels.
+        by: the shift.
+        low: lowest level before the shift.
+        high: highest level before the shift.
+        key: names the range in an error.
 
     Raises:
-        PreconditionError: there is none; `key` names what was given.
+        PreconditionError: the transformer is responsible for no level of the range.
     """
     if contract.experts is None:
         return low, high
@@ -48,6 +55,6 @@ def denoising_loss(
     level: torch.Tensor,
     noise: torch.Tensor,
 ) -> torch.Tensor:
-    """E |prediction - target|^2: flow matching (Lipman et al. 2023), or the v or epsilon loss of a discrete process."""
+    """Return E |prediction - target|^2: flow matching (Lipman et al. 2023), or a discrete process's v or e loss."""
     prediction = network(process.add_noise(x0, noise, level), process.timestep(level), conditioning)
     return (prediction.float() - process.target(x0, noise, level)).square().mean()

@@ -76,7 +76,7 @@ class TrainedRole:
         self.updates = 0
         self._loss: torch.Tensor | float = 0.0
         shards = self._wrapped.shards()
-        self._ema = {name: one.clone() for name, one in shards.items()} if ema_decay is not None else None
+        self._ema = {name: shard.clone() for name, shard in shards.items()} if ema_decay is not None else None
 
     def update(self, draws: Draws, loss_of: Callable[[Draws], torch.Tensor | Loss]) -> dict[str, float]:
         """Take one optimiser step on the loss of a batch; all processes together.
@@ -146,7 +146,7 @@ class TrainedRole:
         Args:
             values: [batch], zero for the samples of other processes.
         """
-        sums = self._world.all_mean({str(n): one * self._world.size for n, one in enumerate(values.tolist())})
+        sums = self._world.all_mean({str(n): value * self._world.size for n, value in enumerate(values.tolist())})
         return torch.tensor(list(sums.values()))
 
     def clear(self) -> None:
@@ -155,7 +155,7 @@ class TrainedRole:
 
     @contextmanager
     def with_average(self) -> Iterator[None]:
-        """While active the model has the moving average as its weights, where there is one."""
+        """Give the model its moving average as weights while active, if there is one."""
         if self._ema is None:
             yield
             return
@@ -169,23 +169,23 @@ class TrainedRole:
     def _swap(self) -> None:
         assert self._ema is not None
         for name, live in self._wrapped.shards().items():
-            kept = live.clone()
+            trained = live.clone()
             live.copy_(self._ema[name])
-            self._ema[name].copy_(kept)
+            self._ema[name].copy_(trained)
         self._wrapped.shards_changed()
 
     def full_state(self) -> dict[str, torch.Tensor]:
-        """The whole state dict in the main process; empty in the others. All processes call it together."""
+        """Return the whole state dict in the main process, empty in the others; all processes together."""
         self._world.heartbeat(f"gathering the weights of {self.name}")
         return self._wrapped.full_state()
 
     def averaged_state(self) -> dict[str, torch.Tensor]:
-        """As `gathered`, with the moving average in place of the trained parameters."""
+        """Return the whole state dict with the moving average in place of the trained parameters."""
         with self.with_average():
             return self.full_state()
 
     def checkpoint(self) -> dict[str, torch.Tensor]:
-        """What this process stores to go on bit for bit: weights, moments, average, counters. Flat, tensors only."""
+        """Return what this process stores to resume bit for bit: weights, moments, average, counters, all tensors."""
         flat = self._wrapped.state()
         if flat:
             flat |= {f"ema.{name}": value for name, value in (self._ema or {}).items()}
@@ -193,7 +193,7 @@ class TrainedRole:
         return flat
 
     def restore(self, flat: Mapping[str, torch.Tensor]) -> None:
-        """Take up what `checkpoint` gave."""
+        """Load what `checkpoint` returned."""
         self._wrapped.restore(flat)
         for name, value in (self._ema or {}).items():
             value.copy_(flat[f"ema.{name}"])
@@ -207,7 +207,7 @@ class TrainedRole:
 
 
 def warmup_cosine(steps: int, warmup: int) -> Callable[[int], float]:
-    """Linear rise over `warmup` updates, then half a cosine down to 2 % at `steps`."""
+    """Return a schedule that rises linearly over `warmup` updates, then falls by half a cosine to 2 % at `steps`."""
 
     def factor(step: int) -> float:
         if step < warmup:

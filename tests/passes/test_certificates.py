@@ -32,6 +32,6 @@ def test_a_gpu_takes_no_part_in_a_certificate(tmp_path: Path) -> None:
         progress=lambda *told: None,
         device="cuda",
     )
-    _, chosen = StochasticDepth(remove=0.2, steps=1, by="middle")._chosen(program, work)
+    _, chosen = StochasticDepth(remove=0.2, steps=1, by="middle")._choose(program, work)
     elastic = replace(program, prune_set=chosen, facts=program.facts | {Fact.ELASTIC})
     assert Prune(remove=0.2, by="middle")(elastic, work).prune_set == chosen

@@ -18,7 +18,7 @@ from flcompress.distributed.world import World
 from flcompress.driver.manager import apply
 from flcompress.progress import QuietDisplay
 from flcompress.reporting.reading import read_run
-from flcompress.training.watching.held_out import HeldOutELBO, Scored
+from flcompress.training.watching.held_out import HeldOutELBO, HeldOutLoss
 from tests.training.home import Home
 from tests.training.processes import start
 
@@ -95,7 +95,7 @@ def slow_looks(stop_at: int = 0) -> None:
     score, forward = HeldOutELBO.__call__, WanTransformer3DModel.forward
     scoring, calls = False, 0
 
-    def scored(self: HeldOutELBO, network: Network) -> Scored:
+    def scored(self: HeldOutELBO, network: Network) -> HeldOutLoss:
         nonlocal scoring
         scoring = True
         try:

@@ -20,8 +20,8 @@ from flcompress.diffusion.network import Conditioning, Network
 from flcompress.diffusion.process import FLOW
 from flcompress.diffusion.sampling import sample
 from flcompress.distributed.world import World
-from flcompress.training.distillation.samples import Prompts, compared, moments
-from flcompress.training.watching.held_out import critic_lag
+from flcompress.training.distillation.critic_lag import critic_lag
+from flcompress.training.distillation.samples import Prompts, compare, moments
 
 ALONE = World()
 
@@ -36,7 +36,7 @@ def test_scaled_and_shifted_samples_have_the_figures_of_the_formula(scale: float
     """a x + b: deviation and motion are a; the distance sees b in the values alone, and a in every view."""
     teacher = normal(3, 2, frames, 4, 5)
     reference = moments(teacher, ALONE)
-    found = compared(scale * teacher + shift, reference, ALONE)
+    found = compare(scale * teacher + shift, reference, ALONE)
     mean, deviation = reference["x.mean"], reference["x.deviation"]
     own = (((scale * mean + shift - mean) ** 2 + ((scale - 1) * deviation) ** 2) / deviation**2).mean()
     others = [
@@ -61,7 +61,7 @@ def test_saturation_is_the_share_beyond_three_deviations() -> None:
     samples[0, 0, 0, 0, :7] = middle + 3.1 * width
     samples[0, 0, 1, 0, :3] = middle - 3.1 * width
     samples[0, 0, 1, 1, :3] = middle - 2.9 * width
-    assert compared(samples, reference, ALONE)["sample_saturation"] == 10 / 200
+    assert compare(samples, reference, ALONE)["sample_saturation"] == 10 / 200
 
 
 class Half(World):
@@ -81,12 +81,12 @@ class Half(World):
 
 def test_two_processes_agree_on_what_one_would_say() -> None:
     samples, teacher = normal(4, 2, 3, 4, 4), normal(4, 2, 3, 4, 4, seed=1)
-    alone = compared(samples, moments(teacher, ALONE), ALONE)
+    alone = compare(samples, moments(teacher, ALONE), ALONE)
     first, second = Half(), Half()
     reference = moments(teacher, ALONE)
-    compared(samples[2:], reference, first)
+    compare(samples[2:], reference, first)
     second.other = first.seen
-    assert compared(samples[:2], reference, second) == pytest.approx(alone, rel=1e-12)
+    assert compare(samples[:2], reference, second) == pytest.approx(alone, rel=1e-12)
 
 
 def linear(weight: float, constant: float = 0.0) -> Network:
@@ -112,7 +112,7 @@ def test_the_fixed_samples_are_guided_as_the_sampler_guides(tmp_path: Path) -> N
 
     work = PassContext(directory=tmp_path, seed=0, data=_no_data, progress=lambda *told: None)
     prompts = Prompts(work, given, negative, (3, 2, 2, 4, 4), 2, 3, lambda noise, given: torch.zeros_like(noise))
-    clean, _ = prompts.sampled(network, teacher)
+    clean, _ = prompts.sample(network, teacher)
     expected = sample(network, teacher, torch.zeros(3, 2, 2, 4, 4), given, negative)
     torch.testing.assert_close(clean, expected, rtol=0, atol=0)
     assert len({teacher.guidance_at(place) for place in range(8)}) == 2

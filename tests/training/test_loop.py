@@ -50,6 +50,10 @@ def role(micro_batch: int | None = None) -> TrainedRole:
     return TrainedRole(sharing, "model", nn.Linear(3, 1), batch=8, hyper=hyper, ema_decay=0.9)
 
 
+def held_out(step: int) -> dict[str, float]:
+    return {"held_out": 1.0 / (1.0 + step)}
+
+
 def run(trained: TrainedRole, folder: Path, steps: int, fail_at: int | None = None, *, seconds: float = 0.0) -> None:
     def train_step(step: int, draws: Draws) -> Mapping[str, float]:
         if step == fail_at:
@@ -62,7 +66,9 @@ def run(trained: TrainedRole, folder: Path, steps: int, fail_at: int | None = No
         return error
 
     sharing = engine(folder, seconds)
-    watch = Watch(sharing.work, name="test", look=lambda step: {"held_out": 1.0 / (1.0 + step)}, held_out="held_out")
+    watch = Watch(
+        sharing.work, name="test", evaluate=lambda step: {"held_out": 1.0 / (1.0 + step)}, held_out="held_out"
+    )
     loop.train(train_step, [trained], engine=sharing, name="test", steps=steps, batch=8, watch=watch)
 
 

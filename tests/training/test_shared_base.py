@@ -15,7 +15,7 @@ from torch import Tensor
 from flcompress.models.loading import load_transformer, save_transformer
 from flcompress.models.network import half_precision
 from flcompress.tracing.skip import graph_of, skip
-from flcompress.training.shared_base import OWN_SHARE, SCALE, LoRA, SharedBase, lora_parameters, merge, unlike
+from flcompress.training.shared_base import OWN_SHARE, SCALE, LoRA, SharedBase, first_difference, lora_parameters, merge
 
 LAYERS, GONE = 4, ("blocks.1", "blocks.2")
 DEPTH = tuple(f"blocks.{index}" for index in range(LAYERS))
@@ -65,7 +65,7 @@ def lora(base: SharedBase, seed: int, *, generator: bool = False) -> LoRA:
         with skip(base.model, GONE if generator else (), graph=graph):
             yield
 
-    made = LoRA(base, KEPT.values() if generator else DEPTH, 4, seed=seed, around=around)
+    made = LoRA(base, KEPT.values() if generator else DEPTH, 4, seed=seed, forward_context=around)
     draw = torch.Generator().manual_seed(seed)
     for value in made.lora_B.values():
         value.data.normal_(std=0.02, generator=draw)
@@ -221,11 +221,11 @@ def test_another_start_than_the_base_is_noticed(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "base")
     small = pruned(model)
     small.save_pretrained(tmp_path / "small")
-    assert unlike(tmp_path / "small", tmp_path / "base", KEPT) is None
-    assert unlike(tmp_path / "small", tmp_path / "base", {**KEPT, "blocks.1": "blocks.2"}) is not None
+    assert first_difference(tmp_path / "small", tmp_path / "base", KEPT) is None
+    assert first_difference(tmp_path / "small", tmp_path / "base", {**KEPT, "blocks.1": "blocks.2"}) is not None
     small.blocks[1].ffn.net[2].weight.data[0, 0] += 1e-6
     small.save_pretrained(tmp_path / "other")
-    assert unlike(tmp_path / "other", tmp_path / "base", KEPT) == "blocks.1.ffn.net.2.weight"
+    assert first_difference(tmp_path / "other", tmp_path / "base", KEPT) == "blocks.1.ffn.net.2.weight"
 
 
 @pytest.mark.parametrize(("heads", "ffn", "layers"), [(12, 8960, 30), (40, 13824, 40)])
@@ -247,11 +247,11 @@ def test_a_lora_adds_five_times_its_product() -> None:
     down, up = made.lora_A[name.replace(".", "/")].data, made.lora_B[name.replace(".", "/")].data
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(5))
     output = torch.zeros(3, 32)
-    torch.testing.assert_close(made.added(name, x, output), 5.0 * x @ down.T @ up.T)
+    torch.testing.assert_close(made.adapt(name, x, output), 5.0 * x @ down.T @ up.T)
     weights = base.model.state_dict()
     merged = merge(weights, made.state_dict(), {path: path for path in DEPTH})
     torch.testing.assert_close(merged[f"{name}.weight"], weights[f"{name}.weight"] + 5.0 * up @ down)
-    assert torch.equal(made.added("blocks.9.ffn.net.2", x, output), output)
+    assert torch.equal(made.adapt("blocks.9.ffn.net.2", x, output), output)
 
 
 def test_what_a_role_has_a_copy_of_is_about_two_percent() -> None:

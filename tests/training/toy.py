@@ -92,7 +92,9 @@ class Toy(Pass):
             return values
 
         often = replace(work, health=Health(every=3))
-        watch = Watch(often, name=self.name, look=lambda step: {"held_out": 1.0 / (1.0 + step)}, held_out="held_out")
+        watch = Watch(
+            often, name=self.name, evaluate=lambda step: {"held_out": 1.0 / (1.0 + step)}, held_out="held_out"
+        )
         train(
             train_step,
             roles,

@@ -1,4 +1,4 @@
-"""DMD2's optional adversarial term: real or generated, told from the fake score's own features."""
+"""DMD2's optional adversarial term: classify real and generated samples by the fake score's own features."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Discriminator(nn.Module):
     Args:
         score: the fake score, a transformer whose block returns tokens [n, tokens, channels].
         network: the same transformer as a network.
-        path: module path of the block whose (first) output is read.
-        channels: width of those tokens.
+        path: module path of the block whose (first) output is the feature.
+        channels: width of the block's tokens.
     """
 
     def __init__(self, score: Any, network: Network, path: str, channels: int) -> None:
@@ -33,13 +33,13 @@ class Discriminator(nn.Module):
         self._features: torch.Tensor | None = None
         score.get_submodule(path).register_forward_hook(self._keep)
 
-    def _keep(self, module: nn.Module, given: Any, output: Any) -> None:
+    def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
         self._features = output[0] if isinstance(output, tuple) else output
 
     def forward(
         self, x: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(the score's prediction, logits [n], positive for real) of noised latents."""
+        """Return (the score's prediction, logits [n], positive for real) of noised latents."""
         prediction = self._network(x, timestep, conditioning)
         features, self._features = self._features, None
         if features is None:
@@ -48,10 +48,10 @@ class Discriminator(nn.Module):
 
 
 def generator_term(generated_logits: torch.Tensor) -> torch.Tensor:
-    """What the generator minimises: softplus(-D(x_g))."""
+    """Return what the generator minimises: softplus(-D(x_g))."""
     return F.softplus(-generated_logits).mean()
 
 
 def critic_term(real_logits: torch.Tensor, generated_logits: torch.Tensor) -> torch.Tensor:
-    """What the discriminator minimises: softplus(-D(x)) + softplus(D(x_g))."""
+    """Return what the discriminator minimises: softplus(-D(x)) + softplus(D(x_g))."""
     return F.softplus(-real_logits).mean() + F.softplus(generated_logits).mean()

@@ -22,13 +22,13 @@ class GuidedTeacher:
 
         x_real = u_full + b1 (c_full - u_full) + b2 (c_full - c_pruned)
 
-    with b1 and b2 uniform in their ranges, anew for every sample. Guidance that has no effect costs no forward.
+    with b1 and b2 drawn uniformly from their ranges for every sample. Guidance that has no effect costs no forward.
 
     Args:
-        engine: what runs it.
-        model: frozen, where paths of blocks lead.
-        network: the same under the engine; what is called.
-        graph: of the model.
+        engine: runs the model.
+        model: frozen; paths of blocks lead into it.
+        network: the same model under the engine, as a network.
+        graph: the model's.
         prune_set: blocks that its pruned self skips, in order of depth.
         inter_cfg: range of b1, text guidance; 1 is none.
         intra_cfg: range of b2, guidance away from the pruned self; 0 is none.
@@ -53,11 +53,11 @@ class GuidedTeacher:
 
     @torch.no_grad()
     def __call__(self, x: torch.Tensor, timestep: torch.Tensor, given: Conditioning, draws: Draws) -> torch.Tensor:
-        """The guided prediction, shaped as x [n, channels, frames, height, width].
+        """Return the guided prediction, shaped as x [n, channels, frames, height, width].
 
         Tweedie's formula is affine in the prediction and guidance weights sum to one: guiding either is the same.
         """
-        inter, intra = (self._drawn(limits, x, draws) for limits in (self._inter_cfg, self._intra_cfg))
+        inter, intra = (self._draw(limits, x, draws) for limits in (self._inter_cfg, self._intra_cfg))
         conditional, pruned = self._full_and_pruned(x, timestep, given)
         unconditional = conditional
         if self._inter_cfg != NO_INTER:
@@ -65,15 +65,15 @@ class GuidedTeacher:
         return well_guided(unconditional, conditional, pruned, inter, intra)
 
     @staticmethod
-    def _drawn(limits: Range, x: torch.Tensor, draws: Draws) -> torch.Tensor:
+    def _draw(limits: Range, x: torch.Tensor, draws: Draws) -> torch.Tensor:
         low, high = limits
-        drawn = low + (high - low) * draws.uniform()
-        return drawn.reshape(-1, *([1] * (x.ndim - 1))).to(x.device)
+        weights = low + (high - low) * draws.uniform()
+        return weights.reshape(-1, *([1] * (x.ndim - 1))).to(x.device)
 
     def _full_and_pruned(
         self, x: torch.Tensor, timestep: torch.Tensor, given: Conditioning
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Predictions with all blocks and without the prune set; what lies before it is computed once."""
+        """Return predictions with all blocks and without the prune set; what comes before it is computed once."""
         model, graph, skipped = self._model, self._graph, self._prune_set
         if self._intra_cfg == NO_INTRA:
             full = self._network(x, timestep, given)

@@ -1,8 +1,9 @@
-"""The roles of distribution matching and the step that updates them; the pass itself is in dmd.py."""
+"""The roles of distribution matching and the step that updates them; the pass itself is in passes/dmd.py."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +21,25 @@ from flcompress.training.distillation.discriminator import Discriminator, critic
 from flcompress.training.distillation.guided_teacher import GuidedTeacher
 from flcompress.training.distillation.settings import DistillationSettings
 from flcompress.training.distillation.simulation import Simulation
-from flcompress.training.distillation.student_monitor import StudentHealth
+from flcompress.training.distillation.student_monitor import StudentEvaluation
 from flcompress.training.engines import Engine, Hyper
 from flcompress.training.objectives import denoising_loss, draw_levels, level_range
 from flcompress.training.role import Loss, TrainedRole
-from flcompress.training.shared_base import LoRA, SharedBase, loose
+from flcompress.training.shared_base import LoRA, SharedBase, unadapted
 
 BETAS = (0.0, 0.999)
-"""AdamW's, for both roles: no momentum, since what each follows moves (Yin et al. 2024, DMD2)."""
+"""Betas of AdamW for both roles: no momentum, since each follows a moving target (Yin et al. 2024, DMD2)."""
 
 
 class Roles:
     """Generator, fake score and guided teacher of one distillation.
 
     Attributes:
-        engine: what trains them.
-        generator: what becomes the student.
-        trained: it and the fake score, with its discriminator where there is one.
+        engine: trains them.
+        generator: becomes the student.
+        trained: the generator and the fake score, with its discriminator if there is one.
         teacher: the real score's model.
-        health: the looks at them; None where the recipe wants no samples.
+        health: the held-out evaluations; None if the recipe wants no samples.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class Roles:
 
         real_score = parts[settings.real_score]
         self._graph = engine.graph(real_score)
-        base = self._base(real_score) if settings.shares else None
+        base = self._build_base(real_score) if settings.shares else None
         self.teacher = base.model if base is not None else engine.load_frozen(real_score)
         real = as_network(engine.wrap_frozen(self.teacher), self._embedded)
         self._teacher = GuidedTeacher(
@@ -69,23 +70,23 @@ class Roles:
             intra_cfg=settings.intra_cfg,
             negative=negative,
         )
-        student = self._student(program, base)
+        student = self._build_student(program, base)
         self.generator = self._role("generator", student, settings.learning_rate, settings.ema_decay)
         self._generator = as_network(self.generator.module, self._embedded)
-        self._critic, self._fake = self._scoring(program, base)
+        self._critic, self._fake = self._build_critic(program, base)
         self.trained = (self.generator, self._critic)
 
         partner, sampled, guided = None, self._generator, real
-        # A low-noise expert starts where its partner ends; what comes after a high-noise one concerns samples alone.
+        # A low-noise expert starts where its partner ends; what comes after a high-noise one matters to samples only.
         if (experts := contract.experts) is not None and (experts.compressed == "low" or fixed is not None):
-            partner = beside = as_network(engine.wrap_frozen(engine.load_frozen(parts["partner"])), self._embedded)
+            partner = teacher_partner = self._load_partner(parts["partner"])
             if fixed is not None and parts["original_partner"] != parts["partner"]:
-                beside = as_network(engine.wrap_frozen(engine.load_frozen(parts["original_partner"])), self._embedded)
-            sampled, guided = experts.combine(sampled, partner), experts.combine(guided, beside)
+                teacher_partner = self._load_partner(parts["original_partner"])
+            sampled, guided = experts.combine(sampled, partner), experts.combine(guided, teacher_partner)
         self._simulation = Simulation(program, contract, self._data, negative, work.device, partner, self._heartbeat)
-        self.health: StudentHealth | None = None
+        self.health: StudentEvaluation | None = None
         if fixed is not None:
-            self.health = StudentHealth(
+            self.health = StudentEvaluation(
                 work,
                 program,
                 contract,
@@ -98,35 +99,41 @@ class Roles:
                 score_range=self._score_range,
             )
 
-    def _base(self, folder: Path) -> SharedBase:
-        """A frozen transformer that LoRAs lie on."""
+    def _load_partner(self, folder: Path) -> Network:
+        """Load the expert that is not compressed."""
+        return as_network(self.engine.wrap_frozen(self.engine.load_frozen(folder)), self._embedded)
+
+    def _build_base(self, folder: Path) -> SharedBase:
+        """Load a frozen transformer for LoRAs to share."""
         blocks = [block.path for block in self.engine.graph(folder).blocks]
-        whole = loose(meta_transformer(folder), blocks)
+        whole = unadapted(meta_transformer(folder), blocks)
         base = SharedBase(self.engine.load_frozen(folder, whole=whole), blocks)
         self.engine.checkpoint_blocks(base.model, base.checkpoint)
         return base
 
-    def _student(self, program: Program, base: SharedBase | None) -> Any:
-        """The pruned transformer, or a LoRA that computes like it."""
+    def _build_student(self, program: Program, base: SharedBase | None) -> Any:
+        """Load the pruned transformer, or build a LoRA that computes like it."""
         engine, settings, graph = self.engine, self._settings, self._graph
         folder, seed = program.components["transformer"], seed_of(engine.work.seed, "generator")
         if settings.generator == "full":
             return engine.load_trained(folder)
         if base is None or not settings.generator_shares:
-            own = self._base(folder)
+            own = self._build_base(folder)
             return LoRA(own, own.blocks, settings.lora_rank, seed=seed)
         kept = program.kept.values()
         gone = [block.path for block in graph.blocks if block.path not in kept]
-        return LoRA(
-            base, kept, settings.lora_rank, seed=seed, around=lambda: engine.skip(self.teacher, gone, graph=graph)
-        )
+
+        def skipping() -> AbstractContextManager[None]:
+            return engine.skip(self.teacher, gone, graph=graph)
+
+        return LoRA(base, kept, settings.lora_rank, seed=seed, forward_context=skipping)
 
     def _role(self, name: str, model: Any, learning_rate: float, ema_decay: float | None = None) -> TrainedRole:
         hyper = Hyper(learning_rate=learning_rate, betas=BETAS)
         return TrainedRole(self.engine, name, model, batch=self._settings.batch, hyper=hyper, ema_decay=ema_decay)
 
-    def _scoring(self, program: Program, base: SharedBase | None) -> tuple[TrainedRole, Network]:
-        """The critic's role and what predicts: the fake score, inside a discriminator with the adversarial term."""
+    def _build_critic(self, program: Program, base: SharedBase | None) -> tuple[TrainedRole, Network]:
+        """Return the critic's role and the fake score as a network; the adversarial term puts it in a discriminator."""
         settings, name = self._settings, "fake_score"
         if settings.fake_score == "lora" and base is not None:
             seed = seed_of(self.engine.work.seed, "fake score")
@@ -161,29 +168,29 @@ class Roles:
         self._critic.clear()
         return figures
 
-    def _noised(self, x: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(x_s, s, noise) at levels drawn from the score range and shifted."""
+    def _add_noise(self, x: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return (x_s, s, noise) at levels drawn from the score range and shifted."""
         low, high = self._score_range
         level = draw_levels(draws, self._shift, low=low, high=high).to(self._device)
         noise = draws.normal(*x.shape[1:]).to(self._device)
         return self._process.add_noise(x, noise, level), level, noise
 
     def _critic_loss(self, draws: Draws) -> torch.Tensor:
-        x, given = self._simulation.sampled(self._generator, draws, grad=False)
-        noised, level, noise = self._noised(x, draws)
+        x, given = self._simulation.sample(self._generator, draws, grad=False)
+        noised, level, noise = self._add_noise(x, draws)
         if not self._settings.gan_weight:
             return denoising_loss(self._fake, self._process, x, given, level, noise)
         prediction, generated = self._critic.module(noised, self._process.timestep(level), given)
         self._heartbeat()
         x_real, given_real = self._data.batch(draws.batch, draws.shared, draws.mine)
-        real, real_level, _ = self._noised(x_real.to(self._device), draws)
+        real, real_level, _ = self._add_noise(x_real.to(self._device), draws)
         _, logits = self._critic.module(real, self._process.timestep(real_level), to_device(given_real, self._device))
         loss: torch.Tensor = (prediction.float() - self._process.target(x, noise, level)).square().mean()
         return loss + self._settings.gan_weight * critic_term(logits, generated)
 
     def _generator_loss(self, draws: Draws) -> Loss:
-        x, given = self._simulation.sampled(self._generator, draws, grad=True)
-        noised, level, _ = self._noised(x, draws)
+        x, given = self._simulation.sample(self._generator, draws, grad=True)
+        noised, level, _ = self._add_noise(x, draws)
         timestep = self._process.timestep(level)
         with torch.no_grad():
             fake = self._process.tweedie(noised, self._fake(noised, timestep, given), level)
@@ -203,7 +210,7 @@ class Roles:
 
 
 def _split(data: LatentDataset, samples: int) -> tuple[LatentDataset, LatentDataset | None]:
-    """(what is trained on, what the fixed samples are made from); prompts alone serve both."""
+    """Return (training data, data of the fixed samples); a dataset of prompts alone serves both."""
     if not samples:
         return data, None
     return (data, data) if data.prompts_only else data.split(min(samples, max(1, len(data) // 4)))

@@ -1,4 +1,4 @@
-"""Samples of a few fixed prompts while a student is trained, held against the teacher's. Formulas in docs/health.md."""
+"""Samples of a few fixed prompts during a distillation, compared with the teacher's. Formulas in docs/health.md."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from flcompress.files import replacing, write_text
 from flcompress.training.watching.strips import draw_strip, reference_strip, strip_of
 
 SHOWN = 4
-"""Of the main process's samples, those whose frames are drawn."""
+"""Samples of the main process whose frames are drawn."""
 
 TEACHER_REDRAWS = 2
-"""How often the teacher samples the prompts again with other noises: how near it is to itself."""
+"""Number of times that the teacher samples the prompts with other noises, to measure how near it is to itself."""
 
 BEYOND = 3.0
-"""The teacher's deviations from its mean, channel by channel, from which on a value counts as saturated."""
+"""Standard deviations from the teacher's mean, by channel, beyond which a value counts as saturated."""
 
 Moments = Mapping[str, torch.Tensor]
 """What samples are compared by, fp64: "x.mean" and "x.deviation" [channels], alike for the differences "time" and
@@ -37,13 +37,13 @@ Moments = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Prompts:
-    """What the samples are made from, the same at every call; every process has its share.
+    """Conditioning and noise of the fixed samples, the same at every call; every process has its share.
 
     Attributes:
-        work: of the pass.
+        work: the pass's context.
         given: conditioning of this process's samples, on the training's device.
-        negative: of the negative prompt, [1, ...].
-        shape: of this process's latents [n, channels, frames, height, width].
+        negative: conditioning of the negative prompt, [1, ...].
+        shape: shape of this process's latents [n, channels, frames, height, width].
         at_once: samples in one forward.
         total: samples over all processes.
         start: (noise, conditioning) -> latents that sampling starts from.
@@ -58,8 +58,8 @@ class Prompts:
     start: Callable[[torch.Tensor, Conditioning], torch.Tensor]
 
     @classmethod
-    def of(cls, work: PassContext, program: Program, data: LatentDataset, at_once: int) -> Prompts:
-        """`work.health.samples` prompts of a dataset, or a few more where the processes do not divide that number."""
+    def choose(cls, work: PassContext, program: Program, data: LatentDataset, at_once: int) -> Prompts:
+        """Choose `work.health.samples` prompts of a dataset, rounded up to a multiple of the processes."""
         size = work.world.size
         total = -(-work.health.samples // size) * size
         draws = _draws(work, total)
@@ -68,48 +68,48 @@ class Prompts:
         return cls(work, given, negative, shape, at_once, total, program.family.start)
 
     @torch.no_grad()
-    def sampled(self, network: Network, contract: SamplingContract, draw: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sample them all.
+    def sample(self, network: Network, contract: SamplingContract, draw: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sample all prompts.
 
-        Every sample has noise of its own, so that it does not matter how many processes there are.
+        Every sample has noise of its own, so that the number of processes does not matter.
 
         Args:
-            network: what predicts.
+            network: the network to sample.
             contract: the network's.
-            draw: which noises: those that the teacher starts from too, or number 1, 2, ... of the others.
+            draw: which noises: 0 for those that the teacher starts from too, or 1, 2, ... for others.
 
         Returns:
-            Clean latents, and predictions of x0 on the way there: sample i's at the contract's level i modulo their
-            number, which is what a critic is trained on. Both [n, channels, frames, height, width].
+            Clean latents, and intermediate predictions of x0, which a critic is trained on: sample i's at level
+            i modulo the number of the contract's levels. Both [n, channels, frames, height, width].
         """
         draws, levels = _draws(self.work, self.total, draw), contract.sigmas
         noises = [draws.normal(*self.shape[1:]) for _ in range(1 + len(levels) * contract.stochastic)]
-        place_of = torch.arange(self.total)[draws.mine] % len(levels)
-        clean, along = [], []
+        level_of = torch.arange(self.total)[draws.mine] % len(levels)
+        clean, intermediate = [], []
         for part in torch.split(torch.arange(len(draws)), self.at_once):
             given = select(self.given, part.to(self.work.device))
-            again = _one_by_one([noise[part] for noise in noises])
-            x = self.start(again(noises[0]).to(self.work.device), given)
+            draw_noise = _in_order([noise[part] for noise in noises])
+            x = self.start(draw_noise(noises[0]).to(self.work.device), given)
             seen, walk = torch.zeros_like(x), Walk(contract)
-            for place, sigma in enumerate(levels):
-                prediction = predict(network, contract, place, x, given, self.negative)
+            for step, sigma in enumerate(levels):
+                prediction = predict(network, contract, step, x, given, self.negative)
                 x0 = contract.process.tweedie(x, prediction, torch.full((len(x),), sigma, device=x.device))
-                here = (place_of[part] == place).to(x.device)
+                here = (level_of[part] == step).to(x.device)
                 seen = torch.where(expand_to(here, x), x0, seen)
-                x = walk(x, prediction, place, again)
+                x = walk(x, prediction, step, draw_noise)
                 self.work.world.heartbeat()
             clean.append(x)
-            along.append(seen)
-        return torch.cat(clean), torch.cat(along)
+            intermediate.append(seen)
+        return torch.cat(clean), torch.cat(intermediate)
 
 
 class Samples:
-    """A student's samples against those that its teacher made once.
+    """A student's samples compared with its teacher's, which are made once.
 
     Args:
-        prompts: what both sample.
-        program: whose autoencoder decodes the pictures.
-        teacher: made to sample when the first figures are asked for; what its samples were like is kept on disk.
+        prompts: the prompts that both sample.
+        program: its autoencoder decodes the pictures.
+        teacher: sampled when the first figures are asked for; the moments of its samples are kept on disk.
         contract: the teacher's.
     """
 
@@ -125,50 +125,50 @@ class Samples:
         Returns:
             sample_distance, sample_deviation, sample_saturation and, of clips, sample_motion.
         """
-        reference = self._reference = self._reference or self._made()
-        clean, _ = self._prompts.sampled(student, contract)
+        reference = self._reference = self._reference or self._teacher_moments()
+        clean, _ = self._prompts.sample(student, contract)
         if self._work.world.main:
             draw_strip(self._work, self._program, clean[:SHOWN], strip_of(self._work.directory, step))
             self._work.world.heartbeat()
-        return compared(clean, reference, self._work.world)
+        return compare(clean, reference, self._work.world)
 
-    def redrawn(self, draw: int, student: Network, contract: SamplingContract) -> dict[str, float]:
-        """The figures of the same prompts with other noises; after `figures`, all processes together."""
+    def redraw_figures(self, draw: int, student: Network, contract: SamplingContract) -> dict[str, float]:
+        """Return the figures of the same prompts with other noises; after `figures`, all processes together."""
         assert self._reference is not None
-        clean, _ = self._prompts.sampled(student, contract, draw)
-        return compared(clean, self._reference, self._work.world)
+        clean, _ = self._prompts.sample(student, contract, draw)
+        return compare(clean, self._reference, self._work.world)
 
-    def of_teacher(self) -> list[dict[str, float]]:
-        """The figures of the teacher's own samples with other noises; after `figures`, all processes together."""
+    def teacher_figures(self) -> list[dict[str, float]]:
+        """Return the figures of the teacher's samples with other noises; after `figures`, all processes together."""
         path, world = self._work.directory / CHECKPOINTS / "teacher-redraws.json", self._work.world
         if self._teacher_redraws is None:
             self._teacher_redraws = world.broadcast(lambda: json.loads(path.read_text()) if path.exists() else [])
         while len(self._teacher_redraws) < TEACHER_REDRAWS:
             draw = 1 + len(self._teacher_redraws)
-            self._teacher_redraws.append(self.redrawn(draw, self._teacher, self._contract))
+            self._teacher_redraws.append(self.redraw_figures(draw, self._teacher, self._contract))
             if world.main:
                 write_text(path, json.dumps(self._teacher_redraws) + "\n")
         return self._teacher_redraws
 
-    def _made(self) -> Moments:
-        """The teacher's moments: those of an earlier start of this training, else its samples are made now."""
+    def _teacher_moments(self) -> Moments:
+        """Return the teacher's moments: those stored by an earlier start of this training, or of samples made now."""
         path, world = self._work.directory / CHECKPOINTS / "teacher.safetensors", self._work.world
         if world.broadcast(path.exists):
-            found: Moments = load_file(str(path))
-            return found
-        clean, _ = self._prompts.sampled(self._teacher, self._contract)
-        made = moments(clean, world)
+            stored: Moments = load_file(str(path))
+            return stored
+        clean, _ = self._prompts.sample(self._teacher, self._contract)
+        teacher_moments = moments(clean, world)
         if world.main:
             draw_strip(self._work, self._program, clean[:SHOWN], reference_strip(self._work.directory))
             world.heartbeat()
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as temporary:
-                save_file(dict(made), str(temporary))
-        return made
+                save_file(dict(teacher_moments), str(temporary))
+        return teacher_moments
 
 
 def moments(latents: torch.Tensor, world: World) -> Moments:
-    """Of all processes' samples [n, channels, frames, height, width]; see `Moments`."""
+    """Return the moments of all processes' samples [n, channels, frames, height, width]; see `Moments`."""
     sums: dict[str, torch.Tensor] = {}
     for view, parts in _views(latents).items():
         flat = torch.cat([part.transpose(0, 1).flatten(1) for part in parts], dim=1)
@@ -178,16 +178,16 @@ def moments(latents: torch.Tensor, world: World) -> Moments:
     sums["deviation"] = x.flatten(1).std(dim=1).mean().reshape(1)
     if latents.shape[2] > 1:
         sums["motion"] = x.diff(dim=2).abs().mean().reshape(1)
-    agreed = _agreed({name: value.cpu() for name, value in sums.items()}, world)
-    found = {name: value for name, value in agreed.items() if "." not in name}
+    agreed = _process_mean({name: value.cpu() for name, value in sums.items()}, world)
+    result = {name: value for name, value in agreed.items() if "." not in name}
     for view in _views(latents):
         mean, square = (agreed[f"{view}.{name}"] / agreed[f"{view}.count"] for name in ("sum", "square"))
-        found |= {f"{view}.mean": mean, f"{view}.deviation": (square - mean.square()).clamp(min=0.0).sqrt()}
-    return found
+        result |= {f"{view}.mean": mean, f"{view}.deviation": (square - mean.square()).clamp(min=0.0).sqrt()}
+    return result
 
 
-def compared(latents: torch.Tensor, reference: Moments, world: World) -> dict[str, float]:
-    """The figures of samples against the moments of the teacher's; see docs/health.md."""
+def compare(latents: torch.Tensor, reference: Moments, world: World) -> dict[str, float]:
+    """Return the figures of samples against the moments of the teacher's; see docs/health.md."""
     ours = moments(latents, world)
     distances = []
     for view in (name.removesuffix(".mean") for name in reference if name.endswith(".mean")):
@@ -200,7 +200,7 @@ def compared(latents: torch.Tensor, reference: Moments, world: World) -> dict[st
     figures = {
         "sample_distance": float(torch.cat(distances).mean()),
         "sample_deviation": float(ours["deviation"] / reference["deviation"]),
-        "sample_saturation": float(_agreed({"share": beyond}, world)["share"]),
+        "sample_saturation": float(_process_mean({"share": beyond}, world)["share"]),
     }
     if "motion" in reference:
         figures["sample_motion"] = float(ours["motion"] / reference["motion"])
@@ -208,23 +208,23 @@ def compared(latents: torch.Tensor, reference: Moments, world: World) -> dict[st
 
 
 def _views(latents: torch.Tensor) -> dict[str, list[torch.Tensor]]:
-    """The values, what changes from frame to frame, and what changes from place to place."""
+    """Return the values and their differences over space and, of clips, over time."""
     x = latents.double()
     views = {"x": [x], "space": [x.diff(dim=3), x.diff(dim=4)]}
     return views | {"time": [x.diff(dim=2)]} if latents.shape[2] > 1 else views
 
 
-def _agreed(tensors: Mapping[str, torch.Tensor], world: World) -> dict[str, torch.Tensor]:
-    """The mean of each tensor over the processes."""
-    flat = {f"{name} {place}": one for name, value in tensors.items() for place, one in enumerate(value.tolist())}
+def _process_mean(tensors: Mapping[str, torch.Tensor], world: World) -> dict[str, torch.Tensor]:
+    """Return the mean of each tensor [n] over the processes."""
+    flat = {f"{name} {i}": number for name, value in tensors.items() for i, number in enumerate(value.tolist())}
     mean = world.all_mean(flat)
     return {
-        name: torch.tensor([mean[f"{name} {place}"] for place in range(len(value))], dtype=torch.float64)
+        name: torch.tensor([mean[f"{name} {i}"] for i in range(len(value))], dtype=torch.float64)
         for name, value in tensors.items()
     }
 
 
-def _one_by_one(noises: Sequence[torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+def _in_order(noises: Sequence[torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
     source = iter(noises)
     return lambda like: next(source)
 

@@ -15,10 +15,10 @@ from flcompress.training.loop import train
 from flcompress.training.role import TrainedRole, warmup_cosine
 
 LATENT_PENALTY = 1e-4
-"""Weight of the mean square of the latents: keeps their scale near one; the pictures hardly feel it."""
+"""Weight of the mean square of the latents: keeps their scale near one and hardly changes the pictures."""
 
 LATENT_NOISE = 0.05
-"""Standard deviation of the noise put on the latents, so that the decoder forgives small errors of a denoiser.
+"""Standard deviation of the noise added to the latents, so that the decoder tolerates small errors of a denoiser.
 
 The posterior's own noise starts at one, drowns the signal, and training then settles on an empty picture.
 """
@@ -72,7 +72,7 @@ def _decode_unclamped(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     The decoder runs once per latent frame; its outputs, joined over time, are the clip.
     """
     parts: list[torch.Tensor] = []
-    handle = vae.decoder.register_forward_hook(lambda module, given, output: parts.append(output))
+    handle = vae.decoder.register_forward_hook(lambda module, args, output: parts.append(output))
     try:
         vae.decode(latents)
     finally:
@@ -82,7 +82,7 @@ def _decode_unclamped(vae: Any, latents: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def latent_statistics(vae: Any, seed: int) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each latent channel over training clips, as Wan stores them."""
+    """Return mean and standard deviation of each latent channel over training clips, as Wan stores them."""
     clips, _ = digits.sample(LATENT_STATISTICS_CLIPS, "train", generator(seed, "latent-statistics"))
     latents = torch.cat([vae.encode(part).latent_dist.mode() for part in torch.split(clips, 64)])
     return latents.mean(dim=(0, 2, 3, 4)).tolist(), latents.std(dim=(0, 2, 3, 4)).tolist()

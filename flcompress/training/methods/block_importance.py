@@ -34,7 +34,7 @@ class BlockScores:
     batch: int
 
     def levels(self, contract: SamplingContract) -> list[tuple[float, float]]:
-        """(lowest, highest) noise level of each stratum."""
+        """Return (lowest, highest) noise level of each stratum."""
         low, high = level_range(
             contract, low=self.sigma_min, high=self.sigma_max, key="importance.sigma_min, sigma_max"
         )
@@ -51,7 +51,7 @@ class BlockScores:
         progress: ProgressSink,
         world: World,
     ) -> dict[str, Estimate]:
-        """Importance of every block, by path; the contract names the noising process and the embedded guidance.
+        """Score every block, by path; the contract names the noising process and the embedded guidance.
 
         Every process draws everything and computes its share of the batches: the result does not depend on how many
         processes there are.
@@ -72,13 +72,13 @@ class BlockScores:
                 batch += 1
                 if batch % world.size == world.rank:
                     world.heartbeat(f"{self.name}: batch {batch}")
-                    found = self.differences(model, graph, contract, x0, conditioning, noise, sigma)
-                    mine[str(batch)] = [found[path].tolist() for path in paths]
+                    differences = self.differences(model, graph, contract, x0, conditioning, noise, sigma)
+                    mine[str(batch)] = [differences[path].tolist() for path in paths]
                 done += n
                 progress(done, total, {})
-            level = {int(number): found for one in world.all_gather(mine) for number, found in one.items()}
-            for place, path in enumerate(paths):
-                values = [value for number in sorted(level) for value in level[number][place]]
+            batches = {int(number): rows for own in world.all_gather(mine) for number, rows in own.items()}
+            for index, path in enumerate(paths):
+                values = [value for number in sorted(batches) for value in batches[number][index]]
                 losses[path].append(torch.tensor(values, dtype=torch.float64))
         return {path: self._estimate(levels, strata) for path, strata in losses.items()}
 
@@ -93,7 +93,7 @@ class BlockScores:
         noise: torch.Tensor,
         sigma: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
-        """w(s) (loss without block - loss with all) of each draw: path -> [n], in float64."""
+        """Return w(s) (loss without block - loss with all) of each draw: path -> [n], in float64."""
         device = next(model.parameters()).device
         x0, noise, sigma = (tensor.to(device) for tensor in (x0, noise, sigma))
         given, process = to_device(conditioning, device), contract.process
@@ -113,7 +113,7 @@ class BlockScores:
         return differences
 
     def _estimate(self, levels: list[tuple[float, float]], strata: list[torch.Tensor]) -> Estimate:
-        """Stratified mean and standard error: the strata are equally likely and equally large."""
+        """Return the stratified mean and standard error; the strata are equally likely and equally large."""
         means = [float(values.mean()) for values in strata]
         errors = [float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan for values in strata]
         return Estimate(

@@ -14,7 +14,7 @@ from flcompress.training.engines import Engine, Hyper
 from flcompress.training.loop import train
 from flcompress.training.objectives import denoising_loss, draw_levels, level_range
 from flcompress.training.role import TrainedRole, warmup_cosine
-from flcompress.training.watching.held_out import HeldOutELBO, HeldOutHealth
+from flcompress.training.watching.held_out import HeldOutELBO, HeldOutEvaluation
 from flcompress.training.watching.monitor import Watch
 
 MONITOR_CLIPS = 256
@@ -33,7 +33,7 @@ class Pretraining:
     ema_decay: float
 
     def weights(self, engine: Engine, program: Program) -> dict[str, torch.Tensor]:
-        """The moving average of the trained weights, in the main process."""
+        """Train; return the moving average of the weights in the main process, nothing in the others."""
         work, contract = engine.work, program.contract
         role = TrainedRole(
             engine,
@@ -60,8 +60,8 @@ class Pretraining:
 
         at_once = work.at_once(self.batch)
         elbo = HeldOutELBO(heldout, contract, len(heldout), work.seed, work.device, at_once, work.world)
-        health = HeldOutHealth(elbo, {"elbo": network})
-        watch = Watch(work, name=self.name, look=health.look, again=health.again, held_out="elbo")
+        health = HeldOutEvaluation(elbo, {"elbo": network})
+        watch = Watch(work, name=self.name, evaluate=health.evaluate, redraw=health.redraw, held_out="elbo")
         train(
             lambda step, draws: role.update(draws, loss),
             [role],

@@ -18,7 +18,7 @@ from flcompress.training.engines import Engine, Hyper
 from flcompress.training.loop import train
 from flcompress.training.objectives import draw_levels, level_range
 from flcompress.training.role import Loss, TrainedRole, warmup_cosine
-from flcompress.training.watching.held_out import HeldOutELBO, HeldOutHealth
+from flcompress.training.watching.held_out import HeldOutELBO, HeldOutEvaluation
 from flcompress.training.watching.monitor import Limit, Watch
 
 HELD_OUT_CLIPS = 128
@@ -142,14 +142,14 @@ class DepthRoles:
         guidance = self._contract.embedded_guidance
         pruned = skipping(self.role.module, self._prune_set, self._graph, guidance, engine.skip)
         networks = {"elbo_full": self._network, "elbo_pruned": pruned}
-        health = HeldOutHealth(elbo, networks, _figures, fixed={"elbo_original": reference})
-        mend = "lower learning_rate" if settings.target == "frozen" else "lower learning_rate, or set target: frozen"
-        drift = Limit(setting="max_drift", high=work.health.max_drift, mend=mend)
+        health = HeldOutEvaluation(elbo, networks, _figures, fixed={"elbo_original": reference})
+        fix = "lower learning_rate" if settings.target == "frozen" else "lower learning_rate, or set target: frozen"
+        drift = Limit(setting="max_drift", high=work.health.max_drift, fix=fix)
         return Watch(
             work,
             name=settings.name,
-            look=health.look,
-            again=health.again,
+            evaluate=health.evaluate,
+            redraw=health.redraw,
             held_out="elbo_mean",
             limits={"drift": drift},
         )

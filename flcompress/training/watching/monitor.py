@@ -1,11 +1,11 @@
-"""Judges a training by its figures: warns, stops it, or sends it back to its best look. See docs/health.md."""
+"""Judge a training by its figures: warn, stop it, or roll it back to its best evaluation. See docs/health.md."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -15,14 +15,14 @@ from flcompress.errors import TrainingError
 from flcompress.files import append_line, write_text
 
 HEALTH_FILE, BREACHES_FILE, REDRAWS_FILE = "health.json", "breaches.jsonl", "redraws.jsonl"
-"""The limits, one object for each breach of them, and one for each look's figures on other draws: what the report shows
-beside `metrics.jsonl`.
+"""The limits, one object for each breach of them, and one for each evaluation's figures on other draws: what the report
+shows in addition to `metrics.jsonl`.
 """
 
 REDRAWS = 8
-"""Other draws on which a look repeats its figures.
+"""Other draws on which a held-out evaluation repeats its figures.
 
-A figure that luck alone puts beyond its limit on half of all draws is beyond it on all of these in one look of 256;
+A figure that luck alone puts beyond its limit on half of all draws is beyond it on all of these in 1 evaluation of 256;
 tests/training/watching/test_redraws.py has the rates of whole trainings.
 """
 
@@ -31,52 +31,52 @@ Figures = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Redraws:
-    """The figures of a look on other draws, always the same ones.
+    """The figures of a held-out evaluation on other draws, the same ones at every evaluation.
 
     Attributes:
-        draws: of the weights that are looked at.
-        reference: of what they are compared with, such as the teacher; empty where there is none.
+        draws: figures of the evaluated weights, one mapping for each draw.
+        reference: the same of what they are compared with, such as the teacher; empty where there is none.
     """
 
     draws: Sequence[Figures] = ()
     reference: Sequence[Figures] = ()
 
-    def of(self, figure: str) -> list[float]:
-        """A figure on each of the draws."""
-        return [one[figure] for one in self.draws if figure in one]
+    def values(self, figure: str) -> list[float]:
+        """Return a figure on each of the draws."""
+        return [draw[figure] for draw in self.draws if figure in draw]
 
-    def of_reference(self, figure: str) -> list[float]:
-        """The same of the reference."""
-        return [one[figure] for one in self.reference if figure in one]
+    def reference_values(self, figure: str) -> list[float]:
+        """Return a figure of the reference on each of the draws."""
+        return [draw[figure] for draw in self.reference if figure in draw]
 
 
-NONE = Redraws()
+NO_REDRAWS = Redraws()
 
 GRAD_NORM = "_grad_norm"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limit:
-    """What is healthy of one figure.
+    """Healthy range of one metric.
 
     Attributes:
-        setting: the key of `training.health` that says so.
-        low: lowest value, or None.
-        high: highest value, or None.
-        mend: what to do beyond it.
+        setting: the key of `training.health` that sets it.
+        low: lowest healthy value, or None.
+        high: highest healthy value, or None.
+        fix: what to do about a breach.
     """
 
     setting: str
     low: float | None = None
     high: float | None = None
-    mend: str = "lower learning_rate"
+    fix: str = "lower learning_rate"
 
     def holds(self, value: float) -> bool:
-        """Whether the value is within; one that is not finite never is."""
+        """Return whether the value is in the range; one that is not finite never is."""
         return math.isfinite(value) and (self.low is None or value >= self.low) and not self._above(value)
 
-    def widened(self, values: Sequence[float]) -> Limit:
-        """The same, but healthy for these values too."""
+    def widen(self, values: Sequence[float]) -> Limit:
+        """Return a limit within which these values are healthy, too."""
         low = self.low if self.low is None else min([self.low, *values])
         high = self.high if self.high is None else max([self.high, *values])
         return replace(self, low=low, high=high)
@@ -84,12 +84,12 @@ class Limit:
     def _above(self, value: float) -> bool:
         return self.high is not None and value > self.high
 
-    def told(self, figure: str, value: float, redrawn: Sequence[float] = ()) -> str:
-        """The breach in words; with the range of the same figure on other draws, where there are some."""
+    def describe(self, figure: str, value: float, redrawn: Sequence[float] = ()) -> str:
+        """Describe a breach; with the range of the same figure on other draws, if any."""
         high = self.low is None or self._above(value)
         expected = f"at most {self.high:.4g}" if high else f"at least {self.low:.4g}"
         others = f" ({min(redrawn):.4g} to {max(redrawn):.4g} on {len(redrawn)} other draws)" if redrawn else ""
-        return f"{figure} {value:.4g}{others}, expected {expected} (training.health.{self.setting}); {self.mend}"
+        return f"{figure} {value:.4g}{others}, expected {expected} (training.health.{self.setting}); {self.fix}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,33 +102,33 @@ class _Breach:
     redrawn: Sequence[float]
 
     @property
-    def told(self) -> str:
-        return self.limit.told(self.figure, self.value, self.redrawn)
+    def description(self) -> str:
+        return self.limit.describe(self.figure, self.value, self.redrawn)
 
 
 class Watch:
-    """Looks at one training again and again, and judges what it and the training itself report.
+    """Evaluates one training at intervals, and judges these figures and those that the training itself reports.
 
-    The figures of a look come from few draws (noises, clips), so each has a spread. `again` gives them on other draws,
-    the same ones at every look. A figure is beyond its limit where it is on every draw; a limit relative to the best
-    look compares each draw with the same draw there, and the best look is the one with the lowest mean over all draws.
-    No limit is narrower than what the reference itself has on other draws.
+    The figures of a held-out evaluation come from few draws (noises, clips), so each has a spread. `redraw` repeats
+    them on other draws, the same ones every time. A figure breaches its limit if it does so on every draw. A limit
+    relative to the best evaluation compares each draw with the same draw there; the best evaluation is the one with the
+    lowest mean over all draws. No limit is narrower than the reference's own spread over other draws.
 
     Its state is a function of `metrics.jsonl` and `redraws.jsonl`, so a resumed training judges as an unbroken one.
     Every process of the work's world has one and comes to the same verdict, since figures are agreed upon; only the
     main one writes.
 
     Args:
-        work: of the pass; its `health` says how often to look and what follows a breach.
-        name: of the pass.
-        look: step -> held-out figures, the same in every process.
-        again: step -> those on other draws; called after `look`. None where a figure is no estimate.
-        held_out: the figure among them whose lowest value marks the best look.
-        limits: figure, of a look or of a step -> what is healthy.
+        work: the pass's context; its `health` sets the interval and what follows a breach.
+        name: the pass.
+        evaluate: step -> held-out figures, the same in every process.
+        redraw: step -> those on other draws; called after `evaluate`. None if no figure depends on draws.
+        held_out: the figure among them whose lowest value marks the best evaluation.
+        limits: figure, of an evaluation or of a step -> its healthy range.
 
     Attributes:
-        every: steps between two looks.
-        best: (step, held-out figure on the fixed draw) of the best healthy look; step -1 before the first.
+        every: steps between two evaluations.
+        best: (step, held-out figure on the fixed draw) of the best healthy evaluation; step -1 before the first.
     """
 
     def __init__(
@@ -136,13 +136,13 @@ class Watch:
         work: PassContext,
         *,
         name: str,
-        look: Callable[[int], Figures],
+        evaluate: Callable[[int], Figures],
         held_out: str,
         limits: Mapping[str, Limit] | None = None,
-        again: Callable[[int], Redraws] | None = None,
+        redraw: Callable[[int], Redraws] | None = None,
     ) -> None:
-        self._work, self._name, self.look, self._held_out = work, name, look, held_out
-        self.again = again or (lambda step: NONE)
+        self._work, self._name, self.evaluate, self._held_out = work, name, evaluate, held_out
+        self.redraw = redraw or (lambda step: NO_REDRAWS)
         self.every = work.health.every
         self.best = (-1, math.inf)
         self._best_redrawn: list[float] = []
@@ -150,34 +150,40 @@ class Watch:
         self._beyond: set[str] = set()
 
     def resume(self, logged: Iterable[Figures]) -> None:
-        """Take up the state after these lines of the log, which the main process gives; all processes together."""
+        """Restore the state after these lines of the log, which the main process passes; all processes together."""
         world = self._work.world
         if world.main:
-            again = self._redrawn()
+            redraws = self._read_redraws()
             for record in logged:
                 step = int(record["step"])
-                self._judged(step, record, again.get(step, NONE))
+                self._new_breaches(step, record, redraws.get(step, NO_REDRAWS))
             write_text(self._work.directory / HEALTH_FILE, json.dumps(self._settings(), indent=1) + "\n")
         state = world.broadcast(lambda: [self.best[0], _finite(self.best[1]), self._best_redrawn, sorted(self._beyond)])
         step, value, self._best_redrawn, beyond = state
         self.best, self._beyond = (step, math.inf if value is None else value), set(beyond)
 
-    def _redrawn(self) -> dict[int, Redraws]:
-        """Those of each step, as `redraws.jsonl` has them."""
+    def _read_redraws(self) -> dict[int, Redraws]:
+        """Read the redraws of each step from `redraws.jsonl`."""
         path = self._work.directory / REDRAWS_FILE
         lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
-        return {one["step"]: Redraws(one["draws"], one["reference"]) for one in map(json.loads, filter(None, lines))}
+        records = map(json.loads, filter(None, lines))
+        return {record["step"]: Redraws(record["draws"], record["reference"]) for record in records}
 
-    def judge(self, step: int, figures: Figures, again: Redraws = NONE) -> bool:
-        """Take in the figures of a step or a look; whether the training has to go back to its best look and end.
+    def judge(self, step: int, figures: Figures, redraws: Redraws = NO_REDRAWS) -> bool:
+        """Return True if training must roll back to its best evaluation and stop.
+
+        Args:
+            step: of the training.
+            figures: of this step, or of the held-out evaluation after it.
+            redraws: the evaluation's figures on other draws.
 
         Raises:
-            TrainingError: a figure is beyond its limit and `on_breach` is stop, or there is no look to go back to.
+            TrainingError: a figure breaches its limit and `on_breach` is stop, or there is nothing to roll back to.
         """
         action = self._work.health.on_breach
-        for breach in self._judged(step, figures, again):
+        for breach in self._new_breaches(step, figures, redraws):
             back = action == "rollback" and self.best[0] > 0
-            line = f"{self._name}: step {step}: {breach.told}; see docs/health.md"
+            line = f"{self._name}: step {step}: {breach.description}; see docs/health.md"
             self._record("rollback" if back else "stop" if action != "warn" else "warn", step, breach)
             if back:
                 self._work.say(f"{line}; the pass ends with the weights of step {self.best[0]}, the best look")
@@ -189,24 +195,27 @@ class Watch:
             self._work.say(f"warning: {line}")
         return False
 
-    def _judged(self, step: int, figures: Figures, again: Redraws) -> list[_Breach]:
-        """The figures that have now gone beyond their limits. What a pass starts from is not its doing."""
-        found = [self._breach(figure, value, again) for figure, value in figures.items()] if step > 0 else []
-        beyond = {breach.figure: breach for breach in found if breach is not None}
+    def _new_breaches(self, step: int, figures: Figures, redraws: Redraws) -> list[_Breach]:
+        """Update the state by these figures; return those that now breach their limits and did not before.
+
+        Step 0 has none: what a pass starts from is not its doing.
+        """
+        breaches = [self._breach(figure, value, redraws) for figure, value in figures.items()] if step > 0 else []
+        beyond = {breach.figure: breach for breach in breaches if breach is not None}
         fresh = [breach for figure, breach in beyond.items() if figure not in self._beyond]
         self._beyond = (self._beyond - figures.keys()) | beyond.keys()
         if not beyond and self._held_out in figures:
-            value, redrawn = figures[self._held_out], again.of(self._held_out)
+            value, redrawn = figures[self._held_out], redraws.values(self._held_out)
             mean = fmean([value, *redrawn])
-            # A look of a training that was begun before there were redraws cannot be compared with those of now.
+            # An evaluation from before redraws existed cannot be compared with later ones.
             older = len(redrawn) > len(self._best_redrawn)
             if math.isfinite(mean) and (older or mean < fmean([self.best[1], *self._best_redrawn])):
                 self.best, self._best_redrawn = (step, value), redrawn
         return fresh
 
-    def _breach(self, figure: str, value: float, again: Redraws) -> _Breach | None:
-        """One whose value is beyond its limit, and every redraw too: else another draw would say that all is well."""
-        redrawn, reference = again.of(figure), again.of_reference(figure)
+    def _breach(self, figure: str, value: float, redraws: Redraws) -> _Breach | None:
+        """Return a breach if the value and every redraw are beyond the limit: else another draw would be healthy."""
+        redrawn, reference = redraws.values(figure), redraws.reference_values(figure)
         limit = self._limit(figure, self.best[1], reference)
         if limit is None or limit.holds(value):
             return None
@@ -218,55 +227,55 @@ class Watch:
             limits = [self._limit(figure, best, reference) for best in self._best_redrawn]
             if len(limits) != len(redrawn):
                 return None
-        luck = any(one is None or one.holds(other) for one, other in zip(limits, redrawn, strict=True))
-        return None if luck else breach
+        healthy = any(limit is None or limit.holds(other) for limit, other in zip(limits, redrawn, strict=True))
+        return None if healthy else breach
 
     def _limit(self, figure: str, best: float, reference: Sequence[float]) -> Limit | None:
-        """What is healthy of a figure.
+        """Return the healthy range of a figure, or None if it has no limit.
 
         Args:
             figure: its name.
-            best: the held-out figure on the same draw at the best look.
-            reference: what the reference has of the figure on other draws.
+            best: the held-out figure on the same draw at the best evaluation.
+            reference: the figure of the reference on other draws.
         """
         health = self._work.health
         if figure == self._held_out and health.max_worsening is not None and math.isfinite(best):
             return Limit(
                 setting="max_worsening",
                 high=highest(best, health.max_worsening, fmean(reference) if reference else 0.0),
-                mend=f"the best look, step {self.best[0]}, had {best:.4g}: train for fewer steps, or lower "
+                fix=f"the best look, step {self.best[0]}, had {best:.4g}: train for fewer steps, or lower "
                 "learning_rate",
             )
         if figure.endswith(GRAD_NORM) and health.max_grad_norm is not None:
             return Limit(setting="max_grad_norm", high=health.max_grad_norm)
         limit = self._limits.get(figure)
-        return limit.widened(reference) if limit is not None else None
+        return limit.widen(reference) if limit is not None else None
 
     def _settings(self) -> dict[str, Any]:
-        limits = {figure: asdict(limit) for figure, limit in self._limits.items() if limit != _none(limit)}
+        limits = {
+            figure: {"setting": limit.setting, "low": limit.low, "high": limit.high, "mend": limit.fix}
+            for figure, limit in self._limits.items()
+            if (limit.low, limit.high) != (None, None)
+        }
         return {"held_out": self._held_out, "limits": limits, **self._work.health.model_dump(mode="json")}
 
     def _record(self, action: str, step: int, breach: _Breach) -> None:
         if not self._work.world.main:
             return
-        told = {
+        record = {
             "step": step,
             "figure": breach.figure,
             "value": _finite(breach.value),
-            "redrawn": [_finite(one) for one in breach.redrawn],
+            "redrawn": [_finite(value) for value in breach.redrawn],
             "low": breach.limit.low,
             "high": breach.limit.high,
             "setting": breach.limit.setting,
-            "mend": breach.limit.mend,
+            "mend": breach.limit.fix,
             "action": action,
             "best_step": self.best[0],
         }
-        append_line(self._work.directory / BREACHES_FILE, json.dumps(told))
-        self._work.note("health", self._name, status=action, **told)
-
-
-def _none(limit: Limit) -> Limit:
-    return Limit(setting=limit.setting, mend=limit.mend)
+        append_line(self._work.directory / BREACHES_FILE, json.dumps(record))
+        self._work.note("health", self._name, status=action, **record)
 
 
 def _finite(value: float) -> float | None:

@@ -1,4 +1,4 @@
-"""Sample clips of a training as pictures: a row of frames for each clip, decoded by the pipeline's own autoencoder."""
+"""Draw sample clips of a training as pictures: a row of frames per clip, decoded by the pipeline's autoencoder."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from flcompress.models.tensor_memory import free_gpu_memory
 
 STRIPS = "samples"
 FRAMES, ROW_HEIGHT, GAP = 6, 80, 2
-"""Frames of a clip that are shown, evenly spread; their height in pixels at most; pixels between them."""
+"""Frames shown of a clip, evenly spread; their greatest height in pixels; pixels between them."""
 GROUND = (17, 20, 26)
 
 
 def strip_of(directory: Path, step: int) -> Path:
-    """Where the strip of a step's samples lies in the pass's folder."""
+    """Return the path of the strip of a step's samples in the pass's folder."""
     return directory / STRIPS / f"step-{step:08d}.png"
 
 
 def reference_strip(directory: Path) -> Path:
-    """Where the strip of the teacher's samples lies."""
+    """Return the path of the strip of the teacher's samples."""
     return directory / STRIPS / "teacher.png"
 
 
 def draw_strip(work: PassContext, program: Program, latents: torch.Tensor, path: Path) -> None:
     """Decode clips [n, channels, frames, height, width], one at a time, and write them as rows of frames.
 
-    The autoencoder is in memory only while this lasts. A picture is no reason to end a training: what prevents one is
-    reported, and the training goes on without it.
+    The autoencoder is in memory only while this lasts. A failure to draw does not end the training: it is reported, and
+    the training goes on without the picture.
     """
     free_gpu_memory()
     try:
@@ -46,10 +46,10 @@ def draw_strip(work: PassContext, program: Program, latents: torch.Tensor, path:
 def _draw(program: Program, latents: torch.Tensor, path: Path, device: str) -> None:
     from PIL import Image
 
-    # Half of the precision is enough for pictures of this size, and of the memory beside a training.
+    # Half precision is enough for pictures of this size, and takes half the memory next to a training.
     parts, rows = program.parts(device, torch.bfloat16 if device == "cuda" else None), []
-    for one in latents:
-        clip = parts.decode_latents(one[None].float())[0].float().cpu()
+    for sample in latents:
+        clip = parts.decode_latents(sample[None].float())[0].float().cpu()
         frames = torch.linspace(0, clip.shape[1] - 1, min(FRAMES, clip.shape[1])).round().long()
         values = ((clip[:, frames].clamp(-1.0, 1.0) + 1.0) * 127.5).round().byte().permute(1, 2, 3, 0)
         rows.append([_small(Image.fromarray(frame.contiguous().numpy())) for frame in values])

@@ -1,4 +1,4 @@
-"""Where a training's figures and sample strips go beside the report: TensorBoard, Weights & Biases."""
+"""Where a training's figures and sample strips go in addition to the report: TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ ID_FILE = "wandb-run-id.txt"
 
 
 def figures_of(record: Mapping[str, float]) -> dict[str, float]:
-    """A line of `metrics.jsonl` without its step."""
+    """Return a line of `metrics.jsonl` without its step."""
     return {name: value for name, value in record.items() if name != "step"}
 
 
 class Tracker(Protocol):
-    """One of them."""
+    """A metrics destination."""
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         """Add figures of a step."""
@@ -39,7 +39,7 @@ class TensorBoard:
     def __init__(self, folder: Path, start: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # What a killed run logged after its last checkpoint will be done, and logged, again.
+        # What a killed run logged after its last checkpoint will be trained, and logged, again.
         self.writer = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
@@ -57,15 +57,15 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """One run a pass; where it goes is the environment's to say (WANDB_PROJECT, WANDB_MODE, ...).
+    """One run per pass; the environment says where it goes (WANDB_PROJECT, WANDB_MODE, ...).
 
-    A killed training goes on in the same run: the pass's folder keeps its id, which no other folder has. What the
-    server does not have of the steps before is given again, and offline all of it: a killed command may have lost some.
+    A killed training resumes in the same run: the pass's folder keeps its id, which no other folder has. Earlier steps
+    that the server lacks are sent again, and offline all of them: a killed command may have lost some.
 
     Args:
-        folder: of the pass.
-        name: of the pass.
-        logged: what `metrics.jsonl` has of the steps that the training goes on from.
+        folder: the pass's folder.
+        name: the pass.
+        logged: the lines of `metrics.jsonl` up to the step that the training resumes from.
     """
 
     def __init__(self, folder: Path, name: str, logged: Iterable[Mapping[str, float]]) -> None:
@@ -108,7 +108,7 @@ class WeightsAndBiases:
             self.run.log(values, step=step)
 
     def close(self, kind: type[BaseException] | None, *_: object) -> None:
-        """A training that was ended before its time is no finished run."""
+        """Finish the run, as failed if the training ended early."""
         self.run.finish(exit_code=int(kind is not None))
 
 
@@ -116,22 +116,22 @@ class WeightsAndBiases:
 def trackers(
     work: PassContext, name: str, start: int = 0, logged: Iterable[Mapping[str, float]] = ()
 ) -> Iterator[Sequence[Tracker]]:
-    """Those that the recipe asks for, in the main process; none in the others.
+    """Open the trackers that the recipe asks for, in the main process; none in the others.
 
     Args:
-        work: of the pass.
-        name: of the pass.
-        start: the step that the training goes on from.
+        work: the pass's context.
+        name: the pass.
+        start: the step that the training resumes from.
         logged: the figures of the steps up to that one.
     """
-    found: list[Tracker] = []
-    with ExitStack() as open_ones:
+    opened: list[Tracker] = []
+    with ExitStack() as stack:
         if work.world.main and "tensorboard" in work.log_to and find_spec("tensorboard") is not None:
             board = TensorBoard(work.directory / FOLDER, start)
-            open_ones.callback(board.writer.close)
-            found.append(board)
+            stack.callback(board.writer.close)
+            opened.append(board)
         if work.world.main and "wandb" in work.log_to:
             bias = WeightsAndBiases(work.directory, name, logged)
-            open_ones.push(bias.close)
-            found.append(bias)
-        yield found
+            stack.push(bias.close)
+            opened.append(bias)
+        yield opened

@@ -41,7 +41,7 @@ def work(folder: Path, said: list[str] | None = None, **health: Any) -> PassCont
 
 
 def watch(work: PassContext, figures: Mapping[int, Mapping[str, float]] | None = None) -> Watch:
-    return Watch(work, name="test", look=lambda step: (figures or {})[step], held_out="loss", limits=LIMITS)
+    return Watch(work, name="test", evaluate=lambda step: (figures or {})[step], held_out="loss", limits=LIMITS)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,11 @@ def test_a_look_beyond_a_limit_is_never_the_best(tmp_path: Path) -> None:
 def test_no_limit_judges_nothing(tmp_path: Path) -> None:
     nothing = Limit(setting="max_critic_lag")
     one = Watch(
-        work(tmp_path, max_worsening=None), name="test", look=lambda step: {}, held_out="loss", limits={"lag": nothing}
+        work(tmp_path, max_worsening=None),
+        name="test",
+        evaluate=lambda step: {},
+        held_out="loss",
+        limits={"lag": nothing},
     )
     one.judge(2, {"loss": 1.0, "lag": 1e9})
     one.judge(4, {"loss": 1e9, "lag": 1e9})
@@ -159,7 +163,7 @@ def descend(role: TrainedRole, folder: Path, steps: int, *, hot_from: int = 99, 
         with torch.no_grad():
             return {"loss": float(error(fixed))}
 
-    seen = Watch(given, name="test", look=look, held_out="loss")
+    seen = Watch(given, name="test", evaluate=look, held_out="loss")
     return loop.train(train_step, [role], engine=engine_of(given), name="test", steps=steps, batch=4, watch=seen)
 
 

@@ -25,8 +25,8 @@ from flcompress.draws import generator
 from flcompress.errors import TrainingError
 from flcompress.training.distillation import samples
 from flcompress.training.distillation.samples import TEACHER_REDRAWS, Prompts, Samples
-from flcompress.training.watching.held_out import GROUPS, HeldOutELBO, HeldOutHealth
-from flcompress.training.watching.monitor import BREACHES_FILE, NONE, REDRAWS, REDRAWS_FILE, Limit, Redraws, Watch
+from flcompress.training.watching.held_out import GROUPS, HeldOutELBO, HeldOutEvaluation
+from flcompress.training.watching.monitor import BREACHES_FILE, NO_REDRAWS, REDRAWS, REDRAWS_FILE, Limit, Redraws, Watch
 from tests.training.test_loop import no_data, silent
 
 LIMITS = {"lag": Limit(setting="max_critic_lag", high=1.0)}
@@ -45,7 +45,7 @@ def work(folder: Path, said: list[str] | None = None, world: World | None = None
 
 
 def watch(given: PassContext) -> Watch:
-    return Watch(given, name="test", look=lambda step: {}, held_out="distance", limits=LIMITS)
+    return Watch(given, name="test", evaluate=lambda step: {}, held_out="distance", limits=LIMITS)
 
 
 TEACHER = [0.0024, 0.0008]
@@ -88,7 +88,7 @@ def stopped_at(seed: int, folder: Path, truth: Callable[[int], float], *, redraw
     for look in range(40):
         figures, again = made.look(truth(look))
         try:
-            one.judge(2 * look, figures, again if redraws else NONE)
+            one.judge(2 * look, figures, again if redraws else NO_REDRAWS)
         except TrainingError:
             return look
     return None
@@ -251,16 +251,16 @@ def flow(scale: float) -> Network:
 def test_other_draws_have_other_noises_and_the_same_on_any_number_of_processes(tmp_path: Path) -> None:
     contract = contract_of({"shift": 3.0}, num_inference_steps=3, guidance_scale=1.0, max_sequence_length=16)
 
-    def sampled(draw: int, rank: int = 0, size: int = 1) -> torch.Tensor:
+    def sample(draw: int, rank: int = 0, size: int = 1) -> torch.Tensor:
         prompts = Prompts(
             work(tmp_path, world=World(rank, size)), {}, {}, (4 // size, 2, 2, 3, 3), 2, 4, lambda noise, given: noise
         )
-        return prompts.sampled(flow(0.3), contract, draw)[0]
+        return prompts.sample(flow(0.3), contract, draw)[0]
 
-    found = [sampled(draw) for draw in range(3)]
+    found = [sample(draw) for draw in range(3)]
     assert len({float(one.sum()) for one in found}) == 3
     for draw, whole in enumerate(found):
-        torch.testing.assert_close(torch.cat([sampled(draw, rank, 2) for rank in range(2)]), whole, rtol=0, atol=0)
+        torch.testing.assert_close(torch.cat([sample(draw, rank, 2) for rank in range(2)]), whole, rtol=0, atol=0)
 
 
 def test_the_teachers_redraws_are_made_once_and_added_to_an_older_reference(
@@ -281,15 +281,15 @@ def test_the_teachers_redraws_are_made_once_and_added_to_an_older_reference(
         one.figures(0, flow(0.4), contract)
         return one
 
-    found = begun().of_teacher()
+    found = begun().teacher_figures()
     assert len(found) == TEACHER_REDRAWS
     assert len(calls) == 3 * (1 + TEACHER_REDRAWS)
     assert all(0.0 < one["sample_distance"] < 0.1 for one in found)
     assert len({one["sample_distance"] for one in found}) == TEACHER_REDRAWS
-    assert begun().of_teacher() == found
+    assert begun().teacher_figures() == found
     assert len(calls) == 3 * (1 + TEACHER_REDRAWS)
     (tmp_path / "checkpoints/teacher-redraws.json").unlink()
-    for one, other in zip(begun().of_teacher(), found, strict=True):
+    for one, other in zip(begun().teacher_figures(), found, strict=True):
         assert one == pytest.approx(other, rel=1e-12)
     assert len(calls) == 3 * (1 + 2 * TEACHER_REDRAWS)
 
@@ -342,11 +342,11 @@ def test_held_out_figures_of_groups_are_made_as_those_of_the_whole() -> None:
     clips: Any = Clips()
     elbo = HeldOutELBO(clips, contract, 19, 0, "cpu", 4, World())
     first = elbo(flow(0.0))
-    health = HeldOutHealth(
+    health = HeldOutEvaluation(
         elbo, {"now": flow(0.4)}, lambda loss: {**loss, "drift": loss["now"] / loss["first"] - 1.0},
         fixed={"first": first},
     )  # fmt: skip
-    figures, again = health.look(2), health.again(2)
+    figures, again = health.evaluate(2), health.redraw(2)
     now = elbo(flow(0.4))
     assert figures == {"now": now.loss, "first": first.loss, "drift": now.loss / first.loss - 1.0}
     assert again.draws == [

@@ -38,7 +38,7 @@ def test_tensorboard_gets_every_figure_and_strip(tmp_path: Path) -> None:
         Image.new("RGB", (8, 4), (step, 0, 0)).save(strip_of(tmp_path, step))
         return {"held": 1.0 / (1.0 + step)}
 
-    seen = Watch(given, name="test", look=look, held_out="held")
+    seen = Watch(given, name="test", evaluate=look, held_out="held")
     loop.train(train_step, [role], engine=engine_of(given), name="test", steps=4, batch=4, watch=seen)
 
     events = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")

@@ -60,7 +60,7 @@ def train(folder: Path, *, ends_at: int = 0) -> None:
         Image.new("RGB", (8, 4), (step, 0, 0)).save(strip_of(folder, step))
         return {"held": 1.0 / (1.0 + step)}
 
-    seen = Watch(given, name="test", look=look, held_out="held")
+    seen = Watch(given, name="test", evaluate=look, held_out="held")
     loop.train(train_step, [role], engine=engine_of(given), name="test", steps=4, batch=4, watch=seen)
 
 
