@@ -209,6 +209,7 @@ def test_a_store_that_moved_is_named(write: WriteRecipe, tmp_path: Path) -> None
         assert "--store" in str(caught.value)
 
 
+@pytest.mark.e2e
 def test_a_killed_run_goes_on(write: WriteRecipe, tmp_path: Path) -> None:
     path = write("passes:\n  - score\n  - slow: {steps: 60}\n")
     run = tmp_path / "run"

@@ -30,6 +30,8 @@ from tests.fixtures.gaussian import (
     work_in,
 )
 
+pytestmark = pytest.mark.e2e
+
 CAPTION = torch.tensor([[[0.4, 0.2]]])
 UNPROMPTED = torch.tensor([0.4, 0.2])
 TEACHER = UNPROMPTED + CAPTION[0, 0]
