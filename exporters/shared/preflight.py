@@ -11,9 +11,9 @@ import psutil
 
 from flcompress.errors import RequestError
 from flcompress.exporters.shared import ExportPrecision
-from flcompress.exporters.shared.weights import dtype_of
+from flcompress.exporters.shared.weights import DTYPES
 from flcompress.models.families import family_of
-from flcompress.models.loading import transformer_class
+from flcompress.models.loading import loaded_dtype, transformer_class
 from flcompress.models.shards import folder_tensors
 from flcompress.runtime.sizes import Size, patch_of
 
@@ -32,7 +32,9 @@ def weight_bytes(folder: Path, precision: ExportPrecision) -> int:
     """Bytes of a transformer's weights at a precision, from the headers of its files."""
     factory = transformer_class(folder)
     stored = folder_tensors(folder).items()
-    return sum(math.prod(tensor.shape) * dtype_of(name, factory, precision).itemsize for name, tensor in stored)
+    return sum(
+        math.prod(tensor.shape) * loaded_dtype(name, factory, DTYPES[precision]).itemsize for name, tensor in stored
+    )
 
 
 def attention_tokens(config: dict[str, Any], size: Size, text: int) -> int:

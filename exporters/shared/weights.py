@@ -7,26 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flcompress.exporters.shared import ExportPrecision
-from flcompress.models.loading import frozen, transformer_class
-from flcompress.models.part_check import matching_tensors
+from flcompress.models.loading import empty_transformer, put
 from flcompress.models.shards import folder_tensors
 
 DTYPES: dict[ExportPrecision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-def dtype_of(name: str, model_class: Any, precision: ExportPrecision) -> torch.dtype:
-    """The type of a floating parameter, by the rule of diffusers' `from_pretrained(torch_dtype=...)`.
-
-    Args:
-        name: its full name.
-        model_class: the diffusers class; its `_keep_in_fp32_modules` name the fp32 islands.
-        precision: of the rest.
-    """
-    islands = set(model_class._keep_in_fp32_modules or ())
-    return torch.float32 if islands & set(name.split(".")) else DTYPES[precision]
 
 
 class WeightFiles(Mapping[str, Tensor]):
@@ -51,39 +38,22 @@ class WeightFiles(Mapping[str, Tensor]):
 
 
 def skeleton(folder: Path, precision: ExportPrecision) -> Any:
-    """The transformer with parameters on the meta device, each of the type it has at `precision`.
+    """Return the transformer with parameters on the meta device, each of the type it has at `precision`.
 
-    Buffers are real: what `__init__` computes (rotary tables) lies in no file, and what lies in one is read.
+    Buffers are real: what `__init__` computes (rotary tables) is in no file, and what is in one is read.
 
     Raises:
         ModelError: the weights do not belong to the configuration.
     """
-    from accelerate import init_empty_weights
-
-    factory, files = transformer_class(folder), WeightFiles(folder)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(DTYPES[precision])  # as stock loading has it while the class is built
-    try:
-        with init_empty_weights(include_buffers=False):
-            model = factory.from_config(factory.load_config(str(folder)))
-    finally:
-        torch.set_default_dtype(default)
-    matching_tensors(folder, model)
-    for name, parameter in list(model.named_parameters()):
-        owner, leaf = _owner(model, name)
-        empty = torch.empty(parameter.shape, dtype=dtype_of(name, factory, precision), device="meta")
-        owner._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
-    for name, buffer in list(model.named_buffers()):
-        owner, leaf = _owner(model, name)
-        value = files[name].clone() if name in files else buffer
-        # Stock loading casts every buffer of a class that has no fp32 islands, and none of a class that has.
-        cast = value.is_floating_point() and not factory._keep_in_fp32_modules
-        owner._buffers[leaf] = value.to(DTYPES[precision]) if cast else value
-    return frozen(model)
+    model, stored = empty_transformer(folder, dtype=DTYPES[precision])
+    for name, buffer in model.named_buffers():
+        if name in stored:
+            stored[name].fill(buffer)
+    return model
 
 
 def streamed(folder: Path, precision: ExportPrecision) -> Any:
-    """The transformer, ready to run: every layer reads its weights when it is called and lets go of them after."""
+    """Return the transformer, ready to run: every layer reads its weights when called and drops them afterwards."""
     from accelerate.hooks import attach_align_device_hook
 
     model = skeleton(folder, precision)
@@ -92,13 +62,7 @@ def streamed(folder: Path, precision: ExportPrecision) -> Any:
 
 
 def lazily_allocated(model: Any) -> Any:
-    """The same skeleton with parameters on the CPU that are never written, and so take no memory, for torch.export."""
+    """Move a skeleton's parameters to the CPU, never written, so that they take no memory; for torch.export."""
     for name, parameter in list(model.named_parameters()):
-        owner, leaf = _owner(model, name)
-        owner._parameters[leaf] = nn.Parameter(torch.empty_like(parameter, device="cpu"), requires_grad=False)
+        put(model, name, torch.empty_like(parameter, device="cpu"))
     return model
-
-
-def _owner(model: Any, name: str) -> tuple[Any, str]:
-    path, _, leaf = name.rpartition(".")
-    return model.get_submodule(path), leaf

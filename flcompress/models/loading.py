@@ -41,7 +41,7 @@ def load_transformer(folder: Path, device: str = "cpu", dtype: torch.dtype | Non
 def empty_transformer(
     folder: Path, device: str = "cpu", dtype: torch.dtype | None = None
 ) -> tuple[Any, dict[str, StoredTensor]]:
-    """What `load_transformer` gives, before its weights have memory: for engines that hold a part of each.
+    """Return what `load_transformer` does, before its weights have memory: for engines and exports of large models.
 
     Parameters are on the meta device, in the dtype that stock loading gives them. Buffers are on `device`; those that
     no file holds (rotary tables) have their numbers, computed as in stock loading.
@@ -63,11 +63,22 @@ def empty_transformer(
     stored = matching_tensors(folder, model)
     for name, tensor in model.state_dict().items():
         if dtype is not None and stored[name].floating:
-            kept = set(name.split(".")) & set(model._keep_in_fp32_modules or ())
-            put(model, name, tensor.to(torch.float32 if kept else dtype))
+            put(model, name, tensor.to(loaded_dtype(name, type(model), dtype)))
     for name, buffer in list(model.named_buffers(remove_duplicate=False)):
         put(model, name, buffer.to(device))
     return model, stored
+
+
+def loaded_dtype(name: str, model_class: Any, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of a floating tensor, by the rule of diffusers' `from_pretrained(torch_dtype=dtype)`.
+
+    Args:
+        name: the tensor's full name.
+        model_class: the diffusers class; its `_keep_in_fp32_modules` name the fp32 islands.
+        dtype: of the rest.
+    """
+    islands = set(model_class._keep_in_fp32_modules or ())
+    return torch.float32 if islands & set(name.split(".")) else dtype
 
 
 def put(model: Any, name: str, value: torch.Tensor) -> None:

@@ -16,6 +16,8 @@ from flcompress.errors import ModelError
 from flcompress.models.families.registry import plugin_class
 from flcompress.models.shards import StoredTensor
 
+Shape = tuple[int, ...]
+
 LIBRARIES = ("diffusers", "transformers")
 """A part of any other library would be code from the model folder, which is never run."""
 
@@ -63,26 +65,39 @@ class Fit:
 
     missing: frozenset[str]
     unexpected: frozenset[str]
-    shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    shapes: Mapping[str, tuple[Shape, Shape]]
+
+    @classmethod
+    def between(cls, stored: Mapping[str, Shape], expected: Mapping[str, Shape]) -> Fit:
+        """Compare {name: shape} of stored tensors with those that a model has."""
+        return cls(
+            missing=frozenset(expected.keys() - stored.keys()),
+            unexpected=frozenset(stored.keys() - expected.keys()),
+            shapes={
+                name: (stored[name], shape)
+                for name, shape in expected.items()
+                if name in stored and stored[name] != shape
+            },
+        )
+
+
+def state_shapes(model: torch.nn.Module) -> dict[str, Shape]:
+    """Return {name: shape} of all that a model's state dict holds."""
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def diffusers_fit(model: Any, stored: dict[str, StoredTensor], *, sharded: bool) -> Fit:
     """The fit to a model of diffusers. What stock loading renames (old attention blocks) is renamed in `stored`."""
     if not sharded:
         model._fix_state_dict_keys_on_load(stored)
-    held = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     ignored = model._keys_to_ignore_on_load_unexpected or ()
-    return Fit(
-        missing=frozenset(held.keys() - stored.keys()),
-        unexpected=frozenset(
-            name for name in stored.keys() - held.keys() if not any(re.search(one, name) for one in ignored)
-        ),
-        shapes={
-            name: (stored[name].shape, shape)
-            for name, shape in held.items()
-            if name in stored and stored[name].shape != shape
-        },
-    )
+    expected = state_shapes(model)
+    shapes = {
+        name: tensor.shape
+        for name, tensor in stored.items()
+        if name in expected or not any(re.search(pattern, name) for pattern in ignored)
+    }
+    return Fit.between(shapes, expected)
 
 
 def transformers_fit(factory: Any, config: Any, stored: Mapping[str, StoredTensor]) -> Fit:

@@ -21,6 +21,7 @@ from flcompress.models.inputs import example_inputs
 from flcompress.models.loading import load_transformer, meta_transformer
 from flcompress.models.part_check import matching_tensors
 from flcompress.models.shards import LARGEST_SHARD, StackedTensor, StoredTensor, Writable, write_tensors
+from flcompress.models.stock import Fit, state_shapes
 from flcompress.tracing.config_keys import build
 from flcompress.tracing.removal.remove import Certificate, certify, remove
 from flcompress.tracing.removal.sources import Chunks
@@ -221,11 +222,10 @@ def _resized(large: nn.Module, built: nn.Module, certificate: Certificate) -> di
 
 def _fits(built: nn.Module, tensors: Mapping[str, Writable]) -> None:
     """The smaller configuration, at full width, must ask for exactly the tensors that will be written."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()}
-    for name in sorted(set(wanted) ^ set(tensors)):
-        raise PostconditionError(f"{name}: {'is' if name in wanted else 'is not'} asked for by the smaller config.json")
-    for name, shape in wanted.items():
-        if tensors[name].shape != shape:
-            raise PostconditionError(
-                f"{name}: has shape {tensors[name].shape}, the smaller config.json asks for {shape}"
-            )
+    fit = Fit.between({name: tensor.shape for name, tensor in tensors.items()}, state_shapes(built))
+    for name in sorted(fit.missing | fit.unexpected):
+        raise PostconditionError(
+            f"{name}: {'is' if name in fit.missing else 'is not'} asked for by the smaller config.json"
+        )
+    for name, (shape, expected) in fit.shapes.items():
+        raise PostconditionError(f"{name}: has shape {shape}, the smaller config.json asks for {expected}")
