@@ -1,7 +1,7 @@
-"""Which transformer a `config.json` describes, and whether its values can be meant; checked before anything is built.
+"""Which transformer a `config.json` describes, and whether its values are plausible; checked before anything is built.
 
 Stock diffusers fills a missing key with its default and ignores one that it does not know, so a misspelt `num_layers`
-gives another model without a word. Here that is an error.
+silently gives another model. Here that is an error.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import Any
 from flcompress.errors import ModelError
 
 SIZES = re.compile(r"(num|n)_(\w+_)?(layers|heads|blocks)|nlayers|(dit_)?depth|(attention_)?head_dim|hidden_size")
-"""Keys that say how large a model is. Older files may lack other keys, whose defaults then stand for what was."""
+"""Keys that say how large a model is. Older files may lack other keys, whose defaults then hold."""
 
 LARGEST_COUNT, LARGEST_WIDTH = 1_000, 1_000_000
-"""More layers than that would take minutes to build before anything could be said of them."""
+"""Larger numbers would take minutes to build before they could be reported."""
 
 # What a constructor may raise on a configuration that makes no sense.
 BUILD_ERRORS = (
@@ -37,7 +37,7 @@ BUILD_ERRORS = (
 
 
 def transformer_class(config: Mapping[str, Any], path: Path) -> Any:
-    """The stock class that `config`, read from `path`, names.
+    """Return the class that `config`, read from `path`, names.
 
     Raises:
         ModelError: no class named, one of another kind (a U-Net, an autoencoder), or an unknown one.
@@ -68,7 +68,7 @@ def transformer_class(config: Mapping[str, Any], path: Path) -> Any:
 
 
 def check_config(config: Mapping[str, Any], path: Path) -> type[Any]:
-    """Check the keys and the values of a transformer's configuration; returns its class.
+    """Check the keys and the values of a transformer's configuration, and return its class.
 
     Raises:
         ModelError: names the key, what was given and what was expected.
@@ -98,7 +98,11 @@ def check_transformer_config(folder: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path, why: str) -> dict[str, Any]:
-    """A JSON object from a file, or a ModelError that names it."""
+    """Return the JSON object in a file; `why` says, if there is no such file, who needs it.
+
+    Raises:
+        ModelError: no such file, or no JSON object in it.
+    """
     if not path.is_file():
         raise ModelError(f"{path}: no such file; {why}")
     try:
@@ -111,19 +115,19 @@ def read_json(path: Path, why: str) -> dict[str, Any]:
 
 
 def settings(config: Mapping[str, Any], stock: type[Any]) -> dict[str, Any]:
-    """What of a configuration the class has a meaning for; stock diffusers warns of the rest at every build."""
+    """Return the entries of a configuration that the class knows; diffusers warns of the others at every build."""
     known = _arguments(stock)
     return {key: value for key, value in config.items() if key in known or key.startswith("_")}
 
 
 def build_error(error: Exception, name: str, path: Path) -> ModelError:
-    """What to tell of a configuration from which stock diffusers cannot build a model."""
+    """Return the error for a configuration from which diffusers cannot build a model."""
     first = str(error).partition("\n")[0]
     return ModelError(f"{path}: no {name} can be built from these values ({type(error).__name__}: {first}); mend them")
 
 
 def _arguments(stock: type[Any]) -> dict[str, Any]:
-    """{name: default} of what its constructor takes."""
+    """Return {name: default} of the constructor's parameters."""
     parameters = list(inspect.signature(stock.__init__).parameters.values())[1:]
     return {one.name: one.default for one in parameters if one.kind is not inspect.Parameter.VAR_KEYWORD}
 

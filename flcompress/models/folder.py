@@ -1,4 +1,4 @@
-"""Is this folder a model we can safely load? Checked before any work, from names, headers and numbers alone."""
+"""Checks, before any work, that a folder is a model that can be loaded safely: names, headers and numbers."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def check_pipeline(folder: Path, *, weights: bool = True, parts: bool = True) ->
 
 
 def check_parts(folder: Path, *, weights: bool = True) -> None:
-    """Check, from headers alone, that every component of a pipeline folder loads whole; see `check_part`.
+    """Check, from headers alone, that every component of a pipeline folder loads completely; see `check_part`.
 
     `weights`: also those that have weights; False for a folder of configurations.
     """
@@ -64,7 +64,11 @@ def check_parts(folder: Path, *, weights: bool = True) -> None:
 
 
 def _transformers(folder: Path, index: Mapping[str, Any]) -> tuple[str, ...]:
-    """The pipeline's transformers: one, or two experts; ModelError where the stock pipeline would miss one."""
+    """Return the names of the pipeline's transformers: one, or two experts.
+
+    Raises:
+        ModelError: a combination of which the stock pipeline would ignore a part.
+    """
     path, ratio = folder / "model_index.json", index.get("boundary_ratio")
     first, second = (bool((index.get(name) or [None])[0]) for name in ("transformer", "transformer_2"))
     if not first and second:
@@ -90,13 +94,13 @@ def _transformers(folder: Path, index: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def only_configurations(folder: Path) -> bool:
-    """Whether a pipeline folder holds no weights of any kind: enough to plan with, and to look at."""
+    """Tell whether a pipeline folder holds no weights at all: enough to plan with and to inspect."""
     kinds = (".safetensors", *PICKLES)
     return not any(path.suffix in kinds and not path.name.startswith(".") for path in folder.rglob("*"))
 
 
 def check_weights(folder: Path) -> None:
-    """Every weight file of a component that stock loading reads is safetensors, whole, and finite.
+    """Check that every weight file that stock loading reads of a component is safetensors, whole, and finite.
 
     Raises:
         ModelError: names the file (and the tensor) and what is wrong.

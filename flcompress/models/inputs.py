@@ -11,7 +11,7 @@ from flcompress.models.families import find_family, known_families
 from flcompress.models.families.family import LatentShape
 
 SMALL_LATENTS = (3, 8, 8)
-"""(frames, height, width) of latents where nothing asks for others: the embedded benchmark's."""
+"""(frames, height, width) of latents by default: the embedded benchmark's."""
 
 
 def example_inputs(

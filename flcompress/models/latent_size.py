@@ -13,7 +13,7 @@ from flcompress.models.families import family_of, find_family
 from flcompress.models.families.family import ClipSize, Compression, Family, LatentShape
 
 Names = tuple[str, str, str]
-"""What frames, height and width are called where they were given."""
+"""What the user calls frames, height and width."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +37,7 @@ class Grid:
 
     @property
     def pixels(self) -> int:
-        """Height and width are multiples of this."""
+        """What height and width are multiples of."""
         return self.over_space * self.patch[1]
 
     @property
@@ -51,13 +51,13 @@ class Grid:
         return self.patch[0] - 1
 
     def fit_frames(self, frames: int) -> int:
-        """The largest allowed number of frames up to `frames`; 0 where that is 0."""
+        """Return the largest allowed number of frames up to `frames`; 0 if that is 0."""
         if self.image:
             return min(frames, 1)
         return (frames - 1) // self.step * self.step + 1 if frames else 0
 
     def fit_pixels(self, pixels: int) -> int:
-        """The largest allowed height or width up to `pixels`; may be 0."""
+        """Return the largest allowed height or width up to `pixels`; may be 0."""
         return pixels // self.pixels * self.pixels
 
     def check(
@@ -67,7 +67,11 @@ class Grid:
         width: int | None = None,
         names: Names = ("frames", "height", "width"),
     ) -> None:
-        """Raise RequestError for what the model does not take, naming the nearest that it does; None is not checked."""
+        """Check a clip's size; None is not checked.
+
+        Raises:
+            RequestError: a size that the model does not take; names the nearest that it does.
+        """
         if frames is not None and self.fit_frames(frames) != frames:
             below = self.fit_frames(frames)
             wanted = f"1 plus a multiple of {self.step} for this model, such as {below} or {below + self.step}"
@@ -91,13 +95,17 @@ class Grid:
     def latents(
         self, frames: int, height: int, width: int, names: Names = ("frames", "height", "width")
     ) -> LatentShape:
-        """Latents of a clip (81 frames are 21 of latents at a factor of 4); RequestError as `check`."""
+        """Return the latents' size of a clip (81 frames are 21 of latents at a factor of 4).
+
+        Raises:
+            RequestError: a size that the model does not take.
+        """
         self.check(frames, height, width, names)
         coded = (frames - 1) // self.over_time + 1
         return self.padding + coded, height // self.over_space, width // self.over_space
 
     def clip(self, latents: LatentShape) -> tuple[int, int, int]:
-        """(frames, height, width) of the clip that latents decode to."""
+        """Return (frames, height, width) of the clip that latents decode to."""
         frames, height, width = latents
         return (frames - self.padding - 1) * self.over_time + 1, height * self.over_space, width * self.over_space
 

@@ -20,7 +20,7 @@ from flcompress.models.stock_files import stock_files
 
 @no_progress_bars()
 def load_transformer(folder: Path, device: str = "cpu", dtype: torch.dtype | None = None) -> Any:
-    """The transformer, in evaluation mode, without gradients; in fp32 where no dtype is given."""
+    """Return the transformer, in evaluation mode, without gradients; in fp32 by default."""
     stock = transformer_class(folder)
     # Stock loading is silent about missing and unexpected tensors; such a model is wrong.
     matching_tensors(folder, meta_transformer(folder))
@@ -82,7 +82,7 @@ def loaded_dtype(name: str, model_class: Any, dtype: torch.dtype) -> torch.dtype
 
 
 def put(model: Any, name: str, value: torch.Tensor) -> None:
-    """Put a tensor in the place of the parameter or buffer of that name."""
+    """Replace the parameter or buffer of that name."""
     path, _, own = name.rpartition(".")
     module = model.get_submodule(path)
     old = getattr(module, own)
@@ -91,19 +91,19 @@ def put(model: Any, name: str, value: torch.Tensor) -> None:
 
 
 def transformer_class(folder: Path) -> Any:
-    """The stock class that a transformer folder's configuration names; the configuration is checked."""
+    """Return the class that a transformer folder's configuration names; the configuration is checked."""
     path = folder / "config.json"
     return check_config(read_json(path, "a diffusers model folder has one"), path)
 
 
 def meta_transformer(config_path: Path) -> Any:
-    """The transformer of a folder or a `config.json`, from it alone, on the meta device: no weights, no memory."""
+    """Return the transformer of a folder or a `config.json`, on the meta device: no weights, no memory."""
     with torch.device("meta"):
         return _built(config_path / "config.json" if config_path.is_dir() else config_path).eval()
 
 
 def _built(path: Path) -> Any:
-    """The stock model of a `config.json`, its weights drawn at random where the default device has memory."""
+    """Build the model of a `config.json`; its weights are random if the default device has memory."""
     config = read_json(path, "a diffusers model folder has one")
     stock = check_config(config, path)
     try:
@@ -121,19 +121,19 @@ def save_transformer(like: Path, weights: Mapping[str, torch.Tensor], target: Pa
 
 @no_progress_bars()
 def load_vae(folder: Path, device: str = "cpu") -> Any:
-    """The autoencoder, in evaluation mode, without gradients."""
+    """Return the autoencoder, in evaluation mode, without gradients."""
     config = read_json(folder / "config.json", "a diffusers model folder has one")
     return load_part(folder, ("diffusers", config["_class_name"]), device)
 
 
 def frozen(model: Any) -> Any:
-    """The model in evaluation mode with `requires_grad` off everywhere."""
+    """Return the model in evaluation mode with `requires_grad` off everywhere."""
     return model.eval().requires_grad_(False)
 
 
 @no_progress_bars()
 def initialise_pipeline(source: Path, target: Path, seed: int) -> None:
-    """Write to `target` the pipeline whose configurations lie in `source`, with random weights drawn from `seed`.
+    """Write to `target` the pipeline whose configurations are in `source`, with random weights drawn from `seed`.
 
     The start of a recipe that trains a model from nothing. What has no weights (tokenizer, scheduler) is copied.
     """

@@ -25,7 +25,7 @@ def as_network(transformer: Any, guidance: float | None = None) -> Network:
 
     Args:
         transformer: of a class that a family knows, or what an engine wrapped around one.
-        guidance: embedded guidance scale, where the network is told one; the family's usual one where None.
+        guidance: embedded guidance scale, if the network takes one; the family's usual one by default.
     """
     inner = stock_model(transformer)
     family, config = family_of(stock_name(inner)), inner.config
@@ -58,9 +58,9 @@ def stock_name(model: Any) -> str:
 
 @contextmanager
 def half_precision(device: str, *, enabled: bool) -> Iterator[None]:
-    """Compute in bf16 where that is safe. Without autocast's cache of bf16 weights.
+    """Compute in bf16 where that is safe, without autocast's cache of bf16 weights.
 
-    A training step updates weights several times, and the cache would go on with their old copies.
+    A training step updates weights several times, and the cache would keep serving stale copies.
     """
     with warnings.catch_warnings(), torch.autocast(device, torch.bfloat16, enabled=enabled, cache_enabled=False):
         # Norms keep fp32 weights on purpose; PyTorch says that it has no fused kernel for that.
@@ -69,7 +69,7 @@ def half_precision(device: str, *, enabled: bool) -> Iterator[None]:
 
 
 def missing_compiler() -> str:
-    """What torch.compile lacks on this machine's CPU, with the mend; empty where it lacks nothing."""
+    """Return what torch.compile lacks on this machine's CPU, and the fix; empty if nothing."""
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         return f"no C++ compiler ({compiler}) for torch.compile; install g++ or set CXX"

@@ -1,7 +1,7 @@
-"""Does a part of a pipeline load whole? Checked before any work, from configurations and the headers of files alone.
+"""Checks, before any work, that a part of a pipeline loads completely: configurations and headers of files.
 
 Stock loading draws a tensor that it does not find at random, ignores one that it does not know, and puts an empty
-vocabulary in the place of one that is not there. Here each of them is an error.
+vocabulary in place of a missing one. Here each of them is an error.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _SCALES = re.compile(
     r"(^|\.)(scaled_fp8|scale_(weight|input)|(weight|input)_scale(_inv)?|scales|absmax|quant_map|quant_state|SCB|qweight|"
     r"qzeros|_data|_scale|comfy_quant)(\.|$)"
 )
-"""Names that quantisers store beside a weight."""
+"""Names that quantisers store next to a weight."""
 
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "tekken.json", "tiktoken.model")
-"""Read by every tokenizer of transformers, whatever its class names."""
+"""Files that every tokenizer of transformers reads, whatever its class names."""
 
 
 def check_part(folder: Path, kind: Sequence[str], *, weights: bool = True) -> None:
@@ -70,7 +70,7 @@ def check_part(folder: Path, kind: Sequence[str], *, weights: bool = True) -> No
 
 
 def matching_tensors(folder: Path, model: Any) -> dict[str, StoredTensor]:
-    """Name -> tensor on disk of all that the state dict of a model of diffusers holds.
+    """Return name -> tensor on disk of all that the state dict of a model of diffusers holds.
 
     Raises:
         ModelError: no weights, or weights that do not belong to the configuration.
@@ -86,7 +86,11 @@ def matching_tensors(folder: Path, model: Any) -> dict[str, StoredTensor]:
 
 
 def load_tables(folder: Path, factory: Any) -> Any:
-    """A component without weights (tokenizer, image processor), by its stock class; ModelError where that fails."""
+    """Load a component without weights (tokenizer, image processor) by its stock class.
+
+    Raises:
+        ModelError: it cannot be loaded from its files.
+    """
     names = set((getattr(factory, "vocab_files_names", None) or {}).values())
     here = {path.name for path in folder.iterdir() if path.is_file()}
     if names and not here & {*names, *_VOCABULARIES}:
@@ -108,7 +112,11 @@ def load_tables(folder: Path, factory: Any) -> Any:
 
 
 def check_loaded(folder: Path, info: Mapping[str, Any]) -> None:
-    """ModelError where stock loading, which has now read the weights, drew some of them at random."""
+    """Check, after stock loading, that it drew no weight at random.
+
+    Raises:
+        ModelError: it did; names the first.
+    """
     shapes = {one[0] if isinstance(one, tuple) else one for one in info.get("mismatched_keys", ())}
     _check_names(folder, "missing", {*info["missing_keys"], *shapes})
 
@@ -153,7 +161,7 @@ def _fit_of_transformers(folder: Path, factory: Any, stored: Mapping[str, Stored
 
 
 def _empty(factory: Any, config: Mapping[str, Any], path: Path) -> Any:
-    """A model of diffusers whose weights have no memory."""
+    """Build a model of diffusers whose weights have no memory."""
     from diffusers.models import transformers as denoisers
 
     if getattr(denoisers, factory.__name__, None) is factory:
@@ -207,7 +215,7 @@ def _quantised(file: Path, name: str, dtype: str) -> ModelError:
 
 
 def _check_sentencepiece(path: Path) -> None:
-    """ModelError unless the file is a SentencePiece model: of any other, stock loading says that it needs tiktoken."""
+    """Raise ModelError unless the file is a SentencePiece model; stock loading would ask for tiktoken instead."""
     if importlib.util.find_spec("sentencepiece") is None:
         raise ModelError(f"{path}: sentencepiece is not installed, which reads it; pip install sentencepiece protobuf")
     from sentencepiece import SentencePieceProcessor

@@ -1,4 +1,4 @@
-"""The parts of a pipeline beside its transformer, run by the stock pipeline's own code."""
+"""The parts of a pipeline other than its transformer, run by the stock pipeline's own code."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NOT_HERE = ("transformer", "transformer_2", "scheduler")
 class Parts:
     """Text encoders, tokenizers and autoencoder of one pipeline; each is loaded when it is first used.
 
-    Of the transformer only the configuration is read.
+    Only the configuration of the transformer is read.
 
     Args:
         index: the folder's `model_index.json`.
@@ -62,7 +62,7 @@ class Parts:
 
     @cached_property
     def _pipeline(self) -> Any:
-        """The stock pipeline with all but the transformers and the autoencoder."""
+        """The stock pipeline with all but the transformers and, unless needed, the autoencoder."""
         found = {name: self._loaded(name) for name in self.folders if name != "vae"}
         vae = self.vae if self.family.needs_vae(self._index["_class_name"]) else None
         missing = {name: None for name in self._index if _is_part(self._index[name]) and name not in found}
@@ -72,13 +72,13 @@ class Parts:
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str], max_sequence_length: int) -> dict[str, torch.Tensor]:
-        """Conditioning of prompts, [prompts, ...] each, as the stock pipeline makes it."""
+        """Return the conditioning of prompts, [prompts, ...] each, as the stock pipeline makes it."""
         with no_progress_bars():
             self._check_tokens(prompts)
             return _floats(self.family.encode_prompts(self._pipeline, self.config, prompts, max_sequence_length))
 
     def encode_clips(self, clips: torch.Tensor) -> torch.Tensor:
-        """Latents of clips [n, 3, frames, height, width] in [-1, 1]."""
+        """Return the latents of clips [n, 3, frames, height, width] in [-1, 1]."""
         latents = encode_clips(self.vae, clips.to(self._device))
         return torch.cat([latents[:, :, :1]] * self._padding + [latents], dim=2)
 
@@ -86,9 +86,9 @@ class Parts:
     def encode_images(
         self, clips: torch.Tensor, prompts: Sequence[str], max_sequence_length: int
     ) -> dict[str, torch.Tensor]:
-        """Conditioning by the first frames of clips [n, 3, frames, height, width] in [-1, 1].
+        """Return the conditioning by the first frames of clips [n, 3, frames, height, width] in [-1, 1].
 
-        It goes before that by the clips' prompts alone; nothing for pipelines that start from text.
+        It overrides that by the clips' prompts alone; nothing for pipelines that start from text.
         """
         if not self.from_image:
             return {}
@@ -99,23 +99,23 @@ class Parts:
             return _floats(self.family.image_conditioning(pipeline, self.config, clips, prompts, max_sequence_length))
 
     def let_go(self) -> None:
-        """Drop what is loaded, for something else to take its memory; each is loaded again when it is next used."""
+        """Free what is loaded; each part is loaded again when it is next used."""
         for name in ("vae", "_pipeline"):
             vars(self).pop(name, None)
         free_gpu_memory()
 
     @property
     def from_image(self) -> bool:
-        """Whether the pipeline makes a clip from its first frame."""
+        """True if the pipeline makes a clip from its first frame."""
         return self._index["_class_name"] in self.family.from_image
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """Clips [n, 3, frames, height, width] in [-1, 1], of the frames that the stock pipeline shows."""
+        """Return clips [n, 3, frames, height, width] in [-1, 1], of the frames that the stock pipeline shows."""
         clips = decode_latents(self.vae, latents[:, :, self._padding :].to(self._device))
         return clips[:, :, self.family.cut_frames(self.config) :]
 
     def _check_tokens(self, prompts: Sequence[str]) -> None:
-        """ModelError where a tokenizer gives a token that its text encoder has no embedding for."""
+        """Raise ModelError if a tokenizer gives a token for which its text encoder has no embedding."""
         for name in self.folders:
             encoder = getattr(self._pipeline, name.replace("tokenizer", "text_encoder"), None)
             if not name.startswith("tokenizer") or encoder is None:
@@ -139,18 +139,18 @@ class Parts:
 
 
 def open_parts(folder: Path, device: str = "cpu") -> Parts:
-    """The parts of a pipeline folder."""
+    """Return the parts of a pipeline folder."""
     index = read_json(folder / "model_index.json", "a diffusers pipeline folder has one")
     return Parts(index, {name: folder / name for name in ("transformer", *part_names(index))}, device)
 
 
 def part_names(index: Mapping[str, Any]) -> tuple[str, ...]:
-    """Components that `model_index.json` names and that have a folder, transformers and scheduler aside."""
+    """Return the components in `model_index.json` that have a folder, transformers and scheduler aside."""
     return tuple(name for name, one in index.items() if _is_part(one) and one[0] and name not in NOT_HERE)
 
 
 def load_part(folder: Path, kind: Sequence[str], device: str = "cpu", dtype: torch.dtype | None = None) -> Any:
-    """A component by its stock class, in evaluation mode, without gradients; safetensors only.
+    """Load a component by its stock class, in evaluation mode, without gradients; safetensors only.
 
     Args:
         folder: the component's.
@@ -174,9 +174,9 @@ def load_part(folder: Path, kind: Sequence[str], device: str = "cpu", dtype: tor
 
 
 def _computed_in(folder: Path, library: str) -> dict[str, Any]:
-    """fp32 for a text encoder stored in fp8 whose configuration names no other type: fp8 is no type to compute in.
+    """Return the option of fp32 for a text encoder stored in fp8 whose configuration names no other type.
 
-    Every other type is stock loading's own choice.
+    Fp8 is no type to compute in; every other type is stock loading's own choice.
     """
     if library != "transformers":
         return {}
@@ -187,7 +187,7 @@ def _computed_in(folder: Path, library: str) -> dict[str, Any]:
 
 
 def _floats(made: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same, floating ones in fp32."""
+    """Return the tensors, floating ones in fp32."""
     return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in made.items()}
 
 

@@ -48,7 +48,11 @@ class StoredTensor:
     size: int
 
     def pieces(self) -> Iterator[bytes]:
-        """The tensor's bytes, at most `PIECE` at once; ModelError if the file has become shorter."""
+        """Yield the tensor's bytes, at most `PIECE` at once.
+
+        Raises:
+            ModelError: the file has become shorter.
+        """
         with self.file.open("rb") as file:
             file.seek(self.start)
             left = self.size
@@ -61,16 +65,16 @@ class StoredTensor:
 
     @property
     def floating(self) -> bool:
-        """Whether its numbers have a fraction."""
+        """True if its numbers have a fraction."""
         return self.dtype in _FLOATS
 
     def rows(self, first: int, count: int) -> StoredTensor:
-        """Rows `first` to `first + count - 1` of its first axis: a tensor that lies inside this one."""
+        """Return rows `first` to `first + count - 1` of its first axis: a tensor within this one."""
         row = self.size // max(self.shape[0], 1)
         return replace(self, shape=(count, *self.shape[1:]), start=self.start + first * row, size=count * row)
 
     def fill(self, target: torch.Tensor) -> None:
-        """Copy the numbers into a contiguous tensor of as many, in its dtype and on its device, piece by piece.
+        """Copy the numbers into a contiguous tensor of the same length, in its dtype and on its device, piece by piece.
 
         Raises:
             ModelError: a dtype that is not known, or the file has become shorter.
@@ -94,18 +98,21 @@ class StackedTensor:
 
     @property
     def dtype(self) -> str:
+        """As the file names it."""
         return self.parts[0].dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """All rows, and the other axes of any part."""
         return (sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:])
 
     @property
     def size(self) -> int:
+        """Number of bytes."""
         return sum(part.size for part in self.parts)
 
     def pieces(self) -> Iterator[bytes]:
-        """Its bytes, at most `PIECE` at once."""
+        """Yield its bytes, at most `PIECE` at once."""
         for part in self.parts:
             yield from part.pieces()
 
@@ -114,7 +121,11 @@ Writable = StoredTensor | StackedTensor
 
 
 def file_tensors(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of one safetensors file, in the order they lie in it; ModelError unless it is whole."""
+    """Return the tensors of one safetensors file, in its own order.
+
+    Raises:
+        ModelError: it is not a whole safetensors file.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -133,12 +144,12 @@ def file_tensors(path: Path) -> dict[str, StoredTensor]:
 
 
 def file_metadata(path: Path) -> dict[str, str]:
-    """What a whole safetensors file says beside its tensors."""
+    """Return the metadata of a whole safetensors file."""
     return dict(_header(path)[1].get("__metadata__") or {})
 
 
 def folder_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """The tensors that stock loading reads from a component's folder, of all its shards.
+    """Return the tensors that stock loading reads from a component's folder, of all its shards.
 
     Raises:
         ModelError: no weights, a shard missing or short, a tensor that the index places in another file, or that two
@@ -161,7 +172,7 @@ def folder_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 
 def index_places(index: Path) -> dict[str, str]:
-    """{tensor: file name} of a shard index whose files are there and hold what it says.
+    """Return {tensor: file name} of a shard index whose files are there and hold what it says.
 
     Raises:
         ModelError: names the index or the shard.
@@ -178,7 +189,11 @@ def index_places(index: Path) -> dict[str, str]:
 
 
 def check_finite(path: Path) -> None:
-    """ModelError, naming the tensor, where a file holds a value that is not finite."""
+    """Check that a file holds finite values only.
+
+    Raises:
+        ModelError: it does not; names the tensor.
+    """
     import torch
 
     for name, tensor in file_tensors(path).items():
@@ -242,12 +257,12 @@ def write_file(path: Path, tensors: Mapping[str, Writable], metadata: Mapping[st
 
 
 def _header(path: Path) -> tuple[int, dict[str, Any]]:
-    """Its length in bytes, and what it says."""
+    """Return the header's length in bytes, and the header."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         return length, dict(json.loads(file.read(length)))
 
 
 def _width(tensor: Writable) -> int:
-    """Bytes of one number."""
+    """Return the bytes of one number."""
     return tensor.size // max(math.prod(tensor.shape), 1)

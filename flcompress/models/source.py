@@ -1,4 +1,4 @@
-"""Where the transformer's configuration of a model lies: a folder, a file, or a model on the Hub."""
+"""Where a model's transformer configuration is: in a folder, a file, or a model on the Hub."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ from flcompress.models.families.registry import find_family, plugin_class
 
 INDEX, CONFIG = "model_index.json", "config.json"
 SECONDS = 5.0
-"""How long an unreachable Hub is waited for."""
+"""Seconds to wait for an unreachable Hub."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Attributes:
-    config: the transformer's `config.json`.
-    pipeline: class that `model_index.json` names; None for a transformer on its own.
-    others: names of the pipeline's further transformers.
-    other_configs: their `config.json`, in the same order; None where it is not there.
-    boundary_ratio: of two experts, the share of the timesteps below which the second answers.
+    """The configurations of a model's transformers.
+
+    Attributes:
+        config: the transformer's `config.json`.
+        pipeline: class that `model_index.json` names; None for a transformer on its own.
+        others: names of the pipeline's further transformers.
+        other_configs: their `config.json`, in the same order; None where it is not there.
+        boundary_ratio: of two experts, the share of the timesteps below which the second answers.
     """
 
     config: Path
@@ -39,9 +41,9 @@ class Source:
 
 
 def find_source(model: str) -> Source:
-    """The transformer of `model`: a pipeline folder, a transformer folder, a `config.json`, or a Hub id.
+    """Find the transformer of `model`: a pipeline folder, a transformer folder, a `config.json`, or a Hub id.
 
-    Of a model on the Hub only `model_index.json` and the transformer's `config.json` are read.
+    Only `model_index.json` and the transformer's `config.json` are downloaded of a model on the Hub.
 
     Raises:
         ModelError: none of these, a pipeline without a transformer, or a Hub that cannot be reached.
@@ -68,7 +70,7 @@ def find_source(model: str) -> Source:
 
 
 def _transformers(index: Mapping[str, Any], path: Path) -> tuple[tuple[str, ...], str]:
-    """The components of a pipeline that are transformers of diffusers, and the pipeline's class."""
+    """Return the components of a pipeline that are diffusion transformers, and the pipeline's class."""
     pipeline = index.get("_class_name")
     if not isinstance(pipeline, str):
         raise ModelError(f"{path}: names no _class_name; expected a diffusers pipeline such as WanPipeline")
@@ -119,7 +121,7 @@ def _source(
 
 
 def _download(model: str, name: str) -> Path | None:
-    """One small file of a model on the Hub; None where the model has no such file."""
+    """Download one small file of a model on the Hub; None if the model has no such file."""
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -149,7 +151,7 @@ def _download(model: str, name: str) -> Path | None:
 
 
 def _reachable(endpoint: str) -> bool:
-    """Whether anything answers there: the Hub's own client tries again and again, for most of a minute."""
+    """Tell whether anything answers there: the Hub's own client would retry for most of a minute."""
     try:
         with urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=SECONDS):
             return True

@@ -26,7 +26,7 @@ WITH_WEIGHTS = ("transformer", "vae", "text_encoder", "image_encoder")
 
 
 def stock_class(folder: Path, kind: Sequence[str]) -> Any:
-    """The class of a component.
+    """Return the class of a component.
 
     Args:
         folder: the component's.
@@ -87,7 +87,7 @@ def state_shapes(model: torch.nn.Module) -> dict[str, Shape]:
 
 
 def diffusers_fit(model: Any, stored: dict[str, StoredTensor], *, sharded: bool) -> Fit:
-    """The fit to a model of diffusers. What stock loading renames (old attention blocks) is renamed in `stored`."""
+    """Return the fit to a model of diffusers; what stock loading renames (old attention blocks), `stored` does too."""
     if not sharded:
         model._fix_state_dict_keys_on_load(stored)
     ignored = model._keys_to_ignore_on_load_unexpected or ()
@@ -101,7 +101,7 @@ def diffusers_fit(model: Any, stored: dict[str, StoredTensor], *, sharded: bool)
 
 
 def transformers_fit(factory: Any, config: Any, stored: Mapping[str, StoredTensor]) -> Fit:
-    """The fit to a class of transformers: its own loading of tensors that have a shape and no numbers.
+    """Return the fit to a class of transformers: its own loading of tensors that have a shape and no numbers.
 
     So names are converted, prefixes cut and ties known as they will be when the part is loaded.
     """
@@ -125,7 +125,7 @@ def transformers_fit(factory: Any, config: Any, stored: Mapping[str, StoredTenso
 
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
-    """Stock loading draws bars on stderr, over those of the command."""
+    """Keep the bars that stock loading draws on stderr from overwriting the command's."""
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers
 
@@ -141,7 +141,7 @@ def no_progress_bars() -> Iterator[None]:
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Stock loading also reports what does not fit, in tables on stderr; for callers that report it themselves."""
+    """Silence stock loading's bars and its tables of what does not fit; for callers that report it themselves."""
     from transformers.utils import logging as of_transformers
 
     level = of_transformers.get_verbosity()

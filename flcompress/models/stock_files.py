@@ -29,11 +29,13 @@ _SHARD = re.compile(r"-\d{5}-of-\d{5}")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StockFiles:
-    """Attributes:
-    name: what the library names the weights.
-    variant: such as fp16, where the folder has no weights without one; `from_pretrained(variant=...)` reads them.
-    index: of the shards; None of a single file.
-    files: one safetensors file or several; none where stock loading finds no weights.
+    """The files of one component's weights.
+
+    Attributes:
+        name: what the library names the weights.
+        variant: such as fp16, where the folder has no weights without one; `from_pretrained(variant=...)` reads them.
+        index: of the shards; None of a single file.
+        files: one safetensors file or several; none where stock loading finds no weights.
     """
 
     name: str
@@ -42,12 +44,12 @@ class StockFiles:
     files: tuple[Path, ...] = ()
 
     def plain_name(self, path: Path) -> str:
-        """The name of one of the files, or of the index, for stock loading without a variant."""
+        """Return the name of one of the files, or of the index, for stock loading without a variant."""
         return path.name if self.variant is None else path.name.replace(f".{self.variant}", "", 1)
 
 
 def stock_files(folder: Path) -> StockFiles:
-    """The files that stock loading reads a component's weights from.
+    """Return the files that stock loading reads a component's weights from.
 
     The plain ones, or those of the only variant. Of a single file and an index diffusers takes the index, transformers
     the file.
@@ -67,7 +69,11 @@ def stock_files(folder: Path) -> StockFiles:
 
 
 def required_files(folder: Path) -> StockFiles:
-    """As `stock_files`; ModelError, which says what there is instead, where stock loading finds no weights."""
+    """Return the files that stock loading reads a component's weights from.
+
+    Raises:
+        ModelError: it finds none; says what there is instead.
+    """
     found = stock_files(folder)
     if found.files:
         return found
@@ -99,7 +105,7 @@ def required_files(folder: Path) -> StockFiles:
 
 
 def leftovers(folder: Path) -> frozenset[Path]:
-    """Files of a folder that stock loading never opens: hidden ones, and weights other than those it reads."""
+    """Return the files of a folder that stock loading never opens: hidden ones, and weights that it does not read."""
     files = [path for path in folder.iterdir() if path.is_file()]
     hidden = frozenset(path for path in files if path.name.startswith("."))
     found = stock_files(folder)
@@ -110,7 +116,7 @@ def leftovers(folder: Path) -> frozenset[Path]:
 
 
 def files_of(folder: Path) -> list[Path]:
-    """All files of a folder and those below it, sorted, without hidden ones and leftovers."""
+    """Return all files of a folder and those below it, sorted, without hidden ones and leftovers."""
     below = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
     skipped = leftovers(folder)
     own = [path for path in folder.iterdir() if path.is_file() and path not in skipped]
@@ -118,7 +124,11 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """{tensor: file name} as an index of shards says it; ModelError unless it names files of its own folder."""
+    """Return {tensor: file name} of an index of shards.
+
+    Raises:
+        ModelError: no such index, or one that names files outside its own folder.
+    """
     try:
         places = {str(name): str(file) for name, file in json.loads(index.read_bytes())["weight_map"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -130,7 +140,7 @@ def weight_map(index: Path) -> dict[str, str]:
 
 
 def _library_name(folder: Path) -> str:
-    """What the library that a folder's `config.json` is of names weights; without one, what the files are named."""
+    """Return what the library of a folder's `config.json` names weights; without one, what the files are named."""
     config: Any = None
     with suppress(OSError, ValueError):  # a damaged one is found where configurations are checked
         config = json.loads((folder / "config.json").read_bytes())
@@ -142,7 +152,7 @@ def _library_name(folder: Path) -> str:
 
 
 def _variants(folder: Path, name: str) -> list[str]:
-    """Variants that a folder holds weights of."""
+    """Return the variants that a folder holds weights of."""
     pattern = re.compile(rf"{name}\.(?:(?P<single>[^.]+)\.safetensors|safetensors\.index\.(?P<index>[^.]+)\.json)")
     found = (match for path in folder.iterdir() if path.is_file() and (match := pattern.fullmatch(path.name)))
     names = {match["single"] or match["index"] for match in found}
@@ -154,13 +164,13 @@ def _only(variants: list[str]) -> list[str]:
 
 
 def _named(file: str, variant: str | None) -> str:
-    """A file's name with a variant, as both libraries put it: before the last suffix."""
+    """Return a file's name with a variant, where both libraries put it: before the last suffix."""
     stem, _, suffix = file.rpartition(".")
     return file if variant is None else f"{stem}.{variant}.{suffix}"
 
 
 def folder_digest(folder: Path) -> str:
-    """SHA-256 over the names and contents of a folder's files, those aside that stock loading never opens."""
+    """Return the SHA-256 of the names and contents of a folder's files, except those that stock loading never opens."""
     digest = hashlib.sha256()
     for path in files_of(folder):
         stat = path.stat()

@@ -1,4 +1,4 @@
-"""Memory of tensors: the most that are alive at once, also of tensors that hold none, and a GPU's given back."""
+"""Memory of tensors: the peak of those alive at once, even if they hold none, and returning a GPU's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the storages that operations make, until they are freed.
+    """Count the storages that operations make, until they are freed.
 
     Args:
         given: count a storage that no operation made too, once one returns it: weights read from a file.
@@ -51,7 +51,7 @@ def free_gpu_memory() -> None:
     """Free tensors that only reference cycles hold, and return torch's cached memory to the GPU; nothing on a CPU.
 
     Called after each pass, after clips are encoded and around decoding: wherever the next thing in memory is another
-    model. Without it the garbage of a pass (gigabytes of sharded weights) is there until Python happens to collect.
+    model. Without it the garbage of a pass (gigabytes of sharded weights) stays until Python happens to collect it.
     """
     if torch.cuda.is_available():
         gc.collect()

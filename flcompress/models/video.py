@@ -17,14 +17,14 @@ from flcompress.models.tensor_memory import Alive, free_gpu_memory
 Method = Literal["encode", "decode"]
 
 SMALL: dict[Method, int] = {"encode": 1 << 20, "decode": 1 << 12}
-"""Positions (frames x height x width) of what one sample is given as, up to which it is never asked what it takes."""
+"""Positions (frames x height x width) of one sample, up to which its memory is not counted."""
 
 SPARE = 0.25
-"""Share of the free memory that is left for what is not counted: workspaces of convolutions, gaps between tensors."""
+"""Share of the free memory reserved for what is not counted: workspaces of convolutions, gaps between tensors."""
 
 
 def _scale(vae: Any, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(mean, deviation) of raw latents: a channel each (Wan, LTX, Mochi, QwenImage) or one number for all."""
+    """Return (mean, deviation) of raw latents: one per channel (Wan, LTX, Mochi, QwenImage) or one for all."""
     config, shape = vae.config, (1, -1, *([1] * (like.ndim - 2)))
     buffers = dict(vae.named_buffers(recurse=False))
 
@@ -46,7 +46,11 @@ def _pictures(vae: Any) -> bool:
 
 @torch.no_grad()
 def encode_clips(vae: Any, clips: torch.Tensor) -> torch.Tensor:
-    """Clips [n, 3, frames, height, width] in [-1, 1] to unit-scale latents [n, channels, frames', height', width']."""
+    """Encode clips [n, 3, frames, height, width] in [-1, 1] as unit-scale latents.
+
+    Returns:
+        Latents [n, channels, frames', height', width'].
+    """
     given = (clips[:, :, 0] if _pictures(vae) else clips).to(vae.dtype)
     make_room(vae, given, "encode")
     latents: torch.Tensor = vae.encode(given).latent_dist.mode()
@@ -57,7 +61,7 @@ def encode_clips(vae: Any, clips: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def decode_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
-    """Unit-scale latents to clips [n, 3, frames, height, width] in [-1, 1]."""
+    """Decode unit-scale latents to clips [n, 3, frames, height, width] in [-1, 1]."""
     given = latents[:, :, 0] if _pictures(vae) else latents
     mean, deviation = _scale(vae, given)
     raw = (given * deviation + mean).to(vae.dtype)
@@ -68,7 +72,7 @@ def decode_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
 
 
 def make_room(vae: Any, given: torch.Tensor, method: Method, *more: torch.Tensor) -> None:
-    """Have the autoencoder take samples one by one, or in tiles, where `given` [n, channels, ...] would not fit else.
+    """Have the autoencoder take samples one by one, or in tiles, if `given` [n, channels, ...] would not fit.
 
     Args:
         vae: a stock autoencoder; one that knows no tiles stays as it is.
@@ -90,7 +94,7 @@ def make_room(vae: Any, given: torch.Tensor, method: Method, *more: torch.Tensor
 
 @lru_cache(maxsize=64)
 def _most_alive(kind: str, config: str, method: Method, shapes: tuple[tuple[tuple[int, ...], torch.dtype], ...]) -> int:
-    """Bytes of tensors alive at the fullest moment of a call on one sample, counted on tensors that hold no memory."""
+    """Return the peak bytes of tensors alive in a call on one sample, counted on tensors that hold no memory."""
     import diffusers
     from torch._subclasses.fake_tensor import FakeTensorMode
 

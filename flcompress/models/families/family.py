@@ -137,7 +137,7 @@ class Family(ABC):
     def image_conditioning(
         self, pipeline: Any, config: Config, clips: torch.Tensor, prompts: Sequence[str], length: int
     ) -> dict[str, torch.Tensor]:
-        """Return the conditioning by the first frame, for `from_image`; it precedes that by the prompt alone.
+        """Return the conditioning by the first frame, for `from_image`; it overrides that by the prompt alone.
 
         Args:
             pipeline: the stock one, without its transformers' weights.
