@@ -73,8 +73,8 @@ AREAS: dict[str, Owners] = {
     "lora": {
         f"{TRAINING}/shared_base.py": ("tests/training/test_shared_base.py",),
         **{
-            f"flcompress/loras/{name}.py": ("tests/loras/test_files.py",)
-            for name in ("files", "names", "peft_settings")
+            f"flcompress/loras/{name}.py": ("tests/loras/test_keys.py",)
+            for name in ("keys", "names", "peft_settings")
         },
     },
     "sharding": {

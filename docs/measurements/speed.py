@@ -88,7 +88,7 @@ def _prefix(prune_set: tuple[str, ...]) -> None:
         with remember(here.model, here.graph, until=skipped[0]) as memory:
             with skip(here.model, skipped, graph=here.graph):
                 pruned = here.forward()
-            with torch.no_grad(), memory.recalled():
+            with torch.no_grad(), memory.recalling():
                 full = here.forward()
         (pruned - full).square().mean().backward()
 

@@ -18,7 +18,7 @@ from flcompress.ir.graph import BlockGraph
 from flcompress.models.loading import load_transformer, meta_transformer
 from flcompress.models.network import as_network
 from flcompress.models.stock_files import folder_digest
-from flcompress.tracing.skip import skipping
+from flcompress.tracing.skip import skipping_network
 
 SHORTCUT_STEPS = 4
 """Steps of the teacher's shortcut where the run has no few-step student to compare it with."""
@@ -93,7 +93,7 @@ class _Parts:
 
         def own(x: torch.Tensor, timestep: torch.Tensor, given: Conditioning) -> torch.Tensor:
             model = self._load(folder)
-            run = skipping(model, skipped, self._unpruned, guidance) if skipped else as_network(model, guidance)
+            run = skipping_network(model, skipped, self._unpruned, guidance) if skipped else as_network(model, guidance)
             return run(x, timestep, given)
 
         def partner(x: torch.Tensor, timestep: torch.Tensor, given: Conditioning) -> torch.Tensor:

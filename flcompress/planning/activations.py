@@ -135,7 +135,7 @@ def count_activations(
     from flcompress.models.loading import meta_transformer
     from flcompress.models.network import half_precision
     from flcompress.models.tensor_memory import Alive
-    from flcompress.tracing.call import Call, blank, named
+    from flcompress.tracing.call import Call, arguments_by_name, blank
     from flcompress.tracing.replay import signature
     from flcompress.tracing.running import AllTrueMasks
     from flcompress.tracing.skip import replaced_forwards
@@ -176,7 +176,7 @@ def count_activations(
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             nonlocal streams
-            arguments = named(module, args, kwargs)
+            arguments = arguments_by_name(module, args, kwargs)
             tensors = [arguments[stream.input] for stream in block.streams]
             streams += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
             runs = run_blocks.setdefault(repr((plain, blank(args), sorted(blank(kwargs).items()))), [])

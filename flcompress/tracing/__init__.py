@@ -1,1 +1,1 @@
-"""From a module to its block graph, and from a smaller graph back to a module. The submodules import torch."""
+"""Trace a module to its block graph, skip blocks, and remove them with proof. The submodules import torch."""

@@ -1,4 +1,4 @@
-"""One recorded call of a block: shapes only, so that recording a large model keeps no activation alive."""
+"""Recorded calls of blocks: shapes only, so that recording a large model keeps no activation alive."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from flcompress.ir.block import TensorSpec
 
-# What foreign model code may raise on arguments that it was not made for.
+# Errors that foreign model code may raise on unsuitable arguments.
 FORWARD_ERRORS = (
     RuntimeError,
     ValueError,
@@ -31,7 +31,7 @@ FORWARD_ERRORS = (
 
 @dataclass(frozen=True, slots=True)
 class Blank:
-    """A floating-point or complex tensor of which only shape and dtype were kept."""
+    """Shape and dtype of a floating-point or complex tensor."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -39,7 +39,7 @@ class Blank:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """Arguments and result of one call, tensors blanked; `flops` of the whole batch."""
+    """Arguments and result of a call, with tensors blanked; `flops` covers the whole batch."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
@@ -48,25 +48,25 @@ class Call:
 
 
 def spec_of(tensor: Tensor | Blank) -> TensorSpec:
-    """Shape and dtype name of a tensor."""
+    """Return the shape and dtype name of a tensor."""
     return TensorSpec(shape=tuple(tensor.shape), dtype=str(tensor.dtype).removeprefix("torch."))
 
 
 def blank(tree: Any) -> Any:
-    """The same structure with floating-point tensors blanked; integers and masks are small and steer, so they stay."""
+    """Blank the floating-point tensors of a structure; integers and masks control the forward and are small."""
 
-    def one(leaf: Any) -> Any:
+    def blank_leaf(leaf: Any) -> Any:
         if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex()):
             return Blank(tuple(leaf.shape), leaf.dtype)
         return leaf.detach() if isinstance(leaf, Tensor) else leaf
 
-    return tree_map(one, tree)
+    return tree_map(blank_leaf, tree)
 
 
 def fill(tree: Any, device: torch.device, generator: torch.Generator) -> Any:
-    """The structure on `device`, with random numbers in place of the blanks; meta masks become true, integers zero."""
+    """Replace the blanks of a structure by random numbers on `device`; meta masks become true, meta integers zero."""
 
-    def one(leaf: Any) -> Any:
+    def fill_leaf(leaf: Any) -> Any:
         if isinstance(leaf, Blank):
             wide = torch.complex64 if leaf.dtype.is_complex else torch.float32
             return torch.randn(leaf.shape, generator=generator, dtype=wide, device="cpu").to(device, leaf.dtype)
@@ -76,43 +76,44 @@ def fill(tree: Any, device: torch.device, generator: torch.Generator) -> Any:
             return leaf.to(device)
         return leaf
 
-    return tree_map(one, tree)
+    return tree_map(fill_leaf, tree)
 
 
 @lru_cache(maxsize=256)
 def positional_names(forward: Callable[..., Any]) -> tuple[str, ...]:
-    """Names of the arguments of a module class' `forward` that may be given by position, without `self`."""
+    """Return the names of `forward`'s positional arguments, without `self`."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return tuple(name for name, one in inspect.signature(forward).parameters.items() if one.kind in kinds)[1:]
+    parameters = inspect.signature(forward).parameters
+    return tuple(name for name, parameter in parameters.items() if parameter.kind in kinds)[1:]
 
 
-def named(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments by name; by position ("0") where `forward` gives them none."""
+def arguments_by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments by name; by position ("0") for those that `forward` does not name."""
     names = positional_names(type(module).forward)
-    places = [names[place] if place < len(names) else str(place) for place in range(len(args))]
-    return dict(zip(places, args, strict=True)) | dict(kwargs)
+    by_position = [names[index] if index < len(names) else str(index) for index in range(len(args))]
+    return dict(zip(by_position, args, strict=True)) | dict(kwargs)
 
 
 def outputs_of(output: Any) -> tuple[Any, ...]:
-    """What a block returned, as a tuple."""
+    """Return a block's output as a tuple."""
     return tuple(output) if isinstance(output, tuple | list) else (output,)
 
 
 def tensors_of(tree: Any) -> list[Tensor]:
-    """Every tensor in a structure or in what a model returned, in order."""
+    """Return every tensor of a structure or of a model's output, in order."""
     # diffusers' outputs are ordered dictionaries, which pytree takes for leaves.
     values = list(tree.values()) if isinstance(tree, OrderedDict) else tree
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message."""
+    """Return the first line of an error's message."""
     return str(error).partition("\n")[0]
 
 
 @contextmanager
 def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every submodule gets back its mode, and buffers that a forward replaced."""
+    """Enter evaluation mode without gradients; on exit restore modes, and buffers that a forward replaced."""
     before = [(part, part.training, dict(part._buffers)) for module in modules for part in module.modules()]
     try:
         for module in modules:

@@ -1,4 +1,4 @@
-"""Which config key counts which list of modules: change each integer by one, build, see which lists follow."""
+"""Find the config key that counts a list of modules: change each integer by one, build, see which lists follow."""
 
 from __future__ import annotations
 
@@ -19,42 +19,42 @@ COUNTING_WORDS = ("layer", "depth", "block")
 
 
 def list_lengths(model: nn.Module) -> dict[str, int]:
-    """Length of every list of modules, by its path."""
+    """Return the length of every list of modules, by its path."""
     return {name: len(part) for name, part in model.named_modules() if isinstance(part, nn.ModuleList)}
 
 
 def has_config(model: nn.Module) -> bool:
-    """Whether the model can be built again from its own config, as diffusers' models can."""
+    """Return whether the model can be rebuilt from its own config, as diffusers' models can."""
     return isinstance(getattr(model, "config", None), Mapping) and callable(getattr(type(model), "from_config", None))
 
 
 def build(model: nn.Module, changes: Mapping[str, Any]) -> nn.Module:
-    """A model of the same class with some config values changed, as a saved config gives it; raises BUILD_ERRORS.
+    """Build a model of the same class with some config values changed; raises BUILD_ERRORS.
 
-    Its parameters are on the meta device, all else (such as tables of positions) is on the CPU.
+    Its parameters are on the meta device; buffers, such as tables of positions, are on the CPU.
     """
     from accelerate import init_empty_weights  # late: its import takes a second
 
     factory: Any = type(model)
     config: Any = model.config
     with warnings.catch_warnings(), torch.device("cpu"), init_empty_weights(include_buffers=False):
-        warnings.simplefilter("ignore")  # of odd sizes, in configs that nobody asked for
+        warnings.simplefilter("ignore")  # about odd sizes, in configs that only probe
         built: nn.Module = factory.from_config(changed_config(config, changes))
     return built
 
 
 def changed_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with some values changed, for `from_config`, as a saved one gives it back.
+    """Return the config with some values changed, for `from_config`, as if it had been saved and loaded.
 
-    Without the private entries: one of them names keys that were left at their default, which `from_config` then leaves
-    so whatever else it is given.
+    Private entries are dropped: one of them lists keys at their default, which `from_config` would keep there whatever
+    their values.
     """
     changed = {**config, **changes}
     return {key: _as_saved(value) for key, value in changed.items() if not key.startswith("_")}
 
 
 def _as_saved(value: Any) -> Any:
-    """The value as a saved config gives it back: tuples as lists, keys as text."""
+    """Return the value as JSON would restore it: tuples as lists, keys as text."""
     try:
         return json.loads(json.dumps(value))
     except TypeError:  # a dtype or the like, which diffusers writes in its own way
@@ -62,7 +62,7 @@ def _as_saved(value: Any) -> Any:
 
 
 def followers(model: nn.Module, key: str) -> set[str]:
-    """The lists of modules whose length follows the config value at `key`, a number or a list, entry by entry."""
+    """Return the lists of modules whose length follows the config value at `key`, a number or a list."""
     config: Any = model.config
     known = _followers.setdefault(model, {})
     snapshot = (key, repr(config), repr(list_lengths(model)))
@@ -87,33 +87,33 @@ def _followers_of(model: nn.Module, key: str) -> set[str]:
 
 
 def _longer(value: Any, step: int) -> Any:
-    """A number plus `step` (1 or -1); a list with as many entries more."""
+    """Return a number plus `step` (1 or -1), or a list with `step` more entries."""
     if type(value) is int:
         return value + step
     return [*value, value[-1]] if step > 0 else [*value][:step]
 
 
 def list_keys(model: nn.Module, stacks: Iterable[str]) -> dict[str, str]:
-    """{stack: config key} of stacks with a module for every entry of a list, such as the places of Wan VACE's hints."""
-    found: dict[str, str] = {}
+    """Return {stack: config key} of stacks with a module per entry of a list, such as Wan VACE's hint positions."""
+    keys: dict[str, str] = {}
     if not has_config(model):
-        return found
+        return keys
     config: Any = model.config
     lengths = list_lengths(model)
     for stack in stacks:
         for key, value in config.items():
-            listed = isinstance(value, list | tuple) and not key.startswith("_")
-            if listed and len(value) == lengths[stack] and stack in followers(model, key):
-                found.setdefault(stack, key)
-    return found
+            is_list = isinstance(value, list | tuple) and not key.startswith("_")
+            if is_list and len(value) == lengths[stack] and stack in followers(model, key):
+                keys.setdefault(stack, key)
+    return keys
 
 
 def count_keys(model: nn.Module, stacks: Iterable[str]) -> dict[str, str]:
-    """{stack: config key}; a stack that no single integer counts is left out."""
+    """Return {stack: config key}, without stacks that no single integer counts."""
     wanted = set(stacks)
-    found: dict[str, str] = {}
+    keys: dict[str, str] = {}
     if not has_config(model):
-        return found
+        return keys
     config: Any = model.config
     all_lengths = list_lengths(model)
     lengths = {all_lengths[stack] for stack in wanted}
@@ -122,7 +122,7 @@ def count_keys(model: nn.Module, stacks: Iterable[str]) -> dict[str, str]:
     numbers = [key for key in numbers if config[key] in lengths or any(word in key for word in COUNTING_WORDS)]
     numbers.sort(key=lambda key: (config[key] not in lengths, not any(word in key for word in COUNTING_WORDS)))
     for key in numbers:
-        if wanted <= set(found):
+        if wanted <= set(keys):
             break
-        found |= {stack: key for stack in followers(model, key) & wanted if stack not in found}
-    return found
+        keys |= {stack: key for stack in followers(model, key) & wanted if stack not in keys}
+    return keys

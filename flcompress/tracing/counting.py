@@ -1,4 +1,4 @@
-"""FLOPs of one forward, block by block; of a weightless model too, at any size of its inputs."""
+"""Count the FLOPs of a forward, block by block, also of weightless models at any input size; list blocks unrun."""
 
 from __future__ import annotations
 
@@ -23,17 +23,20 @@ from flcompress.tracing.tracer import trace
 
 
 def count_flops(model: nn.Module, paths: Iterable[str], inputs: Mapping[str, Any]) -> tuple[int, dict[str, int]]:
-    """FLOPs of one forward on `inputs`, whole batch: of everything, and of each module at `paths` (its calls added up).
+    """Count the FLOPs of a forward on `inputs`, for the whole batch.
 
-    On the meta device nothing is computed, no activation takes memory, and of modules that are built and called alike
-    one stands for all.
+    On the meta device nothing is computed and no activation takes memory; modules that are built and called alike are
+    counted once and multiplied.
+
+    Returns:
+        The FLOPs of the whole forward, and of each module at `paths`, summed over its calls.
 
     Raises:
         RequestError: the model cannot run on these inputs.
     """
     counter = flop_counter()
-    spent = dict.fromkeys(paths, 0)
-    known: dict[str, tuple[Any, int]] = {}
+    flops_by_path = dict.fromkeys(paths, 0)
+    results: dict[str, tuple[Any, int]] = {}
     saved = 0
 
     def counting(path: str) -> Callable[..., Any]:
@@ -44,8 +47,8 @@ def count_flops(model: nn.Module, paths: Iterable[str], inputs: Mapping[str, Any
         def forward(*args: Any, **kwargs: Any) -> Any:
             nonlocal saved
             key = signature(module, Call(blank(args), blank(kwargs), None, 0)) if weightless else ""
-            if key in known:
-                output, flops = known[key]
+            if key in results:
+                output, flops = results[key]
                 saved += flops
                 output = tree_map(lambda leaf: torch.empty_like(leaf) if isinstance(leaf, Tensor) else leaf, output)
             else:
@@ -53,23 +56,24 @@ def count_flops(model: nn.Module, paths: Iterable[str], inputs: Mapping[str, Any
                 output = stock(*args, **kwargs)
                 flops = counter.get_total_flops() - before
                 if weightless:
-                    known[key] = output, flops
-            spent[path] += flops
+                    results[key] = output, flops
+            flops_by_path[path] += flops
             return output
 
         return forward
 
-    with torch.no_grad(), runnable_on_meta(), replaced_forwards(model, {path: counting(path) for path in spent}):
+    forwards = {path: counting(path) for path in flops_by_path}
+    with torch.no_grad(), runnable_on_meta(), replaced_forwards(model, forwards):
         try:
             with counter:
                 model(**inputs)
         except FORWARD_ERRORS as error:
             raise RequestError(f"{type(model).__name__} cannot run on these inputs: {first_line(error)}") from error
-        return counter.get_total_flops() + saved, spent
+        return counter.get_total_flops() + saved, flops_by_path
 
 
 def with_flops(graph: BlockGraph, model: nn.Module, inputs: Mapping[str, Any]) -> BlockGraph:
-    """The graph with the parameters of `model`, which has its blocks, and the FLOPs of a forward on one sample."""
+    """Return the graph with the parameter count of `model`, which has its blocks, and the FLOPs of one sample."""
     total, spent = count_flops(model, [block.path for block in graph.blocks], inputs)
     return BlockGraph(
         model_class=graph.model_class,
@@ -82,10 +86,10 @@ def with_flops(graph: BlockGraph, model: nn.Module, inputs: Mapping[str, Any]) -
 
 
 def graph_at(model: nn.Module, inputs: Mapping[str, Any]) -> BlockGraph:
-    """The block graph of a weightless model of a known family, with the FLOPs of a forward on `inputs`, of any size.
+    """Return the block graph of a weightless model of a known family, with the FLOPs of a forward on `inputs`.
 
-    The streams are found by running blocks, which takes time and memory: so at a small size, whose tensor specs they
-    keep.
+    Streams are found by running blocks, which takes time and memory, so the trace uses a small size; streams keep its
+    tensor specs.
     """
     small = build(model, small_config(model)).eval()
     return with_flops(trace(small, example_inputs(small)), model, inputs)
@@ -95,7 +99,7 @@ NOT_RUN = "not traced: its streams are not known"
 
 
 def listed_blocks(model: nn.Module) -> BlockGraph:
-    """Blocks with their parameters, but without streams, edges and FLOPs (0): what the structure alone tells.
+    """Return the blocks that the module structure alone shows: no streams, no edges, zero FLOPs.
 
     Raises:
         RequestError: no list of modules is counted by an integer of the configuration.
@@ -103,7 +107,7 @@ def listed_blocks(model: nn.Module) -> BlockGraph:
     lists = {name: part for name, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part)}
     keys = count_keys(model, lists)
     stacks: list[str] = []
-    for name in (one for one in lists if one in keys):  # parents come before their children
+    for name in filter(keys.__contains__, lists):  # parents come before their children
         if not name.startswith(tuple(f"{outer}." for outer in stacks)):
             stacks.append(name)
     if not stacks:

@@ -1,4 +1,4 @@
-"""Which tensors flow from block to block: a second run in which every tensor carries the names of its sources."""
+"""Data flow from block to block, found by a second run in which every tensor carries the names of its origins."""
 
 from __future__ import annotations
 
@@ -13,50 +13,50 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from flcompress.ir.block import Flow, TensorSpec
 from flcompress.ir.graph import INPUT, OUTPUT, Edge
-from flcompress.tracing.call import named, outputs_of, spec_of, tensors_of
+from flcompress.tracing.call import arguments_by_name, outputs_of, spec_of, tensors_of
 from flcompress.tracing.replay import Layout
 from flcompress.tracing.running import Run
 
-Source = tuple[str, str]  # (block path or "input", output index or input name)
+Origin = tuple[str, str]  # (block path or "input", output index or input name)
 
 
 class Taint(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does not annotate its modes
-    """While it is active, every tensor inherits the sources of the tensors it was computed from."""
+    """Dispatch mode in which every tensor inherits the origins of the tensors it was computed from."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._sources: MutableMapping[Tensor, frozenset[Source]] = WeakTensorKeyDictionary()
+        self._origins: MutableMapping[Tensor, frozenset[Origin]] = WeakTensorKeyDictionary()
 
-    def mark(self, tensor: Tensor, sources: Iterable[Source]) -> None:
-        """From here on `tensor` comes from `sources` alone."""
-        self._sources[tensor] = frozenset(sources)
+    def mark(self, tensor: Tensor, origins: Iterable[Origin]) -> None:
+        """Set the origins of `tensor`."""
+        self._origins[tensor] = frozenset(origins)
 
-    def of(self, tree: Any) -> frozenset[Source]:
-        """The sources of every tensor in a structure."""
-        none: frozenset[Source] = frozenset()
-        return none.union(*(self._sources.get(leaf, none) for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)))
+    def of(self, tree: Any) -> frozenset[Origin]:
+        """Return the origins of all tensors in a structure."""
+        none: frozenset[Origin] = frozenset()
+        return none.union(*(self._origins.get(leaf, none) for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        sources = self.of((args, kwargs))
+        origins = self.of((args, kwargs))
         result = func(*args, **kwargs)
-        if sources:
+        if origins:
             for leaf in tree_leaves(result):
                 if isinstance(leaf, Tensor):
-                    self._sources[leaf] = sources
+                    self._origins[leaf] = origins
             if func._schema.is_mutable and isinstance(args[0], Tensor) and args[0]._base is not None:
                 # Writing through a view changes the tensor it is a view of.
-                self._sources[args[0]._base] = sources | self.of(args[0]._base)
+                self._origins[args[0]._base] = origins | self.of(args[0]._base)
         return result
 
 
 def flows_of(run: Run, layouts: Mapping[str, Layout]) -> dict[Edge, set[Flow]]:
-    """The data flow between blocks.
+    """Return the data flow between blocks.
 
     Every block needs the conditioning (timestep, prompt), so edges from "input" are kept for residual streams only.
     """
     taint = Taint()
-    specs: dict[Source, TensorSpec] = {}
+    specs: dict[Origin, TensorSpec] = {}
     flows: dict[Edge, set[Flow]] = {}
 
     def give(path: str, name: str, tree: Any) -> None:
@@ -66,28 +66,28 @@ def flows_of(run: Run, layouts: Mapping[str, Layout]) -> dict[Edge, set[Flow]]:
                 taint.mark(tensor, [(path, name)])
 
     def take(path: str, name: str, tree: Any, *, stream: bool) -> None:
-        sources = taint.of(tree)
-        from_blocks = {source for source in sources if source[0] != INPUT}
-        if stream and not sources:  # a learned token: no input feeds it
+        origins = taint.of(tree)
+        block_origins = {origin for origin in origins if origin[0] != INPUT}
+        if stream and not origins:  # a learned token: no input feeds it
             specs[INPUT, "parameters"] = spec_of(tree)
-            sources = frozenset([(INPUT, "parameters")])
-        for source in from_blocks or (sources if stream else ()):
-            flow = Flow(source=source[1], target=name, spec=specs[source])
-            flows.setdefault((source[0], path), set()).add(flow)
+            origins = frozenset([(INPUT, "parameters")])
+        for origin in block_origins or (origins if stream else ()):
+            flow = Flow(source=origin[1], target=name, spec=specs[origin])
+            flows.setdefault((origin[0], path), set()).add(flow)
 
     def before(path: str) -> Any:
         streams = {stream.input for stream in layouts[path].streams}
 
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            for name, value in named(module, args, kwargs).items():
+            for name, value in arguments_by_name(module, args, kwargs).items():
                 take(path, name, value, stream=name in streams or not streams)
 
         return hook
 
     def after(path: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            for place, value in enumerate(outputs_of(output)):
-                give(path, str(place), value)
+            for index, value in enumerate(outputs_of(output)):
+                give(path, str(index), value)
 
         return hook
 
@@ -99,6 +99,6 @@ def flows_of(run: Run, layouts: Mapping[str, Layout]) -> dict[Edge, set[Flow]]:
         with taint:
             for name, value in run.inputs.items():
                 give(INPUT, name, value)
-            for place, leaf in enumerate(tensors_of(run())):
-                take(OUTPUT, str(place), leaf, stream=True)
+            for index, leaf in enumerate(tensors_of(run())):
+                take(OUTPUT, str(index), leaf, stream=True)
     return flows

@@ -1,6 +1,6 @@
-"""Skipping block after block on the same inputs without computing what comes before the skipped one.
+"""Skip block after block on the same inputs without recomputing the blocks before the skipped one.
 
-What is remembered lies in host memory: at real size the outputs of all blocks are as large as the model.
+Their outputs are kept in host memory: at real size those of all blocks are as large as the model.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from flcompress.tracing.skip import Identity, replaced_forwards, require_blocks
 
 
 class PrefixMemory:
-    """What every block returned in the last full forward; made by `remember`.
+    """Outputs of every block in the last full forward; see `remember`.
 
-    Skipping from the first block on needs nothing of it: no block lies before.
+    Skipping the first block needs none of them, since no block precedes it.
     """
 
     def __init__(self, model: nn.Module, graph: BlockGraph) -> None:
@@ -34,28 +34,30 @@ class PrefixMemory:
 
     @contextmanager
     def skipping(self, *paths: str) -> Iterator[None]:
-        """While active, blocks before the first of `paths` return what they returned before and compute nothing.
+        """Make blocks before the first of `paths` return their remembered outputs, without computing them.
 
-        Those at `paths` are identities, the rest runs. Forwards in it must be given the inputs that were remembered.
-        Raises RequestError on an unknown path, when blocks lie before and nothing is remembered, when an earlier one is
-        skipped by an enclosing `skip`, and (in the forward) when the first block meets other inputs.
+        Those at `paths` are identities, and later ones run. Forwards must get the remembered inputs.
+
+        Raises:
+            RequestError: an unknown path, no remembered outputs for the blocks before, one of them skipped by an
+                enclosing `skip`; in the forward, other inputs than the remembered ones.
         """
         skipped = require_blocks(self._graph, paths)
-        order = [one.path for one in self._graph.blocks]
+        order = [block.path for block in self._graph.blocks]
         first = min(skipped, key=order.index)
-        recalled = order[: order.index(first)]
-        if len(self._outputs) < len(recalled):
+        earlier = order[: order.index(first)]
+        if len(self._outputs) < len(earlier):
             raise RequestError(f"cannot skip '{first}': nothing is remembered; run one full forward first")
-        for path in recalled:
+        for path in earlier:
             if isinstance(vars(self._model.get_submodule(path)).get("forward"), Identity):
                 raise RequestError(f"'{path}' is skipped already and lies before '{first}'; name both in one call")
         identities = {path: Identity(self._model.get_submodule(path), self._graph.block(path)) for path in skipped}
-        with self._answering(recalled, identities):
+        with self._answering(earlier, identities):
             yield
 
     @contextmanager
-    def recalled(self) -> Iterator[None]:
-        """While active, every block that was remembered returns what it returned before; the others run."""
+    def recalling(self) -> Iterator[None]:
+        """Make every remembered block return its remembered output; the others run."""
         with self._answering(list(self._outputs), {}):
             yield
 
@@ -74,8 +76,8 @@ class PrefixMemory:
     def _recall(self, path: str, *, first: bool) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if first:
-                given, kept = tensors_of((args, kwargs)), [one.copy() for one in self._arguments]
-                if len(given) != len(kept) or not all(map(torch.equal, given, kept)):
+                tensors, remembered = tensors_of((args, kwargs)), [stored.copy() for stored in self._arguments]
+                if len(tensors) != len(remembered) or not all(map(torch.equal, tensors, remembered)):
                     raise RequestError(
                         f"'{path}' was given other inputs than the remembered ones; give the same inputs"
                     )
@@ -88,30 +90,30 @@ class PrefixMemory:
             if self._recording:
                 self._outputs[path] = tree_map_only(Tensor, _Stored, output)
                 if first:
-                    self._arguments = [_Stored(one) for one in tensors_of((args, kwargs))]
+                    self._arguments = [_Stored(tensor) for tensor in tensors_of((args, kwargs))]
 
         return hook
 
 
 @contextmanager
 def remember(model: nn.Module, graph: BlockGraph, *, until: str | None = None) -> Iterator[PrefixMemory]:
-    """A memory that every forward inside the `with` block fills anew; it costs a copy of their outputs on the host.
+    """Yield a memory of block outputs that every forward inside the `with` block refills, in copies on the host.
 
-    With `until` only the blocks before that one are remembered. What is remembered carries no gradient.
+    With `until` only the blocks before that one are remembered. Remembered outputs carry no gradient.
     """
     memory = PrefixMemory(model, graph)
     with ExitStack() as hooks:
-        for place, block in enumerate(graph.blocks):
+        for index, block in enumerate(graph.blocks):
             if block.path == until:
                 break
             module = model.get_submodule(block.path)
-            hook = memory._record(block.path, first=place == 0)
+            hook = memory._record(block.path, first=index == 0)
             hooks.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
         yield memory
 
 
 class _Stored:
-    """The values of a tensor, in host memory. Copies both ways, because a model may write into a block's output."""
+    """Values of a tensor in host memory, copied both ways, because a model may write into a block's output."""
 
     def __init__(self, tensor: Tensor) -> None:
         plain = tensor.detach()
@@ -122,12 +124,12 @@ class _Stored:
         )
 
     def copy(self) -> Tensor:
-        """A fresh tensor where the remembered one was."""
+        """Return a new tensor on the original device."""
         return self._values.to(self._device, copy=True, non_blocking=True)
 
 
 def _host_like(tensor: Tensor) -> Tensor:
-    """Memory on the host for a tensor's values, page-locked where the system grants it: several times quicker."""
+    """Allocate host memory for a tensor's values, page-locked if possible, which copies several times faster."""
     try:
         return torch.empty_like(tensor, device="cpu", pin_memory=True)
     except RuntimeError:

@@ -1,7 +1,7 @@
-"""Which outputs of a block carry which inputs on: replay it with every parameter zero.
+"""Find the residual streams of a block: replay it with every parameter zero.
 
-A residual branch then adds nothing, so an output that equals an input is that input's stream; all zeros is no stream;
-anything else is a stream of the input by whose shift it is shifted.
+A residual branch then adds nothing, so an output that equals an input is that input's stream; an output of zeros is no
+stream; any other output is the stream of the input with which it shifts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,16 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from flcompress.ir.block import Stream, TensorSpec
-from flcompress.tracing.call import FORWARD_ERRORS, Blank, Call, fill, first_line, named, outputs_of, spec_of
+from flcompress.tracing.call import (
+    FORWARD_ERRORS,
+    Blank,
+    Call,
+    arguments_by_name,
+    fill,
+    first_line,
+    outputs_of,
+    spec_of,
+)
 from flcompress.tracing.running import dense_flex_attention
 
 # Largest input, in elements, that is replayed; above it a block of a video model would fill the memory.
@@ -25,7 +34,7 @@ LARGEST_REPLAY = 2**26
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The streams of a block and how it returns them; `reason` says why there are none, or how they were guessed."""
+    """Streams of a block and how it returns them; `reason` explains missing or guessed streams."""
 
     streams: tuple[Stream, ...]
     outputs: int
@@ -34,13 +43,13 @@ class Layout:
 
 
 def layout_of(block: nn.Module, call: Call) -> Layout:
-    """The streams of `block`, found by replay; matched by shape and position where no replay is possible."""
+    """Return the streams of `block`, found by replay, or by shape and position if no replay is possible."""
     outputs = outputs_of(call.output)
     count = len(outputs) if isinstance(call.output, tuple | list) else 0
-    for place, output in enumerate(outputs):
+    for index, output in enumerate(outputs):
         if output is not None and not isinstance(output, Blank):
-            return Layout((), count, f"output {place} is {type(output).__name__}, expected a tensor")
-    inputs = {name: value for name, value in named(block, call.args, call.kwargs).items() if isinstance(value, Blank)}
+            return Layout((), count, f"output {index} is {type(output).__name__}, expected a tensor")
+    inputs = _blank_inputs(block, call)
     size = max((torch.Size(value.shape).numel() for value in inputs.values()), default=0)
     if size > LARGEST_REPLAY:
         why = f"an input has {size:,} elements, more than the {LARGEST_REPLAY:,} that are replayed"
@@ -55,38 +64,45 @@ def layout_of(block: nn.Module, call: Call) -> Layout:
         return _by_shape(inputs, outputs, count, why)
 
 
+def _blank_inputs(block: nn.Module, call: Call) -> dict[str, Blank]:
+    """Return the recorded tensor inputs of a call, by name."""
+    arguments = arguments_by_name(block, call.args, call.kwargs)
+    return {name: value for name, value in arguments.items() if isinstance(value, Blank)}
+
+
 def _by_replay(block: nn.Module, call: Call, inputs: Mapping[str, Blank], count: int, device: torch.device) -> Layout:
     generator = torch.Generator("cpu").manual_seed(0)
     args, kwargs = fill((call.args, dict(call.kwargs)), device, generator)
-    values: dict[str, Tensor] = {name: value for name, value in named(block, args, kwargs).items() if name in inputs}
-    base = outputs_of(_zeroed(block, device, args, kwargs))
+    arguments = arguments_by_name(block, args, kwargs)
+    values: dict[str, Tensor] = {name: value for name, value in arguments.items() if name in inputs}
+    base = outputs_of(_output_with_zero_weights(block, device, args, kwargs))
     streams: list[Stream] = []
     silent: list[tuple[int, TensorSpec]] = []
-    for place, (output, recorded) in enumerate(zip(base, outputs_of(call.output), strict=True)):
+    for index, (output, recorded) in enumerate(zip(base, outputs_of(call.output), strict=True)):
         if recorded is None:
             continue
-        taken = {stream.input for stream in streams}
-        free = {name: value for name, value in values.items() if name not in taken and value.shape == output.shape}
+        claimed = {stream.input for stream in streams}
+        free = {name: value for name, value in values.items() if name not in claimed and value.shape == output.shape}
         name = next((name for name, value in free.items() if torch.equal(output, value.to(output.dtype))), None)
         if name is None and output.any():
-            shifted = _shifter(block, device, args, kwargs, place)
-            name = next((name for name, value in free.items() if shifted(value, output)), None)
+            follows_shift = _shift_test(block, device, args, kwargs, index)
+            name = next((name for name, value in free.items() if follows_shift(value, output)), None)
             if name is None:
-                return Layout((), count, f"output {place} carries no input on")
+                return Layout((), count, f"output {index} carries no input on")
         if name is None:
-            silent.append((place, spec_of(recorded)))
+            silent.append((index, spec_of(recorded)))
         else:
-            streams.append(Stream(input=name, output=place, spec=spec_of(recorded)))
+            streams.append(Stream(input=name, output=index, spec=spec_of(recorded)))
     reason = f"output {silent[0][0]} carries no input on" if silent else ""
     if not {spec for _, spec in silent} <= {stream.spec for stream in streams}:
         return Layout((), count, reason)
-    return Layout(tuple(streams), count, reason, tuple(place for place, _ in silent))
+    return Layout(tuple(streams), count, reason, tuple(index for index, _ in silent))
 
 
-def adopted(layout: Layout, call: Call, inputs: Mapping[str, Any], sibling: Layout) -> Layout:
-    """The streams of a block of the same list for one that carries nothing on, where it is called and answers alike.
+def adopt_streams(layout: Layout, call: Call, inputs: Mapping[str, Any], sibling: Layout) -> Layout:
+    """Give a block without streams those of a block of the same list, if its calls and outputs have the same form.
 
-    A block that reads a long skip connection mixes it into its stream; without the block the stream goes on.
+    A block that reads a long skip connection mixes it into its stream; without the block the stream continues.
     """
     outputs = outputs_of(call.output)
     fits = not layout.streams and sibling.streams and layout.outputs == sibling.outputs and not sibling.silent
@@ -96,34 +112,34 @@ def adopted(layout: Layout, call: Call, inputs: Mapping[str, Any], sibling: Layo
     return Layout(sibling.streams, layout.outputs, f"it is no plain residual: {layout.reason}") if fits else layout
 
 
-def passing(block: nn.Module, call: Call, layout: Layout) -> Layout:
-    """The streams of a block that is no residual at all, such as one that starts with a norm: matched by shape.
+def layout_by_shape(block: nn.Module, call: Call, layout: Layout) -> Layout:
+    """Match the streams of a block without residual connection, such as one that starts with a norm, by shape.
 
-    Without the block what enters it goes on, where something of the same shape leaves it.
+    Without the block its input continues in place of an output of the same shape.
     """
-    inputs = {name: value for name, value in named(block, call.args, call.kwargs).items() if isinstance(value, Blank)}
-    found = _by_shape(inputs, outputs_of(call.output), layout.outputs, layout.reason)
-    return replace(found, reason=f"it is no plain residual: {layout.reason}") if found.streams else found
+    inputs = _blank_inputs(block, call)
+    matched = _by_shape(inputs, outputs_of(call.output), layout.outputs, layout.reason)
+    return replace(matched, reason=f"it is no plain residual: {layout.reason}") if matched.streams else matched
 
 
-def _shifter(
-    block: nn.Module, device: torch.device, args: Any, kwargs: Any, place: int
+def _shift_test(
+    block: nn.Module, device: torch.device, args: Any, kwargs: Any, index: int
 ) -> Callable[[Tensor, Tensor], bool]:
-    """Says whether shifting one input shifts output `place` by as much."""
+    """Return a test of whether shifting an input shifts output `index` by the same amount."""
 
-    def shifted(value: Tensor, output: Tensor) -> bool:
+    def follows_shift(value: Tensor, output: Tensor) -> bool:
         shift = torch.randn(value.shape, generator=torch.Generator("cpu").manual_seed(1), device="cpu").to(value)
-        new_args = tuple(one + shift if one is value else one for one in args)
-        new_kwargs = {name: one + shift if one is value else one for name, one in kwargs.items()}
-        moved: Tensor = outputs_of(_zeroed(block, device, new_args, new_kwargs))[place]
+        new_args = tuple(argument + shift if argument is value else argument for argument in args)
+        new_kwargs = {name: argument + shift if argument is value else argument for name, argument in kwargs.items()}
+        moved: Tensor = outputs_of(_output_with_zero_weights(block, device, new_args, new_kwargs))[index]
         slack = 16 * torch.finfo(value.dtype).eps * float(output.abs().max() + shift.abs().max())
         return bool(((moved - output) - shift).abs().max() <= slack)
 
-    return shifted
+    return follows_shift
 
 
-def _zeroed(block: nn.Module, device: torch.device, args: Any, kwargs: Any) -> Any:
-    """What `block` returns with all parameters zero; meta buffers count as zeros too."""
+def _output_with_zero_weights(block: nn.Module, device: torch.device, args: Any, kwargs: Any) -> Any:
+    """Return the block's output with all parameters, and meta buffers, zero."""
     zeros = {
         name: torch.zeros((), dtype=value.dtype, device=device).expand(value.shape)
         for name, value in block.named_parameters()
@@ -137,7 +153,7 @@ def _zeroed(block: nn.Module, device: torch.device, args: Any, kwargs: Any) -> A
 
 
 class _ZeroWeights(TorchFunctionMode):
-    """Answers linear maps by a zero weight with zeros: a block of a 14B model replays without its 1.4 GB of zeros."""
+    """Short-cuts linear maps with zero weights: a block of a 14B model replays without its 1.4 GB of zeros."""
 
     def __init__(self, weights: Any) -> None:
         super().__init__()
@@ -148,7 +164,7 @@ class _ZeroWeights(TorchFunctionMode):
         if (
             func is F.linear
             and id(args[1]) in self._zero
-            and all(one is None or id(one) in self._zero for one in args[2:])
+            and all(argument is None or id(argument) in self._zero for argument in args[2:])
         ):
             return args[0].new_zeros((*args[0].shape[:-1], args[1].shape[0]))
         return func(*args, **kwargs)
@@ -156,19 +172,19 @@ class _ZeroWeights(TorchFunctionMode):
 
 def _by_shape(inputs: Mapping[str, Blank], outputs: tuple[Any, ...], count: int, why: str) -> Layout:
     streams: list[Stream] = []
-    for place, output in enumerate(outputs):
+    for index, output in enumerate(outputs):
         if output is None:
             continue
-        taken = {stream.input for stream in streams}
-        name = next((name for name, value in inputs.items() if name not in taken and value == output), None)
+        claimed = {stream.input for stream in streams}
+        name = next((name for name, value in inputs.items() if name not in claimed and value == output), None)
         if name is None:
-            return Layout((), count, f"output {place} has the shape of no input ({why})")
-        streams.append(Stream(input=name, output=place, spec=spec_of(output)))
+            return Layout((), count, f"output {index} has the shape of no input ({why})")
+        streams.append(Stream(input=name, output=index, spec=spec_of(output)))
     return Layout(tuple(streams), count, f"streams matched by shape only: {why}")
 
 
 def signature(block: nn.Module, call: Call) -> str:
-    """Equal for blocks that must replay alike: same classes, settings, parameter shapes and argument shapes."""
+    """Return a key that is equal for blocks of the same classes, settings, parameter shapes and argument shapes."""
     parts: list[object] = [call.args, sorted(call.kwargs.items()), call.output]
     for name, part in block.named_modules():
         tensors = [(key, tuple(value.shape)) for key, value in part.named_parameters(recurse=False)]

@@ -1,4 +1,4 @@
-"""How a model is run to be recorded: as it is, on the meta device, or on the CPU with weights that take no memory."""
+"""Run a model to record it: as it is, on the meta device, or on the CPU with weights that take no memory."""
 
 from __future__ import annotations
 
@@ -22,14 +22,22 @@ Inputs = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One way to run a model: the module to watch, and the arguments on the device of the run."""
+    """A way to run a model: the module to watch, and the arguments on the device of the run.
+
+    Attributes:
+        module: the module to watch.
+        inputs: keyword arguments of its forward.
+        tensors: replacements of its parameters and buffers, by name.
+        meta: whether it runs on the meta device.
+    """
 
     module: nn.Module
     inputs: Inputs
-    tensors: dict[str, Tensor]  # in place of the module's own
+    tensors: dict[str, Tensor]
     meta: bool = False
 
     def __call__(self) -> Any:
+        """Run the forward, and return its output."""
         with ExitStack() as stack:
             stack.enter_context(runnable_on_meta() if self.meta else dense_flex_attention())
             if not self.tensors:
@@ -38,32 +46,32 @@ class Run:
 
 
 def runs(model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[Run]:
-    """The ways to run `model`, to be tried in turn; `model` itself is left as it is.
+    """Yield the ways to run `model`, to be tried in turn; `model` itself is not changed.
 
-    A model without weights runs on the meta device. Where its forward reads values (of a mask, of token counts), a
-    twin runs on the CPU whose every parameter is one zero, seen in its shape; of inputs without values, floats become
-    random numbers, integers and masks ones.
+    A model without weights runs on the meta device. If its forward reads values (of a mask, of token counts), a twin
+    runs on the CPU whose parameters are a single zero expanded to their shape; among inputs without values, floats
+    become random, integers and masks become ones.
     """
-    given = dict(inputs)
-    device = next((one.device for one in model.parameters()), torch.device("cpu"))
-    if not any(one.is_meta for one in model.parameters()):
-        meta = any(isinstance(one, Tensor) and one.is_meta for one in tree_leaves(given))
-        yield Run(model, _mapped(given, _real_on(device)) if meta else given, {})
+    arguments = dict(inputs)
+    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+    if not any(tensor.is_meta for tensor in model.parameters()):
+        meta = any(isinstance(tensor, Tensor) and tensor.is_meta for tensor in tree_leaves(arguments))
+        yield Run(model, _map_tensors(arguments, _real_on(device)) if meta else arguments, {})
         return
-    buffers = {name: torch.zeros_like(one, device="meta") for name, one in model.named_buffers()}
-    yield Run(model, _mapped(given, lambda one: one.to("meta")), buffers, meta=True)
+    buffers = {name: torch.zeros_like(tensor, device="meta") for name, tensor in model.named_buffers()}
+    yield Run(model, _map_tensors(arguments, lambda tensor: tensor.to("meta")), buffers, meta=True)
     if has_config(model):
         twin = build(model, {}).eval()
-        zeros = {name: torch.zeros((), dtype=one.dtype).expand(one.shape) for name, one in twin.named_parameters()}
-        yield Run(twin, _mapped(given, _real_on(torch.device("cpu"))), zeros)
+        zeros = {name: torch.zeros((), dtype=w.dtype).expand(w.shape) for name, w in twin.named_parameters()}
+        yield Run(twin, _map_tensors(arguments, _real_on(torch.device("cpu"))), zeros)
 
 
 def lacks_values(error: Exception) -> bool:
-    """Whether a forward failed because the meta device has shapes only, and not because of the shapes."""
+    """Return whether a forward failed because meta tensors have no values, and not because of the shapes."""
     return isinstance(error, NotImplementedError) or any(word in str(error) for word in ("meta", "scalarType"))
 
 
-def _mapped(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
+def _map_tensors(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
     mapped: Inputs = tree_map_only(Tensor, change, inputs)
     return mapped
 
@@ -71,18 +79,18 @@ def _mapped(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
 def _real_on(device: torch.device) -> Callable[[Tensor], Tensor]:
     generator = torch.Generator("cpu").manual_seed(0)
 
-    def real(one: Tensor) -> Tensor:
-        if not one.is_meta:
-            return one.to(device)
-        if one.is_floating_point():
-            return torch.rand(one.shape, generator=generator, device="cpu").to(device, one.dtype)
-        return torch.ones_like(one, device=device)
+    def real(tensor: Tensor) -> Tensor:
+        if not tensor.is_meta:
+            return tensor.to(device)
+        if tensor.is_floating_point():
+            return torch.rand(tensor.shape, generator=generator, device="cpu").to(device, tensor.dtype)
+        return torch.ones_like(tensor, device=device)
 
     return real
 
 
 class _NoModules:
-    """Stands in for the counter's tracker of modules, which fails on blocks that are called with a bare parameter."""
+    """Replaces the counter's module tracker, which fails on blocks that are called with a bare parameter."""
 
     parents = frozenset(["Global"])
 
@@ -96,7 +104,7 @@ def _flash_on_cpu(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
 
 
 def flop_counter() -> FlopCounterMode:
-    """A counter of every operation, attention on the CPU included, which PyTorch leaves out."""
+    """Return a counter of every operation, including attention on the CPU, which PyTorch omits."""
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     counter = FlopCounterMode(display=False, custom_mapping={kernel: _flash_on_cpu})
     counter.mod_tracker = _NoModules()  # type: ignore[assignment]
@@ -104,7 +112,7 @@ def flop_counter() -> FlopCounterMode:
 
 
 def _dense(query: Tensor, key: Tensor, value: Tensor, *_: Any, **settings: Any) -> Any:
-    """Attention without mask or score changes: they alter neither shapes, nor what flows where, nor the dense count."""
+    """Compute attention without mask and score changes, which affect neither shapes, nor flows, nor the dense count."""
     groups = query.shape[-3] // key.shape[-3]
     scores = query @ key.repeat_interleave(groups, dim=-3).transpose(-1, -2)
     out = scores.softmax(dim=-1) @ value.repeat_interleave(groups, dim=-3)
@@ -113,7 +121,7 @@ def _dense(query: Tensor, key: Tensor, value: Tensor, *_: Any, **settings: Any) 
 
 @contextmanager
 def dense_flex_attention() -> Iterator[None]:
-    """Flex attention compiles itself and cannot run under a dispatch mode; here it is plain matrix products."""
+    """Replace flex attention, which compiles itself and cannot run under a dispatch mode, by plain matrix products."""
     stock = flex.flex_attention
     try:
         flex.flex_attention = _dense
@@ -124,7 +132,7 @@ def dense_flex_attention() -> Iterator[None]:
 
 @contextmanager
 def _autocast_on_meta() -> Iterator[None]:
-    """`torch.autocast` refuses the meta device, where there is nothing to cast; Mochi's forward asks for it."""
+    """Ignore `torch.autocast` on the meta device, which it refuses; Mochi's forward asks for it."""
     stock = torch.autocast
 
     def autocast(device_type: str, *args: Any, **kwargs: Any) -> Any:
@@ -139,15 +147,15 @@ def _autocast_on_meta() -> Iterator[None]:
 
 @contextmanager
 def runnable_on_meta() -> Iterator[None]:
-    """What stock forwards need that meet tensors without values."""
+    """Patch everything that keeps stock forwards from running on tensors without values."""
     with dense_flex_attention(), _autocast_on_meta(), AllTrueMasks():
         yield
 
 
 class AllTrueMasks(TorchFunctionMode):
-    """Of meta and fake tensors no number is known: a mask counts as all true, as where nothing is padded.
+    """Meta and fake tensors have no values: treat masks as all true, as without padding.
 
-    Mochi picks the valid tokens of a prompt this way.
+    Mochi selects the valid tokens of a prompt this way.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,4 +1,4 @@
-"""A narrow model of the same class and depth, on which the removal of blocks of a large one can be certified."""
+"""Build a narrow model of the same class and depth, on which removals from a large model can be certified."""
 
 from __future__ import annotations
 
@@ -15,23 +15,25 @@ from flcompress.tracing.config_keys import build, changed_config, list_lengths
 from flcompress.tracing.running import runs
 
 HEADS, WIDTH = 2, 128
-"""Attention heads, and largest width of anything else, that a stand-in is given where its class allows it."""
+"""Attention heads, and largest other width, of a stand-in if its class allows it."""
 
 LARGEST = 300_000_000
-"""Parameters that a stand-in may have: certifying takes several copies."""
+"""Most parameters of a stand-in: certifying takes several copies."""
 
 _HEADS = ("num_attention_heads", "num_heads", "n_heads")
 _CHANNELS = ("attention_head_dim", "head_dim")
 
 
 def stand_in(model: nn.Module) -> tuple[nn.Module, dict[str, tuple[Any, Any]]]:
-    """A model like `model` (meta), with random weights and as few channels as its class allows, on the CPU.
+    """Build a model like `model` (meta), with random weights and as few channels as its class allows, on the CPU.
 
-    Also returns what was changed in the config, {key: (before, after)}: widths alone. Every list of modules keeps its
-    length, and no tensor is like another, so that each can be told by its values.
+    Every list of modules keeps its length, and no two tensors are equal, so that values identify them.
+
+    Returns:
+        The stand-in, and the config changes {key: (before, after)}: widths alone.
 
     Raises:
-        NotRemovable: what is left is still too large.
+        NotRemovable: the narrowest model is still too large.
     """
     config: Any = model.config
     lengths = list_lengths(model)
@@ -57,15 +59,15 @@ def stand_in(model: nn.Module) -> tuple[nn.Module, dict[str, tuple[Any, Any]]]:
     factory: Any = type(model)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        made: nn.Module = factory.from_config(changed_config(config, changes)).eval().requires_grad_(False)
-        for parameter in made.parameters():
+        narrow: nn.Module = factory.from_config(changed_config(config, changes)).eval().requires_grad_(False)
+        for parameter in narrow.parameters():
             # The scale of a linear layer's weight: outputs stay finite through any number of blocks.
             parameter.normal_(std=max(parameter[0].numel(), 1) ** -0.5 if parameter.dim() > 1 else 0.1)
-    return made, {key: (config[key], value) for key, value in changes.items()}
+    return narrow, {key: (config[key], value) for key, value in changes.items()}
 
 
 def _steps(config: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Changes to try one after the other: fewer heads (with every width that follows from them), then each width."""
+    """Return the changes to try in turn: fewer heads (with the widths that follow from them), then each width."""
     steps: list[dict[str, Any]] = []
     heads = next((key for key in _HEADS if type(config.get(key)) is int), None)
     channels = next((config[key] for key in _CHANNELS if type(config.get(key)) is int), None)

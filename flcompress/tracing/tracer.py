@@ -1,4 +1,4 @@
-"""From a module to its block graph, by running it once with hooks; works on the meta device too."""
+"""Trace a module to its block graph, by running it with hooks; works on the meta device too."""
 
 from __future__ import annotations
 
@@ -16,31 +16,35 @@ from flcompress.ir.graph import BlockGraph
 from flcompress.tracing.call import (
     FORWARD_ERRORS,
     Call,
+    arguments_by_name,
     blank,
     evaluating,
     first_line,
-    named,
 )
 from flcompress.tracing.config_keys import count_keys, list_keys
 from flcompress.tracing.flows import flows_of
-from flcompress.tracing.replay import Layout, adopted, layout_of, passing, signature
+from flcompress.tracing.replay import Layout, adopt_streams, layout_by_shape, layout_of, signature
 from flcompress.tracing.running import Run, flop_counter, lacks_values, runs
 from flcompress.tracing.traced import keep
 
 
 def trace(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> BlockGraph:
-    """The block graph of `model`, whose weights may be on the meta device.
+    """Return the block graph of `model`, with the FLOPs of one sample.
 
-    `inputs` are the keyword arguments of one forward, batch axis first; without them the family's example inputs are
-    used. FLOPs are of one sample. Raises RequestError where no list of blocks can be found.
+    Args:
+        model: a transformer; its weights may be on the meta device.
+        inputs: keyword arguments of one forward, batch axis first; by default the family's example inputs.
+
+    Raises:
+        RequestError: no transformer, inputs it cannot run on, or no list of blocks.
     """
     _require_transformer(model)
     inputs = inputs_for(model, inputs)
     with evaluating(model), torch.random.fork_rng(devices=[]):
-        run, calls, flops, layouts = _recorded(model, inputs)
+        run, calls, flops, layouts = _run_and_record(model, inputs)
         stacks, config_keys = _stacks(model, calls, layouts)
         if not stacks:
-            layouts = _passing_layouts(model, calls, layouts)
+            layouts = _layouts_by_shape(model, calls, layouts)
             stacks, config_keys = _stacks(model, calls, layouts)
         order = [path for path in calls if path.rpartition(".")[0] in stacks]
         if not order:
@@ -67,14 +71,14 @@ def _require_transformer(model: object) -> None:
     name = type(model).__name__
     if not isinstance(model, nn.Module):
         raise RequestError(f"{name} is no torch module; expected a transformer, such as a pipeline's .transformer")
-    homes = [one.__module__ for one in type(model).__mro__ if one.__module__.startswith("diffusers.models.")]
+    modules = [cls.__module__ for cls in type(model).__mro__ if cls.__module__.startswith("diffusers.models.")]
     # The first home is the class's own: everything of diffusers also inherits from its mixins.
-    if homes and not homes[0].startswith("diffusers.models.transformers."):
+    if modules and not modules[0].startswith("diffusers.models.transformers."):
         raise RequestError(f"{name} is no transformer; only the classes of diffusers.models.transformers are handled")
 
 
 def inputs_for(model: nn.Module, inputs: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The given inputs, or the example inputs of the model's family."""
+    """Return `inputs`, or the example inputs of the model's family."""
     if inputs is not None:
         if not isinstance(inputs, Mapping):
             raise RequestError(
@@ -116,8 +120,8 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield from ((f"{name}.{index}", child) for index, child in enumerate(part))
 
 
-def _recorded(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Run, dict[str, Call], int, dict[str, Layout]]:
-    """The first way to run the model that works, and what was seen of it."""
+def _run_and_record(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Run, dict[str, Call], int, dict[str, Layout]]:
+    """Return the first way to run the model that works, the recorded calls, the FLOPs and the blocks' layouts."""
     for run in runs(model, inputs):
         try:
             calls, flops = _record(run)
@@ -133,7 +137,7 @@ def _recorded(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Run, dict[st
 
 
 def _record(run: Run) -> tuple[dict[str, Call], int]:
-    """The calls of list entries that ran exactly once, in the order they started, and the FLOPs of everything."""
+    """Return the calls of list entries that ran exactly once, in order of their start, and the total FLOPs."""
     started: dict[str, int] = {}
     calls: dict[str, Call | None] = {}
     counter = flop_counter()
@@ -163,48 +167,48 @@ def _record(run: Run) -> tuple[dict[str, Call], int]:
 
 
 def _layouts(model: nn.Module, calls: Mapping[str, Call]) -> dict[str, Layout]:
-    """The streams of every recorded child; children that are built and called alike are replayed once."""
+    """Return the layout of every recorded child; children that are built and called alike are replayed once."""
     known: dict[str, Layout] = {}
-    found: dict[str, Layout] = {}
+    layouts: dict[str, Layout] = {}
     for path, call in calls.items():
         child = model.get_submodule(path)
         if not any(True for _ in child.parameters()):
-            found[path] = Layout((), 0, "it has no parameters")  # a dropout or an activation, not a block
+            layouts[path] = Layout((), 0, "it has no parameters")  # a dropout or an activation, not a block
             continue
         key = signature(child, call)
         if key not in known:
             known[key] = layout_of(child, call)
-        found[path] = known[key]
+        layouts[path] = known[key]
     for path, call in calls.items():
         stack = path.rpartition(".")[0]
-        sibling = found.get(f"{stack}.0")
-        if sibling is not None and not found[path].streams:
-            inputs = named(model.get_submodule(path), call.args, call.kwargs)
-            found[path] = adopted(found[path], call, inputs, sibling)
-    return found
+        sibling = layouts.get(f"{stack}.0")
+        if sibling is not None and not layouts[path].streams:
+            inputs = arguments_by_name(model.get_submodule(path), call.args, call.kwargs)
+            layouts[path] = adopt_streams(layouts[path], call, inputs, sibling)
+    return layouts
 
 
-def _passing_layouts(model: nn.Module, calls: Mapping[str, Call], layouts: Mapping[str, Layout]) -> dict[str, Layout]:
-    """For a model without any residual block: the entries of the lists that its config counts, matched by shape.
+def _layouts_by_shape(model: nn.Module, calls: Mapping[str, Call], layouts: Mapping[str, Layout]) -> dict[str, Layout]:
+    """Match the blocks of a model without residual blocks, the entries of the lists its config counts, by shape.
 
-    DreamLite's variant without self-attention lets only the norm of its stream into a block.
+    DreamLite's variant without self-attention passes only the norm of its stream into a block.
     """
     lists = {name for name, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part)}
     counted = count_keys(model, lists)
-    found = {path: replace(layout, streams=()) for path, layout in layouts.items()}
+    matched = {path: replace(layout, streams=()) for path, layout in layouts.items()}
     for path, call in calls.items():
         if path.rpartition(".")[0] in counted:
-            found[path] = passing(model.get_submodule(path), call, layouts[path])
-    return found
+            matched[path] = layout_by_shape(model.get_submodule(path), call, layouts[path])
+    return matched
 
 
 def _stacks(
     model: nn.Module, calls: Mapping[str, Call], layouts: Mapping[str, Layout]
 ) -> tuple[set[str], dict[str, str]]:
-    """The lists of blocks and the config keys that count them.
+    """Return the lists of blocks and the config keys that count them.
 
-    A list of blocks is one whose children each ran once and of which one carries a stream; the outermost are kept. A
-    list of one must also be counted by a config key: it may be what removals left, or just a wrapper.
+    The children of a list of blocks each ran once, and at least one of them carries a stream; the outermost lists are
+    kept. A list of length one must also be counted by a config key: it may be the rest of a removal, or just a wrapper.
     """
     lists: list[str] = []
     for name, part in model.named_modules():  # parents come before their children
@@ -213,15 +217,15 @@ def _stacks(
             if all(path in calls for path in children) and any(layouts[path].streams for path in children):
                 lists.append(name)
     single = {name for name in lists if f"{name}.1" not in calls}
-    kept: list[str] = []
-    for name in (one for one in lists if one not in single):
-        if not name.startswith(tuple(f"{outer}." for outer in kept)):
-            kept.append(name)
-    apart = {
+    outermost: list[str] = []
+    for name in [name for name in lists if name not in single]:
+        if not name.startswith(tuple(f"{outer}." for outer in outermost)):
+            outermost.append(name)
+    lone = {
         name
         for name in single
-        if not any(f"{one}.".startswith(f"{name}.") or name.startswith(f"{one}.") for one in kept)
+        if not any(f"{other}.".startswith(f"{name}.") or name.startswith(f"{other}.") for other in outermost)
     }
-    keys = count_keys(model, [*kept, *apart])
-    keys |= list_keys(model, [name for name in [*kept, *apart] if name not in keys])
-    return {*kept, *(name for name in apart if name in keys)}, keys
+    keys = count_keys(model, [*outermost, *lone])
+    keys |= list_keys(model, [name for name in [*outermost, *lone] if name not in keys])
+    return {*outermost, *(name for name in lone if name in keys)}, keys

@@ -162,7 +162,7 @@ def test_what_a_skipping_forward_computed_serves_the_full_one_and_its_gradient_s
         with skip(model, ["blocks.2"], graph=graph):
             pruned = model(**inputs, return_dict=False)[0]
         ran.clear()
-        with torch.no_grad(), memory.recalled():
+        with torch.no_grad(), memory.recalling():
             assert torch.equal(model(**inputs, return_dict=False)[0], expected)
     assert ran == ["blocks.2.ffn", "blocks.3.ffn"]
     assert torch.equal(gradient(pruned), plain)
@@ -180,7 +180,7 @@ def test_nothing_needs_to_be_remembered_to_skip_from_the_first_block_on(case: Ca
         for _ in range(2):
             with memory.skipping(last, first):
                 assert torch.equal(output_of(model, inputs), expected)
-            with memory.recalled():
+            with memory.recalling():
                 assert torch.equal(output_of(model, inputs), whole)
 
 

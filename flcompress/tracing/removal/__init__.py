@@ -1,1 +1,1 @@
-"""Removing blocks from a model: candidates, the proof that one of them is exact, and the same on disk."""
+"""Remove blocks from a model: candidates, the proof that one of them is exact, and removal on disk."""

@@ -1,4 +1,4 @@
-"""Ways to make the smaller model. They are guesses: only one that a proof confirms is used."""
+"""Candidates of the smaller model: configs and weights. They are guesses, of which a proof accepts one."""
 
 from __future__ import annotations
 
@@ -14,43 +14,43 @@ from flcompress.models.configs import BUILD_ERRORS
 from flcompress.tracing.call import first_line
 from flcompress.tracing.config_keys import COUNTING_WORDS, build, followers, list_lengths
 from flcompress.tracing.removal.cuts import Cut, Lost, input_cuts
-from flcompress.tracing.removal.sources import Chunks, Indices, Source, conversions, misfit, reindexed
+from flcompress.tracing.removal.sources import Chunks, Indices, TensorSource, conversions, misfit, reindex
 
 Changes = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A way to make the smaller model.
+    """A candidate of the smaller model.
 
     Attributes:
-        changes: of the config.
-        built: the model of the changed config, whose weights are to be filled in.
-        kept: {tensor of `built`: name in the model} of what is left without the removed entries; it need not fit.
-        sources: the same, made to fit.
-        cuts: entries that the arguments of the forward lose.
+        changes: changes of the config.
+        built: the weightless model of the changed config.
+        kept: {tensor of `built`: its name in the model}, by renumbering alone; shapes need not fit.
+        sources: the sources of the tensors of `built`, whose shapes fit.
+        cuts: entries that arguments of the forward lose.
     """
 
     changes: Changes
     built: nn.Module
     kept: Mapping[str, str]
-    sources: Mapping[str, Source]
+    sources: Mapping[str, TensorSource]
     cuts: Mapping[str, Cut] = field(default_factory=dict)
 
     @property
     def chunked(self) -> dict[str, Chunks]:
-        """The tensors that are made of chunks of one."""
+        """Tensors that consist of chunks of another."""
         return {name: source for name, source in self.sources.items() if isinstance(source, Chunks)}
 
     @property
     def unused(self) -> tuple[str, ...]:
-        """Tensors of kept blocks that the smaller model has no place for."""
+        """Tensors of kept blocks that the smaller model lacks."""
         used = {source if isinstance(source, str) else source.name for source in self.sources.values()}
         return tuple(name for name in self.kept.values() if name not in used)
 
 
 class Candidates:
-    """The ways to remove entries of a model's stacks; configs that were built once are kept."""
+    """Enumerates candidates for a removal; every config is built once."""
 
     def __init__(self, model: nn.Module, graph: BlockGraph, inputs: Mapping[str, Any]) -> None:
         self._model, self._graph, self._inputs = model, graph, inputs
@@ -58,48 +58,50 @@ class Candidates:
         self._built: dict[str, nn.Module | str] = {}  # by the config changes
 
     def without(self, removed: Mapping[str, Indices]) -> Iterator[Candidate | str]:
-        """Ways to do without the removed entries, the plainest first; a sentence for one whose weights do not fit."""
+        """Yield candidates without the removed entries, plainest first; a sentence for one whose weights do not fit."""
         model, graph = self._model, self._graph
         config: Any = model.config
-        counts = lowered(config, graph, removed)
+        counts = lower_counts(config, graph, removed)
         ways = companions(model, graph, removed)
-        tried = [*self._tries(counts, ways)]
-        yield from map(self._fitting, tried)
-        fits = any(isinstance(self._fitting(one), Candidate) for one in tried)
+        attempts = [*self._attempts(counts, ways)]
+        yield from map(self._check_fit, attempts)
+        fits = any(isinstance(self._check_fit(candidate), Candidate) for candidate in attempts)
         for repair in list_repairs(model, graph, removed):
-            tried += (more := [*self._tries(counts | repair, ways)])
-            yield from map(self._fitting, more)
+            attempts += (repaired := [*self._attempts(counts | repair, ways)])
+            yield from map(self._check_fit, repaired)
         for key, value in number_repairs(model, graph, removed):
             if counts_blocks(key) or not fits:
-                yield from map(self._fitting, self._tries(counts | {key: value}, ways))
-        whole = [one for one in tried if isinstance(one, Candidate)]
-        for one in whole:
-            yield from self._converted(one)
+                yield from map(self._check_fit, self._attempts(counts | {key: value}, ways))
+        candidates = [candidate for candidate in attempts if isinstance(candidate, Candidate)]
+        for candidate in candidates:
+            yield from self._convert(candidate)
         lost = lost_entries(model, graph, removed)
-        for one in filter(lambda one: isinstance(self._fitting(one), Candidate), whole):
-            yield from (replace(one, cuts=cuts) for cuts in input_cuts(self._inputs, lost))
+        for candidate in filter(lambda candidate: isinstance(self._check_fit(candidate), Candidate), candidates):
+            yield from (replace(candidate, cuts=cuts) for cuts in input_cuts(self._inputs, lost))
 
-    def _tries(self, changes: Changes, ways: list[dict[str, Indices]]) -> Iterator[Candidate | str]:
-        """The model of a changed config, with the weights that each way leaves; a sentence where there is none."""
+    def _attempts(self, changes: Changes, ways: list[dict[str, Indices]]) -> Iterator[Candidate | str]:
+        """Yield the model of a changed config with the weights of each way; a sentence if it cannot be built."""
         key = repr(sorted(changes.items()))
         if key not in self._built:
-            self._built[key] = rebuilt(self._model, changes)
+            self._built[key] = rebuild(self._model, changes)
         built = self._built[key]
         if isinstance(built, str):
             yield built
             return
-        for gone in ways:
-            kept = reindexed(self._shapes, gone)
+        for way in ways:
+            kept = reindex(self._shapes, way)
             yield Candidate(changes=changes, built=built, kept=kept, sources=kept)
 
-    def _fitting(self, one: Candidate | str) -> Candidate | str:
-        """The candidate whose weights fit, or why they do not."""
-        return one if isinstance(one, str) else misfit(self._shapes, one.kept, _shapes(one.built)) or one
+    def _check_fit(self, candidate: Candidate | str) -> Candidate | str:
+        """Return the candidate if its weights fit, else the reason why they do not."""
+        if isinstance(candidate, str):
+            return candidate
+        return misfit(self._shapes, candidate.kept, _shapes(candidate.built)) or candidate
 
-    def _converted(self, one: Candidate) -> Iterator[Candidate]:
-        """A candidate whose weights do not fit, with those of kept blocks cut to the kind they become."""
-        for sources in conversions(self._shapes, one.kept, _shapes(one.built), self._graph.stacks):
-            yield replace(one, sources=sources)
+    def _convert(self, candidate: Candidate) -> Iterator[Candidate]:
+        """Yield variants of a candidate whose weights do not fit, converting kept blocks to the kind they become."""
+        for sources in conversions(self._shapes, candidate.kept, _shapes(candidate.built), self._graph.stacks):
+            yield replace(candidate, sources=sources)
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -107,18 +109,18 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def companions(model: nn.Module, graph: BlockGraph, removed: Mapping[str, Indices]) -> list[dict[str, Indices]]:
-    """`removed`, and what goes with it in other lists that the same config key counts; more than one way to say it.
+    """Return the ways to extend `removed` to other lists that the same config keys count.
 
-    In a list as long as the stack that is the same index. A longer one may hold an entry for every block of several
-    stacks, so that the place is not known.
+    In a list as long as the stack the same indices go. A longer list may have an entry for every block of several
+    stacks, so that every offset is tried.
     """
     lengths = list_lengths(model)
-    starts = dict(zip(graph.stacks, accumulate((len(one) for one in graph.stacks.values()), initial=0), strict=False))
+    starts = dict(zip(graph.stacks, accumulate(map(len, graph.stacks.values()), initial=0), strict=False))
     ways: list[dict[str, Indices]] = [dict(removed)]
     for stack, indices in removed.items():
         depth = lengths[stack]
         for name in sorted(followers(model, graph.config_keys[stack])):
-            inside = any(name.startswith(f"{one}.") for one in graph.stacks)
+            inside = any(name.startswith(f"{other}.") for other in graph.stacks)
             if inside or name in graph.stacks or lengths[name] < depth:
                 continue
             offsets = sorted(range(lengths[name] - depth + 1), key=lambda offset: offset != starts[stack])
@@ -130,46 +132,46 @@ def companions(model: nn.Module, graph: BlockGraph, removed: Mapping[str, Indice
     return ways
 
 
-def rebuilt(model: nn.Module, changes: Mapping[str, Any]) -> nn.Module | str:
-    """A weightless model of the changed config; a sentence where the class refuses it."""
+def rebuild(model: nn.Module, changes: Mapping[str, Any]) -> nn.Module | str:
+    """Return a weightless model of the changed config; a sentence if the class refuses it."""
     try:
         return build(model, changes)
     except BUILD_ERRORS as error:
         return f"the smaller config is refused with {type(error).__name__}: {first_line(error)}"
 
 
-def lowered(config: Mapping[str, Any], graph: BlockGraph, removed: Mapping[str, Indices]) -> Changes:
-    """The config keys that count the stacks, lowered by what is removed; of lists, without those entries."""
+def lower_counts(config: Mapping[str, Any], graph: BlockGraph, removed: Mapping[str, Indices]) -> Changes:
+    """Return the config keys that count the stacks, lowered by the removal; lists lose the removed entries."""
     changes: Changes = {}
-    for stack, gone in removed.items():
+    for stack, indices in removed.items():
         value = config[graph.config_keys[stack]]
-        changes[graph.config_keys[stack]] = value - len(gone) if type(value) is int else _without(value, gone)
+        changes[graph.config_keys[stack]] = value - len(indices) if type(value) is int else _without(value, indices)
     return changes
 
 
 def list_repairs(model: nn.Module, graph: BlockGraph, removed: Mapping[str, Indices]) -> Iterator[Changes]:
-    """Changes of lists of settings (one entry a block) and of lists of block indices; one list first, then several."""
+    """Yield changes of lists of settings (one entry per block) and of block indices: single lists, then several."""
     singles: list[Changes] = [{key: value} for key, value in _without_entries(model, graph, removed).items()]
-    modes = [_renumbered(model, graph, removed, gap) for gap in (None, -1, 1)]
+    modes = [_renumber(model, graph, removed, gap) for gap in (None, -1, 1)]
     singles += [{key: value} for mode in modes for key, value in mode.items()]
     config: Any = model.config
-    tried: list[Changes] = [{**config, **lowered(config, graph, removed)}]
-    several = [one | two for one, two in combinations(singles, 2)]
+    configs: list[Changes] = [{**config, **lower_counts(config, graph, removed)}]
+    several = [first | second for first, second in combinations(singles, 2)]
     together = [{key: value for repair in singles for key, value in repair.items()}]
     for repair in [*singles, *several, *together]:
-        if {**tried[0], **repair} not in tried:
-            tried.append({**tried[0], **repair})
+        if {**configs[0], **repair} not in configs:
+            configs.append({**configs[0], **repair})
             yield repair
 
 
 def number_repairs(model: nn.Module, graph: BlockGraph, removed: Mapping[str, Indices]) -> Iterator[tuple[str, int]]:
-    """Other integers that may have to fall with the depth, such as the number of first blocks that are of another kind.
+    """Yield other integers that may have to fall with the depth, such as the number of leading blocks of another kind.
 
-    Nearest values first.
+    Nearest values come first.
     """
     config: Any = model.config
     deepest = max(len(graph.stacks[stack]) for stack in removed)
-    counts = set(lowered(config, graph, removed))
+    counts = set(lower_counts(config, graph, removed))
     keys = [key for key, value in config.items() if type(value) is int and 1 < value <= deepest and key not in counts]
     for step in range(1, deepest):
         for key in keys:
@@ -178,18 +180,18 @@ def number_repairs(model: nn.Module, graph: BlockGraph, removed: Mapping[str, In
 
 
 def counts_blocks(key: str) -> bool:
-    """Whether a config key by its name counts blocks; others are believed only where they alone make weights fit."""
+    """Return whether a config key's name suggests a count of blocks; others are tried only if no candidate fits."""
     return any(word in key for word in COUNTING_WORDS)
 
 
 def lost_entries(model: nn.Module, graph: BlockGraph, removed: Mapping[str, Indices]) -> list[Lost]:
-    """What loses entries: stacks, several of them in a row, and lists of indices that name removed blocks."""
+    """Return everything that loses entries: stacks, runs of stacks, and lists of block indices."""
     config: Any = model.config
-    found = list(_runs(graph, removed))
-    for stack, gone in removed.items():
+    lost = list(_runs(graph, removed))
+    for stack, indices in removed.items():
         for value in _index_lists(config, len(graph.stacks[stack])).values():
-            found.append((len(value), tuple(place for place, item in enumerate(value) if item in gone)))
-    return [(length, places) for length, places in found if places]
+            lost.append((len(value), tuple(position for position, item in enumerate(value) if item in indices)))
+    return [(length, positions) for length, positions in lost if positions]
 
 
 def _runs(graph: BlockGraph, removed: Mapping[str, Indices]) -> Iterator[Lost]:
@@ -198,55 +200,55 @@ def _runs(graph: BlockGraph, removed: Mapping[str, Indices]) -> Iterator[Lost]:
         for last in range(first, len(stacks)):
             run = list(stacks)[first : last + 1]
             if set(run) & set(removed):
-                yield sum(len(stacks[stack]) for stack in run), tuple(sorted(_places(run, stacks, removed)))
+                yield sum(len(stacks[stack]) for stack in run), tuple(sorted(_positions(run, stacks, removed)))
 
 
 def _without_entries(model: nn.Module, graph: BlockGraph, removed: Mapping[str, Indices]) -> Changes:
-    """Lists of settings, as long as a stack or as several in a row, without the entries of the removed blocks."""
+    """Return lists of settings, as long as a stack or a run of stacks, without the entries of removed blocks."""
     config: Any = model.config
-    counts = lowered(config, graph, removed)
-    found: Changes = {}
+    counts = lower_counts(config, graph, removed)
+    changes: Changes = {}
     for key, value in config.items():
-        # A list that the config leaves out is made by the constructor, often from the index of each block.
+        # A list that the config omits is made by the constructor, often from the index of each block.
         values = value if value is not None else vars(model).get(key)
         if not isinstance(values, list | tuple) or key.startswith("_") or key in counts:
             continue
-        for length, gone in _runs(graph, removed):
+        for length, positions in _runs(graph, removed):
             if len(values) == length:
-                found.setdefault(key, _without(values, gone))
-    return found
+                changes.setdefault(key, _without(values, positions))
+    return changes
 
 
-def _without(values: Any, gone: Iterable[int]) -> Any:
-    left_out = set(gone)
-    return type(values)(item for place, item in enumerate(values) if place not in left_out)
+def _without(values: Any, positions: Iterable[int]) -> Any:
+    removed = set(positions)
+    return type(values)(item for position, item in enumerate(values) if position not in removed)
 
 
-def _places(run: Sequence[str], stacks: Mapping[str, Sequence[Any]], removed: Mapping[str, Indices]) -> Indices:
+def _positions(run: Sequence[str], stacks: Mapping[str, Sequence[Any]], removed: Mapping[str, Indices]) -> Indices:
     before = 0
-    places: set[int] = set()
+    positions: set[int] = set()
     for stack in run:
-        places |= {before + index for index in removed.get(stack, ())}
+        positions |= {before + index for index in removed.get(stack, ())}
         before += len(stacks[stack])
-    return frozenset(places)
+    return frozenset(positions)
 
 
-def _renumbered(model: nn.Module, graph: BlockGraph, removed: Mapping[str, Indices], gap: int | None) -> Changes:
-    """Lists of block indices, in ascending order, renumbered.
+def _renumber(model: nn.Module, graph: BlockGraph, removed: Mapping[str, Indices], gap: int | None) -> Changes:
+    """Return renumbered lists of block indices, in ascending order.
 
-    An index of a removed block is dropped (`gap` None), or moves to the block before (-1) or after (1) it: what the
-    model does at that place need not be a part of the block.
+    The index of a removed block is dropped (`gap` None), or moves to the block before (-1) or after (1) it: the model's
+    action at that depth need not be a part of the block.
     """
     config: Any = model.config
-    found: Changes = {}
-    for stack, gone in removed.items():
+    changes: Changes = {}
+    for stack, indices in removed.items():
         depth = len(graph.stacks[stack])
-        new = {old: place for place, old in enumerate(index for index in range(depth) if index not in gone)}
-        for key, numbers in _index_lists({**config, **lowered(config, graph, removed)}, depth).items():
+        new = {old: position for position, old in enumerate(index for index in range(depth) if index not in indices)}
+        for key, numbers in _index_lists({**config, **lower_counts(config, graph, removed)}, depth).items():
             moved = []
             for number in numbers:
                 item = number
-                while gap is not None and item in gone:
+                while gap is not None and item in indices:
                     item += gap
                 if item in new:
                     moved.append(new[item])
@@ -254,16 +256,16 @@ def _renumbered(model: nn.Module, graph: BlockGraph, removed: Mapping[str, Indic
                     break
             else:
                 if sorted(set(moved)) == moved:
-                    found[key] = type(config[key])(moved)
-    return found
+                    changes[key] = type(config[key])(moved)
+    return changes
 
 
 def _index_lists(config: Mapping[str, Any], depth: int) -> dict[str, list[int]]:
-    """The settings that are lists of indices of a stack's blocks, in ascending order."""
-    found: dict[str, list[int]] = {}
+    """Return the settings that are ascending lists of block indices of a stack."""
+    lists: dict[str, list[int]] = {}
     for key, value in config.items():
         if isinstance(value, list | tuple) and not key.startswith("_"):
             numbers = [item for item in value if type(item) is int and 0 <= item < depth]
             if numbers == list(value) and sorted(set(numbers)) == numbers:
-                found[key] = numbers
-    return found
+                lists[key] = numbers
+    return lists

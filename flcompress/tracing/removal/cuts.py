@@ -1,4 +1,4 @@
-"""Entries of a forward's arguments that go with removed blocks: a list of prompts with one for every block."""
+"""Entries of a forward's arguments that go with removed blocks, as in a list with a prompt per block."""
 
 from __future__ import annotations
 
@@ -10,48 +10,47 @@ import torch
 from torch import Tensor
 
 Lost = tuple[int, tuple[int, ...]]
-"""A length that something has by the blocks, and the places in it that go."""
+"""Length of a sequence that follows the blocks, and the positions that it loses."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Entries to leave out of an argument.
+    """Entries to remove from an argument.
 
     Attributes:
-        entries: their places.
-        axis: along which they lie in a tensor; None where the argument is a list of tensors.
+        entries: their positions.
+        axis: their axis in a tensor; None if the argument is a list of tensors.
     """
 
     entries: tuple[int, ...]
     axis: int | None = None
 
     def of(self, value: Any) -> Any:
-        """The argument for the smaller model."""
+        """Return the argument for the smaller model."""
         if self.axis is None:
-            return type(value)(one for place, one in enumerate(value) if place not in self.entries)
-        kept = [place for place in range(value.shape[self.axis]) if place not in self.entries]
-        return value.index_select(self.axis, torch.tensor(kept, dtype=torch.long, device=value.device))
+            return type(value)(entry for position, entry in enumerate(value) if position not in self.entries)
+        remaining = [position for position in range(value.shape[self.axis]) if position not in self.entries]
+        return value.index_select(self.axis, torch.tensor(remaining, dtype=torch.long, device=value.device))
 
 
 def cut_inputs(inputs: Mapping[str, Any], cuts: Mapping[str, Cut]) -> dict[str, Any]:
-    """The arguments for the smaller model."""
+    """Return the arguments for the smaller model."""
     return {name: cuts[name].of(value) if name in cuts else value for name, value in inputs.items()}
 
 
 def input_cuts(inputs: Mapping[str, Any], lost: Sequence[Lost]) -> Iterator[dict[str, Cut]]:
-    """One argument at a time without the entries that go, where it is as long as something that loses entries.
+    """Yield cuts of one argument each, if it is as long as something that loses entries: guesses, for a proof.
 
-    A tensor may have one more before them: BriaFibo 2 gives its resampler the first bundle of a prompt. Guesses, for
-    a proof.
+    A tensor may have one more entry in front: BriaFibo 2 gives its resampler the first bundle of a prompt.
     """
-    found: list[dict[str, Cut]] = []
+    cuts: list[dict[str, Cut]] = []
     for name, value in inputs.items():
-        for length, places in lost:
-            if len(places) == length:
+        for length, positions in lost:
+            if len(positions) == length:
                 continue
             if isinstance(value, list | tuple) and len(value) == length:
-                found.append({name: Cut(places)})
+                cuts.append({name: Cut(positions)})
             for axis, size in enumerate(value.shape) if isinstance(value, Tensor) else ():
                 if 0 <= size - length <= 1:
-                    found.append({name: Cut(tuple(place + size - length for place in places), axis)})
-    yield from (cut for number, cut in enumerate(found) if cut not in found[:number])
+                    cuts.append({name: Cut(tuple(position + size - length for position in positions), axis)})
+    yield from (cut for number, cut in enumerate(cuts) if cut not in cuts[:number])

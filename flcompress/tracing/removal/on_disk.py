@@ -1,4 +1,4 @@
-"""Removal of blocks from a checkpoint on disk: certified, then copied tensor by tensor in little memory."""
+"""Remove blocks from a checkpoint on disk: certify, then copy tensor by tensor in little memory."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ from flcompress.tracing.removal.sources import Chunks
 from flcompress.tracing.stand_in import stand_in
 
 OWN_WEIGHTS = 32_000_000
-"""Parameters up to which a removal is certified with the model's own weights, which takes several copies of them."""
+"""Most parameters of a model whose removal is certified with its own weights, which takes several copies of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiskRemoval:
-    """What `remove_on_disk` wrote.
+    """Result of `remove_on_disk`.
 
     Attributes:
-        certificate: of the removal, on the model's own weights or on a stand-in.
+        certificate: certificate of the removal, on the model's own weights or on a stand-in.
         stand_in: {config key: (the model's value, the stand-in's)}; None for the model's own weights.
-        names: {name of a tensor in the new checkpoint: name in the old one, which it is or of which it is rows}.
-        resized: {path of a kept block in the new checkpoint: its parameters}, of those that became another kind.
+        names: {tensor in the new checkpoint: tensor in the old one that it equals or has rows of}.
+        resized: {path of a kept block in the new checkpoint: its parameters}, for those that became another kind.
     """
 
     certificate: Certificate
@@ -48,17 +48,18 @@ class DiskRemoval:
     resized: Mapping[str, int]
 
     def without(self, graph: BlockGraph) -> BlockGraph:
-        """The new checkpoint's graph, from the old one's.
+        """Return the new checkpoint's graph, from the old one's.
 
-        A block that became the kind of one that is gone, such as the last one's, costs as much as that did.
+        A block that took over the kind of a removed one, such as the last, costs as much as that did.
         """
         small = graph.without(self.certificate.removed)
-        gone = [graph.block(path) for path in self.certificate.removed]
+        removed = [graph.block(path) for path in self.certificate.removed]
         blocks = []
         for path, count in self.resized.items():
             block = small.block(path)
-            alike = next((one for one in gone if (one.stack, one.parameters) == (block.stack, count)), block)
-            blocks.append(replace(block, parameters=count, flops=alike.flops))
+            twins = (other for other in removed if (other.stack, other.parameters) == (block.stack, count))
+            twin = next(twins, block)
+            blocks.append(replace(block, parameters=count, flops=twin.flops))
         return small.with_blocks(blocks)
 
 
@@ -72,7 +73,7 @@ def remove_on_disk(
 ) -> DiskRemoval:
     """Write to `target` the transformer of `folder` without the blocks at `paths`; kept tensors keep every byte.
 
-    Where a kept block becomes one of another kind, as the certificate says, rows of a tensor are copied instead.
+    If a kept block becomes another kind, as the certificate says, rows of a tensor are copied instead.
 
     A model of at most `own_weights` parameters is removed from in memory and certified as `remove` does. A larger one
     is never loaded: the certificate is that of a stand-in (same class, same depth, fewer channels), and its findings,
@@ -88,10 +89,10 @@ def remove_on_disk(
     large = meta_transformer(folder)
     stored = matching_tensors(folder, large)
     count = sum(parameter.numel() for parameter in large.parameters())
-    model, changed = _to_try(folder, large, own_weights)
+    model, changed = _trial_model(folder, large, own_weights)
     small: Any = remove(model, paths, example_inputs(model))
     certificate: Certificate = small.flcompress_certificate
-    names = _observed(model, small, certificate, exact=changed is None)
+    names = _match_by_value(model, small, certificate, exact=changed is None)
     changes = {key: after for key, (_, after) in certificate.config_changes.items()}
     both = sorted(set(changes) & set(changed or ()))
     if both:
@@ -101,7 +102,7 @@ def remove_on_disk(
         )
     tensors = {new: _rows(stored[old], certificate.chunked.get(new)) for new, old in names.items()}
     built = build(large, changes)
-    _fits(built, tensors)
+    _check_fit(built, tensors)
     work = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
@@ -110,16 +111,16 @@ def remove_on_disk(
     (work / "config.json").write_text(text, encoding="utf-8")
     move_in_place(work, target)
     return DiskRemoval(
-        certificate=certificate, stand_in=changed, names=names, resized=_resized(large, built, certificate)
+        certificate=certificate, stand_in=changed, names=names, resized=_resized_blocks(large, built, certificate)
     )
 
 
 def choose_removable(
     folder: Path, graph: BlockGraph, choice: Callable[[BlockGraph], tuple[str, ...]]
 ) -> tuple[BlockGraph, tuple[str, ...]]:
-    """What `choice` makes of the graph, all of it certified to be removable block by block.
+    """Choose blocks of the graph, all of them certified to be removable one by one.
 
-    A block that turns out not to be is marked so, with the reason, and the choice made again. Large models are tried on
+    A block that turns out not to be is marked with the reason, and the choice is repeated. Large models are tried on
     a stand-in, as in `remove_on_disk`.
 
     Args:
@@ -133,21 +134,23 @@ def choose_removable(
     model: nn.Module | None = None
     while True:
         chosen = choice(graph)
-        open_ = [path for path in chosen if graph.block(path).removable is None]
-        if not open_:
+        undecided = [path for path in chosen if graph.block(path).removable is None]
+        if not undecided:
             return graph, chosen
-        model = model or _to_try(folder, meta_transformer(folder), OWN_WEIGHTS)[0]
-        found = certify(model, example_inputs(model), paths=open_)
+        model = model or _trial_model(folder, meta_transformer(folder), OWN_WEIGHTS)[0]
+        certified = certify(model, example_inputs(model), paths=undecided)
         graph = graph.with_blocks(
-            replace(graph.block(path), removable=found.block(path).removable, reason=found.block(path).reason)
-            for path in open_
+            replace(graph.block(path), removable=certified.block(path).removable, reason=certified.block(path).reason)
+            for path in undecided
         )
 
 
-def _to_try(folder: Path, large: nn.Module, own_weights: int) -> tuple[nn.Module, dict[str, tuple[Any, Any]] | None]:
-    """The model that removals are tried on: the one in `folder` or, where that is large, a stand-in and its changes.
+def _trial_model(
+    folder: Path, large: nn.Module, own_weights: int
+) -> tuple[nn.Module, dict[str, tuple[Any, Any]] | None]:
+    """Return the model on which removals are tried: that of `folder`, or a stand-in of a large one and its changes.
 
-    On the CPU, whatever the training runs on: a certificate asks two models for the same bits, and a GPU may choose
+    It is on the CPU, whatever the training runs on: a certificate compares the bits of two models, and a GPU may choose
     another kernel for weights at another address.
     """
     if sum(parameter.numel() for parameter in large.parameters()) <= own_weights:
@@ -155,39 +158,39 @@ def _to_try(folder: Path, large: nn.Module, own_weights: int) -> tuple[nn.Module
     return stand_in(large)
 
 
-def _observed(model: nn.Module, small: nn.Module, certificate: Certificate, *, exact: bool) -> dict[str, str]:
-    """{name in `small`: name in `model`}, told by the tensors' values alone.
+def _match_by_value(model: nn.Module, small: nn.Module, certificate: Certificate, *, exact: bool) -> dict[str, str]:
+    """Return {name in `small`: name in `model`}, identified by the tensors' values alone.
 
-    Of chunks the certificate gives the name, and the values must be those. `exact`: these are the values that will be
-    written, so that of several equal tensors any one will do.
+    For chunks the certificate gives the name, and the values must agree. With `exact` these values will be written, so
+    any of several equal tensors is accepted.
     """
     state = model.state_dict()
-    places: dict[bytes, list[str]] = {}
+    names_by_digest: dict[bytes, list[str]] = {}
     for name, tensor in state.items():
-        places.setdefault(_digest(tensor), []).append(name)
+        names_by_digest.setdefault(_digest(tensor), []).append(name)
     before = {new: old for old, new in certificate.kept.items()}
-    found: dict[str, str] = {}
+    old_names: dict[str, str] = {}
     for name, tensor in small.state_dict().items():
         chunks = certificate.chunked.get(name)
         if chunks is not None and _digest(chunks.of(state[chunks.name])) == _digest(tensor):
-            found[name] = chunks.name
+            old_names[name] = chunks.name
             continue
-        names = places.get(_digest(tensor), [])
-        likely = _renamed(name, before)
-        if likely in names:
-            found[name] = likely
+        names = names_by_digest.get(_digest(tensor), [])
+        expected = _old_name(name, before)
+        if expected in names:
+            old_names[name] = expected
         elif len(names) == 1 or (names and exact):
-            found[name] = names[0]
+            old_names[name] = names[0]
         else:
             raise NotRemovable(
                 f"{type(model).__name__}: the smaller model's tensor {name} is "
                 f"{'several' if names else 'none'} of the model's, so it cannot be copied on disk"
             )
-    return found
+    return old_names
 
 
-def _renamed(name: str, before: Mapping[str, str]) -> str:
-    """The name of a tensor of a block under the block's old path."""
+def _old_name(name: str, before: Mapping[str, str]) -> str:
+    """Return the name of a tensor under its block's old path."""
     for new, old in before.items():
         if name.startswith(f"{new}."):
             return old + name.removeprefix(new)
@@ -207,11 +210,11 @@ def _rows(tensor: StoredTensor, chunks: Chunks | None) -> Writable:
     if chunks is None:
         return tensor
     count = tensor.shape[0] // chunks.count
-    return StackedTensor(tuple(tensor.rows(place * count, count) for place in chunks.taken))
+    return StackedTensor(tuple(tensor.rows(chunk * count, count) for chunk in chunks.order))
 
 
-def _resized(large: nn.Module, built: nn.Module, certificate: Certificate) -> dict[str, int]:
-    """{path in `built`: parameters} of the kept blocks that have another number of them than in `large`."""
+def _resized_blocks(large: nn.Module, built: nn.Module, certificate: Certificate) -> dict[str, int]:
+    """Return {path in `built`: parameters} of the kept blocks whose number of parameters differs from `large`."""
 
     def count(model: nn.Module, path: str) -> int:
         return sum(parameter.numel() for parameter in model.get_submodule(path).parameters())
@@ -220,8 +223,8 @@ def _resized(large: nn.Module, built: nn.Module, certificate: Certificate) -> di
     return {new: sizes[new] for old, new in certificate.kept.items() if sizes[new] != count(large, old)}
 
 
-def _fits(built: nn.Module, tensors: Mapping[str, Writable]) -> None:
-    """The smaller configuration, at full width, must ask for exactly the tensors that will be written."""
+def _check_fit(built: nn.Module, tensors: Mapping[str, Writable]) -> None:
+    """Raise PostconditionError unless the full-width model of the smaller config has exactly the written tensors."""
     fit = Fit.between({name: tensor.shape for name, tensor in tensors.items()}, state_shapes(built))
     for name in sorted(fit.missing | fit.unexpected):
         raise PostconditionError(

@@ -1,4 +1,4 @@
-"""Translation validation: the smaller model, saved and loaded by stock diffusers, answers what the skip answers."""
+"""Translation validation: the smaller model, saved and loaded by stock diffusers, outputs the same as the skip."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flcompress.models.configs import BUILD_ERRORS
 from flcompress.tracing.call import FORWARD_ERRORS, evaluating, first_line, tensors_of
 from flcompress.tracing.removal.candidates import Candidate, Candidates
 from flcompress.tracing.removal.cuts import cut_inputs
-from flcompress.tracing.removal.sources import Indices, drawn
+from flcompress.tracing.removal.sources import Indices, state_from
 from flcompress.tracing.skip import skip
 
 RANDOM_SEED = 0
@@ -24,10 +24,10 @@ PARTNERS = 8  # how many blocks are tried as the partner of one that cannot go a
 
 
 class Prover:
-    """Looks for a config with which a removal is exact.
+    """Searches for a candidate with which a removal is exact.
 
     It tries random weights first: with trained or zero-initialised ones a wrong model can look right. They take one
-    more copy of the model, made at the first use.
+    more copy of the model, made on first use.
     """
 
     def __init__(self, model: nn.Module, graph: BlockGraph, inputs: Mapping[str, Any]) -> None:
@@ -36,91 +36,92 @@ class Prover:
         self._candidates = Candidates(model, graph, inputs)
 
     def candidate_for(self, paths: tuple[str, ...], removed: Mapping[str, Indices]) -> Candidate | str:
-        """The way to remove `paths`; a sentence if there is none, about the plainest config: lower counts alone."""
+        """Return the candidate that removes `paths`; if there is none, the fault of the plainest one as a sentence."""
         cause = ""
         expectations = self._expectations(paths)
         if isinstance(expectations, str):
             return expectations
         for candidate in self._candidates.without(removed):
-            fault = candidate if isinstance(candidate, str) else self._refuted(candidate, expectations, paths)
+            fault = candidate if isinstance(candidate, str) else self._refute(candidate, expectations, paths)
             if not fault and not isinstance(candidate, str):
                 return candidate
             cause = cause or str(fault)
         return cause
 
     def smaller(self, paths: tuple[str, ...], candidate: Candidate) -> nn.Module | str:
-        """The smaller model with the model's own weights, as stock diffusers loads it, or why it is not the skip."""
+        """Return the smaller model with its own weights, loaded by stock diffusers, or how it differs from the skip."""
         built = candidate.built
         probe = self._random()
         for name, parameter in probe.named_parameters():
             # Fresh memory, as in `_reloaded`: kernels round differently on weights that lie unaligned in a mapped file.
             parameter.data = self._model.get_parameter(name).detach().clone()
         self._probe = None
-        built.load_state_dict(drawn(probe.state_dict(), candidate.sources), assign=True)
-        loaded = _reloaded(built, probe)
+        built.load_state_dict(state_from(probe.state_dict(), candidate.sources), assign=True)
+        loaded = _reload(built, probe)
         if isinstance(loaded, str):
             return loaded
         with evaluating(probe, loaded):
             with skip(probe, paths, graph=self._graph):
                 expected = tensors_of(probe(**self._inputs))
-            return _answers(loaded, cut_inputs(self._inputs, candidate.cuts), expected) or loaded
+            return _mismatch(loaded, cut_inputs(self._inputs, candidate.cuts), expected) or loaded
 
     def partner(self, paths: tuple[str, ...], stack: str) -> str:
-        """A block of the same list with which `paths` can go, nearest or in the mirrored place first; or nothing."""
+        """Return a block of the same list that can go with `paths`, nearest or mirrored first; "" if there is none."""
         depth = len(self._graph.stacks[stack])
-        given = [self._graph.block(path).index for path in paths]
+        indices = [self._graph.block(path).index for path in paths]
 
         def distance(index: int) -> int:
-            return min(min(abs(one - index), abs(one + index - depth + 1)) for one in given)
+            return min(min(abs(own - index), abs(own + index - depth + 1)) for own in indices)
 
-        for index in sorted(set(range(depth)) - set(given), key=distance)[:PARTNERS]:
+        for index in sorted(set(range(depth)) - set(indices), key=distance)[:PARTNERS]:
             path = f"{stack}.{index}"
             if len(paths) + 1 < len(self._graph.blocks) and self._graph.block(path).streams:
-                removed = {stack: frozenset([*given, index])}
+                removed = {stack: frozenset([*indices, index])}
                 if not isinstance(self.candidate_for((*paths, path), removed), str):
                     return path
         return ""
 
     def _expectations(self, paths: tuple[str, ...]) -> list[tuple[dict[str, Any], list[Tensor]]] | str:
-        """What the random probe answers with `paths` skipped: to the given inputs, and to them moved a little.
+        """Return the random probe's outputs with `paths` skipped, for the inputs and for slightly perturbed ones.
 
-        What the given ones switch off, such as a scale of zero, so counts too.
+        This also exercises branches that the inputs disable, such as by a scale of zero.
         """
         model = self._random()
         with evaluating(model):
             full = tensors_of(model(**self._inputs))
             with skip(model, paths, graph=self._graph):
                 expected = tensors_of(model(**self._inputs))
-                if not all(one.isfinite().all() for one in expected):
+                if not all(tensor.isfinite().all() for tensor in expected):
                     return "the output is not finite when they are skipped, so nothing can be compared"
                 if all(map(torch.equal, full, expected)):
                     return "skipping them does not change the output for these inputs, so nothing can be proved"
-                moved = _moved(self._inputs)
+                perturbed = _perturb(self._inputs)
                 try:
-                    also = tensors_of(model(**moved))
-                except FORWARD_ERRORS:  # no inputs of this model: they must be whole numbers, or lie in some range
+                    perturbed_output = tensors_of(model(**perturbed))
+                except FORWARD_ERRORS:  # invalid for this model: values must be whole numbers, or within a range
                     return [(self._inputs, expected)]
-        finite = all(one.isfinite().all() for one in also)
-        return [(self._inputs, expected), *([(moved, also)] if finite else [])]
+        finite = all(tensor.isfinite().all() for tensor in perturbed_output)
+        return [(self._inputs, expected), *([(perturbed, perturbed_output)] if finite else [])]
 
-    def _refuted(
+    def _refute(
         self, candidate: Candidate, expectations: list[tuple[dict[str, Any], list[Tensor]]], paths: tuple[str, ...]
     ) -> str:
-        """Why the candidate with random weights is not the skip; empty where it is."""
+        """Return how the candidate with random weights differs from the skip; "" if it does not."""
         built, probe = candidate.built, self._random()
-        built.load_state_dict(drawn(probe.state_dict(), candidate.sources), assign=True)
-        _settle_buffers(built, probe)
+        built.load_state_dict(state_from(probe.state_dict(), candidate.sources), assign=True)
+        _match_buffers(built, probe)
         with evaluating(built):
             for inputs, expected in expectations:
-                fault = _answers(built, cut_inputs(inputs, candidate.cuts), expected)
+                fault = _mismatch(built, cut_inputs(inputs, candidate.cuts), expected)
                 if fault:
                     return fault
-        return self._matters(candidate, paths)
+        return self._missing_weight(candidate, paths)
 
-    def _matters(self, candidate: Candidate, paths: tuple[str, ...]) -> str:
-        """Which weight that the candidate does without the output is computed from with `paths` skipped; or nothing.
+    def _missing_weight(self, candidate: Candidate, paths: tuple[str, ...]) -> str:
+        """Return the fault that the candidate lacks a weight on which the output with `paths` skipped depends; or "".
 
-        Weights that happen not to change the output for these inputs are not enough: no way may lead from them to it.
+        It is not enough that a weight does not change the output for these inputs: no path of the computation may lead
+        from it to the output.
         """
         probe = self._random()
         chunked = {source.name: source for source in candidate.chunked.values()}
@@ -131,17 +132,16 @@ class Prover:
         with evaluating(probe), skip(probe, paths, graph=self._graph), torch.enable_grad():
             for name in names:
                 parameters[name].requires_grad_(True)
-            answers = [one for one in tensors_of(probe(**self._inputs)) if one.requires_grad]
+            answers = [answer for answer in tensors_of(probe(**self._inputs)) if answer.requires_grad]
             if not answers:
                 return ""
-            total = torch.stack([one.double().sum() for one in answers]).sum()
+            total = torch.stack([answer.double().sum() for answer in answers]).sum()
             gradients = torch.autograd.grad(total, [parameters[name] for name in names], allow_unused=True)
         for name, gradient in zip(names, gradients, strict=True):
             parts = gradient.chunk(chunked[name].count) if gradient is not None and name in chunked else [gradient]
-            left_out = [
-                part for place, part in enumerate(parts) if name not in chunked or place not in chunked[name].taken
-            ]
-            if any(part is not None and (name not in chunked or part.any()) for part in left_out):
+            used = chunked[name].order if name in chunked else ()
+            unused = [part for position, part in enumerate(parts) if position not in used]
+            if any(part is not None and (name not in chunked or part.any()) for part in unused):
                 return f"the smaller model has no place for '{name}', which the output depends on"
         return ""
 
@@ -152,7 +152,7 @@ class Prover:
         return self._probe
 
 
-def _moved(inputs: dict[str, Any]) -> dict[str, Any]:
+def _perturb(inputs: dict[str, Any]) -> dict[str, Any]:
     generator = torch.Generator("cpu").manual_seed(RANDOM_SEED)
 
     def move(value: Tensor) -> Tensor:
@@ -161,26 +161,26 @@ def _moved(inputs: dict[str, Any]) -> dict[str, Any]:
         noise = torch.randn(value.shape, generator=generator, device="cpu")
         return value + 0.1 * noise.to(value.device, value.dtype)
 
-    moved: dict[str, Any] = tree_map_only(Tensor, move, inputs)
-    return moved
+    perturbed: dict[str, Any] = tree_map_only(Tensor, move, inputs)
+    return perturbed
 
 
-def _answers(model: nn.Module, inputs: dict[str, Any], expected: list[Tensor]) -> str:
-    """Why the smaller model's answer to `inputs` is not `expected`; empty where it is."""
+def _mismatch(model: nn.Module, inputs: dict[str, Any], expected: list[Tensor]) -> str:
+    """Return how the smaller model's output on `inputs` differs from `expected`; "" if it does not."""
     try:
-        found = tensors_of(model(**inputs))
+        actual = tensors_of(model(**inputs))
     except FORWARD_ERRORS as error:
         return f"the smaller model fails with {type(error).__name__}: {first_line(error)}"
-    if [one.shape for one in expected] != [one.shape for one in found]:
+    if [tensor.shape for tensor in expected] != [tensor.shape for tensor in actual]:
         return "the smaller model's output has another shape than the skip's"
-    if not all(map(torch.equal, expected, found)):
-        difference = max(float((one - two).abs().max()) for one, two in zip(expected, found, strict=True))
+    if not all(map(torch.equal, expected, actual)):
+        difference = max(float((a - b).abs().max()) for a, b in zip(expected, actual, strict=True))
         return f"the smaller model differs from the skip by {difference:.3g}, expected 0"
     return ""
 
 
-def _reloaded(built: Any, like: nn.Module) -> nn.Module | str:
-    """`built` saved and loaded by stock diffusers, with the dtypes and device of `like`."""
+def _reload(built: Any, like: nn.Module) -> nn.Module | str:
+    """Save `built` and load it by stock diffusers, with the dtypes and device of `like`; a sentence on failure."""
     dtypes = {parameter.dtype for parameter in like.parameters()}
     # Half precision would round what the model keeps in float32.
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
@@ -198,12 +198,12 @@ def _reloaded(built: Any, like: nn.Module) -> nn.Module | str:
     # Copies, because kernels round differently on weights that lie unaligned in a mapped file.
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(device, built.get_parameter(name).dtype, copy=True)
-    _settle_buffers(model, like)
+    _match_buffers(model, like)
     return model
 
 
-def _settle_buffers(model: nn.Module, like: nn.Module) -> None:
-    """Put the buffers on the device of `like`, and into its dtype where all of its are of one."""
+def _match_buffers(model: nn.Module, like: nn.Module) -> None:
+    """Move the buffers to the device of `like`, and to the dtype of its buffers if they share one."""
     dtypes = {tensor.dtype for tensor in like.buffers() if tensor.is_floating_point()}
     device = next(like.parameters()).device
     for tensor in model.buffers():
@@ -212,7 +212,7 @@ def _settle_buffers(model: nn.Module, like: nn.Module) -> None:
 
 
 def _randomise(probe: nn.Module) -> None:
-    """Make every parameter random, so that no branch is silent and no two blocks are alike."""
+    """Make every parameter random, so that no branch is silent and no two blocks are equal."""
     generator = torch.Generator("cpu").manual_seed(RANDOM_SEED)
     for name, parameter in probe.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator, device="cpu")

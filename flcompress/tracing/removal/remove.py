@@ -1,4 +1,4 @@
-"""Removal of blocks by translation validation: accepted only when stock diffusers reproduces the skip exactly."""
+"""Remove blocks by translation validation: accepted only if stock diffusers reproduces the skip exactly."""
 
 from __future__ import annotations
 
@@ -24,12 +24,11 @@ from flcompress.tracing.tracer import inputs_for, trace
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Certificate:
-    """What was removed, how the config changed, and how the saved and reloaded model compared with the skip.
+    """Record of a removal: the blocks, the config changes, and the comparison of the reloaded model with the skip.
 
-    Where a kept block becomes one of another kind, such as the last of SD3, `chunked` says which tensors of the smaller
-    model are rows of one of the model's, and `dropped` which of the model's tensors have no place in it any more. Where
-    an argument of the forward has an entry for every block, `input_cuts` says which entries the smaller model is to be
-    given it without.
+    If a kept block becomes another kind, such as the last of SD3, `chunked` tells which tensors of the smaller model
+    are rows of the model's, and `dropped` which of the model's tensors have no counterpart. If an argument of the
+    forward has an entry per block, `input_cuts` tells which entries the smaller model's argument lacks.
     """
 
     model_class: str
@@ -45,30 +44,36 @@ class Certificate:
     input_cuts: Mapping[str, Cut] = field(default_factory=dict)  # {argument: the entries that it loses}
 
     def inputs_for(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments of the model's forward as the smaller model takes them."""
+        """Convert arguments of the model's forward to those of the smaller model."""
         return cut_inputs(inputs, self.input_cuts)
 
 
 def remove(model: nn.Module, paths: Iterable[str], inputs: Mapping[str, Any] | None = None) -> nn.Module:
-    """A new model of the same class without the blocks at `paths`; `model` stays as it is.
+    """Return a new model of the same class without the blocks at `paths`; `model` is not changed.
 
-    It is what stock diffusers loads from a folder saved without the blocks, and carries `flcompress_certificate`.
-    `inputs` are the keyword arguments to check with: give every optional one that will be used. Takes room for one
-    saved copy in the temporary folder and two more copies of the model in memory. Raises RequestError on an unknown
-    path, an empty request, a removal of everything, or a model without weights or config; NotRemovable, naming the
-    block and the cause, where the result would not be what skipping is.
+    It is loaded by stock diffusers from a folder saved without the blocks, and carries `flcompress_certificate`. The
+    removal needs room for one saved copy in the temporary folder and two more copies of the model in memory.
+
+    Args:
+        model: a diffusers transformer with weights.
+        paths: paths of the blocks.
+        inputs: keyword arguments to check with; include every optional one that will be used.
+
+    Raises:
+        RequestError: an unknown path, no path, every block, or a model without weights or config.
+        NotRemovable: the result would differ from skipping; names the block and the cause.
     """
-    name, inputs = _checked(model, inputs)
+    name, inputs = _check(model, inputs)
     graph = recall(model, inputs) or trace(model, inputs)
     wanted = require_blocks(graph, paths)
     needs_streams([graph.block(path) for path in wanted])
     graph.without(wanted)  # refuses to leave nothing
     with torch.random.fork_rng(devices=[]):
         prover = Prover(model, graph, inputs)
-        candidate = _proved(prover, graph, wanted)
+        candidate = _prove(prover, graph, wanted)
         result: Any = prover.smaller(wanted, candidate)
     if isinstance(result, str):
-        raise NotRemovable(f"{_several(wanted)} of {name} cannot be removed: {result}")
+        raise NotRemovable(f"{_quote(wanted)} of {name} cannot be removed: {result}")
     config: Any = model.config
     result.train(model.training)
     result.register_to_config(_name_or_path=config.get("_name_or_path", ""))  # not the temporary folder
@@ -99,20 +104,22 @@ def certify(
     graph: BlockGraph | None = None,
     paths: Iterable[str] | None = None,
 ) -> BlockGraph:
-    """The graph with `removable` decided for the blocks at `paths` (all where None), and the reason where it is False.
+    """Return the graph with `removable` decided for the blocks at `paths` (by default all), and reasons for False.
 
-    Each block is proved, alone, on random weights, as `remove` does before it takes the model's own. Raises as `remove`
-    does on a model without weights or config.
+    Each block is tried alone, on random weights, as in the first step of `remove`.
+
+    Raises:
+        RequestError: a model without weights or config.
     """
-    _, inputs = _checked(model, inputs)
+    _, inputs = _check(model, inputs)
     graph = graph or recall(model, inputs) or trace(model, inputs)
     prover = Prover(model, graph, inputs)
-    asked = [graph.block(path) for path in paths] if paths is not None else graph.blocks
+    targets = [graph.block(path) for path in paths] if paths is not None else graph.blocks
     blocks = []
     with torch.random.fork_rng(devices=[]):
-        for block in asked:
+        for block in targets:
             try:
-                _proved(prover, graph, (block.path,))
+                _prove(prover, graph, (block.path,))
             except NotRemovable as error:
                 blocks.append(replace(block, removable=False, reason=str(error)))
             else:
@@ -120,7 +127,7 @@ def certify(
     return graph.with_blocks(blocks)
 
 
-def _checked(model: nn.Module, inputs: Mapping[str, Any] | None) -> tuple[str, dict[str, Any]]:
+def _check(model: nn.Module, inputs: Mapping[str, Any] | None) -> tuple[str, dict[str, Any]]:
     name = type(model).__name__
     if not has_config(model) or not hasattr(model, "save_pretrained"):
         raise RequestError(f"{name} is no diffusers model; expected one with from_config and save_pretrained")
@@ -129,22 +136,22 @@ def _checked(model: nn.Module, inputs: Mapping[str, Any] | None) -> tuple[str, d
     return name, inputs_for(model, inputs)
 
 
-def _proved(prover: Prover, graph: BlockGraph, wanted: tuple[str, ...]) -> Candidate:
-    """The way to remove `wanted`; raises NotRemovable with the cause, and the block that would have to go with it."""
+def _prove(prover: Prover, graph: BlockGraph, wanted: tuple[str, ...]) -> Candidate:
+    """Return the candidate that removes `wanted`; NotRemovable names the cause, and a block that must go with it."""
     needs_streams([graph.block(path) for path in wanted])
     removed = removed_indices(graph, wanted)
-    found = prover.candidate_for(wanted, removed)
-    if not isinstance(found, str):
-        return found
+    result = prover.candidate_for(wanted, removed)
+    if not isinstance(result, str):
+        return result
     stack = graph.block(wanted[0]).stack
     alone = len(removed) == 1 and list(graph.config_keys.values()).count(graph.config_keys[stack]) == 1
     partner = prover.partner(wanted, stack) if alone else ""
     if partner:
-        found += f"; it can go together with '{partner}': ask for both"
-    raise NotRemovable(f"{_several(wanted)} of {graph.model_class} cannot be removed: {found}")
+        result += f"; it can go together with '{partner}': ask for both"
+    raise NotRemovable(f"{_quote(wanted)} of {graph.model_class} cannot be removed: {result}")
 
 
-def _several(paths: tuple[str, ...]) -> str:
+def _quote(paths: tuple[str, ...]) -> str:
     return ", ".join(f"'{path}'" for path in paths)
 
 
@@ -155,7 +162,7 @@ def _diffusers_version() -> str:
 
 
 def removed_indices(graph: BlockGraph, paths: tuple[str, ...]) -> dict[str, Indices]:
-    """{stack: removed indices}, checked against the config keys that count the stacks; raises NotRemovable."""
+    """Return {stack: removed indices}; NotRemovable if the config keys that count the stacks do not allow them."""
     removed: dict[str, set[int]] = {}
     for path in paths:
         removed.setdefault(graph.block(path).stack, set()).add(graph.block(path).index)
@@ -165,20 +172,20 @@ def removed_indices(graph: BlockGraph, paths: tuple[str, ...]) -> dict[str, Indi
             raise NotRemovable(
                 f"'{stack}.{min(indices)}' cannot be removed: no config key of {graph.model_class} counts '{stack}'"
             )
-        together = [one for one in graph.stacks if graph.config_keys.get(one) == key]
+        together = [other for other in graph.stacks if graph.config_keys.get(other) == key]
         if any(len(removed.get(other, ())) != len(indices) for other in together):
-            wanted = max((removed.get(one, set()) for one in together), key=len)
-            whole = [f"'{one}.{index}'" for one in together for index in sorted(wanted)]
+            wanted = max((removed.get(other, set()) for other in together), key=len)
+            suggestion = [f"'{other}.{index}'" for other in together for index in sorted(wanted)]
             raise NotRemovable(
                 f"'{stack}.{min(indices)}' cannot be removed alone: config key '{key}' counts "
-                f"{' and '.join(repr(one) for one in together)}, which go only together; "
-                f"ask for as many of each, such as {', '.join(whole)}"
+                f"{' and '.join(repr(other) for other in together)}, which go only together; "
+                f"ask for as many of each, such as {', '.join(suggestion)}"
             )
     return {stack: frozenset(indices) for stack, indices in removed.items()}
 
 
 def needs_streams(blocks: list[Block]) -> None:
-    """Raise NotRemovable for the first block that carries nothing on."""
+    """Raise NotRemovable for the first block without a residual stream."""
     for block in blocks:
         if not block.streams:
             reason = block.reason or "it carries no residual stream"

@@ -13,7 +13,7 @@ from flcompress.diffusion.network import Conditioning, drop_captions, to_device
 from flcompress.draws import Draws
 from flcompress.models.network import as_network
 from flcompress.tracing.prefix import remember
-from flcompress.tracing.skip import skipping
+from flcompress.tracing.skip import skipping_network
 from flcompress.training.engines import Engine, Hyper
 from flcompress.training.loop import train
 from flcompress.training.objectives import draw_levels, level_range
@@ -118,7 +118,7 @@ class DepthRoles:
             with remember(role.model, graph, until=skipped[0]) as memory:
                 with engine.skip(role.model, skipped, graph=graph):
                     pruned = network(x, timestep, given)
-                with torch.no_grad(), memory.recalled():
+                with torch.no_grad(), memory.recalling():
                     return pruned, network(x, timestep, given)
         with torch.no_grad():
             if target == "frozen":
@@ -140,7 +140,7 @@ class DepthRoles:
         with engine.forward_mode():
             reference = elbo(self._original)
         guidance = self._contract.embedded_guidance
-        pruned = skipping(self.role.module, self._prune_set, self._graph, guidance, engine.skip)
+        pruned = skipping_network(self.role.module, self._prune_set, self._graph, guidance, engine.skip)
         networks = {"elbo_full": self._network, "elbo_pruned": pruned}
         health = HeldOutEvaluation(elbo, networks, _figures, fixed={"elbo_original": reference})
         fix = "lower learning_rate" if settings.target == "frozen" else "lower learning_rate, or set target: frozen"
