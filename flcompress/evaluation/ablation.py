@@ -1,8 +1,8 @@
-"""What each choice of the method earns: variants of one recipe, several seeds, one held-out comparison.
+"""Ablation of the method on moving digits: variants of a recipe, several seeds, one held-out comparison.
 
 `python -m flcompress.evaluation.ablation recipes/moving-digits-ablation.yaml --out runs/ablation` trains every variant
 with every seed (results that variants share, such as importance, are computed once), evaluates the students on the same
-held-out prompts, and prints a table with the paired difference from the base recipe. It goes on where it was stopped.
+held-out prompts, and prints a table with the paired difference from the base recipe. An interrupted run resumes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ METRICS = ("frechet", "prompt_accuracy", "average")
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """The base recipe with other arguments, or without a pass."""
+    """A variant of the base recipe: with other arguments, or without a pass."""
 
     name: str
     question: str
@@ -88,7 +88,7 @@ def ablate(base: Path, out: Path, seeds: int, variants: Sequence[Variant] = VARI
 
 
 def row(name: str, values: dict[str, dict[str, list[float]]]) -> str:
-    """One line of the table: means with 95 % intervals, and the paired difference in Frechet distance from the base."""
+    """Return a line of the table: means with 95 % intervals, and the paired difference in Frechet distance to base."""
     cells = []
     for metric in METRICS:
         mean = interval(values[name][metric])
@@ -100,7 +100,7 @@ def row(name: str, values: dict[str, dict[str, list[float]]]) -> str:
 
 
 def _figures(base: Path, out: Path, variant: Variant, seed: int) -> dict[str, float]:
-    """Mean metrics of one variant's student trained with one seed."""
+    """Return the mean metrics of a variant's student trained with one seed."""
     plain = yaml.safe_load(dump_recipe(load_recipe(base)))
     plain["passes"] = [step for step in plain["passes"] if next(iter(step)) not in variant.without]
     plain["name"] = f"{variant.name}-{seed}".replace(".", "-")

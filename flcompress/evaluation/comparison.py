@@ -1,4 +1,7 @@
-"""The benchmark: the same held-out prompts and the same noises for every contender, over several seeds."""
+"""Evaluation on moving digits: the same held-out prompts and noises for every contender, over several seeds.
+
+Prompts, classifier and figures are those of `flcompress.moving_digits`; runs on other data are refused.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from flcompress.driver.rundir import RunDirectory
 from flcompress.errors import RequestError
 from flcompress.evaluation.contenders import Contender, run_contenders
 from flcompress.evaluation.pictures import draw_animation, draw_strips
-from flcompress.evaluation.sampling import Counter, Studio, judged_reality
+from flcompress.evaluation.sampling import Counter, Studio, judge_real_clips
 from flcompress.files import write_text
 from flcompress.models.parts import Parts
 from flcompress.moving_digits import digits
@@ -26,7 +29,7 @@ from flcompress.progress import ProgressSink
 from flcompress.stats import interval, paired
 
 REFERENCE_CLIPS_PER_PROMPT = 64
-"""Real clips, of held-out handwriting and the held-out captions, that every Frechet distance is measured from."""
+"""Real clips per held-out caption, of held-out handwriting: the reference of every Frechet distance."""
 
 Judged = dict[str, torch.Tensor]
 
@@ -38,26 +41,26 @@ def evaluate(
     progress: ProgressSink | None = None,
     contenders: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Compare the teacher, its shortcuts, the stages and the student of a finished run.
+    """Compare the teacher, its shortcuts, the stages and the student of a finished moving-digits run.
 
-    Writes RUN/eval/results.json, RUN/eval/strips/*.png and RUN/eval/comparison.gif; what was sampled before is taken
-    from RUN/eval/cache.
+    Writes RUN/eval/results.json, RUN/eval/strips/*.png and RUN/eval/comparison.gif; earlier samples come from
+    RUN/eval/cache.
 
     Args:
         run: the run directory.
         clips_per_prompt: clips for each of the 32 held-out prompts and each seed.
         seeds: independent repetitions, at least 2.
-        progress: told after every network evaluation of a batch.
-        contenders: names to compare; such a part of the comparison is returned, but not written.
+        progress: called after every network evaluation of a batch.
+        contenders: names to compare; a partial comparison is returned, but not written.
 
     Raises:
         RequestError: an unfinished run, another dataset, unknown contenders, too few seeds or clips.
     """
     recipe = run.recipe()
     if recipe.data is None or recipe.data.moving_digits is None:
-        given = next(iter(recipe.data_spec() or {"none": None}))
+        source = next(iter(recipe.data_spec() or {"none": None}))
         raise RequestError(
-            f"{recipe.where('data')}: {given} given, expected moving-digits; only that benchmark has a classifier and "
+            f"{recipe.where('data')}: {source} given, expected moving-digits; only that benchmark has a classifier and "
             "held-out prompts to evaluate with"
         )
     run.final().check()
@@ -94,13 +97,15 @@ def evaluate_contenders(
     """Sample, judge and compare any contenders that share an autoencoder and a text encoder.
 
     Args:
-        contenders: what to compare; paired differences are of each with those before it.
+        contenders: models to compare; each is paired with all before it.
         parts: autoencoder and text encoders.
-        clips_per_prompt, seeds, progress: as in `evaluate`.
-        cache_folder: where judgements are remembered, by everything that decides them.
+        clips_per_prompt: see `evaluate`.
+        seeds: see `evaluate`.
+        progress: see `evaluate`.
+        cache_folder: cache of judgements, keyed by everything that decides them.
 
     Returns:
-        The results, and of each contender a few clips [prompts shown, 3, frames, height, width] in [-1, 1].
+        The results, and a few clips of each contender, [prompts shown, 3, frames, height, width] in [-1, 1].
 
     Raises:
         RequestError: fewer than 2 seeds or 1 clip.
@@ -133,7 +138,7 @@ def evaluate_contenders(
                 **{metric: {**asdict(interval(each)), "values": each} for metric, each in values.items()},
             }
         )
-    floor = _by_metric([benchmark_figures(judged_reality(captions, "floor", seed), real) for seed in range(seeds)])
+    floor = _by_metric([benchmark_figures(judge_real_clips(captions, "floor", seed), real) for seed in range(seeds)])
     results = {
         "benchmark": "moving-digits",
         "clips": len(captions),
@@ -154,8 +159,8 @@ def evaluate_contenders(
 
 @cache
 def _reference() -> torch.Tensor:
-    """Features of the real clips [2048, D]; the same for every evaluation of a process."""
-    return judged_reality(digits.captions("heldout") * REFERENCE_CLIPS_PER_PROMPT, "reference", 0)["features"]
+    """Return the features of the real clips [2048, D], the same for every evaluation of a process."""
+    return judge_real_clips(digits.captions("heldout") * REFERENCE_CLIPS_PER_PROMPT, "reference", 0)["features"]
 
 
 def _by_metric(per_seed: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
@@ -163,7 +168,7 @@ def _by_metric(per_seed: Sequence[Mapping[str, float]]) -> dict[str, list[float]
 
 
 def _draw(results: dict[str, Any], shown: dict[str, torch.Tensor], folder: Path) -> None:
-    """Write the pictures, and name them in the results."""
+    """Write the pictures, and add their paths to the results."""
     strips = folder / "strips"
     strips.mkdir(parents=True, exist_ok=True)
     for row in results["contenders"]:

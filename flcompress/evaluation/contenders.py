@@ -1,4 +1,4 @@
-"""What an evaluation compares: the teacher, its shortcuts, each stage's output, and the student of a run."""
+"""Contenders of an evaluation: the teacher, its shortcuts, each stage's output, and the student of a run."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from flcompress.models.stock_files import folder_digest
 from flcompress.tracing.skip import skipping_network
 
 SHORTCUT_STEPS = 4
-"""Steps of the teacher's shortcut where the run has no few-step student to compare it with."""
+"""Steps of the teacher's shortcut if the run has no few-step student."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
-    """One model, sampled one way.
+    """A model and the way it is sampled.
 
     Attributes:
         name: short name in tables and files.
-        label: the name a reader sees.
+        label: name for readers.
         network: its velocity.
-        contract: how it is sampled.
+        contract: its sampling contract.
         parameters: parameters that take part in one network evaluation.
-        identity: whatever decides what `network` computes (a digest of weights), so that its clips can be remembered;
-            empty where they must not be.
+        identity: digest of everything that decides the output of `network`, so that its clips can be cached; "" if
+            they must not be.
     """
 
     name: str
@@ -47,32 +47,34 @@ class Contender:
 
 
 def run_contenders(run: RunDirectory) -> list[Contender]:
-    """The contenders that a finished run has, in the order of the tables. Weights are loaded at the first use."""
+    """Return the contenders of a finished run, in the order of the tables. Weights are loaded at first use."""
     start, final = run.start(), run.final()
-    parts = _Parts(final, start.graph)
+    parts = _Transformers(final, start.graph)
     teacher = final.teacher_contract
     few = final.contract.num_inference_steps if Fact.FEW_STEP in final.facts else SHORTCUT_STEPS
     guided = f"{teacher.num_inference_steps} steps" + (", guided" if teacher.guided else "")
-    found = [parts.contender(f"teacher-{teacher.num_inference_steps}", f"teacher, {guided}", "original", teacher)]
+    contenders = [parts.contender(f"teacher-{teacher.num_inference_steps}", f"teacher, {guided}", "original", teacher)]
     if few != teacher.num_inference_steps:
         shortcut = resample(teacher, few, final.family.sigmas)
-        found.append(parts.contender(f"teacher-{few}", f"teacher, {few} steps", "original", shortcut))
+        contenders.append(parts.contender(f"teacher-{few}", f"teacher, {few} steps", "original", shortcut))
     cut = final.prune_set
     if cut:
-        found.append(parts.contender("raw-pruned", f"raw-pruned, {guided}", "original", teacher, cut))
+        contenders.append(parts.contender("raw-pruned", f"raw-pruned, {guided}", "original", teacher, cut))
     if parts.digest("elastic") != parts.digest("original"):
-        found.append(parts.contender("stochastic-depth-full", f"Stage II, full depth, {guided}", "elastic", teacher))
+        contenders.append(
+            parts.contender("stochastic-depth-full", f"Stage II, full depth, {guided}", "elastic", teacher)
+        )
         if cut:
             label = f"Stage II, pruned, {guided}"
-            found.append(parts.contender("stochastic-depth-pruned", label, "elastic", teacher, cut))
+            contenders.append(parts.contender("stochastic-depth-pruned", label, "elastic", teacher, cut))
     if parts.digest("transformer") != parts.digest("original") or final.contract != teacher:
         label = f"student, {final.contract.num_inference_steps} steps"
-        found.append(parts.contender("student", label, "transformer", final.contract))
-    return found
+        contenders.append(parts.contender("student", label, "transformer", final.contract))
+    return contenders
 
 
-class _Parts:
-    """Transformers of a program, each loaded once and only if it is sampled."""
+class _Transformers:
+    """Transformers of a program, each loaded once, and only if it is sampled."""
 
     def __init__(self, program: Program, unpruned: BlockGraph) -> None:
         self._components = program.components
@@ -87,27 +89,27 @@ class _Parts:
     ) -> Contender:
         folder = self._components[component]
         shape = meta_transformer(folder)
-        left_out = {id(p) for path in skipped for p in shape.get_submodule(path).parameters()}
+        skipped_parameters = {id(p) for path in skipped for p in shape.get_submodule(path).parameters()}
 
         guidance, experts = contract.embedded_guidance, contract.experts
 
-        def own(x: torch.Tensor, timestep: torch.Tensor, given: Conditioning) -> torch.Tensor:
+        def own(x: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
             model = self._load(folder)
             run = skipping_network(model, skipped, self._unpruned, guidance) if skipped else as_network(model, guidance)
-            return run(x, timestep, given)
+            return run(x, timestep, conditioning)
 
-        def partner(x: torch.Tensor, timestep: torch.Tensor, given: Conditioning) -> torch.Tensor:
-            return as_network(self._load(self._components[beside]), guidance)(x, timestep, given)
+        def partner(x: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+            return as_network(self._load(self._components[partner_component]), guidance)(x, timestep, conditioning)
 
         # A few-step student has the partner that its recipe names; teachers have the model's own.
-        beside = "partner" if component == "transformer" else "original_partner"
+        partner_component = "partner" if component == "transformer" else "original_partner"
         network = own if experts is None else experts.combine(own, partner)
-        decisive = (self.digest(component), *skipped, *((self.digest(beside),) if experts else ()))
+        decisive = (self.digest(component), *skipped, *((self.digest(partner_component),) if experts else ()))
         return Contender(
             name=name,
             label=label,
             network=network,
             contract=contract,
-            parameters=sum(p.numel() for p in shape.parameters() if id(p) not in left_out),
+            parameters=sum(p.numel() for p in shape.parameters() if id(p) not in skipped_parameters),
             identity=" ".join(decisive),
         )

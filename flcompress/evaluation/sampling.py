@@ -1,4 +1,4 @@
-"""Where the clips of an evaluation are made: sampled, decoded, judged, and remembered by what decided them."""
+"""Sample, decode and judge the clips of an evaluation on moving digits, with a cache keyed by all that decides them."""
 
 from __future__ import annotations
 
@@ -25,25 +25,27 @@ from flcompress.moving_digits.figures import motion_smoothness, moves
 from flcompress.progress import ProgressSink
 
 VERSION = 1
-"""Raise it when the same weights would give other clips or judgements: it is part of the cache key."""
+"""Part of the cache key, to be raised when the same weights would give other clips or judgements."""
 
 BATCH = 96
 
 Judged = dict[str, torch.Tensor]
-"""What `metrics.figures` reads, one row a clip, and "shown": a few clips as bytes."""
+"""Input of `benchmark_figures`, one row per clip, and "shown": a few clips as bytes."""
 
 
 @dataclass
 class Counter:
-    """Tells the progress after every network evaluation."""
+    """Reports the progress after every network evaluation."""
 
     progress: ProgressSink | None
     total: int
     done: int = 0
 
     def around(self, network: Network) -> Network:
-        def call(x: torch.Tensor, timestep: torch.Tensor, given: Conditioning) -> torch.Tensor:
-            v = network(x, timestep, given)
+        """Return the network, counting its evaluations."""
+
+        def call(x: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+            v = network(x, timestep, conditioning)
             self.done += 1
             if self.progress is not None:
                 self.progress(self.done, self.total, {})
@@ -53,7 +55,7 @@ class Counter:
 
 
 class Studio:
-    """Samples a contender on the prompts of the benchmark, or remembers what it gave."""
+    """Samples and judges contenders on the prompts of the benchmark, or reads earlier judgements from the cache."""
 
     def __init__(self, parts: Parts, captions: tuple[Caption, ...], cache_folder: Path | None) -> None:
         self._parts = parts
@@ -69,22 +71,24 @@ class Studio:
         }
 
     def remembers(self, contender: Contender, seed: int) -> bool:
+        """Return whether the judgement of a contender's clips is in the cache."""
         path = self._path(contender, seed)
         return path is not None and path.exists()
 
     def judged(self, contender: Contender, seed: int, counter: Counter) -> Judged:
+        """Return the judgement of a contender's clips, from the cache or newly sampled."""
         path = self._path(contender, seed)
         if path is not None and path.exists():
             remembered: Judged = load_file(path)
             return remembered
         clips = self._clips(contender, seed, counter)
         shown = clips[list(SHOWN)]
-        made = {**judge_clips(clips, self._captions), "shown": ((shown + 1.0) * 127.5).round().byte()}
+        judged = {**judge_clips(clips, self._captions), "shown": ((shown + 1.0) * 127.5).round().byte()}
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as temporary:
-                save_file({name: value.contiguous() for name, value in made.items()}, temporary)
-        return made
+                save_file({name: value.contiguous() for name, value in judged.items()}, temporary)
+        return judged
 
     def _path(self, contender: Contender, seed: int) -> Path | None:
         if self._cache is None or not contender.identity:
@@ -94,12 +98,12 @@ class Studio:
         return self._cache / f"{key}.safetensors"
 
     def _load(self, length: int, negative: str) -> tuple[Conditioning, Conditioning, torch.Size]:
-        """The prompts' conditioning [n, ...], the negative prompt's [1, ...], the shape of one clip's latents."""
+        """Return conditioning of the prompts [n, ...] and the negative prompt [1, ...], and a clip's latent shape."""
         prompts = digits.captions("heldout")
-        given = self._parts.encode_prompts([*(caption.text for caption in prompts), negative], length)
+        encoded = self._parts.encode_prompts([*(caption.text for caption in prompts), negative], length)
         every = torch.arange(len(prompts)).repeat(len(self._captions) // len(prompts))
-        one = torch.zeros(1, 3, digits.FRAMES, digits.HEIGHT, digits.WIDTH)
-        return select(given, every), select(given, slice(-1, None)), self._parts.encode_clips(one).shape[1:]
+        blank = torch.zeros(1, 3, digits.FRAMES, digits.HEIGHT, digits.WIDTH)
+        return select(encoded, every), select(encoded, slice(-1, None)), self._parts.encode_clips(blank).shape[1:]
 
     @torch.no_grad()
     def _clips(self, contender: Contender, seed: int, counter: Counter) -> torch.Tensor:
@@ -109,9 +113,9 @@ class Studio:
         network = counter.around(contender.network)
         clips = []
         for number, first in enumerate(range(0, len(noise), BATCH)):
-            some = slice(first, first + BATCH)
-            again = generator("evaluation", "noise again", seed, number)
-            latents = sample(network, contract, noise[some], select(prompts, some), negative, again)
+            batch = slice(first, first + BATCH)
+            fresh = generator("evaluation", "noise again", seed, number)
+            latents = sample(network, contract, noise[batch], select(prompts, batch), negative, fresh)
             if not bool(torch.isfinite(latents).all()):
                 raise FlcompressError(
                     f"{contender.name}: its latents are not finite at seed {seed}; expected numbers. Its training went "
@@ -122,21 +126,21 @@ class Studio:
 
 
 def judge_clips(clips: torch.Tensor, captions: tuple[Caption, ...]) -> Judged:
-    """Judge clips [n, 3, frames, height, width] by the captions they were made for."""
-    says, known = judge(_classifier(), clips), labels(captions)
+    """Judge clips [n, 3, frames, height, width] by their captions."""
+    judgement, known = judge(_classifier(), clips), labels(captions)
     return {
-        "features": says.features,
-        "digit": says.digit.argmax(dim=1) == known[:, 0],
-        "direction": says.direction.argmax(dim=1) == known[:, 1],
-        "speed": says.speed.argmax(dim=1) == known[:, 2],
-        "quality": says.quality,
+        "features": judgement.features,
+        "digit": judgement.digit.argmax(dim=1) == known[:, 0],
+        "direction": judgement.direction.argmax(dim=1) == known[:, 1],
+        "speed": judgement.speed.argmax(dim=1) == known[:, 2],
+        "quality": judgement.quality,
         "smoothness": motion_smoothness(clips),
         "moves": moves(clips),
     }
 
 
-def judged_reality(captions: tuple[Caption, ...], purpose: str, seed: int) -> Judged:
-    """Real clips of held-out handwriting for these captions, judged."""
+def judge_real_clips(captions: tuple[Caption, ...], purpose: str, seed: int) -> Judged:
+    """Judge real clips of held-out handwriting for these captions."""
     clips = digits.render(captions, "heldout", generator("evaluation", purpose, seed))
     return judge_clips(clips, captions)
 

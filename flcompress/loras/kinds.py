@@ -1,7 +1,7 @@
-"""The tensors that adapters are made of, and which shapes they have for a weight.
+"""Kinds of tensors of adapters, and their shapes for a weight.
 
 LoRA (Hu et al. 2021), DoRA (Liu et al. 2024), LoHa (Hyeon-Woo et al. 2022) and LoKr (Yeh et al. 2024) as PEFT, kohya
-and LyCORIS name their tensors, and whole differences and values as ComfyUI does.
+and LyCORIS name their tensors, and full differences and values as ComfyUI names them.
 """
 
 from __future__ import annotations
@@ -19,38 +19,38 @@ _ALONE = (
 )
 _ENDING = re.compile(rf"\.(?:{_HALF}|{_ALONE})$")
 _WHOLE = re.compile(r"\.(?:modules_to_save\.[\w-]+\.|base_layer\.)?(weight|bias)$")
-"""What PEFT saves beside an adapter: modules trained as they are, and biases."""
+"""Names of what PEFT saves next to an adapter: modules trained in full, and biases."""
 
 
 def module_of(key: str) -> tuple[str, str] | None:
-    """(module, kind of tensor) of a key; None where it is no tensor of an adapter."""
-    found = _ENDING.search(key)
-    if found is None:
+    """Return (module, kind of tensor) of a key; None if it is no tensor of an adapter."""
+    match = _ENDING.search(key)
+    if match is None:
         return None
-    module, kind = key[: found.start()], found[0][1:]
+    module, kind = key[: match.start()], match[0][1:]
     # ComfyUI gives the difference of a module's own parameter, a block's modulation, to the module.
     return (f"{module}.modulation", kind) if kind == "diff_m" else (module, kind)
 
 
-def lies_between(key: str) -> bool:
-    """Whether a tensor stands between two halves and so decides how these are laid out."""
+def is_between_halves(key: str) -> bool:
+    """Return whether a tensor stands between two halves, and so decides their layout."""
     return key.endswith((".lora_mid.weight", ".lokr_t2", ".hada_t1", ".hada_t2"))
 
 
-def whole_module_of(key: str) -> tuple[str, str] | None:
-    """(module, "weight" or "bias") of a tensor that is saved as it is; None where it is none."""
-    found = _WHOLE.search(key)
-    return (key[: found.start()], found[1]) if found else None
+def saved_module_of(key: str) -> tuple[str, str] | None:
+    """Return (module, "weight" or "bias") of a tensor that is saved in full; None for any other key."""
+    match = _WHOLE.search(key)
+    return (key[: match.start()], match[1]) if match else None
 
 
 def misfit(kind: str, shape: Shape, weight: Shape, others: dict[str, int]) -> str:
-    """What is wrong with a tensor of an adapter for a weight; nothing where it fits.
+    """Return how an adapter's tensor does not fit a weight; "" if it fits.
 
     Args:
-        kind: as `module_of` gives it.
-        shape: the tensor's.
-        weight: [out, in, ...] of the weight, or the shape of the parameter that it is for.
-        others: what earlier tensors of the same module have said; this one's is added.
+        kind: kind from `module_of`.
+        shape: shape of the tensor.
+        weight: shape [out, in, ...] of the weight, or of the parameter.
+        others: findings about earlier tensors of the same module, to which this call adds its own.
     """
     rule = next((rule for pattern, rule in _RULES.items() if re.match(pattern, kind)))
     return rule(kind, shape, weight, others)
@@ -81,14 +81,14 @@ def _magnitude(kind: str, shape: Shape, weight: Shape, others: dict[str, int]) -
 
 
 def _half(kind: str, shape: Shape, weight: Shape, others: dict[str, int]) -> str:
-    """B A, or of a convolution with a tensor between them (LoCon)."""
+    """Check B or A, also for a convolution with a tensor between them (LoCon)."""
     if kind.endswith("bias"):
         return _exactly(weight[:1], shape)
     down = kind.startswith(("lora_A", "lora_down", "lora.down"))
-    ones = (1,) * (len(weight) - 2)
-    tails = ((weight[1:], (*weight[1:2], *ones)) if "between" in others else (weight[1:],)) if down else ()
+    unit_sides = (1,) * (len(weight) - 2)
+    tails = ((weight[1:], (*weight[1:2], *unit_sides)) if "between" in others else (weight[1:],)) if down else ()
     if len(shape) != len(weight) or (shape[1:] not in tails if down else shape[0] != weight[0]):
-        wanted = ["rank", *weight[1:]] if down else [weight[0], "rank", *ones]
+        wanted = ["rank", *weight[1:]] if down else [weight[0], "rank", *unit_sides]
         return f"expected [{', '.join(map(str, wanted))}] for a weight {list(weight)}"
     rank = shape[0] if down else shape[1]
     known = others.setdefault("rank", rank)
@@ -96,14 +96,14 @@ def _half(kind: str, shape: Shape, weight: Shape, others: dict[str, int]) -> str
 
 
 def _between(kind: str, shape: Shape, weight: Shape, others: dict[str, int]) -> str:
-    """What stands between the halves of a convolution (LoCon, or Tucker's form of LoHa and LoKr)."""
+    """Check the tensor between the halves of a convolution (LoCon, or Tucker's form of LoHa and LoKr)."""
     others["between"] = 1
     good = len(shape) == len(weight) and shape[2:] == weight[2:]
     return "" if good else f"expected {' x '.join(['rank', 'rank', *map(str, weight[2:])])}"
 
 
 def _hadamard(kind: str, shape: Shape, weight: Shape, others: dict[str, int]) -> str:
-    """(w1_a w1_b) * (w2_a w2_b); with a tensor t the halves of a convolution are transposed."""
+    """Check a factor of (w1_a w1_b) * (w2_a w2_b); with a tensor t the halves of a convolution are transposed."""
     rows, columns = weight[0], math.prod(weight[1:])
     good = rows in shape if kind.endswith("_a") else shape[1:] in ((columns,), weight[1:2])
     side = rows if kind.endswith("_a") else columns
@@ -111,7 +111,7 @@ def _hadamard(kind: str, shape: Shape, weight: Shape, others: dict[str, int]) ->
 
 
 def _kronecker(kind: str, shape: Shape, weight: Shape, others: dict[str, int]) -> str:
-    """w1 (x) w2, each of which may be a product of an a and a b; with a tensor t, w2's are transposed."""
+    """Check a factor of w1 (x) w2, each of which may be a product a b; with a tensor t, those of w2 are transposed."""
     factor, transposed = kind[:7], "between" in others and kind.startswith("lokr_w2_")
     sides = {}
     if not kind.endswith("_b"):
@@ -119,11 +119,11 @@ def _kronecker(kind: str, shape: Shape, weight: Shape, others: dict[str, int]) -
     if not kind.endswith("_a"):
         sides["columns"] = (math.prod(shape[1:]), weight[1] if transposed else math.prod(weight[1:]))
     other = {"lokr_w1": "lokr_w2", "lokr_w2": "lokr_w1"}[factor]
-    for side, (count, whole) in sides.items():
+    for side, (count, total) in sides.items():
         others[f"{factor} {side}"] = count
         partner = others.get(f"{other} {side}")
-        if whole % count or (partner is not None and "between" not in others and partner * count != whole):
-            return f"its {side} do not make {whole} for a weight {list(weight)}"
+        if total % count or (partner is not None and "between" not in others and partner * count != total):
+            return f"its {side} do not make {total} for a weight {list(weight)}"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""LoRAs of the teacher, rewritten for the pruned model."""
+"""`flcompress remap-lora`: rewrite the file or folder of a teacher's LoRA for the pruned model."""
 
 from __future__ import annotations
 
@@ -21,21 +21,24 @@ from flcompress.models.shards import file_metadata, file_tensors, folder_tensors
 from flcompress.runtime.manifest import KEPT_FILE
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-"""What PEFT saves an adapter as: a folder with these two."""
+"""Files of an adapter's folder, as PEFT saves it."""
 
 
 def remap_lora(lora: Path, pruned: Path, out: Path, model: Path | None = None) -> dict[str, Any]:
-    """Write `lora`, which was made for the teacher, to `out` for the pruned model; returns what was done, plain data.
+    """Rewrite `lora`, trained for the teacher, to `out` for the pruned model.
 
     Args:
-        lora: a safetensors file, or a folder as PEFT saves it. Keys as diffusers, PEFT, kohya or the family's own
-            project name them; they stay in that style.
-        pruned: a run directory, an exported folder, or the `kept_blocks.json` beside an exported transformer.
+        lora: a safetensors file, or a folder as PEFT saves it. Keys in the style of diffusers, PEFT, kohya or the
+            family's own project; the style is kept.
+        pruned: a run directory, an exported folder, or the `kept_blocks.json` next to an exported transformer.
         out: file, or new folder, to write.
         model: the model that a run directory started from, if it has moved.
 
+    Returns:
+        A summary as plain data: keys, modules, renumbered and dropped ones.
+
     Raises:
-        RequestError: not such files, a LoRA for another model, or one for removed blocks alone.
+        RequestError: unsuitable files, a LoRA for another model, or one for removed blocks alone.
     """
     for path in (lora, pruned):
         if out.resolve() == path.resolve():
@@ -43,10 +46,10 @@ def remap_lora(lora: Path, pruned: Path, out: Path, model: Path | None = None) -
     if not out.parent.is_dir():
         raise RequestError(f"--out: {out.parent}: no such folder; make it first")
     remap_one = _remap_folder if lora.is_dir() else _remap_file
-    done, given = remap_one(lora, pruned_model(pruned, model), out)
+    done, keys = remap_one(lora, pruned_model(pruned, model), out)
     return {
         "out": str(out),
-        "keys": {"given": given, "used": len(done.keys)},
+        "keys": {"given": keys, "used": len(done.keys)},
         "modules": len(done.modules),
         "renumbered": done.renumbered,
         "dropped": {block: list(modules) for block, modules in done.dropped.items()},
@@ -54,13 +57,13 @@ def remap_lora(lora: Path, pruned: Path, out: Path, model: Path | None = None) -
 
 
 def _remap_file(lora: Path, target: PrunedModel, out: Path) -> tuple[Remapped, int]:
-    """Rewrite one file; returns what was done, and how many keys there were."""
+    """Rewrite a file; return the result and the number of keys in it."""
     if out.is_dir():
         raise RequestError(f"--out: {out} is a folder, expected the name of a file, as for {lora}")
-    beside = lora.parent / ADAPTER_CONFIG
-    settings = read_json(beside, "") if beside.is_file() else None
+    config = lora.parent / ADAPTER_CONFIG
+    settings = read_json(config, "") if config.is_file() else None
     done, tensors = _read(lora, target, settings)
-    if settings is not None and _settings(settings, done, beside) != settings:
+    if settings is not None and _settings(settings, done, config) != settings:
         raise RequestError(
             f"{lora}: {ADAPTER_CONFIG} beside it names modules of the uncut model; give the folder {lora.parent}, so "
             "that both are rewritten"
@@ -71,7 +74,7 @@ def _remap_file(lora: Path, target: PrunedModel, out: Path) -> tuple[Remapped, i
 
 
 def _remap_folder(folder: Path, target: PrunedModel, out: Path) -> tuple[Remapped, int]:
-    """Rewrite an adapter as PEFT saves it: weights and settings; its texts, such as a model card, are copied."""
+    """Rewrite an adapter as PEFT saves it: weights and settings; texts, such as a model card, are copied."""
     weights, config = folder / ADAPTER_WEIGHTS, folder / ADAPTER_CONFIG
     for file in (config, weights):
         if not file.is_file():
@@ -87,8 +90,8 @@ def _remap_folder(folder: Path, target: PrunedModel, out: Path) -> tuple[Remappe
     work.mkdir()
     try:
         _write(weights, done, tensors, work / ADAPTER_WEIGHTS)
-        made = _settings(settings, done, config)
-        write_text(work / ADAPTER_CONFIG, json.dumps(made, indent=2, sort_keys=True) + "\n")
+        remapped = _settings(settings, done, config)
+        write_text(work / ADAPTER_CONFIG, json.dumps(remapped, indent=2, sort_keys=True) + "\n")
         for file in folder.iterdir():
             if file.suffix.lower() in (".md", ".txt"):
                 shutil.copyfile(file, work / file.name)
@@ -99,18 +102,18 @@ def _remap_folder(folder: Path, target: PrunedModel, out: Path) -> tuple[Remappe
 
 
 def _read(lora: Path, target: PrunedModel, settings: Mapping[str, Any] | None) -> tuple[Remapped, dict[str, Any]]:
-    """What becomes of a file's keys, and its tensors; `settings` are PEFT's, which may save modules as they are."""
+    """Return the renaming of a file's keys, and its tensors; PEFT's `settings` tell modules saved in full."""
     if not lora.is_file():
         raise RequestError(f"{lora}: no such file; expected a LoRA")
     if lora.suffix != ".safetensors":
         raise RequestError(f"{lora}: only safetensors are read, a pickle can run code; save the LoRA as .safetensors")
-    whole: list[str] = []
+    saved_modules: list[str] = []
     if settings is not None:
-        whole += settings.get("modules_to_save") or []
-        whole += ["bias"] if settings.get("bias", "none") != "none" else []
+        saved_modules += settings.get("modules_to_save") or []
+        saved_modules += ["bias"] if settings.get("bias", "none") != "none" else []
     tensors = file_tensors(lora)
     try:
-        done = remap({key: tensor.shape for key, tensor in tensors.items()}, target, whole)
+        done = remap({key: tensor.shape for key, tensor in tensors.items()}, target, saved_modules)
     except RequestError as error:
         raise RequestError(f"{lora}: {error}") from error
     return done, dict(tensors)
@@ -128,13 +131,13 @@ def _write(lora: Path, done: Remapped, tensors: Mapping[str, Any], out: Path) ->
 
 
 def _settings(settings: Mapping[str, Any], done: Remapped, file: Path) -> dict[str, Any]:
-    """PEFT's settings for the cut model."""
-    made: dict[str, Any] = json.loads(remap_settings(json.dumps(settings), done.modules, str(file)))
-    return made
+    """Return PEFT's settings for the pruned model."""
+    remapped: dict[str, Any] = json.loads(remap_settings(json.dumps(settings), done.modules, str(file)))
+    return remapped
 
 
 def remapping_text(done: dict[str, Any]) -> str:
-    """What `remap_lora` did, for people."""
+    """Return the summary of `remap_lora` as text."""
     dropped = sum(map(len, done["dropped"].values()))
     keys = done["keys"]
     lines = [
@@ -146,16 +149,16 @@ def remapping_text(done: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def pruned_model(place: Path, model: Path | None = None) -> PrunedModel:
-    """The pruned model of a run directory, of an exported folder, or beside a map of kept blocks.
+def pruned_model(path: Path, model: Path | None = None) -> PrunedModel:
+    """Return the pruned model of a run directory, of an exported folder, or of a map of kept blocks next to one.
 
-    `model` is where the model that a run directory started from is now, if it has moved.
+    `model` is the model that a run directory started from, if it has moved.
 
     Raises:
         RequestError: none of these.
     """
-    if (place / RUN_FILE).is_file():
-        run = RunDirectory(place, model)
+    if (path / RUN_FILE).is_file():
+        run = RunDirectory(path, model)
         program = run.final()
         return PrunedModel(
             name=program.graph.model_class,
@@ -164,25 +167,25 @@ def pruned_model(place: Path, model: Path | None = None) -> PrunedModel:
             before=_shapes(program.components["original"]),
             original=_original(program.graph.model_class),
         )
-    if (place / "transformer_2").is_dir():
+    if (path / "transformer_2").is_dir():
         raise RequestError(
-            f"{place}: two experts; give the folder of the one that the LoRA is for, {place}/transformer or "
-            f"{place}/transformer_2"
+            f"{path}: two experts; give the folder of the one that the LoRA is for, {path}/transformer or "
+            f"{path}/transformer_2"
         )
-    maps = [place, place / KEPT_FILE, place / "transformer" / KEPT_FILE]
-    found = next((path for path in maps if path.is_file()), None)
-    if found is None:
-        raise RequestError(f"{place}: no run directory, no exported folder and no {KEPT_FILE}; expected one of them")
-    kept = read_json(found, "")
+    maps = [path, path / KEPT_FILE, path / "transformer" / KEPT_FILE]
+    kept_file = next((path for path in maps if path.is_file()), None)
+    if kept_file is None:
+        raise RequestError(f"{path}: no run directory, no exported folder and no {KEPT_FILE}; expected one of them")
+    kept = read_json(kept_file, "")
     if not kept or not all(isinstance(old, str) and _is_block(old) and _is_block(new) for new, old in kept.items()):
-        raise RequestError(f'{found}: no map of kept blocks; expected entries such as "blocks.1": "blocks.3"')
-    config = read_json(found.parent / "config.json", f"{KEPT_FILE} lies beside an exported transformer")
+        raise RequestError(f'{kept_file}: no map of kept blocks; expected entries such as "blocks.1": "blocks.3"')
+    config = read_json(kept_file.parent / "config.json", f"{KEPT_FILE} lies beside an exported transformer")
     name = str(config.get("_class_name"))
-    return PrunedModel(name=name, shapes=_shapes(found.parent), kept=kept, original=_original(name))
+    return PrunedModel(name=name, shapes=_shapes(kept_file.parent), kept=kept, original=_original(name))
 
 
 def _original(name: str) -> OriginalNames:
-    """The original module names of a transformer class's family; none where no family is known."""
+    """Return the original module names of a transformer class's family; none if the family is unknown."""
     family = find_family(name)
     return family.original if family else OriginalNames()
 

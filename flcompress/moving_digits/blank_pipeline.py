@@ -1,4 +1,4 @@
-"""Configurations of the benchmark's teacher: a stock `WanPipeline` folder without weights.
+"""Write the configurations of the benchmark's teacher: a stock `WanPipeline` folder without weights.
 
 `python -m flcompress.moving_digits.blank_pipeline FOLDER` writes it; a recipe with `weights: random` starts from it.
 """
@@ -23,7 +23,7 @@ def write_blank(
     """Write the folder.
 
     Args:
-        folder: written to; made if missing.
+        folder: the folder; created if missing.
         layers: transformer blocks.
         heads: attention heads of 16 channels each.
         feed_forward: hidden width of the feed-forward parts.
@@ -94,7 +94,7 @@ def write_blank(
 
 
 def _tokenizer() -> Any:
-    """A word-level tokenizer over the benchmark's vocabulary; one token a word, then the end token, as T5 has it."""
+    """Return a word-level tokenizer of the benchmark's vocabulary: one token per word, then the end token, as in T5."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 

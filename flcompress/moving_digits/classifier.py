@@ -1,12 +1,12 @@
-"""The fixed judge of the moving-digits benchmark: a small video network that says what a clip shows and how well.
+"""The fixed judge of the moving-digits benchmark: a small video network that classifies clips and rates their quality.
 
-One trunk, four heads: digit, direction, speed, and imaging quality. The trunk's last vector is what the Frechet
-distance compares. It was trained once, on real clips only (`classifier_training`), is stored beside this file, and
-knows nothing of any generator.
+One trunk, four heads: digit, direction, speed, and imaging quality. The Frechet distance compares the trunk's last
+vectors. It was trained once, on real clips only (`classifier_training`), is stored next to this file, and is
+independent of any generator.
 
 Imaging quality stands for VBench's (Huang et al. 2024), which asks MUSIQ, a no-reference quality predictor trained on
 rated pictures. No ratings exist here, so the head was trained to regress how much synthetic damage (`damage`) a clip
-has met: 1 is a clean clip, 0 one damaged beyond use.
+has: 1 is a clean clip, 0 one damaged beyond use.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from flcompress.errors import ModelError
 from flcompress.moving_digits import digits
 
 FOLDER = Path(__file__).parent / "classifier"
-"""Where the stored classifier lies."""
+"""Folder of the stored classifier."""
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 WIDTHS = (16, 32, 48, 64)
@@ -37,7 +37,7 @@ FEATURES = 48
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """What the classifier says about n clips.
+    """The classifier's output for n clips.
 
     Attributes:
         features: [n, 48], each of variance one over real training clips.
@@ -82,8 +82,8 @@ class Classifier(nn.Module):
 
     def forward(self, clips: torch.Tensor) -> Judgement:
         """Judge clips [n, 3, 9, 32, 32] in [-1, 1]."""
-        seen = self.trunk(clips)
-        raw = self.project(torch.cat([seen.mean(dim=(2, 3, 4)), seen.amax(dim=(2, 3, 4))], dim=1))
+        activations = self.trunk(clips)
+        raw = self.project(torch.cat([activations.mean(dim=(2, 3, 4)), activations.amax(dim=(2, 3, 4))], dim=1))
         active = torch.relu(raw)
         return Judgement(
             features=(raw - self.feature_mean) / self.feature_scale,
@@ -102,12 +102,12 @@ def judge(classifier: Classifier, clips: torch.Tensor, batch: int = 128) -> Judg
 
 
 def labels(wanted: Sequence[digits.Caption]) -> torch.Tensor:
-    """Digit, direction and speed of captions: [n, 3]."""
+    """Return digit, direction and speed of captions: [n, 3]."""
     return torch.tensor([[c.digit, c.direction, c.speed] for c in wanted])
 
 
 def load_classifier(folder: Path = FOLDER) -> Classifier:
-    """The stored classifier, ready to judge.
+    """Load the stored classifier, in evaluation mode and without gradients.
 
     Raises:
         ModelError: the folder lacks a file, or its weights are not this classifier's.
@@ -132,6 +132,6 @@ def load_classifier(folder: Path = FOLDER) -> Classifier:
 
 @cache
 def classifier_record(folder: Path = FOLDER) -> dict[str, Any]:
-    """What is stored beside the weights: how they were trained and their accuracy on real held-out clips."""
+    """Return the record stored next to the weights: their training, and their accuracy on real held-out clips."""
     record: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     return record

@@ -1,6 +1,6 @@
 """Train the benchmark's classifier from real clips and store it with its accuracy on held-out handwriting.
 
-python -m flcompress.moving_digits.classifier_training --out flcompress/evaluation/classifier
+python -m flcompress.moving_digits.classifier_training --out flcompress/moving_digits/classifier
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ STATISTICS_CLIPS = 2048
 
 
 def every_caption() -> tuple[Caption, ...]:
-    """All 160 captions: the classifier judges, it is not the one that has to generalise to new captions."""
+    """Return all 160 captions: the classifier judges, and need not generalise to new captions."""
     return digits.captions("train") + digits.captions("heldout")
 
 
 def real_clips(n: int, split: Split, draw: torch.Generator) -> tuple[torch.Tensor, tuple[Caption, ...]]:
-    """Clips [n, 3, frames, height, width] of a split's handwriting with any of the 160 captions."""
+    """Render clips [n, 3, frames, height, width] of a split's handwriting with any of the 160 captions."""
     known = every_caption()
     wanted = tuple(known[int(i)] for i in torch.randint(len(known), (n,), generator=draw))
     return digits.render(wanted, split, draw), wanted
 
 
 def tilt(clips: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
-    """New handwriting from old: tilt, slant and stretch whole clips a little, the same in every frame."""
+    """Augment handwriting: tilt, slant and stretch whole clips slightly, the same in every frame."""
     n, colours, frames, height, width = clips.shape
     angle = (2.0 * torch.rand(n, generator=draw) - 1.0) * math.radians(TILT_DEGREES)
     stretch = 1.0 + STRETCH * (2.0 * torch.rand(n, 2, generator=draw) - 1.0)
@@ -68,17 +68,17 @@ def tilt(clips: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
 
 
 def loss(judged: Judgement, wanted: torch.Tensor, quality: torch.Tensor) -> torch.Tensor:
-    """Cross entropy of the three labels, each clip weighted by its quality, and the square error of the quality."""
+    """Return the cross entropy of the three labels, weighted by quality, plus the squared error of the quality."""
     scores = (judged.digit, judged.direction, judged.speed)
     named = sum(F.cross_entropy(s, wanted[:, i], reduction="none") for i, s in enumerate(scores))
     return (quality * named).mean() + QUALITY_WEIGHT * F.mse_loss(judged.quality, quality)
 
 
 def accuracy(classifier: Classifier, clips: int, seed: int) -> dict[str, float]:
-    """How often the classifier is right on real clips of held-out handwriting, and what it says of their quality.
+    """Return the classifier's accuracy on real clips of held-out handwriting, and statistics of its quality.
 
-    `quality_correlation` is Pearson's, over damaged clips, between true and predicted quality; `clean_quality` is what
-    it gives undamaged ones.
+    `quality_correlation` is Pearson's, over damaged clips, between true and predicted quality; `clean_quality` is the
+    mean prediction for undamaged ones.
     """
     draw = generator(seed, "classifier-heldout")
     real, wanted = real_clips(clips, "heldout", draw)
@@ -87,7 +87,7 @@ def accuracy(classifier: Classifier, clips: int, seed: int) -> dict[str, float]:
         [s.argmax(dim=1) == known[:, i] for i, s in enumerate((judged.digit, judged.direction, judged.speed))], dim=1
     )
     damaged, quality = damage(real, draw)
-    seen = judge(classifier, damaged)
+    damaged_judgement = judge(classifier, damaged)
     share = right.double().mean(dim=0).tolist()
     return {
         "digit_accuracy": share[0],
@@ -95,7 +95,7 @@ def accuracy(classifier: Classifier, clips: int, seed: int) -> dict[str, float]:
         "speed_accuracy": share[2],
         "joint_accuracy": float(right.all(dim=1).double().mean()),
         "clean_quality": float(judged.quality.mean()),
-        "quality_correlation": float(torch.corrcoef(torch.stack([quality, seen.quality]))[0, 1]),
+        "quality_correlation": float(torch.corrcoef(torch.stack([quality, damaged_judgement.quality]))[0, 1]),
     }
 
 
@@ -107,12 +107,12 @@ def train_classifier(
     Args:
         folder: gets `model.safetensors` and `config.json`.
         steps: updates of `BATCH` clips.
-        seed: of the start and, with its number, of each step.
-        progress: told after every step.
-        heldout: real clips the accuracy is measured on.
+        seed: seed of the initialisation and, with its number, of each step.
+        progress: called after every step.
+        heldout: number of real clips on which the accuracy is measured.
 
     Returns:
-        What was written to `config.json`.
+        The contents of `config.json`.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -147,7 +147,7 @@ def train_classifier(
 
 
 def _standardise(classifier: Classifier, seed: int) -> None:
-    """Give every feature mean 0 and variance 1 over real training clips, so that no unit decides the distance alone."""
+    """Give every feature mean 0 and variance 1 over real training clips, so that no unit dominates the distance."""
     clips, _ = real_clips(STATISTICS_CLIPS, "train", generator(seed, "classifier-statistics"))
     features = judge(classifier, clips).features
     classifier.feature_mean.copy_(features.mean(dim=0))
@@ -155,7 +155,7 @@ def _standardise(classifier: Classifier, seed: int) -> None:
 
 
 def main() -> None:
-    """The command in the module's docstring."""
+    """Run the command in the module's docstring."""
     import click
 
     from flcompress.errors import FlcompressError

@@ -1,4 +1,4 @@
-"""Synthetic damage of clips, of known strength: what the classifier's imaging-quality head learns to see.
+"""Synthetic damage of clips, of known strength, from which the classifier's imaging-quality head learns.
 
 Every damage takes clips [n, 3, frames, height, width] in [-1, 1], strengths [n] in [0, 1] (0 changes nothing, 1 is as
 bad as it gets) and a generator, and returns clips of the same shape.
@@ -23,12 +23,12 @@ SMEAR_PIXELS = 6.0
 WARP_PIXELS = 2.5
 
 
-def _spread(strength: torch.Tensor) -> torch.Tensor:
+def _expand(strength: torch.Tensor) -> torch.Tensor:
     return strength[:, None, None, None, None]
 
 
 def _filter(clips: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
-    """Filter every frame of a clip with that clip's own kernel [n, k, k]; the ground around a picture is black."""
+    """Filter every frame of a clip with the clip's own kernel [n, k, k]; the padding is black."""
     n, colours, frames, height, width = clips.shape
     size = kernels.shape[-1]
     pictures = clips.permute(1, 2, 0, 3, 4).reshape(colours * frames, n, height, width)
@@ -38,7 +38,7 @@ def _filter(clips: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
 
 
 def blur(clips: torch.Tensor, strength: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Gaussian blur."""
+    """Blur with a Gaussian."""
     sigma = (BLUR_PIXELS * strength).clamp(min=1e-3)[:, None]
     offset = torch.arange(-5.0, 6.0)
     line = torch.exp(-0.5 * (offset / sigma).square())
@@ -47,41 +47,41 @@ def blur(clips: torch.Tensor, strength: torch.Tensor, generator: torch.Generator
 
 
 def noise(clips: torch.Tensor, strength: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """White noise, half of it shared by the three colours."""
+    """Add white noise, half of it shared by the three colours."""
     n, colours, *rest = clips.shape
     grey = torch.randn(n, 1, *rest, generator=generator)
     own = torch.randn(n, colours, *rest, generator=generator)
-    return clips + NOISE * _spread(strength) * (grey + own) * math.sqrt(0.5)
+    return clips + NOISE * _expand(strength) * (grey + own) * math.sqrt(0.5)
 
 
 def ghost(clips: torch.Tensor, strength: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Double exposure with another of the clips, and as much ink lost."""
+    """Blend with another of the clips, as in a double exposure."""
     other = clips.roll(1, dims=0)
-    return clips + GHOST_SHARE * _spread(strength) * (other - clips)
+    return clips + GHOST_SHARE * _expand(strength) * (other - clips)
 
 
 def flicker(clips: torch.Tensor, strength: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Each frame loses a different part of its brightness."""
+    """Dim each frame by a different amount."""
     n, _, frames, _, _ = clips.shape
     lost = torch.rand(n, 1, frames, 1, 1, generator=generator)
     lost = lost / lost.amax(dim=2, keepdim=True)
-    return (clips + 1.0) * (1.0 - FLICKER * _spread(strength) * lost) - 1.0
+    return (clips + 1.0) * (1.0 - FLICKER * _expand(strength) * lost) - 1.0
 
 
 def erase(clips: torch.Tensor, strength: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Broken strokes: a soft black disc on the ink of every frame, at places that differ between frames."""
+    """Break strokes: put a soft black disc on the ink of every frame, at positions that differ between frames."""
     n, _, frames, height, width = clips.shape
     ink = clips.mean(dim=1).reshape(n * frames, height * width) + 1.0 + 1e-4
-    place = torch.multinomial(ink.clamp(min=1e-4), 1, generator=generator)[:, 0]
+    centre = torch.multinomial(ink.clamp(min=1e-4), 1, generator=generator)[:, 0]
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    distance = ((y - (place // width)[:, None, None]).square() + (x - (place % width)[:, None, None]).square()).sqrt()
+    distance = ((y - (centre // width)[:, None, None]).square() + (x - (centre % width)[:, None, None]).square()).sqrt()
     radius = (ERASED_PIXELS * strength).repeat_interleave(frames)[:, None, None]
     kept = torch.sigmoid(2.0 * (distance - radius)).where(radius > 0, torch.ones(()))
     return (clips + 1.0) * kept.reshape(n, 1, frames, height, width) - 1.0
 
 
 def smear(clips: torch.Tensor, strength: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Motion blur along a random line."""
+    """Blur along a random direction, as by motion."""
     n = len(clips)
     angle = torch.rand(n, generator=generator)[:, None, None] * torch.pi
     y, x = torch.meshgrid(torch.arange(-4.0, 5.0), torch.arange(-4.0, 5.0), indexing="ij")
@@ -95,7 +95,7 @@ def smear(clips: torch.Tensor, strength: torch.Tensor, generator: torch.Generato
 
 
 def warp(clips: torch.Tensor, strength: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Wobble: every frame is bent by its own smooth field of displacements."""
+    """Wobble: bend every frame by its own smooth displacement field."""
     n, colours, frames, height, width = clips.shape
     coarse = torch.randn(n * frames, 2, 6, 6, generator=generator)
     field = F.interpolate(coarse, size=(height, width), mode="bicubic", align_corners=True)
@@ -111,12 +111,13 @@ DAMAGES: tuple[Damage, ...] = (blur, noise, ghost, flicker, erase, smear, warp)
 
 
 def damage(clips: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Damage clips at random and say how much is left of them.
+    """Damage clips at random, and return them with their remaining quality.
 
-    A quarter of the clips stays clean; the others meet one or two damages, each of a strength even in [0, 1].
+    A quarter of the clips stays clean; the others get one or two kinds of damage, each of a strength uniform in [0, 1].
 
     Args:
-        clips: [n, 3, frames, height, width] in [-1, 1].
+        clips: clips [n, 3, frames, height, width] in [-1, 1].
+        generator: source of the random numbers.
 
     Returns:
         The damaged clips, in [-1, 1], and their quality [n]: the product over the damages of (1 - strength).
@@ -126,7 +127,7 @@ def damage(clips: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tenso
     order = torch.rand(n, len(DAMAGES), generator=generator).argsort(dim=1).argsort(dim=1)
     strength = torch.rand(n, len(DAMAGES), generator=generator) * (order < count[:, None])
     for index, apply in enumerate(DAMAGES):
-        met = strength[:, index].nonzero()[:, 0]
-        if len(met):
-            clips = clips.index_copy(0, met, apply(clips[met], strength[met, index], generator))
+        damaged = strength[:, index].nonzero()[:, 0]
+        if len(damaged):
+            clips = clips.index_copy(0, damaged, apply(clips[damaged], strength[damaged, index], generator))
     return clips.clamp(-1.0, 1.0), (1.0 - strength).prod(dim=1)

@@ -1,4 +1,4 @@
-"""The embedded benchmark's clips as a latent dataset."""
+"""Encode the embedded benchmark's clips as a latent dataset."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ def build_moving_digits(
     """Render `clips` training clips of the embedded benchmark and encode them.
 
     Args:
-        folder: where the dataset is written.
-        clips: how many.
+        folder: the dataset's folder.
+        clips: number of clips.
         parts: autoencoder and text encoders of the pipeline.
-        request: what the index says it was made from; "max_sequence_length" is the tokens a prompt is padded to,
-            "negative_prompt", if there, what guidance leads away from.
-        seed: of the clips.
-        progress: told how many clips are encoded.
+        request: the index's request; "max_sequence_length" is the number of tokens of every padded prompt,
+            "negative_prompt" the negative prompt of guidance, if any.
+        seed: seed of the clips.
+        progress: called with the number of encoded clips.
     """
     known = digits.captions("train")
     rendered, wanted = digits.sample(clips, "train", generator(seed, "moving-digits", clips))
     first = leading_prompts(request.get(NEGATIVE, ""))
     prompts = (*first, *(caption.text for caption in known))
-    place = {caption: number for number, caption in enumerate(known, start=len(first))}
-    said, length = [caption.text for caption in wanted], request["max_sequence_length"]
+    prompt_index = {caption: number for number, caption in enumerate(known, start=len(first))}
+    texts, length = [caption.text for caption in wanted], request["max_sequence_length"]
     encoded = []
     for start in range(0, clips, _BATCH):
-        some = slice(start, start + _BATCH)
-        encoded.append(clip_tensors(parts, rendered[some], said[some], length))
+        batch = slice(start, start + _BATCH)
+        encoded.append(clip_tensors(parts, rendered[batch], texts[batch], length))
         progress(min(start + _BATCH, clips), clips, {})
     digest, size = write_shard(folder / "clips-00000.safetensors", concatenate(encoded))
-    shown = tuple(ClipRecord(file=f"{number}", prompt=place[caption]) for number, caption in enumerate(wanted))
+    shown = tuple(ClipRecord(file=f"{number}", prompt=prompt_index[caption]) for number, caption in enumerate(wanted))
     bucket = (digits.FRAMES, digits.HEIGHT, digits.WIDTH)
     held = ClipShard(file="clips-00000.safetensors", sha256=digest, bytes=size, size=bucket, clips=shown)
     embeds = parts.encode_prompts(prompts, length)
     digest, size = write_shard(folder / "prompts-00000.safetensors", embeds)
-    texts = PromptShard(file="prompts-00000.safetensors", sha256=digest, bytes=size, prompts=len(prompts))
-    Index(request=dict(request), prompts=prompts, prompt_shards=(texts,), clip_shards=(held,)).write(folder)
+    prompt_shard = PromptShard(file="prompts-00000.safetensors", sha256=digest, bytes=size, prompts=len(prompts))
+    Index(request=dict(request), prompts=prompts, prompt_shards=(prompt_shard,), clip_shards=(held,)).write(folder)

@@ -1,7 +1,7 @@
 """The embedded benchmark: real handwriting moving through short clips, with captions.
 
 The digits are scikit-learn's bundled 8x8 scans (UCI, 1,797 images by 43 writers). A clip shows one digit that drifts in
-one of eight directions at one of two speeds. Of the 160 captions 32 are never trained on, and a quarter of the
+one of eight directions at one of two speeds. 32 of the 160 captions are never trained on, and a quarter of the
 handwriting is kept for held-out clips, so that both prompts and pictures of an evaluation are new to every model.
 """
 
@@ -33,7 +33,7 @@ _UPSAMPLED = 32
 
 @dataclass(frozen=True, slots=True)
 class Caption:
-    """What one clip shows. Indices into `DIGITS`, `DIRECTIONS` and `SPEEDS`."""
+    """Contents of a clip, as indices into `DIGITS`, `DIRECTIONS` and `SPEEDS`."""
 
     digit: int
     direction: int
@@ -41,24 +41,25 @@ class Caption:
 
     @property
     def text(self) -> str:
+        """Caption as text, a prompt."""
         return f"a {DIGITS[self.digit]} drifting {DIRECTIONS[self.direction]}, {SPEEDS[self.speed]}"
 
     @property
     def heldout(self) -> bool:
-        """One caption in five, spread evenly over digits, directions and speeds, is never trained on."""
+        """Whether it is never trained on: one caption in five, spread evenly over digits, directions and speeds."""
         return (self.digit + self.direction + 2 * self.speed) % 5 == 0
 
 
 @cache
 def captions(split: Split) -> tuple[Caption, ...]:
-    """All captions of a split, in a fixed order: 128 for training, 32 held out."""
+    """Return the captions of a split, in a fixed order: 128 for training, 32 held out."""
     every = (Caption(d, k, s) for d in range(len(DIGITS)) for k in range(len(DIRECTIONS)) for s in range(len(SPEEDS)))
     return tuple(caption for caption in every if caption.heldout == (split == "heldout"))
 
 
 @cache
 def _handwriting(split: Split) -> tuple[torch.Tensor, ...]:
-    """The scans of each digit, upsampled and with a crisp edge: ten tensors [n, 32, 32] in [0, 1]."""
+    """Return the scans of each digit, upsampled and with crisp edges: ten tensors [n, 32, 32] in [0, 1]."""
     from sklearn.datasets import load_digits
 
     scans = load_digits()
@@ -75,9 +76,9 @@ def render(wanted: tuple[Caption, ...], split: Split, generator: torch.Generator
     """Draw one clip for each caption.
 
     Args:
-        wanted: the captions, one a clip.
-        split: whose handwriting to use.
-        generator: source of handwriting, size, exact speed and starting place.
+        wanted: the captions, one per clip.
+        split: split of the handwriting.
+        generator: source of handwriting, size, exact speed and starting position.
 
     Returns:
         Clips [n, 3, frames, height, width] in [-1, 1], black ground.
@@ -92,7 +93,7 @@ def render(wanted: tuple[Caption, ...], split: Split, generator: torch.Generator
     speed = speed * (1.0 + 0.1 * (2.0 * torch.rand(n, generator=generator) - 1.0))
     step = torch.stack([angle.cos(), angle.sin()], dim=1) * speed[:, None]
 
-    # The middle of the path lies where neither end leaves the picture.
+    # Choose the middle of the path such that neither end leaves the picture.
     travel = step.abs() * (FRAMES - 1) / 2.0
     room = (torch.tensor([WIDTH, HEIGHT]) - side[:, None]) / 2.0 - travel
     middle = room.clamp(min=0.0) * (2.0 * torch.rand(n, 2, generator=generator) - 1.0)
@@ -113,9 +114,9 @@ def render(wanted: tuple[Caption, ...], split: Split, generator: torch.Generator
 def sample(
     n: int, split: Split, generator: torch.Generator, words: Split | None = None
 ) -> tuple[torch.Tensor, tuple[Caption, ...]]:
-    """Draw `n` clips with captions drawn evenly from a split; returns clips [n, 3, frames, height, width], captions.
+    """Draw `n` clips with captions uniform over a split; return clips [n, 3, frames, height, width] and captions.
 
-    `words` names the split of the captions where it is not that of the handwriting.
+    `words` is the split of the captions, by default that of the handwriting.
     """
     known = captions(words or split)
     wanted = tuple(known[int(i)] for i in torch.randint(len(known), (n,), generator=generator))

@@ -60,7 +60,7 @@ def original_lora(model: PrunedModel, before: str, *, flat: bool = False) -> dic
             if (stack.endswith("refiner_blocks")) != name.startswith(("self_attn_", "mlp.fc", "adaLN_modulation")):
                 continue  # tables are one for all stacks; these are the refiner's alone
             module = f"{spelled.get(stack, stack)}.{number}.{name}" if block else name
-            shape = next(iter(known.shapes(known.place(module))), None)
+            shape = next(iter(known.shapes(known.parse(module))), None)
             if (
                 shape is None
                 or len(shape) != 2

@@ -15,8 +15,8 @@ from flcompress.models.shards import folder_tensors
 from flcompress.tracing.config_keys import build
 from flcompress.tracing.removal.on_disk import remove_on_disk
 from flcompress.tracing.removal.remove import remove
+from flcompress.tracing.removal.stand_in import stand_in
 from flcompress.tracing.skip import skip
-from flcompress.tracing.stand_in import stand_in
 
 GONE = ("blocks.1", "blocks.2")
 
@@ -151,7 +151,7 @@ def test_a_stand_in_that_stays_large_is_refused(monkeypatch: pytest.MonkeyPatch)
     with torch.device("meta"):
         large = wan()
     narrowest = sum(parameter.numel() for parameter in stand_in(large)[0].parameters())
-    monkeypatch.setattr("flcompress.tracing.stand_in.LARGEST", 1000)
+    monkeypatch.setattr("flcompress.tracing.removal.stand_in.LARGEST", 1000)
     with pytest.raises(NotRemovable) as caught:
         stand_in(large)
     assert str(caught.value) == (

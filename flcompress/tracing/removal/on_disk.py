@@ -25,7 +25,7 @@ from flcompress.models.stock import Fit, state_shapes
 from flcompress.tracing.config_keys import build
 from flcompress.tracing.removal.remove import Certificate, certify, remove
 from flcompress.tracing.removal.sources import Chunks
-from flcompress.tracing.stand_in import stand_in
+from flcompress.tracing.removal.stand_in import stand_in
 
 OWN_WEIGHTS = 32_000_000
 """Most parameters of a model whose removal is certified with its own weights, which takes several copies of them."""
