@@ -86,7 +86,7 @@ def test_training_again_gives_the_same_weights(tmp_path: Path, monkeypatch: pyte
 
 def test_a_missing_classifier_is_named(tmp_path: Path) -> None:
     with pytest.raises(
-        ModelError, match=r"model\.safetensors: missing; .* python -m flcompress\.evaluation\.classifier_training"
+        ModelError, match=r"model\.safetensors: missing; .* python -m flcompress\.moving_digits\.classifier_training"
     ):
         load_classifier(tmp_path)
 
