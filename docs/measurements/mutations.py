@@ -72,10 +72,7 @@ AREAS: dict[str, Owners] = {
     | {f"{TRAINING}/engines/{name}.py": ROLES for name in ("optimiser", "replicated")},
     "lora": {
         f"{TRAINING}/shared_base.py": ("tests/training/test_shared_base.py",),
-        **{
-            f"flcompress/loras/{name}.py": ("tests/loras/test_keys.py",)
-            for name in ("keys", "names", "peft_settings")
-        },
+        **{f"flcompress/loras/{name}.py": ("tests/loras/test_keys.py",) for name in ("keys", "names", "peft_settings")},
     },
     "sharding": {
         f"{MODELS}/shards.py": ("tests/models/test_shards.py",),
