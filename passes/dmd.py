@@ -60,14 +60,16 @@ class DistributionMatching(Pass):
     lora_rank: int = Field(32, ge=1, description="rank of LoRAs, on every linear layer of the blocks")
     critic_updates: int = Field(5, ge=1, description="updates of the fake score for each of the generator's")
     steps: int = Field(gt=0, description="updates of the generator")
-    batch: int = Field(16, gt=0, description="clips an update")
-    learning_rate: float = Field(2e-4, gt=0, description="of the generator")
-    critic_learning_rate: float = Field(2e-4, gt=0, description="of the fake score")
+    batch: int = Field(16, gt=0, description="clips per update")
+    learning_rate: float = Field(2e-4, gt=0, description="learning rate of the generator")
+    critic_learning_rate: float = Field(2e-4, gt=0, description="learning rate of the fake score")
     score_range: Range = Field(
         (0.02, 0.98), description="noise levels at which the scores are compared, before the shift"
     )
-    ema_decay: float = Field(0.98, ge=0, lt=1, description="decay of the generator's moving average, which is kept")
-    gan_weight: float = Field(0.0, ge=0, description="weight of the adversarial term; 0 is none")
+    ema_decay: float = Field(
+        0.98, ge=0, lt=1, description="decay of the generator's moving average, which becomes the student"
+    )
+    gan_weight: float = Field(0.0, ge=0, description="weight of the adversarial term; 0 disables it")
 
     @model_validator(mode="after")
     def _adversary_has_its_model(self) -> DistributionMatching:

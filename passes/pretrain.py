@@ -29,11 +29,11 @@ class Pretrain(Pass):
     voids: ClassVar[frozenset[Fact]] = frozenset({Fact.SCORED, Fact.ELASTIC})
 
     steps: int = Field(gt=0, description="optimiser steps")
-    batch: int = Field(32, gt=0, description="clips a step")
+    batch: int = Field(32, gt=0, description="clips per step")
     learning_rate: float = Field(1e-3, gt=0, description="peak; rises for 200 steps, then half a cosine")
     shift: float = Field(3.0, gt=0, description="noise levels are drawn evenly, then shifted by this toward noise")
     caption_dropout: float = Field(0.1, ge=0, lt=1, description="share of clips trained with the empty prompt")
-    ema_decay: float = Field(0.999, ge=0, lt=1, description="decay of the moving average that is kept")
+    ema_decay: float = Field(0.999, ge=0, lt=1, description="decay of the moving average, which becomes the result")
 
     @override
     def cost(self, parameters: float, blocks: int, original: float) -> Cost:

@@ -40,11 +40,11 @@ class StochasticDepth(Pass):
 
     remove: float = Field(gt=0, lt=1, description="share of the parameters that the prune set holds, at least")
     by: By = Field("importance", description="which blocks form it: the least important, random ones, or the middle")
-    skip_probability: float = Field(0.5, gt=0, le=1, description="of each block of the prune set, each step")
+    skip_probability: float = Field(0.5, gt=0, le=1, description="probability of each block of the prune set, per step")
     alpha: float = Field(1.0, ge=0, le=1, description="weight of self-distillation against the data")
     target: Literal["frozen", "ema", "self"] = Field("frozen", description="whose full-depth output is the target")
     steps: int = Field(gt=0, description="optimiser steps")
-    batch: int = Field(16, gt=0, description="clips a step")
+    batch: int = Field(16, gt=0, description="clips per step")
     learning_rate: float = Field(5e-4, gt=0, description="peak; rises for 20 steps, then half a cosine")
     caption_dropout: float = Field(
         0.1, ge=0, lt=1, description="share of clips with the negative prompt (by default empty)"

@@ -28,7 +28,7 @@ class TrainAutoencoder(Pass):
     own_clips: ClassVar[str | None] = "moving-digits"
 
     steps: int = Field(gt=0, description="optimiser steps")
-    batch: int = Field(8, gt=0, description="clips a step")
+    batch: int = Field(8, gt=0, description="clips per step")
     learning_rate: float = Field(3e-3, gt=0, description="peak; rises for 100 steps, then half a cosine")
 
     @override

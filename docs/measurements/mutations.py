@@ -67,7 +67,7 @@ AREAS: dict[str, Owners] = {
     "roles": {f"{TRAINING}/{name}.py": ROLES for name in ("role", "objectives", "watching/held_out")}
     | {
         f"{TRAINING}/distillation/{name}.py": ROLES
-        for name in ("guided_teacher", "simulation", "discriminator", "samples")
+        for name in ("critic_lag", "guided_teacher", "simulation", "discriminator", "samples")
     }
     | {f"{TRAINING}/engines/{name}.py": ROLES for name in ("optimiser", "replicated")},
     "lora": {

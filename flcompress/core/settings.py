@@ -37,7 +37,7 @@ def highest(best: float, worsening: float, floor: float = 0.0) -> float:
         floor: of a squared distance to a reference, which is made of few samples: the expected one of the reference
             itself, made again with other noises. That is twice the mean square of the reference's own error e. By the
             triangle inequality the distances to what the reference stands for are within |e| of the measured ones, now
-            and at the best look.
+            and at the best evaluation.
     """
     if floor <= 0.0:
         return best * (1.0 + worsening)
@@ -57,17 +57,17 @@ class Health(Settings):
     A limit of `null` is none.
     """
 
-    every: int = Field(50, gt=0, description="steps between two looks at the held-out figures and the samples")
+    every: int = Field(50, gt=0, description="steps between two held-out evaluations (figures and samples)")
     on_breach: OnBreach = Field(
         "stop",
-        description="warn says it and goes on; stop ends the run; rollback ends the pass with the weights of the look "
-        "that had the best held-out figure",
+        description="warn reports it and continues; stop ends the run; rollback ends the pass with the weights of the "
+        "evaluation that had the best held-out figure",
     )
-    samples: int = Field(8, ge=0, description="fixed prompts that stage III samples at every look; 0 for none")
+    samples: int = Field(8, ge=0, description="fixed prompts that stage III samples at every evaluation; 0 for none")
     max_worsening: float | None = Field(
         2.0,
         gt=0,
-        description="by what share the held-out figure may be worse than at the best look, beyond its own spread",
+        description="by what share the held-out figure may be worse than at the best evaluation, beyond its own spread",
     )
     max_drift: float | None = Field(
         1.0, gt=0, description="by what share the full path's held-out ELBO may be worse than the original's (stage II)"

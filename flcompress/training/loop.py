@@ -187,7 +187,7 @@ class _Run:
         step = self._restore("best")
         if step == 0:
             folder = self._checkpoints.directory
-            raise TrainingError(f"{folder}: the best look's checkpoint is gone or damaged; start this again")
+            raise TrainingError(f"{folder}: the best evaluation's checkpoint is gone or damaged; start this again")
         return step
 
     def _save(self, step: int, kind: Kind) -> None:

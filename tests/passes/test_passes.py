@@ -218,7 +218,7 @@ def test_a_student_that_never_was_better_than_its_start_has_nowhere_to_go_back_t
 ) -> None:
     hot = {"dmd": {"steps": 6, "batch": 4, "critic_updates": 1, "learning_rate": 0.03}}
     limits = {**UNLIMITED, "max_worsening": 0.5}
-    with pytest.raises(TrainingError, match=r"dmd: step 2: sample_distance .*stopped: no look was better than the sta"):
+    with pytest.raises(TrainingError, match=r"dmd: step 2: sample_distance .*stopped: no evaluation was better"):
         apply(
             recipe(folder, [*PASSES[:3], hot], "lost", on_breach="rollback", **limits),
             folder / "lost",

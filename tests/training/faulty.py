@@ -35,7 +35,7 @@ def lines(ended: Command) -> list[str]:
 
 
 def steps(folder: Path) -> list[str]:
-    """What lies among the checkpoints, but for the best look's."""
+    """Names of the checkpoints, except for the best evaluation's."""
     names = (path.name for path in folder.glob("passes/.work-*/checkpoints/*"))
     return sorted(name for name in names if not name.startswith("best-"))
 

@@ -186,10 +186,10 @@ class Watch:
             line = f"{self._name}: step {step}: {breach.description}; see docs/health.md"
             self._record("rollback" if back else "stop" if action != "warn" else "warn", step, breach)
             if back:
-                self._work.say(f"{line}; the pass ends with the weights of step {self.best[0]}, the best look")
+                self._work.say(f"{line}; the pass ends with the weights of step {self.best[0]}, the best evaluation")
                 return True
             if action == "rollback":
-                raise TrainingError(f"{line}; stopped: no look was better than the start")
+                raise TrainingError(f"{line}; stopped: no evaluation was better than the start")
             if action == "stop":
                 raise TrainingError(f"{line}; stopped, the last good checkpoint is kept")
             self._work.say(f"warning: {line}")
@@ -243,7 +243,7 @@ class Watch:
             return Limit(
                 setting="max_worsening",
                 high=highest(best, health.max_worsening, fmean(reference) if reference else 0.0),
-                fix=f"the best look, step {self.best[0]}, had {best:.4g}: train for fewer steps, or lower "
+                fix=f"the best evaluation, step {self.best[0]}, had {best:.4g}: train for fewer steps, or lower "
                 "learning_rate",
             )
         if figure.endswith(GRAD_NORM) and health.max_grad_norm is not None:

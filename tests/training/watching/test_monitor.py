@@ -53,8 +53,8 @@ def watch(work: PassContext, figures: Mapping[int, Mapping[str, float]] | None =
         ("motion", 3.0, "motion 3, expected at most 2 (training.health.motion); lower learning_rate"),
         ("x_grad_norm", 50.0, "x_grad_norm 50, expected at most 9 (training.health.max_grad_norm); "
          "lower learning_rate"),
-        ("loss", 7.0, "loss 7, expected at most 6 (training.health.max_worsening); the best look, step 2, had 2: train "
-         "for fewer steps, or lower learning_rate"),
+        ("loss", 7.0, "loss 7, expected at most 6 (training.health.max_worsening); the best evaluation, step 2, had 2: "
+         "train for fewer steps, or lower learning_rate"),
     ],
 )  # fmt: skip
 def test_a_breach_names_figure_value_limit_and_step(figure: str, value: float, told: str, tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ def test_stop_keeps_the_last_good_checkpoint_and_another_limit_goes_on(tmp_path:
 
 
 def test_rollback_without_a_good_look_stops(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="stopped: no look was better than the start"):
+    with pytest.raises(TrainingError, match="stopped: no evaluation was better than the start"):
         descend(trained(tmp_path), tmp_path, 40, hot_from=1, on_breach="rollback", max_worsening=0.1)
 
 
@@ -215,5 +215,5 @@ def test_a_damaged_best_checkpoint_is_told(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         descend(trained(tmp_path), tmp_path, 40, hot_from=7, die_at=8, on_breach="rollback", max_worsening=0.1)
     (tmp_path / "checkpoints/best-00000006/rank-0.safetensors").write_bytes(b"")
-    with pytest.raises(TrainingError, match="the best look's checkpoint is gone or damaged; start this again"):
+    with pytest.raises(TrainingError, match="the best evaluation's checkpoint is gone or damaged; start this again"):
         descend(trained(tmp_path), tmp_path, 40, hot_from=7, on_breach="rollback", max_worsening=0.1)

@@ -146,7 +146,7 @@ def test_what_was_seen_is_no_breach(tmp_path: Path) -> None:
         one.judge(300, *distances(halfway, TEACHER))
     assert str(error.value) == (
         "test: step 300: distance 0.0749 (0.06545 to 0.0834 on 8 other draws), expected at most 0.02211 "
-        "(training.health.max_worsening); the best look, step 100, had 0.0017: train for fewer steps, or lower "
+        "(training.health.max_worsening); the best evaluation, step 100, had 0.0017: train for fewer steps, or lower "
         "learning_rate; see docs/health.md; stopped, the last good checkpoint is kept"
     )
     (breach,) = [json.loads(line) for line in (tmp_path / BREACHES_FILE).read_text().splitlines()]
@@ -162,7 +162,7 @@ def test_without_the_teachers_spread_every_draw_is_compared_with_itself(tmp_path
 
 
 def test_the_limit_allows_for_the_error_of_the_reference_at_both_looks() -> None:
-    """|mu| <= sqrt(D) + e at the best look and |mu| >= sqrt(D') - e now: worse by w for sure only beyond that."""
+    """|mu| <= sqrt(D) + e at the best evaluation and |mu| >= sqrt(D') - e now: worse by w for sure only beyond that."""
     assert highest(0.04, 2.0) == pytest.approx(0.12, rel=1e-15)
     assert math.sqrt(highest(0.04, 3.0, 0.02)) - 0.1 == pytest.approx(2 * (0.2 + 0.1), rel=1e-12)
 
@@ -235,7 +235,7 @@ def test_a_resumed_watch_judges_redraws_as_an_unbroken_one(
 
 
 def test_a_training_begun_before_there_were_redraws_is_not_stopped_by_luck(tmp_path: Path) -> None:
-    """Its best look was lucky, and nothing says how much: the first look on all draws takes its place."""
+    """Its best evaluation was lucky, and nothing says how much: the first one on all draws replaces it."""
     one = watch(work(tmp_path))
     one.resume([{"step": 0, "distance": 0.15}, {"step": 50, "distance": 0.0017}])
     one.judge(100, *distances([0.0078] * 9))
