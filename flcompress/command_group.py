@@ -14,6 +14,7 @@ class Command(click.Command):
     """A command whose every error of the operating system becomes one line."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; an error of the operating system names the path in one line."""
         from flcompress.system_errors import check_writable, system_errors_in_one_line
 
         written = next((ctx.params[name] for name in ("out", "run_dir", "run") if ctx.params.get(name)), None)
@@ -30,6 +31,7 @@ class Commands(click.Group):
     command_class = Command
 
     def invoke(self, ctx: click.Context) -> Any:
+        """Run the chosen command and turn its error into one line and an exit status."""
         try:
             return super().invoke(ctx)
         except FlcompressError as error:

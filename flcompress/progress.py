@@ -34,10 +34,12 @@ class QuietDisplay:
     """Shows nothing."""
 
     def line(self, text: str) -> None:
+        """Discard the line."""
         return
 
     @contextmanager
     def stage(self, title: str) -> Iterator[ProgressSink]:
+        """Yield a sink that discards progress."""
         yield lambda done, total, values: None
 
 
@@ -45,10 +47,12 @@ class LineDisplay:
     """Plain lines on standard error."""
 
     def line(self, text: str) -> None:
+        """Print the line."""
         print(text, file=sys.stderr, flush=True)
 
     @contextmanager
     def stage(self, title: str) -> Iterator[ProgressSink]:
+        """Yield a sink that prints a line of progress every few seconds."""
         started = shown = time.monotonic()
         first: int | None = None
 
@@ -74,10 +78,12 @@ class BarDisplay:
         self._console = Console(stderr=True, highlight=False)
 
     def line(self, text: str) -> None:
+        """Print the line above the progress bar."""
         self._console.print(text, markup=False)
 
     @contextmanager
     def stage(self, title: str) -> Iterator[ProgressSink]:
+        """Yield a sink that draws a progress bar."""
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (

@@ -1,0 +1,1 @@
+"""From a transformer to an ONNX file: export, rewrites, and the emulation of bf16."""

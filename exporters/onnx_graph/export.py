@@ -139,8 +139,10 @@ _ARITHMETIC: dict[ExportPrecision, str] = {
 
 
 def checked_sizes(program: Program, axes: Axes) -> list[Size]:
-    """Sizes to compare at: the program's own where a CPU can, else a small clip; and three samples, where sizes vary of
-    another size. The graph was traced with two samples."""
+    """Return the sizes to compare at: the program's own if a CPU can, else a small clip; and three samples.
+
+    The three are of another size if sizes vary. The graph was traced with two samples.
+    """
     size, step = size_of(program), step_of(program)
     config = check_transformer_config(program.components["transformer"])
     # Learned positions have one size, whatever the graph leaves open.

@@ -178,8 +178,11 @@ def _lazy(files: WeightFiles, name: str, like: Any, *, transposed: bool = False)
 
 
 def _fold(model: Any, files: WeightFiles) -> None:
-    """Do ahead what depends on no input. Of torch's optimiser only what TensorRT cannot do without: its rewrite rules
-    took three times as long as all the rest, and both runtimes fuse by themselves."""
+    """Compute ahead what depends on no input.
+
+    Of torch's optimiser this uses only what TensorRT needs: its rewrite rules took three times as long as all the rest,
+    and both runtimes fuse by themselves.
+    """
     import onnx_ir
     from onnxscript import optimizer
 

@@ -60,8 +60,10 @@ def check_keys(precision: ExportPrecision, tokens: int, what: str) -> None:
 
 
 def check_scores(precision: ExportPrecision, heads: int, batch: int, tokens: int, what: str) -> None:
-    """RequestError where TensorRT would have to hold all attention scores at once: it fuses attention in fp16 and bf16
-    only."""
+    """Raise RequestError if TensorRT would have to hold all attention scores at once.
+
+    It fuses attention in fp16 and bf16 only.
+    """
     elements = batch * heads * tokens * tokens
     if precision == "fp32" and elements >= TENSOR_ELEMENTS:
         raise RequestError(

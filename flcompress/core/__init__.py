@@ -1,0 +1,1 @@
+"""What a program, a pass and an exporter are. Nothing here imports torch."""

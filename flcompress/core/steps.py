@@ -231,7 +231,8 @@ class Exporter(BaseModel, ABC):
         Args:
             program: the last program of the recipe.
             folder: empty folder to write to; it is moved to `exports / name` on success.
-            exports: `RUN/exports`, where the exports named by `after` lie.
+            exports: `RUN/exports`, which holds the exports named by `after`.
+            progress: reports how far the work is.
 
         Returns:
             A summary for the terminal and the report (file sizes, measured differences, ...).

@@ -1,0 +1,1 @@
+"""The mathematics: flow matching, guidance, distribution matching, schedulers, the sampling contract."""

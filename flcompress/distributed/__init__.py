@@ -1,0 +1,1 @@
+"""Processes that share a training: launchers, collective operations, detection of hangs."""

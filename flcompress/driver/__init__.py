@@ -1,0 +1,1 @@
+"""`flcompress apply`: checks, runs passes in order, stores their results."""

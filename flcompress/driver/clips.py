@@ -31,6 +31,7 @@ class Clips:
         self._loaded: dict[str, LatentDataset] = {}
 
     def __call__(self, program: Program) -> LatentDataset:
+        """Return the recipe's clips as latents of `program`'s autoencoder, encoded on first use."""
         from flcompress.data.dataset import LatentDataset
         from flcompress.data.encoding import parts_digests
 
@@ -137,8 +138,10 @@ def grid_and_target(recipe: Recipe) -> tuple[Grid, Target]:
 
 
 def fingerprint(spec: dict[str, Any] | None) -> dict[str, Any] | None:
-    """What identifies the clips: the specification; a dataset's index, which holds the checksums of its shards; for
-    videos their names, sizes and times, since reading them all at every `apply` would take too long.
+    """Return what identifies the clips.
+
+    That is the specification; a dataset's index, which holds the checksums of its shards; for videos their names, sizes
+    and times, since reading them all at every `apply` would take too long.
     """
     if spec is None:
         return None

@@ -47,9 +47,11 @@ class RunDirectory:
 
     @property
     def exports(self) -> Path:
+        """Folder of the exports."""
         return self.path / "exports"
 
     def exists(self) -> bool:
+        """Return whether a run was begun here."""
         return (self.path / RUN_FILE).is_file()
 
     @property

@@ -35,15 +35,18 @@ class Entry:
 
     @classmethod
     def read(cls, folder: Path, index: int | None = None) -> Entry:
+        """Read a stored result's record from its folder."""
         record = json.loads((folder / ENTRY_FILE).read_text(encoding="utf-8"))
         return cls(folder, record["index"] if index is None else index, record)
 
     @property
     def name(self) -> str:
+        """Recipe name of the pass."""
         return str(self.record["name"])
 
     @property
     def key(self) -> str:
+        """Cache key of the result."""
         return str(self.record["key"])
 
     def program(self) -> Program:

@@ -48,6 +48,7 @@ class Sampler:
     seconds: dict[str, list[float]] = field(default_factory=lambda: {DENOISING: [], PIPELINE: []})
 
     def counted(self, x: torch.Tensor, timestep: torch.Tensor, given: Conditioning) -> torch.Tensor:
+        """Call the network and count the call."""
         self.evaluations += 1
         return self.network(x, timestep, given)
 

@@ -1,0 +1,1 @@
+"""Reads recipes: YAML, overrides, error messages, the reference and the schema."""

@@ -86,7 +86,7 @@ class Recipe(Settings):
         return name
 
     def where(self, key: str) -> str:
-        """ "recipes/x.yaml:12: model", for error messages."""
+        """Return where a key stands, such as `recipes/x.yaml:12: model`, for error messages."""
         return f"{self._origins.get(key, self.file)}: {key}"
 
     def model_folder(self) -> Path:

@@ -1,0 +1,1 @@
+"""`flcompress inspect`: what a model is made of, from its configuration."""

@@ -50,13 +50,15 @@ class Other:
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """Attributes:
-    model: as it was asked for.
-    graph: its FLOPs are those of `clip`; 0 where `unknown_flops` says why nothing was counted.
-    clip: size in pixels and tokens; None where it has no meaning.
-    latents: (frames, height, width); None likewise.
-    timesteps: those that this transformer answers, where it is one of two experts.
-    others: further transformers of the pipeline.
+    """What a model is made of.
+
+    Attributes:
+        model: as it was asked for.
+        graph: its FLOPs are those of `clip`; 0 if `unknown_flops` says why nothing was counted.
+        clip: size in pixels and tokens; None if it has no meaning.
+        latents: (frames, height, width); None likewise.
+        timesteps: those that this transformer is called at, if it is one of two experts.
+        others: further transformers of the pipeline.
     """
 
     model: str

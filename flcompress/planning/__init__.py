@@ -1,0 +1,1 @@
+"""`flcompress plan`: memory, time and the settings that fit."""

@@ -67,6 +67,7 @@ class PlannedPass:
 
     @property
     def trains(self) -> bool:
+        """Whether the pass trains, so that settings matter."""
         return bool(self.settings)
 
 
@@ -108,10 +109,12 @@ class Plan:
 
     @property
     def fits(self) -> bool:
+        """Whether every pass fits."""
         return all(row.fits for row in self.passes)
 
     @property
     def seconds(self) -> float:
+        """Time of all passes in seconds."""
         return sum(row.seconds for row in self.passes)
 
     @property

@@ -61,10 +61,12 @@ class Headline:
 
     @property
     def share(self) -> float:
+        """Share of the parameters that is left."""
         return self.parameters_after / self.parameters_before
 
     @property
     def work_ratio(self) -> float:
+        """Evaluations times parameters, before over after."""
         return self.before.own * self.parameters_before / (self.after.own * self.parameters_after)
 
 
@@ -94,10 +96,12 @@ class Blocks:
 
     @property
     def scored(self) -> list[tuple[BlockFate, Estimate]]:
+        """Blocks with an importance score, with it."""
         return [(fate, fate.score) for fate in self.fates if fate.score is not None]
 
     @property
     def gone(self) -> list[BlockFate]:
+        """Blocks that were not kept."""
         return [fate for fate in self.fates if fate.fate != "kept"]
 
 

@@ -70,6 +70,8 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
+    """A row of the quality table: one model and its figures."""
+
     name: str
     label: str
     evaluations: int

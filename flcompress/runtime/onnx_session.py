@@ -62,6 +62,7 @@ class OnnxSession:
             )
 
     def __call__(self, inputs: Inputs) -> torch.Tensor:
+        """Run the graph: named inputs to the predicted `sample`."""
         # What the traced forward never looks at is no input of the graph.
         given = {one.name: inputs[one.name].detach().cpu().numpy() for one in self.session.get_inputs()}
         return torch.from_numpy(self.session.run(None, given)[0])

@@ -31,6 +31,7 @@ class Clip:
     num_frames: int
 
     def arguments(self) -> dict[str, int]:
+        """Return the size as arguments of the family's methods."""
         return asdict(self)
 
 

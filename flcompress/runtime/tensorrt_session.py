@@ -69,6 +69,7 @@ class TensorRTSession:
         self._profile = 0  # a fresh context's
 
     def __call__(self, inputs: Inputs) -> torch.Tensor:
+        """Run the engine: named inputs to the predicted `sample`."""
         wanted = {self.engine.get_tensor_name(place) for place in range(self.engine.num_io_tensors)} - {OUTPUT}
         # What the traced forward never looks at is no input of the engine.
         given = {name: one.detach().to(DEVICE).contiguous() for name, one in inputs.items() if name in wanted}
