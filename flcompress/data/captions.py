@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flcompress.data.video_names import VIDEO_SUFFIXES, VideoFolder, duplicate_links, name_pair, printable
-from flcompress.errors import DataError
+from flcompress.errors import DataError, RequestError
 from flcompress.files import lines_of
 
 _COLUMNS = ("file", "caption")
@@ -77,6 +77,16 @@ def read_prompts(path: Path) -> list[str]:
     if not prompts:
         raise DataError(f"{path}: no prompts; expected one a line")
     return prompts
+
+
+def check_prompt(where: str, text: str) -> None:
+    """Raise RequestError for a prompt that is no Unicode text, as a command line of other bytes gives it."""
+    sign = next((sign for sign in text if "\ud800" <= sign <= "\udfff"), None)
+    if sign is None:
+        return
+    code = ord(sign)
+    what = f"byte 0x{code - 0xDC00:02x} is not UTF-8" if 0xDC80 <= code <= 0xDCFF else f"half of a sign (\\u{code:04x})"
+    raise RequestError(f"{where}: {what}; give the prompt in UTF-8")
 
 
 def videos_without_caption(videos: Path, captioned: list[CaptionedVideo]) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from flcompress.data.captions import name_remarks, read_captions, read_prompts, videos_without_caption
+from flcompress.data.captions import check_prompt, name_remarks, read_captions, read_prompts, videos_without_caption
 from flcompress.data.encoder import Encoder, Skipped
 from flcompress.data.index import INDEX_FILE, NEGATIVE, SKIPPED_FILE, WORK, Index
 from flcompress.data.making import clean, make, remake_damaged, store_plan, stored_plan, stored_request
@@ -155,8 +155,10 @@ def encode(request: Request, display: Display, *, wait: bool = False) -> dict[st
     Raises:
         DataError: unusable captions, videos or sizes; a folder that holds something else.
         FlcompressError: a worker was killed; the same command resumes.
+        RequestError: a negative prompt that is no Unicode text.
         OSError: the disk is full, or `out` cannot be written.
     """
+    check_prompt("--negative-prompt", request.negative_prompt)
     target = request.target
     if request.videos is None:
         if target != OWN_SIZE or request.fps is not None:

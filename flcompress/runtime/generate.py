@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from flcompress.core.program import FACTS_FILE
+from flcompress.data.captions import check_prompt
 from flcompress.diffusion.contract import SamplingContract
 from flcompress.diffusion.experts import COMPONENTS, OTHER
 from flcompress.diffusion.network import Conditioning, Network, select, to_device
@@ -66,8 +67,11 @@ def generate(
 
     Raises:
         UnavailableError: the backend cannot run on this machine.
-        RequestError: an export is missing, damaged or of another model; `out` cannot be written.
+        RequestError: an export is missing, damaged or of another model; `out` cannot be written; a prompt that is no
+            Unicode text.
     """
+    check_prompt("--prompt", prompt)
+    check_prompt("--negative-prompt", negative_prompt or "")
     check_target(out)
     if backend == "tensorrt":
         require_gpu()

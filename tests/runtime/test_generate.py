@@ -145,6 +145,20 @@ def test_where_no_clip_can_be_written(tmp_path: Path, name: str, message: str) -
         generate(tmp_path, PROMPT, "torch", tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        (b"caf\xe9".decode("utf-8", "surrogateescape"), "byte 0xe9 is not UTF-8"),
+        ("smile \ud83d", r"half of a sign (\ud83d)"),
+    ],
+)
+def test_a_prompt_that_is_no_text_is_one_line(tmp_path: Path, text: str, fault: str) -> None:
+    for option, prompts in (("--prompt", (text, None)), ("--negative-prompt", ("a clip", text))):
+        with pytest.raises(RequestError) as refused:
+            generate(tmp_path, prompts[0], "torch", tmp_path / "clip.gif", negative_prompt=prompts[1])
+        assert str(refused.value) == f"{option}: {fault}; give the prompt in UTF-8"
+
+
 def test_tensorrt_without_a_driver_says_so_before_any_work(tmp_path: Path) -> None:
     if cuda_driver():
         pytest.skip("this machine has a CUDA driver")
