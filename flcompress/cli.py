@@ -15,7 +15,7 @@ import click
 from flcompress import __version__, commands
 from flcompress.command_group import Commands
 from flcompress.errors import RequestError
-from flcompress.runtime import Backend
+from flcompress.runtime import Backend, BenchBackend
 
 if TYPE_CHECKING:
     from flcompress.progress import Display
@@ -330,12 +330,37 @@ def eval_command(
 @main.command("bench")
 @click.argument("run", type=_FOLDER)
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Interleaved repetitions.")
+@click.option(
+    "--size", metavar="FRAMESxHEIGHTxWIDTH", help="Clip size in pixels, such as 81x480x832.  [default: the run's own]"
+)
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Clips generated at once.")
+@click.option(
+    "--backend",
+    "backends",
+    multiple=True,
+    type=click.Choice(get_args(BenchBackend)),
+    help="Time this in addition to torch eager; repeatable.  [default: all that can run]",
+)
 @moved_model
 @as_json
 @quiet
-def bench_command(run: Path, rounds: int, model: Path | None, as_json: bool, quiet: bool) -> None:
-    """Time teacher and student of RUN side by side. Writes RUN/bench."""
-    results = commands.bench(run, rounds=rounds, model=model, display=_display(quiet))
+def bench_command(
+    run: Path,
+    rounds: int,
+    size: str | None,
+    batch: int,
+    backends: Sequence[BenchBackend],
+    model: Path | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Time teacher and student of RUN side by side. Writes RUN/bench.
+
+    On the GPU if there is one, at the run's own size, in the precision that generate uses.
+    """
+    results = commands.bench(
+        run, rounds=rounds, size=size, batch=batch, backends=backends or None, model=model, display=_display(quiet)
+    )
     _show(results, as_json, run)
 
 

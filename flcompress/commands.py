@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flcompress.runtime import Backend
+from flcompress.runtime import Backend, BenchBackend
 
 if TYPE_CHECKING:
     from flcompress.driver.rundir import RunDirectory
@@ -243,13 +243,23 @@ def evaluate(
 
 
 def bench(
-    run: StrPath, *, rounds: int = 5, model: StrPath | None = None, display: Display | None = None
+    run: StrPath,
+    *,
+    rounds: int = 5,
+    size: str | None = None,
+    batch: int = 1,
+    backends: Sequence[BenchBackend] | None = None,
+    model: StrPath | None = None,
+    display: Display | None = None,
 ) -> dict[str, Any]:
     """Time teacher and student of a run side by side, and write `RUN/bench`.
 
     Args:
         run: the run directory.
         rounds: interleaved repetitions.
+        size: FRAMESxHEIGHTxWIDTH of the clips, in pixels; the run's own by default.
+        batch: clips generated at once.
+        backends: what to time in addition to torch eager, of "compile", "onnx" and "tensorrt"; by default all that can.
         model: the model folder that the run started from, if it has moved.
         display: where progress is shown; bars on a terminal, else lines.
 
@@ -257,13 +267,15 @@ def bench(
         What `RUN/bench/results.json` holds.
 
     Raises:
-        RequestError: an unfinished run, or one that cannot be timed.
+        RequestError: an unfinished run, a size that the model does not take, a backend that is not exported or
+            not available.
     """
     from flcompress.evaluation import bench as room
     from flcompress.progress import default_display
 
+    pixels = room.read_size(size) if size else None
     with (display or default_display()).stage("bench") as progress:
-        return room.bench(_opened(run, model), rounds, progress)
+        return room.bench(_opened(run, model), rounds, progress, backends, size=pixels, batch=batch)
 
 
 def report(run: StrPath) -> Path:

@@ -425,27 +425,46 @@ class Spread(_Part):
 
 
 class SpeedRow(_Part):
-    """One backend: times in seconds, and the ratio of those of a round."""
+    """One backend: times in seconds, the ratio of those of a round, and peaks of memory in bytes."""
 
     backend: str
     what: str
     teacher_seconds: Spread
     student_seconds: Spread
     ratio: Spread
+    precision: str | None = None
+    teacher_memory: int | None = None
+    student_memory: int | None = None
 
 
 class WorkPart(_Part):
-    """Counted work of one model for one clip."""
+    """Counted work of one model for one batch of clips; of two experts `evaluations` and `flops` are of both."""
 
     parameters: int
     evaluations: int
+    own_evaluations: int | None = None
     flops: int
+    partner: WorkPart | None = None
+
+
+class ClipPart(_Part):
+    """The size of a clip in frames and pixels."""
+
+    frames: int
+    height: int
+    width: int
 
 
 class BenchFile(Record):
     """`bench/results.json`; `program` is the key of the student's last result."""
 
     program: str | None = None
+    family: str | None = None
+    pipeline: str | None = None
+    size: ClipPart | None = None
+    latents: list[int] | None = None
+    device: str | None = None
+    precision: str | None = None
     machine: dict[str, Any] = Field(default_factory=dict)
     rounds: int
     batch: int

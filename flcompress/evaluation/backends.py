@@ -1,76 +1,141 @@
-"""The ways a network is run for a bench, and what this machine is."""
+"""The teacher and the student of a run behind each backend, as `flcompress bench` times them."""
 
 from __future__ import annotations
 
-import os
-import platform
-from importlib.util import find_spec
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from flcompress.core.program import Program
+from flcompress.diffusion.contract import SamplingContract
 from flcompress.diffusion.network import Conditioning, Network
-from flcompress.models.network import as_network, missing_compiler
+from flcompress.driver.rundir import RunDirectory
+from flcompress.errors import RequestError
+from flcompress.models.configs import check_transformer_config
+from flcompress.runtime import BenchBackend, ExportBackend
+from flcompress.runtime.manifest import PARTNER_FOLDER
+from flcompress.runtime.onnx_session import require_onnxruntime
+from flcompress.runtime.sessions import Export, TorchSession
+from flcompress.runtime.tensorrt_session import require_gpu
 
-EAGER = "torch eager"
-BACKENDS = (EAGER, "torch.compile", "ONNX Runtime")
+LABELS: dict[BenchBackend, str] = {
+    "torch": "torch eager",
+    "compile": "torch.compile",
+    "onnx": "ONNX Runtime (teacher: torch eager)",
+    "tensorrt": "TensorRT (teacher: torch eager)",
+}
+"""What results and reports call a backend. A teacher is not exported: its eager time is what an export is compared
+with."""
+
+Side = Literal["teacher", "student"]
+Role = Literal["transformer", "partner"]
+
+COMPONENTS: dict[Side, dict[Role, str]] = {
+    "teacher": {"transformer": "original", "partner": "original_partner"},
+    "student": {"transformer": "transformer", "partner": "partner"},
+}
+"""Components of the program: the transformer that is compressed, and of two experts the other, its partner."""
 
 
-class Unusable(Exception):  # noqa: N818 (no error: the bench goes on without this backend)
-    """A backend cannot run here; the text says why."""
+class Sampler:
+    """One model behind one backend, as it is timed.
 
-
-def compiled(model: Any) -> Network:
-    """The model with its repeated blocks compiled (one compilation serves all blocks of a shape).
-
-    Raises:
-        Unusable: torch.compile needs a C++ compiler and Python's headers for the CPU, and they are not here.
+    Attributes:
+        network: what a sampler calls; of two experts both as one.
+        contract: how it is sampled.
+        precision: what it computes in.
+        weight_bytes: bytes that it keeps in memory from one clip to the next, its weights above all.
+        calls: evaluations of each transformer in the last clip, counted as they happen.
     """
-    if missing := missing_compiler():
-        raise Unusable(missing)
-    model.compile_repeated_blocks(dynamic=False)
-    return as_network(model)
+
+    def __init__(
+        self, contract: SamplingContract, networks: Mapping[Role, Network], precision: str, weight_bytes: int
+    ) -> None:
+        self.contract, self.precision, self.weight_bytes = contract, precision, weight_bytes
+        self.calls: dict[Role, int] = dict.fromkeys(networks, 0)
+        counted = {role: self._counted(role, network) for role, network in networks.items()}
+        experts = contract.experts
+        own = counted["transformer"]
+        self.network = own if experts is None else experts.combine(own, counted["partner"])
+
+    def _counted(self, role: Role, network: Network) -> Network:
+        def call(x: torch.Tensor, timestep: torch.Tensor, given: Conditioning) -> torch.Tensor:
+            self.calls[role] += 1
+            return network(x, timestep, given)
+
+        return call
 
 
-def onnx_network(path: Path) -> Network:
-    """An exported denoiser behind ONNX Runtime, with as many threads as torch has.
+class Samplers:
+    """The teacher and the student of a run, by backend; the weights of a transformer are in memory once for torch."""
 
-    Raises:
-        Unusable: there is no export, no ONNX Runtime, or its inputs are not those of a video transformer.
-    """
-    if not path.exists():
-        raise Unusable(f"no {path}; add `- onnx` to the recipe's exports: or give flcompress export RUN --format onnx")
-    if find_spec("onnxruntime") is None:
-        raise Unusable("ONNX Runtime is not installed; pip install 'flcompress[onnxruntime]'")
-    import onnxruntime
+    def __init__(self, run: RunDirectory, program: Program, device: str) -> None:
+        self._run, self._program, self._device = run, program, device
+        self._contracts: dict[Side, SamplingContract] = {
+            "teacher": program.teacher_contract,
+            "student": program.contract,
+        }
+        self._load: Callable[[Path, float | None], TorchSession] = cache(
+            lambda folder, guidance: TorchSession(folder, device, guidance)
+        )
+        self._compile: Callable[[TorchSession], TorchSession] = cache(TorchSession.compiled)
+        self._eager: dict[Side, Sampler] = {side: self._torch(side, compiled=False) for side in COMPONENTS}
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    names = ("hidden_states", "timestep", "encoder_hidden_states")
-    inputs = {given.name for given in session.get_inputs()}
-    if inputs != set(names):
-        raise Unusable(f"{path}: inputs {', '.join(sorted(inputs))}, expected {', '.join(names)}; export it again")
+    def of(self, backend: BenchBackend) -> dict[Side, Sampler]:
+        """Return both sides; a side that a backend lacks is torch's.
 
-    def call(x: torch.Tensor, timestep: torch.Tensor, given: Conditioning) -> torch.Tensor:
-        tensors = {"hidden_states": x, "timestep": timestep, **given}
-        return torch.from_numpy(session.run(None, {name: tensors[name].numpy() for name in names})[0])
+        Raises:
+            RequestError: this run has no such export.
+            UnavailableError: the backend cannot run on this machine.
+        """
+        if backend == "torch":
+            return self._eager
+        if backend == "compile":
+            return {side: self._torch(side, compiled=True) for side in COMPONENTS}
+        return {**self._eager, "student": self._exported(backend)}
 
-    return call
+    def sessions(self, side: Side) -> dict[Role, TorchSession]:
+        """Return torch's sessions of one side."""
+        guidance = self._contracts[side].embedded_guidance
+        return {role: self._load(self._folder(side, role), guidance) for role in self._roles(side)}
 
+    def _roles(self, side: Side) -> tuple[Role, ...]:
+        return ("transformer", "partner") if self._contracts[side].experts else ("transformer",)
 
-def available_cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    def _folder(self, side: Side, role: Role) -> Path:
+        return self._program.components[COMPONENTS[side][role]]
 
+    def _torch(self, side: Side, *, compiled: bool) -> Sampler:
+        sessions = self.sessions(side)
+        if compiled:
+            sessions = {role: self._compile(session) for role, session in sessions.items()}
+        size = sum(session.nbytes for session in set(sessions.values()))
+        return Sampler(self._contracts[side], sessions, next(iter(sessions.values())).precision, size)
 
-def cpu_name() -> str:
-    """The processor's name, as far as the system tells."""
-    told = Path("/proc/cpuinfo")
-    if told.exists():
-        for line in told.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    def _exported(self, backend: ExportBackend) -> Sampler:
+        exports = {role: self._export(backend, role) for role in self._roles("student")}
+        if backend == "onnx":
+            require_onnxruntime("backend onnx")
+        else:
+            require_gpu()
+        contract = self._program.contract
+        networks: dict[Role, Network] = {}
+        for role, export in exports.items():
+            export.verify()
+            config = check_transformer_config(self._folder("student", role))
+            networks[role] = export.network(config, contract.embedded_guidance)
+        size = sum(path.stat().st_size for one in exports.values() for path in one.files)
+        return Sampler(contract, networks, exports["transformer"].precision, size)
+
+    def _export(self, backend: ExportBackend, role: Role) -> Export:
+        make_it = f"flcompress export {self._run.path} --format {backend}"
+        folder = self._run.exports / backend
+        export = Export.open(folder / PARTNER_FOLDER if role == "partner" else folder, backend, make_it)
+        manifest: Mapping[str, Any] = export.manifest
+        other = SamplingContract.from_dict(manifest["contract"]) != self._program.contract
+        if other or (role == "transformer" and manifest["kept"] != dict(self._program.kept)):
+            raise RequestError(f"{export.folder}: an export of an earlier student; make it again with: {make_it}")
+        return export

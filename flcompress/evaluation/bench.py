@@ -1,162 +1,201 @@
-"""Wall clock and counted work: the teacher, guided, at all its steps beside the student, in one process."""
+"""Wall clock, memory and counted work: the teacher, guided, at all its steps next to the student, in one process."""
 
 from __future__ import annotations
 
 import json
-import platform
+import re
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
 
 import torch
 
 from flcompress.core.program import Program
 from flcompress.diffusion.contract import SamplingContract
-from flcompress.diffusion.network import Conditioning, Network, select
+from flcompress.diffusion.network import Conditioning, select, to_device
 from flcompress.diffusion.sampling import sample
 from flcompress.draws import generator
 from flcompress.driver.rundir import RunDirectory
-from flcompress.errors import RequestError
-from flcompress.evaluation.backends import BACKENDS, EAGER, Unusable, available_cores, compiled, cpu_name, onnx_network
+from flcompress.errors import FlcompressError, RequestError
+from flcompress.evaluation.backends import COMPONENTS, LABELS, Role, Sampler, Samplers, Side
+from flcompress.evaluation.machine import MemoryMeter, machine, memory_in_use
 from flcompress.files import write_text
-from flcompress.models.latent_size import folder_grid
-from flcompress.models.loading import load_transformer
-from flcompress.models.network import as_network
 from flcompress.progress import ProgressSink
+from flcompress.runtime import BenchBackend, ExportBackend
+from flcompress.runtime.sessions import TorchSession, best_device
+from flcompress.runtime.sizes import sizes_of
 
 DENOISING, PIPELINE = "denoising", "pipeline"
 PROMPT = "what the clip shows"
 """Every prompt is padded to one length, so its text does not matter."""
 
+Pair = dict[Side, Sampler]
 
-@dataclass
-class Sampler:
-    """One model behind one backend, as it is timed.
+PixelSize = tuple[int, int, int]
+"""(frames, height, width) of a clip."""
 
-    Attributes:
-        network: the velocity.
-        contract: how it is sampled.
-        evaluations: network evaluations of the last clip, counted as they happen.
-        seconds: what each round took, by what was timed.
-    """
 
-    network: Network
-    contract: SamplingContract
-    evaluations: int = 0
-    seconds: dict[str, list[float]] = field(default_factory=lambda: {DENOISING: [], PIPELINE: []})
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """What one clip took: seconds and peak bytes of the denoising loop and of the whole pipeline."""
 
-    def counted(self, x: torch.Tensor, timestep: torch.Tensor, given: Conditioning) -> torch.Tensor:
-        """Call the network and count the call."""
-        self.evaluations += 1
-        return self.network(x, timestep, given)
+    seconds: dict[str, float]
+    memory: dict[str, int | None]
+
+
+def read_size(text: str) -> PixelSize:
+    """Read FRAMESxHEIGHTxWIDTH, in pixels; RequestError for anything else."""
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", text):
+        raise RequestError(f"--size: {text} given, expected FRAMESxHEIGHTxWIDTH, such as 81x480x832")
+    frames, height, width = map(int, text.split("x"))
+    return frames, height, width
 
 
 class _Stage:
-    """What both models share: text encoder and autoencoder, one prompt, one noise of the size that is sampled."""
+    """What both models share: text encoders and autoencoder, prompts, a first frame, noise of the size sampled."""
 
-    def __init__(self, program: Program) -> None:
-        self._parts = program.parts()
-        self.noise = torch.randn(1, *program.latents, generator=generator("bench", "noise"))
-        grid = folder_grid(program.components["transformer"], program.components["vae"])
-        self._clip = torch.zeros(1, 3, *grid.clip(program.latents[1:]))  # its first frame is black
+    def __init__(self, program: Program, device: str, batch: int, size: PixelSize | None) -> None:
+        grid = sizes_of(program)
+        self.clip = grid.clip(program.latents[1:]) if size is None else size
+        names = ("--size, frames", "--size, height", "--size, width")
+        shape = program.latents[1:] if size is None else grid.latents(*size, names)
+        self.latents = (program.latents[0], *shape)
+        self._parts, self._device, self._prompts = program.parts(device), device, [PROMPT] * batch
+        self.noise = torch.randn(batch, *self.latents, generator=generator("bench", "noise")).to(device)
+        self._first = torch.zeros(batch, 3, *self.clip, device=device)  # its first frame is black
+        self._meter = MemoryMeter(device)
+        before = memory_in_use(device)
+        self.conditioning(program.contract)
+        self._parts.decode_latents(self.noise)
+        self._parts_bytes = max(0, memory_in_use(device) - before)
 
     def conditioning(self, contract: SamplingContract) -> tuple[Conditioning, Conditioning | None]:
-        """The prompt's conditioning and, only where the contract guides, the negative one's, as in a stock pipeline."""
-        prompts = [PROMPT, contract.negative_prompt] if contract.guided else [PROMPT]
-        length = contract.max_sequence_length
-        made = self._parts.encode_prompts(prompts, length)
-        given = select(made, slice(0, 1)) | self._parts.encode_images(self._clip, [PROMPT], length)
-        return given, select(made, slice(1, 2)) if contract.guided else None
+        """Return that of the prompts and, only where the contract guides, of the negative one, as a stock pipeline."""
+        prompts = [*self._prompts, contract.negative_prompt] if contract.guided else self._prompts
+        length, batch = contract.max_sequence_length, len(self._prompts)
+        every = to_device(self._parts.encode_prompts(prompts, length), self._device)
+        first = to_device(self._parts.encode_images(self._first, self._prompts, length), self._device)
+        negative = select(every, slice(batch, batch + 1)) if contract.guided else None
+        return select(every, slice(0, batch)) | first, negative
 
     @torch.no_grad()
-    def generate(self, sampler: Sampler) -> tuple[float, float]:
-        """Make one clip; the seconds of the denoising loop, and of the whole pipeline (text, denoising, decoding)."""
-        sampler.evaluations = 0
-        started = time.perf_counter()
-        prompt, negative = self.conditioning(sampler.contract)
-        encoded = time.perf_counter()
-        again = generator("bench", "noise again")
-        start = self._parts.family.start(self.noise, prompt)
-        latents = sample(sampler.counted, sampler.contract, start, prompt, negative, again)
-        denoised = time.perf_counter()
+    def generate(self, sampler: Sampler) -> Measurement:
+        """Make one batch of clips: text encoding, denoising, decoding."""
+        sampler.calls = dict.fromkeys(sampler.calls, 0)
+        self._meter.begin()
+        started = self._now()
+        given, negative = self.conditioning(sampler.contract)
+        encoded, encoding = self._now(), self._meter.growth()
+        self._meter.begin()
+        fresh = generator("bench", "noise again")
+        start = self._parts.family.start(self.noise, given)
+        latents = sample(sampler.network, sampler.contract, start, given, negative, fresh)
+        latents = self._parts.family.end(self._parts.config, latents, given)
+        denoised, denoising = self._now(), self._meter.growth()
+        self._meter.begin()
         self._parts.decode_latents(latents)
-        return denoised - encoded, time.perf_counter() - started
+        ended, decoding = self._now(), self._meter.growth()
+        growths = [growth for growth in (encoding, denoising, decoding) if growth is not None]
+        held, whole = sampler.weight_bytes, len(growths) == 3
+        return Measurement(
+            seconds={DENOISING: denoised - encoded, PIPELINE: ended - started},
+            memory={
+                DENOISING: None if denoising is None else held + denoising,
+                PIPELINE: held + self._parts_bytes + max(growths) if whole else None,
+            },
+        )
 
-    def flops(self, sampler: Sampler) -> int:
-        """Floating point operations of one network evaluation, counted by torch."""
+    def flops(self, session: TorchSession, timestep: float, given: Conditioning) -> int:
+        """Return the floating point operations of one network evaluation, counted by torch."""
         from torch.utils.flop_counter import FlopCounterMode
 
-        prompt, _ = self.conditioning(sampler.contract)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            sampler.network(self.noise, torch.full((1,), sampler.contract.timesteps[0]), prompt)
+            session(self.noise, torch.full((len(self.noise),), timestep, device=self.noise.device), given)
         return int(counter.get_total_flops())
+
+    def _now(self) -> float:
+        """Return the clock's time once the GPU has done all that was asked of it."""
+        if self._device.startswith("cuda"):
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
 
 def bench(
     run: RunDirectory,
     rounds: int = 5,
     progress: ProgressSink | None = None,
-    backends: Sequence[str] = BACKENDS,
+    backends: Sequence[BenchBackend] | None = None,
+    *,
+    size: PixelSize | None = None,
+    batch: int = 1,
 ) -> dict[str, Any]:
-    """Time the teacher, guided, against the student, one clip at a time, and write RUN/bench/results.json.
+    """Time the teacher, guided, against the student, one batch at a time, and write RUN/bench/results.json.
 
-    Every round runs each backend's teacher and then its student, so that a busy moment of the machine meets both.
-    Before the first round each is run once untimed. `ratio` is that of the two times of a round.
+    On the GPU if there is one, in the precision that `flcompress generate` uses. Every round runs each backend's
+    teacher and then its student, so that a busy moment of the machine meets both. Before the first round each is run
+    once untimed. `ratio` is that of the two times of a round.
 
     Args:
         run: a finished run.
         rounds: interleaved repetitions.
-        progress: told after every clip.
-        backends: which of `BACKENDS` to time; "torch eager" always is.
+        progress: called after every clip.
+        backends: what to time in addition to torch eager, which always is; None: every backend that can.
+        size: (frames, height, width) of the clips, in pixels; None: the size that the run's model is sampled at.
+        batch: samples generated at once.
 
     Returns:
         What the file holds. A time or ratio is {"median", "low", "high"}, low and high being the extremes over rounds;
-        a backend that cannot run here is in "skipped" with the reason.
+        a peak of memory is in bytes, the weights of that side included; a backend that cannot run here is in "skipped"
+        with the reason.
+
+    Raises:
+        RequestError: an unfinished run; a size that the model does not take; a backend that was asked for and is not
+            exported in this run or not available here.
+        FlcompressError: the GPU's memory is too small.
     """
-    program, key = run.final(), run.key
-    if program.contract.experts is not None:
-        raise RequestError(
-            f"{run.path}: a {program.pipeline_class} with two experts, which bench does not time yet; expected a model "
-            "with one transformer; time 'flcompress generate' instead"
-        )
-    stage = _Stage(program)
-    teacher_model = load_transformer(program.components["original"])
-    student_model = load_transformer(program.components["transformer"])
-    pairs = {EAGER: (as_network(teacher_model), as_network(student_model))}
-    makers: dict[str, Callable[[], tuple[Network, Network]]] = {
-        "torch.compile": lambda: _compiled(program),
-        # The teacher is not exported: its eager time is what the student's is held against.
-        "ONNX Runtime": lambda: (pairs[EAGER][0], onnx_network(run.exports / "onnx" / "model.onnx")),
-    }
-    skipped = []
-    for name, make in makers.items():
-        if name in backends:
-            try:
-                pairs[name] = make()
-            except Unusable as reason:
-                skipped.append({"backend": name, "reason": str(reason)})
-    samplers = {
-        name: (Sampler(teacher, program.teacher_contract), Sampler(student, program.contract))
-        for name, (teacher, student) in pairs.items()
-    }
-    if "ONNX Runtime" in samplers:  # one teacher stands in both rows and is timed once a round
-        samplers["ONNX Runtime"] = (samplers[EAGER][0], samplers["ONNX Runtime"][1])
-    _time(stage, list({id(s): s for pair in samplers.values() for s in pair}.values()), rounds, progress)
-    sides = {
-        "teacher": _work(stage, samplers[EAGER][0], teacher_model),
-        "student": _work(stage, samplers[EAGER][1], student_model),
-    }
-    work = {side: counted["evaluations"] * counted["parameters"] for side, counted in sides.items()}
+    try:
+        return _bench(run, rounds, progress, backends, size, batch)
+    except torch.OutOfMemoryError as error:
+        raise FlcompressError(
+            f"bench: out of GPU memory ({' '.join(str(error).split())[:120]}...); give a smaller --size or --batch, or "
+            "fewer backends with --backend torch"
+        ) from error
+
+
+def _bench(
+    run: RunDirectory,
+    rounds: int,
+    progress: ProgressSink | None,
+    backends: Sequence[BenchBackend] | None,
+    size: PixelSize | None,
+    batch: int,
+) -> dict[str, Any]:
+    program, key, device = run.final(), run.key, best_device()
+    stage = _Stage(program, device, batch, size)
+    samplers = Samplers(run, program, device)
+    pairs, skipped, measured = _Rounds(stage, device, rounds, progress).measure(samplers, backends)
+    sides: dict[Side, dict[str, Any]] = {side: _work(stage, samplers, side) for side in COMPONENTS}
     results = {
         "program": key,
-        "machine": _machine(next(student_model.parameters()).device),
+        "family": program.family.name,
+        "pipeline": program.pipeline_class,
+        "size": dict(zip(("frames", "height", "width"), stage.clip, strict=True)),
+        "latents": list(stage.latents),
+        "batch": batch,
+        "device": device,
+        "precision": pairs["torch"]["student"].precision,
+        "machine": machine(device),
         "rounds": rounds,
-        "batch": 1,
-        "work_ratio": work["teacher"] / work["student"],
-        **sides,
-        "rows": [_row(name, what, *samplers[name]) for name in samplers for what in (DENOISING, PIPELINE)],
+        "work_ratio": _total(sides["teacher"]) / _total(sides["student"]),
+        "teacher": sides["teacher"],
+        "student": sides["student"],
+        "rows": [
+            _row(LABELS[backend], what, pair, measured)
+            for backend, pair in pairs.items()
+            for what in (DENOISING, PIPELINE)
+        ],
         "skipped": skipped,
     }
     folder = run.path / "bench"
@@ -165,56 +204,125 @@ def bench(
     return results
 
 
-def _compiled(program: Program) -> tuple[Network, Network]:
-    # Compiling changes a model in place, so these are loaded anew.
-    teacher, student = (load_transformer(program.components[name]) for name in ("original", "transformer"))
-    return compiled(teacher), compiled(student)
+class _Rounds:
+    """The clips of a bench: one with each sampler to warm up, then interleaved rounds."""
+
+    def __init__(self, stage: _Stage, device: str, rounds: int, progress: ProgressSink | None) -> None:
+        self._stage, self._device, self._rounds, self._progress = stage, device, rounds, progress
+        self._done, self._samplers = 0, 0
+        self._pairs: dict[BenchBackend, Pair] = {}
+        self._skipped: list[dict[str, str]] = []
+
+    def measure(
+        self, samplers: Samplers, backends: Sequence[BenchBackend] | None
+    ) -> tuple[dict[BenchBackend, Pair], list[dict[str, str]], dict[Sampler, list[Measurement]]]:
+        """Return the pairs by backend, what was skipped and why, and the measurements of every sampler.
+
+        Args:
+            samplers: where they come from.
+            backends: those asked for, in which case one that cannot run is an error; None: all that can.
+        """
+        chosen = [backend for backend in LABELS if backend == "torch" or backends is None or backend in backends]
+        fresh = {backend: 1 if backend in get_args(ExportBackend) else 2 for backend in chosen}
+        self._samplers = sum(fresh.values())
+        for backend in chosen:
+            try:
+                self._pairs[backend] = self._warm(samplers, backend)
+            except FlcompressError as reason:
+                if backends is not None:
+                    raise
+                self._skipped.append({"backend": LABELS[backend].partition(" (")[0], "reason": str(reason)})
+                self._samplers -= fresh[backend]
+        order = list(dict.fromkeys(sampler for pair in self._pairs.values() for sampler in pair.values()))
+        measured: dict[Sampler, list[Measurement]] = {sampler: [] for sampler in order}
+        for _ in range(self._rounds):
+            for sampler in order:
+                measured[sampler].append(self._clip(sampler))
+        return self._pairs, self._skipped, measured
+
+    def _warm(self, samplers: Samplers, backend: BenchBackend) -> Pair:
+        """Load, and generate once untimed: threads, caches, compilation."""
+        before = memory_in_use(self._device)
+        pair = samplers.of(backend)
+        known = {sampler for other in self._pairs.values() for sampler in other.values()}
+        for sampler in pair.values():
+            if sampler not in known:
+                self._clip(sampler)
+        if backend in get_args(ExportBackend) and self._device == "cuda":
+            # The memory of another library, which it keeps: weights and room for activations.
+            pair["student"].weight_bytes = max(0, memory_in_use(self._device) - before)
+        return pair
+
+    def _clip(self, sampler: Sampler) -> Measurement:
+        measurement = self._stage.generate(sampler)
+        self._done += 1
+        if self._progress is not None:
+            total = (self._rounds + 1) * self._samplers
+            self._progress(self._done, total, {"seconds": measurement.seconds[PIPELINE]})
+        return measurement
 
 
-def _time(stage: _Stage, samplers: Sequence[Sampler], rounds: int, progress: ProgressSink | None) -> None:
-    total = (rounds + 1) * len(samplers)
-    for number in range(rounds + 1):
-        for place, sampler in enumerate(samplers):
-            denoising, pipeline = stage.generate(sampler)
-            if number > 0:  # the first one warms up: threads, caches, compilation
-                sampler.seconds[DENOISING].append(denoising)
-                sampler.seconds[PIPELINE].append(pipeline)
-            if progress is not None:
-                progress(number * len(samplers) + place + 1, total, {"seconds": pipeline})
+def _work(stage: _Stage, samplers: Samplers, side: Side) -> dict[str, Any]:
+    """Count, never assume: evaluations of the last clip, parameters of the module, operations of a forward.
 
-
-def _work(stage: _Stage, sampler: Sampler, model: Any) -> dict[str, int]:
-    """Counted, not assumed: evaluations of the last clip, parameters of the module, operations of a forward."""
-    evaluations = sampler.evaluations
+    "evaluations" and "flops" are those of all transformers; of two experts "own_evaluations" are those of the one that
+    is compressed, and "partner" has the other's.
+    """
+    sampler = samplers.of("torch")[side]
+    contract, sessions = sampler.contract, samplers.sessions(side)
+    given, _ = stage.conditioning(contract)
+    counted: dict[Role, dict[str, int]] = {}
+    for role, session in sessions.items():
+        calls, timesteps = sampler.calls[role], _timesteps(contract, role)
+        counted[role] = {
+            "parameters": sum(parameter.numel() for parameter in session.transformer.parameters()),
+            "evaluations": calls,
+            "flops": calls * stage.flops(session, timesteps[0], given) if timesteps else 0,
+        }
+    own = counted["transformer"]
+    if (partner := counted.get("partner")) is None:
+        return dict(own)
     return {
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "evaluations": evaluations,
-        "flops": evaluations * stage.flops(sampler),
+        "parameters": own["parameters"],
+        "evaluations": own["evaluations"] + partner["evaluations"],
+        "own_evaluations": own["evaluations"],
+        "flops": own["flops"] + partner["flops"],
+        "partner": partner,
     }
 
 
-def _row(backend: str, what: str, teacher: Sampler, student: Sampler) -> dict[str, Any]:
-    slow, fast = teacher.seconds[what], student.seconds[what]
+def _timesteps(contract: SamplingContract, role: Role) -> list[float]:
+    """Return the timesteps that a transformer answers."""
+    own = set(contract.places)
+    return [t for index, t in enumerate(contract.timesteps) if (index in own) == (role == "transformer")]
+
+
+def _total(side: dict[str, Any]) -> int:
+    """Return the work of one side: evaluations times parameters, of both of two experts."""
+    partner = side.get("partner", {"evaluations": 0, "parameters": 0})
+    own: int = side.get("own_evaluations", side["evaluations"]) * side["parameters"]
+    return own + int(partner["evaluations"] * partner["parameters"])
+
+
+def _row(label: str, what: str, pair: Pair, measured: dict[Sampler, list[Measurement]]) -> dict[str, Any]:
+    slow, fast = ([one.seconds[what] for one in measured[pair[side]]] for side in COMPONENTS)
+    memory = {side: _peak([one.memory[what] for one in measured[pair[side]]]) for side in COMPONENTS}
     return {
-        "backend": backend if backend != "ONNX Runtime" else "ONNX Runtime (teacher: torch eager)",
+        "backend": label,
         "what": what,
+        "precision": pair["student"].precision,
         "teacher_seconds": _spread(slow),
         "student_seconds": _spread(fast),
         "ratio": _spread([a / b for a, b in zip(slow, fast, strict=True)]),
+        "teacher_memory": memory["teacher"],
+        "student_memory": memory["student"],
     }
+
+
+def _peak(values: Sequence[int | None]) -> int | None:
+    known = [value for value in values if value is not None]
+    return max(known) if known else None
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}
-
-
-def _machine(device: torch.device) -> dict[str, Any]:
-    """What computed: a GPU that only is there is not named."""
-    return {
-        "cpu": cpu_name(),
-        "cores": available_cores(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "torch": torch.__version__,
-        "system": platform.platform(),
-    }

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flcompress.core.records import ContractPart, ImportanceResult, PruneResult, StochasticDepthResult
+from flcompress.core.records import BenchFile, ContractPart, ImportanceResult, PruneResult, StochasticDepthResult
 from flcompress.diffusion.contract import SamplingContract
 from flcompress.errors import RecordError
 from flcompress.ir.block import Block, Estimate
@@ -116,6 +116,7 @@ def headline(run: RunRecord) -> Headline | None:
     preferred = [row for row in rows if "eager" in row.backend and row.what == "denoising"]
     for row in (preferred or rows)[:1]:
         measured, measured_on = row.ratio.interval, f"{row.backend}, {row.what}"
+        measured_on += conditions(run.bench)
     return Headline(
         parameters_before=before.parameters,
         parameters_after=after.parameters,
@@ -126,6 +127,16 @@ def headline(run: RunRecord) -> Headline | None:
         measured=measured,
         measured_on=measured_on,
     )
+
+
+def conditions(bench: BenchFile | None) -> str:
+    """Return at which size, in which precision and on what a bench was made; empty for one that did not note it."""
+    if bench is None or bench.size is None:
+        return ""
+    shape = f"{bench.size.frames} x {bench.size.height} x {bench.size.width}"
+    batch = f", batch {bench.batch}" if bench.batch != 1 else ""
+    where = bench.machine.get("gpu") or (bench.device or "").upper()
+    return f", {bench.family} at {shape}{batch}, {bench.precision} on {where}"
 
 
 def blocks(run: RunRecord) -> Blocks | None:

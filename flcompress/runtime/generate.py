@@ -20,18 +20,15 @@ from flcompress.errors import RequestError
 from flcompress.models.configs import check_transformer_config, read_json
 from flcompress.models.families import family_of
 from flcompress.models.folder import check_parts
-from flcompress.models.loading import load_transformer
-from flcompress.models.network import as_network, half_precision
 from flcompress.models.parts import Parts, open_parts
 from flcompress.models.tensor_memory import free_gpu_memory
 from flcompress.progress import ProgressSink
-from flcompress.runtime import Backend
+from flcompress.runtime import Backend, ExportBackend
 from flcompress.runtime.clip_files import check_target, read_picture, write_clip
-from flcompress.runtime.inputs import Session, tensors_of
-from flcompress.runtime.manifest import MANIFEST_FILE, PARTNER_FOLDER, read_manifest, require_hash
-from flcompress.runtime.onnx_session import PROVIDERS, OnnxSession, require_onnxruntime
-from flcompress.runtime.tensorrt_api import cuda_driver
-from flcompress.runtime.tensorrt_session import TensorRTSession, require_gpu
+from flcompress.runtime.manifest import MANIFEST_FILE, PARTNER_FOLDER, read_manifest
+from flcompress.runtime.onnx_session import require_onnxruntime
+from flcompress.runtime.sessions import Export, TorchSession, best_device
+from flcompress.runtime.tensorrt_session import require_gpu
 
 Load = Callable[[], Network]
 """Brings a network into memory."""
@@ -81,7 +78,7 @@ def generate(
     facts = read_manifest(pipeline / FACTS_FILE, _make(run_dir, "diffusers"))
     check_parts(pipeline)
     facts = _with_negative(facts, negative_prompt)
-    parts = open_parts(pipeline, _device())
+    parts = open_parts(pipeline, best_device())
     first = _first_frame(parts, facts, prompt, image)
     latents = denoise(_denoiser(run_dir, backend, facts), parts, facts, prompt, seed, first, progress)
     free_gpu_memory()  # the transformer leaves before the autoencoder comes
@@ -180,69 +177,27 @@ class _InTurn:
         return call
 
 
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def _torch_network(run_dir: Path, transformer: str, part: str, facts: dict[str, Any]) -> Load:
-    """The stock transformer: in bf16 on a GPU, as stock pipelines are run there, in fp32 on a CPU."""
-    folder, device = run_dir / "exports" / "diffusers" / transformer, _device()
-    half, guidance = device == "cuda", SamplingContract.from_dict(facts["contract"]).embedded_guidance
-
-    def load() -> Network:
-        network = as_network(load_transformer(folder, device, torch.bfloat16 if half else None), guidance)
-
-        def call(x: torch.Tensor, timestep: torch.Tensor, given: Conditioning) -> torch.Tensor:
-            with half_precision(device, enabled=half):
-                return network(x.to(device), timestep.to(device), to_device(given, device)).to(x)
-
-        return call
-
-    return load
+    """The stock transformer of that name in the diffusers export."""
+    folder = run_dir / "exports" / "diffusers" / transformer
+    guidance = SamplingContract.from_dict(facts["contract"]).embedded_guidance
+    return lambda: TorchSession(folder, best_device(), guidance)
 
 
-def _exported_network(run_dir: Path, transformer: str, part: str, facts: dict[str, Any], *, backend: Backend) -> Load:
+def _exported_network(
+    run_dir: Path, transformer: str, part: str, facts: dict[str, Any], *, backend: ExportBackend
+) -> Load:
     """The export in folder `part` of a backend's, which stands for the named transformer of the diffusers export."""
-    folder = run_dir / "exports" / backend / part
-    manifest = read_manifest(folder / MANIFEST_FILE, _make(run_dir, backend))
-    if manifest["contract"] != facts["contract"]:
+    export = Export.open(run_dir / "exports" / backend / part, backend, _make(run_dir, backend))
+    if export.manifest["contract"] != facts["contract"]:
         raise RequestError(
-            f"{folder / MANIFEST_FILE}: its sampling contract is not that of the diffusers export; make both again "
-            f"with: {_make(run_dir, 'diffusers')} --format {backend}"
+            f"{export.folder / MANIFEST_FILE}: its sampling contract is not that of the diffusers export; make both "
+            f"again with: {_make(run_dir, 'diffusers')} --format {backend}"
         )
-    hashes = manifest["sha256"] if backend == "onnx" else {manifest["file"]: manifest["sha256"]}
-    for name, expected in hashes.items():
-        require_hash(folder / name, expected, _make(run_dir, backend))
-    model = folder / str(manifest["file"])
+    export.verify()
     config = check_transformer_config(run_dir / "exports" / "diffusers" / transformer)
     guidance = SamplingContract.from_dict(facts["contract"]).embedded_guidance
-
-    def load() -> Network:
-        if backend == "onnx":
-            return _as_network(_onnx_session(model), config, guidance)
-        return _as_network(TensorRTSession(model, manifest["builder"], manifest["shapes"]), config, guidance)
-
-    return load
-
-
-def _onnx_session(model: Path) -> OnnxSession:
-    """On the GPU where both a driver and an ONNX Runtime built for it are here, else on the CPU."""
-    import onnxruntime
-
-    gpu = cuda_driver() and PROVIDERS["cuda"] in onnxruntime.get_available_providers()
-    return OnnxSession(model, "cuda" if gpu else "cpu")
-
-
-def _as_network(session: Session, config: dict[str, Any], guidance: float | None) -> Network:
-    """An exported transformer behind its family's adapter: the graph's inputs are the forward's tensors."""
-    family = family_of(config["_class_name"])
-
-    def call(x: torch.Tensor, timestep: torch.Tensor, given: Conditioning) -> torch.Tensor:
-        arguments = family.arguments(config, x, timestep, given, guidance)
-        output = session(tensors_of(family.export_arguments(config, arguments)))
-        return family.prediction(config, output.to(x.device), x, timestep, given)
-
-    return call
+    return lambda: export.network(config, guidance)
 
 
 def _counted(network: Network, total: int, progress: ProgressSink) -> Network:

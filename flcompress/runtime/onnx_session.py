@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from flcompress.errors import UnavailableError
+from flcompress.errors import RequestError, UnavailableError
 from flcompress.runtime.inputs import Inputs
 
 MISSING = (
@@ -26,7 +26,7 @@ def require_onnxruntime(what: str) -> None:
 
 
 class OnnxSession:
-    """Callable as a `flcompress.runtime.inputs.Session`."""
+    """An ONNX model in memory; callable as a `flcompress.runtime.inputs.Session`."""
 
     def __init__(self, model: Path, device: Literal["cpu", "cuda"] = "cpu", *, lean: bool = False) -> None:
         """Load `model` (its external data beside it).
@@ -37,10 +37,12 @@ class OnnxSession:
             lean: hold no second copy of the weights: slower, for a check of a large model.
 
         Raises:
-            UnavailableError: ONNX Runtime did not take the device; it falls back to the CPU without a word.
+            UnavailableError: ONNX Runtime did not take the device (it falls back to the CPU silently), or lacks kernels
+                for the graph there, as for bf16 on a CPU.
         """
         import onnxruntime
 
+        self._model = model
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()  # as torch has, so that the two compare fairly
         options.log_severity_level = 3  # errors; what else it says is about its own optimiser
@@ -52,7 +54,13 @@ class OnnxSession:
         wanted = PROVIDERS[device]
         # A provider this build lacks is left out of the list here, because ONNX Runtime would only warn about it.
         chosen = [name for name in (wanted, PROVIDERS["cpu"]) if name in onnxruntime.get_available_providers()]
-        self.session = onnxruntime.InferenceSession(str(model), options, providers=list(dict.fromkeys(chosen)))
+        try:
+            self.session = onnxruntime.InferenceSession(str(model), options, providers=list(dict.fromkeys(chosen)))
+        except onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented as error:
+            raise UnavailableError(
+                f"{model}: ONNX Runtime has no kernels for it on {wanted} ({' '.join(str(error).split())}); run it on "
+                "an NVIDIA GPU with 'flcompress[onnxruntime-gpu]', or export it with onnx.precision: fp32"
+            ) from error
         self.provider = str(self.session.get_providers()[0])
         if self.provider != wanted:
             raise UnavailableError(
@@ -64,5 +72,12 @@ class OnnxSession:
     def __call__(self, inputs: Inputs) -> torch.Tensor:
         """Run the graph: named inputs to the predicted `sample`."""
         # What the traced forward never looks at is no input of the graph.
-        given = {one.name: inputs[one.name].detach().cpu().numpy() for one in self.session.get_inputs()}
-        return torch.from_numpy(self.session.run(None, given)[0])
+        arrays = {spec.name: inputs[spec.name].detach().cpu().numpy() for spec in self.session.get_inputs()}
+        for spec in self.session.get_inputs():
+            shape = arrays[spec.name].shape
+            if any(isinstance(axis, int) and axis != n for axis, n in zip(spec.shape, shape, strict=True)):
+                raise RequestError(
+                    f"{self._model}: {spec.name} {list(shape)} given, but the graph takes {spec.shape}; choose the "
+                    "size that it was exported at"
+                )
+        return torch.from_numpy(self.session.run(None, arrays)[0])

@@ -37,7 +37,7 @@ def runs_here(targets: Sequence[str]) -> bool:
 
 
 class TensorRTSession:
-    """Callable as a `flcompress.runtime.inputs.Session`."""
+    """An engine in memory; callable as a `flcompress.runtime.inputs.Session`."""
 
     def __init__(self, engine: Path, builder: Mapping[str, str], shapes: Sequence[Mapping[str, Shapes]]) -> None:
         """Deserialize the engine.

@@ -30,7 +30,7 @@ from flcompress.models.families.wan import Wan
 from flcompress.models.loading import load_transformer
 from flcompress.models.parts import open_parts
 from flcompress.progress import QuietDisplay
-from flcompress.runtime import generate as runtime
+from flcompress.runtime import sessions
 from flcompress.runtime.generate import _denoiser, denoise, generate
 from tests.families.exports import PROMPT, first_frame
 from tests.families.pipelines import EXPERTS
@@ -166,7 +166,7 @@ def test_one_expert_is_in_memory_at_a_time_and_no_text_encoder_beside_it(
         loaded.append(weakref.ref(made))
         return made
 
-    monkeypatch.setattr(runtime, "load_transformer", loading)
+    monkeypatch.setattr(sessions, "load_transformer", loading)
     _, first = first_frame(run / "exports" / "diffusers", facts)
     latents = denoise(_denoiser(run, "torch", facts), parts, facts, PROMPT, 5, first)
     assert bool(latents.isfinite().all())
@@ -274,9 +274,20 @@ def test_an_evaluation_gives_the_teacher_its_own_partner(
                 torch.testing.assert_close(found[name].network(x, t, given), expected, rtol=0.0, atol=0.0)
 
 
-def test_a_bench_of_a_pair_is_refused(runs: dict[Expert, Made]) -> None:
-    with pytest.raises(RequestError, match="with two experts, which bench does not time yet; expected a model with"):
-        bench(RunDirectory(runs["low"][0]))
+def test_a_bench_times_the_student_beside_its_partner(runs: dict[Expert, Made]) -> None:
+    """The teacher next to its own partner; each at the steps that it answers."""
+    run = RunDirectory(runs["low"][0])
+    results, teacher = bench(run, 1, backends=["torch"]), run.final().teacher_contract
+    student = results["student"]
+    assert (student["evaluations"], student["own_evaluations"], student["partner"]["evaluations"]) == (4, 2, 2)
+    assert results["teacher"]["evaluations"] == teacher.evaluations
+    assert results["teacher"]["own_evaluations"] == teacher.own_evaluations
+    sizes = {
+        name: sum(one.numel() for one in load_transformer(run.final().components[name]).parameters())
+        for name in ("original", "transformer", "partner", "original_partner")
+    }
+    assert (student["parameters"], student["partner"]["parameters"]) == (sizes["transformer"], sizes["partner"])
+    assert results["teacher"]["partner"]["parameters"] == sizes["original_partner"] > sizes["partner"]
 
 
 def replace_experts(facts: dict[str, Any]) -> dict[str, Any]:

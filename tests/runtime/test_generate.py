@@ -22,6 +22,7 @@ from flcompress.errors import RequestError, UnavailableError
 from flcompress.exporters.diffusers_folder import DiffusersExporter
 from flcompress.models.loading import load_transformer
 from flcompress.runtime import generate as runtime
+from flcompress.runtime import sessions
 from flcompress.runtime.clip_files import frames_of, write_clip
 from flcompress.runtime.generate import generate
 from flcompress.runtime.tensorrt_api import cuda_driver
@@ -61,8 +62,8 @@ def test_a_gpu_computes_in_half_precision(
         asked.append(given)
         return load_transformer(run / "exports" / "diffusers" / "transformer")
 
-    monkeypatch.setattr(runtime, "load_transformer", loading)
-    monkeypatch.setattr(runtime, "_device", lambda: device)
+    monkeypatch.setattr(sessions, "load_transformer", loading)
+    monkeypatch.setattr(runtime, "best_device", lambda: device)
     facts = json.loads((run / "exports" / "diffusers" / "flcompress.json").read_text())
     load = runtime._torch_network(run, "transformer", "", facts)
     assert not asked, "loaded before it is called"
