@@ -293,7 +293,7 @@ def _work(stage: _Stage, samplers: Samplers, side: Side) -> dict[str, Any]:
 
 def _timesteps(contract: SamplingContract, role: Role) -> list[float]:
     """Return the timesteps that a transformer answers."""
-    own = set(contract.places)
+    own = set(contract.own_steps)
     return [t for index, t in enumerate(contract.timesteps) if (index in own) == (role == "transformer")]
 
 

@@ -15,7 +15,7 @@ from flcompress.core.program import Program
 from flcompress.diffusion.student import student_contract
 from flcompress.driver.manager import export
 from flcompress.driver.rundir import RunDirectory
-from flcompress.driver.start import starting_program
+from flcompress.driver.start import read_source, starting_program
 from flcompress.driver.store import Store
 from flcompress.errors import RequestError, UnavailableError
 from flcompress.evaluation.bench import bench
@@ -42,11 +42,11 @@ def make_run(model: Path, name: str, folder: Path, *overrides: str) -> RunDirect
     run.begin(recipe)
 
     def distilled(work: Path) -> Program:
-        program = starting_program(recipe, work)
+        program = starting_program(recipe, read_source(recipe), work)
         return replace(program, contract=student_contract(program.teacher_contract, FEW, program.family.sigmas))
 
     store = Store(run.path / "passes")
-    start = store.make(0, "model", "0" * 64, {}, lambda work: starting_program(recipe, work))
+    start = store.make(0, "model", "0" * 64, {}, lambda work: starting_program(recipe, read_source(recipe), work))
     run.record_entries([start, store.make(1, "few", "1" * 64, {}, distilled)], finished=True)
     return run
 
