@@ -1,27 +1,40 @@
-"""How the report writes numbers, so that the terminal and the page say the same."""
+"""How numbers and tables are written, so that the plan, the report's page and the terminal say the same."""
 
 from __future__ import annotations
 
 import datetime
+import io
 import math
+from collections.abc import Sequence
 
 from flcompress.stats import Interval
 
 
+def _scaled(value: float, prefixes: str) -> str:
+    """Three significant digits and the prefix of the power of 1000: 1234567 -> "1.23 M"."""
+    if abs(value) < 999.5:
+        return f"{value:.0f}"
+    power = 1
+    while abs(value) >= 999.5 * 1000.0**power and power < len(prefixes):
+        power += 1
+    scaled = value / 1000.0**power
+    return f"{scaled:.3g} {prefixes[power - 1]}" if abs(scaled) < 999.5 else f"{scaled:,.0f} {prefixes[power - 1]}"
+
+
 def count(value: float) -> str:
-    """1234567 -> "1.23 M"."""
-    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= limit:
-            return f"{value / limit:.3g} {unit}" if abs(value) < 999.5 * limit else f"{value / limit:.0f} {unit}"
-    return f"{value:,.0f}"
+    """Parameters and other counts: 14300000000 -> "14.3 B"."""
+    return _scaled(value, "kMBT")
+
+
+def flops(value: float) -> str:
+    """FLOPs, with SI prefixes: 14300000000 -> "14.3 G"."""
+    return _scaled(value, "kMGTPE")
 
 
 def size(octets: float) -> str:
     """Bytes in decimal units: 15300000 -> "15.3 MB"."""
-    for limit, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if octets >= limit:
-            return f"{octets / limit:.1f} {unit}"
-    return f"{octets:.0f} B"
+    text = _scaled(octets, "kMGT")
+    return f"{text}B" if text[-1].isalpha() else f"{text} B"
 
 
 def duration(seconds: float) -> str:
@@ -87,3 +100,25 @@ def moment(value: object) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return datetime.datetime.fromtimestamp(value, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     return str(value) if value is not None else ""
+
+
+def table(rows: Sequence[Sequence[str]], *, left: int = 1) -> list[str]:
+    """Return the lines of a plain table, the first row its head.
+
+    Args:
+        rows: the cells.
+        left: number of columns that are aligned to the left; the others are to the right.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    plain = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in range(len(rows[0])):
+        plain.add_column(justify="left" if column < left else "right", no_wrap=True)
+    for row in rows:
+        plain.add_row(*map(Text, row))
+    console = Console(file=io.StringIO(), width=10_000, color_system=None)  # as wide as its cells, on any terminal
+    with console.capture() as printed:
+        console.print(plain)
+    return [line.rstrip() for line in printed.get().splitlines()]

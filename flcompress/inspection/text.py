@@ -6,6 +6,7 @@ from typing import Any
 
 from flcompress.inspection.model import CHOICE, Inspection, Other, Removal
 from flcompress.ir.graph import BlockGraph
+from flcompress.wording import table
 
 
 def inspection_text(found: Inspection) -> str:
@@ -38,13 +39,7 @@ def inspection_text(found: Inspection) -> str:
         "flops_share": None if found.unknown_flops else rest / graph.flops,
     }
     rows.append(("outside blocks", "", *_figures(others)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = [
-            cell.ljust(wide) if n < 2 else cell.rjust(wide)
-            for n, (cell, wide) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
+    lines += table(rows, left=2)
     lines += ["", f"what removals would leave ({CHOICE}):"]
     lines += [f"  {_removal_text(removal, graph)}" for removal in found.removals]
     lines += [_other_text(one) for one in found.others]

@@ -128,7 +128,12 @@ def test_a_file_outside_the_run_is_not_shown(tmp_path: Path) -> None:
     [
         (wording.count(1_234_567), "1.23 M"),
         (wording.count(999), "999"),
+        (wording.count(999_700), "1 M"),
+        (wording.count(14_300_000_000), "14.3 B"),
+        (wording.flops(14_300_000_000), "14.3 G"),
+        (wording.flops(7.21e15), "7.21 P"),
         (wording.size(15_300_000), "15.3 MB"),
+        (wording.size(900), "900 B"),
         (wording.duration(0.064), "64 ms"),
         (wording.duration(59.97), "1 min 00 s"),
         (wording.duration(7300), "2 h 01 min"),
