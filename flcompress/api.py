@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from flcompress.core.steps import Role as Role
     from flcompress.data.dataset import LatentDataset as LatentDataset
     from flcompress.diffusion.contract import SamplingContract as SamplingContract
+    from flcompress.diffusion.network import Conditioning as Conditioning
     from flcompress.distributed.world import World as World
     from flcompress.draws import Draws as Draws
     from flcompress.draws import generator as generator
@@ -40,10 +41,15 @@ if TYPE_CHECKING:
     from flcompress.ir.block import Block as Block
     from flcompress.ir.graph import BlockGraph as BlockGraph
     from flcompress.models.families import family_of as family_of
+    from flcompress.models.families import register_family as register_family
+    from flcompress.models.families.family import ClipSize as ClipSize
     from flcompress.models.families.family import Family as Family
+    from flcompress.models.families.family import LatentShape as LatentShape
+    from flcompress.models.families.family import OriginalNames as OriginalNames
     from flcompress.models.loading import load_transformer as load_transformer
     from flcompress.models.loading import save_transformer as save_transformer
     from flcompress.models.network import as_network as as_network
+    from flcompress.models.video import encode_clips as encode_clips
     from flcompress.progress import ProgressSink as ProgressSink
     from flcompress.training.engines import Engine as Engine
     from flcompress.training.engines import Hyper as Hyper
@@ -74,11 +80,17 @@ _DOOR = {
     "LatentDataset": "flcompress.data.dataset",
     "Program": "flcompress.core.program",
     "SamplingContract": "flcompress.diffusion.contract",
-    # models
+    # models and their families
+    "ClipSize": "flcompress.models.families.family",
+    "Conditioning": "flcompress.diffusion.network",
     "Family": "flcompress.models.families.family",
+    "LatentShape": "flcompress.models.families.family",
+    "OriginalNames": "flcompress.models.families.family",
     "as_network": "flcompress.models.network",
+    "encode_clips": "flcompress.models.video",
     "family_of": "flcompress.models.families",
     "load_transformer": "flcompress.models.loading",
+    "register_family": "flcompress.models.families",
     "save_transformer": "flcompress.models.loading",
     # training
     "Draws": "flcompress.draws",
@@ -105,6 +117,8 @@ _DOOR = {
 __all__ = [
     "Block",
     "BlockGraph",
+    "ClipSize",
+    "Conditioning",
     "Cost",
     "DataError",
     "Draws",
@@ -117,9 +131,11 @@ __all__ = [
     "Health",
     "Hyper",
     "LatentDataset",
+    "LatentShape",
     "Loss",
     "ModelError",
     "NotRemovable",
+    "OriginalNames",
     "Pass",
     "PassContext",
     "PostconditionError",
@@ -137,10 +153,12 @@ __all__ = [
     "Watch",
     "World",
     "as_network",
+    "encode_clips",
     "engine_of",
     "family_of",
     "generator",
     "load_transformer",
+    "register_family",
     "save_transformer",
     "train",
 ]

@@ -229,7 +229,11 @@ class Family(ABC):
     # Classes.
 
     def model_class(self, name: str) -> Any:
-        """Return the class of a name in `pipelines` or `transformers`: that of diffusers, unless overridden."""
+        """Return the class of a name in `pipelines` or `transformers`: that of diffusers, unless overridden.
+
+        A family with classes of its own returns them here. `from_pretrained` of diffusers loads such a transformer only
+        if the module that defines it also has the name `ModelMixin`.
+        """
         import diffusers
 
         return getattr(diffusers, name, None)
