@@ -60,7 +60,7 @@ def transformer_class(config: Mapping[str, Any], path: Path) -> Any:
         raise ModelError(f"{path}: {name} is a U-Net; only diffusion transformers are handled")
     if _is_model(getattr(diffusers, name, None)):
         raise ModelError(f"{path}: {name} is no diffusion transformer; only those are handled")
-    known = sorted(one for one in vars(stock) if _is_model(getattr(stock, one)))
+    known = sorted(candidate for candidate in vars(stock) if _is_model(getattr(stock, candidate)))
     nearest = ", ".join(get_close_matches(name, known, n=3, cutoff=0.0))
     raise ModelError(
         f"{path}: _class_name {name!r} is no transformer of diffusers {diffusers.__version__}; nearest: {nearest}"
@@ -73,21 +73,23 @@ def check_config(config: Mapping[str, Any], path: Path) -> type[Any]:
     Raises:
         ModelError: names the key, what was given and what was expected.
     """
-    found: type[Any] = transformer_class(config, path)
-    arguments = _arguments(found)
+    model_class: type[Any] = transformer_class(config, path)
+    arguments = _arguments(model_class)
     absent = [key for key in arguments if key not in config]
     for key in config:
         # Files of released models hold keys that mean nothing any more; one that is nearly another is misspelt.
-        meant = get_close_matches(key, absent, n=1, cutoff=0.8) if key not in arguments else []
-        if meant:
-            raise ModelError(f"{path}: {found.__name__} has no setting {key!r}; did you mean {meant[0]!r}?")
+        nearest = get_close_matches(key, absent, n=1, cutoff=0.8) if key not in arguments else []
+        if nearest:
+            raise ModelError(f"{path}: {model_class.__name__} has no setting {key!r}; did you mean {nearest[0]!r}?")
     for key, default in arguments.items():
         if key not in config:
             if default is inspect.Parameter.empty or (type(default) is int and SIZES.fullmatch(key)):
-                raise ModelError(f"{path}: lacks {key!r}, which decides the size of a {found.__name__}; copy it again")
+                raise ModelError(
+                    f"{path}: lacks {key!r}, which decides the size of a {model_class.__name__}; copy it again"
+                )
         else:
             _check_value(config[key], default, key, path)
-    return found
+    return model_class
 
 
 def check_transformer_config(folder: Path) -> dict[str, Any]:
@@ -129,7 +131,11 @@ def build_error(error: Exception, name: str, path: Path) -> ModelError:
 def _arguments(stock: type[Any]) -> dict[str, Any]:
     """Return {name: default} of the constructor's parameters."""
     parameters = list(inspect.signature(stock.__init__).parameters.values())[1:]
-    return {one.name: one.default for one in parameters if one.kind is not inspect.Parameter.VAR_KEYWORD}
+    return {
+        parameter.name: parameter.default
+        for parameter in parameters
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    }
 
 
 def _check_value(value: Any, default: Any, key: str, path: Path) -> None:
@@ -142,7 +148,7 @@ def _check_value(value: Any, default: Any, key: str, path: Path) -> None:
         return
     if value is None:
         return
-    for kinds, given, wanted in (
+    for kinds, allowed, expected in (
         ((bool,), (bool,), "true or false"),
         ((int,), (int, list, tuple), "a whole number"),
         ((float,), (int, float, list, tuple), "a number"),
@@ -150,12 +156,12 @@ def _check_value(value: Any, default: Any, key: str, path: Path) -> None:
         ((list, tuple), (list, tuple, int), "a list"),
     ):
         if type(default) in kinds:
-            if type(value) not in given:
-                raise ModelError(f"{path}: {key} is {value!r}, expected {wanted}")
+            if type(value) not in allowed:
+                raise ModelError(f"{path}: {key} is {value!r}, expected {expected}")
             return
 
 
-def _is_model(found: Any) -> bool:
+def _is_model(value: Any) -> bool:
     from diffusers import ModelMixin
 
-    return isinstance(found, type) and issubclass(found, ModelMixin)
+    return isinstance(value, type) and issubclass(value, ModelMixin)

@@ -40,10 +40,10 @@ def check_pipeline(folder: Path, *, weights: bool = True, parts: bool = True) ->
         if not (folder / component).is_dir():
             raise ModelError(f"{folder / component}: no such folder; model_index.json of a {name} names it")
     for component in transformers:
-        found, expected = check_transformer_config(folder / component)["_class_name"], family_of(name).transformers
-        if found not in expected:
+        class_name, expected = check_transformer_config(folder / component)["_class_name"], family_of(name).transformers
+        if class_name not in expected:
             path = folder / component / "config.json"
-            raise ModelError(f"{path}: _class_name is {found!r}, expected {' or '.join(expected)} in a {name}")
+            raise ModelError(f"{path}: _class_name is {class_name!r}, expected {' or '.join(expected)} in a {name}")
     if parts:
         check_parts(folder, weights=weights)
     if weights:
@@ -105,8 +105,8 @@ def check_weights(folder: Path) -> None:
     Raises:
         ModelError: names the file (and the tensor) and what is wrong.
     """
-    found = required_files(folder)
-    if found.index:
-        index_places(found.index)
-    for path in found.files:
+    weights = required_files(folder)
+    if weights.index:
+        index_places(weights.index)
+    for path in weights.files:
         check_finite(path)

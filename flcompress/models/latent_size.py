@@ -77,18 +77,18 @@ class Grid:
             wanted = f"1 plus a multiple of {self.step} for this model, such as {below} or {below + self.step}"
             wanted = "1, as this model makes images" if self.image else wanted
             raise RequestError(f"{names[0]}: {frames} given, expected {wanted}")
-        for place, given in enumerate((height, width)):
-            if given is None:
+        for axis, pixels in enumerate((height, width)):
+            if pixels is None:
                 continue
-            if self.fixed and given != self.fixed[place]:
+            if self.fixed and pixels != self.fixed[axis]:
                 raise RequestError(
-                    f"{names[1 + place]}: {given} given, expected {self.fixed[place]}: the positions of this model are "
+                    f"{names[1 + axis]}: {pixels} given, expected {self.fixed[axis]}: the positions of this model are "
                     f"learned for {self.fixed[0]} x {self.fixed[1]}"
                 )
-            if given % self.pixels:
-                below = max(self.fit_pixels(given), self.pixels)
+            if pixels % self.pixels:
+                below = max(self.fit_pixels(pixels), self.pixels)
                 raise RequestError(
-                    f"{names[1 + place]}: {given} given, expected a multiple of {self.pixels} for this model, such as "
+                    f"{names[1 + axis]}: {pixels} given, expected a multiple of {self.pixels} for this model, such as "
                     f"{below} or {below + self.pixels}"
                 )
 

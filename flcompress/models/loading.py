@@ -83,11 +83,11 @@ def loaded_dtype(name: str, model_class: Any, dtype: torch.dtype) -> torch.dtype
 
 def put(model: Any, name: str, value: torch.Tensor) -> None:
     """Replace the parameter or buffer of that name."""
-    path, _, own = name.rpartition(".")
+    path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
-    old = getattr(module, own)
+    old = getattr(module, leaf)
     parameter = isinstance(old, torch.nn.Parameter)
-    setattr(module, own, torch.nn.Parameter(value, old.requires_grad) if parameter else value)
+    setattr(module, leaf, torch.nn.Parameter(value, old.requires_grad) if parameter else value)
 
 
 def transformer_class(folder: Path) -> Any:

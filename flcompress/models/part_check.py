@@ -92,8 +92,8 @@ def load_tables(folder: Path, factory: Any) -> Any:
         ModelError: it cannot be loaded from its files.
     """
     names = set((getattr(factory, "vocab_files_names", None) or {}).values())
-    here = {path.name for path in folder.iterdir() if path.is_file()}
-    if names and not here & {*names, *_VOCABULARIES}:
+    files = {path.name for path in folder.iterdir() if path.is_file()}
+    if names and not files & {*names, *_VOCABULARIES}:
         raise ModelError(
             f"{folder}: no vocabulary of a {factory.__name__}, which stock loading would replace by an empty one; "
             f"expected {' or '.join(sorted(names))}; copy the folder again"
@@ -102,7 +102,7 @@ def load_tables(folder: Path, factory: Any) -> Any:
         with quiet_loading():
             return factory.from_pretrained(str(folder))
     except Exception as error:  # the library of tokenizers raises Exception itself
-        for name in sorted(here):
+        for name in sorted(files):
             if name.endswith(".model"):
                 _check_sentencepiece(folder / name)
         raise ModelError(
@@ -117,20 +117,24 @@ def check_loaded(folder: Path, info: Mapping[str, Any]) -> None:
     Raises:
         ModelError: it did; names the first.
     """
-    shapes = {one[0] if isinstance(one, tuple) else one for one in info.get("mismatched_keys", ())}
+    shapes = {entry[0] if isinstance(entry, tuple) else entry for entry in info.get("mismatched_keys", ())}
     _check_names(folder, "missing", {*info["missing_keys"], *shapes})
 
 
 def _check_of_transformers(folder: Path, factory: Any, config: Mapping[str, Any]) -> None:
     path, kind = folder / "config.json", factory.config_class
-    given, inner = config.get("model_type"), [one for one in config.values() if isinstance(one, dict)]
-    if given not in (None, kind.model_type) and not any(one.get("model_type") == kind.model_type for one in inner):
+    model_type, inner = config.get("model_type"), [value for value in config.values() if isinstance(value, dict)]
+    if model_type not in (None, kind.model_type) and not any(
+        value.get("model_type") == kind.model_type for value in inner
+    ):
         raise ModelError(
-            f"{path}: model_type is {given!r}, expected {kind.model_type!r}, since model_index.json says "
+            f"{path}: model_type is {model_type!r}, expected {kind.model_type!r}, since model_index.json says "
             f"{factory.__name__}; copy both again"
         )
-    if isinstance(own := config.get("transformers_weights"), str):
-        raise ModelError(f"{path}: transformers_weights is {own!r}, which is not read; rename it to model.safetensors")
+    if isinstance(renamed := config.get("transformers_weights"), str):
+        raise ModelError(
+            f"{path}: transformers_weights is {renamed!r}, which is not read; rename it to model.safetensors"
+        )
     if (folder / "adapter_config.json").is_file():
         raise ModelError(
             f"{folder / 'adapter_config.json'}: an adapter, which stock loading adds to the weights only where PEFT is "
@@ -141,9 +145,9 @@ def _check_of_transformers(folder: Path, factory: Any, config: Mapping[str, Any]
         if name.endswith(("weight", "bias")) and not tensor.floating:
             raise _quantised(tensor.file, name, tensor.dtype)
     fit = _fit_of_transformers(folder, factory, stored)
-    whole = getattr(importlib.import_module("transformers"), str((config.get("architectures") or [None])[0]), None)
-    known = isinstance(whole, type) and issubclass(whole, torch.nn.Module)
-    if fit.unexpected and known and not _fit_of_transformers(folder, whole, stored).unexpected:
+    origin = getattr(importlib.import_module("transformers"), str((config.get("architectures") or [None])[0]), None)
+    known = isinstance(origin, type) and issubclass(origin, torch.nn.Module)
+    if fit.unexpected and known and not _fit_of_transformers(folder, origin, stored).unexpected:
         # A text encoder saved as a part of the whole model that it comes from: the rest is not read, and rightly so.
         fit = Fit(missing=fit.missing, unexpected=frozenset(), shapes=fit.shapes)
     _check_fit(folder, fit, stored)
@@ -182,10 +186,10 @@ def _check_fit(folder: Path, fit: Fit, stored: Mapping[str, StoredTensor]) -> No
             )
     _check_names(folder, "missing", fit.missing)
     _check_names(folder, "unexpected", fit.unexpected)
-    for name, (given, wanted) in sorted(fit.shapes.items()):
-        place = stored[name].file if name in stored else folder
+    for name, (shape, expected) in sorted(fit.shapes.items()):
+        file = stored[name].file if name in stored else folder
         raise ModelError(
-            f"{place}: tensor {name} has shape {list(given)}, expected {list(wanted)}; "
+            f"{file}: tensor {name} has shape {list(shape)}, expected {list(expected)}; "
             "the weights do not belong to this config.json"
         )
 
@@ -198,9 +202,9 @@ def _check_names(folder: Path, trouble: str, names: Collection[str]) -> None:
 
 
 def _check_not_quantised(config: Mapping[str, Any], path: Path) -> None:
-    for one in (config, *(value for value in config.values() if isinstance(value, dict))):
-        if (given := one.get("quantization_config")) is not None:
-            method = given.get("quant_method") if isinstance(given, dict) else given
+    for section in (config, *(value for value in config.values() if isinstance(value, dict))):
+        if (quantisation := section.get("quantization_config")) is not None:
+            method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
             raise ModelError(
                 f"{path}: quantization_config is of {method}; quantised weights are not read, expected the model's "
                 "weights in F32, BF16 or F16"

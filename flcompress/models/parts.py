@@ -63,12 +63,14 @@ class Parts:
     @cached_property
     def _pipeline(self) -> Any:
         """The stock pipeline with all but the transformers and, unless needed, the autoencoder."""
-        found = {name: self._loaded(name) for name in self.folders if name != "vae"}
+        loaded = {name: self._loaded(name) for name in self.folders if name != "vae"}
         vae = self.vae if self.family.needs_vae(self._index["_class_name"]) else None
-        missing = {name: None for name in self._index if _is_part(self._index[name]) and name not in found}
-        options = {name: one for name, one in self._index.items() if not name.startswith("_") and not _is_part(one)}
+        missing = {name: None for name in self._index if _is_part(self._index[name]) and name not in loaded}
+        options = {
+            name: value for name, value in self._index.items() if not name.startswith("_") and not _is_part(value)
+        }
         factory = self.family.model_class(self._index["_class_name"])
-        return factory(**{**missing, **found, **options, "vae": vae})
+        return factory(**{**missing, **loaded, **options, "vae": vae})
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str], max_sequence_length: int) -> dict[str, torch.Tensor]:
@@ -121,8 +123,8 @@ class Parts:
             if not name.startswith("tokenizer") or encoder is None:
                 continue
             rows = encoder.get_input_embeddings().num_embeddings
-            given = getattr(self._pipeline, name)(list(prompts), verbose=False).input_ids
-            if (largest := max((token for row in given for token in row), default=0)) >= rows:
+            tokens = getattr(self._pipeline, name)(list(prompts), verbose=False).input_ids
+            if (largest := max((token for row in tokens for token in row), default=0)) >= rows:
                 raise ModelError(
                     f"{self.folders[name]}: gives the token {largest} for a prompt, the text encoder knows {rows:,}; "
                     "the two are not of one model, copy both again"
@@ -146,7 +148,7 @@ def open_parts(folder: Path, device: str = "cpu") -> Parts:
 
 def part_names(index: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the components in `model_index.json` that have a folder, transformers and scheduler aside."""
-    return tuple(name for name, one in index.items() if _is_part(one) and one[0] and name not in NOT_HERE)
+    return tuple(name for name, value in index.items() if _is_part(value) and value[0] and name not in NOT_HERE)
 
 
 def load_part(folder: Path, kind: Sequence[str], device: str = "cpu", dtype: torch.dtype | None = None) -> Any:
@@ -186,10 +188,10 @@ def _computed_in(folder: Path, library: str) -> dict[str, Any]:
     return {"dtype": torch.float32} if stored and "float8" in named else {}
 
 
-def _floats(made: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _floats(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return the tensors, floating ones in fp32."""
-    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in made.items()}
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
 
 
-def _is_part(one: Any) -> bool:
-    return isinstance(one, list | tuple) and len(one) == 2
+def _is_part(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2

@@ -83,11 +83,11 @@ class StoredTensor:
 
         if self.dtype not in _NUMBERS:
             raise ModelError(f"{self.file}: a tensor in {self.dtype}, expected {', '.join(_NUMBERS)}; convert the file")
-        flat, place = target.detach().view(-1), 0
+        flat, position = target.detach().view(-1), 0
         for piece in self.pieces():
             numbers = torch.frombuffer(bytearray(piece), dtype=getattr(torch, _NUMBERS[self.dtype]))
-            flat[place : place + len(numbers)].copy_(numbers)
-            place += len(numbers)
+            flat[position : position + len(numbers)].copy_(numbers)
+            position += len(numbers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,12 +135,12 @@ def file_tensors(path: Path) -> dict[str, StoredTensor]:
         raise ModelError(f"{path}: not a whole safetensors file ({error}); copy the file again") from error
     length, header = _header(path)
     header.pop("__metadata__", None)
-    found = {
-        name: StoredTensor(path, one["dtype"], tuple(one["shape"]), 8 + length + begin, end - begin)
-        for name, one in header.items()
-        for begin, end in [one["data_offsets"]]
+    tensors = {
+        name: StoredTensor(path, entry["dtype"], tuple(entry["shape"]), 8 + length + begin, end - begin)
+        for name, entry in header.items()
+        for begin, end in [entry["data_offsets"]]
     }
-    return dict(sorted(found.items(), key=lambda item: item[1].start))
+    return dict(sorted(tensors.items(), key=lambda item: item[1].start))
 
 
 def file_metadata(path: Path) -> dict[str, str]:
@@ -155,10 +155,10 @@ def folder_tensors(folder: Path) -> dict[str, StoredTensor]:
         ModelError: no weights, a shard missing or short, a tensor that the index places in another file, or that two
             shards hold.
     """
-    found = required_files(folder)
-    places = index_places(found.index) if found.index else None
+    weights = required_files(folder)
+    index_files = index_places(weights.index) if weights.index else None
     stored: dict[str, StoredTensor] = {}
-    for file in found.files:
+    for file in weights.files:
         for name, tensor in file_tensors(file).items():
             if name in stored:
                 raise ModelError(
@@ -166,9 +166,9 @@ def folder_tensors(folder: Path) -> dict[str, StoredTensor]:
                     "of them again"
                 )
             stored[name] = tensor
-    if places is None or found.name != DIFFUSERS:
+    if index_files is None or weights.name != DIFFUSERS:
         return stored
-    return {name: stored[name] for name in places}  # diffusers goes by the index, transformers by the files
+    return {name: stored[name] for name in index_files}  # diffusers goes by the index, transformers by the files
 
 
 def index_places(index: Path) -> dict[str, str]:
@@ -177,15 +177,15 @@ def index_places(index: Path) -> dict[str, str]:
     Raises:
         ModelError: names the index or the shard.
     """
-    places = weight_map(index)
-    for name in sorted(set(places.values())):
+    files = weight_map(index)
+    for name in sorted(set(files.values())):
         path = index.parent / name
         if not path.is_file():
             raise ModelError(f"{path}: missing; {index.name} names it; copy the shard again")
-        lacking = sorted({one for one, file in places.items() if file == name} - set(file_tensors(path)))
+        lacking = sorted({tensor for tensor, file in files.items() if file == name} - set(file_tensors(path)))
         if lacking:
             raise ModelError(f"{path}: lacks tensor {lacking[0]}, which {index.name} places in it; copy both again")
-    return places
+    return files
 
 
 def check_finite(path: Path) -> None:
@@ -216,19 +216,19 @@ def write_tensors(folder: Path, tensors: Mapping[str, Writable], largest: int = 
     """
     shards: list[dict[str, Writable]] = [{}]
     for name, tensor in tensors.items():
-        if shards[-1] and sum(one.size for one in shards[-1].values()) + tensor.size > largest:
+        if shards[-1] and sum(earlier.size for earlier in shards[-1].values()) + tensor.size > largest:
             shards.append({})
         shards[-1][name] = tensor
-    places: dict[str, str] = {}
+    files: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = f"{DIFFUSERS}.safetensors"
         if len(shards) > 1:
             file = f"{DIFFUSERS}-{number:05d}-of-{len(shards):05d}.safetensors"
-        places |= dict.fromkeys(shard, file)
+        files |= dict.fromkeys(shard, file)
         write_file(folder / file, shard)
     if len(shards) > 1:
         total = sum(tensor.size for tensor in tensors.values())
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
         (folder / f"{DIFFUSERS}.safetensors.index.json").write_text(
             json.dumps(index, indent=2) + "\n", encoding="utf-8"
         )
@@ -239,14 +239,14 @@ def write_file(path: Path, tensors: Mapping[str, Writable], metadata: Mapping[st
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     # The widest numbers first, so that every tensor starts at a multiple of its numbers' width.
     ordered = sorted(tensors.items(), key=lambda item: -_width(item[1]))
-    place = 0
+    position = 0
     for name, tensor in ordered:
         header[name] = {
             "dtype": tensor.dtype,
             "shape": list(tensor.shape),
-            "data_offsets": [place, place + tensor.size],
+            "data_offsets": [position, position + tensor.size],
         }
-        place += tensor.size
+        position += tensor.size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors start at a multiple of eight bytes
     with path.open("wb") as out:

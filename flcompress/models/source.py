@@ -79,19 +79,19 @@ def _transformers(index: Mapping[str, Any], path: Path) -> tuple[tuple[str, ...]
         for name, part in index.items()
         if isinstance(part, list) and len(part) == 2 and part[1] and (part[0] == "diffusers" or plugin_class(*part))
     }
-    found: list[str] = []
+    transformers: list[str] = []
     for name, part in parts.items():
         if "UNet" in part:
             raise ModelError(f"{path}: the {name} of a {pipeline} is a U-Net ({part}); only transformers are handled")
         if "Transformer" in part or find_family(part):
             transformer_class({"_class_name": part}, path)
-            found.append(name)
-    if not found:
-        told = ", ".join(f"{name} ({part})" for name, part in parts.items()) or "no part of diffusers"
+            transformers.append(name)
+    if not transformers:
+        listed = ", ".join(f"{name} ({part})" for name, part in parts.items()) or "no part of diffusers"
         raise ModelError(
-            f"{path}: a {pipeline} has no diffusion transformer, only {told}; only transformers are handled"
+            f"{path}: a {pipeline} has no diffusion transformer, only {listed}; only transformers are handled"
         )
-    return tuple(sorted(found, key=lambda name: (name != "transformer", name))), pipeline
+    return tuple(sorted(transformers, key=lambda name: (name != "transformer", name))), pipeline
 
 
 def _on_hub(model: str) -> Source:
@@ -101,9 +101,9 @@ def _on_hub(model: str) -> Source:
         if config is None:
             raise ModelError(f"{model}: has neither {INDEX} nor {CONFIG} on the Hub; expected a diffusers model")
         return Source(config=config)
-    told = read_json(index, "")
-    names, pipeline = _transformers(told, Path(f"{model}/{INDEX}"))
-    return _source(model, names, pipeline, [_download(model, f"{name}/{CONFIG}") for name in names], told)
+    pipeline_index = read_json(index, "")
+    names, pipeline = _transformers(pipeline_index, Path(f"{model}/{INDEX}"))
+    return _source(model, names, pipeline, [_download(model, f"{name}/{CONFIG}") for name in names], pipeline_index)
 
 
 def _source(

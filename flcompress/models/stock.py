@@ -44,13 +44,13 @@ def stock_class(folder: Path, kind: Sequence[str]) -> Any:
             f"{' or '.join(LIBRARIES)}; code of a model folder is not run"
         )
     with quiet_loading():
-        found = getattr(importlib.import_module(library), str(name), None)
-    if not isinstance(found, type):
+        model_class = getattr(importlib.import_module(library), str(name), None)
+    if not isinstance(model_class, type):
         raise ModelError(
             f"{folder.parent / 'model_index.json'}: {folder.name} is a {name}, which this {library} does not have; "
             "install the version the model was saved with"
         )
-    return found
+    return model_class
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,17 +119,17 @@ def transformers_fit(factory: Any, config: Any, stored: Mapping[str, StoredTenso
     return Fit(
         missing=frozenset(info["missing_keys"]),
         unexpected=frozenset(info["unexpected_keys"]),
-        shapes={name: (tuple(given), tuple(wanted)) for name, given, wanted in info["mismatched_keys"]},
+        shapes={name: (tuple(shape), tuple(expected)) for name, shape, expected in info["mismatched_keys"]},
     )
 
 
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
     """Keep the bars that stock loading draws on stderr from overwriting the command's."""
-    from diffusers.utils import logging as of_diffusers
-    from transformers.utils import logging as of_transformers
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
 
-    libraries = [one for one in (of_diffusers, of_transformers) if one.is_progress_bar_enabled()]
+    libraries = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
     for library in libraries:
         library.disable_progress_bar()
     try:
@@ -142,12 +142,12 @@ def no_progress_bars() -> Iterator[None]:
 @contextmanager
 def quiet_loading() -> Iterator[None]:
     """Silence stock loading's bars and its tables of what does not fit; for callers that report it themselves."""
-    from transformers.utils import logging as of_transformers
+    from transformers.utils import logging as transformers_logging
 
-    level = of_transformers.get_verbosity()
-    of_transformers.set_verbosity_error()
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
     try:
         with no_progress_bars():
             yield
     finally:
-        of_transformers.set_verbosity(level)
+        transformers_logging.set_verbosity(level)

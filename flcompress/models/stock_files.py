@@ -74,21 +74,21 @@ def required_files(folder: Path) -> StockFiles:
     Raises:
         ModelError: it finds none; says what there is instead.
     """
-    found = stock_files(folder)
-    if found.files:
-        return found
-    name, here = found.name, sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    weights = stock_files(folder)
+    if weights.files:
+        return weights
+    name, files = weights.name, sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     plain = f"{name}.safetensors"
-    for path in here:
+    for path in files:
         if old := re.fullmatch(rf"{name}\.safetensors\.([^.]+)\.index\.json", path.name):
             raise ModelError(f"{path}: an index under its old name; rename it to {plain}.index.{old[1]}.json")
     if variants := _variants(folder, name):
-        first, second = (_named(plain, one) for one in variants[:2])
+        first, second = (_named(plain, variant) for variant in variants[:2])
         raise ModelError(
             f"{folder}: several variants ({', '.join(variants)}) and no {plain}; expected one set of weights: keep one "
             f"of {first} and {second}, or rename one to {plain}"
         )
-    for path in here:
+    for path in files:
         if path.suffix in PICKLES:
             raise ModelError(
                 f"{path}: a pickle checkpoint can run code when loaded and is refused; expected *.safetensors; "
@@ -108,11 +108,11 @@ def leftovers(folder: Path) -> frozenset[Path]:
     """Return the files of a folder that stock loading never opens: hidden ones, and weights that it does not read."""
     files = [path for path in folder.iterdir() if path.is_file()]
     hidden = frozenset(path for path in files if path.name.startswith("."))
-    found = stock_files(folder)
-    if not found.files and not (folder / "model_index.json").is_file():
+    read = stock_files(folder)
+    if not read.files and not (folder / "model_index.json").is_file():
         return hidden
     weights = {path for path in files if path.suffix in _SUFFIXES or _INDEX.fullmatch(path.name)}
-    return hidden | (weights - {*found.files, found.index})
+    return hidden | (weights - {*read.files, read.index})
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -120,7 +120,7 @@ def files_of(folder: Path) -> list[Path]:
     below = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
     skipped = leftovers(folder)
     own = [path for path in folder.iterdir() if path.is_file() and path not in skipped]
-    return sorted([*own, *(path for one in below for path in files_of(one))])
+    return sorted([*own, *(path for subfolder in below for path in files_of(subfolder))])
 
 
 def weight_map(index: Path) -> dict[str, str]:
@@ -130,13 +130,13 @@ def weight_map(index: Path) -> dict[str, str]:
         ModelError: no such index, or one that names files outside its own folder.
     """
     try:
-        places = {str(name): str(file) for name, file in json.loads(index.read_bytes())["weight_map"].items()}
+        files = {str(name): str(file) for name, file in json.loads(index.read_bytes())["weight_map"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{index}: no index of shards (weight_map); copy the file again") from error
-    for file in places.values():
+    for file in files.values():
         if Path(file).name != file:
             raise ModelError(f"{index}: names the shard {file!r}, expected a file of its own folder")
-    return places
+    return files
 
 
 def _library_name(folder: Path) -> str:
@@ -154,9 +154,9 @@ def _library_name(folder: Path) -> str:
 def _variants(folder: Path, name: str) -> list[str]:
     """Return the variants that a folder holds weights of."""
     pattern = re.compile(rf"{name}\.(?:(?P<single>[^.]+)\.safetensors|safetensors\.index\.(?P<index>[^.]+)\.json)")
-    found = (match for path in folder.iterdir() if path.is_file() and (match := pattern.fullmatch(path.name)))
-    names = {match["single"] or match["index"] for match in found}
-    return sorted(one for one in names if not _SHARD.search(one))
+    matches = (match for path in folder.iterdir() if path.is_file() and (match := pattern.fullmatch(path.name)))
+    names = {match["single"] or match["index"] for match in matches}
+    return sorted(variant for variant in names if not _SHARD.search(variant))
 
 
 def _only(variants: list[str]) -> list[str]:

@@ -28,20 +28,20 @@ class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._known: weakref.WeakKeyDictionary[UntypedStorage, None] = weakref.WeakKeyDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
         old = () if self._given else tree_leaves((args, kwargs))
-        given = {one.untyped_storage()._cdata for one in old if isinstance(one, Tensor)}
-        for tensor in tree_leaves(made):
+        inputs = {leaf.untyped_storage()._cdata for leaf in old if isinstance(leaf, Tensor)}
+        for tensor in tree_leaves(result):
             if not isinstance(tensor, Tensor) or tensor.device.type == "meta":
                 continue
             tensor = getattr(tensor, "_local_tensor", tensor)  # of a DTensor, this process's part
             storage = tensor.untyped_storage()
-            if storage._cdata not in given and storage not in self._known:
+            if storage._cdata not in inputs and storage not in self._known:
                 self._known[storage] = None
                 self._now += storage.nbytes()
                 weakref.finalize(storage, self._freed, storage.nbytes())
         self.most = max(self.most, self._now)
-        return made
+        return result
 
     def _freed(self, size: int) -> None:
         self._now -= size

@@ -51,9 +51,9 @@ def encode_clips(vae: Any, clips: torch.Tensor) -> torch.Tensor:
     Returns:
         Latents [n, channels, frames', height', width'].
     """
-    given = (clips[:, :, 0] if _pictures(vae) else clips).to(vae.dtype)
-    make_room(vae, given, "encode")
-    latents: torch.Tensor = vae.encode(given).latent_dist.mode()
+    pixels = (clips[:, :, 0] if _pictures(vae) else clips).to(vae.dtype)
+    make_room(vae, pixels, "encode")
+    latents: torch.Tensor = vae.encode(pixels).latent_dist.mode()
     mean, deviation = _scale(vae, latents)
     scaled = (latents - mean) / deviation
     return scaled[:, :, None] if _pictures(vae) else scaled
@@ -62,31 +62,32 @@ def encode_clips(vae: Any, clips: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def decode_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     """Decode unit-scale latents to clips [n, 3, frames, height, width] in [-1, 1]."""
-    given = latents[:, :, 0] if _pictures(vae) else latents
-    mean, deviation = _scale(vae, given)
-    raw = (given * deviation + mean).to(vae.dtype)
+    scaled = latents[:, :, 0] if _pictures(vae) else latents
+    mean, deviation = _scale(vae, scaled)
+    raw = (scaled * deviation + mean).to(vae.dtype)
     timestep = (raw.new_zeros(len(raw)),) if vae.config.get("timestep_conditioning") else ()
     make_room(vae, raw, "decode", *timestep)
     clips = vae.decode(raw, *timestep).sample.clamp(-1.0, 1.0)
     return clips[:, :, None] if _pictures(vae) else clips  # type: ignore[no-any-return]
 
 
-def make_room(vae: Any, given: torch.Tensor, method: Method, *more: torch.Tensor) -> None:
-    """Have the autoencoder take samples one by one, or in tiles, if `given` [n, channels, ...] would not fit.
+def make_room(vae: Any, batch: torch.Tensor, method: Method, *more: torch.Tensor) -> None:
+    """Have the autoencoder take samples one by one, or in tiles, if `batch` [n, channels, ...] would not fit.
 
     Args:
         vae: a stock autoencoder; one that knows no tiles stays as it is.
-        given: what is encoded or decoded next.
+        batch: what is encoded or decoded next.
         method: which of the two.
         more: the call's other arguments.
     """
-    if not hasattr(vae, "use_tiling") or given[0, 0].numel() <= SMALL[method]:
+    if not hasattr(vae, "use_tiling") or batch[0, 0].numel() <= SMALL[method]:
         return
     config = json.dumps(dict(vae.config), sort_keys=True)
-    shapes = tuple((tuple(one[:1].shape), one.dtype) for one in (given, *more))
-    one, room = _most_alive(type(vae).__name__, config, method, shapes), (1.0 - SPARE) * _free_bytes(given.device)
-    vae.use_slicing = len(given) * one > room
-    if one > room:
+    shapes = tuple((tuple(tensor[:1].shape), tensor.dtype) for tensor in (batch, *more))
+    sample_bytes = _most_alive(type(vae).__name__, config, method, shapes)
+    room = (1.0 - SPARE) * _free_bytes(batch.device)
+    vae.use_slicing = len(batch) * sample_bytes > room
+    if sample_bytes > room:
         vae.enable_tiling()
     else:
         vae.disable_tiling()
@@ -105,10 +106,10 @@ def _most_alive(kind: str, config: str, method: Method, shapes: tuple[tuple[tupl
             twin = getattr(diffusers, kind).from_config(json.loads(config)).eval()
         finally:
             torch.set_default_dtype(usual)
-        given = [torch.empty(shape, dtype=dtype) for shape, dtype in shapes]
+        inputs = [torch.empty(shape, dtype=dtype) for shape, dtype in shapes]
         alive = Alive()
         with alive:
-            getattr(twin, method)(*given)
+            getattr(twin, method)(*inputs)
     return alive.most
 
 
