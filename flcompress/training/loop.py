@@ -55,7 +55,7 @@ def train(
             their figures and those of every step.
 
     Returns:
-        The step whose weights the roles have: the last one, or the best evaluation's where the watch rolled back.
+        The step whose weights the roles have: the last one, or the best evaluation's if the watch rolled back.
 
     Raises:
         RequestError: the processes do not divide the batch, or the checkpoint was written by others.
@@ -134,7 +134,7 @@ class _Run:
         work, world = self._work, self._world
         world.heartbeat(f"step {step}")
         draws = Draws(work.seed, self._name, step, batch=self._batch, rank=world.rank, processes=world.size)
-        torch.manual_seed(seed_of(work.seed, self._name, step, "model", world.rank))  # dropout, where a model has it
+        torch.manual_seed(seed_of(work.seed, self._name, step, "model", world.rank))  # for a model's dropout
         with self._engine.forward_mode(), world.exchanging():
             values = dict(self._train_step(step, draws))
         due = time.monotonic() - self._saved >= work.checkpoint_seconds

@@ -211,8 +211,9 @@ def first_difference(transformer: Path, base: Path, paths: Mapping[str, str]) ->
 def lora_parameters(parameters: float, blocks: float, rank: int) -> float:
     """Estimate the number of parameters of a `LoRA` on a transformer, for the plan.
 
-    A block of width w is taken for 16 w^2 parameters, 4 w^2 in each of two attentions and 8 w^2 in the feed-forward;
-    the sides of its ten matrices add up to 26 w. What a role has a copy of is taken for 2 % of the transformer.
+    A block of width w is assumed to have 16 w^2 parameters, 4 w^2 in each of two attentions and 8 w^2 in the
+    feed-forward; the sides of its ten matrices add up to 26 w. A role's own copies are assumed to be 2 % of the
+    transformer.
     """
     return blocks * rank * 26.0 * math.sqrt(parameters / blocks / 16.0) + OWN_SHARE * parameters
 

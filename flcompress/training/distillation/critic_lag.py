@@ -15,7 +15,7 @@ def critic_lag(
     other: Network,
     process: Process,
     x0: torch.Tensor,
-    given: Conditioning,
+    conditioning: Conditioning,
     level: torch.Tensor,
     noise: torch.Tensor,
     *,
@@ -36,7 +36,7 @@ def critic_lag(
         other: a network of the same noising process that is not trained, such as the real score.
         process: the noising process.
         x0: this process's fresh samples of the generator [n, channels, frames, height, width].
-        given: their conditioning.
+        conditioning: the samples'.
         level: noise levels [n].
         noise: shaped as x0.
         at_once: samples in one forward.
@@ -45,9 +45,9 @@ def critic_lag(
     gram = torch.zeros(5, 5, dtype=torch.float64)
     for part in torch.split(torch.arange(len(x0)), at_once):
         clean, e, s = (tensor[part.to(tensor.device)] for tensor in (x0, noise, level))
-        conditioning = select(given, part.to(x0.device))
+        part_conditioning = select(conditioning, part.to(x0.device))
         x, timestep = process.add_noise(clean, e, s), process.timestep(s)
-        columns = [fake(x, timestep, conditioning), other(x, timestep, conditioning), x, torch.ones_like(x)]
+        columns = [fake(x, timestep, part_conditioning), other(x, timestep, part_conditioning), x, torch.ones_like(x)]
         flat = torch.stack([column.double().flatten() for column in (*columns, process.target(clean, e, s))])
         gram += (flat @ flat.T).cpu()
         world.heartbeat()

@@ -52,16 +52,18 @@ class GuidedTeacher:
         self._negative = negative
 
     @torch.no_grad()
-    def __call__(self, x: torch.Tensor, timestep: torch.Tensor, given: Conditioning, draws: Draws) -> torch.Tensor:
+    def __call__(
+        self, x: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning, draws: Draws
+    ) -> torch.Tensor:
         """Return the guided prediction, shaped as x [n, channels, frames, height, width].
 
         Tweedie's formula is affine in the prediction and guidance weights sum to one: guiding either is the same.
         """
         inter, intra = (self._draw(limits, x, draws) for limits in (self._inter_cfg, self._intra_cfg))
-        conditional, pruned = self._full_and_pruned(x, timestep, given)
+        conditional, pruned = self._full_and_pruned(x, timestep, conditioning)
         unconditional = conditional
         if self._inter_cfg != NO_INTER:
-            unconditional = self._network(x, timestep, with_negative_prompt(given, self._negative))
+            unconditional = self._network(x, timestep, with_negative_prompt(conditioning, self._negative))
         return well_guided(unconditional, conditional, pruned, inter, intra)
 
     @staticmethod
@@ -71,18 +73,18 @@ class GuidedTeacher:
         return weights.reshape(-1, *([1] * (x.ndim - 1))).to(x.device)
 
     def _full_and_pruned(
-        self, x: torch.Tensor, timestep: torch.Tensor, given: Conditioning
+        self, x: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return predictions with all blocks and without the prune set; what comes before it is computed once."""
         model, graph, skipped = self._model, self._graph, self._prune_set
         if self._intra_cfg == NO_INTRA:
-            full = self._network(x, timestep, given)
+            full = self._network(x, timestep, conditioning)
             return full, full
         if self._engine.splits_weights:
-            full = self._network(x, timestep, given)
+            full = self._network(x, timestep, conditioning)
             with self._engine.skip(model, skipped, graph=graph):
-                return full, self._network(x, timestep, given)
+                return full, self._network(x, timestep, conditioning)
         with remember(model, graph, until=skipped[0]) as memory:
-            full = self._network(x, timestep, given)
+            full = self._network(x, timestep, conditioning)
             with memory.skipping(*skipped):
-                return full, self._network(x, timestep, given)
+                return full, self._network(x, timestep, conditioning)

@@ -176,31 +176,33 @@ class Roles:
         return self._process.add_noise(x, noise, level), level, noise
 
     def _critic_loss(self, draws: Draws) -> torch.Tensor:
-        x, given = self._simulation.sample(self._generator, draws, grad=False)
+        x, conditioning = self._simulation.sample(self._generator, draws, grad=False)
         noised, level, noise = self._add_noise(x, draws)
         if not self._settings.gan_weight:
-            return denoising_loss(self._fake, self._process, x, given, level, noise)
-        prediction, generated = self._critic.module(noised, self._process.timestep(level), given)
+            return denoising_loss(self._fake, self._process, x, conditioning, level, noise)
+        prediction, generated = self._critic.module(noised, self._process.timestep(level), conditioning)
         self._heartbeat()
-        x_real, given_real = self._data.batch(draws.batch, draws.shared, draws.mine)
+        x_real, real_conditioning = self._data.batch(draws.batch, draws.shared, draws.mine)
         real, real_level, _ = self._add_noise(x_real.to(self._device), draws)
-        _, logits = self._critic.module(real, self._process.timestep(real_level), to_device(given_real, self._device))
+        _, logits = self._critic.module(
+            real, self._process.timestep(real_level), to_device(real_conditioning, self._device)
+        )
         loss: torch.Tensor = (prediction.float() - self._process.target(x, noise, level)).square().mean()
         return loss + self._settings.gan_weight * critic_term(logits, generated)
 
     def _generator_loss(self, draws: Draws) -> Loss:
-        x, given = self._simulation.sample(self._generator, draws, grad=True)
+        x, conditioning = self._simulation.sample(self._generator, draws, grad=True)
         noised, level, _ = self._add_noise(x, draws)
         timestep = self._process.timestep(level)
         with torch.no_grad():
-            fake = self._process.tweedie(noised, self._fake(noised, timestep, given), level)
+            fake = self._process.tweedie(noised, self._fake(noised, timestep, conditioning), level)
             self._heartbeat()
-            real = self._process.tweedie(noised, self._teacher(noised, timestep, given, draws), level)
+            real = self._process.tweedie(noised, self._teacher(noised, timestep, conditioning, draws), level)
             self._heartbeat()
             g = matching.gradient(x, fake, real)
         loss = matching.loss(x, g)
         if self._settings.gan_weight:
-            _, logits = self._critic.model(noised, timestep, given)
+            _, logits = self._critic.model(noised, timestep, conditioning)
             loss = loss + self._settings.gan_weight * generator_term(logits)
         x = x.detach()
         figures = {"score_gap": (fake - real).abs().mean(), "generated_std": x.flatten(1).std(dim=1).mean()}

@@ -41,7 +41,7 @@ class Prompts:
 
     Attributes:
         work: the pass's context.
-        given: conditioning of this process's samples, on the training's device.
+        conditioning: of this process's samples, on the training's device.
         negative: conditioning of the negative prompt, [1, ...].
         shape: shape of this process's latents [n, channels, frames, height, width].
         at_once: samples in one forward.
@@ -50,7 +50,7 @@ class Prompts:
     """
 
     work: PassContext
-    given: Conditioning
+    conditioning: Conditioning
     negative: Conditioning
     shape: tuple[int, ...]
     at_once: int
@@ -63,9 +63,9 @@ class Prompts:
         size = work.world.size
         total = -(-work.health.samples // size) * size
         draws = _draws(work, total)
-        shape, given = data.conditions(total, draws.shared, program.latents, draws.mine)
-        given, negative = to_device(given, work.device), to_device(data.negative, work.device)
-        return cls(work, given, negative, shape, at_once, total, program.family.start)
+        shape, conditioning = data.conditions(total, draws.shared, program.latents, draws.mine)
+        conditioning, negative = to_device(conditioning, work.device), to_device(data.negative, work.device)
+        return cls(work, conditioning, negative, shape, at_once, total, program.family.start)
 
     @torch.no_grad()
     def sample(self, network: Network, contract: SamplingContract, draw: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,12 +87,12 @@ class Prompts:
         level_of = torch.arange(self.total)[draws.mine] % len(levels)
         clean, intermediate = [], []
         for part in torch.split(torch.arange(len(draws)), self.at_once):
-            given = select(self.given, part.to(self.work.device))
+            conditioning = select(self.conditioning, part.to(self.work.device))
             draw_noise = _in_order([noise[part] for noise in noises])
-            x = self.start(draw_noise(noises[0]).to(self.work.device), given)
+            x = self.start(draw_noise(noises[0]).to(self.work.device), conditioning)
             seen, walk = torch.zeros_like(x), Walk(contract)
             for step, sigma in enumerate(levels):
-                prediction = predict(network, contract, step, x, given, self.negative)
+                prediction = predict(network, contract, step, x, conditioning, self.negative)
                 x0 = contract.process.tweedie(x, prediction, torch.full((len(x),), sigma, device=x.device))
                 here = (level_of[part] == step).to(x.device)
                 seen = torch.where(expand_to(here, x), x0, seen)

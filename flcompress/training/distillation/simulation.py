@@ -47,12 +47,12 @@ class Simulation:
             x0 [n, channels, frames, height, width] and its conditioning.
         """
         contract, steps = self.contract, self.contract.own_steps
-        shape, given = self.data.conditions(draws.batch, draws.shared, self.program.latents, draws.mine)
-        given = to_device(given, self.device)
+        shape, conditioning = self.data.conditions(draws.batch, draws.shared, self.program.latents, draws.mine)
+        conditioning = to_device(conditioning, self.device)
         # The same level in all processes: otherwise they would wait for the one with most steps, or hang if weights are
         # split.
         last = steps[int(torch.randint(len(steps), (), generator=draws.shared))]
-        x = self.program.family.start(draws.normal(*shape[1:]).to(self.device), given)
+        x = self.program.family.start(draws.normal(*shape[1:]).to(self.device), conditioning)
 
         def draw_noise(x: torch.Tensor) -> torch.Tensor:
             return draws.normal(*x.shape[1:])
@@ -61,11 +61,11 @@ class Simulation:
             with torch.set_grad_enabled(grad and step == last):
                 if self.partner is None or step in steps:
                     timestep = torch.full((len(x),), contract.timesteps[step], device=self.device)
-                    prediction = generator(x, timestep, given)
+                    prediction = generator(x, timestep, conditioning)
                 else:
-                    prediction = predict(self.partner, contract, step, x, given, self.negative)
+                    prediction = predict(self.partner, contract, step, x, conditioning, self.negative)
             self.heartbeat()
             if step < last:
                 x = advance(contract, x, prediction, step, draw_noise)
         level = torch.full((len(x),), contract.sigmas[last], device=self.device)
-        return contract.process.tweedie(x, prediction, level), given
+        return contract.process.tweedie(x, prediction, level), conditioning

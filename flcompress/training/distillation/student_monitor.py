@@ -86,9 +86,9 @@ class StudentEvaluation:
         u = (torch.randperm(total, generator=draws.shared)[draws.mine] + 0.5) / total
         level = shift(low + (high - low) * u, self._shift).to(fresh.device)
         noise = draws.normal(*fresh.shape[1:]).to(fresh.device)
-        process, given = self._contract.process, self._prompts.given
+        process, conditioning = self._contract.process, self._prompts.conditioning
         return critic_lag(
-            self._fake, self._real, process, fresh, given, level, noise, at_once=self._at_once, world=world
+            self._fake, self._real, process, fresh, conditioning, level, noise, at_once=self._at_once, world=world
         )
 
 

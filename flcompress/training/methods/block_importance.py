@@ -96,12 +96,12 @@ class BlockScores:
         """Return w(s) (loss without block - loss with all) of each draw: path -> [n], in float64."""
         device = next(model.parameters()).device
         x0, noise, sigma = (tensor.to(device) for tensor in (x0, noise, sigma))
-        given, process = to_device(conditioning, device), contract.process
+        conditioning, process = to_device(conditioning, device), contract.process
         weight = process.elbo_weight(sigma) if self.weighting == "elbo" else torch.ones_like(sigma)
         x, network = process.add_noise(x0, noise, sigma), as_network(model, contract.embedded_guidance)
 
         def loss() -> torch.Tensor:
-            error = (x0 - process.tweedie(x, network(x, process.timestep(sigma), given), sigma)).double()
+            error = (x0 - process.tweedie(x, network(x, process.timestep(sigma), conditioning), sigma)).double()
             return (weight * error.square().mean(dim=tuple(range(1, x.ndim)))).cpu()
 
         with remember(model, graph) as memory:

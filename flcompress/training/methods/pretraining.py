@@ -52,11 +52,11 @@ class Pretraining:
         low, high = level_range(contract, self.shift, key=self.name)
 
         def loss(draws: Draws) -> torch.Tensor:
-            x0, given = training.batch(draws.batch, draws.shared, draws.mine)
-            given = drop_captions(given, data.empty, draws.uniform() < self.caption_dropout)
+            x0, conditioning = training.batch(draws.batch, draws.shared, draws.mine)
+            conditioning = drop_captions(conditioning, data.empty, draws.uniform() < self.caption_dropout)
             noise, level = draws.normal(*x0.shape[1:]), draw_levels(draws, self.shift, low=low, high=high)
             x0, noise, level = (t.to(work.device) for t in (x0, noise, level))
-            return denoising_loss(network, process, x0, to_device(given, work.device), level, noise)
+            return denoising_loss(network, process, x0, to_device(conditioning, work.device), level, noise)
 
         at_once = work.at_once(self.batch)
         elbo = HeldOutELBO(heldout, contract, len(heldout), work.seed, work.device, at_once, work.world)

@@ -88,8 +88,8 @@ class DepthRoles:
     def _loss(self, draws: Draws) -> Loss:
         """L_II = alpha |f_pruned - target|^2 + (1 - alpha) |f_pruned - v|^2."""
         settings, process, device = self._settings, self._process, self._work.device
-        x0, given = self._training.batch(draws.batch, draws.shared, draws.mine)
-        given = drop_captions(given, self._training.negative, draws.uniform() < settings.caption_dropout)
+        x0, conditioning = self._training.batch(draws.batch, draws.shared, draws.mine)
+        conditioning = drop_captions(conditioning, self._training.negative, draws.uniform() < settings.caption_dropout)
         noise = draws.normal(*x0.shape[1:])
         level = draw_levels(draws, self._contract.shift, low=self._low, high=self._high)
         # One mask for all processes: sharded engines hang, or go wrong, on masks that differ.
@@ -97,7 +97,7 @@ class DepthRoles:
         skipped = [path for path, gone in zip(self._prune_set, mask.tolist(), strict=True) if gone]
         x0, noise, level = (t.to(device) for t in (x0, noise, level))
         x = process.add_noise(x0, noise, level)
-        pruned, full = self._both_paths(x, process.timestep(level), to_device(given, device), skipped)
+        pruned, full = self._both_paths(x, process.timestep(level), to_device(conditioning, device), skipped)
         loss = settings.alpha * (pruned - full).square().mean()
         if settings.alpha < 1.0:
             loss = loss + (1.0 - settings.alpha) * (pruned - process.target(x0, noise, level)).square().mean()
@@ -105,30 +105,30 @@ class DepthRoles:
         return Loss(value=loss, backward_context=self._engine.skip(self.role.model, skipped, graph=self._graph))
 
     def _both_paths(
-        self, x: torch.Tensor, timestep: torch.Tensor, given: Conditioning, skipped: list[str]
+        self, x: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning, skipped: list[str]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (prediction of the pruned path, its target: the full path's, without gradient)."""
         engine, role, graph, network = self._engine, self.role, self._graph, self._network
         target = self._settings.target
         if target == "self" and not skipped:
-            pruned = network(x, timestep, given)
+            pruned = network(x, timestep, conditioning)
             return pruned, pruned.detach()
         if target == "self" and not engine.splits_weights:
             # Both paths share the weights, so what comes before the first skipped block is computed once.
             with remember(role.model, graph, until=skipped[0]) as memory:
                 with engine.skip(role.model, skipped, graph=graph):
-                    pruned = network(x, timestep, given)
+                    pruned = network(x, timestep, conditioning)
                 with torch.no_grad(), memory.recalling():
-                    return pruned, network(x, timestep, given)
+                    return pruned, network(x, timestep, conditioning)
         with torch.no_grad():
             if target == "frozen":
-                full = self._original(x, timestep, given)
+                full = self._original(x, timestep, conditioning)
             else:
                 with role.with_average():
-                    full = network(x, timestep, given)
+                    full = network(x, timestep, conditioning)
         self._work.world.heartbeat()
         with engine.skip(role.model, skipped, graph=graph):
-            return network(x, timestep, given), full
+            return network(x, timestep, conditioning), full
 
     def watch(self) -> Watch:
         """Return the watch over the held-out losses of both paths; the original is scored at once."""
