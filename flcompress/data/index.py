@@ -117,7 +117,7 @@ class Index(_Part):
         except OSError as error:
             if (folder / WORK).is_dir():
                 raise DataError(
-                    f"{folder}: an unfinished latent dataset; give the same flcompress encode again, it goes on"
+                    f"{folder}: an unfinished latent dataset; give the same flcompress encode again, it resumes"
                 ) from error
             raise DataError(
                 f"{folder}: not a latent dataset (no {INDEX_FILE}); expected a folder that flcompress encode wrote"

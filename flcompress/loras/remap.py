@@ -65,7 +65,7 @@ def _remap_file(lora: Path, target: PrunedModel, out: Path) -> tuple[Remapped, i
     done, tensors = _read(lora, target, settings)
     if settings is not None and _settings(settings, done, config) != settings:
         raise RequestError(
-            f"{lora}: {ADAPTER_CONFIG} beside it names modules of the uncut model; give the folder {lora.parent}, so "
+            f"{lora}: {ADAPTER_CONFIG} next to it names modules of the uncut model; give the folder {lora.parent}, so "
             "that both are rewritten"
         )
     with replacing(out) as temporary:
@@ -179,7 +179,7 @@ def pruned_model(path: Path, model: Path | None = None) -> PrunedModel:
     kept = read_json(kept_file, "")
     if not kept or not all(isinstance(old, str) and _is_block(old) and _is_block(new) for new, old in kept.items()):
         raise RequestError(f'{kept_file}: no map of kept blocks; expected entries such as "blocks.1": "blocks.3"')
-    config = read_json(kept_file.parent / "config.json", f"{KEPT_FILE} lies beside an exported transformer")
+    config = read_json(kept_file.parent / "config.json", f"{KEPT_FILE} is next to an exported transformer")
     name = str(config.get("_class_name"))
     return PrunedModel(name=name, shapes=_shapes(kept_file.parent), kept=kept, original=_original(name))
 

@@ -10,11 +10,13 @@ import math
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from flcompress.draws import generator
+from flcompress.errors import FlcompressError
 from flcompress.moving_digits import digits
 from flcompress.moving_digits.classifier import (
     CONFIG_FILE,
@@ -154,29 +156,21 @@ def _standardise(classifier: Classifier, seed: int) -> None:
     classifier.feature_scale.copy_(features.std(dim=0).clamp(min=1e-3))
 
 
-def main() -> None:
-    """Run the command in the module's docstring."""
-    import click
+@click.command()
+@click.option("--out", type=click.Path(path_type=Path), default=FOLDER, show_default=True)
+@click.option("--steps", type=click.IntRange(min=1), default=STEPS, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+def main(out: Path, steps: int, seed: int) -> None:
+    """Train the moving-digits classifier and store it."""
 
-    from flcompress.errors import FlcompressError
+    def show(done: int, total: int, values: Any) -> None:
+        if done % 50 == 0 or done == total:
+            click.echo(f"{done}/{total} loss {values['loss']:.4f}", err=True)
 
-    @click.command()
-    @click.option("--out", type=click.Path(path_type=Path), default=FOLDER, show_default=True)
-    @click.option("--steps", type=click.IntRange(min=1), default=STEPS, show_default=True)
-    @click.option("--seed", type=int, default=0, show_default=True)
-    def command(out: Path, steps: int, seed: int) -> None:
-        """Train the moving-digits classifier and store it."""
-
-        def show(done: int, total: int, values: Any) -> None:
-            if done % 50 == 0 or done == total:
-                click.echo(f"{done}/{total} loss {values['loss']:.4f}", err=True)
-
-        try:
-            click.echo(json.dumps(train_classifier(out, steps, seed, show), indent=1))
-        except FlcompressError as error:
-            raise SystemExit(error.exit_status) from error
-
-    command()
+    try:
+        click.echo(json.dumps(train_classifier(out, steps, seed, show), indent=1))
+    except FlcompressError as error:
+        raise SystemExit(error.exit_status) from error
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ class PrefixMemory:
         self._graph = graph
         self._recording = True
         self._outputs: dict[str, Any] = {}
-        self._arguments: list[_Stored] = []  # of the first block: what tells one forward's inputs from another's
+        self._arguments: list[_Stored] = []  # of the first block, to recognise a forward with other inputs
 
     @contextmanager
     def skipping(self, *paths: str) -> Iterator[None]:

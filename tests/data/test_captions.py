@@ -37,9 +37,9 @@ EXPECTED = [CaptionedVideo("a.mp4", 'a "two", slowly'), CaptionedVideo("deep/b.M
     ],
 )  # fmt: skip
 def test_both_formats_say_the_same(tmp_path: Path, videos: Path, name: str, text: str) -> None:
-    found = read_captions(written(tmp_path, name, text), videos)
-    assert found == EXPECTED
-    assert videos_without_caption(videos, found) == ["c.webm"]
+    captioned = read_captions(written(tmp_path, name, text), videos)
+    assert captioned == EXPECTED
+    assert videos_without_caption(videos, captioned) == ["c.webm"]
 
 
 LINE = 'expected {"file": "clip.mp4", "caption": "..."}'
@@ -106,10 +106,10 @@ def test_lines_end_at_newlines_only(tmp_path: Path, videos: Path, end: str) -> N
     rows = [{"file": "a.mp4", "caption": f"a red{whole}ball"}, {"file": "c.webm", "caption": SEPARATORS + "x"}]
     captions = tmp_path / "c.jsonl"
     captions.write_bytes(end.join(json.dumps(row, ensure_ascii=False) for row in rows).encode())
-    assert [one.caption for one in read_captions(captions, videos)] == [row["caption"] for row in rows]
+    assert [clip.caption for clip in read_captions(captions, videos)] == [row["caption"] for row in rows]
     table = tmp_path / "c.csv"
     table.write_bytes(f'file,caption{end}a.mp4,"a red{SEPARATORS}ball"{end}c.webm,"two\nlines"{end}'.encode())
-    assert [one.caption for one in read_captions(table, videos)] == [f"a red{SEPARATORS}ball", "two\nlines"]
+    assert [clip.caption for clip in read_captions(table, videos)] == [f"a red{SEPARATORS}ball", "two\nlines"]
 
 
 @pytest.mark.parametrize("name", ["p.txt", "c.jsonl"])
@@ -163,10 +163,10 @@ def test_whatever_is_wrong_is_told_with_its_line(
     path.write_bytes(data if path.suffix == ".csv" else FIRST + data)
     with pytest.raises(DataError) as refused:
         read_captions(path, videos)
-    told = str(refused.value)
-    assert told.startswith(f"{path}:2: {message}".replace("{videos}", str(videos)))
-    assert "\n" not in told
-    told.encode()
+    error_text = str(refused.value)
+    assert error_text.startswith(f"{path}:2: {message}".replace("{videos}", str(videos)))
+    assert "\n" not in error_text
+    error_text.encode()
 
 
 def test_prompts_that_no_tokenizer_takes(tmp_path: Path) -> None:

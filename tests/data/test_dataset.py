@@ -126,17 +126,17 @@ def test_batches_size_by_size_hold_each_sizes_share(
     assert sum(len(latents) for latents, _ in batches) == n
     left = sum(counts)
     clips = [range(0, counts[0]), range(counts[0], counts[0] + counts[1]), range(counts[0] + counts[1], left)]
-    for latents, told in batches:
-        found = numbers(latents)
-        of = next(one for one in clips if found[0] in one)
-        assert set(found) <= set(of)
-        assert abs(len(found) - n * len(of) / left) < 1.0
+    for latents, conditioning in batches:
+        drawn = numbers(latents)
+        own_bucket = next(bucket for bucket in clips if drawn[0] in bucket)
+        assert set(drawn) <= set(own_bucket)
+        assert abs(len(drawn) - n * len(own_bucket) / left) < 1.0
         # As evenly as can be: none comes again before all have come.
-        assert max(Counter(found).values()) == -(-len(found) // len(of))
-        assert told["encoder_hidden_states"][:, 0, 0].int().tolist() == [1 + number % 3 for number in found]
-        assert told["first_frame"][:, 0].int().tolist() == [-number for number in found]
+        assert max(Counter(drawn).values()) == -(-len(drawn) // len(own_bucket))
+        assert conditioning["encoder_hidden_states"][:, 0, 0].int().tolist() == [1 + number % 3 for number in drawn]
+        assert conditioning["first_frame"][:, 0].int().tolist() == [-number for number in drawn]
     again = list(data.by_size(n, draw(seed)))
-    assert all(torch.equal(one, other) for (one, _), (other, _) in zip(batches, again, strict=True))
+    assert all(torch.equal(bucket, other) for (bucket, _), (other, _) in zip(batches, again, strict=True))
 
 
 def test_prompts_alone_have_no_batches_by_size(tmp_path: Path) -> None:

@@ -23,8 +23,8 @@ pytestmark = pytest.mark.e2e
 
 
 def test_what_is_written(encoded: tuple[Path, dict[str, Any]]) -> None:
-    out, told = encoded
-    assert told == {
+    out, summary = encoded
+    assert summary == {
         "out": str(out),
         "clips": 4,
         "prompts": 2,
@@ -66,8 +66,8 @@ def test_the_numbers_are_those_of_the_pipelines_own_parts(
     for shard in (first, wide):
         latents = load_file(out / shard.file)["latents"]
         for row, clip in enumerate(shard.clips):
-            one = parts.encode_clips(read_clip(videos / clip.file, shard.size, resize=False)[None])
-            torch.testing.assert_close(latents[row], one[0], atol=1e-5, rtol=1e-5)
+            encoded_alone = parts.encode_clips(read_clip(videos / clip.file, shard.size, resize=False)[None])
+            torch.testing.assert_close(latents[row], encoded_alone[0], atol=1e-5, rtol=1e-5)
 
 
 def test_a_wanted_size(model: Path, videos: Path, tmp_path: Path) -> None:

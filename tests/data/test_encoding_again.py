@@ -50,8 +50,8 @@ def test_only_a_damaged_shard_is_made_again(
 
 
 def children(pid: int) -> list[int]:
-    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(child) for child in found]
+    pids = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in pids]
 
 
 def test_an_interrupted_command_goes_on(
@@ -130,7 +130,7 @@ def test_another_dataset_is_not_overwritten(
 ) -> None:
     out, _ = encoded
     before = contents(out)
-    for more, told in (
+    for more, difference in (
         (["--frames", 5], "other target"),
         (["--max-sequence-length", 8], "max_sequence_length: 16 there, 8 given"),
         (["--fps", 4], "fps: None there, 4.0 given"),
@@ -138,7 +138,7 @@ def test_another_dataset_is_not_overwritten(
         refused = encode(model, videos, out, *more)
         assert refused.exit_code == 2
         assert refused.stderr == (
-            f"error: {out}: holds a dataset made from another request ({told}); choose another --out\n"
+            f"error: {out}: holds a dataset made from another request ({difference}); choose another --out\n"
         )
     assert contents(out) == before
     (tmp_path / "full").mkdir()

@@ -157,9 +157,9 @@ def refused(tmp_path: Path) -> dict[str, tuple[Path, str]]:
 
 def test_what_cannot_be_shown_says_why(tmp_path: Path) -> None:
     for name, (path, reason) in refused(tmp_path).items():
-        with pytest.raises(BrokenPicture) as told:
+        with pytest.raises(BrokenPicture) as refusal:
             open_picture(path)
-        assert str(told.value).startswith(reason), name
+        assert str(refusal.value).startswith(reason), name
         with pytest.raises(RequestError) as told_too:
             read_picture(path, 16, 16)
         assert str(told_too.value).startswith(f"{path}: {reason}"), name

@@ -22,7 +22,7 @@ def shown(path: Path) -> list[int]:
     """The colour in the middle of the first frame: three numbers up to 255."""
     frames, height, width = video_size(path)
     clip = read_clip(path, (frames, height, width), resize=False)
-    return [round((float(one) + 1) * 127.5) for one in clip[:, 0, height // 2, width // 2]]
+    return [round((float(value) + 1) * 127.5) for value in clip[:, 0, height // 2, width // 2]]
 
 
 @pytest.mark.parametrize("full", [False, True])

@@ -34,7 +34,7 @@ def test_without_a_wanted_size_a_clip_only_loses(size: tuple[int, int, int], gri
     if bucket is None:
         assert min(size[1:]) < grid.pixels
         return
-    assert all(one <= other for one, other in zip(bucket, size, strict=True))
+    assert all(kept_side <= own_side for kept_side, own_side in zip(bucket, size, strict=True))
     grid.check(*bucket)
     shape = grid.latents(*bucket)
     assert grid.clip(shape) == bucket
@@ -102,9 +102,9 @@ def test_every_video_is_in_one_shard_of_its_size_or_skipped(
     plan = plan_clips(captioned, measured, ["more.mp4"], Target(), Grid(over_time=4, over_space=8))
     tasks = [task for task in plan.tasks if isinstance(task, ClipTask)]
     placed = [clip.file for task in tasks for clip in task.clips]
-    assert sorted([*placed, *(one.file for one in plan.skipped)]) == sorted([*measured, "more.mp4"])
+    assert sorted([*placed, *(video.file for video in plan.skipped)]) == sorted([*measured, "more.mp4"])
     assert all(measured[clip.file] == task.bucket for task in tasks for clip in task.clips)
-    texts = {one.file: one.caption for one in captioned}
+    texts = {video.file: video.caption for video in captioned}
     assert all(plan.prompts[clip.prompt] == texts[clip.file] for task in tasks for clip in task.clips)
     assert plan.prompts[0] == ""
     assert len(set(plan.prompts)) == len(plan.prompts)

@@ -58,9 +58,9 @@ def written(folder: Path, *names: str) -> Path:
     ],
 )
 def test_a_name_means_the_file_that_it_can_only_mean(videos: Path, name: str, file: str) -> None:
-    (one,) = read_captions(written(videos, name), videos)
-    assert (one.file, one.written) == (file, None if name == file else name)
-    assert sorted(videos_without_caption(videos, [one])) == sorted(set(NAMES) - {file})
+    (clip,) = read_captions(written(videos, name), videos)
+    assert (clip.file, clip.written) == (file, None if name == file else name)
+    assert sorted(videos_without_caption(videos, [clip])) == sorted(set(NAMES) - {file})
 
 
 def test_an_absolute_path_into_the_folder(videos: Path) -> None:
@@ -77,7 +77,7 @@ def test_a_name_that_could_mean_several_files_means_none(videos: Path) -> None:
 
 
 def test_one_video_has_one_caption_however_it_is_named(videos: Path) -> None:
-    for names, told in (
+    for names, message in (
         (("a.mp4", "a.mp4"), "a.mp4 is named twice; a video has one caption"),
         (("a.mp4", "./a.mp4"), "./a.mp4 is named twice, as a.mp4 in line 1; a video has one caption"),
         (("A.MP4", "a.mp4"), "a.mp4 is named twice, as A.MP4 in line 1; a video has one caption"),
@@ -85,7 +85,7 @@ def test_one_video_has_one_caption_however_it_is_named(videos: Path) -> None:
         path = written(videos, *names)
         with pytest.raises(DataError) as refused:
             read_captions(path, videos)
-        assert str(refused.value) == f"{path}:2: {told}"
+        assert str(refused.value) == f"{path}:2: {message}"
 
 
 def test_links_are_videos_of_their_own_and_are_told(videos: Path, tmp_path: Path) -> None:
@@ -93,14 +93,14 @@ def test_links_are_videos_of_their_own_and_are_told(videos: Path, tmp_path: Path
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "far.mp4").write_bytes(b"")
     (videos / "folder").symlink_to(tmp_path / "elsewhere")
-    found = read_captions(written(videos, "a.mp4", "link.mp4", "folder/far.mp4", "./100%.mp4"), videos)
-    assert [one.file for one in found] == ["a.mp4", "link.mp4", "folder/far.mp4", "100%.mp4"]
-    assert name_remarks(videos, found) == [
+    captioned = read_captions(written(videos, "a.mp4", "link.mp4", "folder/far.mp4", "./100%.mp4"), videos)
+    assert [clip.file for clip in captioned] == ["a.mp4", "link.mp4", "folder/far.mp4", "100%.mp4"]
+    assert name_remarks(videos, captioned) == [
         "1 names are written otherwise than the files'; the first: ./100%.mp4 is 100%.mp4",
         "1 videos are links to others that have a caption too; the first: link.mp4 is a.mp4",
     ]
-    (one,) = read_captions(written(videos, unicodedata.normalize("NFC", CAFE)), videos)
-    assert name_remarks(videos, [one])[0].endswith(r"the first: 'caf\xe9.mp4' is 'cafe\u0301.mp4'")
+    (clip,) = read_captions(written(videos, unicodedata.normalize("NFC", CAFE)), videos)
+    assert name_remarks(videos, [clip])[0].endswith(r"the first: 'caf\xe9.mp4' is 'cafe\u0301.mp4'")
 
 
 def test_names_that_are_no_text(videos: Path) -> None:
@@ -114,7 +114,7 @@ def test_names_that_are_no_text(videos: Path) -> None:
     uncaptioned = videos_without_caption(videos, read_captions(captions, videos))
     assert name in uncaptioned
     plan = plan_clips([], {}, uncaptioned, Target(), Grid(over_time=4, over_space=8))
-    assert r"caf\udce9.mp4" in [one.file for one in plan.skipped]
+    assert r"caf\udce9.mp4" in [video.file for video in plan.skipped]
     assert fingerprint({"videos": {"folder": str(videos), "captions": str(captions)}})
 
 
@@ -128,4 +128,4 @@ def test_a_change_behind_a_link_is_a_change(videos: Path, tmp_path: Path) -> Non
     (videos / "folder").symlink_to(tmp_path / "elsewhere")
     before = fingerprint(spec)
     (tmp_path / "elsewhere" / "far.mp4").write_bytes(b"another")
-    assert len({str(one) for one in (without, before, fingerprint(spec))}) == 3
+    assert len({str(digest) for digest in (without, before, fingerprint(spec))}) == 3

@@ -118,9 +118,9 @@ def test_it_does_what_it_did_with_those_blocks_skipped(run: RunDirectory, tmp_pa
         out = tmp_path / f"out{len(outputs)}.safetensors"
         done = cli("remap-lora", tmp_path / "lora.safetensors", place, "--out", out, "--json")
         assert done.exit_code == 0, done.output
-        told = json.loads(done.stdout)
-        assert set(told["dropped"]) == set(program.prune_set)
-        assert told["modules"] == len(MODULES) * (LAYERS - len(program.prune_set))
+        summary = json.loads(done.stdout)
+        assert set(summary["dropped"]) == set(program.prune_set)
+        assert summary["modules"] == len(MODULES) * (LAYERS - len(program.prune_set))
         outputs.append(out.read_bytes())
     assert len(set(outputs)) == 1
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".safetensors"] * 4
@@ -133,8 +133,8 @@ def test_it_does_what_it_did_with_those_blocks_skipped(run: RunDirectory, tmp_pa
         expected = applied(model, lora)(**inputs).sample
     small = load_transformer(exported / "transformer")
     assert isinstance(small, WanTransformer3DModel)
-    found = applied(small, load_file(str(out)))(**inputs).sample
-    assert torch.equal(found, expected)
+    actual = applied(small, load_file(str(out)))(**inputs).sample
+    assert torch.equal(actual, expected)
     assert float((expected - without).abs().max()) > 0.01
 
 
@@ -202,8 +202,8 @@ def test_a_lora_that_peft_trained(run: RunDirectory, tmp_path: Path, name: str, 
         pipeline.load_lora_weights(str(tmp_path / "out"), weight_name=file, use_safetensors=True)
         small = pipeline.transformer.eval()
     with torch.no_grad():
-        found = own_memory(small)(**inputs).sample
-    assert torch.equal(found, expected)
+        actual = own_memory(small)(**inputs).sample
+    assert torch.equal(actual, expected)
 
 
 ADAPTERS: dict[str, Any] = {
@@ -242,8 +242,8 @@ def test_a_folder_that_peft_saved(run: RunDirectory, tmp_path: Path, kind: str) 
     assert (tmp_path / "new" / "README.md").read_text() == "about it\n"
     small = own_memory(load_transformer(run.exports / "diffusers" / "transformer"))
     with torch.no_grad():
-        found = PeftModel.from_pretrained(small, str(tmp_path / "new"))(**inputs).sample
-    assert torch.equal(found, expected)
+        actual = PeftModel.from_pretrained(small, str(tmp_path / "new"))(**inputs).sample
+    assert torch.equal(actual, expected)
     settings = json.loads((tmp_path / "new" / "adapter_config.json").read_text())
     assert not any("blocks.4" in name or r"\.[24]" in name for name in settings["rank_pattern"])
 
@@ -252,13 +252,13 @@ def test_a_folder_is_refused(run: RunDirectory, tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
     folder.mkdir()
     out = tmp_path / "new"
-    lora = {key.removeprefix("transformer."): one for key, one in make_lora(teacher(run), "diffusers").items()}
+    lora = {key.removeprefix("transformer."): tensor for key, tensor in make_lora(teacher(run), "diffusers").items()}
     config: dict[str, Any] = {"peft_type": "LORA", "r": RANK, "target_modules": ["to_q"]}
 
-    def refused(told: str, given: Path = folder) -> None:
+    def refused(message: str, given: Path = folder) -> None:
         failed = cli("remap-lora", given, run.path, "--out", out)
         assert (failed.exit_code, failed.stderr.count("\n")) == (2, 1)
-        assert told in failed.stderr
+        assert message in failed.stderr
         assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
 
     refused(f"{folder}: has no adapter_config.json")
@@ -283,14 +283,14 @@ def own_memory(model: Any) -> Any:
 
 def test_the_summary_names_what_is_gone(run: RunDirectory, tmp_path: Path) -> None:
     save_file(make_lora(teacher(run), "diffusers"), str(tmp_path / "lora.safetensors"))
-    told = cli("remap-lora", tmp_path / "lora.safetensors", run.path, "--out", tmp_path / "out.safetensors").stdout
-    gone = run.final().prune_set
-    kept, moved = LAYERS - len(gone), sum(new != old for new, old in run.final().kept.items())
-    assert told.splitlines() == [
+    summary = cli("remap-lora", tmp_path / "lora.safetensors", run.path, "--out", tmp_path / "out.safetensors").stdout
+    removed = run.final().prune_set
+    kept, moved = LAYERS - len(removed), sum(new != old for new, old in run.final().kept.items())
+    assert summary.splitlines() == [
         f"{tmp_path / 'out.safetensors'}: {10 * kept} of {10 * LAYERS} keys used; {5 * kept} modules kept, {5 * moved} "
-        f"of them in blocks with another number; {5 * len(gone)} dropped, which touched {len(gone)} removed or changed "
-        "blocks:",
-        *(f"  {block}: {', '.join(sorted(MODULES))}" for block in gone),
+        f"of them in blocks with another number; {5 * len(removed)} dropped, which touched {len(removed)} removed or "
+        "changed blocks:",
+        *(f"  {block}: {', '.join(sorted(MODULES))}" for block in removed),
     ]
 
 
@@ -298,12 +298,14 @@ def test_bad_requests(run: RunDirectory, tmp_path: Path) -> None:
     lora, out = tmp_path / "lora.safetensors", tmp_path / "out.safetensors"
     whole = make_lora(teacher(run), "diffusers")
     gone = run.final().prune_set
-    save_file({key: one for key, one in whole.items() if f"{key.split('.')[1]}.{key.split('.')[2]}" in gone}, str(lora))
+    save_file(
+        {key: tensor for key, tensor in whole.items() if f"{key.split('.')[1]}.{key.split('.')[2]}" in gone}, str(lora)
+    )
     (tmp_path / "lora.bin").touch()
     (tmp_path / "short.safetensors").write_bytes(lora.read_bytes()[:-1])
     (tmp_path / "kept_blocks.json").write_text('{"a": 1}')
     blocks = ", ".join(gone)
-    for arguments, told in (
+    for arguments, message in (
         (
             (lora, run.path),
             f"{lora}: all {5 * len(gone)} modules of this LoRA are in blocks that were removed ({blocks}); "
@@ -324,7 +326,7 @@ def test_bad_requests(run: RunDirectory, tmp_path: Path) -> None:
         ),
     ):
         failed = cli("remap-lora", *arguments, "--out", out)
-        assert (failed.exit_code, failed.stderr) == (2, f"error: {told}\n")
+        assert (failed.exit_code, failed.stderr) == (2, f"error: {message}\n")
         assert not out.exists()
     failed = cli("remap-lora", tmp_path / "short.safetensors", run.path, "--out", out)
     assert failed.stderr.startswith(f"error: {tmp_path / 'short.safetensors'}: not a whole safetensors file (")

@@ -19,12 +19,12 @@ pytestmark = pytest.mark.e2e
 
 def test_the_stored_accuracy_is_the_stored_weights() -> None:
     record = classifier_record()
-    found = training.accuracy(load_classifier(), 512, record["training"]["seed"] + 1)
+    accuracy = training.accuracy(load_classifier(), 512, record["training"]["seed"] + 1)
     assert record["digit_accuracy"] >= 0.95
     assert record["direction_accuracy"] >= 0.99
-    assert found["digit_accuracy"] == pytest.approx(record["digit_accuracy"], abs=0.03)
-    assert found["direction_accuracy"] >= 0.99
-    assert found["quality_correlation"] > 0.85
+    assert accuracy["digit_accuracy"] == pytest.approx(record["digit_accuracy"], abs=0.03)
+    assert accuracy["direction_accuracy"] >= 0.99
+    assert accuracy["quality_correlation"] > 0.85
 
 
 def test_features_have_unit_scale_on_training_clips() -> None:
@@ -74,12 +74,12 @@ def test_damage_keeps_shape_and_range_and_says_how_much(seed: int) -> None:
 def test_training_again_gives_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "STATISTICS_CLIPS", 64)
     monkeypatch.setattr(training, "BATCH", 16)
-    told: list[int] = []
+    steps: list[int] = []
     for name in ("a", "b"):
-        record = training.train_classifier(tmp_path / name, 2, 3, lambda done, total, values: told.append(done), 32)
+        record = training.train_classifier(tmp_path / name, 2, 3, lambda done, total, values: steps.append(done), 32)
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("a", "b"))
     assert all(torch.equal(a[key], b[key]) for key in a)
-    assert told == [1, 2, 1, 2]
+    assert steps == [1, 2, 1, 2]
     assert classifier_record(tmp_path / "b") == record
     load_classifier(tmp_path / "b")
 

@@ -61,7 +61,7 @@ def test_the_scale_comes_before_the_shift() -> None:
     model, inputs = models.sd3()
     certificate: Any = remove(model, ["transformer_blocks.2"], inputs).flcompress_certificate
     name = "transformer_blocks.1.norm1_context.linear"
-    assert certificate.chunked == {f"{name}.{one}": Chunks(f"{name}.{one}", 6, (1, 0)) for one in ("weight", "bias")}
+    assert certificate.chunked == {f"{name}.{kind}": Chunks(f"{name}.{kind}", 6, (1, 0)) for kind in ("weight", "bias")}
 
 
 class Gated(nn.Module):
@@ -114,9 +114,9 @@ def test_rows_are_copied_on_disk(tmp_path: Path, own_weights: int, name: str) ->
 
     stored, written = folder_tensors(tmp_path / "model"), folder_tensors(tmp_path / "small")
     assert set(done.names) == set(written)
-    assert len({one.file for one in written.values()}) > 1
+    assert len({tensor.file for tensor in written.values()}) > 1
     for new, old in done.names.items():
-        old_bytes, new_bytes = (b"".join(one.pieces()) for one in (stored[old], written[new]))
+        old_bytes, new_bytes = (b"".join(tensor.pieces()) for tensor in (stored[old], written[new]))
         # The scale is the first of the four outputs that the text's modulation had.
         rows = slice(0, len(old_bytes) // 4) if new in done.certificate.chunked else slice(None)
         assert new_bytes == old_bytes[rows]

@@ -55,7 +55,7 @@ def test_stock_diffusers_loads_what_skipping_does(folder: Path, tmp_path: Path, 
     assert len(list(target.glob("*.safetensors"))) > 1
     inputs = example_inputs(model)
     # Fresh memory: kernels round differently on weights that lie unaligned in a mapped file.
-    model, small = (one.float().apply(_fresh) for one in (model, small.eval()))
+    model, small = (network.float().apply(_fresh) for network in (model, small.eval()))
     with torch.no_grad(), skip(model, GONE):
         expected = model(**inputs).sample
     with torch.no_grad():
@@ -79,17 +79,19 @@ def test_kept_tensors_keep_every_byte(tmp_path: Path, dtype: torch.dtype) -> Non
         assert old == new.replace("blocks.1.", "blocks.3.")
         assert (written[new].dtype, written[new].shape) == (stored[old].dtype, stored[old].shape)
         assert b"".join(written[new].pieces()) == b"".join(stored[old].pieces())
-    assert {one.dtype for one in written.values()} == {"F32" if dtype == torch.float32 else "BF16"}
+    assert {tensor.dtype for tensor in written.values()} == {"F32" if dtype == torch.float32 else "BF16"}
 
 
 def test_it_is_what_removal_in_memory_gives(folder: Path, tmp_path: Path) -> None:
     model = WanTransformer3DModel.from_pretrained(str(folder))
     remove(model, ["blocks.3"], example_inputs(model)).save_pretrained(str(tmp_path / "memory"))  # type: ignore[operator]
     remove_on_disk(folder, ["blocks.3"], tmp_path / "disk", own_weights=0)
-    one, two = (WanTransformer3DModel.from_pretrained(str(tmp_path / name)) for name in ("memory", "disk"))
-    assert {k: v for k, v in one.config.items() if k[0] != "_"} == {k: v for k, v in two.config.items() if k[0] != "_"}
-    for name, tensor in one.state_dict().items():
-        assert torch.equal(tensor, two.state_dict()[name])
+    in_memory, on_disk = (WanTransformer3DModel.from_pretrained(str(tmp_path / name)) for name in ("memory", "disk"))
+    assert {k: v for k, v in in_memory.config.items() if k[0] != "_"} == {
+        k: v for k, v in on_disk.config.items() if k[0] != "_"
+    }
+    for name, tensor in in_memory.state_dict().items():
+        assert torch.equal(tensor, on_disk.state_dict()[name])
 
 
 def test_a_stand_in_is_narrow_and_as_deep() -> None:
@@ -99,12 +101,12 @@ def test_a_stand_in_is_narrow_and_as_deep() -> None:
     assert changed == {"num_attention_heads": (4, 2), "text_dim": (300, 128), "ffn_dim": (400, 128)}
     assert len(small.blocks) == 4  # type: ignore[arg-type]
     values = [tensor.reshape(-1)[:4].tolist() for tensor in small.parameters()]
-    assert len({tuple(one) for one in values}) == len(values)
+    assert len({tuple(value) for value in values}) == len(values)
 
 
 def test_weights_of_another_model_are_refused(folder: Path, tmp_path: Path) -> None:
     config = folder / "config.json"
-    for given, told in (
+    for given, message in (
         ('"num_layers": 5', r"\d+ missing keys, first blocks\.4\..*; the weights do not belong to this config\.json"),
         (
             '"num_layers": 3',
@@ -113,7 +115,7 @@ def test_weights_of_another_model_are_refused(folder: Path, tmp_path: Path) -> N
     ):
         text = config.read_text()
         config.write_text(text.replace('"num_layers": 4', given))
-        with pytest.raises(ModelError, match=told):
+        with pytest.raises(ModelError, match=message):
             remove_on_disk(folder, GONE, tmp_path / "small")
         config.write_text(text)
     config.write_text(config.read_text().replace('"ffn_dim": 400', '"ffn_dim": 401'))

@@ -80,7 +80,7 @@ def test_half_precision_keeps_its_dtypes(tmp_path: Path) -> None:
     smaller = remove(half, ["blocks.0"], inputs)
     dtypes = {name: parameter.dtype for name, parameter in half.named_parameters() if not name.startswith("blocks.0.")}
     assert len(set(dtypes.values())) == 2
-    assert sorted(map(str, dtypes.values())) == sorted(str(one.dtype) for one in smaller.parameters())
+    assert sorted(map(str, dtypes.values())) == sorted(str(parameter.dtype) for parameter in smaller.parameters())
 
 
 def test_index_lists_follow_the_blocks_they_name() -> None:

@@ -99,9 +99,9 @@ def test_the_memory_gives_what_a_plain_skip_gives(case: Callable[[], Case]) -> N
         whole = output_of(model, inputs)
         for block in graph.blocks:
             with memory.skipping(block.path):
-                found = output_of(model, inputs)
+                remembered = output_of(model, inputs)
             with skip(model, [block.path], graph=graph):
-                assert torch.equal(output_of(model, inputs), found)
+                assert torch.equal(output_of(model, inputs), remembered)
             # The plain skip was recorded; the full forward must be remembered again.
             assert torch.equal(output_of(model, inputs), whole)
     assert not any(module._forward_hooks for module in model.modules())
@@ -149,9 +149,9 @@ def test_what_a_skipping_forward_computed_serves_the_full_one_and_its_gradient_s
     def gradient(pruned: torch.Tensor) -> torch.Tensor:
         model.zero_grad()
         pruned.square().mean().backward()  # type: ignore[no-untyped-call]
-        found = model.get_parameter("blocks.0.ffn.net.2.weight").grad
-        assert found is not None
-        return found.clone()
+        gradient = model.get_parameter("blocks.0.ffn.net.2.weight").grad
+        assert gradient is not None
+        return gradient.clone()
 
     with skip(model, ["blocks.2"], graph=graph):
         plain = gradient(model(**inputs, return_dict=False)[0])
@@ -196,7 +196,9 @@ def test_compiled_blocks_can_be_skipped_and_give_the_same_gradients() -> None:
         model.zero_grad()
         with skip(model, ["blocks.2"], graph=graph):
             model(**inputs, return_dict=False)[0].square().mean().backward()
-        return {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
+        return {
+            name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None
+        }
 
     plain = gradients()
     names = list(model.state_dict())
@@ -204,8 +206,8 @@ def test_compiled_blocks_can_be_skipped_and_give_the_same_gradients() -> None:
     compiled = gradients()
     assert compiled.keys() == plain.keys()
     assert not any(name.startswith("blocks.2.") for name in compiled)
-    for name, one in plain.items():
-        assert torch.allclose(compiled[name], one, atol=1e-5), name
+    for name, parameter in plain.items():
+        assert torch.allclose(compiled[name], parameter, atol=1e-5), name
     assert list(model.state_dict()) == names
 
 

@@ -58,10 +58,10 @@ def largest_difference(entry: Entry, model: nn.Module, smaller: nn.Module, paths
         optional = seed == OTHER_SEEDS[-1]
         with flcompress.skip(model, paths):
             expected = answer(model, entry.draw(seed, optional=optional))
-        found = answer(loaded, certificate.inputs_for(entry.draw(seed, optional=optional)))
-        assert [one.shape for one in found] == [one.shape for one in expected]
-        assert all(one.isfinite().all() for one in expected)
-        worst = max(worst, *(float((one - two).abs().max()) for one, two in zip(found, expected, strict=True)))
+        actual = answer(loaded, certificate.inputs_for(entry.draw(seed, optional=optional)))
+        assert [tensor.shape for tensor in actual] == [tensor.shape for tensor in expected]
+        assert all(tensor.isfinite().all() for tensor in expected)
+        worst = max(worst, *(float((a - b).abs().max()) for a, b in zip(actual, expected, strict=True)))
     return worst
 
 

@@ -37,13 +37,13 @@ def sampled(name: str) -> str:
 
 
 def test_every_class_is_in_the_zoo() -> None:
-    found = set()
+    classes = set()
     for info in pkgutil.iter_modules(diffusers.models.transformers.__path__):
         module = import_module(f"diffusers.models.transformers.{info.name}")
-        for name, one in vars(module).items():
-            if inspect.isclass(one) and issubclass(one, ModelMixin) and one.__module__ == module.__name__:
-                found.add(name)
-    assert {entry.model_class for entry in ZOO.values()} == found
+        for name, member in vars(module).items():
+            if inspect.isclass(member) and issubclass(member, ModelMixin) and member.__module__ == module.__name__:
+                classes.add(name)
+    assert {entry.model_class for entry in ZOO.values()} == classes
     assert set(MATRIX) == set(ZOO)
 
 

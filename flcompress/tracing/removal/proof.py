@@ -53,7 +53,7 @@ class Prover:
         built = candidate.built
         probe = self._random()
         for name, parameter in probe.named_parameters():
-            # Fresh memory, as in `_reloaded`: kernels round differently on weights that lie unaligned in a mapped file.
+            # Fresh memory, as in `_reload`: kernels round differently on weights that are unaligned in a mapped file.
             parameter.data = self._model.get_parameter(name).detach().clone()
         self._probe = None
         built.load_state_dict(state_from(probe.state_dict(), candidate.sources), assign=True)
@@ -195,7 +195,7 @@ def _reload(built: Any, like: nn.Module) -> nn.Module | str:
             return f"stock diffusers reports {fault.replace('_', ' ')} for the smaller model: {names[0]}"
     model: nn.Module = loaded
     device = next(like.parameters()).device
-    # Copies, because kernels round differently on weights that lie unaligned in a mapped file.
+    # Copies, because kernels round differently on weights that are unaligned in a mapped file.
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(device, built.get_parameter(name).dtype, copy=True)
     _match_buffers(model, like)
