@@ -9,7 +9,6 @@ Authors of passes, exporters and model families find what they need in `flcompre
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -69,25 +68,13 @@ __all__ = [
 ]
 
 
-def lazy_names(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
-    """Return a module's `__getattr__` that imports each name from its own module when it is first used.
-
-    Args:
-        module: the module's name, for the error.
-        names: public name -> module that defines it.
-    """
-
-    def get(name: str) -> Any:
-        if name not in names:
-            raise AttributeError(f"module '{module}' has no attribute '{name}'")
-        return getattr(import_module(names[name]), name)
-
-    return get
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
 
 
 if not TYPE_CHECKING:  # a type checker knows the names above, and no others
-    __getattr__ = lazy_names(__name__, _DOOR)
 
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    def __getattr__(name: str) -> Any:
+        if name not in _DOOR:
+            raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+        return getattr(import_module(_DOOR[name]), name)

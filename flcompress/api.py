@@ -7,9 +7,8 @@ pass, which every check of a recipe imports, stays light: import torch inside `a
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from flcompress import lazy_names
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flcompress.core.program import Fact as Fact
@@ -163,9 +162,14 @@ __all__ = [
     "train",
 ]
 
-if not TYPE_CHECKING:  # a type checker knows the names above, and no others
-    __getattr__ = lazy_names(__name__, _DOOR)
-
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
+
+
+if not TYPE_CHECKING:  # a type checker knows the names above, and no others
+
+    def __getattr__(name: str) -> Any:
+        if name not in _DOOR:
+            raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+        return getattr(import_module(_DOOR[name]), name)

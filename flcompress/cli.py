@@ -72,9 +72,10 @@ def apply_command(
     if gpu and not dry_run:
         raise RequestError(f"--gpu: {gpu} given without --dry-run; it says what a plan is made for")
     if dry_run:
+        plan = commands.plan(loaded, run_dir, gpu=gpu)
+
         from flcompress.planning.text import plan_text
 
-        plan = commands.plan(loaded, run_dir, gpu=gpu)
         click.echo(json.dumps(plan.to_dict(), indent=1) if as_json else plan_text(plan))
         return
     from flcompress.driver.manager import apply
@@ -98,12 +99,12 @@ def plan_command(
     recipe: Path, gpus: int | None, memory: str | None, gpu: str, overrides: Sequence[str], as_json: bool
 ) -> None:
     """Say what RECIPE takes on GPUs, and what to change to fit."""
-    from flcompress.planning.text import plan_text
-
     plan = commands.plan(recipe, overrides=overrides, gpu=gpu, gpus=gpus, memory=memory)
     if as_json:
         _print(plan.to_dict())
     else:
+        from flcompress.planning.text import plan_text
+
         click.echo(plan_text(plan, settings=True))
 
 

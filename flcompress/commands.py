@@ -45,12 +45,15 @@ def plan(
     Raises:
         RequestError: anything wrong with the request.
     """
+    from flcompress.frontend.loading import load_recipe
     from flcompress.frontend.recipe import Recipe
-    from flcompress.planning.plan import plan_recipe
+
+    checked = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe), overrides)
+
+    from flcompress.planning.plan import plan_recipe  # torch, which a faulty recipe does not wait for
 
     where = Path(run_dir) if run_dir is not None else None
-    given = recipe if isinstance(recipe, Recipe) else Path(recipe)
-    return plan_recipe(given, where, overrides=overrides, gpu=gpu, gpus=gpus, memory=memory)
+    return plan_recipe(checked, where, gpu=gpu, gpus=gpus, memory=memory)
 
 
 def inspect(

@@ -11,9 +11,11 @@ Nothing is imported before it is asked for, so that listing names costs nothing 
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Mapping
 from difflib import get_close_matches
-from importlib.metadata import entry_points
+from functools import lru_cache
+from importlib.metadata import EntryPoints, entry_points
 
 from flcompress.core.steps import Exporter, Pass
 from flcompress.errors import RecipeError
@@ -36,33 +38,33 @@ EXPORTER_GROUP = "flcompress.exporters"
 
 
 def known_passes() -> dict[str, str]:
-    """Every pass that a recipe can name -> "module:Class"; the built-in ones first."""
+    """Return recipe name -> "module:Class" of every installed pass, the built-in ones first."""
     return _with_entry_points(PASSES, PASS_GROUP)
 
 
 def known_exporters() -> dict[str, str]:
-    """Every exporter that a recipe can name -> "module:Class"; the built-in ones first."""
+    """Return recipe name -> "module:Class" of every installed exporter, the built-in ones first."""
     return _with_entry_points(EXPORTERS, EXPORTER_GROUP)
 
 
 def find_pass(name: str) -> type[Pass]:
-    """The pass class of that recipe name; RecipeError, with the nearest name, where there is none."""
-    found = _load(name, known_passes(), "pass")
-    if not (isinstance(found, type) and issubclass(found, Pass)):
-        raise RecipeError(f"pass '{name}': {found!r} is not a subclass of flcompress.core.steps.Pass")
-    return found
+    """Return the pass class of a recipe name; raise RecipeError, with the nearest name, if there is none."""
+    kind = _load(name, known_passes(), "pass")
+    if not (isinstance(kind, type) and issubclass(kind, Pass)):
+        raise RecipeError(f"pass '{name}': {kind!r} is not a subclass of flcompress.core.steps.Pass")
+    return kind
 
 
 def find_exporter(name: str) -> type[Exporter]:
-    """The exporter class of that recipe name; RecipeError, with the nearest name, where there is none."""
-    found = _load(name, known_exporters(), "exporter")
-    if not (isinstance(found, type) and issubclass(found, Exporter)):
-        raise RecipeError(f"exporter '{name}': {found!r} is not a subclass of flcompress.core.steps.Exporter")
-    return found
+    """Return the exporter class of a recipe name; raise RecipeError, with the nearest name, if there is none."""
+    kind = _load(name, known_exporters(), "exporter")
+    if not (isinstance(kind, type) and issubclass(kind, Exporter)):
+        raise RecipeError(f"exporter '{name}': {kind!r} is not a subclass of flcompress.core.steps.Exporter")
+    return kind
 
 
 def find_step(name: str) -> type[Pass] | type[Exporter]:
-    """The pass or exporter of that recipe name; RecipeError, with the nearest name, where there is none."""
+    """Return the pass or exporter of a recipe name; raise RecipeError, with the nearest name, if there is none."""
     if name in known_exporters():
         return find_exporter(name)
     if name in known_passes():
@@ -71,20 +73,26 @@ def find_step(name: str) -> type[Pass] | type[Exporter]:
 
 
 def nearest(name: str, names: Mapping[str, object] | list[str]) -> str:
-    """A closing half sentence: "did you mean 'prune'?", or all the names where none is near."""
+    """Return the end of a message: "did you mean 'prune'?", or all names if none is near."""
     close = get_close_matches(name, list(names), n=1, cutoff=0.6)
     return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(sorted(names)) or 'none'}"
 
 
 def _with_entry_points(built_in: Mapping[str, str], group: str) -> dict[str, str]:
-    found = dict(built_in)
-    for point in sorted(entry_points(group=group), key=lambda point: point.name):
-        if found.setdefault(point.name, point.value) != point.value:
+    known = dict(built_in)
+    for point in sorted(_declared(group, tuple(sys.path)), key=lambda point: point.name):
+        if known.setdefault(point.name, point.value) != point.value:
             raise RecipeError(
                 f"entry point {group}: '{point.name}' is given as {point.value}, but that name is taken by "
-                f"{found[point.name]}; rename it in the package that declares it"
+                f"{known[point.name]}; rename it in the package that declares it"
             )
-    return found
+    return known
+
+
+@lru_cache(maxsize=2)
+def _declared(group: str, path: tuple[str, ...]) -> EntryPoints:
+    """Return a group's entry points of all packages on `path`; once, since every package's metadata is read."""
+    return entry_points(group=group)
 
 
 def _load(name: str, known: Mapping[str, str], what: str) -> object:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-
-import networkx as nx
+from typing import TYPE_CHECKING
 
 from flcompress.ir.block import Block, Flow
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 
 def faults(blocks: Sequence[Block], graph: nx.DiGraph[str], *, parameters: int, flops: int) -> list[str]:
@@ -55,6 +57,8 @@ def _sums(blocks: Sequence[Block], *, parameters: int, flops: int) -> Iterator[s
 
 
 def _reach(blocks: Sequence[Block], graph: nx.DiGraph[str]) -> Iterator[str]:
+    import networkx as nx
+
     if not nx.is_directed_acyclic_graph(graph):
         yield f"data flows in a circle: {' -> '.join(edge[0] for edge in nx.find_cycle(graph))}"
     fed, used = nx.descendants(graph, "input"), nx.ancestors(graph, "output")

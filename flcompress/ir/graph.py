@@ -9,12 +9,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from difflib import get_close_matches
 from types import MappingProxyType
-
-import networkx as nx
+from typing import TYPE_CHECKING
 
 from flcompress.errors import PostconditionError, RequestError
 from flcompress.ir.block import Block, Estimate, Flow, Stream
 from flcompress.ir.check import faults
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 INPUT = "input"
 OUTPUT = "output"
@@ -41,6 +43,8 @@ class BlockGraph:
         config_keys: Mapping[str, str] | None = None,
     ) -> None:
         """`parameters` and `flops` (one sample) are the whole model's; `config_keys` names each stack's count."""
+        import networkx as nx  # as slow to import as pydantic, and a check of a recipe makes no graph
+
         self.model_class = model_class
         self.parameters = parameters
         self.flops = flops
