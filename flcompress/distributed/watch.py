@@ -18,7 +18,7 @@ FAILED, REPORTED = "failed", "reported"
 """Keys in the store: the first failure, and the number of processes that reported one."""
 LEFT = -1
 """The sign of life of a process that has ended without a failure."""
-RESUME = "give the same command again: it goes on from the last checkpoint"
+RESUME = "give the same command again: it resumes from the last checkpoint"
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The recipe's clips as latents: encoded when a pass first asks, remembered on disk."""
+"""The recipe's clips as latents: encoded when a pass first asks for them, and kept on disk."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Clips:
-    """Calling it with a program gives the recipe's clips, encoded with that program's own parts."""
+    """A function of a program that returns the recipe's clips, encoded with that program's own parts."""
 
     def __init__(self, recipe: Recipe, folder: Path, display: Display, device: str) -> None:
         self._recipe = recipe
@@ -52,7 +52,7 @@ class Clips:
         return self._loaded[key]
 
     def _place(self, spec: dict[str, Any], program: Program, request: dict[str, Any], final: Path) -> Path:
-        """Where the dataset lies; it is made in `final` if it is not there yet."""
+        """Return the folder of the dataset; it is made in `final` if it does not exist yet."""
         from flcompress.models.tensor_memory import free_gpu_memory
 
         ((kind, given),) = spec.items()
@@ -102,7 +102,7 @@ class Clips:
 
 
 def data_frame_rate(recipe: Recipe) -> float | None:
-    """Frames a second of a recipe's clips; None where nothing says it: videos at their own rates, a dataset gone."""
+    """Return the frame rate of a recipe's clips; None for videos at their own rates, or a dataset that is gone."""
     from flcompress.data.index import Index
     from flcompress.moving_digits import digits
 
@@ -118,14 +118,18 @@ def data_frame_rate(recipe: Recipe) -> float | None:
 
 
 def target_of(recipe: Recipe) -> Target:
-    """The size that a recipe's videos are encoded at: the one it samples, or their own."""
+    """Return the size that a recipe's videos are encoded at: the one it samples, or their own."""
     from flcompress.data.sizes import OWN_SIZE, Target
 
     return Target(*recipe.sampling.size) if recipe.sampling.size else OWN_SIZE
 
 
 def grid_and_target(recipe: Recipe) -> tuple[Grid, Target]:
-    """The sizes that a recipe's model takes, and the one that its videos are encoded at; DataError if that is none."""
+    """Return the sizes that a recipe's model takes, and the one that its videos are encoded at.
+
+    Raises:
+        DataError: the model does not take that size.
+    """
     from flcompress.models.latent_size import folder_grid
 
     model = recipe.model_folder()
@@ -154,7 +158,7 @@ def fingerprint(spec: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _files(root: Path, within: frozenset[Path] = frozenset()) -> str:
-    """A digest of the names, sizes and times of a file or of all under a folder, links to folders too.
+    """Return a digest of the names, sizes and times of a file, or of all files in a folder, linked folders included.
 
     Args:
         root: the file or folder.

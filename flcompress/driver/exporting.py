@@ -68,11 +68,11 @@ def _export(run: RunDirectory, program: Program, exporter: Exporter, key: str, d
     work = run.exports / f".work-{exporter.name}"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
-    tried = run.exports / f".attempts-{exporter.name}"  # beside the folder, which every attempt begins anew
+    tried = run.exports / f".attempts-{exporter.name}"  # next to the folder, which every attempt empties
     with attempt(tried, key) as attempts, display.stage(f"export {exporter.name}") as progress:
         summary = exporter.export(program, work, run.exports, progress)
     record = {**summary, "key": key, **attempts.record()}
-    # The record goes first and comes last: whatever is interrupted here is exported again, never trusted.
+    # The record is removed first and written last: an interrupted export is repeated, never trusted.
     record_file(run, exporter.name).unlink(missing_ok=True)
     final, old = run.exports / exporter.name, run.exports / f".old-{exporter.name}"
     shutil.rmtree(old, ignore_errors=True)

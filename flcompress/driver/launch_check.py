@@ -1,4 +1,4 @@
-"""Whether a recipe and the launcher of its processes ask for the same."""
+"""Check that a recipe and the launcher of its processes agree."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _ACCELERATE = {"ACCELERATE_USE_DEEPSPEED": ("zero1", "zero2", "zero3"), "ACCELER
 
 
 def check_launch(training: Training, launch: Launch, passes: Iterable[Pass] = ()) -> None:
-    """Raise RequestError where the recipe and the launcher do not ask for the same."""
+    """Raise RequestError if the recipe and the launcher ask for different engines, processes or batches."""
     engine, wanted = training.engine, training.processes
     how = f"torchrun --nproc-per-node {wanted or 2} -m flcompress apply RECIPE"
     if wanted is not None and wanted != launch.size:
@@ -44,7 +44,7 @@ def check_launch(training: Training, launch: Launch, passes: Iterable[Pass] = ()
 
 
 def _check_accelerate(training: Training) -> None:
-    """The engines are ours, so what accelerate was configured for must be what the recipe says."""
+    """Raise RequestError if accelerate was configured for another engine or precision than the recipe."""
     engine = training.engine
     for variable, engines in _ACCELERATE.items():
         if os.environ.get(variable, "false").lower() == "true" and engine not in engines:

@@ -76,7 +76,7 @@ def apply(
         if world.main:
             if "wandb" in recipe.training.log_to:
                 check_wandb_login()
-            with _own(run, display):
+            with _locked(run, display):
                 _apply(recipe, source, run, shared, display, device, world)
         else:
             _follow(recipe, shared, device, world)
@@ -84,8 +84,8 @@ def apply(
 
 
 @contextmanager
-def _own(run: RunDirectory, display: Display) -> Iterator[None]:
-    """Hold the run directory; RequestError if another command works in it."""
+def _locked(run: RunDirectory, display: Display) -> Iterator[None]:
+    """Lock the run directory; RequestError if another command works in it."""
     run.path.mkdir(parents=True, exist_ok=True)
     busy = f"{run.path}: another flcompress is working in this run directory; wait for it or choose another --run-dir"
     with working_alone(run.path, busy, display.line):
@@ -93,7 +93,7 @@ def _own(run: RunDirectory, display: Display) -> Iterator[None]:
 
 
 def default_run_dir(recipe: Recipe) -> Path:
-    """`runs/<recipe name>`, in the working directory."""
+    """Return `runs/<recipe name>`, in the working directory."""
     return Path("runs") / recipe.name
 
 
@@ -149,7 +149,7 @@ def check(recipe: Recipe, run: RunDirectory, *, plan: bool = False) -> start.Sou
 
 
 def pass_key(step: Pass, program: Program, recipe: Recipe) -> str:
-    """Cache key of one pass's result."""
+    """Return the cache key of one pass's result."""
     return key_of(
         program=program.digest,
         name=step.name,
@@ -185,12 +185,12 @@ def _apply(
             current = step.name
             title = f"{index}/{len(recipe.passes)} {step.name}"
             key = pass_key(step, program, recipe)
-            found = store.find(index, step.name, key)
-            if found is None:
+            stored = store.find(index, step.name, key)
+            if stored is None:
                 world.main_only(title)
                 world.longest = (0.0, "")
                 display.line(f"{title}: running")
-                building = os.path.relpath(store.place(index, step.name, key), run.path)
+                building = os.path.relpath(store.work_folder(index, step.name, key), run.path)
                 run.note("begin", step.name, key=key, folder=building, arguments=arguments(step))
                 with display.stage(title) as progress:
                     shown = {"progress": progress, "say": display.line, "note": run.note}
@@ -200,16 +200,16 @@ def _apply(
                 display.line(f"{title}: {told(entry.record)}")
                 ran += 1
             else:
-                entry = found
+                entry = stored
                 display.line(f"{title}: unchanged")
-            program = _at_home(entry, beginning)
+            program = _with_moved_parts(entry, beginning)
             entries.append(entry)
             run.record_entries(entries, finished=index == len(recipe.passes))
             noted = ("seconds", "peak_rss_mb", "attempts")
             measured = {name: entry.record[name] for name in noted if name in entry.record}
-            if found is None and world.longest[0] > 0.0:
+            if stored is None and world.longest[0] > 0.0:
                 measured["longest_beat"] = dict(zip(("seconds", "at"), world.longest, strict=True))
-            run.note("pass", step.name, status="cached" if found else "ran", key=key, **measured)
+            run.note("pass", step.name, status="cached" if stored else "ran", key=key, **measured)
         current = "exports"
         world.broadcast(lambda: None)  # no more passes to share
         exports = run_exports(run, program, recipe.exports, display)
@@ -218,26 +218,26 @@ def _apply(
         raise
     ran += sum(record["status"] == "ran" for record in exports.values())
     run.note("done", recipe.name, status="ran" if ran else "cached")
-    _remove_left_overs(run.path / "passes")
+    _remove_leftovers(run.path / "passes")
     display.line(f"done: {run.path}" if ran else f"nothing to do: every pass and export is unchanged in {run.path}")
 
 
 def _entry_of_start(recipe: Recipe, source: start.Source, store: Store) -> tuple[Entry, bool]:
     key = start.start_key(recipe)
-    given = start.model_arguments(recipe)
-    found = store.find(0, "model", key)
-    if found is None:
-        return store.make(0, "model", key, given, lambda folder: start.starting_program(recipe, source, folder)), True
+    origin = start.model_arguments(recipe)
+    stored = store.find(0, "model", key)
+    if stored is None:
+        return store.make(0, "model", key, origin, lambda folder: start.starting_program(recipe, source, folder)), True
     if recipe.model.weights == "trained":
-        # The same model may have moved since; every later program is pointed to where it lies now.
-        program, here = found.program(), start.components_of(recipe, source.index, source.folder)
+        # The same model may have moved since; every later program is pointed to where it is now.
+        program, here = stored.program(), start.components_of(recipe, source.index, source.folder)
         if program.components != here:
-            replace(program, components=here).save(found.folder)
-    return found, False
+            replace(program, components=here).save(stored.folder)
+    return stored, False
 
 
-def _at_home(entry: Entry, beginning: Program) -> Program:
-    """The entry's program; parts it shares with the starting model are looked for where that lies now."""
+def _with_moved_parts(entry: Entry, beginning: Program) -> Program:
+    """Return the entry's program; parts that it shares with the starting model are taken from where that is now."""
     program = entry.program()
     here = {name: path if path.is_dir() else beginning.components[name] for name, path in program.components.items()}
     if here != dict(program.components):
@@ -266,7 +266,7 @@ def _work(recipe: Recipe, step: Pass, clips: Clips, device: str, world: World, *
 
 
 def _follow(recipe: Recipe, shared: Path, device: str, world: World) -> None:
-    """What every process but the main one does: apply the passes that the main one calls for, each with its share."""
+    """Apply the passes that the main process calls for, as every other process does, each with its share."""
     clips = Clips(recipe, shared / "data", QuietDisplay(), device)
     while (call := world.broadcast(dict)) is not None:
         program, step = Program.load(Path(call["program"])), recipe.passes[call["index"] - 1]
@@ -277,21 +277,21 @@ def _follow(recipe: Recipe, shared: Path, device: str, world: World) -> None:
 def _builder(
     step: Pass, program: Program, stored: Path, work: PassContext, index: int, key: str
 ) -> Callable[[Path], Program]:
-    """Applies one pass in the folder that the store gives, and verifies what comes back.
+    """Return a function that applies one pass in the folder of the store, and verifies the result.
 
     Args:
         step: the pass.
-        program: what it is applied to.
-        stored: where that program is stored, for the other processes of a distributed pass.
-        work: everything but the folder.
-        index: the pass's place in the recipe, from 1.
-        key: of the result.
+        program: the program that it is applied to.
+        stored: folder of that program, for the other processes of a distributed pass.
+        work: the pass's context, but for the folder.
+        index: the pass's position in the recipe, from 1.
+        key: cache key of the result.
     """
 
     def build(folder: Path) -> Program:
         if step.needs_data:
-            # Encoding needs the GPU for itself, so before the pass loads a model; and it takes its time, so here, where
-            # other processes wait without being missed.
+            # Encoding needs the whole GPU, so it comes before the pass loads a model; and it may take long, so it comes
+            # here, where the other processes wait without a timeout.
             work.data(program)
         before = seconds_so_far(folder / ATTEMPTS_FILE, key)
         if step.distributed:
@@ -306,10 +306,10 @@ def _builder(
 
 
 def verify(name: str, program: Program) -> None:
-    """What must hold of every program beside its graph's own rules.
+    """Check what must hold for every program in addition to its graph's own rules.
 
     Raises:
-        PostconditionError: names the pass and what it left wrong.
+        PostconditionError: names the pass and what is wrong with its result.
     """
     for component, folder in program.components.items():
         if not folder.is_dir() or not any(folder.iterdir()):
@@ -320,8 +320,8 @@ def verify(name: str, program: Program) -> None:
         raise PostconditionError(f"{name}: the kept-block map and the graph disagree on {odd[0]}; expected every block")
 
 
-def _remove_left_overs(passes: Path) -> None:
-    """Remove work folders of recipes since changed, but none that another process works in, or may."""
+def _remove_leftovers(passes: Path) -> None:
+    """Remove work folders of earlier versions of the recipe, except those that another process may work in."""
     for folder in passes.glob(".work-*"):
         with locked(folder, wait=False) as lock:
             if lock is Lock.HELD:
@@ -333,6 +333,6 @@ def _device() -> str:
 
     if torch.cuda.is_available():
         return "cuda"
-    # Where DeepSpeed is installed diffusers imports it, and it warns of every machine without a GPU.
+    # If DeepSpeed is installed, diffusers imports it, and it warns on every machine without a GPU.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     return "cpu"

@@ -61,24 +61,24 @@ class RunDirectory:
 
     @property
     def finished(self) -> bool:
-        """Whether the last `apply` went through all passes."""
+        """Whether the last `apply` completed all passes."""
         return bool(self._record()["finished"])
 
     def recipe(self) -> Recipe:
-        """The recipe last applied here, every default written out."""
+        """Return the recipe last applied here, with every default written out."""
         self._record()
         return load_recipe(self.path / RECIPE_FILE)
 
     def entries(self) -> list[Entry]:
-        """The results of the passes of the recipe last applied, in order; those that are done so far."""
+        """Return the results of the passes of the recipe last applied, in order, as far as they are done."""
         return [Entry.read(folder, index) for index, folder in enumerate(self._results())][1:]
 
     def start(self) -> Program:
-        """The program that the recipe started from."""
+        """Return the program that the recipe started from."""
         return self._program(self._stored()[0])
 
     def final(self) -> Program:
-        """The program after the last pass; RequestError if the run is not finished."""
+        """Return the program after the last pass; RequestError if the run is not finished."""
         if not self.finished:
             done = len(self._stored()) - 1
             raise RequestError(
@@ -89,11 +89,11 @@ class RunDirectory:
 
     @property
     def key(self) -> str:
-        """Key of the last result, which says all that it was made from: what is measured notes it."""
+        """Cache key of the last result; measurements record it to say what they measured."""
         return Entry.read(self._stored()[-1]).key
 
     def journal(self) -> list[dict[str, Any]]:
-        """What happened here, oldest first; one event a line."""
+        """Return the events of the journal, oldest first."""
         path = self.path / JOURNAL_FILE
         if not path.exists():
             return []
@@ -107,7 +107,7 @@ class RunDirectory:
 
     @property
     def threads(self) -> int | None:
-        """Threads that the run computes with, while it is not finished; None where it has not begun, or is done."""
+        """Number of threads that an unfinished run computes with; None before it has begun and when it is done."""
         events = self.journal()
         if not events or events[-1]["event"] == "done":
             return None
@@ -138,9 +138,9 @@ class RunDirectory:
         write_text(self.path / RECIPE_FILE, dump_recipe(recipe))
 
     def record_entries(self, entries: Sequence[Entry], *, finished: bool) -> None:
-        """Note which stored results make up the run; the first is the starting program."""
-        places = [os.path.relpath(entry.folder, self.path) for entry in entries]
-        self._write(**{**self._record(), "entries": places, "finished": finished})
+        """Record which stored results make up the run; the first is the starting program."""
+        folders = [os.path.relpath(entry.folder, self.path) for entry in entries]
+        self._write(**{**self._record(), "entries": folders, "finished": finished})
 
     def note(self, event: str, name: str = "", **values: Any) -> None:
         """Append one event to the journal."""
@@ -165,7 +165,7 @@ class RunDirectory:
         return folders
 
     def _program(self, folder: Path) -> Program:
-        """A stored program; the parts that it shares with the starting model are found where that is now."""
+        """Return a stored program; parts that it shares with the starting model are taken from where that is now."""
         program = Program.load(folder)
         missing = [path for path in program.components.values() if not path.is_dir()]
         if self._model is None and not missing:
@@ -187,7 +187,7 @@ class RunDirectory:
         return program
 
     def _moved(self, recipe: Recipe, model: Path) -> Recipe:
-        """The recipe with its model in another folder; RequestError where that holds another model."""
+        """Return the recipe with its model in another folder; RequestError if that holds another model."""
         made_from = Entry.read(self._stored()[0]).record["arguments"]
         if recipe.model.weights == "random":
             raise RequestError(f"--model: {model} given, but {self.path} started from random weights, which it keeps")

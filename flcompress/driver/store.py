@@ -1,4 +1,4 @@
-"""Content-addressed results of passes: one folder each, found again by everything that decides what is in it."""
+"""Content-addressed results of passes: one folder each, under a key of everything that decides its contents."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Entry:
 
     Attributes:
         folder: holds `entry.json`, the program and what the pass wrote.
-        index: place in the recipe, from 1; 0 is the starting program.
-        record: what `entry.json` says: key, name, index, arguments, seconds, peak_rss_mb, attempts.
+        index: position in the recipe, from 1; 0 is the starting program.
+        record: the contents of `entry.json`: key, name, index, arguments, seconds, peak_rss_mb, attempts.
     """
 
     folder: Path
@@ -50,16 +50,16 @@ class Entry:
         return str(self.record["key"])
 
     def program(self) -> Program:
-        """The program after this pass."""
+        """Return the program after this pass."""
         return Program.load(self.folder)
 
     def result(self) -> dict[str, Any]:
-        """The pass's own summary, `result.json`; empty if it wrote none."""
+        """Return the pass's own summary, `result.json`; empty if it wrote none."""
         path = self.folder / "result.json"
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of `metrics.jsonl`; empty if it wrote none."""
+        """Return the lines of `metrics.jsonl`; empty if it wrote none."""
         path = self.folder / "metrics.jsonl"
         return [json.loads(line) for line in lines_of(path.read_text(encoding="utf-8"))] if path.exists() else []
 
@@ -71,31 +71,31 @@ class Store:
         self.folder = folder
 
     def find(self, index: int, name: str, key: str) -> Entry | None:
-        """The stored result with this key, whatever place it was made for."""
+        """Return the stored result with this key, whatever position it was made for; None if there is none."""
         for folder in sorted(self.folder.glob(f"[0-9][0-9]-{name}-{key[:_SHOWN]}*")):
             entry = Entry.read(folder, index)
             if entry.key == key:
                 return entry
         return None
 
-    def place(self, index: int, name: str, key: str) -> Path:
-        """The folder in which a result is built; it is renamed when the result is whole."""
+    def work_folder(self, index: int, name: str, key: str) -> Path:
+        """Return the folder in which a result is built; it is renamed when the result is whole."""
         return self.folder / f".work-{index:02d}-{name}-{key[:_SHOWN]}"
 
     def make(
         self, index: int, name: str, key: str, arguments: dict[str, Any], build: Callable[[Path], Program]
     ) -> Entry:
-        """Build a result in a work folder and store it whole.
+        """Build a result in a work folder, and store it when it is whole.
 
-        A killed attempt leaves its work folder, and the next one builds in it again; its time counts. If another
-        process is building the same result, this waits for it and returns that one's.
+        A killed attempt leaves its work folder; the next attempt continues in it, and adds to its time. If another
+        process is building the same result, this waits for it and returns its result.
         """
-        work = self.place(index, name, key)
+        work = self.work_folder(index, name, key)
         work.mkdir(parents=True, exist_ok=True)
         with locked(work, wait=True):
-            found = self.find(index, name, key)
-            if found is not None:
-                return found
+            stored = self.find(index, name, key)
+            if stored is not None:
+                return stored
             work.mkdir(exist_ok=True)
             with attempt(work / ATTEMPTS_FILE, key) as attempts:
                 program = build(work)

@@ -8,7 +8,7 @@ from tests.training import toy
 from tests.training.home import Home
 from tests.training.processes import Command, run, start
 
-AGAIN = "give the same command again: it goes on from the last checkpoint"
+AGAIN = "give the same command again: it resumes from the last checkpoint"
 
 
 def command(home: Home, folder: Path, engine: str = "ddp", passes: str = "toy: {steps: 6}", *more: str) -> list[str]:
