@@ -8,4 +8,4 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")
 
-pytest_plugins = ["tests.fixtures.recipes"]
+pytest_plugins = ["tests.fixtures.exports", "tests.fixtures.recipes"]

@@ -1,3 +1,0 @@
-from tests.fixtures.exports import guided, program, run
-
-__all__ = ["guided", "program", "run"]
