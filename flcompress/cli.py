@@ -82,7 +82,7 @@ def apply_command(
 
     run = apply(loaded, run_dir, store=store, display=_display(quiet))
     if as_json and os.environ.get("RANK", "0") == "0":
-        passes = [{**entry.record, "folder": str(entry.folder)} for entry in run.entries()]
+        passes = [{**entry.record.dump(), "folder": str(entry.folder)} for entry in run.entries()]
         _print({"run": str(run.path), "passes": passes, "exports": [export.name for export in loaded.exports]})
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import replace
 from typing import ClassVar, Literal
@@ -11,6 +10,7 @@ from pydantic import Field, model_validator
 from typing_extensions import override
 
 from flcompress.core.program import Fact, Program
+from flcompress.core.records import RESULT_FILE, DmdResult
 from flcompress.core.settings import EngineName, Range, Training
 from flcompress.core.steps import Cost, Pass, PassContext, Role
 from flcompress.errors import RequestError
@@ -211,5 +211,5 @@ class DistributionMatching(Pass):
                 "steps": steps,
                 "seconds": work.earlier_seconds + time.monotonic() - started,
             }
-            (work.directory / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            DmdResult(**result).write(work.directory / RESULT_FILE)
         return replace(program.with_component("transformer", target), contract=contract)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -11,6 +10,7 @@ from pydantic import Field
 from typing_extensions import override
 
 from flcompress.core.program import Fact, Program
+from flcompress.core.records import RESULT_FILE, ImportanceResult
 from flcompress.core.steps import Cost, Pass, PassContext, Role
 from flcompress.ir.selection import u_index
 
@@ -93,5 +93,5 @@ class Importance(Pass):
             "forwards_equivalent": (len(graph.blocks) + 3) / 2.0,
         }
         if work.world.main:
-            (work.directory / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            ImportanceResult(**result).write(work.directory / RESULT_FILE)
         return replace(program, graph=graph)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 from typing_extensions import override
 
 from flcompress.core.program import Fact, Program
+from flcompress.core.records import RESULT_FILE, StepsResult
 from flcompress.core.steps import Cost, Pass, PassContext, Role
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Pretrain(Pass):
         if work.world.main:
             work.world.main_only(f"saving what {self.name} trained")
             save_transformer(program.components["transformer"], weights, target)
-            (work.directory / "result.json").write_text(json.dumps({"steps": self.steps}) + "\n", encoding="utf-8")
+            StepsResult(steps=self.steps).write(work.directory / RESULT_FILE)
         return (
             program.with_component("transformer", target)
             .with_component("original", target)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -12,6 +11,7 @@ from pydantic import Field
 from typing_extensions import override
 
 from flcompress.core.program import Fact, Program
+from flcompress.core.records import RESULT_FILE, PruneResult
 from flcompress.core.steps import Cost, Pass, PassContext, Role
 from flcompress.errors import PreconditionError
 from flcompress.ir.graph import BlockGraph
@@ -79,7 +79,7 @@ class Prune(Pass):
             "certified_on": "its own weights" if removal.stand_in is None else {"stand_in": dict(removal.stand_in)},
             "reasons": {path: self._reason(graph, path) for path in paths},
         }
-        (work.directory / "result.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        PruneResult(**record).write(work.directory / RESULT_FILE)
         return replace(
             program.with_component("transformer", target),
             graph=result,

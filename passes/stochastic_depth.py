@@ -10,6 +10,7 @@ from pydantic import Field
 from typing_extensions import override
 
 from flcompress.core.program import Fact, Program
+from flcompress.core.records import RESULT_FILE, StochasticDepthResult
 from flcompress.core.steps import Cost, Pass, PassContext, Role
 from flcompress.ir.selection import By, choose
 
@@ -116,4 +117,4 @@ class StochasticDepth(Pass):
             "target": self.target,
             "monitor": [record for record in map(json.loads, lines) if "elbo_full" in record],
         }
-        (work.directory / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        StochasticDepthResult(**result).write(work.directory / RESULT_FILE)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 from typing_extensions import override
 
 from flcompress.core.program import Program
+from flcompress.core.records import RESULT_FILE, StepsResult
 from flcompress.core.steps import Cost, Pass, PassContext
 
 if TYPE_CHECKING:
@@ -60,5 +60,5 @@ class TrainAutoencoder(Pass):
         clips, _ = digits.sample(64, "heldout", generator(work.seed, self.name, "heldout"))
         error = float((decode_latents(vae, encode_clips(vae, clips)) - clips).square().mean())
         record = {"steps": self.steps, "heldout_mean_square_error": error}
-        (work.directory / "result.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
+        StepsResult(**record).write(work.directory / RESULT_FILE)
         return program.with_component("vae", target)

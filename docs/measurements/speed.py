@@ -205,7 +205,7 @@ def _timed(run: Path, size: int, batch: int, steps: int) -> float:
         start += ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     command = [*start, "flcompress", "apply", str(recipe), "--run-dir", str(run), "--quiet"]
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    return float(RunDirectory(run).entries()[0].record["seconds"])
+    return float(RunDirectory(run).entries()[0].record.seconds)
 
 
 def _no_data(program: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -11,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flcompress.files import peak_mb, reset_peak, write_text
+from flcompress.core.records import AttemptsFile
+from flcompress.errors import RecordError
+from flcompress.files import peak_mb, reset_peak
 
 ATTEMPTS_FILE = "attempts.json"
 
@@ -48,7 +49,7 @@ class Attempts:
     def write(self) -> None:
         """Leave what is known so far. It is a record of no consequence: where it cannot be written, work goes on."""
         with suppress(OSError):
-            write_text(self.file, json.dumps({"key": self.key, "attempts": [*self.done, self._own()]}) + "\n")
+            AttemptsFile(key=self.key, attempts=[*self.done, self._own()]).write(self.file, indent=None)
 
     def end(self) -> None:
         """This attempt takes no more time."""
@@ -94,9 +95,7 @@ def seconds_so_far(file: Path, key: str) -> float:
 
 def _attempts(file: Path, key: str) -> list[dict[str, float]]:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if found["key"] != key:
-            return []
-        return [{name: float(one[name]) for name in ("seconds", "peak_rss_mb")} for one in found["attempts"]]
-    except (OSError, ValueError, KeyError, TypeError):
+        record = AttemptsFile.read(file)
+    except RecordError:
         return []  # there was no attempt, or one before they were counted
+    return record.dump()["attempts"] if record.key == key else []

@@ -11,6 +11,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flcompress.core.records import ProgramFile
 from flcompress.diffusion.contract import SamplingContract
 from flcompress.diffusion.experts import COMPONENTS, OTHER
 from flcompress.ir.graph import BlockGraph
@@ -149,22 +150,21 @@ class Program:
         """Write `program.json` and `graph.json`; component folders are named relative to `folder`."""
         folder.mkdir(parents=True, exist_ok=True)
         components = {name: os.path.relpath(path, folder) for name, path in sorted(self.components.items())}
-        record = {"components": components, **self._plain()}
-        (folder / PROGRAM_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        ProgramFile(components=components, **self._plain()).write(folder / PROGRAM_FILE)
         (folder / GRAPH_FILE).write_text(to_json(self.graph) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> Program:
         """Read what `save` wrote."""
-        record = json.loads((folder / PROGRAM_FILE).read_text(encoding="utf-8"))
+        record = ProgramFile.read(folder / PROGRAM_FILE)
         return cls(
             graph=from_json((folder / GRAPH_FILE).read_text(encoding="utf-8")),
-            components={name: (folder / path).resolve() for name, path in record["components"].items()},
-            contract=SamplingContract.from_dict(record["contract"]),
-            teacher_contract=SamplingContract.from_dict(record["teacher_contract"]),
-            facts=frozenset(map(Fact, record["facts"])),
-            prune_set=tuple(record["prune_set"]),
-            kept=record["kept"],
-            index=record["index"],
-            latents=tuple(record["latents"]),
+            components={name: (folder / path).resolve() for name, path in record.components.items()},
+            contract=SamplingContract.from_dict(record.contract.dump()),
+            teacher_contract=SamplingContract.from_dict(record.teacher_contract.dump()),
+            facts=frozenset(map(Fact, record.facts)),
+            prune_set=tuple(record.prune_set),
+            kept=record.kept,
+            index=record.index,
+            latents=record.latents,
         )

@@ -197,7 +197,7 @@ def _apply(
                     work = _work(recipe, step, clips, device, world, **shown)
                     build = _builder(step, program, entry.folder, work, index, key)
                     entry = store.make(index, step.name, key, arguments(step), build)
-                display.line(f"{title}: {told(entry.record)}")
+                display.line(f"{title}: {told(entry.record.dump())}")
                 ran += 1
             else:
                 entry = stored
@@ -206,7 +206,7 @@ def _apply(
             entries.append(entry)
             run.record_entries(entries, finished=index == len(recipe.passes))
             noted = ("seconds", "peak_rss_mb", "attempts")
-            measured = {name: entry.record[name] for name in noted if name in entry.record}
+            measured = {name: value for name, value in entry.record.dump().items() if name in noted}
             if stored is None and world.longest[0] > 0.0:
                 measured["longest_beat"] = dict(zip(("seconds", "at"), world.longest, strict=True))
             run.note("pass", step.name, status="cached" if stored else "ran", key=key, **measured)

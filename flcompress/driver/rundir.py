@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flcompress.core.program import Program
+from flcompress.core.records import Event, RunFile
 from flcompress.driver import start
 from flcompress.driver.store import Entry
 from flcompress.errors import ModelError, RequestError
@@ -57,12 +58,12 @@ class RunDirectory:
     @property
     def name(self) -> str:
         """The name of the recipe it belongs to."""
-        return str(self._record()["name"])
+        return self._record().name
 
     @property
     def finished(self) -> bool:
         """Whether the last `apply` completed all passes."""
-        return bool(self._record()["finished"])
+        return self._record().finished
 
     def recipe(self) -> Recipe:
         """Return the recipe last applied here, with every default written out."""
@@ -83,7 +84,7 @@ class RunDirectory:
             done = len(self._stored()) - 1
             raise RequestError(
                 f"{self.path}: the run is not finished ({max(done, 0)} passes done); "
-                f"give flcompress apply {self._record()['recipe_path']} again, it goes on from there"
+                f"give flcompress apply {self._record().recipe_path} again, it goes on from there"
             )
         return self._program(self._stored()[-1])
 
@@ -133,19 +134,20 @@ class RunDirectory:
     def begin(self, recipe: Recipe) -> None:
         """Write the resolved recipe and who this folder belongs to."""
         self.path.mkdir(parents=True, exist_ok=True)
-        created = self._record()["created"] if self.exists() else _now()
-        self._write(name=recipe.name, recipe_path=str(recipe.file), created=created, entries=[], finished=False)
+        created = self._record().created if self.exists() else _now()
+        record = RunFile(name=recipe.name, recipe_path=str(recipe.file), created=created, entries=[], finished=False)
+        record.write(self.path / RUN_FILE)
         write_text(self.path / RECIPE_FILE, dump_recipe(recipe))
 
     def record_entries(self, entries: Sequence[Entry], *, finished: bool) -> None:
         """Record which stored results make up the run; the first is the starting program."""
         folders = [os.path.relpath(entry.folder, self.path) for entry in entries]
-        self._write(**{**self._record(), "entries": folders, "finished": finished})
+        record = self._record().model_copy(update={"entries": folders, "finished": finished})
+        record.write(self.path / RUN_FILE)
 
     def note(self, event: str, name: str = "", **values: Any) -> None:
         """Append one event to the journal."""
-        record = {"time": _now(), "event": event, "name": name, **values}
-        append_line(self.path / JOURNAL_FILE, json.dumps(record))
+        append_line(self.path / JOURNAL_FILE, Event(time=_now(), event=event, name=name, **values).line())
 
     def _stored(self) -> list[Path]:
         folders = self._results()
@@ -155,12 +157,12 @@ class RunDirectory:
 
     def _results(self) -> list[Path]:
         """Folders of the stored results, the starting program's first."""
-        folders = [(self.path / text).resolve() for text in self._record()["entries"]]
+        folders = [(self.path / text).resolve() for text in self._record().entries]
         for folder in folders:
             if not folder.is_dir():
                 raise RequestError(
                     f"{folder}: no such folder; {self.path} keeps a result there, in the --store of flcompress apply; "
-                    f"put it back, or give flcompress apply {self._record()['recipe_path']} again"
+                    f"put it back, or give flcompress apply {self._record().recipe_path} again"
                 )
         return folders
 
@@ -188,7 +190,7 @@ class RunDirectory:
 
     def _moved(self, recipe: Recipe, model: Path) -> Recipe:
         """Return the recipe with its model in another folder; RequestError if that holds another model."""
-        made_from = Entry.read(self._stored()[0]).record["arguments"]
+        made_from = Entry.read(self._stored()[0]).record.arguments
         if recipe.model.weights == "random":
             raise RequestError(f"--model: {model} given, but {self.path} started from random weights, which it keeps")
         if not model.is_dir():
@@ -201,15 +203,12 @@ class RunDirectory:
         moved = recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": model.resolve()})})
         return moved.written_in(recipe.file, {})
 
-    def _write(self, **record: Any) -> None:
-        write_text(self.path / RUN_FILE, json.dumps(record, indent=1) + "\n")
-
-    def _record(self) -> dict[str, Any]:
+    def _record(self) -> RunFile:
         if not self.exists():
             raise RequestError(
                 f"{self.path}: not a run directory (no {RUN_FILE}); give the folder that flcompress apply wrote"
             )
-        return dict(json.loads((self.path / RUN_FILE).read_text(encoding="utf-8")))
+        return RunFile.read(self.path / RUN_FILE)
 
 
 def _now() -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +10,8 @@ from typing import Any
 
 from flcompress.core.attempts import ATTEMPTS_FILE, attempt
 from flcompress.core.program import CHECKPOINTS, Program
-from flcompress.files import lines_of, locked, move_in_place
+from flcompress.core.records import RESULT_FILE, EntryFile, MetricsLine, ResultFile
+from flcompress.files import locked, move_in_place
 from flcompress.ir.text import to_text
 
 ENTRY_FILE = "entry.json"
@@ -26,28 +26,28 @@ class Entry:
     Attributes:
         folder: holds `entry.json`, the program and what the pass wrote.
         index: position in the recipe, from 1; 0 is the starting program.
-        record: the contents of `entry.json`: key, name, index, arguments, seconds, peak_rss_mb, attempts.
+        record: the contents of `entry.json`.
     """
 
     folder: Path
     index: int
-    record: dict[str, Any]
+    record: EntryFile
 
     @classmethod
     def read(cls, folder: Path, index: int | None = None) -> Entry:
-        """Read a stored result's record from its folder."""
-        record = json.loads((folder / ENTRY_FILE).read_text(encoding="utf-8"))
-        return cls(folder, record["index"] if index is None else index, record)
+        """Return the result stored in `folder`; RecordError if its `entry.json` is damaged."""
+        record = EntryFile.read(folder / ENTRY_FILE)
+        return cls(folder, record.index if index is None else index, record)
 
     @property
     def name(self) -> str:
         """Recipe name of the pass."""
-        return str(self.record["name"])
+        return self.record.name
 
     @property
     def key(self) -> str:
         """Cache key of the result."""
-        return str(self.record["key"])
+        return self.record.key
 
     def program(self) -> Program:
         """Return the program after this pass."""
@@ -55,13 +55,12 @@ class Entry:
 
     def result(self) -> dict[str, Any]:
         """Return the pass's own summary, `result.json`; empty if it wrote none."""
-        path = self.folder / "result.json"
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+        result = ResultFile.read_optional(self.folder / RESULT_FILE)
+        return {} if result is None else result.dump()
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the lines of `metrics.jsonl`; empty if it wrote none."""
-        path = self.folder / "metrics.jsonl"
-        return [json.loads(line) for line in lines_of(path.read_text(encoding="utf-8"))] if path.exists() else []
+        return [line.dump() for line in MetricsLine.read_lines(self.folder / "metrics.jsonl")]
 
 
 class Store:
@@ -99,11 +98,11 @@ class Store:
             work.mkdir(exist_ok=True)
             with attempt(work / ATTEMPTS_FILE, key) as attempts:
                 program = build(work)
-            record = {"key": key, "name": name, "index": index, "arguments": arguments, **attempts.record()}
+            record = EntryFile(key=key, name=name, index=index, arguments=arguments, **attempts.record())
             shutil.rmtree(work / CHECKPOINTS, ignore_errors=True)
             program.save(work)  # its component paths are relative, so they stay right when the folder is renamed
             (work / "graph.txt").write_text(to_text(program.graph), encoding="utf-8")
-            (work / ENTRY_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            record.write(work / ENTRY_FILE)
             final = self.folder / f"{index:02d}-{name}-{key[:_SHOWN]}"
             if final.exists():  # another key with the same first digits
                 final = self.folder / f"{index:02d}-{name}-{key}"

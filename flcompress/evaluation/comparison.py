@@ -6,7 +6,6 @@ Prompts, classifier and figures are those of `flcompress.moving_digits`; runs on
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
@@ -15,12 +14,12 @@ from typing import Any
 
 import torch
 
+from flcompress.core.records import EvalFile
 from flcompress.driver.rundir import RunDirectory
 from flcompress.errors import RequestError
 from flcompress.evaluation.contenders import Contender, run_contenders
 from flcompress.evaluation.pictures import draw_animation, draw_strips
 from flcompress.evaluation.sampling import Counter, Studio, judge_real_clips
-from flcompress.files import write_text
 from flcompress.models.parts import Parts
 from flcompress.moving_digits import digits
 from flcompress.moving_digits.classifier import classifier_record
@@ -81,7 +80,7 @@ def evaluate(
     results = {"program": program, **results}
     if contenders is None:
         _draw(results, shown, folder)
-        write_text(folder / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
+        EvalFile(**results).write(folder / "results.json")
     return results
 
 

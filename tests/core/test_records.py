@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 
-from flcompress.core.records import BreachLine, EntryFile, EvalFile, HealthFile, MetricsLine, Record, RunFile
+from flcompress.core.records import (
+    BreachLine,
+    ContractPart,
+    EntryFile,
+    EvalFile,
+    HealthFile,
+    MetricsLine,
+    Record,
+    RunFile,
+)
 from flcompress.core.settings import Health
 from flcompress.errors import RecordError
 
@@ -91,6 +100,16 @@ def test_files_of_older_versions_keep_their_meaning(tmp_path: Path) -> None:
     breach = {"step": 1, "figure": "f", "value": None, "low": None, "high": 1.0, "setting": "s", "mend": "m"}
     (line,) = BreachLine.read_lines(written(tmp_path, {**breach, "action": "warn", "best_step": 0}))
     assert line.redrawn == []
+
+
+def test_a_contract_keeps_its_ints_which_its_digest_tells_from_floats(tmp_path: Path) -> None:
+    contract = {
+        "scheduler": {"shift": 1, "beta": 0.5}, "num_inference_steps": 2, "sigmas": [1, 0.5], "timesteps": [999, 500.0],
+        "guidance_scale": 4, "max_sequence_length": 16,
+    }  # fmt: skip
+    again = ContractPart.model_validate_json(json.dumps(contract), strict=True).dump()
+    assert json.dumps(again) == json.dumps({name: contract[name] for name in again})
+    assert set(again) == set(contract)
 
 
 def test_the_limits_file_has_every_setting_of_training_health() -> None:

@@ -145,9 +145,9 @@ def test_a_pass_has_the_time_of_all_attempts(
     run = slow.run(lambda: apply(path, tmp_path / "run", display=display, device="cpu"))
     (entry,) = run.entries()
     assert slow.earlier == [0.0, 60.0, 120.0]
-    assert (entry.record["seconds"], entry.record["attempts"]) == (180.0, 3)
+    assert (entry.record.seconds, entry.record.attempts) == (180.0, 3)
     noted = [event for event in run.journal() if event["event"] == "pass"][-1]
-    assert (noted["seconds"], noted["attempts"], noted["peak_rss_mb"]) == (180.0, 3, entry.record["peak_rss_mb"])
+    assert (noted["seconds"], noted["attempts"], noted["peak_rss_mb"]) == (180.0, 3, entry.record.peak_rss_mb)
     assert any(line.startswith("1/1 slow: 180.0 s in 3 attempts, peak ") for line in display.said)
     (step,) = steps(read_run(run.path))
     assert (step.seconds, step.attempts) == (180.0, 3)
@@ -184,7 +184,7 @@ def test_a_result_of_an_earlier_version_is_read(write: WriteRecipe, tmp_path: Pa
     path = write("passes: [score]\n")
     run = apply(path, tmp_path / "run", display=QuietDisplay(), device="cpu")
     (entry,) = run.entries()
-    record = {key: value for key, value in entry.record.items() if key != "attempts"}
+    record = {key: value for key, value in entry.record.dump().items() if key != "attempts"}
     (entry.folder / "entry.json").write_text(json.dumps(record))
     apply(path, tmp_path / "run", display=QuietDisplay(), device="cpu")
     assert [step.attempts for step in steps(read_run(run.path))] == [1]

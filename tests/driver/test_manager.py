@@ -80,7 +80,7 @@ def test_a_run_and_what_it_leaves(write: WriteRecipe, tmp_path: Path, model: Pat
     assert score.folder.name == f"01-score-{score.key[:12]}"
     assert not (score.folder / "checkpoints").exists()
     assert {"entry.json", "program.json", "graph.json", "graph.txt"} <= {path.name for path in cut.folder.iterdir()}
-    assert cut.record["arguments"] == {"keep": 0.5, "steps": 4}
+    assert cut.record.arguments == {"keep": 0.5, "steps": 4}
     final = run.final()
     assert final.components["transformer"] == cut.folder / "transformer"
     assert final.components["original"] == model / "transformer"
@@ -116,11 +116,11 @@ def test_changing_the_last_pass_reruns_only_it(write: WriteRecipe, tmp_path: Pat
     CALLS.clear()
     run, _ = run_recipe(path, tmp_path / "run", "passes.cut.keep=0.25")
     assert CALLS == ["cut 0.25"]  # its fake result is the same, so the exports are too
-    assert run.entries()[1].record["arguments"]["keep"] == 0.25
+    assert run.entries()[1].record.arguments["keep"] == 0.25
     CALLS.clear()
     run, _ = run_recipe(path, tmp_path / "run")
     assert CALLS == []
-    assert run.entries()[1].record["arguments"]["keep"] == 0.5
+    assert run.entries()[1].record.arguments["keep"] == 0.5
 
 
 @pytest.mark.parametrize("override", ["passes.score.draws=3", "seed=1"])
@@ -136,7 +136,7 @@ def test_keys_are_compared_whole(write: WriteRecipe, tmp_path: Path) -> None:
     path = write("passes: [score]\n")
     run, _ = run_recipe(path, tmp_path / "run")
     (entry,) = run.entries()
-    record = {**entry.record, "key": entry.key[:12] + "0" * 52}
+    record = {**entry.record.dump(), "key": entry.key[:12] + "0" * 52}
     (entry.folder / ENTRY_FILE).write_text(json.dumps(record))
     CALLS.clear()
     run, _ = run_recipe(path, tmp_path / "run")

@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
+from flcompress.core.records import BreachLine, HealthFile
 from flcompress.core.settings import highest
 from flcompress.core.steps import PassContext
 from flcompress.errors import TrainingError
-from flcompress.files import append_line, write_text
+from flcompress.files import append_line
 
 HEALTH_FILE, BREACHES_FILE, REDRAWS_FILE = "health.json", "breaches.jsonl", "redraws.jsonl"
 """The limits, one object for each breach of them, and one for each evaluation's figures on other draws: what the report
@@ -157,7 +158,7 @@ class Watch:
             for record in logged:
                 step = int(record["step"])
                 self._new_breaches(step, record, redraws.get(step, NO_REDRAWS))
-            write_text(self._work.directory / HEALTH_FILE, json.dumps(self._settings(), indent=1) + "\n")
+            HealthFile(**self._settings()).write(self._work.directory / HEALTH_FILE)
         state = world.broadcast(lambda: [self.best[0], _finite(self.best[1]), self._best_redrawn, sorted(self._beyond)])
         step, value, self._best_redrawn, beyond = state
         self.best, self._beyond = (step, math.inf if value is None else value), set(beyond)
@@ -274,7 +275,7 @@ class Watch:
             "action": action,
             "best_step": self.best[0],
         }
-        append_line(self._work.directory / BREACHES_FILE, json.dumps(record))
+        append_line(self._work.directory / BREACHES_FILE, BreachLine(**record).line())
         self._work.note("health", self._name, status=action, **record)
 
 

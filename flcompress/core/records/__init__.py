@@ -1,0 +1,79 @@
+"""The JSON files of a run directory as frozen records, which writers build and readers check.
+
+Formats and old runs: a key that older versions did not write is optional and keeps the meaning that its absence had.
+No file says its format while that is 1, so the bytes of existing files and everything hashed from them stay as they
+are; the first incompatible change writes `"format": 2`, which this version refuses by name.
+"""
+
+from flcompress.core.records.base import AnyRecord, Record
+from flcompress.core.records.measured import (
+    BenchFile,
+    ClipPart,
+    ContenderRow,
+    EvalFile,
+    Measured,
+    PairedRow,
+    SpeedRow,
+    Spread,
+    WorkPart,
+)
+from flcompress.core.records.passes import (
+    RESULT_FILE,
+    BlockScore,
+    BreachLine,
+    DmdResult,
+    HealthFile,
+    ImportanceResult,
+    LimitPart,
+    PruneResult,
+    RedrawsLine,
+    StepsResult,
+    StochasticDepthResult,
+)
+from flcompress.core.records.run import (
+    Attempt,
+    AttemptsFile,
+    ContractPart,
+    EntryFile,
+    Event,
+    ExportFile,
+    MetricsLine,
+    ProgramFile,
+    ResultFile,
+    RunFile,
+)
+
+__all__ = [
+    "RESULT_FILE",
+    "AnyRecord",
+    "Attempt",
+    "AttemptsFile",
+    "BenchFile",
+    "BlockScore",
+    "BreachLine",
+    "ClipPart",
+    "ContenderRow",
+    "ContractPart",
+    "DmdResult",
+    "EntryFile",
+    "EvalFile",
+    "Event",
+    "ExportFile",
+    "HealthFile",
+    "ImportanceResult",
+    "LimitPart",
+    "Measured",
+    "MetricsLine",
+    "PairedRow",
+    "ProgramFile",
+    "PruneResult",
+    "Record",
+    "RedrawsLine",
+    "ResultFile",
+    "RunFile",
+    "SpeedRow",
+    "Spread",
+    "StepsResult",
+    "StochasticDepthResult",
+    "WorkPart",
+]

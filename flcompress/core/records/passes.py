@@ -1,0 +1,125 @@
+"""What passes write: their results, and the limits, breaches and redraws of a training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field, FiniteFloat
+
+from flcompress.core.records.base import Part, Record
+from flcompress.core.records.run import MetricsLine
+
+RESULT_FILE = "result.json"
+"""In a pass's folder: its own summary, which the report shows."""
+
+Row = tuple[FiniteFloat, FiniteFloat, FiniteFloat, FiniteFloat]
+
+
+class BlockScore(Part):
+    """Importance of one block; a level is (lowest, highest noise level, mean, standard error)."""
+
+    path: str
+    mean: FiniteFloat
+    standard_error: FiniteFloat
+    per_level: list[Row] = Field(default_factory=list)
+
+
+class ImportanceResult(Record):
+    """`result.json` of importance."""
+
+    weighting: str
+    draws: int
+    levels: list[tuple[FiniteFloat, FiniteFloat]]
+    blocks: list[BlockScore]
+    u_index: FiniteFloat
+    seconds: FiniteFloat
+    forwards_equivalent: FiniteFloat
+
+
+class PruneResult(Record):
+    """`result.json` of prune; `kept` maps each remaining block to its path before the cut."""
+
+    removed: list[str]
+    kept: dict[str, str]
+    parameters_before: int
+    parameters_after: int
+    share: FiniteFloat
+    certificate: dict[str, Any]
+    certified_on: str | dict[str, Any] = ""
+    reasons: dict[str, str] = Field(default_factory=dict)
+
+
+class StochasticDepthResult(Record):
+    """`result.json` of stochastic-depth; `monitor` repeats the held-out evaluations of `metrics.jsonl`."""
+
+    prune_set: list[str]
+    removed_share: FiniteFloat
+    by: str
+    target: str
+    monitor: list[MetricsLine] = Field(default_factory=list)
+
+
+class StepsResult(Record):
+    """`result.json` of a pass that only trains."""
+
+    steps: int
+    heldout_mean_square_error: FiniteFloat | None = None
+
+
+class DmdResult(Record):
+    """`result.json` of dmd: the student's schedule."""
+
+    sigmas: list[FiniteFloat]
+    timesteps: list[FiniteFloat]
+    steps: int
+    seconds: FiniteFloat
+
+
+class LimitPart(Part):
+    """Healthy range of one figure, the setting that holds it, and what to do beyond it."""
+
+    setting: str
+    low: FiniteFloat | None = None
+    high: FiniteFloat | None = None
+    mend: str = ""
+
+
+class HealthFile(Record):
+    """`health.json`: the limits of a training, and the settings of `training.health` that gave them."""
+
+    held_out: str
+    limits: dict[str, LimitPart]
+    every: int | None = None
+    on_breach: str | None = None
+    samples: int | None = None
+    max_worsening: FiniteFloat | None = None
+    max_drift: FiniteFloat | None = None
+    deviation: tuple[FiniteFloat, FiniteFloat] | None = None
+    motion: tuple[FiniteFloat, FiniteFloat] | None = None
+    max_saturation: FiniteFloat | None = None
+    max_critic_lag: FiniteFloat | None = None
+    min_normaliser: FiniteFloat | None = None
+    max_grad_norm: FiniteFloat | None = None
+
+
+class BreachLine(Record):
+    """One line of `breaches.jsonl`; a value that is not finite is null."""
+
+    step: int
+    figure: str
+    value: FiniteFloat | None = None
+    redrawn: list[FiniteFloat | None] = Field(default_factory=list)
+    low: FiniteFloat | None = None
+    high: FiniteFloat | None = None
+    setting: str
+    mend: str
+    action: str
+    best_step: int
+
+
+class RedrawsLine(Record):
+    """One line of `redraws.jsonl`: the figures of a held-out evaluation on other draws."""
+
+    step: int
+    draws: list[dict[str, float]]
+    reference: list[dict[str, float]] = Field(default_factory=list)

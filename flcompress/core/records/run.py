@@ -1,0 +1,132 @@
+"""The files of the run directory itself: what it is, its results, its programs, its journal, its exports."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field, FiniteFloat
+
+from flcompress.core.records.base import Fields, OpenRecord, Part, Record
+
+Number = int | FiniteFloat
+"""Of a contract, whose digest tells an int from the float of the same value, so reading must not convert it."""
+
+
+class RunFile(Record):
+    """`run.json`: whose run directory this is, and which stored results make up the run."""
+
+    FIX = "give flcompress apply RECIPE again"
+
+    name: str
+    recipe_path: str
+    created: str
+    entries: list[str]
+    finished: bool
+
+
+class EntryFile(Record):
+    """`entry.json` of a stored result: everything that decides it, and what it took over all attempts."""
+
+    FIX = "remove its folder, then give flcompress apply RECIPE again"
+
+    key: str
+    name: str
+    index: int
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    seconds: FiniteFloat = 0.0
+    peak_rss_mb: FiniteFloat | None = None
+    attempts: int = 1
+
+
+class Attempt(Part):
+    """Time and peak memory of one attempt."""
+
+    seconds: FiniteFloat
+    peak_rss_mb: FiniteFloat
+
+
+class AttemptsFile(Record):
+    """`attempts.json`: every attempt at the work whose key this is."""
+
+    key: str
+    attempts: list[Attempt]
+
+
+class Event(OpenRecord):
+    """One line of `journal.jsonl`. Passes add keys of their own."""
+
+    time: str | FiniteFloat | None = None
+    event: str
+    name: str = ""
+    key: str = ""
+    folder: str = ""
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    status: str = ""
+    seconds: FiniteFloat | None = None
+    peak_rss_mb: FiniteFloat | None = None
+    attempts: int = 1
+    error: str = ""
+    threads: int | None = None
+
+
+class MetricsLine(OpenRecord):
+    """One line of `metrics.jsonl`: the figures of a step, or those of a held-out evaluation."""
+
+    step: int
+
+    @property
+    def figures(self) -> Fields:
+        """Figure -> value."""
+        return self.more
+
+
+class ResultFile(OpenRecord):
+    """`result.json` of any pass: its own summary."""
+
+
+class ExportFile(OpenRecord):
+    """`exports/NAME.json`: what the exporter returned, and what it took."""
+
+    key: str = ""
+    seconds: FiniteFloat | None = None
+    peak_rss_mb: FiniteFloat | None = None
+    attempts: int | None = None
+
+
+class ContractPart(Part):
+    """A sampling contract as `SamplingContract.to_dict` gives it."""
+
+    prediction: str = "flow"
+    scheduler_class: str = "FlowMatchEulerDiscreteScheduler"
+    scheduler: dict[str, Any]
+    num_inference_steps: int
+    sigmas: list[Number]
+    timesteps: list[Number]
+    guidance_scale: Number
+    max_sequence_length: int
+    given_sigmas: list[Number] | None = None
+    embedded_guidance: Number | None = None
+    experts: dict[str, Any] | None = None
+    guidance_convention: str = ""
+    mu: Number | None = None
+    ends: list[Number] | None = None
+    negative_prompt: str = ""
+
+    def dump(self) -> dict[str, Any]:
+        """Return the plain JSON object that `SamplingContract.from_dict` reads."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
+
+class ProgramFile(Record):
+    """`program.json`: a program without its block graph."""
+
+    FIX = EntryFile.FIX
+
+    components: dict[str, str]
+    contract: ContractPart
+    teacher_contract: ContractPart
+    facts: list[str]
+    prune_set: list[str]
+    kept: dict[str, str]
+    index: dict[str, Any]
+    latents: tuple[int, int, int, int]
