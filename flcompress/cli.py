@@ -8,12 +8,12 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, get_args
 
 import click
 
 from flcompress import __version__, commands
-from flcompress.command_group import Commands
+from flcompress.command_group import Commands, print_json, print_results
 from flcompress.errors import RequestError
 from flcompress.runtime import Backend, BenchBackend
 
@@ -38,9 +38,9 @@ def main(debug: bool) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a sign gets its number, not a traceback
             stream.reconfigure(errors="backslashreplace")
-    # Loading a model draws a bar of its own in the libraries below; what is shown here is ours to say.
+    # The libraries below draw progress bars of their own when they load a model.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # And torch's exchange between processes warns of every wait.
+    # torch.distributed warns about every wait.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
@@ -49,7 +49,7 @@ def main(debug: bool) -> None:
 @click.option("--run-dir", type=_FOLDER, help="Where to write.  [default: runs/<recipe name>]")
 @click.option("--store", type=_FOLDER, help="Folder in which several runs share pass results and encoded clips.")
 @click.option("--dry-run", is_flag=True, help="Check everything and print the plan; write nothing.")
-@click.option("--gpu", type=click.Choice(_GPUS), help="Plan for one of these.  [default: this machine, measured]")
+@click.option("--gpu", type=click.Choice(_GPUS), help="GPU model to plan for.  [default: this machine, measured]")
 @click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override, such as passes.dmd.steps=10; repeatable."
 )
@@ -65,7 +65,7 @@ def apply_command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Carry out RECIPE. What is already done is not done again; a killed run goes on."""
+    """Carry out RECIPE. Finished work is not repeated; an interrupted run resumes."""
     from flcompress.frontend.loading import load_recipe
 
     loaded = load_recipe(recipe, overrides)
@@ -83,14 +83,14 @@ def apply_command(
     run = apply(loaded, run_dir, store=store, display=_display(quiet))
     if as_json and os.environ.get("RANK", "0") == "0":
         passes = [{**entry.record.dump(), "folder": str(entry.folder)} for entry in run.entries()]
-        _print({"run": str(run.path), "passes": passes, "exports": [export.name for export in loaded.exports]})
+        print_json({"run": str(run.path), "passes": passes, "exports": [export.name for export in loaded.exports]})
 
 
 @main.command("plan")
 @click.argument("recipe", type=_FOLDER)
-@click.option("--gpus", type=int, help="How many.  [default: training.processes of the recipe, or 1]")
-@click.option("--memory", metavar="SIZE", help="Of one, such as 80G or 48GiB.  [default: that of --gpu]")
-@click.option("--gpu", type=click.Choice(_GPUS), default="h100", show_default=True, help="Whose speed and memory.")
+@click.option("--gpus", type=int, help="Number of GPUs.  [default: training.processes of the recipe, or 1]")
+@click.option("--memory", metavar="SIZE", help="Memory per GPU, e.g. 80G or 48GiB.  [default: that of --gpu]")
+@click.option("--gpu", type=click.Choice(_GPUS), default="h100", show_default=True, help="GPU model to plan for.")
 @click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override, such as passes.dmd.batch=16; repeatable."
 )
@@ -98,10 +98,10 @@ def apply_command(
 def plan_command(
     recipe: Path, gpus: int | None, memory: str | None, gpu: str, overrides: Sequence[str], as_json: bool
 ) -> None:
-    """Say what RECIPE takes on GPUs, and what to change to fit."""
+    """Report what RECIPE takes on GPUs, and what would make it fit."""
     plan = commands.plan(recipe, overrides=overrides, gpu=gpu, gpus=gpus, memory=memory)
     if as_json:
-        _print(plan.to_dict())
+        print_json(plan.to_dict())
     else:
         from flcompress.planning.text import plan_text
 
@@ -110,10 +110,10 @@ def plan_command(
 
 @main.command("inspect")
 @click.argument("model")
-@click.option("--height", type=click.IntRange(min=1), help="Of the clip, in pixels.  [default: the family's usual]")
-@click.option("--width", type=click.IntRange(min=1), help="In pixels.")
-@click.option("--frames", type=click.IntRange(min=1), help="Of the clip.")
-@click.option("--tokens", type=click.IntRange(min=1), help="Length of the text.")
+@click.option("--height", type=click.IntRange(min=1), help="Clip height in pixels.  [default: the family's usual]")
+@click.option("--width", type=click.IntRange(min=1), help="Clip width in pixels.")
+@click.option("--frames", type=click.IntRange(min=1), help="Number of frames.")
+@click.option("--tokens", type=click.IntRange(min=1), help="Length of the prompt in tokens.")
 @click.option("--out", type=_FOLDER, help="Draw the block graph to this file (.svg, .png or .pdf).")
 @as_json
 def inspect_command(
@@ -134,7 +134,7 @@ def inspect_command(
         check_picture(out)
     inspection = commands.inspect(model, height=height, width=width, frames=frames, tokens=tokens)
     if as_json:
-        _print(inspection.to_dict())
+        print_json(inspection.to_dict())
     else:
         click.echo(inspection_text(inspection))
     if out is not None:
@@ -147,7 +147,7 @@ def inspect_command(
 @main.command("remap-lora")
 @click.argument("lora", type=_FOLDER)
 @click.argument("pruned", type=_FOLDER)
-@click.option("--out", type=_FOLDER, required=True, help="File, or for a folder new folder, to write.")
+@click.option("--out", type=_FOLDER, required=True, help="File to write; for a folder, the new folder.")
 @moved_model
 @as_json
 def remap_lora_command(lora: Path, pruned: Path, out: Path, model: Path | None, as_json: bool) -> None:
@@ -159,7 +159,7 @@ def remap_lora_command(lora: Path, pruned: Path, out: Path, model: Path | None, 
 
     done = commands.remap_lora(lora, pruned, out, model=model)
     if as_json:
-        _print(done)
+        print_json(done)
     else:
         click.echo(remapping_text(done))
 
@@ -167,18 +167,18 @@ def remap_lora_command(lora: Path, pruned: Path, out: Path, model: Path | None, 
 @main.command("encode")
 @click.option("--pipeline", type=_FOLDER, required=True, help="Diffusers pipeline folder that encodes.")
 @click.option("--pipeline-class", metavar="NAME", help="Stock class to use it with, as model.pipeline of a recipe.")
-@click.option("--videos", type=_FOLDER, help="Folder of videos; left out, a dataset of prompts only is made.")
+@click.option("--videos", type=_FOLDER, help="Folder of videos.  [default: none, a dataset of prompts only]")
 @click.option("--captions", type=_FOLDER, required=True, help=".jsonl or .csv with file and caption; prompts: .txt.")
 @click.option("--out", type=_FOLDER, required=True, help="Folder of the dataset.")
 @click.option("--frames", type=click.IntRange(min=1), help="Trim longer clips.  [default: each clip's own]")
 @click.option("--fps", type=click.FloatRange(min=0, min_open=True),
-              help="Frames a second to take.  [default: every frame of a video]")  # fmt: skip
+              help="Frames per second to take.  [default: every frame of a video]")  # fmt: skip
 @click.option("--height", type=click.IntRange(min=1), help="Resize and crop, with --width.  [default: own, cropped]")
 @click.option("--width", type=click.IntRange(min=1), help="See --height.")
 @click.option("--max-sequence-length", type=click.IntRange(min=1), default=512, show_default=True,
-              help="Tokens a prompt is padded to; the recipe's sampling names the same.")  # fmt: skip
-@click.option("--negative-prompt", default="", help="What guidance leads away from, as the recipe's sampling.")
-@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes; one a GPU.")
+              help="Tokens that a prompt is padded to, as in the recipe's sampling.")  # fmt: skip
+@click.option("--negative-prompt", default="", help="What guidance leads away from, as in the recipe's sampling.")
+@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes; one per GPU.")
 @as_json
 @quiet
 def encode_command(
@@ -199,7 +199,7 @@ def encode_command(
 ) -> None:
     """Encode videos and captions, or prompts, into a dataset.
 
-    A recipe reads it with `data: {latents: OUT}`. A killed command goes on. See docs/data.md.
+    A recipe reads it with `data: {latents: OUT}`. An interrupted command resumes. See docs/data.md.
     """
     from flcompress.data.encoding import summary_text
 
@@ -219,7 +219,7 @@ def encode_command(
         display=_display(quiet),
     )
     if as_json:
-        _print(summary)
+        print_json(summary)
     else:
         click.echo(summary_text(summary))
 
@@ -240,7 +240,7 @@ def report_command(run: Path) -> None:
 @main.command("export")
 @click.argument("run", type=_FOLDER)
 @click.option("--format", "formats", multiple=True, metavar="NAME", help="diffusers, onnx or tensorrt; repeatable.")
-@click.option("--force", is_flag=True, help="Write again what is unchanged.")
+@click.option("--force", is_flag=True, help="Rewrite unchanged exports too.")
 @moved_model
 @as_json
 @quiet
@@ -250,7 +250,7 @@ def export_command(
     """Write the exports of the finished RUN. Those of its recipe, or the given formats."""
     records = commands.export(run, formats, force=force, model=model, display=_display(quiet))
     if as_json:
-        _print(records)
+        print_json(records)
 
 
 @main.command("generate")
@@ -261,19 +261,19 @@ def export_command(
     type=click.Choice(get_args(Backend)),
     default="torch",
     show_default=True,
-    help="What runs the denoiser.",
+    help="Runs the denoiser.",
 )
 @click.option(
     "--out", type=_FOLDER, default=Path("clip.gif"), show_default=True, help=".gif, .mp4 or .png (frames in a row)."
 )
 @click.option(
-    "--seed", type=int, default=0, show_default=True, help="Seed of all noise; the same one gives the same clip."
+    "--seed", type=int, default=0, show_default=True, help="Seed of all noise; the same seed gives the same clip."
 )
 @click.option("--image", type=_FOLDER, help="First frame, for image-to-video models.")
 @click.option(
     "--fps",
     type=click.FloatRange(min=0, min_open=True, max=1000),
-    help="Frames a second of the file.  [default: those of the run's data, or of the model's family]",
+    help="Frames per second of the file.  [default: those of the run's data, or of the model's family]",
 )
 @click.option("--negative-prompt", help="What guidance leads away from.  [default: the recipe's]")
 @quiet
@@ -308,12 +308,12 @@ def generate_command(
 @click.option(
     "--clips-per-prompt",
     type=click.IntRange(min=1),
-    help="Clips of each prompt for each seed; the recipe's evaluation.clips_per_prompt where left out.",
+    help="Per prompt and seed.  [default: the recipe's]",
 )
 @click.option(
     "--seeds",
     type=click.IntRange(min=2),
-    help="Repetitions, from which the intervals come; the recipe's evaluation.seeds where left out.",
+    help="Repetitions, which give the intervals.  [default: the recipe's]",
 )
 @moved_model
 @as_json
@@ -325,7 +325,7 @@ def eval_command(
     results = commands.evaluate(
         run, clips_per_prompt=clips_per_prompt, seeds=seeds, model=model, display=_display(quiet)
     )
-    _show(results, as_json, run)
+    print_results(results, as_json, run)
 
 
 @main.command("bench")
@@ -362,7 +362,7 @@ def bench_command(
     results = commands.bench(
         run, rounds=rounds, size=size, batch=batch, backends=backends or None, model=model, display=_display(quiet)
     )
-    _show(results, as_json, run)
+    print_results(results, as_json, run)
 
 
 @main.command("passes")
@@ -377,13 +377,13 @@ def passes_command(name: str | None, as_json: bool) -> None:
     if name is None:
         listed = catalogue()
         if as_json:
-            _print(listed)
+            print_json(listed)
         else:
             click.echo(catalogue_text(listed))
         return
     described = describe_step(find_step(name))
     if as_json:
-        _print(described)
+        print_json(described)
     else:
         click.echo(step_text(described))
 
@@ -392,18 +392,3 @@ def _display(quiet: bool) -> Display:
     from flcompress.progress import QuietDisplay, default_display
 
     return QuietDisplay() if quiet else default_display()
-
-
-def _show(results: dict[str, Any], as_json: bool, run: Path) -> None:
-    if as_json:
-        _print(results)
-        return
-    from rich.console import Console
-
-    from flcompress.reporting.terminal import print_summary
-
-    print_summary(run, Console())
-
-
-def _print(plain: Any) -> None:
-    click.echo(json.dumps(plain, indent=1))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from pathlib import Path
 from typing import Any
 
 import click
@@ -43,6 +45,23 @@ class Commands(click.Group):
         except KeyboardInterrupt:
             click.echo("interrupted; the same command goes on from here", err=True)
             ctx.exit(INTERRUPTED)
+
+
+def print_json(plain: Any) -> None:
+    """Print plain data on standard output."""
+    click.echo(json.dumps(plain, indent=1))
+
+
+def print_results(results: dict[str, Any], as_json: bool, run: Path) -> None:
+    """Print what was measured: as JSON, or as the run's summary."""
+    if as_json:
+        print_json(results)
+        return
+    from rich.console import Console
+
+    from flcompress.reporting.terminal import print_summary
+
+    print_summary(run, Console())
 
 
 def _not_first() -> bool:

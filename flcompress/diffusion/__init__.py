@@ -1,1 +1,1 @@
-"""The mathematics: flow matching, guidance, distribution matching, schedulers, the sampling contract."""
+"""Noising processes, schedulers, guidance and sampling: the mathematics, written once."""

@@ -1,1 +1,1 @@
-"""Reads recipes: YAML, overrides, error messages, the reference and the schema."""
+"""From a recipe file to checked passes and exporters, with an error message for every fault."""
