@@ -257,11 +257,7 @@ def export_command(
 @click.argument("run", type=_FOLDER)
 @click.option("--prompt", required=True, help="What the clip shows.")
 @click.option(
-    "--backend",
-    type=click.Choice(get_args(Backend)),
-    default="torch",
-    show_default=True,
-    help="Runs the denoiser.",
+    "--backend", type=click.Choice(get_args(Backend)), default="torch", show_default=True, help="Runs the denoiser."
 )
 @click.option(
     "--out", type=_FOLDER, default=Path("clip.gif"), show_default=True, help=".gif, .mp4 or .png (frames in a row)."
@@ -305,15 +301,9 @@ def generate_command(
 
 @main.command("eval")
 @click.argument("run", type=_FOLDER)
+@click.option("--clips-per-prompt", type=click.IntRange(min=1), help="Per prompt and seed.  [default: the recipe's]")
 @click.option(
-    "--clips-per-prompt",
-    type=click.IntRange(min=1),
-    help="Per prompt and seed.  [default: the recipe's]",
-)
-@click.option(
-    "--seeds",
-    type=click.IntRange(min=2),
-    help="Repetitions, which give the intervals.  [default: the recipe's]",
+    "--seeds", type=click.IntRange(min=2), help="Repetitions, which give the intervals.  [default: the recipe's]"
 )
 @moved_model
 @as_json
