@@ -1,4 +1,4 @@
-"""The README.md beside an exported pipeline: what it is, and how stock diffusers runs it."""
+"""The README.md of an exported pipeline: what it is, and how stock diffusers runs it."""
 
 from __future__ import annotations
 
@@ -59,17 +59,23 @@ SECOND_ALONE = (
 
 
 def model_card(program: Program, call: Mapping[str, int | float | str], frame_rate: float) -> str:
-    """Markdown with the snippet that runs the exported folder; `call` are the arguments beside the prompt."""
+    """Return Markdown with the snippet that runs the exported folder.
+
+    Args:
+        program: what was exported.
+        call: the arguments of the stock pipeline's call in addition to the prompt.
+        frame_rate: frames a second.
+    """
     contract, family = program.contract, program.family
     if family.image:
         task, imports, write = "text-to-image", "", 'made.images[0].save("picture.png")'
     else:
         task, write = "text-to-video", f'export_to_video(made.frames[0], "clip.mp4", fps={frame_rate:g})'
         imports = "from diffusers.utils import export_to_video\n"
-    given = [f"    {name}={value!r}," for name, value in call.items()]
+    lines = [f"    {name}={value!r}," for name, value in call.items()]
     if program.pipeline_class in family.from_image:
         task, imports = "image-to-video", "from diffusers.utils import export_to_video, load_image\n"
-        given.insert(0, '    image=load_image("first_frame.png"),')
+        lines.insert(0, '    image=load_image("first_frame.png"),')
     return CARD.format(
         task=task,
         imports=imports,
@@ -84,7 +90,7 @@ def model_card(program: Program, call: Mapping[str, int | float | str], frame_ra
         evaluations=contract.evaluations,
         teacher_evaluations=program.teacher_contract.evaluations,
         prompt="what the {} shows".format("picture" if family.image else "clip"),
-        arguments="\n".join(given),
+        arguments="\n".join(lines),
         seed=STOCHASTIC if contract.stochastic else DETERMINISTIC,
         sigmas=", ".join(f"{sigma:.4g}" for sigma in contract.sigmas),
         shift=contract.shift,
@@ -95,5 +101,5 @@ def model_card(program: Program, call: Mapping[str, int | float | str], frame_ra
 def _experts(contract: SamplingContract) -> str:
     if contract.experts is None:
         return ""
-    told = EXPERTS.format(boundary=contract.experts.boundary, compressed=contract.experts.compressed)
-    return told + (SECOND_ALONE if contract.guided and contract.guidance_scale == 1.0 else "")
+    text = EXPERTS.format(boundary=contract.experts.boundary, compressed=contract.experts.compressed)
+    return text + (SECOND_ALONE if contract.guided and contract.guidance_scale == 1.0 else "")

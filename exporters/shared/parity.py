@@ -23,7 +23,7 @@ TIMESTEPS = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parity:
-    """What a comparison found.
+    """The result of a comparison.
 
     Attributes:
         difference: largest absolute difference over all cases.
@@ -37,28 +37,28 @@ class Parity:
     tolerance: float
     cases: int
 
-    def require(self, what: str, mend: str) -> Parity:
-        """Itself, or PostconditionError where the difference is above the tolerance or not a number."""
+    def require(self, what: str, fix: str) -> Parity:
+        """Return self if within tolerance; else, or if the difference is not a number, raise PostconditionError."""
         if self.difference <= self.tolerance:
             return self
         raise PostconditionError(
             f"{what}: differs from torch by {self.difference:.3g} at most, over {self.cases} cases "
-            f"(values up to {self.magnitude:.3g}); expected at most {self.tolerance:g}; {mend}"
+            f"(values up to {self.magnitude:.3g}); expected at most {self.tolerance:g}; {fix}"
         )
 
 
 def cases(make: Arguments, timesteps: Sequence[float], sizes: Sequence[Size]) -> list[dict[str, torch.Tensor]]:
     """Inputs at every size, each from a seed of its own, at up to 4 of a contract's timesteps, first and last included.
 
-    The samples of a batch stand at different timesteps, so that an export that reads only the first one is found out.
+    The samples of a batch stand at different timesteps, so that an export that reads only the first one is caught.
     """
     count = min(TIMESTEPS, len(timesteps))
-    picks = [timesteps[place * (len(timesteps) - 1) // max(count - 1, 1)] for place in range(count)]
-    made: list[dict[str, torch.Tensor]] = []
+    picks = [timesteps[index * (len(timesteps) - 1) // max(count - 1, 1)] for index in range(count)]
+    inputs: list[dict[str, torch.Tensor]] = []
     for seed, size in enumerate(sizes):
-        levels = [picks[-(seed + place) % len(picks)] for place in range(size.batch)]
-        made.append(tensors_of(make(size, levels, seed)))
-    return made
+        levels = [picks[-(seed + index) % len(picks)] for index in range(size.batch)]
+        inputs.append(tensors_of(make(size, levels, seed)))
+    return inputs
 
 
 @torch.no_grad()
@@ -67,20 +67,22 @@ def outputs(session: Session, given: Sequence[Inputs]) -> list[torch.Tensor]:
     return [session(inputs).float().cpu() for inputs in given]
 
 
-def compare(reference: Sequence[torch.Tensor], found: Sequence[torch.Tensor], tolerance: float) -> Parity:
+def compare(reference: Sequence[torch.Tensor], exported: Sequence[torch.Tensor], tolerance: float) -> Parity:
     """Largest absolute difference between two lists of outputs; not a number where either holds one.
 
     Raises:
         PostconditionError: a shape differs.
     """
     differences: list[torch.Tensor] = []
-    for place, (wanted, given) in enumerate(zip(reference, found, strict=True)):
-        if wanted.shape != given.shape:
-            raise PostconditionError(f"case {place}: output {list(given.shape)} given, expected {list(wanted.shape)}")
-        differences.append((wanted - given).abs().max())
+    for index, (expected, output) in enumerate(zip(reference, exported, strict=True)):
+        if expected.shape != output.shape:
+            raise PostconditionError(
+                f"case {index}: output {list(output.shape)} given, expected {list(expected.shape)}"
+            )
+        differences.append((expected - output).abs().max())
     return Parity(
         difference=float(torch.stack(differences).max()),
-        magnitude=float(torch.stack([wanted.abs().max() for wanted in reference]).max()),
+        magnitude=float(torch.stack([expected.abs().max() for expected in reference]).max()),
         tolerance=tolerance,
         cases=len(differences),
     )

@@ -81,7 +81,7 @@ def write_pipeline(program: Program, folder: Path, progress: ProgressSink) -> di
 
 
 def call_arguments(contract: SamplingContract, family: Family) -> dict[str, int | float | str]:
-    """Arguments that a stock pipeline's call needs beside prompt and size; its own defaults are a teacher's."""
+    """Arguments that a stock pipeline's call needs in addition to prompt and size; its own defaults are a teacher's."""
     negative = contract.negative_prompt if contract.guided else ""
     return {
         "num_inference_steps": contract.num_inference_steps,
@@ -120,11 +120,11 @@ def check_folder(folder: Path, pipeline_class: str, contract: SamplingContract) 
     for name in ("transformer", "vae", *(("transformer_2",) if contract.experts else ())):
         _same_tensors(getattr(pipeline, name), folder / name)
     set_levels(pipeline.scheduler, contract)
-    found = dict(zip(("sigmas", "timesteps"), levels_of(pipeline.scheduler), strict=True))
+    stock = dict(zip(("sigmas", "timesteps"), levels_of(pipeline.scheduler), strict=True))
     for what, expected in (("sigmas", contract.sigmas), ("timesteps", contract.timesteps)):
-        if found[what] != expected:
+        if stock[what] != expected:
             raise PostconditionError(
-                f"{folder / 'scheduler'}: a stock pipeline would use {what} {_few(found[what])}, the model was "
+                f"{folder / 'scheduler'}: a stock pipeline would use {what} {_few(stock[what])}, the model was "
                 f"made for {_few(expected)}; "
                 f"here is diffusers {version('diffusers')}, install the one that the recipe ran with"
             )

@@ -1,4 +1,4 @@
-"""What would end a long export late, found before it starts; every message says how to mend it."""
+"""What would end a long export late, checked before it starts; every message says how to fix it."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def check_room(what: str, folder: Path, disk: int, memory: int) -> None:
 
 
 def needed(weights: int, model: tuple[float, float]) -> int:
-    """Peak memory in bytes for so many bytes of weights."""
+    """Return the peak memory in bytes for N bytes of weights."""
     constant, factor = model
     return int(constant + factor * weights)
 

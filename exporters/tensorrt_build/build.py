@@ -12,11 +12,11 @@ from flcompress.runtime.tensorrt_api import builds_for_others, log_into
 
 
 def build_engine(trt: Any, model: Path, *, targets: Sequence[str], profiles: Sequence[Sequence[Shapes]]) -> Any:
-    """Build a strongly typed engine: every layer computes in the type the ONNX file states, TF32 left out.
+    """Build a strongly typed engine: every layer computes in the type the ONNX file states, without TF32.
 
     Args:
         trt: `tensorrt` or `tensorrt_rtx`.
-        model: the ONNX file; its external data lies beside it.
+        model: the ONNX file; its external data is next to it.
         targets: compute capabilities such as "sm89", or "current".
         profiles: for each, every input's smallest, tuned-for and largest shape.
 
@@ -52,17 +52,17 @@ def build_engine(trt: Any, model: Path, *, targets: Sequence[str], profiles: Seq
 
 def _profile(builder: Any, network: Any, shapes: Sequence[Shapes]) -> Any:
     profile = builder.create_optimization_profile()
-    for place in range(network.num_inputs):
-        name = network.get_input(place).name
+    for index in range(network.num_inputs):
+        name = network.get_input(index).name
         profile.set_shape(name, *(one[name] for one in shapes))
     return profile
 
 
 def _set_targets(trt: Any, config: Any, targets: Sequence[str]) -> None:
     config.num_compute_capabilities = len(targets)
-    for place, target in enumerate(targets):
+    for index, target in enumerate(targets):
         capability = getattr(trt.ComputeCapability, target.upper(), None)
-        if capability is None or not config.set_compute_capability(capability, place):
+        if capability is None or not config.set_compute_capability(capability, index):
             known = ", ".join(name.lower() for name in trt.ComputeCapability.__members__ if name != "NONE")
             raise UnavailableError(f"tensorrt.targets: {target} given, TensorRT {trt.__version__} knows {known}")
 

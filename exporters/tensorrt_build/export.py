@@ -34,7 +34,7 @@ from flcompress.runtime.tensorrt_session import TensorRTSession, runs_here
 ENGINE_FILE = "model.engine"
 SAME_RECIPE = "'onnx' under exports: of the same recipe"
 GPU_TOLERANCE = 10.0
-"""A GPU sums in another order than the CPU that made the reference: so many times the ONNX export's tolerance."""
+"""A GPU sums in another order than the CPU that made the reference: this multiple of the ONNX export's tolerance."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ SMALLEST_SIDE = 256
 
 
 def check_target(out: Path) -> None:
-    """RequestError unless `out` names a kind of file that `write_clip` writes, in a place where a file can be."""
+    """Raise RequestError unless `write_clip` can write `out`: a known extension, below a folder."""
     if out.suffix.lower() not in WRITERS:
         raise RequestError(f"{out}: extension '{out.suffix}' given, expected one of {', '.join(WRITERS)}")
     if out.is_dir():
@@ -52,7 +52,7 @@ def write_clip(clip: torch.Tensor, out: Path, frame_rate: float) -> Path:
 
 
 def frames_of(clip: torch.Tensor) -> list[Image.Image]:
-    """RGB pictures; see `ENLARGED`."""
+    """Return RGB pictures; see `ENLARGED`."""
     from PIL import Image
 
     pixels = ((clip.float().clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
@@ -65,7 +65,7 @@ def frames_of(clip: torch.Tensor) -> list[Image.Image]:
 
 
 def read_picture(path: Path, height: int, width: int) -> torch.Tensor:
-    """A picture as viewers show it, scaled to cover the size and cropped to its centre: [3, height, width] in [-1, 1].
+    """Return a picture as viewers show it, [3, height, width] in [-1, 1], scaled to cover the size and cropped.
 
     Raises:
         RequestError: no picture that can be read.
@@ -85,7 +85,7 @@ def read_picture(path: Path, height: int, width: int) -> torch.Tensor:
 def _gif(frames: list[Image.Image], path: Path, frame_rate: float) -> None:
     first, *others = frames
     # A GIF counts hundredths of a second: each frame ends at the one that is nearest to its time.
-    ends = [round(100 * place / frame_rate) for place in range(len(frames) + 1)]
+    ends = [round(100 * index / frame_rate) for index in range(len(frames) + 1)]
     durations = [10 * (end - start) for start, end in pairwise(ends)]
     first.save(path, save_all=True, append_images=others, duration=durations, loop=0)
 
@@ -109,8 +109,8 @@ def _png(frames: list[Image.Image], path: Path, frame_rate: float) -> None:
 
     width, height = frames[0].size
     strip = Image.new("RGB", (width * len(frames), height))
-    for place, frame in enumerate(frames):
-        strip.paste(frame, (place * width, 0))
+    for index, frame in enumerate(frames):
+        strip.paste(frame, (index * width, 0))
     strip.save(path)
 
 

@@ -55,9 +55,9 @@ def generate(
         seed: of all noise; the same seed gives the same clip on every backend, within the export's tolerance. The
             noise is drawn as stock Wan draws it after `torch.manual_seed(seed)`; other pipelines draw other shapes.
         image: the first frame, for image-to-video models; scaled and cropped to the clip's size.
-        progress: told of each denoising step.
-        fps: frames a second of the file; the export's own rate where left out.
-        negative_prompt: what guidance leads away from; the recipe's where left out.
+        progress: called after each denoising step.
+        fps: frames a second of the file; the export's own rate by default.
+        negative_prompt: what guidance leads away from; the recipe's by default.
 
     Returns:
         `out`.
@@ -94,19 +94,19 @@ def denoise(
     first_frame: Conditioning | None = None,
     progress: ProgressSink | None = None,
 ) -> torch.Tensor:
-    """Latents [1, channels, frames, height, width] for a prompt, on the CPU.
+    """Return latents [1, channels, frames, height, width] for a prompt, on the CPU.
 
     Starting noise and every re-noising come from one generator in the order a stock pipeline draws them.
     """
     contract = SamplingContract.from_dict(facts["contract"])
     prompts = to_device(parts.encode_prompts([prompt, contract.negative_prompt], contract.max_sequence_length), "cpu")
     parts.let_go()  # the text encoders leave before a transformer comes
-    given = select(prompts, slice(0, 1)) | dict(first_frame or {})
+    conditioning = select(prompts, slice(0, 1)) | dict(first_frame or {})
     draw = torch.Generator().manual_seed(seed)
-    start = parts.family.start(parts.family.noise(facts["latents"], draw), given)
-    told = _counted(network, contract.evaluations, progress) if progress else network
-    made = sample(told, contract, start, given, select(prompts, slice(1, 2)), draw)
-    return parts.family.end(parts.config, made, given)
+    start = parts.family.start(parts.family.noise(facts["latents"], draw), conditioning)
+    reporting = _reporting(network, contract.evaluations, progress) if progress else network
+    latents = sample(reporting, contract, start, conditioning, select(prompts, slice(1, 2)), draw)
+    return parts.family.end(parts.config, latents, conditioning)
 
 
 def _frame_rate(pipeline: Path, facts: dict[str, Any]) -> float:
@@ -131,7 +131,7 @@ def _with_negative(facts: dict[str, Any], negative_prompt: str | None) -> dict[s
 
 
 def _first_frame(parts: Parts, facts: dict[str, Any], prompt: str, image: Path | None) -> Conditioning:
-    """Conditioning by a picture; RequestError where a model needs one and none is given, or the other way round."""
+    """Return the conditioning by a picture; RequestError if a model needs one and there is none, or the reverse."""
     if not parts.from_image:
         if image is not None:
             raise RequestError(f"--image: {image} given, but a {facts['pipeline_class']} takes none; leave it out")
@@ -200,7 +200,7 @@ def _exported_network(
     return lambda: export.network(config, guidance)
 
 
-def _counted(network: Network, total: int, progress: ProgressSink) -> Network:
+def _reporting(network: Network, total: int, progress: ProgressSink) -> Network:
     done = 0
 
     def call(x: torch.Tensor, timestep: torch.Tensor, given: Conditioning) -> torch.Tensor:

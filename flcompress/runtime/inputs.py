@@ -32,7 +32,7 @@ Arguments = Callable[[Size, Sequence[float], int], dict[str, Any]]
 
 
 def arguments_of(program: Program) -> Arguments:
-    """Random arguments of the program's denoiser at any size, made by its family as for a real call."""
+    """Return what makes random arguments of the program's denoiser at any size, by its family as for a real call."""
     family, contract = program.family, program.contract
     config = check_transformer_config(program.components["transformer"])
     index, tokens = program.index, contract.max_sequence_length
@@ -55,7 +55,7 @@ def tensors_of(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
         if isinstance(value, Tensor):
             flat[name] = value
         elif _is_tuple_of_tensors(value):
-            flat |= {f"{name}.{place}": one for place, one in enumerate(value)}
+            flat |= {f"{name}.{index}": tensor for index, tensor in enumerate(value)}
     return {name: one.float() if one.is_floating_point() else one for name, one in flat.items()}
 
 
@@ -91,10 +91,10 @@ class Denoiser(nn.Module):
         """The transformer's first output, fp32."""
         nested: dict[str, Any] = {}
         for name, tensor in tensors.items():
-            argument, _, place = name.partition(".")
+            argument, _, index = name.partition(".")
             cast = tensor.is_floating_point() and argument not in self.fp32_arguments
             tensor = tensor.to(self.dtype) if cast else tensor
-            nested[argument] = (*nested.get(argument, ()), tensor) if place else tensor
+            nested[argument] = (*nested.get(argument, ()), tensor) if index else tensor
         output: Tensor = self.transformer(**nested, **self.constants, return_dict=False)[0]
         return output.float()
 

@@ -55,10 +55,10 @@ def require_hash(path: Path, expected: str, make_it: str) -> None:
     """RequestError unless the file is there with the SHA-256 its manifest states."""
     if not path.is_file():
         raise RequestError(f"{path}: no such file, but its manifest names it; make it again with: {make_it}")
-    found = sha256(path)
-    if found != expected:
+    actual = sha256(path)
+    if actual != expected:
         raise RequestError(
-            f"{path}: SHA-256 {found[:12]}... found, its manifest states {expected[:12]}...; "
+            f"{path}: SHA-256 {actual[:12]}... found, its manifest states {expected[:12]}...; "
             f"make it again with: {make_it}"
         )
 

@@ -29,7 +29,7 @@ class OnnxSession:
     """An ONNX model in memory; callable as a `flcompress.runtime.inputs.Session`."""
 
     def __init__(self, model: Path, device: Literal["cpu", "cuda"] = "cpu", *, lean: bool = False) -> None:
-        """Load `model` (its external data beside it).
+        """Load `model` (its external data next to it).
 
         Args:
             model: the file.

@@ -70,13 +70,13 @@ class TensorRTSession:
 
     def __call__(self, inputs: Inputs) -> torch.Tensor:
         """Run the engine: named inputs to the predicted `sample`."""
-        wanted = {self.engine.get_tensor_name(place) for place in range(self.engine.num_io_tensors)} - {OUTPUT}
+        wanted = {self.engine.get_tensor_name(index) for index in range(self.engine.num_io_tensors)} - {OUTPUT}
         # What the traced forward never looks at is no input of the engine.
-        given = {name: one.detach().to(DEVICE).contiguous() for name, one in inputs.items() if name in wanted}
+        tensors = {name: one.detach().to(DEVICE).contiguous() for name, one in inputs.items() if name in wanted}
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())  # the copies above
-        self._take_profile({name: tuple(tensor.shape) for name, tensor in given.items()}, stream.cuda_stream)
-        for name, tensor in given.items():
+        self._use_profile({name: tuple(tensor.shape) for name, tensor in tensors.items()}, stream.cuda_stream)
+        for name, tensor in tensors.items():
             if not self.context.set_input_shape(name, tuple(tensor.shape)):
                 raise FlcompressError(f"engine: {name} {list(tensor.shape)} is outside the shapes it was built for")
             self.context.set_tensor_address(name, tensor.data_ptr())
@@ -87,26 +87,26 @@ class TensorRTSession:
         stream.synchronize()
         return output
 
-    def _take_profile(self, given: Mapping[str, tuple[int, ...]], stream: int) -> None:
+    def _use_profile(self, input_shapes: Mapping[str, tuple[int, ...]], stream: int) -> None:
         """Have the context use the first profile that holds the inputs' shapes."""
-        held = [place for place, shapes in enumerate(self._profiles) if _holds(shapes, given)]
-        if not held:
-            told = ", ".join(f"{name} {list(shape)}" for name, shape in given.items())
+        fitting = [index for index, shapes in enumerate(self._profiles) if _holds(shapes, input_shapes)]
+        if not fitting:
+            sizes = ", ".join(f"{name} {list(shape)}" for name, shape in input_shapes.items())
             raise FlcompressError(
-                f"engine: {told} given, which none of its {len(self._profiles)} profiles holds; generate at a size of "
+                f"engine: {sizes} given, which none of its {len(self._profiles)} profiles holds; generate at a size of "
                 "tensorrt.profiles, or export it with another one"
             )
-        if held[0] != self._profile:
-            if not self.context.set_optimization_profile_async(held[0], stream):
+        if fitting[0] != self._profile:
+            if not self.context.set_optimization_profile_async(fitting[0], stream):
                 reason = self.errors[-1] if self.errors else "no reason given"
-                raise FlcompressError(f"engine: its profile {held[0]} cannot be used: {reason}")
-            self._profile = held[0]
+                raise FlcompressError(f"engine: its profile {fitting[0]} cannot be used: {reason}")
+            self._profile = fitting[0]
 
 
-def _holds(shapes: Mapping[str, Shapes], given: Mapping[str, tuple[int, ...]]) -> bool:
+def _holds(shapes: Mapping[str, Shapes], input_shapes: Mapping[str, tuple[int, ...]]) -> bool:
     """Whether a profile takes inputs of these shapes."""
     return all(
         len(shape) == len(low) and all(least <= one <= most for least, one, most in zip(low, shape, high, strict=True))
-        for name, shape in given.items()
+        for name, shape in input_shapes.items()
         for low, high in [(shapes["min"][name], shapes["max"][name])]
     )
