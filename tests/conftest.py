@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import getpass
+import os
+import tempfile
+from pathlib import Path
+
 from hypothesis import HealthCheck, settings
 
 # The same examples everywhere, however slow the machine is just then.
 settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")
+
+# Code that torch.compile kept for other instructions does not compile for these: a cache for each set of them.
+_CAPABILITY = os.environ.get("ATEN_CPU_CAPABILITY", "native")
+os.environ.setdefault(
+    "TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}_{_CAPABILITY}")
+)
 
 pytest_plugins = ["tests.fixtures.exports", "tests.fixtures.recipes"]

@@ -23,8 +23,8 @@ def test_a_disk_that_fills_up(home: Home, tmp_path: Path, engine: str) -> None:
     with small_disk(tmp_path / "disk", 16) as disk:
         folder = home.begun(disk / "run")
         ended = met(home, folder, "full:1:4", engine)
-        assert [process.exitcode for process in ended.processes] == [1, 1]
         said = lines(ended)
+        assert [process.exitcode for process in ended.processes] == [1, 1], said
         assert len(said) == 1, said
         assert said[0].endswith(
             "no space left on the disk; what was stored before is kept: free some space and give the same command again"
