@@ -18,6 +18,8 @@ from flcompress.tracing.removal.remove import remove
 from flcompress.tracing.removal.stand_in import stand_in
 from flcompress.tracing.skip import skip
 
+pytestmark = pytest.mark.e2e
+
 GONE = ("blocks.1", "blocks.2")
 
 
