@@ -11,7 +11,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flcompress.core.records import ProgramFile
 from flcompress.diffusion.contract import SamplingContract
 from flcompress.diffusion.experts import COMPONENTS, OTHER
 from flcompress.ir.graph import BlockGraph
@@ -148,6 +147,8 @@ class Program:
 
     def save(self, folder: Path) -> None:
         """Write `program.json` and `graph.json`; component folders are named relative to `folder`."""
+        from flcompress.core.records import ProgramFile  # dozens of models, which no check of a recipe needs
+
         folder.mkdir(parents=True, exist_ok=True)
         components = {name: os.path.relpath(path, folder) for name, path in sorted(self.components.items())}
         ProgramFile(components=components, **self._plain()).write(folder / PROGRAM_FILE)
@@ -156,6 +157,8 @@ class Program:
     @classmethod
     def load(cls, folder: Path) -> Program:
         """Read what `save` wrote."""
+        from flcompress.core.records import ProgramFile  # dozens of models, which no check of a recipe needs
+
         record = ProgramFile.read(folder / PROGRAM_FILE)
         return cls(
             graph=from_json((folder / GRAPH_FILE).read_text(encoding="utf-8")),

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flcompress.core.attempts import attempt, told
+from flcompress.core.attempts import attempt, in_words
 from flcompress.core.program import Program
 from flcompress.core.steps import Exporter
 from flcompress.driver.clips import data_frame_rate
@@ -55,7 +55,7 @@ def run_exports(
             display.line(f"export {exporter.name}: unchanged")
         else:
             record = {**_export(run, program, exporter, key, display), "status": "ran"}
-            display.line(f"export {exporter.name}: {told(record)}")
+            display.line(f"export {exporter.name}: {in_words(record)}")
         noted = {
             name: record[name] for name in ("status", "seconds", "peak_rss_mb", "attempts", "key") if name in record
         }
