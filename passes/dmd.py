@@ -10,7 +10,6 @@ from pydantic import Field, model_validator
 from typing_extensions import override
 
 from flcompress.core.program import Fact, Program
-from flcompress.core.records import RESULT_FILE, DmdResult
 from flcompress.core.settings import EngineName, Range, Training
 from flcompress.core.steps import Cost, Pass, PassContext, Role
 from flcompress.errors import RequestError
@@ -168,6 +167,7 @@ class DistributionMatching(Pass):
 
     @override
     def apply(self, program: Program, work: PassContext) -> Program:
+        from flcompress.core.records import RESULT_FILE, DmdResult
         from flcompress.diffusion.student import student_contract
         from flcompress.models.loading import load_transformer, save_transformer
         from flcompress.training.distillation.roles import Roles

@@ -10,7 +10,6 @@ from pydantic import Field
 from typing_extensions import override
 
 from flcompress.core.program import Fact, Program
-from flcompress.core.records import RESULT_FILE, ImportanceResult
 from flcompress.core.steps import Cost, Pass, PassContext, Role
 from flcompress.ir.selection import u_index
 
@@ -62,6 +61,7 @@ class Importance(Pass):
     def apply(self, program: Program, work: PassContext) -> Program:
         import torch
 
+        from flcompress.core.records import RESULT_FILE, ImportanceResult
         from flcompress.models.loading import load_transformer
         from flcompress.models.network import half_precision
 

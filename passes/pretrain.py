@@ -8,7 +8,6 @@ from pydantic import Field
 from typing_extensions import override
 
 from flcompress.core.program import Fact, Program
-from flcompress.core.records import RESULT_FILE, StepsResult
 from flcompress.core.steps import Cost, Pass, PassContext, Role
 
 if TYPE_CHECKING:
@@ -54,6 +53,7 @@ class Pretrain(Pass):
 
     @override
     def apply(self, program: Program, work: PassContext) -> Program:
+        from flcompress.core.records import RESULT_FILE, StepsResult
         from flcompress.models.loading import save_transformer
         from flcompress.training.engines import engine_of
 

@@ -11,7 +11,6 @@ from pydantic import Field
 from typing_extensions import override
 
 from flcompress.core.program import Fact, Program
-from flcompress.core.records import RESULT_FILE, PruneResult
 from flcompress.core.steps import Cost, Pass, PassContext, Role
 from flcompress.errors import PreconditionError
 from flcompress.ir.graph import BlockGraph
@@ -53,6 +52,7 @@ class Prune(Pass):
 
     @override
     def apply(self, program: Program, work: PassContext) -> Program:
+        from flcompress.core.records import RESULT_FILE, PruneResult
         from flcompress.tracing.removal.on_disk import choose_removable, remove_on_disk
 
         if Fact.PRUNED in program.facts:

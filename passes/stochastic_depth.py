@@ -10,7 +10,6 @@ from pydantic import Field
 from typing_extensions import override
 
 from flcompress.core.program import Fact, Program
-from flcompress.core.records import RESULT_FILE, StochasticDepthResult
 from flcompress.core.steps import Cost, Pass, PassContext, Role
 from flcompress.ir.selection import By, choose
 
@@ -105,6 +104,7 @@ class StochasticDepth(Pass):
         return to_json(graph), paths
 
     def _write_result(self, program: Program, work: PassContext) -> None:
+        from flcompress.core.records import RESULT_FILE, StochasticDepthResult
         from flcompress.files import lines_of
         from flcompress.training.loop import METRICS_FILE
 

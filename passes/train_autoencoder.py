@@ -8,7 +8,6 @@ from pydantic import Field
 from typing_extensions import override
 
 from flcompress.core.program import Program
-from flcompress.core.records import RESULT_FILE, StepsResult
 from flcompress.core.steps import Cost, Pass, PassContext
 
 if TYPE_CHECKING:
@@ -44,6 +43,7 @@ class TrainAutoencoder(Pass):
 
     @override
     def apply(self, program: Program, work: PassContext) -> Program:
+        from flcompress.core.records import RESULT_FILE, StepsResult
         from flcompress.draws import generator
         from flcompress.models.loading import load_vae
         from flcompress.models.video import decode_latents, encode_clips
