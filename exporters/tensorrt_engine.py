@@ -46,12 +46,12 @@ class TensorRTExporter(Exporter):
 
     @field_validator("targets")
     @classmethod
-    def _each_once(cls, given: tuple[Target, ...]) -> tuple[Target, ...]:
-        if len(set(given)) != len(given):
-            raise ValueError(f"a target is given twice: {', '.join(given)}")
-        if "current" in given and len(given) > 1:
+    def _each_once(cls, targets: tuple[Target, ...]) -> tuple[Target, ...]:
+        if len(set(targets)) != len(targets):
+            raise ValueError(f"a target is given twice: {', '.join(targets)}")
+        if "current" in targets and len(targets) > 1:
             raise ValueError("'current' must stand alone; name the GPU generations instead")
-        return given
+        return targets
 
     @override
     def check(self) -> None:

@@ -47,7 +47,7 @@ class Draws:
         self.mine = slice(rank * own, (rank + 1) * own)
         self.share = 1.0
         self.shared = generator(*parts)
-        self._own = [generator(*parts, "sample", place) for place in range(batch)[self.mine]]
+        self._own = [generator(*parts, "sample", position) for position in range(batch)[self.mine]]
 
     def __len__(self) -> int:
         """Samples of this process, or of a micro batch of them."""
@@ -65,8 +65,8 @@ class Draws:
         for first in range(0, len(self), size):
             part = copy.copy(self)
             part._own = self._own[first : first + size]
-            place = self.mine.start + first
-            part.mine = slice(place, place + len(part))
+            offset = self.mine.start + first
+            part.mine = slice(offset, offset + len(part))
             part.share = len(part) / len(self)
             self.shared.set_state(start)
             yield part

@@ -107,9 +107,9 @@ class BarDisplay:
 
 def clock(seconds: float) -> str:
     """75 as "1:15"; 4000 as "1:06:40"."""
-    whole = round(seconds)
-    hours, minutes = whole // 3600, whole // 60 % 60
-    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
+    total = round(seconds)
+    hours, minutes = total // 3600, total // 60 % 60
+    return f"{hours}:{minutes:02d}:{total % 60:02d}" if hours else f"{minutes}:{total % 60:02d}"
 
 
 def _few(values: Mapping[str, float]) -> list[str]:

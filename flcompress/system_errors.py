@@ -69,16 +69,16 @@ def system_errors_in_one_line(where: Path | None = None) -> Iterator[None]:
             raise
         raise _one_line(error, error.errno, error.filename2 or error.filename, where) from error
     except SafetensorError as error:
-        found = _IN_TEXT.search(str(error))
-        if found is None:
+        match = _IN_TEXT.search(str(error))
+        if match is None:
             raise
-        raise _one_line(error, int(found[1]), None, where) from error
+        raise _one_line(error, int(match[1]), None, where) from error
 
 
-def check_writable(place: Path) -> None:
-    """Raise OSError, before any work, where no file or folder can be written at `place`."""
-    above = next(path for path in (place.absolute(), *place.absolute().parents) if path.exists())
-    if above != place.absolute() and not above.is_dir():
+def check_writable(path: Path) -> None:
+    """Raise OSError, before any work, where no file or folder can be written at `path`."""
+    above = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    if above != path.absolute() and not above.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(above))
     if not os.access(above, os.W_OK):
         number = errno.EROFS if os.statvfs(above).f_flag & os.ST_RDONLY else errno.EACCES
@@ -88,12 +88,12 @@ def check_writable(place: Path) -> None:
 def _one_line(error: Exception, number: int | None, file: str | bytes | None, where: Path | None) -> FlcompressError:
     if number is None:  # a library's own, with a text alone
         return FlcompressError(" ".join(str(error).split()) or type(error).__name__)
-    place = os.fsdecode(file) if file is not None else str(where or "flcompress")
+    path = os.fsdecode(file) if file is not None else str(where or "flcompress")
     if number in _FULL:
         return FlcompressError(
-            f"{where or place}: no space left on the disk; what was stored before is kept: "
+            f"{where or path}: no space left on the disk; what was stored before is kept: "
             "free some space and give the same command again"
         )
     if number in _REQUESTS:
-        return RequestError(f"{place}: {os.strerror(number)}; {_REQUESTS[number]}")
-    return FlcompressError(f"{place}: {os.strerror(number)}; {_FAILURES.get(number, 'give the same command again')}")
+        return RequestError(f"{path}: {os.strerror(number)}; {_REQUESTS[number]}")
+    return FlcompressError(f"{path}: {os.strerror(number)}; {_FAILURES.get(number, 'give the same command again')}")

@@ -60,7 +60,7 @@ def number(value: float) -> str:
     return f"{value:.2e}"
 
 
-def taken(seconds: float, attempts: int) -> str:
+def elapsed(seconds: float, attempts: int) -> str:
     """2700 in 3 attempts -> "45 min 00 s in 3 attempts"."""
     return duration(seconds) + (f" in {attempts} attempts" if attempts > 1 else "")
 
@@ -73,7 +73,7 @@ def bounds(limits: tuple[float | None, float | None]) -> str:
     return f"at most {number(high)}" if high is not None else f"at least {number(low)}" if low is not None else ""
 
 
-def spread(limits: tuple[float | None, float | None]) -> str:
+def in_brackets(limits: tuple[float | None, float | None]) -> str:
     """(0.5, 2.0) -> " (0.500 to 2.00)", for behind a number; "" where there is none."""
     return f" ({bounds(limits)})" if limits != (None, None) else ""
 

@@ -145,7 +145,7 @@ class DistributionMatching(Pass):
         return Cost(
             steps=self.steps,
             forwards=self.steps * self.batch * (generator + self.critic_updates * critic),
-            again=self.steps * self.batch * (pruned + self.critic_updates),
+            recomputed=self.steps * self.batch * (pruned + self.critic_updates),
             batch=self.batch,
             roles=(
                 role("generator", self.generator, parameters, blocks, averaged=True),
@@ -166,7 +166,7 @@ class DistributionMatching(Pass):
             )
 
     @override
-    def apply(self, program: Program, work: PassContext) -> Program:
+    def apply(self, program: Program, context: PassContext) -> Program:
         from flcompress.core.records import RESULT_FILE, DmdResult
         from flcompress.diffusion.student import student_contract
         from flcompress.models.loading import load_transformer, save_transformer
@@ -178,7 +178,9 @@ class DistributionMatching(Pass):
 
         if self.settings.generator_shares:
             parts = program.components
-            name = work.world.broadcast(lambda: first_difference(parts["transformer"], parts["elastic"], program.kept))
+            name = context.world.broadcast(
+                lambda: first_difference(parts["transformer"], parts["elastic"], program.kept)
+            )
             if name:
                 raise RequestError(
                     f"dmd.generator: lora given, but {name} of the transformer is not that of the elastic one, whose "
@@ -186,7 +188,7 @@ class DistributionMatching(Pass):
                 )
         contract = student_contract(program.teacher_contract, self.student_steps, program.family.sigmas)
         started = time.monotonic()
-        roles = Roles(self.settings, program, contract, engine_of(work))
+        roles = Roles(self.settings, program, contract, engine_of(context))
         steps = train(
             roles.step,
             roles.trained,
@@ -194,22 +196,22 @@ class DistributionMatching(Pass):
             name=self.name,
             steps=self.steps,
             batch=self.batch,
-            watch=student_watch(work, self.name, roles.health),
+            watch=student_watch(context, self.name, roles.health),
         )
         weights = roles.generator.averaged_state()
-        target = work.directory / "transformer"
-        if work.world.main:
-            work.world.main_only(f"saving what {self.name} trained")
+        target = context.directory / "transformer"
+        if context.world.main:
+            context.world.main_only(f"saving what {self.name} trained")
             if self.generator == "lora":
-                whole = load_transformer(program.components["transformer"]).state_dict()
+                full = load_transformer(program.components["transformer"]).state_dict()
                 paths = program.kept if self.settings.generator_shares else {path: path for path in program.kept}
-                weights = merge(whole, weights, paths)
+                weights = merge(full, weights, paths)
             save_transformer(program.components["transformer"], weights, target)
             result = {
                 "sigmas": list(contract.sigmas),
                 "timesteps": list(contract.timesteps),
                 "steps": steps,
-                "seconds": work.earlier_seconds + time.monotonic() - started,
+                "seconds": context.earlier_seconds + time.monotonic() - started,
             }
-            DmdResult(**result).write(work.directory / RESULT_FILE)
+            DmdResult(**result).write(context.directory / RESULT_FILE)
         return replace(program.with_component("transformer", target), contract=contract)

@@ -47,7 +47,7 @@ class Importance(Pass):
             batch=self.batch,
             roles=(Role("transformer", parameters),),
             half=True,
-            remembers=True,
+            keeps_activations=True,
         )
 
     @property
@@ -58,20 +58,22 @@ class Importance(Pass):
         return BlockScores(name=self.name, **self.model_dump())
 
     @override
-    def apply(self, program: Program, work: PassContext) -> Program:
+    def apply(self, program: Program, context: PassContext) -> Program:
         import torch
 
         from flcompress.core.records import RESULT_FILE, ImportanceResult
         from flcompress.models.loading import load_transformer
         from flcompress.models.network import half_precision
 
-        data, scores = work.data(program), self.scores
-        half = work.precision == "bf16" and work.device == "cuda"  # a CPU's scores are fp32: quick enough, and exact
-        model = load_transformer(program.components["transformer"], work.device, torch.bfloat16 if half else None)
+        data, scores = context.data(program), self.scores
+        half = (
+            context.precision == "bf16" and context.device == "cuda"
+        )  # a CPU's scores are fp32: quick enough, and exact
+        model = load_transformer(program.components["transformer"], context.device, torch.bfloat16 if half else None)
         started = time.monotonic()
-        with half_precision(work.device, enabled=half):
+        with half_precision(context.device, enabled=half):
             estimates = scores.score(
-                model, program.graph, program.teacher_contract, data, work.seed, work.progress, work.world
+                model, program.graph, program.teacher_contract, data, context.seed, context.progress, context.world
             )
         graph = program.graph.with_importance(estimates)
         means = [estimates[block.path].mean for block in graph.blocks]
@@ -89,9 +91,9 @@ class Importance(Pass):
                 for block in graph.blocks
             ],
             "u_index": u_index(means),
-            "seconds": work.earlier_seconds + time.monotonic() - started,
+            "seconds": context.earlier_seconds + time.monotonic() - started,
             "forwards_equivalent": (len(graph.blocks) + 3) / 2.0,
         }
-        if work.world.main:
-            ImportanceResult(**result).write(work.directory / RESULT_FILE)
+        if context.world.main:
+            ImportanceResult(**result).write(context.directory / RESULT_FILE)
         return replace(program, graph=graph)

@@ -39,7 +39,7 @@ class Pretrain(Pass):
         return Cost(
             steps=self.steps,
             forwards=3.0 * self.steps * self.batch,
-            again=self.steps * self.batch,
+            recomputed=self.steps * self.batch,
             batch=self.batch,
             roles=(Role("model", parameters, trained=True, averaged=True),),
         )
@@ -52,17 +52,17 @@ class Pretrain(Pass):
         return Pretraining(name=self.name, **self.model_dump())
 
     @override
-    def apply(self, program: Program, work: PassContext) -> Program:
+    def apply(self, program: Program, context: PassContext) -> Program:
         from flcompress.core.records import RESULT_FILE, StepsResult
         from flcompress.models.loading import save_transformer
         from flcompress.training.engines import engine_of
 
-        weights = self.training.weights(engine_of(work), program)
-        target = work.directory / "transformer"
-        if work.world.main:
-            work.world.main_only(f"saving what {self.name} trained")
+        weights = self.training.weights(engine_of(context), program)
+        target = context.directory / "transformer"
+        if context.world.main:
+            context.world.main_only(f"saving what {self.name} trained")
             save_transformer(program.components["transformer"], weights, target)
-            StepsResult(steps=self.steps).write(work.directory / RESULT_FILE)
+            StepsResult(steps=self.steps).write(context.directory / RESULT_FILE)
         return (
             program.with_component("transformer", target)
             .with_component("original", target)

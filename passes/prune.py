@@ -51,7 +51,7 @@ class Prune(Pass):
         return Cost(forwards=6.0, roles=(Role("certificate's copies", 4.0 * min(parameters, OWN_WEIGHTS)),))
 
     @override
-    def apply(self, program: Program, work: PassContext) -> Program:
+    def apply(self, program: Program, context: PassContext) -> Program:
         from flcompress.core.records import RESULT_FILE, PruneResult
         from flcompress.tracing.removal.on_disk import choose_removable, remove_on_disk
 
@@ -62,9 +62,9 @@ class Prune(Pass):
         graph, paths = choose_removable(
             source,
             program.graph,
-            lambda graph: choose(graph, self.remove, self.by, seed=work.seed, among=among),
+            lambda graph: choose(graph, self.remove, self.by, seed=context.seed, among=among),
         )
-        target = work.directory / "transformer"
+        target = context.directory / "transformer"
         shutil.rmtree(target, ignore_errors=True)  # of an attempt that was killed
         removal = remove_on_disk(source, paths, target)
         certificate = removal.certificate
@@ -79,7 +79,7 @@ class Prune(Pass):
             "certified_on": "its own weights" if removal.stand_in is None else {"stand_in": dict(removal.stand_in)},
             "reasons": {path: self._reason(graph, path) for path in paths},
         }
-        PruneResult(**record).write(work.directory / RESULT_FILE)
+        PruneResult(**record).write(context.directory / RESULT_FILE)
         return replace(
             program.with_component("transformer", target),
             graph=result,

@@ -63,7 +63,7 @@ class StochasticDepth(Pass):
         return Cost(
             steps=self.steps,
             forwards=self.steps * self.batch * (1.0 + 3.0 * (1.0 - self.remove * self.skip_probability)),
-            again=self.steps * self.batch * (1.0 - self.remove * self.skip_probability),
+            recomputed=self.steps * self.batch * (1.0 - self.remove * self.skip_probability),
             batch=self.batch,
             roles=tuple(roles),
         )
@@ -76,22 +76,22 @@ class StochasticDepth(Pass):
         return StochasticDepthTraining(name=self.name, **self.model_dump(exclude={"remove", "by"}))
 
     @override
-    def apply(self, program: Program, work: PassContext) -> Program:
+    def apply(self, program: Program, context: PassContext) -> Program:
         from flcompress.ir.serial import from_json
         from flcompress.models.loading import save_transformer
         from flcompress.training.engines import engine_of
 
-        graph, paths = work.world.broadcast(lambda: self._choose(program, work))
+        graph, paths = context.world.broadcast(lambda: self._choose(program, context))
         program = replace(program, graph=from_json(graph), prune_set=tuple(paths))
-        weights = self.training.weights(engine_of(work), program)
-        target = work.directory / "transformer"
-        if work.world.main:
-            work.world.main_only(f"saving what {self.name} trained")
+        weights = self.training.weights(engine_of(context), program)
+        target = context.directory / "transformer"
+        if context.world.main:
+            context.world.main_only(f"saving what {self.name} trained")
             save_transformer(program.components["transformer"], weights, target)
-            self._write_result(program, work)
+            self._write_result(program, context)
         return program.with_component("transformer", target).with_component("elastic", target)
 
-    def _choose(self, program: Program, work: PassContext) -> tuple[str, tuple[str, ...]]:
+    def _choose(self, program: Program, context: PassContext) -> tuple[str, tuple[str, ...]]:
         """Return (graph, prune set); a block that cannot be removed must not be trained to be skipped either."""
         from flcompress.ir.serial import to_json
         from flcompress.tracing.removal.on_disk import choose_removable
@@ -99,17 +99,17 @@ class StochasticDepth(Pass):
         graph, paths = choose_removable(
             program.components["transformer"],
             program.graph,
-            lambda graph: choose(graph, self.remove, self.by, seed=work.seed),
+            lambda graph: choose(graph, self.remove, self.by, seed=context.seed),
         )
         return to_json(graph), paths
 
-    def _write_result(self, program: Program, work: PassContext) -> None:
+    def _write_result(self, program: Program, context: PassContext) -> None:
         from flcompress.core.records import RESULT_FILE, StochasticDepthResult
         from flcompress.files import lines_of
         from flcompress.training.loop import METRICS_FILE
 
         parameters = sum(program.graph.block(path).parameters for path in program.prune_set)
-        lines = lines_of((work.directory / METRICS_FILE).read_text(encoding="utf-8"))
+        lines = lines_of((context.directory / METRICS_FILE).read_text(encoding="utf-8"))
         result = {
             "prune_set": list(program.prune_set),
             "removed_share": parameters / program.graph.parameters,
@@ -117,4 +117,4 @@ class StochasticDepth(Pass):
             "target": self.target,
             "monitor": [record for record in map(json.loads, lines) if "elbo_full" in record],
         }
-        StochasticDepthResult(**result).write(work.directory / RESULT_FILE)
+        StochasticDepthResult(**result).write(context.directory / RESULT_FILE)

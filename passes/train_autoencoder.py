@@ -42,7 +42,7 @@ class TrainAutoencoder(Pass):
         return AutoencoderTraining(name=self.name, **self.model_dump())
 
     @override
-    def apply(self, program: Program, work: PassContext) -> Program:
+    def apply(self, program: Program, context: PassContext) -> Program:
         from flcompress.core.records import RESULT_FILE, StepsResult
         from flcompress.draws import generator
         from flcompress.models.loading import load_vae
@@ -50,15 +50,15 @@ class TrainAutoencoder(Pass):
         from flcompress.moving_digits import digits
         from flcompress.training.methods.autoencoder import latent_statistics
 
-        vae = load_vae(program.components["vae"], work.device).requires_grad_(True)
-        self.training.fit(vae, work)
+        vae = load_vae(program.components["vae"], context.device).requires_grad_(True)
+        self.training.fit(vae, context)
         vae.to("cpu")
-        mean, std = latent_statistics(vae, work.seed)
+        mean, std = latent_statistics(vae, context.seed)
         vae.register_to_config(latents_mean=mean, latents_std=std)
-        target = work.directory / "vae"
+        target = context.directory / "vae"
         vae.save_pretrained(str(target))
-        clips, _ = digits.sample(64, "heldout", generator(work.seed, self.name, "heldout"))
+        clips, _ = digits.sample(64, "heldout", generator(context.seed, self.name, "heldout"))
         error = float((decode_latents(vae, encode_clips(vae, clips)) - clips).square().mean())
         record = {"steps": self.steps, "heldout_mean_square_error": error}
-        StepsResult(**record).write(work.directory / RESULT_FILE)
+        StepsResult(**record).write(context.directory / RESULT_FILE)
         return program.with_component("vae", target)

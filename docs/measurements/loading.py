@@ -45,7 +45,7 @@ def child(engine: str, folder: Path) -> None:
     before, started = psutil.Process().memory_info().rss / 1e6, time.monotonic()
     told, kept = [], []
     reset_peak()
-    with Alive(given=True) as alive:
+    with Alive(count_stored=True) as alive:
         for load in (made.load_trained, made.load_frozen):
             kept.append(load(folder / "model/transformer"))
             for parameter in kept[-1].parameters():

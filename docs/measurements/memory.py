@@ -88,7 +88,7 @@ def child(model: str, folder: Path, name: str, training: dict[str, Any]) -> dict
     data(program)
     work = PassContext(directory=folder, seed=0, data=data, progress=lambda *_: None, **training)
     contract = student_contract(program.teacher_contract, step.student_steps, program.family.sigmas)
-    alive, before = Alive(given=True), psutil.Process().memory_info().rss
+    alive, before = Alive(count_stored=True), psutil.Process().memory_info().rss
     reset_peak()
     with alive:
         made = Roles(step.settings, program, contract, engine_of(work))

@@ -23,7 +23,7 @@ def emulate_bf16(source: Path, target: Path) -> None:
     model = ShapeInferencePass()(onnx_ir.load(str(source))).model
     graph = model.graph
     nodes = list(graph)
-    order = {node: place for place, node in enumerate(nodes)}
+    order = {node: position for position, node in enumerate(nodes)}
     for node in nodes:
         if node.op_type == "CastLike":  # ONNX Runtime would make a Cast of it, and put that last
             node.op_type = "Cast"
@@ -66,5 +66,5 @@ def _cast(value: Any, to: Any) -> Any:
 
 
 def _hand_over(uses: Any, value: Any) -> None:
-    for node, place in uses:
-        node.replace_input_with(place, value)
+    for node, index in uses:
+        node.replace_input_with(index, value)

@@ -52,18 +52,18 @@ class OnnxExport:
         summary = self._export(program, folder, final / MODEL_FILE, progress)
         if (other := partner_of(program)) is not None:
             (folder / PARTNER_FOLDER).mkdir()
-            place = final / PARTNER_FOLDER / MODEL_FILE
-            summary["partner"] = self._export(other, folder / PARTNER_FOLDER, place, progress)
+            path = final / PARTNER_FOLDER / MODEL_FILE
+            summary["partner"] = self._export(other, folder / PARTNER_FOLDER, path, progress)
         return summary
 
-    def _export(self, program: Program, folder: Path, place: Path, progress: ProgressSink) -> dict[str, Any]:
+    def _export(self, program: Program, folder: Path, path: Path, progress: ProgressSink) -> dict[str, Any]:
         transformer, make = program.components["transformer"], arguments_of(program)
         model = folder / MODEL_FILE
         axes = write_onnx(transformer, make, size_of(program, batch=2), step_of(program), self.precision, model)
         progress(1, 3, {})
         sizes = checked_sizes(program, axes)
         checked = self._compare(program, make, sizes, model)
-        found = checked["same"].require(str(place), "raise onnx.tolerance only if that is small enough for you")
+        parity = checked["same"].require(str(path), "raise onnx.tolerance only if that is small enough for you")
         progress(2, 3, {})
         files = sorted(path for path in folder.iterdir() if path.is_file())
         manifest = {
@@ -76,12 +76,12 @@ class OnnxExport:
             "outputs": [{"name": OUTPUT, "shape": axes.output, "dtype": "float32"}],
             "dynamic": list(axes.names),
             "parameters": program.graph.parameters,
-            "tolerance": found.tolerance,
-            "difference": found.difference,
-            "magnitude": found.magnitude,
+            "tolerance": parity.tolerance,
+            "difference": parity.difference,
+            "magnitude": parity.magnitude,
             "difference_to_fp32": checked["export_to_fp32"].difference,
             "torch_difference_to_fp32": checked["torch_to_fp32"].difference,
-            "cases": found.cases,
+            "cases": parity.cases,
             "checked": {
                 "sizes": [[size.batch, size.frames, size.height, size.width] for size in sizes],
                 "arithmetic": _ARITHMETIC[self.precision],
@@ -90,7 +90,7 @@ class OnnxExport:
             "kept": dict(program.kept),
         }
         write_json(folder / MANIFEST_FILE, manifest)
-        progress(3, 3, {"difference": found.difference})
+        progress(3, 3, {"difference": parity.difference})
         shown = ("sha256", "precision", "difference", "difference_to_fp32", "tolerance", "cases", "dynamic")
         return {"bytes": sum(path.stat().st_size for path in files)} | {key: manifest[key] for key in shown}
 
@@ -101,18 +101,18 @@ class OnnxExport:
         program.family.check_export(config, text)
         tokens = preflight.attention_tokens(config, size, text)
         preflight.check_keys(self.precision, tokens, preflight.described(size))
-        weights = [preflight.weight_bytes(one, self.precision) for one in program.transformers.values()]
+        weights = [preflight.weight_bytes(component, self.precision) for component in program.transformers.values()]
         preflight.check_room("onnx", folder, sum(weights), preflight.needed(max(weights), preflight.ONNX_MEMORY))
 
     def _compare(self, program: Program, make: Arguments, sizes: list[Size], model: Path) -> dict[str, Parity]:
         """The export against torch at its own precision, and both against torch in fp32."""
-        given = cases(make, program.contract.timesteps, sizes)
+        inputs = cases(make, program.contract.timesteps, sizes)
         constants = constants_of(make(sizes[0], [0.0] * sizes[0].batch, 0))
         transformer = program.components["transformer"]
 
-        exported = self._outputs(model, given)  # first: while this process still holds little
-        same = reference(transformer, constants, self.precision, given)
-        exact = same if self.precision == "fp32" else reference(transformer, constants, "fp32", given)
+        exported = self._outputs(model, inputs)  # first: while this process still holds little
+        same = reference(transformer, constants, self.precision, inputs)
+        exact = same if self.precision == "fp32" else reference(transformer, constants, "fp32", inputs)
         tolerance = self.tolerance or TOLERANCES[self.precision]
         return {
             "same": compare(same, exported, tolerance),
@@ -120,13 +120,13 @@ class OnnxExport:
             "torch_to_fp32": compare(exact, same, tolerance),
         }
 
-    def _outputs(self, model: Path, given: list[dict[str, Any]]) -> Any:
+    def _outputs(self, model: Path, inputs: list[dict[str, Any]]) -> Any:
         if self.precision != "bf16":
-            return outputs(OnnxSession(model, lean=True), given)
+            return outputs(OnnxSession(model, lean=True), inputs)
         emulated = model.with_name("emulated.onnx")
         try:
             emulate_bf16(model, emulated)
-            return outputs(OnnxSession(emulated, lean=True), given)
+            return outputs(OnnxSession(emulated, lean=True), inputs)
         finally:
             emulated.unlink(missing_ok=True)
 
@@ -164,8 +164,8 @@ def checked_sizes(program: Program, axes: Axes) -> list[Size]:
 
 def described(make: Arguments, size: Size, axes: Axes) -> list[dict[str, object]]:
     """Inputs of the graph, as a manifest states them."""
-    given: Inputs = tensors_of(make(size, [0.0] * size.batch, 0))
+    tensors: Inputs = tensors_of(make(size, [0.0] * size.batch, 0))
     return [
-        {"name": name, "shape": shape, "dtype": str(given[name].dtype).removeprefix("torch.")}
+        {"name": name, "shape": shape, "dtype": str(tensors[name].dtype).removeprefix("torch.")}
         for name, shape in axes.inputs.items()
     ]

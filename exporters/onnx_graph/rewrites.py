@@ -51,24 +51,24 @@ def _stack_interleaved(graph: fx.Graph, empty: Any) -> None:
     """`out = empty_like(x); out[..., 0::2] = a; out[..., 1::2] = b` -> `stack((a, b), -1).flatten(-2)`."""
     slices = [node for node in empty.users if node.target is aten.slice.Tensor and _fills(node) is not None]
     last_axis = empty.meta["val"].ndim - 1
-    found: dict[int, Any] = {}
+    by_start: dict[int, Any] = {}
     for node in slices:
         _, axis, start, end, *step = node.args
         if axis in (last_axis, -1) and end == END and step == [len(slices)] and isinstance(start, int):
-            found[start] = node
-    if len(slices) < 2 or sorted(found) != list(range(len(slices))):
+            by_start[start] = node
+    if len(slices) < 2 or sorted(by_start) != list(range(len(slices))):
         return
-    copies = [_fills(found[start]) for start in sorted(found)]
+    copies = [_fills(by_start[start]) for start in sorted(by_start)]
     last = max((copy for copy in copies if copy is not None), key=list(graph.nodes).index)
     with graph.inserting_after(last):
         parts = [graph.call_function(aten.to.dtype, (copy.args[1], _dtype(empty))) for copy in copies if copy]
     with graph.inserting_after(parts[0]):  # each was put straight after the copy, so the first is the last in the graph
         stacked = graph.call_function(aten.stack.default, (parts, -1))
     with graph.inserting_after(stacked):
-        whole = graph.call_function(aten.flatten.using_ints, (stacked, -2))
-    whole.meta = dict(empty.meta)
-    empty.replace_all_uses_with(whole, delete_user_cb=lambda user: user not in slices)
-    for copy, node in zip(copies, [found[start] for start in sorted(found)], strict=True):
+        result = graph.call_function(aten.flatten.using_ints, (stacked, -2))
+    result.meta = dict(empty.meta)
+    empty.replace_all_uses_with(result, delete_user_cb=lambda user: user not in slices)
+    for copy, node in zip(copies, [by_start[start] for start in sorted(by_start)], strict=True):
         if copy is not None:
             graph.erase_node(copy)
             graph.erase_node(node)
@@ -89,9 +89,9 @@ def _concatenate(graph: fx.Graph, copy: Any) -> None:
     with graph.inserting_after(head):
         cast = graph.call_function(aten.to.dtype, (source, _dtype(base)))
     with graph.inserting_after(cast):
-        whole = graph.call_function(aten.cat.default, ([head, cast], axis))
-    whole.meta = dict(base.meta)
-    base.replace_all_uses_with(whole, delete_user_cb=lambda user: user not in before and user is not head)
+        joined = graph.call_function(aten.cat.default, ([head, cast], axis))
+    joined.meta = dict(base.meta)
+    base.replace_all_uses_with(joined, delete_user_cb=lambda user: user not in before and user is not head)
     graph.erase_node(copy)
     graph.erase_node(part)
 
@@ -100,13 +100,13 @@ def _combine_masks(graph: fx.Graph, node: Any) -> None:
     mask, where, value = node.args
     with graph.inserting_before(node):
         if value:
-            made = graph.call_function(aten.logical_or.default, (mask, where))
+            result = graph.call_function(aten.logical_or.default, (mask, where))
         else:
-            made = graph.call_function(
+            result = graph.call_function(
                 aten.logical_and.default, (mask, graph.call_function(aten.logical_not.default, (where,)))
             )
-    made.meta = dict(node.meta)
-    node.replace_all_uses_with(made)
+    result.meta = dict(node.meta)
+    node.replace_all_uses_with(result)
     graph.erase_node(node)
 
 
@@ -129,7 +129,7 @@ def _alone(node: Any) -> bool:
 def _is_view(operation: torch._ops.OpOverload) -> bool:
     # reshape and the like may copy, and so do not say that they alias.
     named = operation in (aten.reshape.default, aten.unflatten.int, aten.flatten.using_ints, aten.contiguous.default)
-    return named or any(one.alias_info is not None for one in operation._schema.returns)
+    return named or any(argument.alias_info is not None for argument in operation._schema.returns)
 
 
 def _dtype(node: Any) -> torch.dtype:
@@ -139,7 +139,7 @@ def _dtype(node: Any) -> torch.dtype:
 def _slices(graph: fx.Graph, node: Any) -> None:
     """`split_with_sizes` with sizes that vary -> slices: ONNX would write a sequence, which TensorRT cannot read."""
     source, sizes, *axis = node.args
-    place = axis[0] if axis else node.kwargs.get("dim", 0)
+    axis_index = axis[0] if axis else node.kwargs.get("dim", 0)
     if all(isinstance(size, int) for size in sizes):
         return
     starts: list[Any] = [0]
@@ -149,20 +149,20 @@ def _slices(graph: fx.Graph, node: Any) -> None:
             starts.append(size if first else graph.call_function(operator.add, (starts[-1], size)))
         ends = [*starts[1:], END]
         parts = [
-            graph.call_function(aten.slice.Tensor, (source, place, start, end))
+            graph.call_function(aten.slice.Tensor, (source, axis_index, start, end))
             for start, end in zip(starts, ends, strict=True)
         ]
-    for taken in list(node.users):  # operator.getitem, each
-        parts[taken.args[1]].meta = dict(taken.meta)
-        taken.replace_all_uses_with(parts[taken.args[1]])
-        graph.erase_node(taken)
+    for item in list(node.users):  # operator.getitem, each
+        parts[item.args[1]].meta = dict(item.meta)
+        item.replace_all_uses_with(parts[item.args[1]])
+        graph.erase_node(item)
     graph.erase_node(node)
 
 
 def _is_complex(node: Any) -> bool:
     value = node.meta.get("val")
-    inputs = [one.meta.get("val") for one in node.all_input_nodes]
-    complex_ = [isinstance(one, Tensor) and one.is_complex() for one in (value, *inputs)]
+    inputs = [source.meta.get("val") for source in node.all_input_nodes]
+    complex_ = [isinstance(tensor, Tensor) and tensor.is_complex() for tensor in (value, *inputs)]
     return node.op == "call_function" and any(complex_)
 
 
@@ -171,19 +171,21 @@ def _as_pairs(graph: fx.Graph, node: Any) -> None:
     first, *rest = node.args
     with graph.inserting_before(node):
         if node.target in (aten.view_as_complex.default, aten.view_as_real.default):
-            made = first
+            pair = first
         elif node.target is aten.unsqueeze.default:
             axis = rest[0] if rest[0] >= 0 else rest[0] - 1
-            made = graph.call_function(aten.unsqueeze.default, (first, axis))
+            pair = graph.call_function(aten.unsqueeze.default, (first, axis))
         elif node.target is aten.mul.Tensor:
-            (a, b), (c, d) = ([graph.call_function(aten.select.int, (one, -1, n)) for n in (0, 1)] for one in node.args)
+            (a, b), (c, d) = (
+                [graph.call_function(aten.select.int, (operand, -1, n)) for n in (0, 1)] for operand in node.args
+            )
 
-            def times(one: Any, other: Any) -> Any:
-                return graph.call_function(aten.mul.Tensor, (one, other))
+            def times(first: Any, other: Any) -> Any:
+                return graph.call_function(aten.mul.Tensor, (first, other))
 
             real = graph.call_function(aten.sub.Tensor, (times(a, c), times(b, d)))
             imaginary = graph.call_function(aten.add.Tensor, (times(a, d), times(b, c)))
-            made = graph.call_function(aten.stack.default, ([real, imaginary], -1))
+            pair = graph.call_function(aten.stack.default, ([real, imaginary], -1))
         elif node.target is aten._assert_tensor_metadata.default:
             graph.erase_node(node)
             return
@@ -192,5 +194,5 @@ def _as_pairs(graph: fx.Graph, node: Any) -> None:
                 f"onnx: the forward computes {node.target} on complex numbers, which ONNX and TensorRT lack; "
                 "write it with real ones (cos and sin), or leave 'onnx' out of exports:"
             )
-    node.replace_all_uses_with(made)
+    node.replace_all_uses_with(pair)
     graph.erase_node(node)

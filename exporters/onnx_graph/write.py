@@ -81,25 +81,25 @@ def write_onnx(
     """
     import onnx
 
-    given = arguments(size, _levels(size), 0)
-    tensors, constants = tensors_of(given), constants_of(given)
+    inputs = arguments(size, _levels(size), 0)
+    tensors, constants = tensors_of(inputs), constants_of(inputs)
     varying = _varying(arguments, size, step)
     denoiser = Denoiser(lazily_allocated(skeleton(folder, precision)), constants, DTYPES[precision])
     family_of(stock_name(denoiser.transformer)).prepare_export(denoiser.transformer)
     with _quiet(), torch.no_grad():
         auto = torch.export.Dim.AUTO
         dynamic = {name: dict.fromkeys(axes, auto) for name, axes in varying.items()}
-        traced = torch.export.export(denoiser.eval(), (tensors,), dynamic_shapes=(dynamic,), strict=False)
-        made = _translated(rewritten(traced), OPSETS[precision])
-        model = made.model
+        exported = torch.export.export(denoiser.eval(), (tensors,), dynamic_shapes=(dynamic,), strict=False)
+        translated = _translated(rewritten(exported), OPSETS[precision])
+        model = translated.model
         files = WeightFiles(folder)
         _stream(model, files)
         _fold(model, files)
     axes = _named(model, list(tensors), varying)
     for node in model.graph.all_nodes():
         node.metadata_props.clear()  # stack traces, with this machine's paths
-    weights = sum(one.numel() * one.element_size() for one in denoiser.state_dict().values())
-    made.save(str(path), external_data=weights > EXTERNAL_ABOVE)
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in denoiser.state_dict().values())
+    translated.save(str(path), external_data=weights > EXTERNAL_ABOVE)
     onnx.checker.check_model(str(path))  # by path: the only form that works above 2 GiB
     return axes
 
@@ -114,16 +114,16 @@ def _varying(arguments: Arguments, size: Size, step: Size) -> dict[str, dict[int
     A size that reaches the forward as a number is fixed in the graph, and so varies nothing.
     """
     base = arguments(size, _levels(size), 0)
-    found: dict[str, dict[int, str]] = {name: {} for name in tensors_of(base)}
+    axes: dict[str, dict[int, str]] = {name: {} for name in tensors_of(base)}
     space = [what for what in ("frames", "height", "width") if getattr(step, what)]
     free = all(constants_of(_at(arguments, size, step, what)) == constants_of(base) for what in space)
     for what in ("batch", *(space if free else ())):
         other = tensors_of(_at(arguments, size, step, what))
         for name, tensor in tensors_of(base).items():
-            for place, (one, two) in enumerate(zip(tensor.shape, other[name].shape, strict=True)):
-                if one != two:
-                    found[name][place] = "tokens" if place in found[name] else what
-    return found
+            for axis, (before, after) in enumerate(zip(tensor.shape, other[name].shape, strict=True)):
+                if before != after:
+                    axes[name][axis] = "tokens" if axis in axes[name] else what
+    return axes
 
 
 def _at(arguments: Arguments, size: Size, step: Size, what: str) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def _translated(program: torch.export.ExportedProgram, opset: int) -> Any:
     from torch.onnx._internal.exporter._errors import ConversionError  # torch has no public name for it
 
     try:
-        made = torch.onnx.export(program, dynamo=True, opset_version=opset, optimize=False, verbose=False)
+        result = torch.onnx.export(program, dynamo=True, opset_version=opset, optimize=False, verbose=False)
     except ConversionError as error:
         cause: BaseException = error
         while cause.__cause__ is not None:
@@ -145,9 +145,9 @@ def _translated(program: torch.export.ExportedProgram, opset: int) -> Any:
             f"onnx: torch {torch.__version__} cannot write this forward at opset {opset}: {line}; "
             "write the operator in plain arithmetic, or leave 'onnx' out of exports:"
         ) from error
-    if made is None:
+    if result is None:
         raise RuntimeError("torch.onnx.export returned nothing; with dynamo=True it is documented to return a program")
-    return made
+    return result
 
 
 def _stream(model: Any, files: WeightFiles) -> None:
@@ -188,7 +188,7 @@ def _fold(model: Any, files: WeightFiles) -> None:
 
     def small(node: Any) -> bool | None:
         values = [value.const_value for value in node.inputs if value is not None]
-        large = any(isinstance(one, onnx_ir.LazyTensor) and one.size > FOLDED_UP_TO for one in values)
+        large = any(isinstance(value, onnx_ir.LazyTensor) and value.size > FOLDED_UP_TO for value in values)
         return False if large else None
 
     optimizer.fold_constants(model, should_fold=small)
@@ -212,14 +212,15 @@ def _named(model: Any, names: list[str], varying: dict[str, dict[int, str]]) -> 
     for value, name in zip(model.graph.inputs, names, strict=True):
         value.name = name
         inputs[name] = [
-            axis if isinstance(axis, int) else varying[name][place] for place, axis in enumerate(value.shape)
+            axis if isinstance(axis, int) else varying[name][position] for position, axis in enumerate(value.shape)
         ]
         value.shape = onnx_ir.Shape(inputs[name])
     (result,) = model.graph.outputs
     result.name = OUTPUT
     # Every stock transformer's output has the axes of its first input.
     output = [
-        axis if isinstance(axis, int) else inputs["hidden_states"][place] for place, axis in enumerate(result.shape)
+        axis if isinstance(axis, int) else inputs["hidden_states"][position]
+        for position, axis in enumerate(result.shape)
     ]
     result.shape = onnx_ir.Shape(output)
     return Axes(inputs=inputs, output=output)

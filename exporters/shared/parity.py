@@ -62,9 +62,9 @@ def cases(make: Arguments, timesteps: Sequence[float], sizes: Sequence[Size]) ->
 
 
 @torch.no_grad()
-def outputs(session: Session, given: Sequence[Inputs]) -> list[torch.Tensor]:
+def outputs(session: Session, all_inputs: Sequence[Inputs]) -> list[torch.Tensor]:
     """The session's output for every case, on the CPU in fp32."""
-    return [session(inputs).float().cpu() for inputs in given]
+    return [session(inputs).float().cpu() for inputs in all_inputs]
 
 
 def compare(reference: Sequence[torch.Tensor], exported: Sequence[torch.Tensor], tolerance: float) -> Parity:
@@ -89,19 +89,19 @@ def compare(reference: Sequence[torch.Tensor], exported: Sequence[torch.Tensor],
 
 
 def reference(
-    folder: Path, constants: Mapping[str, Any], precision: ExportPrecision, given: Sequence[Inputs]
+    folder: Path, constants: Mapping[str, Any], precision: ExportPrecision, all_inputs: Sequence[Inputs]
 ) -> list[Tensor]:
-    """The stock transformer's outputs on the CPU, in fp32, its weights read layer by layer.
+    """Return the stock transformer's outputs on the CPU, in fp32, its weights read layer by layer.
 
     Args:
         folder: the transformer's.
         constants: forward arguments that are not tensors.
         precision: of weights and arithmetic, by diffusers' own rule.
-        given: the cases.
+        all_inputs: of every case.
     """
     denoiser = Denoiser(streamed(folder, precision), constants, DTYPES[precision]).eval()
     with WideSums():
-        return outputs(lambda inputs: denoiser(dict(inputs)), given)
+        return outputs(lambda inputs: denoiser(dict(inputs)), all_inputs)
 
 
 class WideSums(TorchFunctionMode):
@@ -115,6 +115,6 @@ class WideSums(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func is torch.nn.functional.linear and args[0].dtype is torch.float16 and args[0].device.type == "cpu":
-            wide = [one if one is None else one.float() for one in args]
+            wide = [arg if arg is None else arg.float() for arg in args]
             return func(*wide, **(kwargs or {})).half()
         return func(*args, **(kwargs or {}))

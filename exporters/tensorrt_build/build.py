@@ -54,7 +54,7 @@ def _profile(builder: Any, network: Any, shapes: Sequence[Shapes]) -> Any:
     profile = builder.create_optimization_profile()
     for index in range(network.num_inputs):
         name = network.get_input(index).name
-        profile.set_shape(name, *(one[name] for one in shapes))
+        profile.set_shape(name, *(sizes[name] for sizes in shapes))
     return profile
 
 

@@ -90,9 +90,9 @@ class TensorRTExport:
         precision: ExportPrecision = onnx_manifest["precision"]
         builder = {"name": trt.__name__, "version": trt.__version__}
         ranges = [dict(zip(("min", "opt", "max"), three, strict=True)) for three in shapes]
-        found = None
+        parity = None
         if runs_here(self.targets):
-            found = self._run(program, TensorRTSession(engine, builder, ranges), str(engine), precision, sizes)
+            parity = self._run(program, TensorRTSession(engine, builder, ranges), str(engine), precision, sizes)
         contract = program.contract
         manifest = {
             "file": ENGINE_FILE,
@@ -112,8 +112,8 @@ class TensorRTExport:
             "contract": contract.to_dict(),
             "kept": dict(program.kept),
             "source": {"file": os.path.relpath(source, folder), "sha256": sha256(source)},
-            "checked_on_gpu": found is not None,
-            "difference": None if found is None else found.difference,
+            "checked_on_gpu": parity is not None,
+            "difference": None if parity is None else parity.difference,
             "tolerance": GPU_TOLERANCE * TOLERANCES[precision],
         }
         write_json(folder / MANIFEST_FILE, manifest)
@@ -157,11 +157,11 @@ class TensorRTExport:
     ) -> Parity:
         """Compare with torch on the GPU of this machine, at the smallest and the tuned-for sizes."""
         make, chosen = arguments_of(program), [size for three in sizes for size in three[:2]]
-        given = cases(make, program.contract.timesteps, chosen)
+        inputs = cases(make, program.contract.timesteps, chosen)
         constants = constants_of(make(chosen[0], [0.0] * chosen[0].batch, 0))
-        expected = reference(program.components["transformer"], constants, precision, given)
-        found = compare(expected, outputs(session, given), GPU_TOLERANCE * TOLERANCES[precision])
-        return found.require(name, "please report it with the engine's manifest.json")
+        expected = reference(program.components["transformer"], constants, precision, inputs)
+        parity = compare(expected, outputs(session, inputs), GPU_TOLERANCE * TOLERANCES[precision])
+        return parity.require(name, "please report it with the engine's manifest.json")
 
 
 def sizes_in(profile: Profile, program: Program, dynamic: list[str]) -> list[Size]:
@@ -176,30 +176,30 @@ def sizes_in(profile: Profile, program: Program, dynamic: list[str]) -> list[Siz
         RequestError: a size that the model, or this ONNX export, does not take.
     """
     own = size_of(program)
-    found = []
-    for place in range(3):
-        frames, height, width = _latents(profile, program, place)
-        size = Size(batch=profile.batch[place], frames=frames, height=height, width=width)
-        found.append(size)
+    sizes = []
+    for point in range(3):
+        frames, height, width = _latents(profile, program, point)
+        size = Size(batch=profile.batch[point], frames=frames, height=height, width=width)
+        sizes.append(size)
     for what in ("frames", "height", "width"):
-        given = [getattr(size, what) for size in found]
-        if set(given) != {getattr(own, what)} and not {what, "tokens"} & set(dynamic):
+        lengths = [getattr(size, what) for size in sizes]
+        if set(lengths) != {getattr(own, what)} and not {what, "tokens"} & set(dynamic):
             raise RequestError(
                 f"tensorrt.profiles: {what} {list(getattr(profile, what) or ())} given, but a graph of "
                 f"{program.graph.model_class} has one {what}; leave {what} out"
             )
-    _require_positions(program, found[-1])
-    return found
+    _require_positions(program, sizes[-1])
+    return sizes
 
 
-def _latents(profile: Profile, program: Program, place: int) -> tuple[int, int, int]:
+def _latents(profile: Profile, program: Program, point: int) -> tuple[int, int, int]:
     own = size_of(program)
     grid = sizes_of(program)
     ranges = (profile.frames, profile.height, profile.width)
-    if all(one is None for one in ranges):
+    if all(span is None for span in ranges):
         return own.frames, own.height, own.width
     clip = grid.clip((own.frames, own.height, own.width))
-    frames, height, width = (own if one is None else one[place] for one, own in zip(ranges, clip, strict=True))
+    frames, height, width = (own if span is None else span[point] for span, own in zip(ranges, clip, strict=True))
     try:
         return grid.latents(frames, height, width)
     except RequestError as error:
@@ -210,7 +210,7 @@ def shapes_at(make: Arguments, sizes: list[Size]) -> list[Shapes]:
     """Return the inputs' shapes at each size."""
     with torch.no_grad():
         return [
-            {name: list(one.shape) for name, one in tensors_of(make(size, [0.0] * size.batch, 0)).items()}
+            {name: list(tensor.shape) for name, tensor in tensors_of(make(size, [0.0] * size.batch, 0)).items()}
             for size in sizes
         ]
 

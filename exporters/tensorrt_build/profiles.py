@@ -10,10 +10,10 @@ Target = Literal["sm80", "sm86", "sm89", "sm120", "current"]
 """TensorRT has no fp32 matrix product for Turing (sm75)."""
 
 
-def _ascending(given: tuple[int, int, int]) -> tuple[int, int, int]:
-    if list(given) != sorted(given):
-        raise ValueError(f"[{', '.join(map(str, given))}] given, expected [smallest, tuned for, largest]")
-    return given
+def _ascending(values: tuple[int, int, int]) -> tuple[int, int, int]:
+    if list(values) != sorted(values):
+        raise ValueError(f"[{', '.join(map(str, values))}] given, expected [smallest, tuned for, largest]")
+    return values
 
 
 Count = Annotated[int, Field(ge=1)]

@@ -41,8 +41,8 @@ class Attempts:
         """What the work took: seconds and the number of attempts in all, megabytes at their fullest."""
         all_of_them = [*self.done, self._own()]
         return {
-            "seconds": round(sum(one["seconds"] for one in all_of_them), 3),
-            "peak_rss_mb": max(one["peak_rss_mb"] for one in all_of_them),
+            "seconds": round(sum(part["seconds"] for part in all_of_them), 3),
+            "peak_rss_mb": max(part["peak_rss_mb"] for part in all_of_them),
             "attempts": len(all_of_them),
         }
 
@@ -69,28 +69,28 @@ def in_words(record: Mapping[str, Any]) -> str:
 @contextmanager
 def attempt(file: Path, key: str) -> Iterator[Attempts]:
     """Count one more attempt, from now to the end of the context, whatever ends it."""
-    found = Attempts(file, key, _attempts(file, key), time.monotonic())
+    attempts = Attempts(file, key, _attempts(file, key), time.monotonic())
     reset_peak()
-    found.write()
+    attempts.write()
     over = threading.Event()
 
     def keep() -> None:
         while not over.wait(PERIOD_SECONDS):
-            found.write()
+            attempts.write()
 
     keeper = threading.Thread(target=keep, daemon=True)
     keeper.start()
     try:
-        yield found
+        yield attempts
     finally:
         over.set()
         keeper.join()
-        found.end()
+        attempts.end()
 
 
 def seconds_so_far(file: Path, key: str) -> float:
     """What all recorded attempts took."""
-    return sum(one["seconds"] for one in _attempts(file, key))
+    return sum(earlier["seconds"] for earlier in _attempts(file, key))
 
 
 def _attempts(file: Path, key: str) -> list[dict[str, float]]:

@@ -110,10 +110,10 @@ class Program:
     @property
     def transformers(self) -> dict[str, Path]:
         """The transformers as the stock pipeline names them: "transformer", and "transformer_2" of two experts."""
-        found = {self.own_name: self.components["transformer"]}
+        folders = {self.own_name: self.components["transformer"]}
         if (experts := self.contract.experts) is not None:
-            found[COMPONENTS[OTHER[experts.compressed]]] = self.components["partner"]
-        return dict(sorted(found.items()))
+            folders[COMPONENTS[OTHER[experts.compressed]]] = self.components["partner"]
+        return dict(sorted(folders.items()))
 
     @property
     def own_name(self) -> str:

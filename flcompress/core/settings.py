@@ -19,10 +19,10 @@ Limits = Mapping[str, tuple[float | None, float | None]]
 """Figure -> (lowest, highest) value that is healthy; None where there is no limit on that side."""
 
 
-def _ascending(given: tuple[float, float]) -> tuple[float, float]:
-    if given[0] > given[1]:
-        raise ValueError(f"[{given[0]:g}, {given[1]:g}] given, expected [lowest, highest]")
-    return given
+def _ascending(limits: tuple[float, float]) -> tuple[float, float]:
+    if limits[0] > limits[1]:
+        raise ValueError(f"[{limits[0]:g}, {limits[1]:g}] given, expected [lowest, highest]")
+    return limits
 
 
 Range = Annotated[tuple[float, float], AfterValidator(_ascending)]
@@ -113,8 +113,8 @@ class Sampling(Settings):
 
     @model_validator(mode="after")
     def _whole_size(self) -> Sampling:
-        given = {name: getattr(self, name) for name in ("num_frames", "height", "width")}
-        missing = [name for name, value in given.items() if value is None]
+        values = {name: getattr(self, name) for name in ("num_frames", "height", "width")}
+        missing = [name for name, value in values.items() if value is None]
         if 0 < len(missing) < 3:
             raise ValueError(
                 f"nothing given for {' and '.join(missing)}, expected num_frames, height and width together"
@@ -171,11 +171,9 @@ class Data(Settings):
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Data:
-        given = [key for key, value in self.model_dump(by_alias=True).items() if value is not None]
-        if len(given) != 1:
-            raise ValueError(
-                f"{' and '.join(given) or 'nothing'} given, expected one of moving-digits, latents, videos"
-            )
+        keys = [key for key, value in self.model_dump(by_alias=True).items() if value is not None]
+        if len(keys) != 1:
+            raise ValueError(f"{' and '.join(keys) or 'nothing'} given, expected one of moving-digits, latents, videos")
         return self
 
     @property

@@ -99,20 +99,20 @@ class Cost:
     Attributes:
         steps: training steps, or 0.
         forwards: forwards of one sample through the full transformer, in total; a backward counts as two.
-        again: of these forwards, those that gradient checkpointing does twice.
+        recomputed: of these forwards, those that gradient checkpointing does twice.
         batch: samples of a step, over all processes; of a pass that does not train, those in memory at once in each.
         roles: the models that are in memory at once.
         half: whether a pass that does not train computes in the training's precision where there is a GPU.
-        remembers: whether it keeps what every block returned in host memory, for the samples in memory at once.
+        keeps_activations: whether it keeps what every block returned in host memory, for the samples in memory at once.
     """
 
     steps: int = 0
     forwards: float = 0.0
-    again: float = 0.0
+    recomputed: float = 0.0
     batch: int = 1
     roles: tuple[Role, ...] = ()
     half: bool = False
-    remembers: bool = False
+    keeps_activations: bool = False
 
 
 class Pass(BaseModel, ABC):
@@ -193,15 +193,15 @@ class Pass(BaseModel, ABC):
         """Refuse, before any work, a training that this pass cannot be part of. Raises RequestError."""
 
     @abstractmethod
-    def apply(self, program: Program, work: PassContext) -> Program:
+    def apply(self, program: Program, context: PassContext) -> Program:
         """Do the work. Facts are set by `__call__`, not here."""
 
-    def __call__(self, program: Program, work: PassContext) -> Program:
+    def __call__(self, program: Program, context: PassContext) -> Program:
         """Check the needs, apply, free what it leaves, verify the result's graph, set its facts."""
         from flcompress.models.tensor_memory import free_gpu_memory
 
         facts = self.flow(program.facts)
-        result = self.apply(program, work)
+        result = self.apply(program, context)
         free_gpu_memory()
         result.graph.verify()
         return replace(result, facts=facts)

@@ -25,10 +25,10 @@ def check_wandb_login() -> None:
     if wandb.setup().settings.mode not in ("online", "shared"):
         return
     try:
-        found = wandb.login(prompt=False, verify=True)
+        accepted = wandb.login(prompt=False, verify=True)
     except wandb.errors.Error as error:
         raise refused(error) from error
-    if not found:
+    if not accepted:
         raise UnavailableError(f"training.log_to: wandb given, but no one is logged in; {_MEND}")
 
 

@@ -201,12 +201,12 @@ class LatentDataset:
         total = len(self)
         if not 0 < heldout < total:
             raise DataError(f"data: {total} clips given, expected more than the {heldout} that monitors hold out")
-        training, held = [], []
+        training, reserve = [], []
         for bucket, share in zip(self._buckets, self._shares(heldout), strict=True):
-            kept = len(bucket.entries) - share
-            training.append(replace(bucket, entries=bucket.entries[:kept]))
-            held.append(replace(bucket, entries=bucket.entries[kept:]))
-        return self._with_buckets(training), self._with_buckets(held)
+            size = len(bucket.entries) - share
+            training.append(replace(bucket, entries=bucket.entries[:size]))
+            reserve.append(replace(bucket, entries=bucket.entries[size:]))
+        return self._with_buckets(training), self._with_buckets(reserve)
 
     def _with_buckets(self, buckets: Sequence[_Bucket]) -> LatentDataset:
         return replace(self, _buckets=tuple(bucket for bucket in buckets if len(bucket.entries)))

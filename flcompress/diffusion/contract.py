@@ -189,9 +189,9 @@ def contract_of(
     prediction = prediction_of(name, config)
     if prediction == "flow":
         shift_of(name, config, mu)  # raises if the shift depends on the size and the pipeline gives none
-    given = pipeline_sigmas(num_inference_steps, config) if pipeline_sigmas else None
+    sigmas = pipeline_sigmas(num_inference_steps, config) if pipeline_sigmas else None
     scheduler = scheduler_from(name, config)
-    set_timesteps(scheduler, num_inference_steps, given, mu)
+    set_timesteps(scheduler, num_inference_steps, sigmas, mu)
     levels = read_levels(scheduler)
     check_levels(scheduler, levels)
     if is_solver(name, config):
@@ -205,7 +205,7 @@ def contract_of(
         timesteps=levels.timesteps,
         guidance_scale=guidance_scale,
         max_sequence_length=max_sequence_length,
-        given_sigmas=tuple(map(float, given)) if given is not None else None,
+        given_sigmas=tuple(map(float, sigmas)) if sigmas is not None else None,
         embedded_guidance=embedded_guidance,
         experts=experts,
         mu=mu,

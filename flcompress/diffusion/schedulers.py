@@ -73,17 +73,19 @@ def prediction_of(name: str, config: Mapping[str, Any]) -> str:
     Raises:
         ModelError: a scheduler, or a setting of one, that is not followed.
     """
-    given = str(config.get("prediction_type", "epsilon"))
+    prediction = str(config.get("prediction_type", "epsilon"))
     if config.get("thresholding"):
         raise ModelError(f"scheduler: thresholding is set for {name}, expected false: it is meant for pixels")
     if name in DISCRETE_ALIKE:
-        if given not in ("v_prediction", "epsilon"):
-            raise ModelError(f"scheduler: prediction_type {given} given for {name}, expected v_prediction or epsilon")
-        return given
-    solver = name in FLOW_SOLVERS and config.get("use_flow_sigmas") and given == "flow_prediction"
+        if prediction not in ("v_prediction", "epsilon"):
+            raise ModelError(
+                f"scheduler: prediction_type {prediction} given for {name}, expected v_prediction or epsilon"
+            )
+        return prediction
+    solver = name in FLOW_SOLVERS and config.get("use_flow_sigmas") and prediction == "flow_prediction"
     if name != FLOW_SCHEDULER and not solver:
         settings = (
-            f" with use_flow_sigmas {config.get('use_flow_sigmas', False)} and prediction_type {given}"
+            f" with use_flow_sigmas {config.get('use_flow_sigmas', False)} and prediction_type {prediction}"
             if name in FLOW_SOLVERS
             else ""
         )

@@ -58,8 +58,8 @@ def _discrete(teacher: SamplingContract, num_inference_steps: int) -> dict[str, 
 
 def _flow(teacher: SamplingContract, steps: int, pipeline_sigmas: PipelineSigmas | None) -> dict[str, Any]:
     """Return Euler's scheduler with the wanted levels; the teacher's options of other spacings are off."""
-    given = dict(teacher.scheduler) if teacher.scheduler_class == FLOW_SCHEDULER else {}
-    config: dict[str, Any] = {**given, **dict.fromkeys(OTHER_SPACINGS, False)}
+    config_of_teacher = dict(teacher.scheduler) if teacher.scheduler_class == FLOW_SCHEDULER else {}
+    config: dict[str, Any] = {**config_of_teacher, **dict.fromkeys(OTHER_SPACINGS, False)}
     k, a = teacher.shift, 1.0 / steps
     if pipeline_sigmas is not None and pipeline_sigmas(steps, config) is not None:
         return config | {"shift": k, "shift_terminal": None, "stochastic_sampling": not config.get("invert_sigmas")}

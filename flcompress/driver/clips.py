@@ -48,24 +48,24 @@ class Clips:
         size = self._recipe.sampling.size if "videos" in spec else None
         key = key_of(data=fingerprint(spec), seed=self._recipe.seed, size=size, **request)
         if key not in self._loaded:
-            self._loaded[key] = LatentDataset.load(self._place(spec, program, request, self._folder / key))
+            self._loaded[key] = LatentDataset.load(self._folder_of(spec, program, request, self._folder / key))
         return self._loaded[key]
 
-    def _place(self, spec: dict[str, Any], program: Program, request: dict[str, Any], final: Path) -> Path:
+    def _folder_of(self, spec: dict[str, Any], program: Program, request: dict[str, Any], final: Path) -> Path:
         """Return the folder of the dataset; it is made in `final` if it does not exist yet."""
         from flcompress.models.tensor_memory import free_gpu_memory
 
-        ((kind, given),) = spec.items()
+        ((kind, source),) = spec.items()
         if kind == "latents":
-            return Path(given)
+            return Path(source)
         if kind == "videos":
-            self._encode(given, program, final)
+            self._encode(source, program, final)
         else:
-            self._render(given["clips"], program, request, final)
+            self._render(source["clips"], program, request, final)
         free_gpu_memory()
         return final
 
-    def _encode(self, given: dict[str, str], program: Program, final: Path) -> None:
+    def _encode(self, source: dict[str, str], program: Program, final: Path) -> None:
         from flcompress.data.encoding import Request, encode, summary_text
 
         if (final / INDEX_FILE).exists():
@@ -73,9 +73,9 @@ class Clips:
         request = Request(
             index=program.index,
             components=program.components,
-            captions=Path(given["captions"]),
+            captions=Path(source["captions"]),
             out=final,
-            videos=Path(given["folder"]),
+            videos=Path(source["folder"]),
             target=target_of(self._recipe),
             max_sequence_length=program.contract.max_sequence_length,
             negative_prompt=program.teacher_contract.negative_prompt,
@@ -111,10 +111,10 @@ def data_frame_rate(recipe: Recipe) -> float | None:
     if recipe.data.moving_digits is not None:
         return digits.FRAMES_PER_SECOND
     try:
-        found = Index.read(Path((recipe.data_spec() or {})["latents"])).request.get("fps")
+        fps = Index.read(Path((recipe.data_spec() or {})["latents"])).request.get("fps")
     except DataError:
         return None
-    return None if found is None else float(found)
+    return None if fps is None else float(fps)
 
 
 def target_of(recipe: Recipe) -> Target:
@@ -149,11 +149,11 @@ def fingerprint(spec: dict[str, Any] | None) -> dict[str, Any] | None:
     """
     if spec is None:
         return None
-    ((kind, given),) = spec.items()
+    ((kind, source),) = spec.items()
     if kind == "latents":
-        return {kind: sha256(Path(given) / INDEX_FILE)}
+        return {kind: sha256(Path(source) / INDEX_FILE)}
     if kind == "videos":
-        return {kind: {name: _files(Path(path)) for name, path in given.items()}}
+        return {kind: {name: _files(Path(path)) for name, path in source.items()}}
     return spec
 
 

@@ -62,9 +62,9 @@ class Sampler:
         self.network = own if experts is None else experts.combine(own, counted["partner"])
 
     def _counted(self, role: Role, network: Network) -> Network:
-        def call(x: torch.Tensor, timestep: torch.Tensor, given: Conditioning) -> torch.Tensor:
+        def call(x: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
             self.calls[role] += 1
-            return network(x, timestep, given)
+            return network(x, timestep, conditioning)
 
         return call
 
@@ -127,7 +127,7 @@ class Samplers:
             export.verify()
             config = check_transformer_config(self._folder("student", role))
             networks[role] = export.network(config, contract.embedded_guidance)
-        size = sum(path.stat().st_size for one in exports.values() for path in one.files)
+        size = sum(path.stat().st_size for export in exports.values() for path in export.files)
         return Sampler(contract, networks, exports["transformer"].precision, size)
 
     def _export(self, backend: ExportBackend, role: Role) -> Export:

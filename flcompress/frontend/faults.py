@@ -13,14 +13,14 @@ from flcompress.frontend.describe import default, expected, shown
 from flcompress.frontend.yaml12 import Loc
 
 
-def first_fault(error: ValidationError, kind: type[BaseModel], given: dict[str, Any]) -> tuple[Loc, str]:
-    """The place, within `given`, of the first fault, and what is wrong there."""
+def first_fault(error: ValidationError, kind: type[BaseModel], arguments: dict[str, Any]) -> tuple[Loc, str]:
+    """Return the location of the first fault within `arguments`, and what is wrong there."""
     fault = error.errors(include_url=False)[0]
-    loc, field, owner = _follow(fault["loc"], kind, given)
-    whole = len(loc) == len(fault["loc"])
-    if whole and fault["type"] == "extra_forbidden":
+    loc, field, owner = _follow(fault["loc"], kind, arguments)
+    complete = len(loc) == len(fault["loc"])
+    if complete and fault["type"] == "extra_forbidden":
         return loc, f"unknown key; {nearest(str(loc[-1]), _keys(owner))}"
-    if whole and fault["type"] == "missing":
+    if complete and fault["type"] == "missing":
         return loc, f"missing, expected {expected(field)}" if field is not None else "missing"
     if fault["type"] in ("value_error", "assertion_error"):
         return loc, str(fault["ctx"]["error"])
@@ -28,18 +28,18 @@ def first_fault(error: ValidationError, kind: type[BaseModel], given: dict[str, 
         return loc, f"{shown(fault['input'])} given; {fault['msg']}"
     fallback = default(field)
     mend = f"; left out, it is {fallback}" if fallback is not None else ""
-    value: Any = given
+    value: Any = arguments
     for part in loc:
         value = value[part]
     return loc, f"{shown(value)} given, expected {expected(field)}{mend}"
 
 
-def _follow(loc: Loc, kind: type[BaseModel], given: Any) -> tuple[Loc, FieldInfo | None, type[BaseModel]]:
+def _follow(loc: Loc, kind: type[BaseModel], arguments: Any) -> tuple[Loc, FieldInfo | None, type[BaseModel]]:
     """The part of pydantic's location that exists in the file (it adds the names of union members), and its field.
 
     A fault inside a list is told of the whole list, which is what the field describes.
     """
-    found: list[str | int] = []
+    path: list[str | int] = []
     field: FieldInfo | None = None
     for part in loc:
         inside = _model(field) if field is not None else kind
@@ -47,12 +47,12 @@ def _follow(loc: Loc, kind: type[BaseModel], given: Any) -> tuple[Loc, FieldInfo
             break
         kind = inside
         fields = {info.alias or name: info for name, info in kind.model_fields.items()}
-        found.append(part)
+        path.append(part)
         field = fields.get(str(part))
         if field is None:
             break
-        given = given.get(part) if isinstance(given, dict) else None
-    return tuple(found), field, kind
+        arguments = arguments.get(part) if isinstance(arguments, dict) else None
+    return tuple(path), field, kind
 
 
 def _model(field: FieldInfo) -> type[BaseModel] | None:

@@ -12,12 +12,11 @@ def catalogue() -> dict[str, list[dict[str, str]]]:
     """Every pass and exporter: name, where it lies, one line of purpose."""
     return {
         "passes": [
-            {"name": name, "class": place, "purpose": _purpose(find_pass(name))}
-            for name, place in known_passes().items()
+            {"name": name, "class": path, "purpose": _purpose(find_pass(name))} for name, path in known_passes().items()
         ],
         "exporters": [
-            {"name": name, "class": place, "purpose": _purpose(find_exporter(name))}
-            for name, place in known_exporters().items()
+            {"name": name, "class": path, "purpose": _purpose(find_exporter(name))}
+            for name, path in known_exporters().items()
         ],
     }
 

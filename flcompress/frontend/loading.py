@@ -45,13 +45,13 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         _name_steps(located, key)
     for text in overrides:
         override(located, text)
-    passes = [_step(located, ("passes", place), find_pass) for place in range(len(top.get("passes", [])))]
-    exports = [_step(located, ("exports", place), find_exporter) for place in range(len(top.get("exports", [])))]
+    passes = [_step(located, ("passes", index), find_pass) for index in range(len(top.get("passes", [])))]
+    exports = [_step(located, ("exports", index), find_exporter) for index in range(len(top.get("exports", [])))]
     top.setdefault("name", path.stem)
     rest = {key: value for key, value in top.items() if key not in ("passes", "exports")}
     recipe = _validate(Recipe, rest, located, ())
     recipe = recipe.model_copy(update={"passes": tuple(passes), "exports": tuple(exports)})
-    recipe = recipe.written_in(path, {_key(loc): place for loc, place in located.origins.items() if 0 < len(loc) < 3})
+    recipe = recipe.written_in(path, {_key(loc): origin for loc, origin in located.origins.items() if 0 < len(loc) < 3})
     check_flow(recipe)
     return recipe
 
@@ -70,28 +70,28 @@ def check_flow(recipe: Recipe) -> None:
             one that stands too early.
     """
     facts = frozenset({Fact.TRAINED}) if recipe.model.weights == "trained" else frozenset[Fact]()
-    for place, step in enumerate(recipe.passes):
+    for index, step in enumerate(recipe.passes):
         try:
             after = step.flow(facts)
         except PreconditionError as error:
             givers = _givers(step.needs - facts)
-            mend = f"; put {givers} before it" if givers else ""
-            raise PreconditionError(f"{recipe.where(f'passes[{place}]')}.{error}{mend}") from error
+            fix = f"; put {givers} before it" if givers else ""
+            raise PreconditionError(f"{recipe.where(f'passes[{index}]')}.{error}{fix}") from error
         if step.needs_data and recipe.data is None:
             raise RecipeError(
-                f"{recipe.where(f'passes[{place}]')}.{step.name}: reads clips, but the recipe has no data:; "
+                f"{recipe.where(f'passes[{index}]')}.{step.name}: reads clips, but the recipe has no data:; "
                 "add one, such as data: {moving-digits: {clips: 2048}}"
             )
         if step.own_clips is not None and recipe.data is not None and recipe.data.kind != step.own_clips:
             raise RecipeError(
-                f"{recipe.where(f'passes[{place}]')}.{step.name}: draws clips of its own from {step.own_clips}, but "
+                f"{recipe.where(f'passes[{index}]')}.{step.name}: draws clips of its own from {step.own_clips}, but "
                 f"the recipe has data.{recipe.data.kind}, which it would not read; remove this pass, or set "
                 f"data: {{{step.own_clips}: {{clips: 2048}}}}"
             )
         facts = after
     seen: list[str] = []
-    for place, export in enumerate(recipe.exports):
-        where = f"{recipe.where(f'exports[{place}]')}.{export.name}"
+    for index, export in enumerate(recipe.exports):
+        where = f"{recipe.where(f'exports[{index}]')}.{export.name}"
         if export.name in seen:
             raise RecipeError(f"{where}: given twice, expected once; remove one")
         missing = [name for name in export.after if name not in seen]
@@ -112,43 +112,43 @@ def _name_steps(located: Located, key: str) -> None:
     if not isinstance(steps, list):
         example = "- prune: {remove: 0.3}" if key == "passes" else "- diffusers: {}"
         raise RecipeError(f"{located.where((key,))}: {shown(steps)} given, expected a list such as {example}")
-    for place, step in enumerate(steps):
+    for index, step in enumerate(steps):
         if isinstance(step, str):
             step = {step: {}}
         if not isinstance(step, dict) or len(step) != 1:
             raise RecipeError(
-                f"{located.where((key, place))}: {shown(step)} given, expected one name with its arguments; "
+                f"{located.where((key, index))}: {shown(step)} given, expected one name with its arguments; "
                 "start every step with its own '- '"
             )
-        ((name, given),) = step.items()
-        if given is None:
-            given = {}
-        if not isinstance(given, dict):
+        ((name, arguments),) = step.items()
+        if arguments is None:
+            arguments = {}
+        if not isinstance(arguments, dict):
             raise RecipeError(
-                f"{located.where((key, place, name))}: {shown(given)} given, expected a mapping of arguments "
+                f"{located.where((key, index, name))}: {shown(arguments)} given, expected a mapping of arguments "
                 f"(see flcompress passes {name})"
             )
-        steps[place] = {name: given}
+        steps[index] = {name: arguments}
 
 
 S = TypeVar("S", Pass, Exporter)
 
 
 def _step(located: Located, loc: Loc, find: Callable[[str], type[S]]) -> S:
-    ((name, given),) = located.data[loc[0]][loc[1]].items()
+    ((name, arguments),) = located.data[loc[0]][loc[1]].items()
     try:
         kind = find(name)
     except RecipeError as error:
         raise RecipeError(f"{located.where(loc)}: {error}") from error
-    return _validate(kind, given, located, (*loc, name))
+    return _validate(kind, arguments, located, (*loc, name))
 
 
-def _validate(kind: type[M], given: dict[str, Any], located: Located, loc: Loc) -> M:
+def _validate(kind: type[M], arguments: dict[str, Any], located: Located, loc: Loc) -> M:
     try:
         # JSON mode is the strict one that still takes a list for a tuple and a text for a path.
-        return kind.model_validate_json(json.dumps(given), strict=True)
+        return kind.model_validate_json(json.dumps(arguments), strict=True)
     except ValidationError as error:
-        inner, words = first_fault(error, kind, given)
+        inner, words = first_fault(error, kind, arguments)
         raise RecipeError(f"{located.where((*loc, *inner))}: {words}") from error
 
 

@@ -56,18 +56,18 @@ def _walk_step(top: dict[str, Any], parts: list[str], origin: str) -> tuple[Loc,
     if len(parts) == 1:
         raise RecipeError(f"{origin}: {parts[0]} cannot be set as a whole; set an argument, as passes.dmd.steps=10")
     if parts[1].isdecimal():
-        place = int(parts[1])
-        if place >= len(steps):
-            raise RecipeError(f"{origin}: no {parts[0]}[{place}]; the recipe has {len(steps)}, counted from 0")
+        index = int(parts[1])
+        if index >= len(steps):
+            raise RecipeError(f"{origin}: no {parts[0]}[{index}]; the recipe has {len(steps)}, counted from 0")
     elif names.count(parts[1]) == 1:
-        place = names.index(parts[1])
+        index = names.index(parts[1])
     else:
         trouble = f"{names.count(parts[1])} steps are named" if parts[1] in names else "no step is named"
-        mend = "name it by place, as passes[0]" if parts[1] in names else f"the recipe has {', '.join(names) or 'none'}"
-        raise RecipeError(f"{origin}: {trouble} '{parts[1]}' in {parts[0]}; {mend}")
+        hint = "name it by place, as passes[0]" if parts[1] in names else f"the recipe has {', '.join(names) or 'none'}"
+        raise RecipeError(f"{origin}: {trouble} '{parts[1]}' in {parts[0]}; {hint}")
     rest = parts[2:]
-    if parts[1].isdecimal() and len(rest) > 1 and rest[0] == names[place]:
+    if parts[1].isdecimal() and len(rest) > 1 and rest[0] == names[index]:
         rest = rest[1:]
     if len(rest) != 1:
-        raise RecipeError(f"{origin}: expected one argument of {names[place]}, such as {parts[0]}.{names[place]}.x=1")
-    return (parts[0], place, names[place], rest[0]), steps[place][names[place]]
+        raise RecipeError(f"{origin}: expected one argument of {names[index]}, such as {parts[0]}.{names[index]}.x=1")
+    return (parts[0], index, names[index], rest[0]), steps[index][names[index]]

@@ -98,11 +98,11 @@ class Recipe(Settings):
         return None if self.model.partner is None else self._pipeline_folder(self.model.partner, ".partner")
 
     def _pipeline_folder(self, path: Path, key: str) -> Path:
-        found, tried = self._find(path)
-        if found is None or not found.is_dir():
+        existing, tried = self._find(path)
+        if existing is None or not existing.is_dir():
             where = f"{self.where('model')}{key}"
             raise ModelError(f"{where}: no folder {tried}; give the path of a diffusers pipeline folder")
-        return found
+        return existing
 
     def data_spec(self) -> dict[str, Any] | None:
         """`data` as a plain mapping with its one key, its paths absolute.
@@ -129,22 +129,22 @@ class Recipe(Settings):
         if self.data is not None and self.data.latents is not None:
             plain["data"]["latents"] = str(self._find(self.data.latents)[0] or self.data.latents)
         if self.data is not None and self.data.videos is not None:
-            given = {"folder": self.data.videos.folder, "captions": self.data.videos.captions}
-            plain["data"]["videos"] = {key: str(self._find(path)[0] or path) for key, path in given.items()}
+            videos = {"folder": self.data.videos.folder, "captions": self.data.videos.captions}
+            plain["data"]["videos"] = {key: str(self._find(path)[0] or path) for key, path in videos.items()}
         plain["passes"] = [{step.name: arguments(step)} for step in self.passes]
         plain["exports"] = [{step.name: arguments(step)} for step in self.exports]
         return plain
 
     def _data_path(self, key: str, path: Path) -> str:
-        found, tried = self._find(path)
-        if found is None:
+        existing, tried = self._find(path)
+        if existing is None:
             raise DataError(f"{self.where('data')}.{key}: no file or folder {tried}; give an existing path")
-        return str(found)
+        return str(existing)
 
     def _find(self, path: Path) -> tuple[Path | None, str]:
-        places = dict.fromkeys([(self.file.parent / path).resolve(), path.resolve()])
-        found = next((place for place in places if place.exists()), None)
-        return found, " nor ".join(map(str, places))
+        candidates = dict.fromkeys([(self.file.parent / path).resolve(), path.resolve()])
+        existing = next((candidate for candidate in candidates if candidate.exists()), None)
+        return existing, " nor ".join(map(str, candidates))
 
 
 def arguments(step: Pass | Exporter) -> dict[str, Any]:

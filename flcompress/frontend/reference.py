@@ -43,8 +43,8 @@ def recipe_schema() -> dict[str, Any]:
         "passes": {name: find_pass(name) for name in PASSES},
         "exports": {name: find_exporter(name) for name in EXPORTERS},
     }
-    for key, found in steps.items():
-        properties[key] = _steps(Recipe.model_fields[key].description or "", found, definitions)
+    for key, kinds in steps.items():
+        properties[key] = _steps(Recipe.model_fields[key].description or "", kinds, definitions)
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "flcompress recipe",
@@ -107,8 +107,8 @@ def declarations(kind: type[Pass] | type[Exporter]) -> list[str]:
         needs = ", ".join(sorted(kind.model_construct().needs))
     except AttributeError:
         needs = "depends on its arguments"  # its needs read an argument that has no default
-    told = {"Needs": needs, "Gives": ", ".join(sorted(kind.gives)), "Voids": ", ".join(sorted(kind.voids))}
-    return [f"{word}: {facts}" for word, facts in told.items() if facts]
+    facts_by_word = {"Needs": needs, "Gives": ", ".join(sorted(kind.gives)), "Voids": ", ".join(sorted(kind.voids))}
+    return [f"{word}: {facts}" for word, facts in facts_by_word.items() if facts]
 
 
 def summary(kind: type) -> str:
@@ -139,7 +139,7 @@ def _expected(key: str, field: FieldInfo) -> str:
 def _steps(description: str, kinds: Mapping[str, type[BaseModel]], definitions: dict[str, Any]) -> dict[str, Any]:
     named = {name: _inline(kind.model_json_schema(by_alias=True), definitions) for name, kind in kinds.items()}
     bare = [name for name, kind in kinds.items() if not any(f.is_required() for f in kind.model_fields.values())]
-    one = {
+    step = {
         "type": "object",
         "additionalProperties": False,
         "minProperties": 1,
@@ -148,7 +148,7 @@ def _steps(description: str, kinds: Mapping[str, type[BaseModel]], definitions: 
             name: {"anyOf": [schema, {"type": "null"}]} if name in bare else schema for name, schema in named.items()
         },
     }
-    return {"description": description, "type": "array", "items": {"anyOf": [one, {"enum": bare}]}}
+    return {"description": description, "type": "array", "items": {"anyOf": [step, {"enum": bare}]}}
 
 
 def _inline(schema: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:

@@ -91,9 +91,9 @@ def parse_yaml(text: str, origin: str, *, lines: bool = False) -> Located:
         node = yaml.compose(text, _Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        place = f"{origin}:{mark.line + 1}" if lines and mark is not None else origin
+        where = f"{origin}:{mark.line + 1}" if lines and mark is not None else origin
         problem = getattr(error, "problem", None) or "not YAML"
-        raise RecipeError(f"{place}: cannot be read as YAML: {problem}") from error
+        raise RecipeError(f"{where}: cannot be read as YAML: {problem}") from error
     reader.origins[()] = origin
     data = None if node is None else reader.value(node, ())
     return Located(data, reader.origins)
@@ -108,36 +108,36 @@ class _Reader:
     def at(self, node: Any) -> str:
         return f"{self._origin}:{node.start_mark.line + 1}" if self._lines else self._origin
 
-    def place(self, node: Any, loc: Loc) -> str:
+    def where(self, node: Any, loc: Loc) -> str:
         return f"{self.at(node)}: {dotted(loc)}" if loc else self.at(node)
 
     def value(self, node: yaml.Node, loc: Loc) -> Any:
         if isinstance(node, yaml.MappingNode) and node.tag == _TAG + "map":
             return self._mapping(node, loc)
         if isinstance(node, yaml.SequenceNode) and node.tag == _TAG + "seq":
-            found = []
-            for place, item in enumerate(node.value):
-                self.origins[(*loc, place)] = self.at(item)
-                found.append(self.value(item, (*loc, place)))
-            return found
+            items = []
+            for position, item in enumerate(node.value):
+                self.origins[(*loc, position)] = self.at(item)
+                items.append(self.value(item, (*loc, position)))
+            return items
         if isinstance(node, yaml.ScalarNode):
             return self._scalar(node, loc)
-        raise RecipeError(f"{self.place(node, loc)}: tag {node.tag} is not read; leave it out")
+        raise RecipeError(f"{self.where(node, loc)}: tag {node.tag} is not read; leave it out")
 
     def _mapping(self, node: yaml.MappingNode, loc: Loc) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        mapping: dict[str, Any] = {}
         for key_node, value_node in node.value:
             key = key_node.value
             if not isinstance(key, str):
-                raise RecipeError(f"{self.place(key_node, loc)}: a list or mapping as a key, expected a name")
+                raise RecipeError(f"{self.where(key_node, loc)}: a list or mapping as a key, expected a name")
             here = (*loc, key)
-            if key in found:
+            if key in mapping:
                 raise RecipeError(
-                    f"{self.place(key_node, here)}: given twice, first at {self.origins[here]}; remove one"
+                    f"{self.where(key_node, here)}: given twice, first at {self.origins[here]}; remove one"
                 )
             self.origins[here] = self.at(key_node)
-            found[key] = self.value(value_node, here)
-        return found
+            mapping[key] = self.value(value_node, here)
+        return mapping
 
     def _scalar(self, node: yaml.ScalarNode, loc: Loc) -> str | int | float | bool | None:
         kind, text = node.tag.removeprefix(_TAG), str(node.value)
@@ -150,8 +150,8 @@ class _Reader:
         if kind == "float":
             number = float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
             if not math.isfinite(number):
-                raise RecipeError(f"{self.place(node, loc)}: {text} given, expected a finite number")
+                raise RecipeError(f"{self.where(node, loc)}: {text} given, expected a finite number")
             return number
         if kind == "str":
             return text
-        raise RecipeError(f"{self.place(node, loc)}: tag {node.tag} is not read; leave it out")
+        raise RecipeError(f"{self.where(node, loc)}: tag {node.tag} is not read; leave it out")

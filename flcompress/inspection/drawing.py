@@ -30,47 +30,47 @@ def check_picture(path: Path) -> None:
         raise RequestError(f"--out: {path.parent}: no such folder; make it first")
 
 
-def draw_inspection(found: Inspection, path: Path) -> None:
+def draw_inspection(inspection: Inspection, path: Path) -> None:
     """Draw the block graph (rows of boxes, height by share of the parameters), and the shares of each stack."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    rows = math.ceil(len(found.graph.blocks) / COLUMNS)
+    rows = math.ceil(len(inspection.graph.blocks) / COLUMNS)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(11.0, 1.5 + 1.1 * rows + 0.34 * (len(found.graph.stacks) + 2)))
-        above, below = figure.subplots(2, 1, height_ratios=[1.1 * rows, 0.34 * (len(found.graph.stacks) + 2)])
-        _blocks(above, found)
-        _stacks(below, found)
-        figure.suptitle(_title(found), fontsize=9)
+        figure = Figure(figsize=(11.0, 1.5 + 1.1 * rows + 0.34 * (len(inspection.graph.stacks) + 2)))
+        above, below = figure.subplots(2, 1, height_ratios=[1.1 * rows, 0.34 * (len(inspection.graph.stacks) + 2)])
+        _blocks(above, inspection)
+        _stacks(below, inspection)
+        figure.suptitle(_title(inspection), fontsize=9)
         with replacing(path) as temporary:
             figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=150, metadata={})
 
 
-def _title(found: Inspection) -> str:
-    graph = found.graph
+def _title(inspection: Inspection) -> str:
+    graph = inspection.graph
     title = f"{graph.model_class}: {len(graph.blocks)} blocks, {graph.parameters:,} parameters"
-    if found.clip is not None and not found.unknown_flops:
-        clip = f"{found.clip.height} x {found.clip.width} x {found.clip.frames}"
+    if inspection.clip is not None and not inspection.unknown_flops:
+        clip = f"{inspection.clip.height} x {inspection.clip.width} x {inspection.clip.frames}"
         title += f", {graph.flops / 1e12:,.1f} TFLOPs a forward at {clip}"
     return title
 
 
-def _blocks(axes: Any, found: Inspection) -> None:
+def _blocks(axes: Any, inspection: Inspection) -> None:
     from matplotlib.patches import Rectangle
 
-    graph = found.graph
+    graph = inspection.graph
     largest = max(block.parameters for block in graph.blocks)
-    places: dict[str, tuple[float, float]] = {INPUT: (-1.0, 0.0)}
-    gone = [set(removal.removed) for removal in found.removals]
+    positions: dict[str, tuple[float, float]] = {INPUT: (-1.0, 0.0)}
+    gone = [set(removal.removed) for removal in inspection.removals]
     for number, block in enumerate(graph.blocks):
         row, column = divmod(number, COLUMNS)
-        places[block.path] = (float(column), -1.3 * row)
-    last = places[graph.blocks[-1].path]
-    places[OUTPUT] = (last[0] + 1.0, last[1])
-    flows = graph.flows or _in_order(found)
-    order = {path: number for number, path in enumerate(places)}
+        positions[block.path] = (float(column), -1.3 * row)
+    last = positions[graph.blocks[-1].path]
+    positions[OUTPUT] = (last[0] + 1.0, last[1])
+    flows = graph.flows or _in_order(inspection)
+    order = {path: number for number, path in enumerate(positions)}
     for source, target in flows:
-        (x1, y1), (x2, y2) = places[source], places[target]
+        (x1, y1), (x2, y2) = positions[source], positions[target]
         if source == INPUT and order[target] > 1:
             continue  # what every block is given would only cover the picture
         if y1 == y2 and x2 - x1 <= 1.0:
@@ -89,10 +89,10 @@ def _blocks(axes: Any, found: Inspection) -> None:
             arrow = {"arrowstyle": "-", "color": "#c3c7cd", "lw": 0.6, "connectionstyle": bend}
             axes.annotate("", (x2, y2), (x1, y1), arrowprops=arrow, zorder=0)
     for block in graph.blocks:
-        x, y = places[block.path]
+        x, y = positions[block.path]
         tall = max(0.08, 0.72 * block.parameters / largest)
-        colour = _colour(found, block.stack)
-        often = sum(block.path in one for one in gone)
+        colour = _colour(inspection, block.stack)
+        often = sum(block.path in removed for removed in gone)
         axes.add_patch(
             Rectangle(
                 (x - 0.36, y - tall / 2), 0.72, tall, facecolor=colour, edgecolor=colour,
@@ -101,41 +101,43 @@ def _blocks(axes: Any, found: Inspection) -> None:
         )  # fmt: skip
         axes.text(x, y - tall / 2 - 0.04, str(block.index), ha="center", va="top", fontsize=6.5, color="#4b5058")
     for node, text in ((INPUT, "in"), (OUTPUT, "out")):
-        axes.text(*places[node], text, ha="center", va="center", fontsize=7.5, bbox={"fc": "white", "ec": "#9aa0a8"})
+        axes.text(*positions[node], text, ha="center", va="center", fontsize=7.5, bbox={"fc": "white", "ec": "#9aa0a8"})
     axes.set_xlim(-1.5, COLUMNS + 0.2)
     axes.set_ylim(last[1] - 0.75, 0.6)
     axes.axis("off")
 
 
-def _in_order(found: Inspection) -> list[tuple[str, str]]:
+def _in_order(inspection: Inspection) -> list[tuple[str, str]]:
     """The lists' own order, where nothing was traced."""
-    paths = [block.path for block in found.graph.blocks]
+    paths = [block.path for block in inspection.graph.blocks]
     return list(itertools.pairwise(paths))
 
 
-def _stacks(axes: Any, found: Inspection) -> None:
-    graph = found.graph
+def _stacks(axes: Any, inspection: Inspection) -> None:
+    graph = inspection.graph
     names = [*graph.stacks, "outside blocks"]
-    for place, name in enumerate(names):
+    for row, name in enumerate(names):
         blocks = graph.stacks.get(name, ())
         parameters = sum(block.parameters for block in blocks)
         flops = sum(block.flops for block in blocks)
         if not blocks:
             parameters = graph.parameters - sum(block.parameters for block in graph.blocks)
             flops = graph.flops - sum(block.flops for block in graph.blocks)
-        colour = _colour(found, name)
-        axes.barh(place - 0.2, parameters / graph.parameters, 0.36, color=colour)
+        colour = _colour(inspection, name)
+        axes.barh(row - 0.2, parameters / graph.parameters, 0.36, color=colour)
         text = f" {parameters / graph.parameters:.1%} of the parameters"
-        axes.text(parameters / graph.parameters, place - 0.2, text, va="center", fontsize=7)
-        if not found.unknown_flops:
-            axes.barh(place + 0.2, flops / graph.flops, 0.36, color=colour, alpha=0.5)
+        axes.text(parameters / graph.parameters, row - 0.2, text, va="center", fontsize=7)
+        if not inspection.unknown_flops:
+            axes.barh(row + 0.2, flops / graph.flops, 0.36, color=colour, alpha=0.5)
             axes.text(
-                flops / graph.flops, place + 0.2, f" {flops / graph.flops:.1%} of the FLOPs", va="center", fontsize=7
+                flops / graph.flops, row + 0.2, f" {flops / graph.flops:.1%} of the FLOPs", va="center", fontsize=7
             )
-    lefts = [one for one in found.removals if not one.problem]
-    told = "; ".join(f"{one.share:.0%} removed: {one.blocks} blocks, {one.parameters:,} parameters" for one in lefts)
-    if told:
-        axes.set_xlabel(f"{told} (pale boxes: the middle blocks, by parameters; no importance scores)")
+    lefts = [removal for removal in inspection.removals if not removal.problem]
+    summary = "; ".join(
+        f"{removal.share:.0%} removed: {removal.blocks} blocks, {removal.parameters:,} parameters" for removal in lefts
+    )
+    if summary:
+        axes.set_xlabel(f"{summary} (pale boxes: the middle blocks, by parameters; no importance scores)")
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.25)
@@ -144,6 +146,6 @@ def _stacks(axes: Any, found: Inspection) -> None:
         axes.spines[side].set_visible(False)
 
 
-def _colour(found: Inspection, stack: str) -> str:
-    names = list(found.graph.stacks)
+def _colour(inspection: Inspection, stack: str) -> str:
+    names = list(inspection.graph.stacks)
     return COLOURS[min(names.index(stack), len(COLOURS) - 1)] if stack in names else COLOURS[-1]

@@ -74,7 +74,7 @@ class Inspection:
         """Plain data; `flops` are null where they could not be counted."""
         graph, known = self.graph, not self.unknown_flops
 
-        def held(blocks: Sequence[Block]) -> dict[str, Any]:
+        def figures(blocks: Sequence[Block]) -> dict[str, Any]:
             parameters = sum(block.parameters for block in blocks)
             flops = sum(block.flops for block in blocks)
             return {
@@ -93,14 +93,14 @@ class Inspection:
             "clip": asdict(self.clip) if self.clip else None,
             "latents": list(self.latents) if self.latents else None,
             "timesteps": self.timesteps or None,
-            "other_transformers": [asdict(one) for one in self.others],
+            "other_transformers": [asdict(other) for other in self.others],
             "stacks": [
                 {
                     "path": stack,
                     "blocks": len(blocks),
                     "config_key": graph.config_keys.get(stack),
                     "kind": blocks[0].kind,
-                    **held(blocks),
+                    **figures(blocks),
                 }
                 for stack, blocks in graph.stacks.items()
             ],
@@ -109,7 +109,7 @@ class Inspection:
                     "path": block.path,
                     "stack": block.stack,
                     "kind": block.kind,
-                    **held([block]),
+                    **figures([block]),
                     "streams": [str(stream) for stream in block.streams],
                     "removable": block.removable,
                     "reason": block.reason,
@@ -152,9 +152,9 @@ def inspect_model(
     known = usual_grid(name, transformer.config)
     clip, latents = None, None
     if known is not None:
-        given = {"height": height, "width": width, "frames": frames, "tokens": tokens}
+        overrides = {"height": height, "width": width, "frames": frames, "tokens": tokens}
         grid, usual = known
-        clip = replace(usual, **{key: value for key, value in given.items() if value is not None})
+        clip = replace(usual, **{key: value for key, value in overrides.items() if value is not None})
         latents = grid.latents(clip.frames, clip.height, clip.width, ("--frames", "--height", "--width"))
     graph, problem = _graph(transformer, clip, latents)
     return Inspection(
@@ -173,21 +173,21 @@ def _others(source: Source) -> tuple[Other, ...]:
     from flcompress.models.loading import meta_transformer
     from flcompress.tracing.counting import listed_blocks
 
-    found = []
-    for place, (name, config) in enumerate(zip(source.others, source.other_configs, strict=True), start=1):
-        other = Other(name=name, timesteps=_timesteps(source.boundary_ratio, place))
+    others = []
+    for number, (name, config) in enumerate(zip(source.others, source.other_configs, strict=True), start=1):
+        other = Other(name=name, timesteps=_timesteps(source.boundary_ratio, number))
         if config is not None:
             graph = listed_blocks(meta_transformer(config))
             other = replace(other, model_class=graph.model_class, blocks=len(graph.blocks), parameters=graph.parameters)
-        found.append(other)
-    return tuple(found)
+        others.append(other)
+    return tuple(others)
 
 
-def _timesteps(boundary_ratio: float | None, place: int) -> str:
-    """What the pipeline's transformer number `place` answers; empty where it does not share the timesteps."""
-    if boundary_ratio is None or place > 1:
+def _timesteps(boundary_ratio: float | None, number: int) -> str:
+    """Return the timesteps of the pipeline's transformer number `number`; "" if it does not share them."""
+    if boundary_ratio is None or number > 1:
         return ""
-    return f"{'below' if place else 'from'} {boundary_ratio * NUM_TRAIN_TIMESTEPS:g}"
+    return f"{'below' if number else 'from'} {boundary_ratio * NUM_TRAIN_TIMESTEPS:g}"
 
 
 def _graph(transformer: Any, clip: ClipSize | None, latents: tuple[int, int, int] | None) -> tuple[BlockGraph, str]:

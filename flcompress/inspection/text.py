@@ -9,20 +9,20 @@ from flcompress.ir.graph import BlockGraph
 from flcompress.wording import table
 
 
-def inspection_text(found: Inspection) -> str:
+def inspection_text(inspection: Inspection) -> str:
     """An inspection as text for people."""
-    plain, graph = found.to_dict(), found.graph
-    lines = [f"{found.model}: {graph.model_class}, {len(graph.blocks)} blocks, {graph.parameters:,} parameters"]
-    if found.timesteps:
-        lines.append(f"one of two experts: it answers the timesteps {found.timesteps} (high noise)")
-    if found.clip and found.latents:
-        shape = " x ".join(map(str, found.latents))
+    plain, graph = inspection.to_dict(), inspection.graph
+    lines = [f"{inspection.model}: {graph.model_class}, {len(graph.blocks)} blocks, {graph.parameters:,} parameters"]
+    if inspection.timesteps:
+        lines.append(f"one of two experts: it answers the timesteps {inspection.timesteps} (high noise)")
+    if inspection.clip and inspection.latents:
+        shape = " x ".join(map(str, inspection.latents))
         lines.append(
-            f"at {found.clip.height} x {found.clip.width} x {found.clip.frames} frames (latents {shape}) and "
-            f"{found.clip.tokens} tokens of text: {graph.flops:,} FLOPs a forward"
+            f"at {inspection.clip.height} x {inspection.clip.width} x {inspection.clip.frames} frames "
+            f"(latents {shape}) and {inspection.clip.tokens} tokens of text: {graph.flops:,} FLOPs a forward"
         )
-    if found.unknown_flops:
-        lines.append(f"FLOPs not counted: {found.unknown_flops}")
+    if inspection.unknown_flops:
+        lines.append(f"FLOPs not counted: {inspection.unknown_flops}")
     lines.append("")
     rows = [("", "kind", "parameters", "share", "FLOPs", "share")]
     for stack in plain["stacks"]:
@@ -35,29 +35,36 @@ def inspection_text(found: Inspection) -> str:
     others = {
         "parameters": outside,
         "share": outside / graph.parameters,
-        "flops": None if found.unknown_flops else rest,
-        "flops_share": None if found.unknown_flops else rest / graph.flops,
+        "flops": None if inspection.unknown_flops else rest,
+        "flops_share": None if inspection.unknown_flops else rest / graph.flops,
     }
     rows.append(("outside blocks", "", *_figures(others)))
     lines += table(rows, left=2)
     lines += ["", f"what removals would leave ({CHOICE}):"]
-    lines += [f"  {_removal_text(removal, graph)}" for removal in found.removals]
-    lines += [_other_text(one) for one in found.others]
+    lines += [f"  {_removal_text(removal, graph)}" for removal in inspection.removals]
+    lines += [_other_text(other) for other in inspection.others]
     return "\n".join(lines)
 
 
-def _figures(held: dict[str, Any]) -> tuple[str, str, str, str]:
-    if held["flops"] is None:
-        return f"{held['parameters']:,}", f"{held['share']:.2%}", "-", "-"
-    return f"{held['parameters']:,}", f"{held['share']:.2%}", f"{held['flops']:,}", f"{held['flops_share']:.2%}"
+def _figures(figures: dict[str, Any]) -> tuple[str, str, str, str]:
+    if figures["flops"] is None:
+        return f"{figures['parameters']:,}", f"{figures['share']:.2%}", "-", "-"
+    return (
+        f"{figures['parameters']:,}",
+        f"{figures['share']:.2%}",
+        f"{figures['flops']:,}",
+        f"{figures['flops_share']:.2%}",
+    )
 
 
-def _other_text(one: Other) -> str:
-    role = f"the other expert, timesteps {one.timesteps} (low noise)" if one.timesteps else "another transformer"
-    held = "its config.json is not here"
-    if one.blocks is not None:
-        held = f"{one.model_class}, {one.blocks} blocks, {one.parameters:,} parameters; inspect its folder for more"
-    return f"{one.name}: {role}: {held}"
+def _other_text(other: Other) -> str:
+    role = f"the other expert, timesteps {other.timesteps} (low noise)" if other.timesteps else "another transformer"
+    description = "its config.json is not here"
+    if other.blocks is not None:
+        description = (
+            f"{other.model_class}, {other.blocks} blocks, {other.parameters:,} parameters; inspect its folder for more"
+        )
+    return f"{other.name}: {role}: {description}"
 
 
 def _removal_text(left: Removal, graph: BlockGraph) -> str:

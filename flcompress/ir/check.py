@@ -40,9 +40,9 @@ def _order(blocks: Sequence[Block]) -> Iterator[str]:
         indices.setdefault(block.stack, []).append(block.index)
         if block.path != f"{block.stack}.{block.index}":
             yield f"'{block.path}' is not entry {block.index} of stack '{block.stack}'"
-    for stack, found in indices.items():
-        if found != list(range(len(found))):
-            yield f"stack '{stack}' runs its indices as {found}, expected 0 to {len(found) - 1} in order"
+    for stack, positions in indices.items():
+        if positions != list(range(len(positions))):
+            yield f"stack '{stack}' runs its indices as {positions}, expected 0 to {len(positions) - 1} in order"
 
 
 def _sums(blocks: Sequence[Block], *, parameters: int, flops: int) -> Iterator[str]:

@@ -134,8 +134,8 @@ class BlockGraph:
         return BlockGraph(
             model_class=self.model_class,
             parameters=self.parameters
-            + sum(one.parameters - self.block(path).parameters for path, one in updated.items()),
-            flops=self.flops + sum(one.flops - self.block(path).flops for path, one in updated.items()),
+            + sum(block.parameters - self.block(path).parameters for path, block in updated.items()),
+            flops=self.flops + sum(block.flops - self.block(path).flops for path, block in updated.items()),
             blocks=[updated.get(block.path, block) for block in self.blocks],
             flows=self.flows,
             config_keys=self.config_keys,
@@ -147,9 +147,9 @@ class BlockGraph:
 
     def verify(self) -> None:
         """Raise PostconditionError, naming every fault, unless the graph is one a pass may be given."""
-        found = faults(self.blocks, self.graph, parameters=self.parameters, flops=self.flops)
-        if found:
-            raise PostconditionError(f"block graph of {self.model_class}: {'; '.join(found)}")
+        problems = faults(self.blocks, self.graph, parameters=self.parameters, flops=self.flops)
+        if problems:
+            raise PostconditionError(f"block graph of {self.model_class}: {'; '.join(problems)}")
 
 
 def _flow_order(flow: Flow) -> tuple[str, str, tuple[int, ...], str]:

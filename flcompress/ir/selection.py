@@ -43,13 +43,13 @@ def choose(
         middle = (len(order) - 1) / 2.0
         blocks.sort(key=lambda block: abs(order.index(block.path) - middle))
     chosen: set[str] = set()
-    held = 0
+    removed = 0
     for block in blocks:
-        if held >= share * graph.parameters:
+        if removed >= share * graph.parameters:
             break
         chosen.add(block.path)
-        held += block.parameters
-    if held < share * graph.parameters or len(chosen) == len(graph.blocks):
+        removed += block.parameters
+    if removed < share * graph.parameters or len(chosen) == len(graph.blocks):
         raise PreconditionError(
             f"remove: {share:g} of the parameters asked for; the blocks that may go hold "
             f"{sum(block.parameters for block in blocks) / graph.parameters:.3f} and one must stay; ask for less"

@@ -33,7 +33,7 @@ def _line(graph: BlockGraph, block: Block) -> str:
 
 
 def _sources(graph: BlockGraph, node: str) -> str:
-    order = {path: place for place, path in enumerate(["input", *(block.path for block in graph.blocks)])}
+    order = {path: position for position, path in enumerate(["input", *(block.path for block in graph.blocks)])}
     return ", ".join(sorted(graph.graph.predecessors(node), key=order.__getitem__)) or "nothing"
 
 

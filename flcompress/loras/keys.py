@@ -46,7 +46,7 @@ def remap(lora: Mapping[str, Shape], model: PrunedModel, saved_modules: Collecti
     """
     known = Modules(model)
     keys: dict[str, str] = {}
-    kept: dict[str, ModuleName] = {}
+    remaining: dict[str, ModuleName] = {}
     modules: dict[str, tuple[str, ModuleName]] = {}
     dropped: dict[str, dict[str, None]] = {}
     others: dict[tuple[str, Shape], dict[str, int]] = {}
@@ -74,8 +74,8 @@ def remap(lora: Mapping[str, Shape], model: PrunedModel, saved_modules: Collecti
     for key, (module, parsed) in modules.items():
         if parsed.rest not in dropped.get(parsed.block, {}):
             keys[key] = rename_key(key, parsed, known.new)
-            kept[module] = parsed
-    if not kept:
+            remaining[module] = parsed
+    if not remaining:
         if dropped:
             raise RequestError(
                 f"all {sum(map(len, dropped.values()))} modules of this LoRA are in blocks that were removed "
@@ -85,8 +85,8 @@ def remap(lora: Mapping[str, Shape], model: PrunedModel, saved_modules: Collecti
     return Remapped(
         keys={key: keys[key] for key in lora if key in keys},
         dropped={block: tuple(sorted(dropped[block])) for block in sorted(dropped, key=_block_order)},
-        modules={plain(old): plain(rename_key(old, parsed, known.new)) for old, parsed in kept.items()},
-        renumbered=sum(bool(parsed.stack) and known.new[parsed.block] != parsed.block for parsed in kept.values()),
+        modules={plain(old): plain(rename_key(old, parsed, known.new)) for old, parsed in remaining.items()},
+        renumbered=sum(bool(parsed.stack) and known.new[parsed.block] != parsed.block for parsed in remaining.values()),
     )
 
 

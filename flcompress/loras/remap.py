@@ -176,12 +176,12 @@ def pruned_model(path: Path, model: Path | None = None) -> PrunedModel:
     kept_file = next((path for path in maps if path.is_file()), None)
     if kept_file is None:
         raise RequestError(f"{path}: no run directory, no exported folder and no {KEPT_FILE}; expected one of them")
-    kept = read_json(kept_file, "")
-    if not kept or not all(isinstance(old, str) and _is_block(old) and _is_block(new) for new, old in kept.items()):
+    names = read_json(kept_file, "")
+    if not names or not all(isinstance(old, str) and _is_block(old) and _is_block(new) for new, old in names.items()):
         raise RequestError(f'{kept_file}: no map of kept blocks; expected entries such as "blocks.1": "blocks.3"')
     config = read_json(kept_file.parent / "config.json", f"{KEPT_FILE} is next to an exported transformer")
     name = str(config.get("_class_name"))
-    return PrunedModel(name=name, shapes=_shapes(kept_file.parent), kept=kept, original=_original(name))
+    return PrunedModel(name=name, shapes=_shapes(kept_file.parent), kept=names, original=_original(name))
 
 
 def _original(name: str) -> OriginalNames:

@@ -78,11 +78,11 @@ def matching_tensors(folder: Path, model: Any) -> dict[str, StoredTensor]:
     stored = folder_tensors(folder)
     fit = diffusers_fit(model, stored, sharded=stock_files(folder).index is not None)
     _check_fit(folder, fit, stored)
-    held = model.state_dict()
-    for name, tensor in held.items():
+    expected = model.state_dict()
+    for name, tensor in expected.items():
         if tensor.is_floating_point() and not stored[name].floating:
             raise _quantised(stored[name].file, name, stored[name].dtype)
-    return {name: stored[name] for name in held}
+    return {name: stored[name] for name in expected}
 
 
 def load_tables(folder: Path, factory: Any) -> Any:

@@ -16,20 +16,20 @@ class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Count the storages that operations make, until they are freed.
 
     Args:
-        given: count a storage that no operation made too, once one returns it: weights read from a file.
+        count_stored: count a storage that no operation made too, once one returns it: weights read from a file.
 
     Attributes:
         most: bytes at the fullest moment so far.
     """
 
-    def __init__(self, *, given: bool = False) -> None:
+    def __init__(self, *, count_stored: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._given, self.most, self._now = given, 0, 0
+        self._count_stored, self.most, self._now = count_stored, 0, 0
         self._known: weakref.WeakKeyDictionary[UntypedStorage, None] = weakref.WeakKeyDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        old = () if self._given else tree_leaves((args, kwargs))
+        old = () if self._count_stored else tree_leaves((args, kwargs))
         inputs = {leaf.untyped_storage()._cdata for leaf in old if isinstance(leaf, Tensor)}
         for tensor in tree_leaves(result):
             if not isinstance(tensor, Tensor) or tensor.device.type == "meta":

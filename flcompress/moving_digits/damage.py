@@ -76,8 +76,8 @@ def erase(clips: torch.Tensor, strength: torch.Tensor, generator: torch.Generato
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     distance = ((y - (centre // width)[:, None, None]).square() + (x - (centre % width)[:, None, None]).square()).sqrt()
     radius = (ERASED_PIXELS * strength).repeat_interleave(frames)[:, None, None]
-    kept = torch.sigmoid(2.0 * (distance - radius)).where(radius > 0, torch.ones(()))
-    return (clips + 1.0) * kept.reshape(n, 1, frames, height, width) - 1.0
+    mask = torch.sigmoid(2.0 * (distance - radius)).where(radius > 0, torch.ones(()))
+    return (clips + 1.0) * mask.reshape(n, 1, frames, height, width) - 1.0
 
 
 def smear(clips: torch.Tensor, strength: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -45,8 +45,10 @@ def build_moving_digits(
     digest, size = write_shard(folder / "clips-00000.safetensors", concatenate(encoded))
     shown = tuple(ClipRecord(file=f"{number}", prompt=prompt_index[caption]) for number, caption in enumerate(wanted))
     bucket = (digits.FRAMES, digits.HEIGHT, digits.WIDTH)
-    held = ClipShard(file="clips-00000.safetensors", sha256=digest, bytes=size, size=bucket, clips=shown)
+    clips_shard = ClipShard(file="clips-00000.safetensors", sha256=digest, bytes=size, size=bucket, clips=shown)
     embeds = parts.encode_prompts(prompts, length)
     digest, size = write_shard(folder / "prompts-00000.safetensors", embeds)
     prompt_shard = PromptShard(file="prompts-00000.safetensors", sha256=digest, bytes=size, prompts=len(prompts))
-    Index(request=dict(request), prompts=prompts, prompt_shards=(prompt_shard,), clip_shards=(held,)).write(folder)
+    Index(request=dict(request), prompts=prompts, prompt_shards=(prompt_shard,), clip_shards=(clips_shard,)).write(
+        folder
+    )

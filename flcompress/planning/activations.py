@@ -70,17 +70,17 @@ def saved_activations(
     transformer: Path, graph: BlockGraph, tokens: int, shape: LatentShape, precision: Precision
 ) -> SavedActivations:
     """Count the activations of a forward at latents [batch, channels, *shape], at a batch of one and of two."""
-    one, two = (count_activations(transformer, tokens, shape, precision, graph, batch=batch) for batch in (1, 2))
+    single, double = (count_activations(transformer, tokens, shape, precision, graph, batch=batch) for batch in (1, 2))
     inference = count_activations(transformer, tokens, shape, precision, graph, gradients=False).alive
 
     def affine(first: float, second: float) -> Bytes:
         return Bytes(fixed=max(0.0, 2.0 * first - second), sample=second - first)
 
     return SavedActivations(
-        outside=affine(one.total - sum(one.blocks), two.total - sum(two.blocks)),
-        blocks=affine(sum(one.blocks), sum(two.blocks)),
-        block=affine(max(one.blocks), max(two.blocks)),
-        streams=affine(one.streams, two.streams),
+        outside=affine(single.total - sum(single.blocks), double.total - sum(double.blocks)),
+        blocks=affine(sum(single.blocks), sum(double.blocks)),
+        block=affine(max(single.blocks), max(double.blocks)),
+        streams=affine(single.streams, double.streams),
         inference=Bytes(fixed=0.0, sample=inference),
     )
 

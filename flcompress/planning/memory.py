@@ -154,19 +154,19 @@ def update_memory(
         placement: how the training is split.
         micro_batches: whether gradients accumulate over several micro batches.
     """
-    whole = FP32 * trained
-    part = whole / placement.processes
+    total = FP32 * trained
+    part = total / placement.processes
     # AdamW's denominator is as large as the tensor that is stepped, here one flat tensor; on the CPU there are two.
     # With one moment the tensor is stepped in slices.
     denominator = 0.0 if moments == 1 else part if placement.gpu else 2.0 * part
     sent = FP32 * min(BUCKET, trained)
     bucket = FP32 * BUCKET if placement.gpu else sent
-    waiting = (part if placement.engine in ("zero2", "fsdp2") else whole) * micro_batches
+    waiting = (part if placement.engine in ("zero2", "fsdp2") else total) * micro_batches
     match placement.engine:
         case "local":
-            return UpdateMemory(gradients=whole, forward=waiting, backward=whole, step=whole)
+            return UpdateMemory(gradients=total, forward=waiting, backward=total, step=total)
         case "ddp":  # gradients are in its buckets, which stay; until the last micro batch they are outside
-            return UpdateMemory(gradients=0.0, lasting=whole, forward=waiting, backward=0.0, step=0.0)
+            return UpdateMemory(gradients=0.0, lasting=total, forward=waiting, backward=0.0, step=0.0)
         case "fsdp2":  # gathered weights, their gradients, and a copy of those that is being sent
             return UpdateMemory(gradients=part, forward=waiting + gathered, backward=part + 3.0 * gathered, step=part)
         case "zero3":  # its part of the gradients, the bucket and gathered weights stay; a step flattens the part
@@ -178,9 +178,9 @@ def update_memory(
             )
     # zero1 and zero2: the fp32 part that is stepped is a copy, and the bucket is reduced in a flat copy of its own.
     # zero2 also adds the part of a micro batch to that of the earlier ones.
-    left = whole - sent if placement.engine == "zero1" else waiting
+    left = total - sent if placement.engine == "zero1" else waiting
     return UpdateMemory(
-        gradients=whole if placement.engine == "zero1" else part,
+        gradients=total if placement.engine == "zero1" else part,
         lasting=part,
         forward=waiting + bucket,
         backward=left + bucket + sent + part,
@@ -270,7 +270,7 @@ def plan_memory(
     peak = max(peaks, default=0.0)
     if not updates:
         activations = peak = saved.inference.of(samples)
-    remembered = saved.streams.of(samples) * cost.remembers
+    remembered = saved.streams.of(samples) * cost.keeps_activations
     # Models are loaded one after the other, and part by part where an engine splits them: loading is never the peak.
     return PlannedMemory(
         process=0.0 if gpu else PROCESS,

@@ -204,7 +204,7 @@ def make_plan(recipe: Recipe, flops_per_second: float | None = None, machine: Ma
                 flops=_flops(graph, remaining),
                 steps=cost.steps,
                 batch=plan.batch,
-                forwards=round(cost.forwards + cost.again * own.gradient_checkpointing),
+                forwards=round(cost.forwards + cost.recomputed * own.gradient_checkpointing),
                 processes=plan.processes,
                 seconds=plan.seconds,
                 memory=plan.memory,
@@ -236,10 +236,10 @@ def make_plan(recipe: Recipe, flops_per_second: float | None = None, machine: Ma
 def _check_batch(recipe: Recipe, index: int, planned: PlannedInput, planner: Planner, processes: int) -> None:
     cost, step = planned.cost(planner.graph), planned.step
     if step.distributed and cost.steps and cost.batch % processes:
-        whole = -(-cost.batch // processes) * processes
+        divisible = -(-cost.batch // processes) * processes
         raise RecipeError(
             f"{recipe.where(f'passes[{index}]')}.{step.name}.batch: {cost.batch} given, expected a multiple of the "
-            f"{processes} processes; --set passes.{step.name}.batch={whole}"
+            f"{processes} processes; --set passes.{step.name}.batch={divisible}"
         )
 
 
@@ -354,14 +354,14 @@ class PlannedExperts:
             evaluations: steps of its student, or the model's own evaluations without one.
         """
         before = self._source.contract
-        whole = float(self._source.graph.parameters)
+        original = float(self._source.graph.parameters)
         if before.experts is None:
-            return evaluations, before.evaluations / evaluations * whole / parameters
+            return evaluations, before.evaluations / evaluations * original / parameters
         after = before
         if evaluations != before.evaluations:
             after = student_contract(before, evaluations, family_of(self._source.index["_class_name"]).sigmas)
         teacher, student = self._partners
-        return after.evaluations, _work(before, whole, teacher) / _work(after, parameters, student)
+        return after.evaluations, _work(before, original, teacher) / _work(after, parameters, student)
 
 
 def _work(contract: SamplingContract, own: float, partner: float) -> float:

@@ -131,7 +131,7 @@ class Planner:
             processes=processes,
             gpu=machine.gpu,
         )
-        forwards = cost.forwards + cost.again * setting.gradient_checkpointing
+        forwards = cost.forwards + cost.recomputed * setting.gradient_checkpointing
         return PlannedSetting(
             setting=setting,
             processes=processes,

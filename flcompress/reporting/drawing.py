@@ -19,22 +19,22 @@ ROW, DROP = 82.0, 46.0
 MARGIN = 28.0
 
 
-def block_graph(found: Blocks, *, columns: int) -> str:
+def block_graph(blocks: Blocks, *, columns: int) -> str:
     """Draw the original model's blocks and the edges that data flows along now.
 
     A box's height is its share of the parameters (the largest fills the box), its shade its importance. Rows hold at
     most `columns` blocks and are as equal as they can be; data runs from left to right and row to row.
     """
-    layout = _Layout(found, columns)
-    largest = max(fate.share for fate in found.fates) or 1.0
-    shades = _shades(found)
+    layout = _Layout(blocks, columns)
+    largest = max(fate.share for fate in blocks.fates) or 1.0
+    shades = _shades(blocks)
     parts = [
         f'<svg class="graph" viewBox="0 0 {layout.width:g} {layout.height:g}" role="img" '
         f'style="max-width: {1.3 * layout.width:.0f}px" '
-        f'aria-label="Block graph: {len(found.fates)} blocks, {len(found.gone)} removed">'
+        f'aria-label="Block graph: {len(blocks.fates)} blocks, {len(blocks.gone)} removed">'
     ]
-    parts += [_edge(source, target, layout) for source, target in found.edges]
-    parts += [_box(fate, *layout.at(fate.block.path), largest, shades) for fate in found.fates]
+    parts += [_edge(source, target, layout) for source, target in blocks.edges]
+    parts += [_box(fate, *layout.at(fate.block.path), largest, shades) for fate in blocks.fates]
     parts += [_end("in", *layout.at(INPUT)), _end("out", *layout.at(OUTPUT)), "</svg>"]
     return "".join(parts)
 
@@ -42,25 +42,25 @@ def block_graph(found: Blocks, *, columns: int) -> str:
 class _Layout:
     """Where every node of the graph lies."""
 
-    def __init__(self, found: Blocks, columns: int) -> None:
-        self.fates = found.fates
+    def __init__(self, blocks: Blocks, columns: int) -> None:
+        self.fates = blocks.fates
         rows = math.ceil(len(self.fates) / columns)
         across = math.ceil(len(self.fates) / rows)
         self.order = {fate.block.path: n for n, fate in enumerate(self.fates)} | {INPUT: -1, OUTPUT: len(self.fates)}
         self.right = MARGIN + across * PITCH
         self.width, self.height = self.right + MARGIN, 0.0
-        self._places: dict[str, tuple[float, float]] = {}
+        self._positions: dict[str, tuple[float, float]] = {}
         for start in range(0, len(self.fates), across):
             row = self.fates[start : start + across]
             line = self.height + BOX
             for column, fate in enumerate(row):
-                self._places[fate.block.path] = (MARGIN + (column + 0.5) * PITCH, line)
-            self._places.setdefault(INPUT, (12.0, line))
-            self._places[OUTPUT] = (MARGIN + len(row) * PITCH + 14, line)
+                self._positions[fate.block.path] = (MARGIN + (column + 0.5) * PITCH, line)
+            self._positions.setdefault(INPUT, (12.0, line))
+            self._positions[OUTPUT] = (MARGIN + len(row) * PITCH + 14, line)
             self.height += ROW + (DROP if any(fate.fate == "removed" for fate in row) else 0.0)
 
     def at(self, node: str) -> tuple[float, float]:
-        return self._places[node]
+        return self._positions[node]
 
 
 def _edge(source: str, target: str, layout: _Layout) -> str:
@@ -105,9 +105,9 @@ def _end(text: str, x: float, y: float) -> str:
     return f'<g class="end"><circle cx="{x:g}" cy="{y:g}" r="4"/><text x="{x:g}" y="{y - 10:g}">{text}</text></g>'
 
 
-def _shades(found: Blocks) -> dict[str, float]:
+def _shades(blocks: Blocks) -> dict[str, float]:
     """Path -> 0 (least important) to 1, linear or, where the values spread far, logarithmic."""
-    values = {fate.block.path: score.mean for fate, score in found.scored}
+    values = {fate.block.path: score.mean for fate, score in blocks.scored}
     if not values:
         return {}
     if min(values.values()) > 0 and max(values.values()) / min(values.values()) > LOG_SPREAD:

@@ -33,13 +33,13 @@ class Sampling:
     @classmethod
     def read(cls, contract: ContractPart) -> Sampling:
         """Return the cost of sampling by a stored contract."""
-        whole = SamplingContract.from_dict(contract.dump())
+        sampling = SamplingContract.from_dict(contract.dump())
         return cls(
-            steps=whole.num_inference_steps,
-            guidance=whole.guidance_scale,
-            sigmas=whole.sigmas,
-            evaluations=whole.evaluations,
-            own=whole.own_evaluations,
+            steps=sampling.num_inference_steps,
+            guidance=sampling.guidance_scale,
+            sigmas=sampling.sigmas,
+            evaluations=sampling.evaluations,
+            own=sampling.own_evaluations,
         )
 
 
@@ -153,8 +153,8 @@ def blocks(run: RunRecord) -> Blocks | None:
         gone, fate = prune.removed, "removed"
         reasons = prune.reasons
         cut = run.entry("prune")
-        kept = prune.kept
-        edges = [(kept.get(a, a), kept.get(b, b)) for a, b in cut.graph().flows] if cut else edges
+        names = prune.kept
+        edges = [(names.get(a, a), names.get(b, b)) for a, b in cut.graph().flows] if cut else edges
     else:
         depth = run.result("stochastic-depth", StochasticDepthResult)
         gone, fate = (depth.prune_set if depth is not None else []), "chosen"

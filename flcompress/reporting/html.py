@@ -50,42 +50,44 @@ def render(run: RunRecord) -> str:
         lstrip_blocks=True,
     )
     for filter_ in (wording.count, wording.size, wording.duration, wording.number, wording.share, wording.ratio,
-                    wording.moment, wording.bounds, wording.spread, wording.taken):  # fmt: skip
+                    wording.moment, wording.bounds, wording.in_brackets, wording.elapsed):  # fmt: skip
         environment.filters[filter_.__name__] = filter_
     style, _, _ = environment.loader.get_source(environment, "report.css")  # type: ignore[union-attr]
-    found, trained = blocks(run), trainings(run)
+    fates, trained = blocks(run), trainings(run)
     measured = quality(run.evaluation) if run.evaluation is not None else None
     return environment.get_template("report.html.j2").render(
         style=Markup(style),
         run=run,
         name=run.info.name or run.path.name,
         top=headline(run),
-        blocks=found,
-        pictures=_pictures(found),
-        training=[(one, _curves(one), [(label, _address(file)) for label, file in one.strips]) for one in trained],
+        blocks=fates,
+        pictures=_pictures(fates),
+        training=[
+            (entry, _curves(entry), [(label, _address(file)) for label, file in entry.strips]) for entry in trained
+        ],
         quality=measured,
         strips=_strips(run, measured),
         comparison=_comparison(run),
         speed=speed(run.bench) if run.bench is not None else None,
         steps=steps(run),
         exports=exports(run),
-        certificate=_certificate(found),
+        certificate=_certificate(fates),
         journal=run.journal[-LONGEST_JOURNAL:],
         environment=_environment(run),
     )
 
 
-def _pictures(found: Blocks | None) -> dict[str, Markup]:
+def _pictures(fates: Blocks | None) -> dict[str, Markup]:
     """Each drawing twice, for a desk and for a phone; the style sheet shows one."""
-    if found is None:
+    if fates is None:
         return {}
     pictures = {
-        "graph_wide": drawing.block_graph(found, columns=WIDE_ROW),
-        "graph_narrow": drawing.block_graph(found, columns=NARROW_ROW),
+        "graph_wide": drawing.block_graph(fates, columns=WIDE_ROW),
+        "graph_narrow": drawing.block_graph(fates, columns=NARROW_ROW),
     }
-    if found.scored:
+    if fates.scored:
         for name, draw in (("importance", plots.importance), ("levels", plots.levels)):
-            pictures |= {f"{name}_wide": draw(found), f"{name}_narrow": draw(found, narrow=True)}
+            pictures |= {f"{name}_wide": draw(fates), f"{name}_narrow": draw(fates, narrow=True)}
     return {name: Markup(picture) for name, picture in pictures.items() if picture}
 
 
@@ -96,9 +98,9 @@ def _curves(training: Training) -> list[Markup]:
     ]
 
 
-def _certificate(found: Blocks | None) -> dict[str, str]:
+def _certificate(fates: Blocks | None) -> dict[str, str]:
     """What the check of the cut found; which blocks went is in the table above it."""
-    facts = flatten(found.certificate) if found is not None and found.certificate is not None else {}
+    facts = flatten(fates.certificate) if fates is not None and fates.certificate is not None else {}
     return {key: value for key, value in facts.items() if value and key != "removed" and not key.startswith("kept.")}
 
 
@@ -109,14 +111,14 @@ def _strips(run: RunRecord, measured: Quality | None) -> list[tuple[str, str]]:
     together = run.inside("eval/strips/comparison.png")
     if together is not None:
         return [("Teacher beside student, prompt by prompt", _address(together))]
-    found: list[tuple[str, str]] = []
+    pictures: list[tuple[str, str]] = []
     named = [c for c in measured.contenders if c.strip]
     for contender in sorted(named, key=lambda c: ("teacher-50", "student").index(c.name) if c.name in (
         "teacher-50", "student") else 2):  # fmt: skip
         file = run.inside(contender.strip or "")
         if file is not None:
-            found.append((contender.label, _address(file)))
-    return found
+            pictures.append((contender.label, _address(file)))
+    return pictures
 
 
 def _comparison(run: RunRecord) -> str | None:

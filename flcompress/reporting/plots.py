@@ -57,9 +57,9 @@ DRAWN = 400
 """Points a curve is drawn with: more would only make the page heavy."""
 
 
-def importance(found: Blocks, *, narrow: bool = False) -> str:
+def importance(blocks: Blocks, *, narrow: bool = False) -> str:
     """Importance over depth with two standard errors, first and last quarter shaded, as SVG; needs scores."""
-    scored = found.scored
+    scored = blocks.scored
 
     def draw(figure: Any) -> None:
         axes = figure.add_subplot()
@@ -75,8 +75,8 @@ def importance(found: Blocks, *, narrow: bool = False) -> str:
                     elinewidth=1.1, label=label, linestyle="none",
                 )  # fmt: skip
         _value_axis(axes, [score.mean for _, score in scored])
-        _depth_axis(axes, found, narrow)
-        axes.set_ylabel("ELBO lost without the block" if found.weighting == "elbo" else "importance")
+        _depth_axis(axes, blocks, narrow)
+        axes.set_ylabel("ELBO lost without the block" if blocks.weighting == "elbo" else "importance")
         axes.legend(loc="upper center", ncols=2, bbox_to_anchor=(0.5, 1.12))
 
     return _svg(
@@ -84,9 +84,9 @@ def importance(found: Blocks, *, narrow: bool = False) -> str:
     )
 
 
-def levels(found: Blocks, *, narrow: bool = False) -> str:
+def levels(blocks: Blocks, *, narrow: bool = False) -> str:
     """The same, one small plot a noise level; "" where no block has levels."""
-    scored = found.scored
+    scored = blocks.scored
     bands = [(low, high) for low, high, _, _ in scored[0][1].per_level] if scored else []
     if not bands or any(len(score.per_level) != len(bands) for _, score in scored):
         return ""
@@ -95,21 +95,21 @@ def levels(found: Blocks, *, narrow: bool = False) -> str:
 
     def draw(figure: Any) -> None:
         grid = figure.subplots(rows, columns, squeeze=False, sharex=True)
-        for place, axes in enumerate(grid.flat):
-            if place >= len(bands):
+        for index, axes in enumerate(grid.flat):
+            if index >= len(bands):
                 axes.set_visible(False)
                 continue
             _quarters(axes, len(scored))
             for x, (fate, score) in enumerate(scored):
-                _, _, mean, error = score.per_level[place]
-                kept = fate.fate == "kept"
+                _, _, mean, error = score.per_level[index]
+                remains = fate.fate == "kept"
                 axes.errorbar(
-                    [x], [mean], [2 * error], fmt="o", color=KEPT if kept else GONE, elinewidth=0.9,
-                    markerfacecolor=KEPT if kept else "none", markersize=0.75 * _marker(len(scored)),
+                    [x], [mean], [2 * error], fmt="o", color=KEPT if remains else GONE, elinewidth=0.9,
+                    markerfacecolor=KEPT if remains else "none", markersize=0.75 * _marker(len(scored)),
                 )  # fmt: skip
-            _value_axis(axes, [score.per_level[place][2] for _, score in scored])
-            _depth_axis(axes, found, True, label=place >= len(bands) - columns)
-            axes.set_title(f"noise level {bands[place][0]:.2f} to {bands[place][1]:.2f}")
+            _value_axis(axes, [score.per_level[index][2] for _, score in scored])
+            _depth_axis(axes, blocks, True, label=index >= len(bands) - columns)
+            axes.set_title(f"noise level {bands[index][0]:.2f} to {bands[index][1]:.2f}")
 
     size = (4.4, 1.9 * rows + 0.3) if narrow else (9.4, 2.1 * rows + 0.3)
     return _svg(draw, size, f"levels-{narrow}", "Importance of each block over depth, one plot per noise level")
@@ -126,8 +126,8 @@ def curves(
     def draw(figure: Any) -> None:
         axes = figure.add_subplot()
         smoothed: list[float] = []
-        for place, (label, points) in enumerate(lines.items()):
-            colour = LINES[place % len(LINES)]
+        for index, (label, points) in enumerate(lines.items()):
+            colour = LINES[index % len(LINES)]
             x, raw = [p[0] for p in _thinned(points)], [p[1] for p in _thinned(points)]
             mean = _running(points)
             smoothed += [p[1] for p in mean]
@@ -179,8 +179,8 @@ def _value_axis(axes: Any, values: Sequence[float]) -> None:
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4), useMathText=False)
 
 
-def _depth_axis(axes: Any, found: Blocks, narrow: bool, label: bool = True) -> None:
-    scored = found.scored
+def _depth_axis(axes: Any, blocks: Blocks, narrow: bool, label: bool = True) -> None:
+    scored = blocks.scored
     every = max(1, math.ceil(len(scored) / (8 if narrow else 32)))
     ticks = range(0, len(scored), every)
     axes.set_xticks(list(ticks), [str(scored[x][0].block.index) for x in ticks])

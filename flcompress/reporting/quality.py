@@ -124,14 +124,14 @@ def quality(results: EvalFile) -> Quality:
     ]
     contenders = [
         Contender(
-            name=names[place],
+            name=names[index],
             label=row.label,
             evaluations=row.evaluations,
             parameters=row.parameters,
-            cells=[column[place] for column in columns],
+            cells=[column[index] for column in columns],
             strip=row.strip,
         )
-        for place, row in enumerate(rows)
+        for index, row in enumerate(rows)
     ]
     return Quality(
         benchmark=results.benchmark,
@@ -172,17 +172,17 @@ def _comparisons(metrics: list[Metric], contenders: list[Contender], differences
     student = next((contender for contender in contenders if contender.name == "student"), None)
     if student is None:
         return []
-    found: list[Comparison] = []
-    for place, metric in enumerate(metrics):
+    comparisons: list[Comparison] = []
+    for index, metric in enumerate(metrics):
         if metric.key not in ("frechet", "prompt_accuracy"):
             continue
         for other in contenders:
-            ours, theirs = student.cells[place].value, other.cells[place].value
+            ours, theirs = student.cells[index].value, other.cells[index].value
             if other is student or ours is None or theirs is None:
                 continue
             difference = differences.between(student.name, other.name, metric.key)
             ahead = metric.better * difference.mean > 0
-            found.append(
+            comparisons.append(
                 Comparison(
                     metric=metric.label,
                     other=other.label,
@@ -192,4 +192,4 @@ def _comparisons(metrics: list[Metric], contenders: list[Contender], differences
                     verdict="not told apart" if difference.holds(0.0) else "better" if ahead else "worse",
                 )
             )
-    return found
+    return comparisons

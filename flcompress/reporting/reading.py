@@ -37,7 +37,7 @@ class Entry:
     index: int
     name: str
     key: str
-    given: Mapping[str, Any]
+    argument_values: Mapping[str, Any]
     seconds: float
     peak_rss_mb: float | None
     attempts: int = 1
@@ -45,7 +45,10 @@ class Entry:
     @property
     def arguments(self) -> str:
         """Its arguments on one line."""
-        shown = (f"{key}: {one if isinstance(one, str) else json.dumps(one)}" for key, one in self.given.items())
+        shown = (
+            f"{key}: {value if isinstance(value, str) else json.dumps(value)}"
+            for key, value in self.argument_values.items()
+        )
         return ", ".join(shown)
 
     def program(self) -> ProgramFile:
@@ -109,13 +112,13 @@ class RunRecord:
     @property
     def latest(self) -> list[Event]:
         """The journal's events since the recipe was last started."""
-        starts = [place for place, event in enumerate(self.journal) if event.event == "start"]
+        starts = [index for index, event in enumerate(self.journal) if event.event == "start"]
         return self.journal[starts[-1] :] if starts else self.journal
 
     def entry(self, name: str) -> Entry | None:
         """The last pass of that name."""
-        found = [entry for entry in self.entries if entry.name == name]
-        return found[-1] if found else None
+        matches = [entry for entry in self.entries if entry.name == name]
+        return matches[-1] if matches else None
 
     def result(self, name: str, kind: type[AnyRecord]) -> AnyRecord | None:
         """`result.json` of the last pass of that name."""
@@ -141,7 +144,7 @@ def read_run(run_dir: Path) -> RunRecord:
         raise RequestError(f"{run_dir}: has no run.json, expected a run directory; flcompress apply RECIPE makes one")
     info = RunFile.read(run_dir / "run.json")
     # Results of earlier versions of a recipe stay beside these; a folder being there does not mean that it counts.
-    entries = [_entry(run_dir / place, index) for index, place in enumerate(info.entries)]
+    entries = [_entry(run_dir / folder, index) for index, folder in enumerate(info.entries)]
     evaluation = EvalFile.read_optional(run_dir / "eval" / "results.json")
     bench = BenchFile.read_optional(run_dir / "bench" / "results.json")
     # A result was measured on the last of the entries if it names the whole key of that.
@@ -172,7 +175,7 @@ def _entry(folder: Path, index: int) -> Entry:
         index=index,
         name=record.name,
         key=record.key,
-        given=record.arguments,
+        argument_values=record.arguments,
         seconds=record.seconds,
         peak_rss_mb=record.peak_rss_mb,
         attempts=record.attempts,
@@ -191,7 +194,7 @@ def _unfinished(run_dir: Path, journal: list[Event], index: int) -> Unfinished |
         index=index,
         name=begun.name,
         key=begun.key,
-        given=begun.arguments,
+        argument_values=begun.arguments,
         seconds=seconds_so_far(folder / ATTEMPTS_FILE, begun.key),
         peak_rss_mb=None,
     )

@@ -36,7 +36,7 @@ class Export:
 def steps(run: RunRecord) -> list[Step]:
     """Passes and exports of the latest attempt in order; the stored entries where there is no journal."""
     arguments = {entry.key: entry.arguments for entry in run.entries}
-    found = [
+    rows = [
         Step(
             event=event.event,
             name=event.name,
@@ -49,7 +49,7 @@ def steps(run: RunRecord) -> list[Step]:
         for event in run.latest
         if event.event in ("pass", "export", "failed")
     ]
-    return found or [
+    return rows or [
         Step(
             event="pass",
             name=entry.name,
@@ -65,12 +65,12 @@ def steps(run: RunRecord) -> list[Step]:
 
 def exports(run: RunRecord) -> list[Export]:
     """Every export with its size on disk."""
-    found: list[Export] = []
+    rows: list[Export] = []
     for name, summary in run.exports.items():
         folder = run.path / "exports" / name
         octets = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else None
-        found.append(Export(name=name, folder=folder, octets=octets, summary=flatten(summary.dump())))
-    return found
+        rows.append(Export(name=name, folder=folder, octets=octets, summary=flatten(summary.dump())))
+    return rows
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

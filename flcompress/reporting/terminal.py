@@ -30,9 +30,9 @@ def print_summary(run_dir: Path, console: Console) -> None:
         RecordError: a file in it is damaged.
     """
     run = read_run(run_dir)
-    found, passes = blocks(run), steps(run)
+    fates, passes = blocks(run), steps(run)
     # Everything is read before the first line is printed: an error does not follow half a summary.
-    top, made, trained = headline(run), exports(run), trainings(run)
+    top, exported, trained = headline(run), exports(run), trainings(run)
     measured = quality(run.evaluation) if run.evaluation is not None else None
     console.print(f"[bold]{escape(run.info.name or run_dir.name)}[/bold]  {escape(str(run_dir))}")
     if top is None:
@@ -45,8 +45,8 @@ def print_summary(run_dir: Path, console: Console) -> None:
         console.print(_unmeasured("quality", "eval", run), end="\n\n", highlight=False)
     else:
         _quality(measured, console)
-    if found is not None:
-        _removed(found, console)
+    if fates is not None:
+        _removed(fates, console)
     _trainings(trained, console)
     if passes:
         table = _table("Passes and exports", "step", "status", ">time", ">peak memory")
@@ -54,11 +54,11 @@ def print_summary(run_dir: Path, console: Console) -> None:
             table.add_row(
                 escape(step.name),
                 step.status,
-                wording.taken(step.seconds, step.attempts) if step.seconds is not None else "",
+                wording.elapsed(step.seconds, step.attempts) if step.seconds is not None else "",
                 wording.size(step.peak_rss_mb * 1e6) if step.peak_rss_mb is not None else "",
             )
         console.print(table)
-    _exports(made, console)
+    _exports(exported, console)
     page = run_dir / "report.html"
     console.print(f"Report: {escape(str(page))}" if page.is_file() else "Report: not written yet", highlight=False)
 
@@ -99,19 +99,19 @@ def _unmeasured(what: str, command: str, run: RunRecord) -> str:
     return f"{what}: not measured; run flcompress {command} {escape(str(run.path))}"
 
 
-def _quality(found: Quality, console: Console) -> None:
+def _quality(quality: Quality, console: Console) -> None:
     # Four columns fit a terminal; the page has them all.
     shown = [
-        place for place, metric in enumerate(found.metrics) if metric.key in ("frechet", "prompt_accuracy", "average")
+        index for index, metric in enumerate(quality.metrics) if metric.key in ("frechet", "prompt_accuracy", "average")
     ]
-    table = _table("Quality, with 95 % confidence intervals", "model", *(">" + found.metrics[n].label for n in shown))
-    for contender in found.contenders:
+    table = _table("Quality, with 95 % confidence intervals", "model", *(">" + quality.metrics[n].label for n in shown))
+    for contender in quality.contenders:
         table.add_row(escape(contender.label), *(_cell(contender.cells[n]) for n in shown))
-    if found.floor is not None:
-        table.add_row("real against real (floor)", *(_cell(found.floor[n]) for n in shown))
+    if quality.floor is not None:
+        table.add_row("real against real (floor)", *(_cell(quality.floor[n]) for n in shown))
     console.print(table)
     console.print("* best mean   ~ paired difference from the best may be 0: not known to be worse\n", highlight=False)
-    if found.comparisons:
+    if quality.comparisons:
         table = _table(
             "Student minus other, paired by seed, with 95 % confidence intervals",
             "against",
@@ -119,8 +119,10 @@ def _quality(found: Quality, console: Console) -> None:
             ">difference",
             "verdict",
         )
-        for seen in found.comparisons:
-            table.add_row(escape(seen.other), seen.metric, wording.around(seen.difference), seen.verdict)
+        for comparison in quality.comparisons:
+            table.add_row(
+                escape(comparison.other), comparison.metric, wording.around(comparison.difference), comparison.verdict
+            )
         console.print(table)
 
 
@@ -128,38 +130,38 @@ def _cell(cell: Cell) -> str:
     return f"{wording.around(cell.value)} {MARKS[cell.mark]:1}" if cell.value is not None else ""
 
 
-def _removed(found: Blocks, console: Console) -> None:
-    if not found.gone:
+def _removed(fates: Blocks, console: Console) -> None:
+    if not fates.gone:
         console.print("removed: nothing\n", highlight=False)
         return
-    done = found.gone[0].fate == "removed"
+    done = fates.gone[0].fate == "removed"
     table = _table(
         "Removed blocks" if done else "Blocks chosen for removal", "block", ">parameters", ">importance", "why"
     )
-    for fate in found.gone:
+    for fate in fates.gone:
         score = f"{wording.number(fate.score.mean)} ± {wording.number(fate.score.standard_error)}" if fate.score else ""
         table.add_row(escape(fate.block.path), wording.share(fate.share), score, escape(fate.reason))
     console.print(table)
 
 
-def _trainings(found: list[Training], console: Console) -> None:
-    watched = [training for training in found if training.figures or training.status != "done"]
+def _trainings(trainings: list[Training], console: Console) -> None:
+    watched = [training for training in trainings if training.figures or training.status != "done"]
     if not watched:
         return
     table = _table("Trainings", "pass", "status", ">step", "held-out figure", ">start", ">best look", ">latest")
     for training in watched:
         step = f"{training.step} of {training.steps}" if training.steps else str(training.step)
         row = [escape(training.entry.name), training.status, step]
-        for figure in [one for one in training.figures if one.decides]:
+        for figure in [figure for figure in training.figures if figure.decides]:
             best = f"{wording.number(figure.best)} at {training.best_step}" if figure.best is not None else ""
-            latest = wording.number(figure.latest) + wording.spread(figure.spread)
+            latest = wording.number(figure.latest) + wording.in_brackets(figure.redraw_range)
             row += [escape(figure.name), wording.number(figure.first), best, latest]
         table.add_row(*row)
     console.print(table)
     for training in watched:
         for breach in training.breaches:
             value = wording.number(breach.value) if breach.value is not None else "not finite"
-            value += wording.spread(breach.spread)
+            value += wording.in_brackets(breach.redraw_range)
             console.print(
                 f"{breach.action}: {training.entry.name}: step {breach.step}: {breach.figure} {value}, expected "
                 f"{wording.bounds(breach.bounds)}",
@@ -170,12 +172,12 @@ def _trainings(found: list[Training], console: Console) -> None:
         console.print()
 
 
-def _exports(made: list[Export], console: Console) -> None:
-    if not made:
+def _exports(exports: list[Export], console: Console) -> None:
+    if not exports:
         console.print("exports: none\n", highlight=False)
         return
     table = _table("Exports", "export", ">size", "parity")
-    for export in made:
+    for export in exports:
         parity = [f"{key} {value}" for key, value in export.summary.items() if any(w in key for w in PARITY_WORDS)]
         table.add_row(
             escape(export.name),

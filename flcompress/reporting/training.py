@@ -34,12 +34,15 @@ class Panel:
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """One held-out figure over the looks; `spread` is its range on other draws at the latest one, where it has one."""
+    """A figure of the held-out evaluations.
+
+    `redraw_range` is its range on other draws at the latest evaluation, if it has any.
+    """
 
     name: str
     first: float
     latest: float
-    spread: Bounds
+    redraw_range: Bounds
     best: float | None
     bounds: Bounds
     healthy: bool
@@ -50,16 +53,16 @@ class Figure:
 class Breach:
     """A figure that went beyond its limit, and what followed: "warn", "stop" or "rollback".
 
-    `spread` is its range on other draws, where it has one.
+    `redraw_range` is its range on other draws, where it has one.
     """
 
     step: int
     figure: str
     value: float | None
-    spread: Bounds
+    redraw_range: Bounds
     bounds: Bounds
     setting: str
-    mend: str
+    fix: str
     action: str
     best_step: int
 
@@ -90,11 +93,11 @@ class Training:
 
 def trainings(run: RunRecord) -> list[Training]:
     """Those of the stored passes, and the one that is under way."""
-    found = [made for entry in run.entries if (made := _training(entry, "done")) is not None]
+    trained = [training for entry in run.entries if (training := _training(entry, "done")) is not None]
     if run.unfinished is not None:
         status = "running" if run.unfinished.running else "stopped"
-        found += [made for made in [_training(run.unfinished.entry, status)] if made is not None]
-    return found
+        trained += [training for training in [_training(run.unfinished.entry, status)] if training is not None]
+    return trained
 
 
 def _training(entry: Entry, status: str) -> Training | None:
@@ -108,35 +111,35 @@ def _training(entry: Entry, status: str) -> Training | None:
     health = HealthFile.read_optional(entry.folder / "health.json")
     breaches = [_breach(line) for line in BreachLine.read_lines(entry.folder / "breaches.jsonl")]
     held_out = health.held_out if health is not None else ""
-    looks = dict(fields.get(held_out, []))
+    evaluations = dict(fields.get(held_out, []))
     lines = RedrawsLine.read_lines(entry.folder / "redraws.jsonl")
     redraws: dict[float, Sequence[Draw]] = {line.step: line.draws for line in lines}
     reference = lines[-1].reference if lines else []
-    means = _means(held_out, looks, redraws)
+    means = _means(held_out, evaluations, redraws)
     ended = [breach.best_step for breach in breaches if breach.action == "rollback"]
-    best = int(ended[-1] if ended else min(means, key=lambda step: means[step])) if looks else None
-    of_best = looks.get(best) if best is not None else None
+    best = int(ended[-1] if ended else min(means, key=lambda step: means[step])) if evaluations else None
+    of_best = evaluations.get(best) if best is not None else None
     bounds = {name: _bounds(name, health, of_best, _redrawn(name, reference)) for name in fields}
     beyond = {breach.figure for breach in breaches}
     return Training(
         entry=entry,
         status=status,
         step=int(max(record.step for record in records)),
-        steps=int(entry.given["steps"]) if isinstance(entry.given.get("steps"), int) else None,
+        steps=int(entry.argument_values["steps"]) if isinstance(entry.argument_values.get("steps"), int) else None,
         panels=_panels(fields, bounds),
         figures=[
             Figure(
                 name=_words(name),
                 first=curve[0][1],
                 latest=curve[-1][1],
-                spread=_spread(name, redraws.get(curve[-1][0], [])),
+                redraw_range=_redraw_range(name, redraws.get(curve[-1][0], [])),
                 best=dict(curve).get(best) if best is not None else None,
                 bounds=bounds[name],
                 healthy=_words(name) not in beyond or _within(curve[-1][1], bounds[name]),
                 decides=name == held_out,
             )
             for name, curve in fields.items()
-            if looks and {step for step, _ in curve} <= looks.keys()
+            if evaluations and {step for step, _ in curve} <= evaluations.keys()
         ],
         breaches=breaches,
         best_step=best,
@@ -144,10 +147,12 @@ def _training(entry: Entry, status: str) -> Training | None:
     )
 
 
-def _means(figure: str, looks: Mapping[float, float], redraws: Mapping[float, Sequence[Draw]]) -> dict[float, float]:
+def _means(
+    figure: str, evaluations: Mapping[float, float], redraws: Mapping[float, Sequence[Draw]]
+) -> dict[float, float]:
     """Step -> mean of a figure over all draws of a look; looks without redraws count where none has any."""
-    counted = looks.keys() & redraws.keys() or looks.keys()
-    return {step: fmean([looks[step], *_redrawn(figure, redraws.get(step, []))]) for step in sorted(counted)}
+    counted = evaluations.keys() & redraws.keys() or evaluations.keys()
+    return {step: fmean([evaluations[step], *_redrawn(figure, redraws.get(step, []))]) for step in sorted(counted)}
 
 
 def _redrawn(figure: str, draws: Iterable[Draw]) -> list[float]:
@@ -155,9 +160,9 @@ def _redrawn(figure: str, draws: Iterable[Draw]) -> list[float]:
     return [draw[figure] for draw in draws if figure in draw]
 
 
-def _spread(figure: str, draws: Iterable[Draw]) -> Bounds:
-    found = _redrawn(figure, draws)
-    return (min(found), max(found)) if found else (None, None)
+def _redraw_range(figure: str, draws: Iterable[Draw]) -> Bounds:
+    values = _redrawn(figure, draws)
+    return (min(values), max(values)) if values else (None, None)
 
 
 def _fields(records: Iterable[MetricsLine]) -> dict[str, Curve]:
@@ -223,10 +228,10 @@ def _breach(line: BreachLine) -> Breach:
         step=line.step,
         figure=_words(line.figure),
         value=line.value,
-        spread=(min(redrawn), max(redrawn)) if redrawn else (None, None),
+        redraw_range=(min(redrawn), max(redrawn)) if redrawn else (None, None),
         bounds=(line.low, line.high),
         setting=line.setting,
-        mend=line.mend,
+        fix=line.mend,
         action=line.action,
         best_step=line.best_step,
     )
@@ -235,7 +240,7 @@ def _breach(line: BreachLine) -> Breach:
 def _strips(folder: Path) -> list[tuple[str, Path]]:
     steps = sorted(folder.glob("step-*.png"))
     if len(steps) > MOST_STRIPS:
-        steps = [steps[round(place * (len(steps) - 1) / (MOST_STRIPS - 1))] for place in range(MOST_STRIPS)]
+        steps = [steps[round(number * (len(steps) - 1) / (MOST_STRIPS - 1))] for number in range(MOST_STRIPS)]
     teacher = folder / "teacher.png"
     shown = [("teacher", teacher)] if teacher.is_file() else []
     return shown + [(f"step {int(path.stem.removeprefix('step-'))}", path) for path in steps]

@@ -167,12 +167,12 @@ class _InTurn:
     def network(self, load: Load) -> Network:
         """What `load` gives, as a network that loads it when it is needed."""
 
-        def call(x: torch.Tensor, timestep: torch.Tensor, given: Conditioning) -> torch.Tensor:
+        def call(x: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
             if self._loaded is None or self._loaded[0] is not load:
                 self._loaded = None
                 free_gpu_memory()
                 self._loaded = load, load()
-            return self._loaded[1](x, timestep, given)
+            return self._loaded[1](x, timestep, conditioning)
 
         return call
 
@@ -203,9 +203,9 @@ def _exported_network(
 def _reporting(network: Network, total: int, progress: ProgressSink) -> Network:
     done = 0
 
-    def call(x: torch.Tensor, timestep: torch.Tensor, given: Conditioning) -> torch.Tensor:
+    def call(x: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         nonlocal done
-        velocity = network(x, timestep, given)
+        velocity = network(x, timestep, conditioning)
         done += 1
         progress(done, total, {})
         return velocity

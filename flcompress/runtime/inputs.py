@@ -56,7 +56,7 @@ def tensors_of(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
             flat[name] = value
         elif _is_tuple_of_tensors(value):
             flat |= {f"{name}.{index}": tensor for index, tensor in enumerate(value)}
-    return {name: one.float() if one.is_floating_point() else one for name, one in flat.items()}
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in flat.items()}
 
 
 def constants_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -100,4 +100,4 @@ class Denoiser(nn.Module):
 
 
 def _is_tuple_of_tensors(value: Any) -> bool:
-    return isinstance(value, tuple | list) and len(value) > 0 and all(isinstance(one, Tensor) for one in value)
+    return isinstance(value, tuple | list) and len(value) > 0 and all(isinstance(item, Tensor) for item in value)

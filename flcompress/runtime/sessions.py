@@ -55,11 +55,11 @@ class TorchSession:
         self._guidance = guidance
         self._set(load_transformer(folder, device, torch.bfloat16 if self._half else None))
 
-    def __call__(self, x: torch.Tensor, timestep: torch.Tensor, given: Conditioning) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """Predict; the answer is on the device of `x` [n, channels, frames, height, width], in its dtype."""
         device = self._device
         with half_precision(device, enabled=self._half):
-            return self._network(x.to(device), timestep.to(device), to_device(given, device)).to(x)
+            return self._network(x.to(device), timestep.to(device), to_device(conditioning, device)).to(x)
 
     @property
     def nbytes(self) -> int:
@@ -161,9 +161,9 @@ def exported_network(session: Session, config: Mapping[str, Any], guidance: floa
     """
     family = family_of(config["_class_name"])
 
-    def call(x: torch.Tensor, timestep: torch.Tensor, given: Conditioning) -> torch.Tensor:
-        arguments = family.arguments(config, x, timestep, given, guidance)
+    def call(x: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        arguments = family.arguments(config, x, timestep, conditioning, guidance)
         output = session(tensors_of(family.export_arguments(config, arguments)))
-        return family.prediction(config, output.to(x.device), x, timestep, given)
+        return family.prediction(config, output.to(x.device), x, timestep, conditioning)
 
     return call

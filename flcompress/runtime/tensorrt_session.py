@@ -72,7 +72,7 @@ class TensorRTSession:
         """Run the engine: named inputs to the predicted `sample`."""
         wanted = {self.engine.get_tensor_name(index) for index in range(self.engine.num_io_tensors)} - {OUTPUT}
         # What the traced forward never looks at is no input of the engine.
-        tensors = {name: one.detach().to(DEVICE).contiguous() for name, one in inputs.items() if name in wanted}
+        tensors = {name: tensor.detach().to(DEVICE).contiguous() for name, tensor in inputs.items() if name in wanted}
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())  # the copies above
         self._use_profile({name: tuple(tensor.shape) for name, tensor in tensors.items()}, stream.cuda_stream)
@@ -106,7 +106,8 @@ class TensorRTSession:
 def _holds(shapes: Mapping[str, Shapes], input_shapes: Mapping[str, tuple[int, ...]]) -> bool:
     """Whether a profile takes inputs of these shapes."""
     return all(
-        len(shape) == len(low) and all(least <= one <= most for least, one, most in zip(low, shape, high, strict=True))
+        len(shape) == len(low)
+        and all(least <= length <= most for least, length, most in zip(low, shape, high, strict=True))
         for name, shape in input_shapes.items()
         for low, high in [(shapes["min"][name], shapes["max"][name])]
     )

@@ -15,7 +15,7 @@ from flcompress.ir.block import Block
 from flcompress.ir.graph import BlockGraph
 from flcompress.models.network import as_network, stock_model
 from flcompress.tracing.call import arguments_by_name, positional_names
-from flcompress.tracing.traced import inputs_like, recall, traced_input_names
+from flcompress.tracing.graph_memo import inputs_like, recall, traced_input_names
 from flcompress.tracing.tracer import trace
 
 
@@ -64,14 +64,14 @@ def mute(model: nn.Module, paths: Iterable[str], *, graph: BlockGraph) -> Iterat
 
 
 def _without_addition(identity: Identity) -> Callable[..., Any]:
-    def blend(kept: Any, computed: Any) -> Any:
-        return None if kept is None else kept + 0.0 * (computed - kept)
+    def blend(unchanged: Any, computed: Any) -> Any:
+        return None if unchanged is None else unchanged + 0.0 * (computed - unchanged)
 
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        kept = identity(*args, **kwargs)
+        unchanged = identity(*args, **kwargs)
         if isinstance(output, torch.Tensor):
-            return blend(kept, output)
-        return tuple(blend(*pair) for pair in zip(kept, output, strict=True))
+            return blend(unchanged, output)
+        return tuple(blend(*pair) for pair in zip(unchanged, output, strict=True))
 
     return hook
 

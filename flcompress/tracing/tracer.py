@@ -23,9 +23,9 @@ from flcompress.tracing.call import (
 )
 from flcompress.tracing.config_keys import count_keys, list_keys
 from flcompress.tracing.flows import flows_of
+from flcompress.tracing.graph_memo import keep
 from flcompress.tracing.replay import Layout, adopt_streams, layout_by_shape, layout_of, signature
 from flcompress.tracing.running import Run, flop_counter, lacks_values, runs
-from flcompress.tracing.traced import keep
 
 
 def trace(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> BlockGraph:

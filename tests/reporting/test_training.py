@@ -75,7 +75,7 @@ def test_figures_are_shown_with_their_range_on_other_draws(tmp_path: Path) -> No
     (found,) = trainings(read_run(tmp_path))
     figure = next(one for one in found.figures if one.decides)
     assert found.best_step == 20  # mean of four draws 0.15; 0.2 at step 10
-    assert [round(one or 0.0, 9) for one in figure.spread] == [0.15, 0.45]
+    assert [round(one or 0.0, 9) for one in figure.redraw_range] == [0.15, 0.45]
     assert figure.bounds[1] == pytest.approx(highest(0.1, 1.0, 0.02))
     page = write_report(tmp_path).read_text(encoding="utf-8")
     assert "<strong>Step 30: critic lag 2.50</strong> (1.50 to 3.50 on other draws), expected at most 1.00" in page

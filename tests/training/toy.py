@@ -53,22 +53,22 @@ class Toy(Pass):
     def cost(self, parameters: float, blocks: int, original: float) -> Cost:
         return Cost(steps=self.steps, batch=self.batch)
 
-    def apply(self, program: Program, work: PassContext) -> Program:
-        engine, roles = engine_of(work), []
+    def apply(self, program: Program, context: PassContext) -> Program:
+        engine, roles = engine_of(context), []
         for place, name in enumerate(("student", "critic")):
             torch.manual_seed(place)
             layers = nn.Linear(8, self.width), nn.Linear(self.width, self.width), nn.Linear(self.width, 8)
-            model = nn.Sequential(layers[0], nn.GELU(), layers[1], nn.GELU(), layers[2]).to(work.device)
+            model = nn.Sequential(layers[0], nn.GELU(), layers[1], nn.GELU(), layers[2]).to(context.device)
             schedule = warmup_cosine(self.steps, 3)
             hyper = Hyper(learning_rate=1e-2)
             roles.append(
                 TrainedRole(engine, name, model, batch=self.batch, hyper=hyper, ema_decay=0.9, schedule=schedule)
             )
         student, critic = roles
-        data = work.data(program) if self.reads_from else None
+        data = context.data(program) if self.reads_from else None
 
         def train_step(step: int, draws: Draws) -> Mapping[str, float]:
-            broken = fault(step, work, data.folder if data else Path())
+            broken = fault(step, context, data.folder if data else Path())
             time.sleep(self.seconds)
             if data and step >= self.reads_from:
                 data.batch(draws.batch, draws.shared, draws.mine)
@@ -91,7 +91,7 @@ class Toy(Pass):
             critic.clear()
             return values
 
-        often = replace(work, health=Health(every=3))
+        often = replace(context, health=Health(every=3))
         watch = Watch(
             often, name=self.name, evaluate=lambda step: {"held_out": 1.0 / (1.0 + step)}, held_out="held_out"
         )
@@ -106,15 +106,15 @@ class Toy(Pass):
         )
         whole = {f"{role.name}.{key}": value for role in roles for key, value in role.full_state().items()}
         whole |= {f"average.{key}": value for key, value in student.averaged_state().items()}
-        if work.world.main:
-            save_file(whole, str(work.directory / "weights.safetensors"))
+        if context.world.main:
+            save_file(whole, str(context.directory / "weights.safetensors"))
         return program
 
 
-def fault(step: int, work: PassContext, data: Path) -> float:
+def fault(step: int, context: PassContext, data: Path) -> float:
     """Meet the fault that the environment names, if this is the process and the step; a factor for the loss."""
     kind, rank, when = os.environ.get(FAULT, "none:0:0").split(":")
-    if int(when) != step or int(rank) != work.world.rank:
+    if int(when) != step or int(rank) != context.world.rank:
         return 1.0
     if kind == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
@@ -131,7 +131,7 @@ def fault(step: int, work: PassContext, data: Path) -> float:
     elif kind == "error":
         raise ValueError("a mistake in the code")
     elif kind == "full":
-        fill(next(one for one in work.directory.parents if one.name == "disk"))
+        fill(next(one for one in context.directory.parents if one.name == "disk"))
     elif kind == "damage":
         for shard in data.glob("clips-*"):
             shard.write_bytes(bytes(shard.stat().st_size))

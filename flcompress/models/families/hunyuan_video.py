@@ -141,14 +141,14 @@ class HunyuanVideo(TrueGuidance):
     def image_conditioning(
         self, pipeline: Any, config: Config, clips: torch.Tensor, prompts: Sequence[str], length: int
     ) -> dict[str, torch.Tensor]:
-        kept = self.KEPT_IMAGE_TOKENS[str(self.image_condition(config))]
-        prompt = self._with_pictures(pipeline, [picture_of(clip) for clip in clips], prompts, length, kept)
+        interval = self.KEPT_IMAGE_TOKENS[str(self.image_condition(config))]
+        prompt = self._with_pictures(pipeline, [picture_of(clip) for clip in clips], prompts, length, interval)
         return {**prompt, "first_frame": encode_clips(pipeline.vae, clips[:, :, :1])}
 
     def _with_pictures(
-        self, pipeline: Any, pictures: Sequence[Any], prompts: Sequence[str], length: int, kept: int
+        self, pipeline: Any, pictures: Sequence[Any], prompts: Sequence[str], length: int, interval: int
     ) -> dict[str, torch.Tensor]:
-        """Encode prompts with pictures, of whose tokens one in `kept` is kept.
+        """Encode prompts with pictures, keeping one picture token in every `interval`.
 
         All are padded to one length, so that a prompt can stand for another (the network does not see padding).
         """
@@ -159,11 +159,11 @@ class HunyuanVideo(TrueGuidance):
                 picture,
                 text,
                 max_sequence_length=length,
-                image_embed_interleave=kept,
+                image_embed_interleave=interval,
                 device=pipeline.text_encoder.device,
             )
-            whole = length + self._more_tokens
-            encoded.append(_prompt(pad_tokens(embeds, whole), pad_tokens(mask, whole), pooled))
+            total = length + self._more_tokens
+            encoded.append(_prompt(pad_tokens(embeds, total), pad_tokens(mask, total), pooled))
         return {name: torch.cat([prompt[name] for prompt in encoded]) for name in self.prompt_names}
 
     @property

@@ -25,15 +25,15 @@ class Candidate:
 
     Attributes:
         changes: changes of the config.
-        built: the weightless model of the changed config.
-        kept: {tensor of `built`: its name in the model}, by renumbering alone; shapes need not fit.
-        sources: the sources of the tensors of `built`, whose shapes fit.
+        model: the weightless model of the changed config.
+        original_names: {tensor of `model`: its name in the larger model}, by renumbering alone; shapes need not fit.
+        sources: the sources of the tensors of `model`, whose shapes fit.
         cuts: entries that arguments of the forward lose.
     """
 
     changes: Changes
-    built: nn.Module
-    kept: Mapping[str, str]
+    model: nn.Module
+    original_names: Mapping[str, str]
     sources: Mapping[str, TensorSource]
     cuts: Mapping[str, Cut] = field(default_factory=dict)
 
@@ -46,7 +46,7 @@ class Candidate:
     def unused(self) -> tuple[str, ...]:
         """Tensors of kept blocks that the smaller model lacks."""
         used = {source if isinstance(source, str) else source.name for source in self.sources.values()}
-        return tuple(name for name in self.kept.values() if name not in used)
+        return tuple(name for name in self.original_names.values() if name not in used)
 
 
 class Candidates:
@@ -84,23 +84,25 @@ class Candidates:
         key = repr(sorted(changes.items()))
         if key not in self._built:
             self._built[key] = rebuild(self._model, changes)
-        built = self._built[key]
-        if isinstance(built, str):
-            yield built
+        model = self._built[key]
+        if isinstance(model, str):
+            yield model
             return
         for way in ways:
-            kept = reindex(self._shapes, way)
-            yield Candidate(changes=changes, built=built, kept=kept, sources=kept)
+            names = reindex(self._shapes, way)
+            yield Candidate(changes=changes, model=model, original_names=names, sources=names)
 
     def _check_fit(self, candidate: Candidate | str) -> Candidate | str:
         """Return the candidate if its weights fit, else the reason why they do not."""
         if isinstance(candidate, str):
             return candidate
-        return misfit(self._shapes, candidate.kept, _shapes(candidate.built)) or candidate
+        return misfit(self._shapes, candidate.original_names, _shapes(candidate.model)) or candidate
 
     def _convert(self, candidate: Candidate) -> Iterator[Candidate]:
         """Yield variants of a candidate whose weights do not fit, converting kept blocks to the kind they become."""
-        for sources in conversions(self._shapes, candidate.kept, _shapes(candidate.built), self._graph.stacks):
+        for sources in conversions(
+            self._shapes, candidate.original_names, _shapes(candidate.model), self._graph.stacks
+        ):
             yield replace(candidate, sources=sources)
 
 

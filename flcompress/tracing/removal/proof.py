@@ -50,14 +50,14 @@ class Prover:
 
     def smaller(self, paths: tuple[str, ...], candidate: Candidate) -> nn.Module | str:
         """Return the smaller model with its own weights, loaded by stock diffusers, or how it differs from the skip."""
-        built = candidate.built
+        smaller = candidate.model
         probe = self._random()
         for name, parameter in probe.named_parameters():
             # Fresh memory, as in `_reload`: kernels round differently on weights that are unaligned in a mapped file.
             parameter.data = self._model.get_parameter(name).detach().clone()
         self._probe = None
-        built.load_state_dict(state_from(probe.state_dict(), candidate.sources), assign=True)
-        loaded = _reload(built, probe)
+        smaller.load_state_dict(state_from(probe.state_dict(), candidate.sources), assign=True)
+        loaded = _reload(smaller, probe)
         if isinstance(loaded, str):
             return loaded
         with evaluating(probe, loaded):
@@ -107,12 +107,12 @@ class Prover:
         self, candidate: Candidate, expectations: list[tuple[dict[str, Any], list[Tensor]]], paths: tuple[str, ...]
     ) -> str:
         """Return how the candidate with random weights differs from the skip; "" if it does not."""
-        built, probe = candidate.built, self._random()
-        built.load_state_dict(state_from(probe.state_dict(), candidate.sources), assign=True)
-        _match_buffers(built, probe)
-        with evaluating(built):
+        smaller, probe = candidate.model, self._random()
+        smaller.load_state_dict(state_from(probe.state_dict(), candidate.sources), assign=True)
+        _match_buffers(smaller, probe)
+        with evaluating(smaller):
             for inputs, expected in expectations:
-                fault = _mismatch(built, cut_inputs(inputs, candidate.cuts), expected)
+                fault = _mismatch(smaller, cut_inputs(inputs, candidate.cuts), expected)
                 if fault:
                     return fault
         return self._missing_weight(candidate, paths)

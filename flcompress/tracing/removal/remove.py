@@ -13,12 +13,12 @@ from flcompress.errors import NotRemovable, RequestError
 from flcompress.ir.block import Block
 from flcompress.ir.graph import BlockGraph
 from flcompress.tracing.config_keys import has_config
+from flcompress.tracing.graph_memo import keep, recall
 from flcompress.tracing.removal.candidates import Candidate
 from flcompress.tracing.removal.cuts import Cut, cut_inputs
 from flcompress.tracing.removal.proof import Prover
 from flcompress.tracing.removal.sources import Chunks, Indices
 from flcompress.tracing.skip import require_blocks
-from flcompress.tracing.traced import keep, recall
 from flcompress.tracing.tracer import inputs_for, trace
 
 

@@ -47,17 +47,17 @@ Sources = Mapping[str, TensorSource]
 
 def reindex(names: Iterable[str], removed: Mapping[str, Indices]) -> dict[str, str]:
     """Return {new name: name} of the tensors outside removed entries; later entries move up to close the gaps."""
-    kept: dict[str, str] = {}
+    sources: dict[str, str] = {}
     for name in names:
         stack = next((candidate for candidate in removed if name.startswith(f"{candidate}.")), None)
         if stack is None:
-            kept[name] = name
+            sources[name] = name
             continue
         index, _, rest = name.removeprefix(f"{stack}.").partition(".")
         if int(index) not in removed[stack]:
             new_index = int(index) - sum(earlier < int(index) for earlier in removed[stack])
-            kept[f"{stack}.{new_index}.{rest}"] = name
-    return kept
+            sources[f"{stack}.{new_index}.{rest}"] = name
+    return sources
 
 
 def state_from(state: Mapping[str, Tensor], sources: Sources) -> dict[str, Tensor]:
@@ -68,10 +68,12 @@ def state_from(state: Mapping[str, Tensor], sources: Sources) -> dict[str, Tenso
     }
 
 
-def misfit(shapes: Shapes, kept: Mapping[str, str], wanted: Shapes) -> str:
-    """Return how the tensors `kept` differ from those that the smaller model expects; "" if they do not."""
-    unknown, missing = sorted(set(kept) - set(wanted)), sorted(set(wanted) - set(kept))
-    wrong = sorted(name for name in set(kept) & set(wanted) if shapes[kept[name]] != wanted[name])
+def misfit(shapes: Shapes, original_names: Mapping[str, str], expected: Shapes) -> str:
+    """Return how the tensors differ from those that the smaller model expects; "" if they do not."""
+    unknown, missing = sorted(set(original_names) - set(expected)), sorted(set(expected) - set(original_names))
+    wrong = sorted(
+        name for name in set(original_names) & set(expected) if shapes[original_names[name]] != expected[name]
+    )
     for names, fault in (
         (missing, "needs weights that the model lacks"),
         (unknown, "has no place for weights"),
@@ -83,28 +85,30 @@ def misfit(shapes: Shapes, kept: Mapping[str, str], wanted: Shapes) -> str:
 
 
 def conversions(
-    shapes: Shapes, kept: Mapping[str, str], wanted: Shapes, stacks: Iterable[str]
+    shapes: Shapes, original_names: Mapping[str, str], expected: Shapes, stacks: Iterable[str]
 ) -> Iterator[dict[str, TensorSource]]:
     """Yield ways to convert kept blocks into the kind that the smaller model has at their index: guesses, for a proof.
 
     An example is the new last block, which has no text branch (SD3, Mochi): superfluous tensors are dropped, and a
     modulation with fewer outputs is cut out of that of the same part, in any order.
     """
-    spare = [name for name in kept if name not in wanted or shapes[kept[name]] != wanted[name]]
-    lacking = [name for name in wanted if name not in kept or shapes[kept[name]] != wanted[name]]
+    spare = [name for name in original_names if name not in expected or shapes[original_names[name]] != expected[name]]
+    lacking = [
+        name for name in expected if name not in original_names or shapes[original_names[name]] != expected[name]
+    ]
     inside = tuple(f"{stack}." for stack in stacks)
     if not spare or not all(name.startswith(inside) for name in [*spare, *lacking]):
         return
-    plain = {name: old for name, old in kept.items() if name in wanted and name not in spare}
+    plain = {name: old for name, old in original_names.items() if name in expected and name not in spare}
     pairs: dict[str, str] = {}
     ratios: set[tuple[int, int]] = set()
     for name in lacking:
         same_part = [spare_name for spare_name in spare if _part(spare_name) == _part(name)]
-        matches = [match for match in same_part if _is_cut(wanted[name], shapes[kept[match]])]
+        matches = [match for match in same_part if _is_cut(expected[name], shapes[original_names[match]])]
         if len(matches) != 1:
             return
-        pairs[name] = kept[matches[0]]
-        new, old = wanted[name][0], shapes[pairs[name]][0]
+        pairs[name] = original_names[matches[0]]
+        new, old = expected[name][0], shapes[pairs[name]][0]
         ratios.add((old // math.gcd(old, new), new // math.gcd(old, new)))
     if not ratios:
         yield dict(plain)

@@ -106,8 +106,8 @@ class Roles:
     def _build_base(self, folder: Path) -> SharedBase:
         """Load a frozen transformer for LoRAs to share."""
         blocks = [block.path for block in self.engine.graph(folder).blocks]
-        whole = unadapted(meta_transformer(folder), blocks)
-        base = SharedBase(self.engine.load_frozen(folder, whole=whole), blocks)
+        unsharded = unadapted(meta_transformer(folder), blocks)
+        base = SharedBase(self.engine.load_frozen(folder, unsharded=unsharded), blocks)
         self.engine.checkpoint_blocks(base.model, base.checkpoint)
         return base
 

@@ -122,17 +122,17 @@ class Engine(ABC):
         self.checkpoint_blocks(model)
         return self._compile(model, folder)
 
-    def load_frozen(self, folder: Path, *, whole: Collection[str] = ()) -> Any:
+    def load_frozen(self, folder: Path, *, unsharded: Collection[str] = ()) -> Any:
         """Load a transformer that is not trained, or this process's part of it, in the training's precision.
 
         Args:
             folder: the transformer's folder.
-            whole: paths of parameters that every process holds whole, since LoRA roles replace them.
+            unsharded: paths of parameters that every process holds whole, since LoRA roles replace them.
         """
         half = torch.bfloat16 if self.work.precision == "bf16" else None
-        return self._compile(self._load(folder, half, trained=False, whole=whole), folder)
+        return self._compile(self._load(folder, half, trained=False, unsharded=unsharded), folder)
 
-    def _load(self, folder: Path, dtype: torch.dtype | None, *, trained: bool, whole: Collection[str] = ()) -> Any:
+    def _load(self, folder: Path, dtype: torch.dtype | None, *, trained: bool, unsharded: Collection[str] = ()) -> Any:
         """Load this process's part of a transformer onto its device."""
         return load_transformer(folder, self.work.device, dtype).requires_grad_(trained)
 

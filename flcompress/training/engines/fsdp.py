@@ -41,12 +41,12 @@ class Shards(Replica):
 
     @override
     def full_state(self) -> dict[str, torch.Tensor]:
-        whole: dict[str, torch.Tensor] = {}
+        state: dict[str, torch.Tensor] = {}
         for name, value in self.model.state_dict().items():
             full = value.full_tensor() if isinstance(value, DTensor) else value
             if self.work.world.main:
-                whole[name] = full.detach().cpu().clone()
-        return whole
+                state[name] = full.detach().cpu().clone()
+        return state
 
     @override
     def state(self) -> dict[str, torch.Tensor]:
@@ -75,10 +75,10 @@ class FullySharded(Engine):
         self._device = torch.device(work.device)
         self._mesh = init_device_mesh(self._device.type, (work.world.size,))
 
-    def _load(self, folder: Path, dtype: torch.dtype | None, *, trained: bool, whole: Collection[str] = ()) -> Any:
+    def _load(self, folder: Path, dtype: torch.dtype | None, *, trained: bool, unsharded: Collection[str] = ()) -> Any:
         model, stored = empty_transformer(folder, self.work.device, dtype)
         model.requires_grad_(trained)
-        self._share(model, [block.path for block in self.graph(folder).blocks], whole)
+        self._share(model, [block.path for block in self.graph(folder).blocks], unsharded)
         # Allocate memory only now, and only for this rank's rows. Not by `to_empty`, which would empty the buffers too.
         model._apply(lambda t: torch.empty_like(t, device=self._device) if t.device.type == "meta" else t)
         for name, value in model.state_dict().items():
@@ -101,12 +101,12 @@ class FullySharded(Engine):
     def wrap_frozen(self, model: nn.Module) -> Any:
         return model
 
-    def _share(self, model: nn.Module, blocks: Iterable[str] = (), whole: Collection[str] = ()) -> None:
-        ignored = {model.get_parameter(name) for name in whole}
+    def _share(self, model: nn.Module, blocks: Iterable[str] = (), unsharded: Collection[str] = ()) -> None:
+        ignored = {model.get_parameter(name) for name in unsharded}
         for part in (*(model.get_submodule(block) for block in blocks), model):
             fully_shard(part, mesh=self._mesh, ignored_params=ignored)
         left = {name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)}
-        if odd := left ^ set(whole):  # fully_shard is silent where it does nothing
+        if odd := left ^ set(unsharded):  # fully_shard is silent where it does nothing
             raise RequestError(f"training.engine: fsdp2 left {min(odd)} of {type(model).__name__} unshared; use ddp")
 
 

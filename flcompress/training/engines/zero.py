@@ -84,15 +84,15 @@ class ZeroModel(WrappedModel):
         if self._stage < 3:
             state = self.model.state_dict() if self.work.world.main else {}
             return {name: value.detach().cpu().clone() for name, value in state.items()}
-        whole: dict[str, torch.Tensor] = {}
+        gathered: dict[str, torch.Tensor] = {}
         for name, parameter in self.model.named_parameters():
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=None):
                 if self.work.world.main:
-                    whole[name] = parameter.detach().cpu().clone()
+                    gathered[name] = parameter.detach().cpu().clone()
         buffers = set(self.model.state_dict()) - set(dict(self.model.named_parameters()))
         if self.work.world.main:
-            whole |= {name: self.model.get_buffer(name).detach().cpu().clone() for name in buffers}
-        return whole
+            gathered |= {name: self.model.get_buffer(name).detach().cpu().clone() for name in buffers}
+        return gathered
 
     @override
     def state(self) -> dict[str, torch.Tensor]:
@@ -151,7 +151,7 @@ class Zero(Engine):
         self.skips = stage < 3
         self.splits_weights = stage == 3
 
-    def _load(self, folder: Path, dtype: torch.dtype | None, *, trained: bool, whole: Collection[str] = ()) -> Any:
+    def _load(self, folder: Path, dtype: torch.dtype | None, *, trained: bool, unsharded: Collection[str] = ()) -> Any:
         if self._stage < 3:
             return super()._load(folder, dtype, trained=trained)
         import deepspeed

@@ -69,14 +69,14 @@ class HeldOutELBO:
         for x0, conditioning in data.by_size(draws, draw):
             noise, clips = torch.randn(x0.shape, generator=draw), len(x0)
             level = low + (high - low) * (torch.arange(clips) + 0.5) / clips
-            whole = process.add_noise(x0, noise, level)
+            noisy = process.add_noise(x0, noise, level)
             # Every process must make the same number of forwards: the last ones repeat a draw, which does not count.
             own = -(-clips // world.size)
             mine = torch.arange(world.rank * own, (world.rank + 1) * own)
             counts = torch.split((mine < clips).double(), at_once)
             for part, count in zip(torch.split(mine.clamp(max=clips - 1), at_once), counts, strict=True):
                 self._groups.append(part % GROUPS)
-                self._batches.append((x0[part], whole[part], level[part], count, select(conditioning, part)))
+                self._batches.append((x0[part], noisy[part], level[part], count, select(conditioning, part)))
 
     @torch.no_grad()
     def __call__(self, network: Network) -> HeldOutLoss:

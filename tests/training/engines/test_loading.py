@@ -121,7 +121,7 @@ def test_the_parts_are_what_stock_loading_gives(engine: str, size: int, folders:
 
 
 def count(engine: Engine, folder: Path, out: Path) -> None:
-    with Alive(given=True) as alive:
+    with Alive(count_stored=True) as alive:
         trained = engine.load_trained(folder)
         first = alive.most
         frozen = engine.load_frozen(folder)

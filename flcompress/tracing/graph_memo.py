@@ -15,22 +15,22 @@ from flcompress.tracing.call import blank, fill
 
 
 @dataclass(frozen=True, slots=True)
-class _Traced:
+class _Memo:
     graph: BlockGraph
     inputs: Any  # blanked
 
 
-_traced: WeakKeyDictionary[nn.Module, _Traced] = WeakKeyDictionary()
+_memos: WeakKeyDictionary[nn.Module, _Memo] = WeakKeyDictionary()
 
 
 def keep(model: nn.Module, inputs: Mapping[str, Any], graph: BlockGraph) -> None:
     """Remember the graph of `model`."""
-    _traced[model] = _Traced(graph, blank(dict(inputs)))
+    _memos[model] = _Memo(graph, blank(dict(inputs)))
 
 
 def recall(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> BlockGraph | None:
     """Return the remembered graph; None if the model has changed or `inputs` have other names and shapes."""
-    known = _traced.get(model)
+    known = _memos.get(model)
     if known is None or _has_changed(model, known.graph):
         return None
     return known.graph if inputs is None or repr(blank(dict(inputs))) == repr(known.inputs) else None
@@ -38,13 +38,13 @@ def recall(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> BlockGr
 
 def traced_input_names(model: nn.Module) -> frozenset[str] | None:
     """Return the names of the inputs that `model` was traced with; None if it never was."""
-    known = _traced.get(model)
+    known = _memos.get(model)
     return None if known is None else frozenset(name for name, value in known.inputs.items() if value is not None)
 
 
 def inputs_like(model: nn.Module) -> dict[str, Any] | None:
     """Return random inputs of the shapes that `model` was traced with; None if it never was."""
-    known = _traced.get(model)
+    known = _memos.get(model)
     if known is None:
         return None
     device = next(model.parameters()).device
