@@ -51,16 +51,34 @@ def write_text(path: Path, text: str) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add a line to a file; if the disk is full, the file is left as it was, without half a line."""
+    """Add a line to a JSON-lines file; if the disk is full, the file is left as it was, without half a line.
+
+    A last line that a killed process left incomplete is removed, since the new one would continue it.
+    """
     added = line.encode() + b"\n"
-    with path.open("ab", buffering=0) as file:
+    with path.open("a+b", buffering=0) as file:
         before = file.tell()
+        if before and os.pread(file.fileno(), 1, before - 1) != b"\n":
+            last = path.read_bytes().rpartition(b"\n")[2]
+            if _is_json(last):
+                added = b"\n" + added
+            else:
+                before -= len(last)
+                file.truncate(before)
         try:
             if file.write(added) != len(added):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         except OSError:
             file.truncate(before)
             raise
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
 
 
 def move_in_place(work: Path, final: Path) -> None:

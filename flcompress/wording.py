@@ -49,6 +49,11 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def newer_format(written: int, known: int) -> str:
+    """Return what is wrong with a file of a later format than this version reads."""
+    return f"written by a newer flcompress: format {written}, this one reads up to {known}; update flcompress"
+
+
 def number(value: float) -> str:
     """Three significant digits, without an exponent where that stays readable."""
     if value == 0:

@@ -39,6 +39,19 @@ def test_lines_are_appended_whole(tmp_path: Path) -> None:
     assert (tmp_path / "journal.jsonl").read_text(encoding="utf-8") == "one\nzwölf\n"
 
 
+def test_a_line_cut_off_is_replaced_by_the_next(tmp_path: Path) -> None:
+    journal = tmp_path / "journal.jsonl"
+    journal.write_text('{"step": 1}\n{"st')
+    append_line(journal, '{"step": 2}')
+    assert journal.read_text() == '{"step": 1}\n{"step": 2}\n'
+    journal.write_text('{"step": 1}')
+    append_line(journal, '{"step": 2}')
+    assert journal.read_text() == '{"step": 1}\n{"step": 2}\n'
+    journal.write_text('{"st')
+    append_line(journal, '{"step": 2}')
+    assert journal.read_text() == '{"step": 2}\n'
+
+
 def test_a_replacement_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     file = tmp_path / "shard.bin"
     file.write_bytes(b"old")

@@ -161,7 +161,7 @@ class Program:
 
         record = ProgramFile.read(folder / PROGRAM_FILE)
         return cls(
-            graph=from_json((folder / GRAPH_FILE).read_text(encoding="utf-8")),
+            graph=from_json((folder / GRAPH_FILE).read_text(encoding="utf-8"), str(folder / GRAPH_FILE)),
             components={name: (folder / path).resolve() for name, path in record.components.items()},
             contract=SamplingContract.from_dict(record.contract.dump()),
             teacher_contract=SamplingContract.from_dict(record.teacher_contract.dump()),

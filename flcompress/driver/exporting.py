@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterable
 from dataclasses import replace
@@ -11,11 +10,12 @@ from typing import Any
 
 from flcompress.core.attempts import attempt, in_words
 from flcompress.core.program import Program
+from flcompress.core.records import ExportFile
 from flcompress.core.steps import Exporter
 from flcompress.driver.clips import data_frame_rate
 from flcompress.driver.rundir import RunDirectory
 from flcompress.errors import PreconditionError
-from flcompress.files import key_of, move_in_place, write_text
+from flcompress.files import key_of, move_in_place
 from flcompress.frontend.recipe import arguments
 from flcompress.progress import Display
 
@@ -47,14 +47,14 @@ def run_exports(
             version=exporter.version,
             arguments=arguments(exporter),
             fingerprint=exporter.fingerprint(),
-            after=[_recorded(run, name).get("key") for name in exporter.after],
+            after=[_key(_recorded(run, name)) for name in exporter.after],
         )
         old = _recorded(run, exporter.name)
-        if old.get("key") == key and (run.exports / exporter.name).is_dir() and not force:
-            record = {**old, "status": "cached"}
+        if old is not None and old.key == key and (run.exports / exporter.name).is_dir() and not force:
+            record = {**old.dump(), "status": "cached"}
             display.line(f"export {exporter.name}: unchanged")
         else:
-            record = {**_export(run, program, exporter, key, display), "status": "ran"}
+            record = {**_export(run, program, exporter, key, display).dump(), "status": "ran"}
             display.line(f"export {exporter.name}: {in_words(record)}")
         noted = {
             name: record[name] for name in ("status", "seconds", "peak_rss_mb", "attempts", "key") if name in record
@@ -64,14 +64,14 @@ def run_exports(
     return records
 
 
-def _export(run: RunDirectory, program: Program, exporter: Exporter, key: str, display: Display) -> dict[str, Any]:
+def _export(run: RunDirectory, program: Program, exporter: Exporter, key: str, display: Display) -> ExportFile:
     work = run.exports / f".work-{exporter.name}"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     tried = run.exports / f".attempts-{exporter.name}"  # next to the folder, which every attempt empties
     with attempt(tried, key) as attempts, display.stage(f"export {exporter.name}") as progress:
         summary = exporter.export(program, work, run.exports, progress)
-    record = {**summary, "key": key, **attempts.record()}
+    record = ExportFile(**{**summary, "key": key, **attempts.record()})
     # The record is removed first and written last: an interrupted export is repeated, never trusted.
     record_file(run, exporter.name).unlink(missing_ok=True)
     final, old = run.exports / exporter.name, run.exports / f".old-{exporter.name}"
@@ -79,7 +79,7 @@ def _export(run: RunDirectory, program: Program, exporter: Exporter, key: str, d
     if final.exists():
         final.rename(old)
     move_in_place(work, final)
-    write_text(record_file(run, exporter.name), json.dumps(record, indent=1) + "\n")
+    record.write(record_file(run, exporter.name))
     tried.unlink(missing_ok=True)
     shutil.rmtree(old, ignore_errors=True)
     return record
@@ -90,6 +90,10 @@ def record_file(run: RunDirectory, name: str) -> Path:
     return run.exports / f"{name}.json"
 
 
-def _recorded(run: RunDirectory, name: str) -> dict[str, Any]:
-    path = record_file(run, name)
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+def _recorded(run: RunDirectory, name: str) -> ExportFile | None:
+    return ExportFile.read_optional(record_file(run, name))
+
+
+def _key(record: ExportFile | None) -> str | None:
+    """Return the key of an export; None for one of before keys were noted."""
+    return None if record is None else record.dump().get("key")

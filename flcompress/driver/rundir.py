@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from contextlib import suppress
@@ -16,7 +15,7 @@ from flcompress.core.records import Event, RunFile
 from flcompress.driver import start
 from flcompress.driver.store import Entry
 from flcompress.errors import ModelError, RequestError
-from flcompress.files import append_line, lines_of, write_text
+from flcompress.files import append_line, write_text
 from flcompress.frontend.loading import dump_recipe, load_recipe
 from flcompress.frontend.recipe import Recipe
 from flcompress.models.stock_files import folder_digest
@@ -93,26 +92,21 @@ class RunDirectory:
         """Cache key of the last result; measurements record it to say what they measured."""
         return Entry.read(self._stored()[-1]).key
 
-    def journal(self) -> list[dict[str, Any]]:
-        """Return the events of the journal, oldest first."""
-        path = self.path / JOURNAL_FILE
-        if not path.exists():
-            return []
-        events = []
-        for line in lines_of(path.read_text(encoding="utf-8")):
-            try:
-                events.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue  # a killed run can leave half a line
-        return events
+    def journal(self) -> list[Event]:
+        """Return the events of the journal, oldest first.
+
+        Raises:
+            RecordError: a damaged line; a last one that a killed run left incomplete is skipped.
+        """
+        return Event.read_lines(self.path / JOURNAL_FILE)
 
     @property
     def threads(self) -> int | None:
         """Number of threads that an unfinished run computes with; None before it has begun and when it is done."""
         events = self.journal()
-        if not events or events[-1]["event"] == "done":
+        if not events or events[-1].event == "done":
             return None
-        return next((event["threads"] for event in reversed(events) if event.get("threads")), None)
+        return next((event.threads for event in reversed(events) if event.threads), None)
 
     def check_recipe(self, recipe: Recipe) -> None:
         """Raise RequestError if the folder belongs to another recipe, or holds something else."""

@@ -76,9 +76,9 @@ def check_sampling(recipe: Recipe, source: Source) -> None:
 
 def model_index(recipe: Recipe) -> dict[str, Any]:
     """Return the `model_index.json` of the recipe's model."""
-    from flcompress.models.configs import read_json
+    from flcompress.models.configs import read_index
 
-    return read_json(recipe.model_folder() / "model_index.json", "a diffusers pipeline folder has one")
+    return read_index(recipe.model_folder())
 
 
 def read_source(recipe: Recipe) -> Source:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import statistics
 import time
@@ -13,6 +12,7 @@ from typing import Any, get_args
 import torch
 
 from flcompress.core.program import Program
+from flcompress.core.records import BenchFile, ClipPart, SpeedRow, Spread, WorkPart
 from flcompress.diffusion.contract import SamplingContract
 from flcompress.diffusion.network import Conditioning, select, to_device
 from flcompress.diffusion.sampling import sample
@@ -21,7 +21,6 @@ from flcompress.driver.rundir import RunDirectory
 from flcompress.errors import FlcompressError, RequestError
 from flcompress.evaluation.backends import COMPONENTS, LABELS, Role, Sampler, Samplers, Side
 from flcompress.evaluation.machine import MemoryMeter, machine, memory_in_use
-from flcompress.files import write_text
 from flcompress.progress import ProgressSink
 from flcompress.runtime import BenchBackend, ExportBackend
 from flcompress.runtime.sessions import TorchSession, best_device
@@ -176,32 +175,32 @@ def _bench(
     stage = _Stage(program, device, batch, size)
     samplers = Samplers(run, program, device)
     pairs, skipped, measured = _Rounds(stage, device, rounds, progress).measure(samplers, backends)
-    sides: dict[Side, dict[str, Any]] = {side: _work(stage, samplers, side) for side in COMPONENTS}
-    results = {
-        "program": key,
-        "family": program.family.name,
-        "pipeline": program.pipeline_class,
-        "size": dict(zip(("frames", "height", "width"), stage.clip, strict=True)),
-        "latents": list(stage.latents),
-        "batch": batch,
-        "device": device,
-        "precision": pairs["torch"]["student"].precision,
-        "machine": machine(device),
-        "rounds": rounds,
-        "work_ratio": _total(sides["teacher"]) / _total(sides["student"]),
-        "teacher": sides["teacher"],
-        "student": sides["student"],
-        "rows": [
+    sides: dict[Side, WorkPart] = {side: _work(stage, samplers, side) for side in COMPONENTS}
+    results = BenchFile(
+        program=key,
+        family=program.family.name,
+        pipeline=program.pipeline_class,
+        size=ClipPart(**dict(zip(("frames", "height", "width"), stage.clip, strict=True))),
+        latents=list(stage.latents),
+        batch=batch,
+        device=device,
+        precision=pairs["torch"]["student"].precision,
+        machine=machine(device),
+        rounds=rounds,
+        work_ratio=_total(sides["teacher"]) / _total(sides["student"]),
+        teacher=sides["teacher"],
+        student=sides["student"],
+        rows=[
             _row(LABELS[backend], what, pair, measured)
             for backend, pair in pairs.items()
             for what in (DENOISING, PIPELINE)
         ],
-        "skipped": skipped,
-    }
+        skipped=skipped,
+    )
     folder = run.path / "bench"
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
-    return results
+    results.write(folder / "results.json")
+    return results.dump()
 
 
 class _Rounds:
@@ -262,7 +261,7 @@ class _Rounds:
         return measurement
 
 
-def _work(stage: _Stage, samplers: Samplers, side: Side) -> dict[str, Any]:
+def _work(stage: _Stage, samplers: Samplers, side: Side) -> WorkPart:
     """Count, never assume: evaluations of the last clip, parameters of the module, operations of a forward.
 
     "evaluations" and "flops" are those of all transformers; of two experts "own_evaluations" are those of the one that
@@ -271,24 +270,24 @@ def _work(stage: _Stage, samplers: Samplers, side: Side) -> dict[str, Any]:
     sampler = samplers.of("torch")[side]
     contract, sessions = sampler.contract, samplers.sessions(side)
     given, _ = stage.conditioning(contract)
-    counted: dict[Role, dict[str, int]] = {}
+    counted: dict[Role, WorkPart] = {}
     for role, session in sessions.items():
         calls, timesteps = sampler.calls[role], _timesteps(contract, role)
-        counted[role] = {
-            "parameters": sum(parameter.numel() for parameter in session.transformer.parameters()),
-            "evaluations": calls,
-            "flops": calls * stage.flops(session, timesteps[0], given) if timesteps else 0,
-        }
+        counted[role] = WorkPart(
+            parameters=sum(parameter.numel() for parameter in session.transformer.parameters()),
+            evaluations=calls,
+            flops=calls * stage.flops(session, timesteps[0], given) if timesteps else 0,
+        )
     own = counted["transformer"]
     if (partner := counted.get("partner")) is None:
-        return dict(own)
-    return {
-        "parameters": own["parameters"],
-        "evaluations": own["evaluations"] + partner["evaluations"],
-        "own_evaluations": own["evaluations"],
-        "flops": own["flops"] + partner["flops"],
-        "partner": partner,
-    }
+        return own
+    return WorkPart(
+        parameters=own.parameters,
+        evaluations=own.evaluations + partner.evaluations,
+        own_evaluations=own.evaluations,
+        flops=own.flops + partner.flops,
+        partner=partner,
+    )
 
 
 def _timesteps(contract: SamplingContract, role: Role) -> list[float]:
@@ -297,26 +296,26 @@ def _timesteps(contract: SamplingContract, role: Role) -> list[float]:
     return [t for index, t in enumerate(contract.timesteps) if (index in own) == (role == "transformer")]
 
 
-def _total(side: dict[str, Any]) -> int:
+def _total(side: WorkPart) -> int:
     """Return the work of one side: evaluations times parameters, of both of two experts."""
-    partner = side.get("partner", {"evaluations": 0, "parameters": 0})
-    own: int = side.get("own_evaluations", side["evaluations"]) * side["parameters"]
-    return own + int(partner["evaluations"] * partner["parameters"])
+    own = side.evaluations if side.own_evaluations is None else side.own_evaluations
+    partner = 0 if side.partner is None else side.partner.evaluations * side.partner.parameters
+    return own * side.parameters + partner
 
 
-def _row(label: str, what: str, pair: Pair, measured: dict[Sampler, list[Measurement]]) -> dict[str, Any]:
+def _row(label: str, what: str, pair: Pair, measured: dict[Sampler, list[Measurement]]) -> SpeedRow:
     slow, fast = ([one.seconds[what] for one in measured[pair[side]]] for side in COMPONENTS)
     memory = {side: _peak([one.memory[what] for one in measured[pair[side]]]) for side in COMPONENTS}
-    return {
-        "backend": label,
-        "what": what,
-        "precision": pair["student"].precision,
-        "teacher_seconds": _spread(slow),
-        "student_seconds": _spread(fast),
-        "ratio": _spread([a / b for a, b in zip(slow, fast, strict=True)]),
-        "teacher_memory": memory["teacher"],
-        "student_memory": memory["student"],
-    }
+    return SpeedRow(
+        backend=label,
+        what=what,
+        precision=pair["student"].precision,
+        teacher_seconds=_spread(slow),
+        student_seconds=_spread(fast),
+        ratio=_spread([a / b for a, b in zip(slow, fast, strict=True)]),
+        teacher_memory=memory["teacher"],
+        student_memory=memory["student"],
+    )
 
 
 def _peak(values: Sequence[int | None]) -> int | None:
@@ -324,5 +323,5 @@ def _peak(values: Sequence[int | None]) -> int | None:
     return max(known) if known else None
 
 
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
+def _spread(values: Sequence[float]) -> Spread:
+    return Spread(median=statistics.median(values), low=min(values), high=max(values))

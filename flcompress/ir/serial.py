@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TypeVar
+from typing import Any
 
-from flcompress.errors import PostconditionError, RequestError
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from flcompress.errors import PostconditionError, RecordError, RequestError
 from flcompress.ir.block import Block, Estimate, Flow, Stream, TensorSpec
 from flcompress.ir.graph import BlockGraph
+from flcompress.wording import newer_format
 
 VERSION = 1
-
-T = TypeVar("T")
 
 
 def to_json(graph: BlockGraph) -> str:
@@ -40,28 +41,33 @@ def content_hash(graph: BlockGraph) -> str:
     return hashlib.sha256(to_json(graph).encode()).hexdigest()
 
 
-def from_json(text: str) -> BlockGraph:
-    """The graph that `to_json` wrote; RequestError, naming the place, on anything else."""
+def from_json(text: str, where: str = "graph.json") -> BlockGraph:
+    """Return the graph that `to_json` wrote.
+
+    Args:
+        text: the content of the file.
+        where: the file, to name in the message about a newer one.
+
+    Raises:
+        RequestError: damaged; names the key, what is there and what is expected.
+        RecordError: written by a newer flcompress.
+    """
     try:
-        document = _object(json.loads(text), "graph")
+        document = json.loads(text)
     except json.JSONDecodeError as error:
         raise RequestError(f"block graph is not JSON: {error}") from error
-    top = _Reader(document, "graph")
-    version = top.take("version", int)
-    if version != VERSION:
-        raise RequestError(f"graph.version is {version}, expected {VERSION}; write it again with this flcompress")
-    graph = BlockGraph(
-        model_class=top.take("model_class", str),
-        parameters=top.take("parameters", int),
-        flops=top.take("flops", int),
-        config_keys={
-            stack: _typed(key, str, f"graph.config_keys.{stack}")
-            for stack, key in _object(top.take("config_keys", dict), "graph.config_keys").items()
-        },
-        blocks=top.each("blocks", _block),
-        flows=dict(top.each("edges", _edge)),
-    )
-    top.finish()
+    version = document.get("version") if isinstance(document, dict) else None
+    if isinstance(version, int) and version > VERSION:
+        raise RecordError(f"{where}: {newer_format(version, VERSION)}")
+    try:
+        record = _Graph.model_validate_json(text)
+    except ValidationError as error:
+        raise RequestError(_fault_in(error, document)) from error
+    if record.version != VERSION:
+        raise RequestError(
+            f"graph.version is {record.version}, expected {VERSION}; write it again with this flcompress"
+        )
+    graph = record.graph()
     try:
         graph.verify()
     except PostconditionError as error:
@@ -69,109 +75,131 @@ def from_json(text: str) -> BlockGraph:
     return graph
 
 
-class _Reader:
-    """Takes the keys of one JSON object, each with its type; `finish` refuses what nobody took."""
-
-    def __init__(self, value: Mapping[str, object], place: str) -> None:
-        self._left = dict(value)
-        self._place = place
-
-    def take(self, key: str, kind: type[T]) -> T:
-        if key not in self._left:
-            raise RequestError(f"{self._place} lacks '{key}'")
-        return _typed(self._left.pop(key), kind, f"{self._place}.{key}")
-
-    def optional(self, key: str, kind: type[T]) -> T | None:
-        if self._left.get(key, ...) is None:
-            del self._left[key]
-            return None
-        return self.take(key, kind)
-
-    def each(self, key: str, read: Callable[[_Reader], T]) -> list[T]:
-        found: list[T] = []
-        for place, value in enumerate(self.take(key, list)):
-            reader = _Reader(_object(value, f"{self._place}.{key}[{place}]"), f"{self._place}.{key}[{place}]")
-            found.append(read(reader))
-            reader.finish()
-        return found
-
-    def one(self, key: str, read: Callable[[_Reader], T]) -> T:
-        reader = _Reader(_object(self.take(key, dict), f"{self._place}.{key}"), f"{self._place}.{key}")
-        value = read(reader)
-        reader.finish()
-        return value
-
-    def one_or_none(self, key: str, read: Callable[[_Reader], T]) -> T | None:
-        if self._left.get(key, ...) is None:
-            del self._left[key]
-            return None
-        return self.one(key, read)
-
-    def levels(self, key: str) -> tuple[tuple[float, float, float, float], ...]:
-        found: list[tuple[float, float, float, float]] = []
-        for level in self.take(key, list):
-            if not isinstance(level, list) or len(level) != 4 or not all(isinstance(one, float) for one in level):
-                raise RequestError(f"{self._place}.{key} holds {level}, expected four numbers")
-            low, high, mean, standard_error = level
-            found.append((low, high, mean, standard_error))
-        return tuple(found)
-
-    def numbers(self, key: str, kind: type[T]) -> tuple[T, ...]:
-        values = self.take(key, list)
-        return tuple(_typed(value, kind, f"{self._place}.{key}[{place}]") for place, value in enumerate(values))
-
-    def finish(self) -> None:
-        if self._left:
-            raise RequestError(f"{self._place} has unknown keys: {', '.join(sorted(self._left))}")
+class _Part(BaseModel):
+    # Built when a graph is first read: a check of a recipe imports this module and reads none.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True)
 
 
-def _typed(value: object, kind: type[T], place: str) -> T:
-    # bool is an int to Python, but not to a reader of JSON.
-    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-        raise RequestError(f"{place} is {type(value).__name__}, expected {kind.__name__}")
-    return value
+class _Spec(_Part):
+    shape: tuple[int, ...]
+    dtype: str
+
+    def spec(self) -> TensorSpec:
+        return TensorSpec(shape=self.shape, dtype=self.dtype)
 
 
-def _object(value: object, place: str) -> dict[str, object]:
-    return {str(key): item for key, item in _typed(value, dict, place).items()}
+class _Stream(_Part):
+    input: str
+    output: int
+    spec: _Spec
+
+    def stream(self) -> Stream:
+        return Stream(input=self.input, output=self.output, spec=self.spec.spec())
 
 
-def _spec(reader: _Reader) -> TensorSpec:
-    return TensorSpec(shape=reader.numbers("shape", int), dtype=reader.take("dtype", str))
+class _Flow(_Part):
+    source: str
+    target: str
+    spec: _Spec
+
+    def flow(self) -> Flow:
+        return Flow(source=self.source, target=self.target, spec=self.spec.spec())
 
 
-def _stream(reader: _Reader) -> Stream:
-    return Stream(input=reader.take("input", str), output=reader.take("output", int), spec=reader.one("spec", _spec))
+class _Edge(_Part):
+    source: str
+    target: str
+    flows: list[_Flow]
 
 
-def _flow(reader: _Reader) -> Flow:
-    return Flow(source=reader.take("source", str), target=reader.take("target", str), spec=reader.one("spec", _spec))
+class _Estimate(_Part):
+    mean: float
+    standard_error: float
+    per_level: tuple[tuple[float, float, float, float], ...]
+
+    def estimate(self) -> Estimate:
+        return Estimate(mean=self.mean, standard_error=self.standard_error, per_level=self.per_level)
 
 
-def _edge(reader: _Reader) -> tuple[tuple[str, str], list[Flow]]:
-    return (reader.take("source", str), reader.take("target", str)), reader.each("flows", _flow)
+class _Block(_Part):
+    path: str
+    stack: str
+    index: int
+    kind: str
+    streams: list[_Stream]
+    parameters: int
+    flops: int
+    outputs: int
+    silent: tuple[int, ...]
+    importance: _Estimate | None
+    removable: bool | None
+    reason: str
+
+    def block(self) -> Block:
+        return Block(
+            path=self.path,
+            stack=self.stack,
+            index=self.index,
+            kind=self.kind,
+            streams=tuple(stream.stream() for stream in self.streams),
+            parameters=self.parameters,
+            flops=self.flops,
+            outputs=self.outputs,
+            silent=self.silent,
+            importance=None if self.importance is None else self.importance.estimate(),
+            removable=self.removable,
+            reason=self.reason,
+        )
 
 
-def _estimate(reader: _Reader) -> Estimate:
-    return Estimate(
-        mean=reader.take("mean", float),
-        standard_error=reader.take("standard_error", float),
-        per_level=reader.levels("per_level"),
-    )
+class _Graph(_Part):
+    version: int
+    model_class: str
+    parameters: int
+    flops: int
+    config_keys: dict[str, str]
+    blocks: list[_Block]
+    edges: list[_Edge]
+
+    def graph(self) -> BlockGraph:
+        return BlockGraph(
+            model_class=self.model_class,
+            parameters=self.parameters,
+            flops=self.flops,
+            config_keys=self.config_keys,
+            blocks=[block.block() for block in self.blocks],
+            flows={(edge.source, edge.target): [flow.flow() for flow in edge.flows] for edge in self.edges},
+        )
 
 
-def _block(reader: _Reader) -> Block:
-    return Block(
-        path=reader.take("path", str),
-        stack=reader.take("stack", str),
-        index=reader.take("index", int),
-        kind=reader.take("kind", str),
-        streams=tuple(reader.each("streams", _stream)),
-        parameters=reader.take("parameters", int),
-        flops=reader.take("flops", int),
-        outputs=reader.take("outputs", int),
-        silent=reader.numbers("silent", int),
-        importance=reader.one_or_none("importance", _estimate),
-        removable=reader.optional("removable", bool),
-        reason=reader.take("reason", str),
-    )
+_KINDS = {"string": "str", "tuple": "list", "model": "dict"}
+"""Python's names for the first words of pydantic's error types where they differ."""
+
+
+def _fault_in(error: ValidationError, document: object) -> str:
+    """Return the first fault in words: "graph.blocks[1].index is str, expected int"."""
+    faults = error.errors(include_url=False)
+    kind, loc = faults[0]["type"], faults[0]["loc"]
+    *outer, last = loc or ("",)
+    if outer and outer[-2:-1] == ["per_level"]:
+        loc, kind = tuple(outer), "level"
+    elif outer and outer[-1] == "per_level":
+        kind = "level"
+    if kind == "level":
+        *outer, last = loc
+        level: Any = document
+        for part in loc:
+            level = level[part]
+        return f"{_key(outer)} holds {level}, expected four numbers"
+    if kind == "missing":
+        return f"{_key(outer)} lacks '{last}'"
+    if kind == "extra_forbidden":
+        unknown = [str(fault["loc"][-1]) for fault in faults if fault["type"] == kind and [*fault["loc"][:-1]] == outer]
+        return f"{_key(outer)} has unknown keys: {', '.join(sorted(unknown))}"
+    expected = kind.partition("_")[0]
+    return f"{_key(loc)} is {type(faults[0]['input']).__name__}, expected {_KINDS.get(expected, expected)}"
+
+
+def _key(loc: Sequence[int | str]) -> str:
+    """Return a key's path: "graph.blocks[1].kind"."""
+    return "graph" + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc)

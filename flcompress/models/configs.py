@@ -116,6 +116,15 @@ def read_json(path: Path, why: str) -> dict[str, Any]:
     return value
 
 
+def read_index(folder: Path) -> dict[str, Any]:
+    """Return the `model_index.json` of a diffusers pipeline folder.
+
+    Raises:
+        ModelError: no such file, or no JSON object in it.
+    """
+    return read_json(folder / "model_index.json", "a diffusers pipeline folder has one")
+
+
 def settings(config: Mapping[str, Any], stock: type[Any]) -> dict[str, Any]:
     """Return the entries of a configuration that the class knows; diffusers warns of the others at every build."""
     known = _arguments(stock)

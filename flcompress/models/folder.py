@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flcompress.errors import ModelError
-from flcompress.models.configs import check_transformer_config, read_json
+from flcompress.models.configs import check_transformer_config, read_index
 from flcompress.models.families import family_of, known_families
 from flcompress.models.part_check import check_part
 from flcompress.models.shards import check_finite, index_places
@@ -29,7 +29,7 @@ def check_pipeline(folder: Path, *, weights: bool = True, parts: bool = True) ->
     """
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such model folder; expected a diffusers pipeline folder with model_index.json")
-    index = read_json(folder / "model_index.json", "a diffusers pipeline folder has one")
+    index = read_index(folder)
     name = index.get("_class_name")
     pipelines = [name for family in known_families() for name in family.pipelines]
     if name not in pipelines:
@@ -58,7 +58,7 @@ def check_parts(folder: Path, *, weights: bool = True) -> None:
 
     `weights`: also those that have weights; False for a folder of configurations.
     """
-    for component, kind in read_json(folder / "model_index.json", "a diffusers pipeline folder has one").items():
+    for component, kind in read_index(folder).items():
         if isinstance(kind, list) and len(kind) == 2 and kind[0] is not None and component != "scheduler":
             check_part(folder / component, kind, weights=weights)
 

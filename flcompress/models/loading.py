@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 
-from flcompress.models.configs import BUILD_ERRORS, build_error, check_config, read_json, settings
+from flcompress.models.configs import BUILD_ERRORS, build_error, check_config, read_index, read_json, settings
 from flcompress.models.part_check import check_loaded, matching_tensors
 from flcompress.models.parts import load_part
 from flcompress.models.shards import StoredTensor
@@ -137,7 +137,7 @@ def initialise_pipeline(source: Path, target: Path, seed: int) -> None:
 
     The start of a recipe that trains a model from nothing. What has no weights (tokenizer, scheduler) is copied.
     """
-    index = read_json(source / "model_index.json", "a diffusers pipeline folder has one")
+    index = read_index(source)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for name, kind in sorted(index.items()):

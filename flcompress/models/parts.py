@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from flcompress.errors import ModelError
-from flcompress.models.configs import check_transformer_config, read_json
+from flcompress.models.configs import check_transformer_config, read_index, read_json
 from flcompress.models.families import family_of
 from flcompress.models.part_check import check_loaded, check_part, load_tables
 from flcompress.models.shards import folder_tensors
@@ -142,7 +142,7 @@ class Parts:
 
 def open_parts(folder: Path, device: str = "cpu") -> Parts:
     """Return the parts of a pipeline folder."""
-    index = read_json(folder / "model_index.json", "a diffusers pipeline folder has one")
+    index = read_index(folder)
     return Parts(index, {name: folder / name for name in ("transformer", *part_names(index))}, device)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from urllib.error import HTTPError
 
 from flcompress.errors import ModelError
-from flcompress.models.configs import read_json, transformer_class
+from flcompress.models.configs import read_index, transformer_class
 from flcompress.models.families.registry import find_family, plugin_class
 
 INDEX, CONFIG = "model_index.json", "config.json"
@@ -60,7 +60,7 @@ def find_source(model: str) -> Source:
             raise ModelError(
                 f"{path}: no model folder; expected {INDEX} (a diffusers pipeline) or {CONFIG} (a transformer) in it"
             )
-        index = read_json(path / INDEX, "")
+        index = read_index(path)
         names, pipeline = _transformers(index, path / INDEX)
         configs = [config if (config := path / name / CONFIG).is_file() else None for name in names]
         return _source(path, names, pipeline, configs, index)
@@ -101,7 +101,7 @@ def _on_hub(model: str) -> Source:
         if config is None:
             raise ModelError(f"{model}: has neither {INDEX} nor {CONFIG} on the Hub; expected a diffusers model")
         return Source(config=config)
-    pipeline_index = read_json(index, "")
+    pipeline_index = read_index(index.parent)
     names, pipeline = _transformers(pipeline_index, Path(f"{model}/{INDEX}"))
     return _source(model, names, pipeline, [_download(model, f"{name}/{CONFIG}") for name in names], pipeline_index)
 

@@ -59,7 +59,7 @@ class Entry:
         """The block graph after this pass; RecordError if `graph.json` is missing or damaged."""
         file = self.folder / "graph.json"
         try:
-            return from_json(file.read_text(encoding="utf-8"))
+            return from_json(file.read_text(encoding="utf-8"), str(file))
         except (OSError, UnicodeDecodeError, RequestError) as error:
             raise RecordError(f"{file}: {error}; delete {self.folder} and run the recipe again") from error
 

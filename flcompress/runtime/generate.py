@@ -17,7 +17,7 @@ from flcompress.diffusion.experts import COMPONENTS, OTHER
 from flcompress.diffusion.network import Conditioning, Network, select, to_device
 from flcompress.diffusion.sampling import sample
 from flcompress.errors import RequestError
-from flcompress.models.configs import check_transformer_config, read_json
+from flcompress.models.configs import check_transformer_config, read_index
 from flcompress.models.families import family_of
 from flcompress.models.folder import check_parts
 from flcompress.models.parts import Parts, open_parts
@@ -113,7 +113,7 @@ def _frame_rate(pipeline: Path, facts: dict[str, Any]) -> float:
     """Frames a second of the export's clips; exports of before this was noted have their family's."""
     if "frame_rate" in facts:
         return float(facts["frame_rate"])
-    index = read_json(pipeline / "model_index.json", "a diffusers pipeline folder has one")
+    index = read_index(pipeline)
     return family_of(facts["pipeline_class"]).frame_rate(index, check_transformer_config(pipeline / "transformer"))
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from flcompress.core.records import MetricsLine, RedrawsLine
 from flcompress.distributed.world import World
 from flcompress.draws import Draws, seed_of
 from flcompress.errors import Preempted, RequestError, TrainingError
@@ -145,7 +146,7 @@ class _Run:
     def record(self, step: int, figures: Mapping[str, float]) -> None:
         """Write the figures of a step or of an evaluation to the log and the trackers."""
         if self._world.main:
-            append_line(self._log, json.dumps({"step": step, **figures}))
+            append_line(self._log, MetricsLine(step=step, **figures).line())
             for tracker in self.trackers:
                 tracker.log(step, figures)
 
@@ -165,7 +166,7 @@ class _Run:
         if figures:
             self.record(step, figures)
         if redraws.draws and self._world.main:
-            append_line(self._redraws, json.dumps({"step": step, **asdict(redraws)}))
+            append_line(self._redraws, RedrawsLine(step=step, **asdict(redraws)).line())
         strip = strip_of(self._work.directory, step)
         for tracker in self.trackers if strip.exists() else ():
             tracker.picture(step, STRIPS, strip)
@@ -238,7 +239,7 @@ def _truncate(log: Path, step: int) -> None:
 
 
 def _logged(log: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in lines_of(log.read_text(encoding="utf-8"))] if log.exists() else []
+    return [line.dump() for line in MetricsLine.read_lines(log)]
 
 
 def _step(line: str) -> int:

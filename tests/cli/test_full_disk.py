@@ -60,7 +60,7 @@ def test_apply(write: WriteRecipe, disk: Path, leave: int) -> None:
         "free some space and give the same command again\n"
     )
     assert {file: text for file, text in contents(run / "passes").items() if file in kept} == kept
-    assert all(event["event"] for event in RunDirectory(run).journal())
+    assert all(event.event for event in RunDirectory(run).journal())
     assert not list(run.glob("*.tmp"))
     ballast.unlink()
     CALLS.clear()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from flcompress.core.records import (
     ContractPart,
     EntryFile,
     EvalFile,
+    ExportFile,
     HealthFile,
     MetricsLine,
     Record,
@@ -114,3 +116,18 @@ def test_a_contract_keeps_its_ints_which_its_digest_tells_from_floats(tmp_path: 
 
 def test_the_limits_file_has_every_setting_of_training_health() -> None:
     HealthFile(held_out="elbo_full", limits={}, **Health().model_dump(mode="json"))
+
+
+def test_figures_that_are_not_finite_stay_so(tmp_path: Path) -> None:
+    line = MetricsLine(step=1, **{"loss": math.nan, "drift": math.inf, "rate": 1, "clips": 1.0}).line()
+    assert line == '{"step": 1, "loss": NaN, "drift": Infinity, "rate": 1, "clips": 1.0}'
+    (tmp_path / "metrics.jsonl").write_text(line + "\n")
+    (read,) = MetricsLine.read_lines(tmp_path / "metrics.jsonl")
+    assert read.line() == line
+
+
+def test_an_export_begins_with_what_its_exporter_returned() -> None:
+    record = ExportFile(bytes=3, shapes=((1, 2),), key="k", seconds=1.0, peak_rss_mb=2.0, attempts=1)
+    assert json.dumps(record.dump()) == (
+        '{"bytes": 3, "shapes": [[1, 2]], "key": "k", "seconds": 1.0, "peak_rss_mb": 2.0, "attempts": 1}'
+    )

@@ -146,8 +146,8 @@ def test_a_pass_has_the_time_of_all_attempts(
     (entry,) = run.entries()
     assert slow.earlier == [0.0, 60.0, 120.0]
     assert (entry.record.seconds, entry.record.attempts) == (180.0, 3)
-    noted = [event for event in run.journal() if event["event"] == "pass"][-1]
-    assert (noted["seconds"], noted["attempts"], noted["peak_rss_mb"]) == (180.0, 3, entry.record.peak_rss_mb)
+    noted = [event for event in run.journal() if event.event == "pass"][-1]
+    assert (noted.seconds, noted.attempts, noted.peak_rss_mb) == (180.0, 3, entry.record.peak_rss_mb)
     assert any(line.startswith("1/1 slow: 180.0 s in 3 attempts, peak ") for line in display.said)
     (step,) = steps(read_run(run.path))
     assert (step.seconds, step.attempts) == (180.0, 3)
@@ -172,8 +172,8 @@ def test_an_export_has_the_time_of_all_attempts(
     run = slow.run(lambda: apply(path, tmp_path / "run", display=QuietDisplay(), device="cpu"))
     record = json.loads((run.exports / "text.json").read_text())
     assert (record["seconds"], record["attempts"]) == (180.0, 3)
-    noted = [event for event in run.journal() if event["event"] == "export"][-1]
-    assert (noted["seconds"], noted["attempts"]) == (180.0, 3)
+    noted = [event for event in run.journal() if event.event == "export"][-1]
+    assert (noted.seconds, noted.attempts) == (180.0, 3)
     assert sorted(path.name for path in run.exports.iterdir()) == ["text", "text.json"]
     again = write("passes: [score]\nexports: [{text: {words: other}}]\n")
     apply(again, tmp_path / "run", display=QuietDisplay(), device="cpu")

@@ -24,6 +24,7 @@ from flcompress.errors import (
     FlcompressError,
     ModelError,
     PostconditionError,
+    RecordError,
     RequestError,
     TrainingError,
     UnavailableError,
@@ -89,11 +90,11 @@ def test_a_run_and_what_it_leaves(write: WriteRecipe, tmp_path: Path, model: Pat
     assert final.facts == {"trained", "scored", "pruned"}
     assert (run.path / "exports" / "copy" / "copy.txt").read_text() == "hello"
     assert json.loads((run.path / "exports" / "text.json").read_text())["characters"] == 5
-    assert [(event["event"], event["name"]) for event in run.journal()] == [
+    assert [(event.event, event.name) for event in run.journal()] == [
         ("start", "tiny"), ("begin", "score"), ("pass", "score"), ("begin", "cut"), ("pass", "cut"), ("export", "text"),
         ("export", "copy"), ("done", "tiny"),
     ]  # fmt: skip
-    assert run.journal()[0]["threads"] == torch.get_num_threads()
+    assert run.journal()[0].threads == torch.get_num_threads()
     assert run.recipe().passes[1].name == "cut"
     assert not list((run.path / "passes").glob(".work-*"))
 
@@ -107,7 +108,7 @@ def test_a_second_apply_does_no_work_and_says_so(write: WriteRecipe, tmp_path: P
     assert CALLS == []
     assert said[-1] == f"nothing to do: every pass and export is unchanged in {run.path}"
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "run" / "passes").rglob("*")} == before
-    assert {event["status"] for event in run.journal()[-5:]} == {"cached"}
+    assert {event.status for event in run.journal()[-5:]} == {"cached"}
 
 
 def test_changing_the_last_pass_reruns_only_it(write: WriteRecipe, tmp_path: Path) -> None:
@@ -274,8 +275,8 @@ def test_what_fails_is_noted_and_not_stored(
         run_recipe(write(f"passes: [score, {{broken: {{how: {how}}}}}]\n"), tmp_path / "run")
     run = RunDirectory(tmp_path / "run")
     assert [entry.name for entry in run.entries()] == ["score"]
-    assert run.journal()[-1]["event"] == "failed"
-    assert run.journal()[-1]["name"] == "broken"
+    assert run.journal()[-1].event == "failed"
+    assert run.journal()[-1].name == "broken"
 
 
 def test_a_failed_export_keeps_the_old_one(write: WriteRecipe, tmp_path: Path) -> None:
@@ -355,3 +356,13 @@ def test_random_weights_are_drawn_from_the_seed(write: WriteRecipe, tmp_path: Pa
     first = start.digest
     other, _ = run_recipe(path, tmp_path / "run", "model.weights=random", "seed=1")
     assert other.start().digest != first
+
+
+def test_a_damaged_journal_is_reported(tmp_path: Path) -> None:
+    journal = tmp_path / "journal.jsonl"
+    journal.write_text('{"event": "begin", "threads": 3}\n{"event": "pa')
+    assert [event.event for event in RunDirectory(tmp_path).journal()] == ["begin"]
+    assert RunDirectory(tmp_path).threads == 3
+    journal.write_text('{"event": "pa\n{"event": "begin", "threads": 3}\n')
+    with pytest.raises(RecordError, match=r"journal\.jsonl: line 1 is not JSON .*; remove that line$"):
+        RunDirectory(tmp_path).journal()

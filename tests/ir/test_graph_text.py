@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from flcompress.errors import RequestError
+from flcompress.errors import RecordError, RequestError
 from flcompress.ir.block import Estimate
 from flcompress.ir.graph import BlockGraph
 from flcompress.ir.serial import content_hash, from_json, to_json
@@ -78,7 +78,7 @@ def _damaged(change: Any) -> str:
     [
         (lambda d: d.pop("blocks"), "graph lacks 'blocks'"),
         (lambda d: d.update(extra=1), "graph has unknown keys: extra"),
-        (lambda d: d.update(version=2), "graph.version is 2, expected 1; write it again with this flcompress"),
+        (lambda d: d.update(version=0), "graph.version is 0, expected 1; write it again with this flcompress"),
         (lambda d: d.update(parameters=1.5), "graph.parameters is float, expected int"),
         (lambda d: d.update(parameters=True), "graph.parameters is bool, expected int"),
         (lambda d: d.update(config_keys={"joint": 1}), "graph.config_keys.joint is int, expected str"),
@@ -94,6 +94,14 @@ def _damaged(change: Any) -> str:
             "graph.blocks[0].streams[0].spec.shape[0] is str, expected int",
         ),
         (
+            lambda d: d["blocks"][1]["importance"].update(per_level=[["x", 0.5, 0.5, 0.5]]),
+            "graph.blocks[1].importance.per_level holds ['x', 0.5, 0.5, 0.5], expected four numbers",
+        ),
+        (lambda d: d["blocks"][1].update(importance=[]), "graph.blocks[1].importance is list, expected dict"),
+        (lambda d: d["blocks"][1].update(removable="no"), "graph.blocks[1].removable is str, expected bool"),
+        (lambda d: d["blocks"][1].update(streams=3), "graph.blocks[1].streams is int, expected list"),
+        (lambda d: d["edges"][0].update(zoo=1, extra=1), "graph.edges[0] has unknown keys: extra, zoo"),
+        (
             lambda d: d["blocks"][0].update(index=1),
             "block graph of TwoStacks: 'joint.0' is not entry 1 of stack 'joint'",
         ),
@@ -102,6 +110,13 @@ def _damaged(change: Any) -> str:
 def test_damaged_json_is_refused(change: Any, message: str) -> None:
     with pytest.raises(RequestError, match=f"^{re.escape(message)}"):
         from_json(_damaged(change))
+
+
+def test_a_newer_graph_is_refused_by_name() -> None:
+    newer = _damaged(lambda d: d.update(version=2, extra=1))
+    message = "run/graph.json: written by a newer flcompress: format 2, this one reads up to 1; update flcompress"
+    with pytest.raises(RecordError, match=f"^{re.escape(message)}$"):
+        from_json(newer, "run/graph.json")
 
 
 def test_text_that_is_not_json_is_refused() -> None:

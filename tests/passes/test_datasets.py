@@ -80,7 +80,7 @@ def test_clips_of_two_sizes(folder: Path) -> None:
     for shard in (folder / "clips").iterdir():
         shard.touch()  # what it holds decides, not when it was copied there
     again = apply(folder / "clips.yaml", folder / "run", display=QuietDisplay())
-    assert again.journal()[-1]["status"] == "cached"
+    assert again.journal()[-1].status == "cached"
 
 
 def test_prompts_alone_suffice_for_distillation(folder: Path) -> None:

@@ -194,11 +194,16 @@ def test_agreeing_on_rubbish_is_warned_of_and_stopped(folder: Path, run: RunDire
     warned = apply(
         recipe(folder, passes, "drift", max_worsening=None, on_breach="warn"), folder / "drift", store=folder / "run"
     )
-    (told,) = [event for event in warned.journal() if event["event"] == "health" and event["status"] == "warn"]
+    (event,) = [event for event in warned.journal() if event.event == "health" and event.status == "warn"]
     step = int(said.split()[2].rstrip(":"))
-    assert (told["name"], told["figure"], told["step"], told["high"]) == ("stochastic-depth", "drift", step, 1.0)
+    assert (event.name, event.more["figure"], event.more["step"], event.more["high"]) == (
+        "stochastic-depth",
+        "drift",
+        step,
+        1.0,
+    )
     (breach,) = lines(at(warned, "stochastic-depth")[2] / "breaches.jsonl")
-    assert (breach["action"], breach["value"]) == ("warn", told["value"])
+    assert (breach["action"], breach["value"]) == ("warn", event.more["value"])
 
 
 UNLIMITED: dict[str, Any] = dict.fromkeys(("max_worsening", "max_critic_lag", "deviation", "motion", "max_saturation"))

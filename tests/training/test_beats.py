@@ -84,9 +84,9 @@ def test_the_longest_time_without_a_beat_is_noted(home: Home, tmp_path: Path, mo
 
     monkeypatch.setattr(Toy, "apply", slow)
     run = apply(home.recipe("noted", ["toy: {steps: 1}"]), tmp_path / "run", display=QuietDisplay(), device="cpu")
-    (event,) = [one for one in run.journal() if one["event"] == "pass"]
-    assert event["longest_beat"]["at"] == "a slow step"
-    assert 0.5 <= event["longest_beat"]["seconds"] < 1.5
+    (event,) = [one for one in run.journal() if one.event == "pass"]
+    assert event.more["longest_beat"]["at"] == "a slow step"
+    assert 0.5 <= event.more["longest_beat"]["seconds"] < 1.5
     assert read_run(run.path).journal
 
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from flcompress.core.records.faults import fault_in
 from flcompress.errors import RecordError
 from flcompress.files import lines_of, write_text
+from flcompress.wording import newer_format
 
 FORMAT = 1
 """Newest format of these files that this version reads; files without the key `format` have format 1."""
@@ -82,10 +83,7 @@ class Record(Part):
             raise RecordError(f"{where}: holds {type(value).__name__}, expected an object; {cls.FIX}")
         written = value.get("format", 1)
         if isinstance(written, int) and written > FORMAT:
-            raise RecordError(
-                f"{where}: written by a newer flcompress: format {written}, this one reads up to {FORMAT}; "
-                "update flcompress"
-            )
+            raise RecordError(f"{where}: {newer_format(written, FORMAT)}")
         try:
             return cls.model_validate_json(text, strict=True)
         except ValidationError as error:

@@ -89,10 +89,10 @@ class SpeedRow(Part):
 
     backend: str
     what: str
+    precision: str | None = None
     teacher_seconds: Spread
     student_seconds: Spread
     ratio: Spread
-    precision: str | None = None
     teacher_memory: int | None = None
     student_memory: int | None = None
 
@@ -123,11 +123,11 @@ class BenchFile(Record):
     pipeline: str | None = None
     size: ClipPart | None = None
     latents: list[int] | None = None
+    batch: int
     device: str | None = None
     precision: str | None = None
     machine: dict[str, Any] = Field(default_factory=dict)
     rounds: int
-    batch: int
     work_ratio: FiniteFloat
     teacher: WorkPart | None = None
     student: WorkPart | None = None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import Field, FiniteFloat
+from pydantic import ConfigDict, Field, FiniteFloat
+from typing_extensions import override
 
 from flcompress.core.records.base import Fields, OpenRecord, Part, Record
 
@@ -55,6 +56,8 @@ class AttemptsFile(Record):
 class Event(OpenRecord):
     """One line of `journal.jsonl`. Passes add keys of their own."""
 
+    FIX = "remove that line"
+
     time: str | FiniteFloat | None = None
     event: str
     name: str = ""
@@ -70,7 +73,12 @@ class Event(OpenRecord):
 
 
 class MetricsLine(OpenRecord):
-    """One line of `metrics.jsonl`: the figures of a step, or those of a held-out evaluation."""
+    """One line of `metrics.jsonl`: the figures of a step, or those of a held-out evaluation.
+
+    A figure that is not finite is written as NaN or Infinity, so that a resumed training judges it as before.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow", ser_json_inf_nan="constants")
 
     step: int
 
@@ -87,10 +95,18 @@ class ResultFile(OpenRecord):
 class ExportFile(OpenRecord):
     """`exports/NAME.json`: what the exporter returned, and what it took."""
 
+    FIX = "remove it, then give flcompress export again"
+
     key: str = ""
     seconds: FiniteFloat | None = None
     peak_rss_mb: FiniteFloat | None = None
     attempts: int | None = None
+
+    @override
+    def dump(self) -> dict[str, Any]:
+        """Return the plain JSON object: what the exporter returned comes first."""
+        plain = super().dump()
+        return {key: plain[key] for key in sorted(plain, key=lambda key: key not in self.more)}
 
 
 class ContractPart(Part):

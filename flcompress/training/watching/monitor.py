@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
-from flcompress.core.records import BreachLine, HealthFile
+from flcompress.core.records import BreachLine, HealthFile, RedrawsLine
 from flcompress.core.settings import highest
 from flcompress.core.steps import PassContext
 from flcompress.errors import TrainingError
@@ -165,10 +164,8 @@ class Watch:
 
     def _read_redraws(self) -> dict[int, Redraws]:
         """Read the redraws of each step from `redraws.jsonl`."""
-        path = self._work.directory / REDRAWS_FILE
-        lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
-        records = map(json.loads, filter(None, lines))
-        return {record["step"]: Redraws(record["draws"], record["reference"]) for record in records}
+        lines = RedrawsLine.read_lines(self._work.directory / REDRAWS_FILE)
+        return {line.step: Redraws(line.draws, line.reference) for line in lines}
 
     def judge(self, step: int, figures: Figures, redraws: Redraws = NO_REDRAWS) -> bool:
         """Return True if training must roll back to its best evaluation and stop.
