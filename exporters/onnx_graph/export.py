@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flcompress.core.program import Program
+from flcompress.core.records import OnnxManifest
 from flcompress.exporters.onnx_graph.emulation import emulate_bf16
 from flcompress.exporters.onnx_graph.write import OPSETS, Axes, write_onnx
 from flcompress.exporters.shared import TOLERANCES, ExportPrecision, preflight
@@ -15,7 +16,7 @@ from flcompress.files import sha256
 from flcompress.models.configs import check_transformer_config
 from flcompress.progress import ProgressSink
 from flcompress.runtime.inputs import OUTPUT, Arguments, Inputs, arguments_of, constants_of, tensors_of
-from flcompress.runtime.manifest import MANIFEST_FILE, PARTNER_FOLDER, partner_of, write_json
+from flcompress.runtime.manifest import MANIFEST_FILE, PARTNER_FOLDER, partner_of
 from flcompress.runtime.onnx_session import OnnxSession
 from flcompress.runtime.sizes import Size, size_of, sizes_of, step_of
 
@@ -66,33 +67,33 @@ class OnnxExport:
         parity = checked["same"].require(str(path), "raise onnx.tolerance only if that is small enough for you")
         progress(2, 3, {})
         files = sorted(path for path in folder.iterdir() if path.is_file())
-        manifest = {
-            "file": MODEL_FILE,
-            "sha256": {path.name: sha256(path) for path in files},
-            "opset": OPSETS[self.precision],
-            "producer": self.producer,
-            "precision": self.precision,
-            "inputs": described(make, size_of(program), axes),
-            "outputs": [{"name": OUTPUT, "shape": axes.output, "dtype": "float32"}],
-            "dynamic": list(axes.names),
-            "parameters": program.graph.parameters,
-            "tolerance": parity.tolerance,
-            "difference": parity.difference,
-            "magnitude": parity.magnitude,
-            "difference_to_fp32": checked["export_to_fp32"].difference,
-            "torch_difference_to_fp32": checked["torch_to_fp32"].difference,
-            "cases": parity.cases,
-            "checked": {
+        manifest = OnnxManifest(
+            file=MODEL_FILE,
+            sha256={path.name: sha256(path) for path in files},
+            opset=OPSETS[self.precision],
+            producer=self.producer,
+            precision=self.precision,
+            inputs=described(make, size_of(program), axes),
+            outputs=[{"name": OUTPUT, "shape": axes.output, "dtype": "float32"}],
+            dynamic=list(axes.names),
+            parameters=program.graph.parameters,
+            tolerance=parity.tolerance,
+            difference=parity.difference,
+            magnitude=parity.magnitude,
+            difference_to_fp32=checked["export_to_fp32"].difference,
+            torch_difference_to_fp32=checked["torch_to_fp32"].difference,
+            cases=parity.cases,
+            checked={
                 "sizes": [[size.batch, size.frames, size.height, size.width] for size in sizes],
                 "arithmetic": _ARITHMETIC[self.precision],
             },
-            "contract": program.contract.to_dict(),
-            "kept": dict(program.kept),
-        }
-        write_json(folder / MANIFEST_FILE, manifest)
+            contract=program.contract.to_dict(),
+            kept=dict(program.kept),
+        )
+        manifest.write(folder / MANIFEST_FILE)
         progress(3, 3, {"difference": parity.difference})
         shown = ("sha256", "precision", "difference", "difference_to_fp32", "tolerance", "cases", "dynamic")
-        return {"bytes": sum(path.stat().st_size for path in files)} | {key: manifest[key] for key in shown}
+        return {"bytes": sum(path.stat().st_size for path in files)} | {key: getattr(manifest, key) for key in shown}
 
     def require_room(self, program: Program, folder: Path) -> None:
         """RequestError where the size, the disk or the memory forbids this export; before any long work."""

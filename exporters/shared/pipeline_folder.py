@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from flcompress.core.program import FACTS_FILE, Program
+from flcompress.core.records import FactsFile
 from flcompress.diffusion.contract import SamplingContract, levels_of, scheduler_of, set_levels
 from flcompress.errors import ModelError, PostconditionError
 from flcompress.exporters.shared.model_card import model_card
@@ -59,16 +60,16 @@ def write_pipeline(program: Program, folder: Path, progress: ProgressSink) -> di
         del size["num_frames"]
     call = call_arguments(program.contract, program.family) | size
     frame_rate = frame_rate_of(program)
-    facts = {
-        "contract": program.contract.to_dict(),
-        "call": call,
-        "parameters": program.graph.parameters,
-        "kept": dict(program.kept),
-        "latents": list(program.latents),
-        "frame_rate": frame_rate,
-        "pipeline_class": program.pipeline_class,
-    }
-    write_json(folder / FACTS_FILE, facts)
+    facts = FactsFile(
+        contract=program.contract.to_dict(),
+        call=call,
+        parameters=program.graph.parameters,
+        kept=dict(program.kept),
+        latents=list(program.latents),
+        frame_rate=frame_rate,
+        pipeline_class=program.pipeline_class,
+    )
+    facts.write(folder / FACTS_FILE)
     card = model_card(program, call, frame_rate)
     (folder / "README.md").write_text(card, encoding="utf-8")
     check_folder(folder, program.pipeline_class, program.contract)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from flcompress.core.program import Program
+from flcompress.core.records import EngineManifest
 from flcompress.errors import PostconditionError, RequestError
 from flcompress.exporters.shared import TOLERANCES, ExportPrecision, preflight
 from flcompress.exporters.shared.parity import Parity, cases, compare, outputs, reference
@@ -25,7 +26,6 @@ from flcompress.runtime.manifest import (
     partner_of,
     read_manifest,
     require_hash,
-    write_json,
 )
 from flcompress.runtime.sizes import Size, size_of, sizes_of, step_of
 from flcompress.runtime.tensorrt_api import load_tensorrt
@@ -94,32 +94,32 @@ class TensorRTExport:
         if runs_here(self.targets):
             parity = self._run(program, TensorRTSession(engine, builder, ranges), str(engine), precision, sizes)
         contract = program.contract
-        manifest = {
-            "file": ENGINE_FILE,
-            "sha256": sha256(engine),
-            "bytes": engine.stat().st_size,
-            "builder": builder,
-            "targets": list(self.targets),
-            "precision": precision,
-            "profiles": [profile.model_dump(mode="json") for profile in self.profiles],
-            "shapes": ranges,
-            "inputs": onnx_manifest["inputs"],
-            "outputs": onnx_manifest["outputs"],
-            "timesteps": list(contract.timesteps),
-            "sigmas": list(contract.sigmas),
-            "shift": contract.shift,
-            "guidance_scale": contract.guidance_scale,
-            "contract": contract.to_dict(),
-            "kept": dict(program.kept),
-            "source": {"file": os.path.relpath(source, folder), "sha256": sha256(source)},
-            "checked_on_gpu": parity is not None,
-            "difference": None if parity is None else parity.difference,
-            "tolerance": GPU_TOLERANCE * TOLERANCES[precision],
-        }
-        write_json(folder / MANIFEST_FILE, manifest)
+        manifest = EngineManifest(
+            file=ENGINE_FILE,
+            sha256=sha256(engine),
+            bytes=engine.stat().st_size,
+            builder=builder,
+            targets=list(self.targets),
+            precision=precision,
+            profiles=[profile.model_dump(mode="json") for profile in self.profiles],
+            shapes=ranges,
+            inputs=onnx_manifest["inputs"],
+            outputs=onnx_manifest["outputs"],
+            timesteps=list(contract.timesteps),
+            sigmas=list(contract.sigmas),
+            shift=contract.shift,
+            guidance_scale=contract.guidance_scale,
+            contract=contract.to_dict(),
+            kept=dict(program.kept),
+            source={"file": os.path.relpath(source, folder), "sha256": sha256(source)},
+            checked_on_gpu=parity is not None,
+            difference=None if parity is None else parity.difference,
+            tolerance=GPU_TOLERANCE * TOLERANCES[precision],
+        )
+        manifest.write(folder / MANIFEST_FILE)
         progress(2, 2, {})
         shown = ("bytes", "sha256", "builder", "targets", "precision", "checked_on_gpu", "difference")
-        return {key: manifest[key] for key in shown}
+        return {key: getattr(manifest, key) for key in shown}
 
     def _source(self, program: Program, folder: Path) -> tuple[Path, dict[str, Any]]:
         """The ONNX model in a folder, whole and of this very program, and its manifest."""

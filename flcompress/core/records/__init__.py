@@ -6,6 +6,7 @@ are; the first incompatible change writes `"format": 2`, which this version refu
 """
 
 from flcompress.core.records.base import AnyRecord, Record
+from flcompress.core.records.exports import EngineManifest, FactsFile, OnnxManifest
 from flcompress.core.records.measured import (
     BenchFile,
     ClipPart,
@@ -55,15 +56,18 @@ __all__ = [
     "ContenderRow",
     "ContractPart",
     "DmdResult",
+    "EngineManifest",
     "EntryFile",
     "EvalFile",
     "Event",
     "ExportFile",
+    "FactsFile",
     "HealthFile",
     "ImportanceResult",
     "LimitPart",
     "Measured",
     "MetricsLine",
+    "OnnxManifest",
     "PairedRow",
     "ProgramFile",
     "PruneResult",
