@@ -19,7 +19,7 @@ class OnnxExporter(Exporter):
     """`onnx: {precision: bf16}`: RUN/exports/onnx/model.onnx and its manifest.json.
 
     Attributes:
-        precision: of weights and arithmetic; what diffusers keeps in fp32, and timestep and guidance, stay so.
+        precision: precision of weights and arithmetic; timestep, guidance and what diffusers keeps in fp32 stay fp32.
         tolerance: largest absolute difference of the output from torch's, at the same precision, that is let through.
     """
 
@@ -38,7 +38,7 @@ class OnnxExporter(Exporter):
 
     @override
     def check(self) -> None:
-        """ONNX Runtime is installed, which every export is checked by."""
+        """Require ONNX Runtime, which checks every export."""
         from flcompress.runtime.onnx_session import require_onnxruntime
 
         require_onnxruntime("onnx")

@@ -41,7 +41,7 @@ class TensorRTExporter(Exporter):
     profiles: Annotated[tuple[Profile, ...], Field(min_length=1)] = Field(
         default=(Profile(),),
         description="ranges of batch, frames, height and width that the engine takes, each [smallest, tuned for, "
-        "largest], in frames and pixels of the clip; left out: the recipe's own size",
+        "largest], in frames and pixels of the clip; default: the recipe's own size",
     )
 
     @field_validator("targets")
@@ -55,7 +55,7 @@ class TensorRTExporter(Exporter):
 
     @override
     def check(self) -> None:
-        """A builder is installed, and it can build for the targets on this machine."""
+        """Require a builder that can build for the targets on this machine."""
         trt = load_tensorrt()
         if not builds_for_others(trt) and self.targets != ("current",):
             raise UnavailableError(

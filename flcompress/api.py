@@ -1,4 +1,4 @@
-"""What an author of a pass, an exporter or a model family needs. See docs/writing-a-pass.md.
+"""The public interface for authors of passes, exporters and model families. See docs/writing-a-pass.md.
 
 Everything listed in `__all__` keeps its name and meaning between minor versions (docs/stability.md); other modules are
 laid out for the house's own sake and may move. Each name is imported when it is first used, so that the module of a

@@ -1,4 +1,4 @@
-"""How a command ends: with its result, or with one line and an exit status, never with a traceback."""
+"""The end of a command: its result, or one line and an exit status, never a traceback."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Commands(click.Group):
                 click.echo(f"error: {error}", err=True)
             ctx.exit(error.exit_status)
         except KeyboardInterrupt:
-            click.echo("interrupted; the same command goes on from here", err=True)
+            click.echo("interrupted; the same command resumes from here", err=True)
             ctx.exit(INTERRUPTED)
 
 
@@ -65,5 +65,5 @@ def print_results(results: dict[str, Any], as_json: bool, run: Path) -> None:
 
 
 def _not_first() -> bool:
-    """Whether a launcher started this process beside others of the same machine, the first of which speaks."""
+    """Return whether a launcher started this process next to others on the same machine, the first of which prints."""
     return os.environ.get("LOCAL_RANK", "0") != "0" and "RANK" in os.environ and "WORLD_SIZE" in os.environ

@@ -1,4 +1,4 @@
-"""What each command does, as a function: the command line parses arguments, calls these and prints what they return.
+"""Every command as a function: the command line parses arguments, calls these and prints what they return.
 
 Every function imports what it needs when it is called, so that `flcompress --help` and `import flcompress` stay light.
 A path may be a string or any path-like object; a run may be given as its folder or as a `RunDirectory`.
@@ -106,7 +106,7 @@ def encode(
         out: folder of the dataset.
         videos: folder of videos; None makes a dataset of prompts only.
         pipeline_class: stock class to use the pipeline with, as `model.pipeline` of a recipe.
-        frames: trim longer clips to so many frames; each clip's own number by default.
+        frames: trim longer clips to this many frames; default: each clip's own number.
         height: resize and crop to this height, with `width`; each clip's own by default, cropped.
         width: see `height`.
         fps: frames per second to take; every frame of a video by default.

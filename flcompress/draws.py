@@ -33,7 +33,7 @@ class Draws:
         processes: how many there are; they must divide `batch`.
 
     Attributes:
-        batch: as given.
+        batch: samples over all processes.
         mine: which of the batch's samples these are.
         share: what part of its process's samples they are; see `micro_batches`.
         shared: draws for the whole batch.

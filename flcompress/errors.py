@@ -1,6 +1,6 @@
 """Every error a user can meet, and the exit status it ends the command with.
 
-A message is one line: the file, the key or module path, what was given, what was expected, the mend.
+A message is one line: the file, the key or module path, what was given, what was expected, the fix.
 """
 
 from __future__ import annotations
@@ -70,6 +70,6 @@ class TrainingError(FlcompressError):
 
 
 class Preempted(FlcompressError):  # noqa: N818 (no failure: what was asked for by SIGTERM)
-    """The process was asked to end (SIGTERM); a checkpoint was written and the same command goes on from it."""
+    """The process was asked to end (SIGTERM); a checkpoint was written and the same command resumes from it."""
 
     exit_status = 75

@@ -104,7 +104,7 @@ def sync(path: Path) -> None:
 
 
 class Lock(Enum):
-    """What became of an attempt to lock a folder."""
+    """The outcome of an attempt to lock a folder."""
 
     HELD = "held"
     BUSY = "busy"

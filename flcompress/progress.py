@@ -1,4 +1,4 @@
-"""How long work is shown: a bar with loss, rate and remaining time in a terminal, sparse lines elsewhere."""
+"""The display of long work: a bar with loss, rate and remaining time in a terminal, sparse lines elsewhere."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Display(Protocol):
     """Where the manager reports to."""
 
     def line(self, text: str) -> None:
-        """Say one thing."""
+        """Print a line."""
 
     def stage(self, title: str) -> AbstractContextManager[ProgressSink]:
         """Show the progress of one long work while the context lasts."""

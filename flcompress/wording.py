@@ -1,4 +1,4 @@
-"""How numbers and tables are written, so that the plan, the report's page and the terminal say the same."""
+"""The format of numbers and tables, shared by the plan, the report's page and the terminal."""
 
 from __future__ import annotations
 
@@ -83,9 +83,9 @@ def in_brackets(limits: tuple[float | None, float | None]) -> str:
     return f" ({bounds(limits)})" if limits != (None, None) else ""
 
 
-def share(value: float) -> str:
+def share(value: float, decimals: int = 1) -> str:
     """0.7 -> "70.0 %"."""
-    return f"{100 * value:.1f} %"
+    return f"{100 * value:.{decimals}f} %"
 
 
 def ratio(value: float) -> str:

@@ -81,7 +81,7 @@ class DistributionMatching(Pass):
 
     @property
     def settings(self) -> DistillationSettings:
-        """These arguments, as the distillation reads them."""
+        """The settings of the distillation, from these arguments."""
         return DistillationSettings(**self.model_dump())
 
     @override
@@ -121,7 +121,7 @@ class DistributionMatching(Pass):
         if self.settings.has_loras and engine == "zero3":
             return (
                 "training.engine: zero3 given with LoRA roles in dmd, expected local, ddp, zero1, zero2 or fsdp2: "
-                "DeepSpeed does not split weights that a LoRA lies on; use fsdp2"
+                "DeepSpeed does not split weights that a LoRA is attached to; use fsdp2"
             )
         return None
 

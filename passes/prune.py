@@ -99,6 +99,6 @@ class Prune(Pass):
         )
 
 
-def _compose(kept: Mapping[str, str], before: Mapping[str, str]) -> dict[str, str]:
+def _compose(names: Mapping[str, str], before: Mapping[str, str]) -> dict[str, str]:
     """Return new path -> path in the original, from old -> new of this cut and old -> original before it."""
-    return {new: before[old] for old, new in kept.items()}
+    return {new: before[old] for old, new in names.items()}

@@ -25,7 +25,7 @@ class StochasticDepth(Pass):
         L_II = alpha |f_pruned - target|^2 + (1 - alpha) |f_pruned - v|^2
 
     where the target is the full-depth output, without gradient, of the same weights ("self", as in the paper), of their
-    moving average ("ema"), or of the original weights ("frozen"). With "self" agreeing on rubbish is an optimum too;
+    moving average ("ema"), or of the original weights ("frozen"). With "self", agreeing on nonsense is an optimum too;
     the held-out ELBO of both paths decides, and `training.health` says what follows where the full path drifts away
     from the original.
 

@@ -45,7 +45,7 @@ def test_a_plan_for_a_gpu(tmp_path: Path) -> None:
         RECIPES / "wan2.1-t2v-1.3b.yaml", ["sampling.num_frames=9", "sampling.height=64", "sampling.width=64"]
     )
     text = plan_text(make_plan(recipe, machine=gpu_machine(recipe, "h100")))
-    assert "hours on 1 x H100 80 GB at 40% of the stated speed" in text
+    assert "hours on 1 x H100 80 GB at 40 % of the stated speed" in text
     assert "memory: every pass fits a H100 80 GB" in text
     assert "fake score 11.4 GB" in text  # 1.42 G x (4 weights + 4 of one moment)
     assert "memory: more than a RTX 4090 24 GB has for " in plan_text(
@@ -79,7 +79,7 @@ def test_a_plan_of_two_experts_counts_both(tmp_path: Path) -> None:
     assert "partner 28.6 GB" in text
     assert "80 evaluations a sample" in text
     # The partner was not named: it is still guided, two evaluations at each of the student's first two steps.
-    assert "end: 6 evaluations with 68.0% of the parameters of the low-noise expert: 14.92x less work a sample" in text
+    assert "end: 6 evaluations with 68.0 % of the parameters of the low-noise expert: 14.92x less work a sample" in text
 
 
 def test_configurations_can_be_planned_with_but_not_run(tmp_path: Path) -> None:

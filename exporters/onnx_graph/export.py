@@ -28,7 +28,7 @@ CHECKED_UP_TO = 2048
 
 @dataclass(frozen=True)
 class OnnxExport:
-    """One export to ONNX.
+    """An export to ONNX.
 
     Attributes:
         precision: precision of weights and arithmetic.
@@ -96,7 +96,7 @@ class OnnxExport:
         return {"bytes": sum(path.stat().st_size for path in files)} | {key: getattr(manifest, key) for key in shown}
 
     def require_room(self, program: Program, folder: Path) -> None:
-        """RequestError where the size, the disk or the memory forbids this export; before any long work."""
+        """Raise RequestError where the size, the disk or the memory forbids this export; before any long work."""
         transformer, text = program.components["transformer"], program.contract.max_sequence_length
         config, size = check_transformer_config(transformer), size_of(program)
         program.family.check_export(config, text)
@@ -106,7 +106,7 @@ class OnnxExport:
         preflight.check_room("onnx", folder, sum(weights), preflight.needed(max(weights), preflight.ONNX_MEMORY))
 
     def _compare(self, program: Program, make: Arguments, sizes: list[Size], model: Path) -> dict[str, Parity]:
-        """The export against torch at its own precision, and both against torch in fp32."""
+        """Compare the export with torch at its own precision, and both with torch in fp32."""
         inputs = cases(make, program.contract.timesteps, sizes)
         constants = constants_of(make(sizes[0], [0.0] * sizes[0].batch, 0))
         transformer = program.components["transformer"]
@@ -164,7 +164,7 @@ def checked_sizes(program: Program, axes: Axes) -> list[Size]:
 
 
 def described(make: Arguments, size: Size, axes: Axes) -> list[dict[str, object]]:
-    """Inputs of the graph, as a manifest states them."""
+    """Return the inputs of the graph, in the form of a manifest."""
     tensors: Inputs = tensors_of(make(size, [0.0] * size.batch, 0))
     return [
         {"name": name, "shape": shape, "dtype": str(tensors[name].dtype).removeprefix("torch.")}

@@ -1,6 +1,6 @@
 """Rewrites of a traced forward, before it becomes ONNX, of what ONNX and TensorRT express badly. The numbers stay.
 
-They look at operations alone, never at the model's class:
+They match operations alone, never at the model's class:
 - a tensor filled every second channel in place (rotary positions), or from some index on, would become ScatterND with
   index tensors: a third more nodes, and no fused kernel. It becomes a stack, or a concatenation;
 - a split into parts of varying size would become a sequence, which TensorRT cannot read; it becomes slices;
@@ -23,7 +23,7 @@ END = 2**63 - 1
 
 
 def rewritten(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """The traced forward, rewritten in place."""
+    """Rewrite the traced forward in place and return it."""
     graph = program.graph_module.graph
     for node in list(graph.nodes):
         if node.target is aten.slice.Tensor and node.args[2:] == (0, END):  # the whole axis
@@ -76,7 +76,7 @@ def _stack_interleaved(graph: fx.Graph, empty: Any) -> None:
 
 
 def _concatenate(graph: fx.Graph, copy: Any) -> None:
-    """`x[:, n:] = y` -> `x = cat((x[:, :n], y))`, where nothing else looks at x's memory."""
+    """`x[:, n:] = y` -> `x = cat((x[:, :n], y))`, where nothing else reads x's memory."""
     part, source = copy.args
     if not isinstance(part, fx.Node) or part.target is not aten.slice.Tensor or len(part.args) != 4:
         return
@@ -111,13 +111,13 @@ def _combine_masks(graph: fx.Graph, node: Any) -> None:
 
 
 def _fills(part: Any) -> Any:
-    """The copy into this slice, where that is all it is for."""
+    """Return the copy into this slice if the slice has no other use, else None."""
     users = list(part.users)
     return users[0] if len(users) == 1 and users[0].target is aten.copy_.default and users[0].args[0] is part else None
 
 
 def _alone(node: Any) -> bool:
-    """Whether no other name for this memory is used: every tensor it is a view of is looked at through it alone."""
+    """Return whether this memory is read through no other view: every tensor that it is a view of has no other user."""
     while isinstance(node.target, torch._ops.OpOverload) and _is_view(node.target):
         source = node.args[0]
         if not isinstance(source, fx.Node) or len(source.users) != 1:
@@ -167,7 +167,7 @@ def _is_complex(node: Any) -> bool:
 
 
 def _as_pairs(graph: fx.Graph, node: Any) -> None:
-    """Complex numbers as pairs of real ones on a last axis of their own; inputs have been rewritten before."""
+    """Rewrite complex numbers as pairs of real ones on a new last axis; inputs have been rewritten before."""
     first, *rest = node.args
     with graph.inserting_before(node):
         if node.target in (aten.view_as_complex.default, aten.view_as_real.default):

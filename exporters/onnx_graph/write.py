@@ -43,7 +43,7 @@ NOISY_LOGGERS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Axes:
-    """Which axes of the graph's inputs vary, by name: "batch", "frames", "height", "width", or "tokens" of several.
+    """The axes of the graph's inputs that vary, by name: "batch", "frames", "height", "width", or "tokens" of several.
 
     Attributes:
         inputs: input -> one entry an axis, a name or a fixed number.
@@ -67,9 +67,9 @@ def write_onnx(
     Args:
         folder: the transformer's.
         arguments: its arguments at any size.
-        size: where to trace. An axis of 1 stays fixed: torch.export takes it for a constant.
+        size: the size to trace at. An axis of 1 stays fixed: torch.export takes it for a constant.
         step: the smallest change of every axis that the model takes; 0 for one that it does not change.
-        precision: of the weights and the arithmetic.
+        precision: precision of the weights and the arithmetic.
         path: the file.
 
     Returns:
@@ -109,7 +109,7 @@ def _levels(size: Size) -> list[float]:
 
 
 def _varying(arguments: Arguments, size: Size, step: Size) -> dict[str, dict[int, str]]:
-    """Input -> its axes that follow the size -> the name of what they follow, found by changing one thing at a time.
+    """Return {input: {axis that follows the size: name of what it follows}}, by changing one thing at a time.
 
     A size that reaches the forward as a number is fixed in the graph, and so varies nothing.
     """
@@ -228,7 +228,7 @@ def _named(model: Any, names: list[str], varying: dict[str, dict[int, str]]) -> 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence what torch's exporter is known to say about itself, and nothing else."""
+    """Silence the known notices of torch's exporter, and nothing else."""
     loggers = [logging.getLogger(name) for name in NOISY_LOGGERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

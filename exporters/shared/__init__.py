@@ -1,4 +1,4 @@
-"""What the exporters share: parity with torch, preflight checks, weights read one at a time, the model card."""
+"""Parts that the exporters share: parity with torch, preflight checks, weights read one at a time, the model card."""
 
 from typing import Literal
 

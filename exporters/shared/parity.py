@@ -96,8 +96,8 @@ def reference(
     Args:
         folder: the transformer's.
         constants: forward arguments that are not tensors.
-        precision: of weights and arithmetic, by diffusers' own rule.
-        all_inputs: of every case.
+        precision: precision of weights and arithmetic, by diffusers' own rule.
+        all_inputs: the inputs of every case.
     """
     denoiser = Denoiser(streamed(folder, precision), constants, DTYPES[precision]).eval()
     with WideSums():

@@ -132,7 +132,7 @@ def check_folder(folder: Path, pipeline_class: str, contract: SamplingContract) 
 
 
 def _same_tensors(module: Any, folder: Path) -> None:
-    """PostconditionError unless what stock diffusers loaded is what the files hold, in its own dtype."""
+    """Raise PostconditionError unless what stock diffusers loaded is what the files hold, in its own dtype."""
     try:
         stored = matching_tensors(folder, module)
     except ModelError as error:

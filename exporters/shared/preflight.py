@@ -1,4 +1,4 @@
-"""What would end a long export late, checked before it starts; every message says how to fix it."""
+"""Checks, before a long export starts, of what would end it late; every message says how to fix it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def attention_tokens(config: dict[str, Any], size: Size, text: int) -> int:
 
 
 def check_keys(precision: ExportPrecision, tokens: int, what: str) -> None:
-    """RequestError where an fp16 softmax can overflow.
+    """Raise RequestError where an fp16 softmax can overflow.
 
     Args:
         precision: asked for.
@@ -74,11 +74,11 @@ def check_scores(precision: ExportPrecision, heads: int, batch: int, tokens: int
 
 
 def check_room(what: str, folder: Path, disk: int, memory: int) -> None:
-    """RequestError where the disk or the memory of this machine is too small.
+    """Raise RequestError where the disk or the memory of this machine is too small.
 
     Args:
         what: the exporter.
-        folder: where it writes.
+        folder: the folder that it writes to.
         disk: bytes it writes.
         memory: bytes it holds at its peak.
     """
@@ -103,12 +103,12 @@ def needed(weights: int, model: tuple[float, float]) -> int:
 
 
 def heads_of(config: dict[str, Any]) -> int:
-    """Attention heads."""
+    """Return the number of attention heads."""
     return int(config["num_attention_heads"])
 
 
 def described(size: Size) -> str:
-    """A latent size, for messages."""
+    """Return a latent size in words, for messages."""
     return f"{size.frames} x {size.height} x {size.width} of latents"
 
 

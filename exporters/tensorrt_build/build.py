@@ -18,7 +18,7 @@ def build_engine(trt: Any, model: Path, *, targets: Sequence[str], profiles: Seq
         trt: `tensorrt` or `tensorrt_rtx`.
         model: the ONNX file; its external data is next to it.
         targets: compute capabilities such as "sm89", or "current".
-        profiles: for each, every input's smallest, tuned-for and largest shape.
+        profiles: for each profile, every input's smallest, tuned-for and largest shape.
 
     Returns:
         The engine, as a buffer.

@@ -39,7 +39,7 @@ GPU_TOLERANCE = 10.0
 
 @dataclass(frozen=True)
 class TensorRTExport:
-    """One export to TensorRT.
+    """An export to TensorRT.
 
     Attributes:
         precision: precision that is expected of the ONNX export; None takes any.
@@ -122,7 +122,7 @@ class TensorRTExport:
         return {key: getattr(manifest, key) for key in shown}
 
     def _source(self, program: Program, folder: Path) -> tuple[Path, dict[str, Any]]:
-        """The ONNX model in a folder, whole and of this very program, and its manifest."""
+        """Return the ONNX model in a folder, complete and of this very program, and its manifest."""
         manifest = read_manifest(folder / MANIFEST_FILE, SAME_RECIPE)
         for name, expected in manifest["sha256"].items():
             require_hash(folder / name, expected, SAME_RECIPE)
@@ -137,7 +137,7 @@ class TensorRTExport:
     def _require_room(
         self, program: Program, folder: Path, precision: ExportPrecision, sizes: list[list[Size]]
     ) -> None:
-        """RequestError where precision, sizes, disk or memory forbid this engine."""
+        """Raise RequestError where precision, sizes, disk or memory forbid this engine."""
         if self.precision not in (None, precision):
             raise RequestError(
                 f"tensorrt.precision: {self.precision} given, but the ONNX export it is built from is {precision}; "
@@ -216,7 +216,7 @@ def shapes_at(make: Arguments, sizes: list[Size]) -> list[Shapes]:
 
 
 def _require_positions(program: Program, largest: Size) -> None:
-    """RequestError beyond the rotary table that a model was made with."""
+    """Raise RequestError beyond the rotary table that a model was made with."""
     config: dict[str, Any] = check_transformer_config(program.components["transformer"])
     table, step = config.get("rope_max_seq_len"), step_of(program)
     for what in ("frames", "height", "width"):

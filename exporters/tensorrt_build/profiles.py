@@ -1,4 +1,4 @@
-"""What a recipe says of a TensorRT engine: the GPUs that it is for, and the sizes that it takes."""
+"""The settings of a TensorRT engine in a recipe: the GPUs that it is for, and the sizes that it takes."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What a program, a pass and an exporter are, and the settings that they share."""
+"""Programs, passes and exporters, and the settings that they share."""

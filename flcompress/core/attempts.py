@@ -1,4 +1,4 @@
-"""What a piece of work took over all its attempts: a killed one leaves its time and peak memory to the next."""
+"""Time and memory of a piece of work over all its attempts: a killed one leaves its figures to the next."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Attempts:
 
     Attributes:
         file: JSON: the key of the work, and of each attempt its seconds and peak memory.
-        key: of what is made. Attempts at something else do not count.
-        done: of the earlier attempts.
+        key: the key of the result. Attempts at something else do not count.
+        done: seconds and peak memory of the earlier attempts.
         began: when this one began, on the monotonic clock.
     """
 
@@ -38,7 +38,7 @@ class Attempts:
     _ended: dict[str, float] | None = None
 
     def record(self) -> dict[str, Any]:
-        """What the work took: seconds and the number of attempts in all, megabytes at their fullest."""
+        """Return seconds and the number of attempts in total, and the peak memory in megabytes."""
         all_of_them = [*self.done, self._own()]
         return {
             "seconds": round(sum(part["seconds"] for part in all_of_them), 3),
@@ -47,12 +47,12 @@ class Attempts:
         }
 
     def write(self) -> None:
-        """Leave what is known so far. It is a record of no consequence: where it cannot be written, work goes on."""
+        """Write the record so far. It is not essential: if it cannot be written, the work continues."""
         with suppress(OSError):
             AttemptsFile(key=self.key, attempts=[*self.done, self._own()]).write(self.file, indent=None)
 
     def end(self) -> None:
-        """This attempt takes no more time."""
+        """Stop the clock of this attempt."""
         self._ended = self._own()
         self.write()
 
@@ -89,7 +89,7 @@ def attempt(file: Path, key: str) -> Iterator[Attempts]:
 
 
 def seconds_so_far(file: Path, key: str) -> float:
-    """What all recorded attempts took."""
+    """Return the seconds of all recorded attempts."""
     return sum(earlier["seconds"] for earlier in _attempts(file, key))
 
 

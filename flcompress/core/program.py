@@ -34,7 +34,7 @@ CHECKPOINTS = "checkpoints"
 
 
 class Fact(StrEnum):
-    """What is known to hold of a program. Passes declare which they need, give and void."""
+    """A fact about a program. Passes declare which they need, give and void."""
 
     TRAINED = "trained"
     """The transformer's weights come from training, not from a random start."""
@@ -59,8 +59,8 @@ class Program:
         components: component name -> folder, as in a diffusers pipeline ("transformer", "vae", "text_encoder",
             "tokenizer", ...), and two more: "original", the transformer the recipe started from, and "elastic", the
             unpruned transformer that "transformer" was cut from (the original, or what stochastic depth made of it).
-            Of two experts these are the one that is compressed; "partner" is the other, as it is sampled beside
-            "transformer", and "original_partner" as it is sampled beside "original".
+            Of two experts these are the one that is compressed; "partner" is the other, as it is sampled with
+            "transformer", and "original_partner" as it is sampled with "original".
         contract: how the current transformer is sampled.
         teacher_contract: how "original" is sampled.
         facts: what holds.
@@ -87,7 +87,7 @@ class Program:
 
     @property
     def family(self) -> Family:
-        """What tracing cannot find out about the model."""
+        """The family, which knows what tracing cannot find out about the model."""
         from flcompress.models.families import family_of
 
         return family_of(self.pipeline_class)
@@ -99,10 +99,10 @@ class Program:
         return Parts(self.index, self.components, device, autoencoder)
 
     def check(self) -> None:
-        """ModelError, from the headers of files alone, unless every component loads whole; for later commands."""
+        """Raise ModelError unless the headers of the files show that every component is complete."""
         from flcompress.models.part_check import check_part
 
-        own = self.index["transformer"]  # of the components beside the stock pipeline's, too
+        own = self.index["transformer"]  # the class of the components that the stock pipeline lacks, too
         kinds = {folder: self.index.get(name) or own for name, folder in self.components.items()}
         for folder, kind in kinds.items():
             check_part(folder, kind)
@@ -117,16 +117,16 @@ class Program:
 
     @property
     def own_name(self) -> str:
-        """What the stock pipeline calls the transformer that is compressed."""
+        """The stock pipeline's name of the transformer that is compressed."""
         return COMPONENTS[self.contract.experts.compressed] if self.contract.experts else "transformer"
 
     def with_component(self, name: str, folder: Path) -> Program:
-        """The same program with one component replaced."""
+        """Return the program with one component replaced."""
         return replace(self, components={**self.components, name: folder})
 
     @property
     def digest(self) -> str:
-        """SHA-256 over everything that decides what this program computes: contents, not places on disk."""
+        """Return the SHA-256 over everything that decides what this program computes: contents, not paths."""
         canonical = {
             "graph": content_hash(self.graph),
             "components": {name: folder_digest(path) for name, path in sorted(self.components.items())},

@@ -1,4 +1,4 @@
-"""What a recipe sets: sampling, data, training, health and evaluation. docs/recipes.md is generated from the fields."""
+"""Recipe settings: sampling, data, training, health and evaluation. docs/recipes.md is generated from the fields."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Settings(BaseModel):
 
 
 class Health(Settings):
-    """How trainings are watched. Every figure, its formula and what to do about it: docs/health.md.
+    """Monitoring of trainings. Every figure, its formula and what to do about it: docs/health.md.
 
     A limit of `null` is none.
     """
@@ -87,7 +87,7 @@ class Health(Settings):
 
 
 class Sampling(Settings):
-    """How the model is meant to be sampled before compression; the reference of every comparison."""
+    """Sampling settings of the model before compression, the reference of every comparison."""
 
     num_inference_steps: int = Field(50, ge=1, le=1000, description="network calls along a path, guidance aside")
     guidance_scale: float = Field(4.0, ge=0, description="text guidance, in the convention named below")
@@ -97,7 +97,7 @@ class Sampling(Settings):
     guidance_scale_2: float | None = Field(
         None,
         ge=0,
-        description="the same for the low-noise expert of a model with two; guidance_scale where left out",
+        description="the same for the low-noise expert of a model with two; default: guidance_scale",
     )
     negative_prompt: str = Field(
         "",
@@ -105,7 +105,9 @@ class Sampling(Settings):
     )
     max_sequence_length: int = Field(512, ge=1, description="tokens a prompt is padded to")
     embedded_guidance: float | None = Field(
-        None, gt=0, description="scale that a guidance-distilled network is told; the family's usual one where left out"
+        None,
+        gt=0,
+        description="scale that a guidance-distilled network takes as an input; default: the family's usual one",
     )
     num_frames: int | None = Field(None, ge=1, description="frames of the clips that are sampled; 1 for images")
     height: int | None = Field(None, ge=1, description="their height in pixels")
@@ -123,7 +125,7 @@ class Sampling(Settings):
 
     @property
     def decisive(self) -> dict[str, Any]:
-        """Its part of a cache key; an empty negative prompt leaves keys as they were before there was one."""
+        """The part of a cache key; an empty negative prompt leaves keys as they were before the setting existed."""
         return self.model_dump(mode="json", exclude=None if self.negative_prompt else {"negative_prompt"})
 
     @property
@@ -140,7 +142,7 @@ class Sampling(Settings):
 
     @property
     def scale_2(self) -> float:
-        """The low-noise expert's, in the same convention."""
+        """The low-noise expert's guidance scale, in the same convention."""
         return self.scale if self.guidance_scale_2 is None else self._in_our_convention(self.guidance_scale_2)
 
     def _in_our_convention(self, scale: float) -> float:
@@ -184,7 +186,7 @@ class Data(Settings):
 
 
 class Evaluation(Settings):
-    """How large `flcompress eval` makes its comparison."""
+    """Size of the comparison that `flcompress eval` makes."""
 
     clips_per_prompt: int = Field(3, ge=1, description="clips sampled for each held-out prompt and seed")
     seeds: int = Field(4, ge=2, description="independent repetitions; the confidence intervals come from them")
@@ -194,7 +196,7 @@ _NOT_DECISIVE = {"engine", "processes", "timeout", "checkpoint_seconds", "micro_
 
 
 class Training(Settings):
-    """How passes that train compute; decides memory and speed."""
+    """Compute settings of passes that train; they decide memory and speed."""
 
     engine: EngineName = Field(
         "local",
@@ -202,7 +204,7 @@ class Training(Settings):
         "shard optimiser, gradients and weights, fsdp2 shards all of them; see docs/training.md",
     )
     processes: int | None = Field(
-        None, ge=1, description="how many processes must run; whatever the launcher started where left out"
+        None, ge=1, description="how many processes must run; default: as many as the launcher started"
     )
     timeout: float = Field(1800.0, gt=0, description="seconds after which a process that does not move ends the run")
     checkpoint_seconds: float = Field(
@@ -213,13 +215,14 @@ class Training(Settings):
     )
     precision: Precision = Field("fp32", description="bf16: autocast over fp32 weights, and frozen models held in bf16")
     gradient_checkpointing: bool = Field(
-        False, description="compute blocks again in the backward instead of keeping what they did; a third more work"
+        False,
+        description="recompute blocks in the backward pass instead of keeping their activations; a third more work",
     )
     micro_batch: int | None = Field(
         None,
         ge=1,
         description="samples in memory at once in one process, at most; gradients of a larger batch are added up, with "
-        "the same result and one optimiser step a batch. Its whole share where left out",
+        "the same result and one optimiser step a batch. Default: its whole share",
     )
     compile: bool = Field(
         False,
@@ -229,14 +232,14 @@ class Training(Settings):
     health: Health = Field(Health(), description="how trainings are watched, and what ends one; see docs/health.md")
     log_to: tuple[LogName, ...] = Field(
         ("tensorboard",),
-        description="where figures and sample strips go beside the report: tensorboard (left out where it is not "
+        description="where figures and sample strips go in addition to the report: tensorboard (skipped if it is not "
         "installed) and wandb (which has to be)",
     )
 
     @property
     def decisive(self) -> dict[str, Any]:
-        """What changes a result; who shares the work and who watches it does not.
+        """The settings that change a result; how it is distributed and monitored does not matter.
 
-        So another launch finds the work and goes on, and a training that a limit ended can be taken up with another.
+        So another launch finds and resumes the work, and a training that a limit ended can resume with another limit.
         """
         return self.model_dump(mode="json", exclude=_NOT_DECISIVE)

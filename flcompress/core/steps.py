@@ -1,4 +1,4 @@
-"""What a pass and an exporter are; see docs/writing-a-pass.md. They themselves live in `passes/` and `exporters/`."""
+"""Passes and exporters; see docs/writing-a-pass.md. They themselves live in `passes/` and `exporters/`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class PassContext:
-    """What the pass manager hands a pass for one application.
+    """The context in which the pass manager applies a pass.
 
     Attributes:
         directory: the pass's own folder. It writes new components ("transformer/", ...), `result.json` (a summary the
@@ -31,16 +31,16 @@ class PassContext:
         seed: the recipe's seed.
         data: gives the recipe's clips and captions as latents, encoded with a program's autoencoder and text encoder
             (cached). Raises DataError where the recipe has no data.
-        progress: told how far the work is.
+        progress: called with the steps that are done.
         say: shows one line.
         device: "cpu" or "cuda".
         world: the processes that share the work; one, but for passes that are `distributed`.
         engine: how they share a training.
-        precision: of forwards and backwards in training: "fp32", or "bf16" (autocast over fp32 weights).
-        gradient_checkpointing: whether trained models compute their blocks again in the backward.
+        precision: precision of forwards and backwards in training: "fp32", or "bf16" (autocast over fp32 weights).
+        gradient_checkpointing: whether trained models recompute their blocks in the backward pass.
         compile: whether blocks run through torch.compile.
         health: how its training is watched.
-        log_to: where its figures go beside the report.
+        log_to: destinations of its figures, in addition to the report.
         note: adds an event to the run's journal.
         checkpoint_seconds: between two checkpoints of a training; 0 writes one after every step.
         micro_batch: samples that are in memory at once in one process, at most; see `at_once`.
@@ -73,7 +73,7 @@ class PassContext:
 
 @dataclass(frozen=True, slots=True)
 class Role:
-    """One model that a pass holds in memory.
+    """A model that a pass holds in memory.
 
     Attributes:
         name: what it is for: "generator", "real score", ...
@@ -94,12 +94,12 @@ class Role:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What a pass will take, for the plan.
+    """The cost of a pass, for the plan.
 
     Attributes:
         steps: training steps, or 0.
         forwards: forwards of one sample through the full transformer, in total; a backward counts as two.
-        recomputed: of these forwards, those that gradient checkpointing does twice.
+        recomputed: how many of these forwards gradient checkpointing repeats.
         batch: samples of a step, over all processes; of a pass that does not train, those in memory at once in each.
         roles: the models that are in memory at once.
         half: whether a pass that does not train computes in the training's precision where there is a GPU.
@@ -116,7 +116,7 @@ class Cost:
 
 
 class Pass(BaseModel, ABC):
-    """One rewrite of a program; its validated, frozen fields are its recipe arguments.
+    """A rewrite of a program; its validated, frozen fields are its recipe arguments.
 
     In a recipe `- prune: {remove: 0.3}` becomes `Prune(remove=0.3)`.
     """
@@ -155,7 +155,7 @@ class Pass(BaseModel, ABC):
 
     @property
     def needs_clips(self) -> bool:
-        """Whether prompts alone do not do. A property, since it may depend on the arguments."""
+        """Whether the pass needs clips, not only prompts. A property, since it may depend on the arguments."""
         return self.needs_data
 
     def flow(self, facts: frozenset[Fact]) -> frozenset[Fact]:
@@ -180,11 +180,11 @@ class Pass(BaseModel, ABC):
         return evaluations
 
     def cost(self, parameters: float, blocks: int, original: float) -> Cost:
-        """What this pass will take, for the plan.
+        """Return the cost of this pass, for the plan.
 
         Args:
-            parameters: of the transformer as the pass meets it.
-            blocks: of the same.
+            parameters: parameters of the transformer before the pass.
+            blocks: its number of blocks.
             original: parameters of the transformer that the recipe started from.
         """
         return Cost()
@@ -221,7 +221,7 @@ class Exporter(BaseModel, ABC):
         """Raise UnavailableError if this machine lacks what the export needs. Called before any work of a recipe."""
 
     def fingerprint(self) -> str:
-        """Whatever beside program, arguments and version decides the output (a builder's version); for the cache."""
+        """Return what else decides the output than program, arguments and version, such as a builder's version."""
         return ""
 
     @abstractmethod

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 from flcompress.errors import UnavailableError, first_line
 
-_MEND = "log in with `wandb login`, set WANDB_MODE=offline, or leave it out"
+_FIX = "log in with `wandb login`, set WANDB_MODE=offline, or leave it out"
 
 
 def check_wandb_installed() -> None:
@@ -29,10 +29,10 @@ def check_wandb_login() -> None:
     except wandb.errors.Error as error:
         raise refused(error) from error
     if not accepted:
-        raise UnavailableError(f"training.log_to: wandb given, but no one is logged in; {_MEND}")
+        raise UnavailableError(f"training.log_to: wandb given, but no one is logged in; {_FIX}")
 
 
 def refused(error: Exception) -> UnavailableError:
-    """What an error of its own means here."""
+    """Return wandb's error as an UnavailableError."""
     first = first_line(error).rstrip(".")
-    return UnavailableError(f"training.log_to: wandb given, but it cannot be used: {first}; {_MEND}")
+    return UnavailableError(f"training.log_to: wandb given, but it cannot be used: {first}; {_FIX}")

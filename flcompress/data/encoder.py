@@ -123,7 +123,7 @@ class Encoder:
     def _clips(self, task: ClipTask, parts: Parts) -> ShardResult:
         frames, height, width = task.bucket
         batch = max(1, PIXELS_AT_ONCE // (frames * height * width))
-        kept: list[ClipRecord] = []
+        usable: list[ClipRecord] = []
         skipped: list[Skipped] = []
         encoded: list[dict[str, torch.Tensor]] = []
         waiting: list[tuple[torch.Tensor, str]] = []
@@ -133,28 +133,28 @@ class Encoder:
             except BrokenVideo as error:
                 skipped.append(Skipped(clip.file, str(error)))
                 continue
-            kept.append(clip)
+            usable.append(clip)
             waiting.append((pixels, text))
             if len(waiting) == batch:
                 encoded.append(self._encode(waiting, parts))
                 waiting.clear()
         if waiting:
             encoded.append(self._encode(waiting, parts))
-        tensors = concatenate(encoded) if kept else {LATENTS: torch.zeros(0, 1)}
+        tensors = concatenate(encoded) if usable else {LATENTS: torch.zeros(0, 1)}
         finite = tensors[LATENTS].flatten(1).isfinite().all(dim=1)
         if not bool(finite.all()):
             flags = finite.tolist()
             skipped += [
                 Skipped(clip.file, "its latents are not finite")
-                for clip, fine in zip(kept, flags, strict=True)
+                for clip, fine in zip(usable, flags, strict=True)
                 if not fine
             ]
-            kept = [clip for clip, fine in zip(kept, flags, strict=True) if fine]
+            usable = [clip for clip, fine in zip(usable, flags, strict=True) if fine]
             tensors = {name: value[finite] for name, value in tensors.items()}
-        if not kept:
+        if not usable:
             return ShardResult(task.file, None, tuple(skipped))
         digest, size = write_shard(self.out / task.file, tensors)
-        shard = ClipShard(file=task.file, sha256=digest, bytes=size, size=task.bucket, clips=tuple(kept))
+        shard = ClipShard(file=task.file, sha256=digest, bytes=size, size=task.bucket, clips=tuple(usable))
         return ShardResult(task.file, shard, tuple(skipped))
 
     def _encode(self, batch: Sequence[tuple[torch.Tensor, str]], parts: Parts) -> dict[str, torch.Tensor]:

@@ -43,7 +43,7 @@ class SamplingContract:
 
     Attributes:
         prediction: what the network predicts: "flow" (the velocity e - x0), "v_prediction" or "epsilon".
-        scheduler_class: of diffusers, the one that is saved with the model: its own, or a few-step student's.
+        scheduler_class: diffusers class of the scheduler saved with the model: its own, or a few-step student's.
         scheduler: its configuration.
         given_sigmas: what the stock pipeline hands to the scheduler; None if the scheduler spaces its own.
         num_inference_steps: network calls along a sampling path.
@@ -76,7 +76,7 @@ class SamplingContract:
 
     @property
     def process(self) -> Process:
-        """What a noise level means to this model."""
+        """The noising process, which gives a noise level its meaning."""
         return _process(self.scheduler_class, self.prediction, self.scheduler)
 
     @property

@@ -23,7 +23,7 @@ OTHER: dict[Expert, Expert] = {"high": "low", "low": "high"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experts:
-    """Which expert handles which noise level, as the stock pipeline decides it.
+    """The noise levels that each expert handles, as the stock pipeline decides it.
 
     Attributes:
         boundary_ratio: share of the training timesteps below which the low-noise expert is called.

@@ -1,6 +1,6 @@
 """A denoising network as losses and samplers see it: its type, and what conditions it.
 
-Conditioning is all that a network is given beside latents and noise level: the prompt and, for some models, the first
+Conditioning is all that a network takes besides latents and noise level: the prompt and, for some models, the first
 frame.
 """
 

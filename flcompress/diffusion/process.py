@@ -1,6 +1,6 @@
 """The noising process of a model: what a noise level means, what its network predicts, and Tweedie's formula.
 
-A level lies in (0, 1], 1 being pure noise, one value per sample, shape [n]; latents have any shape that starts with n.
+A level is in (0, 1], 1 being pure noise, one value per sample, shape [n]; latents have any shape that starts with n.
 """
 
 from __future__ import annotations

@@ -97,14 +97,14 @@ def prediction_of(name: str, config: Mapping[str, Any]) -> str:
     timesteps = config.get("num_train_timesteps", NUM_TRAIN_TIMESTEPS)
     if timesteps != NUM_TRAIN_TIMESTEPS:
         raise ModelError(
-            f"scheduler: num_train_timesteps {timesteps} given for {name}, expected {NUM_TRAIN_TIMESTEPS}: what the "
-            "network of a flow model is told is its noise level times that"
+            f"scheduler: num_train_timesteps {timesteps} given for {name}, expected {NUM_TRAIN_TIMESTEPS}: the "
+            "network of a flow model takes its noise level times that"
         )
     return "flow"
 
 
 def is_solver(name: str, config: Mapping[str, Any]) -> bool:
-    """Whether a scheduler looks back at earlier steps and adds no noise on the way."""
+    """Return whether a scheduler looks back at earlier steps and adds no noise on the way."""
     noisy = name == "SASolverScheduler" or str(config.get("algorithm_type", "")).startswith("sde")
     return name in FLOW_SOLVERS and not noisy
 

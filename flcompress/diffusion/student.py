@@ -89,7 +89,7 @@ def _check_experts(student: SamplingContract) -> None:
     if experts.partner_steps not in (None, steps):
         raise ModelError(
             f"dmd.student_steps: {steps} given, expected {experts.partner_steps}: the partner that model.partner names "
-            "was distilled for so many"
+            "was distilled for that many"
         )
     if not student.own_steps:
         timesteps = ", ".join(f"{timestep:.4g}" for timestep in student.timesteps)

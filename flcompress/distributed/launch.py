@@ -1,4 +1,4 @@
-"""How the processes of a command start: the launcher's environment, joining the others, and threads per process."""
+"""The start of a command's processes: the launcher's environment, joining the others, and threads per process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SAMPLE_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Launch:
-    """One process among those that torchrun, accelerate launch or a cluster's scheduler started."""
+    """A process among those that torchrun, accelerate launch or a cluster's scheduler started."""
 
     rank: int = 0
     size: int = 1

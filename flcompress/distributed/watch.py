@@ -41,7 +41,7 @@ class Pulse:
 
 @dataclass(frozen=True, slots=True)
 class _Published:
-    """What the store has of one process: its sign of life and its pulse."""
+    """The entries of one process in the store: its sign of life and its pulse."""
 
     life: int
     beats: int

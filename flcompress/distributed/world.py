@@ -24,7 +24,7 @@ _EXCHANGE_WORDS = ("gloo", "nccl", "connection", "timed out", "process group", "
 
 
 class World:
-    """One process among those that share the work; the only one if no launcher started more.
+    """A process among those that share the work; the only one if no launcher started more.
 
     Attributes:
         rank: rank of this process; 0 is the main one, which writes files and prints.

@@ -30,7 +30,7 @@ def check_launch(training: Training, launch: Launch, passes: Iterable[Pass] = ()
     if engine != "local" and launch.size == 1 and wanted != 1:
         raise RequestError(
             f"training.engine: {engine} given, but only one process runs (WORLD_SIZE is unset or 1; "
-            f"`accelerate launch --cpu` starts one whatever it is told); start with {how}, "
+            f"`accelerate launch --cpu` always starts one); start with {how}, "
             "or set training.processes: 1 if one is meant"
         )
     _check_accelerate(training)

@@ -313,7 +313,7 @@ def verify(name: str, program: Program) -> None:
     """
     for component, folder in program.components.items():
         if not folder.is_dir() or not any(folder.iterdir()):
-            raise PostconditionError(f"{name}: component {component} is to lie in {folder}, where nothing is")
+            raise PostconditionError(f"{name}: component {component} should be in {folder}, but nothing is there")
     blocks = {block.path for block in program.graph.blocks}
     if set(program.kept) != blocks:
         odd = sorted(blocks ^ set(program.kept))

@@ -56,7 +56,7 @@ class RunDirectory:
 
     @property
     def name(self) -> str:
-        """The name of the recipe it belongs to."""
+        """The name of its recipe."""
         return self._record().name
 
     @property
@@ -83,7 +83,7 @@ class RunDirectory:
             done = len(self._stored()) - 1
             raise RequestError(
                 f"{self.path}: the run is not finished ({max(done, 0)} passes done); "
-                f"give flcompress apply {self._record().recipe_path} again, it goes on from there"
+                f"give flcompress apply {self._record().recipe_path} again, it resumes from there"
             )
         return self._program(self._stored()[-1])
 

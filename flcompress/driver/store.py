@@ -21,7 +21,7 @@ _SHOWN = 12
 
 @dataclass(frozen=True)
 class Entry:
-    """One stored result.
+    """A stored result.
 
     Attributes:
         folder: holds `entry.json`, the program and what the pass wrote.

@@ -41,7 +41,7 @@ COMPONENTS: dict[Side, dict[Role, str]] = {
 
 
 class Sampler:
-    """One model behind one backend, as it is timed.
+    """A model behind a backend, for timing.
 
     Attributes:
         network: what a sampler calls; of two experts both as one.

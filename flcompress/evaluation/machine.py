@@ -1,4 +1,4 @@
-"""What a measurement was made on, and how much memory it took at its peak."""
+"""The machine of a measurement, and its peak memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def machine(device: str) -> dict[str, Any]:
 
 
 class MemoryMeter:
-    """How far the memory in use grows: torch's own on a GPU, the resident set of this process on a CPU (Linux)."""
+    """Growth of the memory in use: torch's own on a GPU, the resident set of this process on a CPU (Linux)."""
 
     def __init__(self, device: str) -> None:
         self._gpu = device.startswith("cuda")

@@ -1,4 +1,4 @@
-"""What a field expects, in words: for error messages, `flcompress passes NAME` and the recipe reference."""
+"""The expected values of a field in words: for error messages, `flcompress passes NAME` and the recipe reference."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ _SIMPLE: dict[Any, str] = {
 
 
 def expected(field: FieldInfo) -> str:
-    """Such as "a number between 0 and 1" or "one of elbo, uniform"."""
+    """Return the expected values in words, such as "a number between 0 and 1" or "one of elbo, uniform"."""
     return _words(field.annotation, field.metadata)
 
 
 def default(field: FieldInfo) -> str | None:
-    """The default as it is written in a recipe; None where the field must be given."""
+    """Return the default as it is written in a recipe; None if the field is required."""
     value = field.get_default(call_default_factory=True)
     return None if value is PydanticUndefined else shown(value)
 
 
 def shown(value: Any) -> str:
-    """A value as it is written in a recipe, on one line."""
+    """Return a value as it is written in a recipe, on one line."""
     match value:
         case None:
             return "null"

@@ -27,17 +27,17 @@ def first_fault(error: ValidationError, kind: type[BaseModel], arguments: dict[s
     if field is None:
         return loc, f"{shown(fault['input'])} given; {fault['msg']}"
     fallback = default(field)
-    mend = f"; left out, it is {fallback}" if fallback is not None else ""
+    hint = f"; the default is {fallback}" if fallback is not None else ""
     value: Any = arguments
     for part in loc:
         value = value[part]
-    return loc, f"{shown(value)} given, expected {expected(field)}{mend}"
+    return loc, f"{shown(value)} given, expected {expected(field)}{hint}"
 
 
 def _follow(loc: Loc, kind: type[BaseModel], arguments: Any) -> tuple[Loc, FieldInfo | None, type[BaseModel]]:
-    """The part of pydantic's location that exists in the file (it adds the names of union members), and its field.
+    """Return the part of pydantic's location that exists in the file (it adds names of union members), and its field.
 
-    A fault inside a list is told of the whole list, which is what the field describes.
+    A fault inside a list is reported for the whole list, which is what the field describes.
     """
     path: list[str | int] = []
     field: FieldInfo | None = None

@@ -9,7 +9,7 @@ from flcompress.frontend.reference import summary
 
 
 def catalogue() -> dict[str, list[dict[str, str]]]:
-    """Every pass and exporter: name, where it lies, one line of purpose."""
+    """Return every pass and exporter: name, class, one line of purpose."""
     return {
         "passes": [
             {"name": name, "class": path, "purpose": _purpose(find_pass(name))} for name, path in known_passes().items()

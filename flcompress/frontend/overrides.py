@@ -35,7 +35,7 @@ def override(located: Located, text: str) -> None:
 
 
 def _walk(top: dict[str, Any], parts: list[str], origin: str) -> tuple[Loc, dict[str | int, Any]]:
-    """The full place that `parts` name, and the mapping that holds its last key."""
+    """Return the full location that `parts` name, and the mapping that holds its last key."""
     if parts[0] in _STEPS:
         return _walk_step(top, parts, origin)
     loc: Loc = ()
@@ -63,7 +63,7 @@ def _walk_step(top: dict[str, Any], parts: list[str], origin: str) -> tuple[Loc,
         index = names.index(parts[1])
     else:
         trouble = f"{names.count(parts[1])} steps are named" if parts[1] in names else "no step is named"
-        hint = "name it by place, as passes[0]" if parts[1] in names else f"the recipe has {', '.join(names) or 'none'}"
+        hint = "name it by index, as passes[0]" if parts[1] in names else f"the recipe has {', '.join(names) or 'none'}"
         raise RecipeError(f"{origin}: {trouble} '{parts[1]}' in {parts[0]}; {hint}")
     rest = parts[2:]
     if parts[1].isdecimal() and len(rest) > 1 and rest[0] == names[index]:

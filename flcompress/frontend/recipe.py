@@ -20,7 +20,7 @@ class Model(Settings):
     """The model to start from. `model: FOLDER` is short for `model: {path: FOLDER}`."""
 
     path: Path = Field(
-        description="diffusers pipeline folder; looked for beside the recipe, then from the working directory"
+        description="diffusers pipeline folder; looked up next to the recipe, then from the working directory"
     )
     pipeline: str | None = Field(
         None,
@@ -35,7 +35,7 @@ class Model(Settings):
     partner: Path | None = Field(
         None,
         description="diffusers export of the recipe that compressed the other expert, which then takes its place; "
-        "the model's own where left out",
+        "default: the model's own",
     )
     weights: Literal["trained", "random"] = Field(
         "trained", description="`random` starts from the folder's configurations alone, to train a model from nothing"
@@ -43,13 +43,13 @@ class Model(Settings):
 
 
 class Recipe(Settings):
-    """What to do to which model.
+    """A recipe: a model, and the passes and exports to apply to it.
 
     `passes` and `exports` are lists of `name: {arguments}`; a name alone takes every default.
     """
 
     version: Literal[1] = Field(description="version of this file format")
-    name: str = Field("", description="names the run directory `runs/NAME`; the file's name where left out")
+    name: str = Field("", description="names the run directory `runs/NAME`; default: the file's name")
     model: Model = Field(description="the model to start from")
     sampling: Sampling = Field(Sampling(), description="how that model is sampled")
     data: Data | None = Field(None, description="clips for passes that train or score")
@@ -64,15 +64,15 @@ class Recipe(Settings):
 
     @property
     def file(self) -> Path:
-        """The recipe file; paths are looked for beside it first."""
+        """The recipe file; paths are looked up next to it first."""
         return self._file
 
     def written_in(self, file: Path, origins: dict[str, str]) -> Recipe:
-        """The same recipe that knows where it stands.
+        """Return the recipe with its file and the line of every key.
 
         Args:
             file: the recipe file.
-            origins: where "model", "data", "passes[0]", ... were written, such as "recipes/x.yaml:12".
+            origins: the file and line of "model", "data", "passes[0]", ..., such as "recipes/x.yaml:12".
         """
         located = self.model_copy()
         located._file, located._origins = file, origins
@@ -121,7 +121,7 @@ class Recipe(Settings):
         return {"latents": self._data_path("latents", self.data.latents)}
 
     def to_dict(self) -> dict[str, Any]:
-        """Every key with its value, defaults included, paths absolute where they exist: what RUN/recipe.yaml holds."""
+        """Return every key with its value, defaults included, existing paths absolute, as in RUN/recipe.yaml."""
         plain = self.model_dump(mode="json", by_alias=True, exclude={"passes", "exports"}, exclude_none=True)
         plain["model"]["path"] = str(self._find(self.model.path)[0] or self.model.path)
         if self.model.partner is not None:

@@ -47,7 +47,7 @@ class Located:
     origins: dict[Loc, str]
 
     def origin(self, loc: Loc) -> str:
-        """The place of `loc`, or of the nearest thing around it that has one."""
+        """Return the file and line of `loc`, or of the nearest key around it that has one."""
         while loc and loc not in self.origins:
             loc = loc[:-1]
         return self.origins[loc]

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from flcompress import wording
 from flcompress.errors import RequestError
 from flcompress.files import replacing
 from flcompress.inspection.model import Inspection
@@ -23,7 +24,7 @@ STYLE = {"svg.fonttype": "none", "font.size": 8, "figure.constrained_layout.use"
 
 
 def check_picture(path: Path) -> None:
-    """RequestError, before any work, for a file that cannot be drawn."""
+    """Raise RequestError, before any work, for a file that cannot be drawn."""
     if path.suffix.lower() not in FORMATS:
         raise RequestError(f"--out: {path} given, expected a file that ends in {', '.join(FORMATS)}")
     if not path.parent.is_dir():
@@ -125,16 +126,21 @@ def _stacks(axes: Any, inspection: Inspection) -> None:
             flops = graph.flops - sum(block.flops for block in graph.blocks)
         colour = _colour(inspection, name)
         axes.barh(row - 0.2, parameters / graph.parameters, 0.36, color=colour)
-        text = f" {parameters / graph.parameters:.1%} of the parameters"
+        text = f" {wording.share(parameters / graph.parameters)} of the parameters"
         axes.text(parameters / graph.parameters, row - 0.2, text, va="center", fontsize=7)
         if not inspection.unknown_flops:
             axes.barh(row + 0.2, flops / graph.flops, 0.36, color=colour, alpha=0.5)
             axes.text(
-                flops / graph.flops, row + 0.2, f" {flops / graph.flops:.1%} of the FLOPs", va="center", fontsize=7
+                flops / graph.flops,
+                row + 0.2,
+                f" {wording.share(flops / graph.flops)} of the FLOPs",
+                va="center",
+                fontsize=7,
             )
     lefts = [removal for removal in inspection.removals if not removal.problem]
     summary = "; ".join(
-        f"{removal.share:.0%} removed: {removal.blocks} blocks, {removal.parameters:,} parameters" for removal in lefts
+        f"{wording.share(removal.share, 0)} removed: {removal.blocks} blocks, {removal.parameters:,} parameters"
+        for removal in lefts
     )
     if summary:
         axes.set_xlabel(f"{summary} (pale boxes: the middle blocks, by parameters; no importance scores)")

@@ -1,4 +1,4 @@
-"""What a model is made of, from its configuration alone."""
+"""The blocks and sizes of a model, from its configuration alone."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CHOICE = "the middle blocks, by parameters: there are no importance scores"
 
 @dataclass(frozen=True, kw_only=True)
 class Removal:
-    """What removing `share` of the parameters would leave; `problem` says why it cannot be."""
+    """The model after removing `share` of the parameters; `problem` says why it cannot be done."""
 
     share: float
     removed: tuple[str, ...] = ()
@@ -50,10 +50,10 @@ class Other:
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """What a model is made of.
+    """The blocks and sizes of a model.
 
     Attributes:
-        model: as it was asked for.
+        model: the model as the caller named it.
         graph: its FLOPs are those of `clip`; 0 if `unknown_flops` says why nothing was counted.
         clip: size in pixels and tokens; None if it has no meaning.
         latents: (frames, height, width); None likewise.
@@ -130,13 +130,13 @@ def inspect_model(
     frames: int | None = None,
     tokens: int | None = None,
 ) -> Inspection:
-    """The blocks of a model's transformer, what each holds, and what removals would leave.
+    """Return the blocks of a model's transformer, their parameters and FLOPs, and what removals would leave.
 
     Args:
         model: pipeline folder, transformer folder, `config.json`, or Hub id (only configurations are downloaded).
-        height: of the clip, in pixels; as the other three, the family's usual one where left out.
-        width: in pixels.
-        frames: of the clip.
+        height: clip height in pixels. Default, here and in the next three: the family's usual one.
+        width: clip width in pixels.
+        frames: frames of the clip.
         tokens: length of the prompt.
 
     Raises:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from flcompress import wording
 from flcompress.inspection.model import CHOICE, Inspection, Other, Removal
 from flcompress.ir.graph import BlockGraph
-from flcompress.wording import table
 
 
 def inspection_text(inspection: Inspection) -> str:
@@ -39,7 +39,7 @@ def inspection_text(inspection: Inspection) -> str:
         "flops_share": None if inspection.unknown_flops else rest / graph.flops,
     }
     rows.append(("outside blocks", "", *_figures(others)))
-    lines += table(rows, left=2)
+    lines += wording.table(rows, left=2)
     lines += ["", f"what removals would leave ({CHOICE}):"]
     lines += [f"  {_removal_text(removal, graph)}" for removal in inspection.removals]
     lines += [_other_text(other) for other in inspection.others]
@@ -48,12 +48,12 @@ def inspection_text(inspection: Inspection) -> str:
 
 def _figures(figures: dict[str, Any]) -> tuple[str, str, str, str]:
     if figures["flops"] is None:
-        return f"{figures['parameters']:,}", f"{figures['share']:.2%}", "-", "-"
+        return f"{figures['parameters']:,}", f"{wording.share(figures['share'], 2)}", "-", "-"
     return (
         f"{figures['parameters']:,}",
-        f"{figures['share']:.2%}",
+        f"{wording.share(figures['share'], 2)}",
         f"{figures['flops']:,}",
-        f"{figures['flops_share']:.2%}",
+        f"{wording.share(figures['flops_share'], 2)}",
     )
 
 
@@ -69,9 +69,9 @@ def _other_text(other: Other) -> str:
 
 def _removal_text(left: Removal, graph: BlockGraph) -> str:
     if left.problem:
-        return f"removing {left.share:.0%}: not possible: {left.problem}"
-    flops = "" if left.flops is None else f", {left.flops:,} FLOPs ({left.flops / graph.flops:.1%})"
+        return f"removing {wording.share(left.share, 0)}: not possible: {left.problem}"
+    flops = "" if left.flops is None else f", {left.flops:,} FLOPs ({wording.share(left.flops / graph.flops)})"
     return (
-        f"removing {left.share:.0%} leaves {left.blocks} blocks, "
-        f"{left.parameters:,} parameters ({left.parameters / graph.parameters:.1%}){flops}"
+        f"removing {wording.share(left.share, 0)} leaves {left.blocks} blocks, "
+        f"{left.parameters:,} parameters ({wording.share(left.parameters / graph.parameters)}){flops}"
     )

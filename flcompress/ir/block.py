@@ -30,7 +30,7 @@ class Stream:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Flow:
-    """One tensor on an edge: the producer's output (index, or name of a model input) and the consumer's input."""
+    """A tensor on an edge: the producer's output (index, or name of a model input) and the consumer's input."""
 
     source: str
     target: str
@@ -55,7 +55,7 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
-    """One residual block of a stack (a list of modules), by its module path."""
+    """A residual block of a stack (a list of modules), by its module path."""
 
     path: str  # "transformer_blocks.7"
     stack: str  # "transformer_blocks"

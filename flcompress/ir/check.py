@@ -1,4 +1,4 @@
-"""What must hold for a block graph, as a list of faults in words."""
+"""The invariants of a block graph; violations are listed in words."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def faults(blocks: Sequence[Block], graph: nx.DiGraph[str], *, parameters: int, flops: int) -> list[str]:
-    """Everything that is wrong, empty when nothing is."""
+    """Return the faults in words; empty if there are none."""
     return [
         *_names(blocks, graph),
         *_order(blocks),

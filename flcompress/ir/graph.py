@@ -94,8 +94,8 @@ class BlockGraph:
         gone = {self.block(path).path for path in paths}
         new: dict[str, str] = {}
         for stack, blocks in self.stacks.items():
-            kept = sorted((block for block in blocks if block.path not in gone), key=lambda block: block.index)
-            new |= {block.path: f"{stack}.{index}" for index, block in enumerate(kept)}
+            remaining = sorted((block for block in blocks if block.path not in gone), key=lambda block: block.index)
+            new |= {block.path: f"{stack}.{index}" for index, block in enumerate(remaining)}
         return {block.path: new[block.path] for block in self.blocks if block.path in new}
 
     def without(self, paths: Iterable[str]) -> BlockGraph:
@@ -113,13 +113,14 @@ class BlockGraph:
                 raise RequestError(f"'{block.path}' carries no residual stream, so nothing flows around it; keep it")
             _bypass(flows, block)
         names = {INPUT: INPUT, OUTPUT: OUTPUT} | new
-        kept = (block for block in self.blocks if block.path in new)
+        remaining = (block for block in self.blocks if block.path in new)
         return BlockGraph(
             model_class=self.model_class,
             parameters=self.parameters - sum(block.parameters for block in gone.values()),
             flops=self.flops - sum(block.flops for block in gone.values()),
             blocks=[
-                replace(block, path=new[block.path], index=int(new[block.path].rpartition(".")[2])) for block in kept
+                replace(block, path=new[block.path], index=int(new[block.path].rpartition(".")[2]))
+                for block in remaining
             ],
             flows={(names[source], names[target]): tensors for (source, target), tensors in flows.items()},
             config_keys=self.config_keys,

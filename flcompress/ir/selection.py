@@ -1,4 +1,4 @@
-"""Which blocks to remove: the choice of a prune set from a scored graph."""
+"""The choice of the blocks to remove, a prune set, from a scored graph."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def choose(
     """Blocks that together hold at least `share` of the model's parameters, in execution order.
 
     Args:
-        graph: of the unpruned transformer; scored where `by` is "importance".
-        share: of the model's parameters, in (0, 1).
+        graph: graph of the unpruned transformer; scored if `by` is "importance".
+        share: share of the model's parameters to remove, in (0, 1).
         by: "importance" takes the least important first (FastLightGen, Stage I); "random" and "middle" (the blocks
             nearest the middle of the depth) are what that choice is compared with.
-        seed: of "random".
+        seed: seed of "random".
         among: choose only from these paths; all blocks where None.
 
     Raises:

@@ -1,1 +1,1 @@
-"""What tracing cannot find out: pipeline folders and their parts, example inputs, text and video coding."""
+"""Everything that tracing cannot find out: pipeline folders and their parts, example inputs, text and video coding."""

@@ -1,4 +1,4 @@
-"""Which transformer a `config.json` describes, and whether its values are plausible; checked before anything is built.
+"""The transformer that a `config.json` describes, and whether its values are plausible; checked before any building.
 
 Stock diffusers fills a missing key with its default and ignores one that it does not know, so a misspelt `num_layers`
 silently gives another model. Here that is an error.
@@ -134,7 +134,7 @@ def settings(config: Mapping[str, Any], stock: type[Any]) -> dict[str, Any]:
 def build_error(error: Exception, name: str, path: Path) -> ModelError:
     """Return the error for a configuration from which diffusers cannot build a model."""
     first = str(error).partition("\n")[0]
-    return ModelError(f"{path}: no {name} can be built from these values ({type(error).__name__}: {first}); mend them")
+    return ModelError(f"{path}: no {name} can be built from these values ({type(error).__name__}: {first}); fix them")
 
 
 def _arguments(stock: type[Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Which clips a model takes, and how large their latents are: what its autoencoder shrinks, what its patches divide."""
+"""The clips that a model takes, and the sizes of their latents, by its autoencoder's factors and its patches."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Grid:
 
     @property
     def pixels(self) -> int:
-        """What height and width are multiples of."""
+        """The number that height and width are multiples of."""
         return self.over_space * self.patch[1]
 
     @property

@@ -98,12 +98,12 @@ class StackedTensor:
 
     @property
     def dtype(self) -> str:
-        """As the file names it."""
+        """The dtype by the file's name for it."""
         return self.parts[0].dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """All rows, and the other axes of any part."""
+        """The shape: all rows, and the other axes of any part."""
         return (sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:])
 
     @property
@@ -162,7 +162,7 @@ def folder_tensors(folder: Path) -> dict[str, StoredTensor]:
         for name, tensor in file_tensors(file).items():
             if name in stored:
                 raise ModelError(
-                    f"{file}: tensor {name} lies in {stored[name].file.name} too; expected it in one shard, copy all "
+                    f"{file}: tensor {name} is in {stored[name].file.name} too; expected it in one shard, copy all "
                     "of them again"
                 )
             stored[name] = tensor

@@ -55,7 +55,7 @@ def stock_class(folder: Path, kind: Sequence[str]) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fit:
-    """How a folder's tensors fit the model of its configuration, by the rules of stock loading.
+    """The fit of a folder's tensors to the model of its configuration, by the rules of stock loading.
 
     Attributes:
         missing: names that the model has and the folder lacks, ties aside: stock loading would draw them at random.

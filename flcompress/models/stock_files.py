@@ -1,7 +1,7 @@
-"""Which files of a component's folder stock loading reads its weights from; all others there are leftovers.
+"""The files of a component's folder that stock loading reads weights from; all others there are leftovers.
 
-Folders from the Hub hold a model twice (an fp16 twin, an EMA), pickles beside safetensors, or shards beside the single
-file that they came from. What is checked, hashed, read and exported has to be what a stock pipeline would load.
+Folders from the Hub hold a model twice (an fp16 twin, an EMA), pickles next to safetensors, or shards next to the
+single file that they came from. What is checked, hashed, read and exported has to be what a stock pipeline would load.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class StockFiles:
     Attributes:
         name: what the library names the weights.
         variant: such as fp16, where the folder has no weights without one; `from_pretrained(variant=...)` reads them.
-        index: of the shards; None of a single file.
+        index: index of the shards; None for a single file.
         files: one safetensors file or several; none where stock loading finds no weights.
     """
 

@@ -34,7 +34,7 @@ class Bytes:
 
 @dataclass(frozen=True, kw_only=True)
 class SavedActivations:
-    """What autograd saves in a forward.
+    """The activations that autograd saves in a forward.
 
     Attributes:
         outside: saved outside of all blocks.

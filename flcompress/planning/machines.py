@@ -35,7 +35,7 @@ class Gpu:
     """A GPU model.
 
     Attributes:
-        name: as a plan prints it.
+        name: the name that a plan prints.
         memory: bytes.
         half: dense FLOP/s in bf16.
         single: dense FLOP/s in fp32, without TF32, which PyTorch leaves off.

@@ -81,7 +81,7 @@ class PlannedMemory:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """How a training is split over processes, and on which kind of device.
+    """The split of a training over processes, and their kind of device.
 
     Attributes:
         engine: how the processes share the training.

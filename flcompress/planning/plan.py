@@ -315,7 +315,7 @@ def _first_video_size(recipe: Recipe, videos: dict[str, Any]) -> Size | None:
 
 
 class PlannedExperts:
-    """What two experts change in a plan: the partner held in memory, and whose evaluations are counted.
+    """The part of two experts in a plan: the partner held in memory, and whose evaluations are counted.
 
     For a single transformer nothing changes.
 

@@ -23,7 +23,7 @@ MAX_GPUS = 1024
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One choice of what decides memory and speed."""
+    """A choice of the settings that decide memory and speed."""
 
     engine: EngineName
     precision: Precision
@@ -53,7 +53,7 @@ def all_settings(checkpointing: bool, micro_batch: int | None = None) -> list[Se
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedSetting:
-    """What a pass takes under a setting.
+    """The memory and time of a pass under a setting.
 
     Attributes:
         setting: the setting.

@@ -43,7 +43,7 @@ def plan_text(plan: Plan, *, settings: bool = False) -> str:
             *(_settings_lines(plan) if settings else ()),
             *_memory_lines(plan),
             f"time: about {_time(plan)}; exports: {', '.join(plan.exports) or 'none'}",
-            f"end: {plan.final_evaluations} evaluations with {share:.1%} of the parameters{whose}: "
+            f"end: {plan.final_evaluations} evaluations with {wording.share(share)} of the parameters{whose}: "
             f"{wording.ratio(plan.work_ratio)} less work a sample",
             "nothing was written",
         ]
@@ -56,7 +56,7 @@ def _time(plan: Plan) -> str:
         return f"{wording.duration(plan.seconds)} at a measured {wording.flops(machine.single)}FLOP/s"
     hours = plan.seconds / 3600
     total = f"{hours * plan.gpus:,.1f} GPU-hours, {hours:,.1f} hours on {plan.gpus} x {machine.name}"
-    return f"{total} at {UTILISATION:.0%} of the stated speed"
+    return f"{total} at {wording.share(UTILISATION, 0)} of the stated speed"
 
 
 def _memory_lines(plan: Plan) -> Iterator[str]:
@@ -73,10 +73,11 @@ def _memory_lines(plan: Plan) -> Iterator[str]:
     if machine.memory is None:
         return
     if plan.fits:
-        yield f"memory: every pass fits a {machine.name}, with {RESERVE:.0%} left for what is not counted"
+        yield f"memory: every pass fits a {machine.name}, with {wording.share(RESERVE, 0)} left for what is not counted"
         return
     names = ", ".join(row.name for row in plan.passes if not row.fits)
-    yield f"memory: more than a {machine.name} has for {names}, of which {RESERVE:.0%} is left for what is not counted"
+    reserve = f"of which {wording.share(RESERVE, 0)} is left for what is not counted"
+    yield f"memory: more than a {machine.name} has for {names}, {reserve}"
     if plan.advice is None:
         untrained = [row for row in plan.passes if not row.fits and not row.trains]
         where = "has the whole model on each GPU," if untrained and untrained[0].processes > 1 else "runs on one GPU"

@@ -14,7 +14,7 @@ PITCH, BOX = 62.0, 42.0
 """Distance of two blocks in a row, and the side of the largest block's box, in SVG units."""
 
 ROW, DROP = 82.0, 46.0
-"""Height of a row, and how far a removed block lies below the line that data now takes (the row grows by it)."""
+"""Height of a row, and how far a removed block is below the line that data now takes (the row grows by it)."""
 
 MARGIN = 28.0
 
@@ -40,7 +40,7 @@ def block_graph(blocks: Blocks, *, columns: int) -> str:
 
 
 class _Layout:
-    """Where every node of the graph lies."""
+    """The position of every node of the graph."""
 
     def __init__(self, blocks: Blocks, columns: int) -> None:
         self.fates = blocks.fates

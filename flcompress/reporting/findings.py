@@ -1,4 +1,4 @@
-"""What a run did to its model: sizes, steps, the blocks and why they went. Numbers, not words."""
+"""The changes that a run made to its model: sizes, steps, the blocks and why they went. Numbers, not words."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from flcompress.stats import Interval
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How one model is sampled: the part of a sampling contract that decides its cost.
+    """The sampling of a model: the part of a sampling contract that decides its cost.
 
     Attributes:
         evaluations: network evaluations for one sample: guidance doubles them.
@@ -72,7 +72,7 @@ class Headline:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockFate:
-    """One block of the original model; `rank` counts from 1, the least important of those scored."""
+    """A block of the original model; `rank` counts from 1, the least important of those scored."""
 
     block: Block
     share: float
@@ -106,7 +106,7 @@ class Blocks:
 
 
 def headline(run: RunRecord) -> Headline | None:
-    """Before against after; None while the run has not stored its starting model."""
+    """Return the figures before and after; None while the run has not stored its starting model."""
     if not run.entries:
         return None
     first, last = run.entries[0], run.entries[-1]
@@ -140,7 +140,7 @@ def conditions(bench: BenchFile | None) -> str:
 
 
 def blocks(run: RunRecord) -> Blocks | None:
-    """What became of every block; None while the run has not stored its starting model."""
+    """Return the fate of every block; None while the run has not stored its starting model."""
     if not run.entries:
         return None
     graph = run.entries[0].graph()

@@ -41,7 +41,7 @@ def write_report(run_dir: Path) -> Path:
 
 
 def render(run: RunRecord) -> str:
-    """The page as text."""
+    """Return the page as text."""
     environment = Environment(
         loader=PackageLoader("flcompress.reporting", ""),
         autoescape=True,
@@ -78,7 +78,7 @@ def render(run: RunRecord) -> str:
 
 
 def _pictures(fates: Blocks | None) -> dict[str, Markup]:
-    """Each drawing twice, for a desk and for a phone; the style sheet shows one."""
+    """Return each drawing twice, for a desk and for a phone; the style sheet shows one."""
     if fates is None:
         return {}
     pictures = {
@@ -99,7 +99,7 @@ def _curves(training: Training) -> list[Markup]:
 
 
 def _certificate(fates: Blocks | None) -> dict[str, str]:
-    """What the check of the cut found; which blocks went is in the table above it."""
+    """Return the certificate of the cut; the table above it lists the blocks."""
     facts = flatten(fates.certificate) if fates is not None and fates.certificate is not None else {}
     return {key: value for key, value in facts.items() if value and key != "removed" and not key.startswith("kept.")}
 
@@ -110,7 +110,7 @@ def _strips(run: RunRecord, measured: Quality | None) -> list[tuple[str, str]]:
         return []
     together = run.inside("eval/strips/comparison.png")
     if together is not None:
-        return [("Teacher beside student, prompt by prompt", _address(together))]
+        return [("Teacher next to student, prompt by prompt", _address(together))]
     pictures: list[tuple[str, str]] = []
     named = [c for c in measured.contenders if c.strip]
     for contender in sorted(named, key=lambda c: ("teacher-50", "student").index(c.name) if c.name in (
@@ -132,7 +132,7 @@ def _address(file: Path) -> str:
 
 
 def _environment(run: RunRecord) -> dict[str, str]:
-    """Where the numbers come from, as far as the run's own files say, and what wrote this page."""
+    """Return the source of the numbers, as far as the run's own files state it, and of this page."""
     known = {key.replace("_", " "): value for key, value in flatten(run.info.dump()).items() if key != "entries"}
     if run.bench is not None:
         known |= {f"bench {key}": value for key, value in flatten(run.bench.machine).items()}

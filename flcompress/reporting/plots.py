@@ -85,7 +85,7 @@ def importance(blocks: Blocks, *, narrow: bool = False) -> str:
 
 
 def levels(blocks: Blocks, *, narrow: bool = False) -> str:
-    """The same, one small plot a noise level; "" where no block has levels."""
+    """Importance per noise level, one small plot each, as SVG; "" if no block has levels."""
     scored = blocks.scored
     bands = [(low, high) for low, high, _, _ in scored[0][1].per_level] if scored else []
     if not bands or any(len(score.per_level) != len(bands) for _, score in scored):
@@ -152,7 +152,7 @@ def curves(
 
 
 def _near(bound: float, values: Sequence[float]) -> bool:
-    """Whether a limit can be drawn without flattening the curves."""
+    """Return whether a limit can be drawn without flattening the curves."""
     low, high = min(values), max(values)
     margin = 1.5 * (high - low) + 0.1 * abs(high)
     return low - margin <= bound <= high + margin

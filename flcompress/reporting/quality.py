@@ -62,7 +62,7 @@ class Differences:
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One measurement. "best": the best mean of its column; "tied": its paired difference from that one may be 0."""
+    """A measurement. "best": the best mean of its column; "tied": its paired difference from that one may be 0."""
 
     value: Interval | None
     mark: Mark = ""
@@ -82,7 +82,7 @@ class Contender:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """The student beside another contender on one metric.
+    """The student against another contender on one metric.
 
     Attributes:
         difference: student minus other, paired by seed.
@@ -168,7 +168,7 @@ def _marked(metric: Metric, values: Mapping[str, Interval | None], differences: 
 
 
 def _comparisons(metrics: list[Metric], contenders: list[Contender], differences: Differences) -> list[Comparison]:
-    """The claims a reader looks for: the student against every other model on distance and prompt accuracy."""
+    """Compare the student with every other model on distance and prompt accuracy."""
     student = next((contender for contender in contenders if contender.name == "student"), None)
     if student is None:
         return []

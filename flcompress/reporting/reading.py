@@ -1,4 +1,4 @@
-"""What a run directory holds, read as plain files: no model, no torch, nothing is written."""
+"""The contents of a run directory, read as plain files: no model, no torch, nothing is written."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from flcompress.ir.serial import from_json
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One stored pass: its folder and what `entry.json` says. Index 0 is the starting model.
+    """A stored pass: its folder and the contents of `entry.json`. Index 0 is the starting model.
 
     Time and memory are of all its attempts; of one that is under way, of those so far.
     """
@@ -44,7 +44,7 @@ class Entry:
 
     @property
     def arguments(self) -> str:
-        """Its arguments on one line."""
+        """The arguments on one line."""
         shown = (
             f"{key}: {value if isinstance(value, str) else json.dumps(value)}"
             for key, value in self.argument_values.items()
@@ -52,7 +52,7 @@ class Entry:
         return ", ".join(shown)
 
     def program(self) -> ProgramFile:
-        """What `program.json` says of the model after this pass."""
+        """The description of the model after this pass, from `program.json`."""
         return ProgramFile.read(self.folder / "program.json")
 
     def graph(self) -> BlockGraph:
@@ -126,7 +126,7 @@ class RunRecord:
         return entry.result(kind) if entry else None
 
     def inside(self, relative: str) -> Path | None:
-        """A file of the run directory by its relative name; None if it is missing or lies elsewhere."""
+        """A file of the run directory by its relative name; None if it is missing or outside."""
         file = (self.path / relative).resolve()
         return file if file.is_file() and file.is_relative_to(self.path.resolve()) else None
 
@@ -143,7 +143,7 @@ def read_run(run_dir: Path) -> RunRecord:
     if not (run_dir / "run.json").is_file():
         raise RequestError(f"{run_dir}: has no run.json, expected a run directory; flcompress apply RECIPE makes one")
     info = RunFile.read(run_dir / "run.json")
-    # Results of earlier versions of a recipe stay beside these; a folder being there does not mean that it counts.
+    # Results of earlier versions of a recipe stay next to these; a folder being there does not mean that it counts.
     entries = [_entry(run_dir / folder, index) for index, folder in enumerate(info.entries)]
     evaluation = EvalFile.read_optional(run_dir / "eval" / "results.json")
     bench = BenchFile.read_optional(run_dir / "bench" / "results.json")

@@ -10,7 +10,7 @@ from flcompress.stats import Interval
 
 @dataclass(frozen=True, kw_only=True)
 class SpeedRow:
-    """One backend; times in seconds for one sample batch, median with the spread of the rounds."""
+    """A backend; times in seconds for one sample batch, median with the spread of the rounds."""
 
     backend: str
     what: str

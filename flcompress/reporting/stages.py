@@ -12,7 +12,7 @@ from flcompress.reporting.reading import RunRecord
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One pass or export of the latest attempt, as the journal has it; time and memory are of all its attempts."""
+    """A pass or export of the latest attempt, from the journal; time and memory are of all its attempts."""
 
     event: str
     name: str
@@ -25,7 +25,7 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """One export: its size on disk (None where the folder is gone) and the scalars of its summary."""
+    """An export: its size on disk (None where the folder is gone) and the scalars of its summary."""
 
     name: str
     folder: Path

@@ -148,7 +148,7 @@ def _trainings(trainings: list[Training], console: Console) -> None:
     watched = [training for training in trainings if training.figures or training.status != "done"]
     if not watched:
         return
-    table = _table("Trainings", "pass", "status", ">step", "held-out figure", ">start", ">best look", ">latest")
+    table = _table("Trainings", "pass", "status", ">step", "held-out figure", ">start", ">best evaluation", ">latest")
     for training in watched:
         step = f"{training.step} of {training.steps}" if training.steps else str(training.step)
         row = [escape(training.entry.name), training.status, step]

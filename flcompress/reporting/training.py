@@ -20,12 +20,12 @@ MOST_PANELS = 12
 """Plots a pass may have; a pass that logs more numbers still has them all in its metrics.jsonl."""
 
 MOST_STRIPS = 9
-"""Looks whose samples are shown, the first and the last among them."""
+"""Evaluations whose samples are shown, the first and the last among them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """One plot: curve label -> (step, value), and the limits that hold for them."""
+    """A plot: curve label -> (step, value), and the limits that hold for them."""
 
     title: str
     lines: dict[str, Curve]
@@ -51,7 +51,7 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True)
 class Breach:
-    """A figure that went beyond its limit, and what followed: "warn", "stop" or "rollback".
+    """A figure that exceeded its limit, and what followed: "warn", "stop" or "rollback".
 
     `redraw_range` is its range on other draws, where it has one.
     """
@@ -69,14 +69,14 @@ class Breach:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """One pass that trains.
+    """A pass that trains.
 
     Attributes:
         entry: its folder and arguments.
         status: "done", "running", or "stopped": begun, but no process works on it.
         step: the last one logged.
         steps: how many it is to have, where its arguments say so.
-        best_step: of the look with the best held-out figure.
+        best_step: step of the evaluation with the best held-out figure.
         strips: label -> picture, the teacher's first.
     """
 
@@ -92,7 +92,7 @@ class Training:
 
 
 def trainings(run: RunRecord) -> list[Training]:
-    """Those of the stored passes, and the one that is under way."""
+    """Return the trainings of the stored passes, and the one that is under way."""
     trained = [training for entry in run.entries if (training := _training(entry, "done")) is not None]
     if run.unfinished is not None:
         status = "running" if run.unfinished.running else "stopped"
@@ -150,13 +150,13 @@ def _training(entry: Entry, status: str) -> Training | None:
 def _means(
     figure: str, evaluations: Mapping[float, float], redraws: Mapping[float, Sequence[Draw]]
 ) -> dict[float, float]:
-    """Step -> mean of a figure over all draws of a look; looks without redraws count where none has any."""
+    """Return {step: mean of a figure over all draws}; evaluations without redraws count if none has any."""
     counted = evaluations.keys() & redraws.keys() or evaluations.keys()
     return {step: fmean([evaluations[step], *_redrawn(figure, redraws.get(step, []))]) for step in sorted(counted)}
 
 
 def _redrawn(figure: str, draws: Iterable[Draw]) -> list[float]:
-    """A figure on each of the other draws."""
+    """Return the figure on each of the other draws."""
     return [draw[figure] for draw in draws if figure in draw]
 
 
@@ -205,7 +205,10 @@ def _words(field: str) -> str:
 
 
 def _bounds(field: str, health: HealthFile | None, best: float | None, reference: Sequence[float]) -> Bounds:
-    """Limits of a figure; `best` is the held-out one at the best look, `reference` the teacher's own on other draws."""
+    """Return the limits of a figure.
+
+    `best` is the held-out figure at the best evaluation, `reference` the teacher's own on other draws.
+    """
     if health is None:
         return None, None
     if field == health.held_out and health.max_worsening is not None and best is not None:

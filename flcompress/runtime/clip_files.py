@@ -37,7 +37,7 @@ def write_clip(clip: torch.Tensor, out: Path, frame_rate: float) -> Path:
 
     Args:
         clip: what to write.
-        out: where to; its extension says as what.
+        out: the file to write; its extension decides the format.
         frame_rate: frames a second at which it plays.
     """
     check_target(out)

@@ -52,7 +52,7 @@ def generate(
         prompt: what the clip is to show.
         backend: what runs the denoiser.
         out: .gif, .mp4 or .png (a strip of the frames).
-        seed: of all noise; the same seed gives the same clip on every backend, within the export's tolerance. The
+        seed: seed of all noise; the same seed gives the same clip on every backend, within the export's tolerance. The
             noise is drawn as stock Wan draws it after `torch.manual_seed(seed)`; other pipelines draw other shapes.
         image: the first frame, for image-to-video models; scaled and cropped to the clip's size.
         progress: called after each denoising step.
@@ -145,7 +145,7 @@ def _first_frame(parts: Parts, facts: dict[str, Any], prompt: str, image: Path |
 
 
 def _denoiser(run_dir: Path, backend: Backend, facts: dict[str, Any]) -> Network:
-    """What predicts: the transformer, or both of two experts as one network, the one in use in memory."""
+    """Return the network: the transformer, or both of two experts, of which only the one in use is in memory."""
     contract, turns = SamplingContract.from_dict(facts["contract"]), _InTurn()
     make = _torch_network if backend == "torch" else partial(_exported_network, backend=backend)
     if (experts := contract.experts) is None:
@@ -165,7 +165,7 @@ class _InTurn:
         self._loaded: tuple[Load, Network] | None = None
 
     def network(self, load: Load) -> Network:
-        """What `load` gives, as a network that loads it when it is needed."""
+        """Return the network of `load`, which is called when it is first needed."""
 
         def call(x: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
             if self._loaded is None or self._loaded[0] is not load:

@@ -49,7 +49,7 @@ def arguments_of(program: Program) -> Arguments:
 
 
 def tensors_of(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors among them, floating ones in fp32; a tuple of tensors becomes `<name>.0`, `<name>.1`, ..."""
+    """Return the tensors, floating ones in fp32; a tuple of tensors becomes `<name>.0`, `<name>.1`, ..."""
     flat: dict[str, Tensor] = {}
     for name, value in arguments.items():
         if isinstance(value, Tensor):
@@ -60,7 +60,7 @@ def tensors_of(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def constants_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The others: they become part of the exported graph."""
+    """Return the other arguments, which become part of the exported graph."""
     return {
         name: value
         for name, value in arguments.items()

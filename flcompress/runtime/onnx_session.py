@@ -20,7 +20,7 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 def require_onnxruntime(what: str) -> None:
-    """UnavailableError, in one line that begins with `what`, where ONNX Runtime is not installed."""
+    """Raise UnavailableError, in one line that begins with `what`, where ONNX Runtime is not installed."""
     if find_spec("onnxruntime") is None:
         raise UnavailableError(f"{what}: {MISSING}")
 
@@ -71,7 +71,7 @@ class OnnxSession:
 
     def __call__(self, inputs: Inputs) -> torch.Tensor:
         """Run the graph: named inputs to the predicted `sample`."""
-        # What the traced forward never looks at is no input of the graph.
+        # What the traced forward never reads is no input of the graph.
         arrays = {spec.name: inputs[spec.name].detach().cpu().numpy() for spec in self.session.get_inputs()}
         for spec in self.session.get_inputs():
             shape = arrays[spec.name].shape

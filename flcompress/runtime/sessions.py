@@ -1,4 +1,4 @@
-"""One session for every backend: torch, torch.compile, ONNX Runtime and TensorRT, as the network that a sampler calls.
+"""Sessions of torch, torch.compile, ONNX Runtime and TensorRT, with the interface of the network that a sampler calls.
 
 `flcompress generate` and `flcompress bench` run these, and the exporters' parity check runs the two of the exports.
 """
@@ -120,11 +120,11 @@ class Export:
 
     @property
     def precision(self) -> str:
-        """What it computes in."""
+        """The precision of its arithmetic."""
         return str(self.manifest["precision"])
 
     def verify(self) -> None:
-        """RequestError unless its files are those that the manifest states."""
+        """Raise RequestError unless its files are those that the manifest states."""
         for name, expected in self._hashes().items():
             require_hash(self.folder / name, expected, self.make_it)
 

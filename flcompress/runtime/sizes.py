@@ -36,7 +36,7 @@ class Clip:
 
 
 def size_of(program: Program, batch: int = 1) -> Size:
-    """What the program is sampled at."""
+    """Return the size that the program is sampled at."""
     _, frames, height, width = program.latents
     return Size(batch=batch, frames=frames, height=height, width=width)
 

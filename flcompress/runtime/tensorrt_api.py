@@ -1,4 +1,4 @@
-"""The TensorRT at hand: `tensorrt` if it can be imported, else `tensorrt_rtx`, whose Python API is the same."""
+"""The installed TensorRT: `tensorrt` if it can be imported, else `tensorrt_rtx`, whose Python API is the same."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _INSTALL = {"tensorrt": "pip install tensorrt", "tensorrt_rtx": "pip install 'fl
 
 
 def load_tensorrt(builder: str | None = None) -> Any:
-    """The module.
+    """Return the TensorRT module.
 
     Args:
         builder: the one that built an engine, which alone can run it; any where None.
@@ -47,12 +47,12 @@ def load_tensorrt(builder: str | None = None) -> Any:
 
 
 def builds_for_others(trt: Any) -> bool:
-    """Whether this TensorRT builds engines for GPUs that are not here (TensorRT for RTX does)."""
+    """Return whether this TensorRT builds engines for GPUs that are not here (TensorRT for RTX does)."""
     return hasattr(trt, "ComputeCapability")
 
 
 def cuda_driver() -> bool:
-    """Whether a CUDA driver with at least one device is here. Asks the driver itself, not torch's build of it."""
+    """Return whether a CUDA driver with a device is here. Asks the driver itself, not torch's build of it."""
     try:
         driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:

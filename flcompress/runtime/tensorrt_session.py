@@ -15,7 +15,7 @@ DEVICE = "cuda"
 
 
 def require_gpu() -> None:
-    """UnavailableError, in one line, on a machine that cannot run an engine."""
+    """Raise UnavailableError, in one line, on a machine that cannot run an engine."""
     if not cuda_driver():
         raise UnavailableError(
             "backend tensorrt: no CUDA driver here, and an engine runs on an NVIDIA GPU only; use --backend onnx or "
@@ -29,7 +29,7 @@ def require_gpu() -> None:
 
 
 def runs_here(targets: Sequence[str]) -> bool:
-    """Whether an engine built for `targets` can be run, and so checked, on this machine."""
+    """Return whether an engine built for `targets` can be run, and so checked, on this machine."""
     if not (cuda_driver() and torch.cuda.is_available()):
         return False
     major, minor = torch.cuda.get_device_capability()
@@ -45,7 +45,7 @@ class TensorRTSession:
         Args:
             engine: the file.
             builder: "name" and "version" of the TensorRT that built it, as its manifest has them.
-            shapes: of each profile, in the order of the engine's, every input's under "min" and "max".
+            shapes: for each profile, in the engine's order, every input's under "min" and "max".
 
         Raises:
             UnavailableError: no GPU, or not the TensorRT that built it.
@@ -71,7 +71,7 @@ class TensorRTSession:
     def __call__(self, inputs: Inputs) -> torch.Tensor:
         """Run the engine: named inputs to the predicted `sample`."""
         wanted = {self.engine.get_tensor_name(index) for index in range(self.engine.num_io_tensors)} - {OUTPUT}
-        # What the traced forward never looks at is no input of the engine.
+        # What the traced forward never reads is no input of the engine.
         tensors = {name: tensor.detach().to(DEVICE).contiguous() for name, tensor in inputs.items() if name in wanted}
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())  # the copies above
@@ -104,7 +104,7 @@ class TensorRTSession:
 
 
 def _holds(shapes: Mapping[str, Shapes], input_shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether a profile takes inputs of these shapes."""
+    """Return whether a profile takes inputs of these shapes."""
     return all(
         len(shape) == len(low)
         and all(least <= length <= most for least, length, most in zip(low, shape, high, strict=True))

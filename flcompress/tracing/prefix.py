@@ -50,7 +50,7 @@ class PrefixMemory:
             raise RequestError(f"cannot skip '{first}': nothing is remembered; run one full forward first")
         for path in earlier:
             if isinstance(vars(self._model.get_submodule(path)).get("forward"), Identity):
-                raise RequestError(f"'{path}' is skipped already and lies before '{first}'; name both in one call")
+                raise RequestError(f"'{path}' is skipped already and comes before '{first}'; name both in one call")
         identities = {path: Identity(self._model.get_submodule(path), self._graph.block(path)) for path in skipped}
         with self._answering(earlier, identities):
             yield

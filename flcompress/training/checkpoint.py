@@ -125,7 +125,7 @@ class Checkpoints:
         # It must go: it would count as newer than those written from now on.
         _remove(folder)
         older = self._list(kind)
-        instead = f"going on from {older[0].name}" if older else "no other one is left; beginning this pass again"
+        instead = f"resuming from {older[0].name}" if older else "no other one is left; beginning this pass again"
         self.say(f"{folder}: damaged checkpoint removed ({trouble}); {instead}")
 
     def _own_file(self) -> str:

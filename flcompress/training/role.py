@@ -34,7 +34,7 @@ class Loss:
 
 
 class TrainedRole:
-    """One trained role (a generator, a critic, ...) with AdamW, gradient clipping and an optional moving average.
+    """A trained role (a generator, a critic, ...) with AdamW, gradient clipping and an optional moving average.
 
     An objective hands over its loss; micro batches, the backward, the step and the figures are the role's:
 
@@ -45,7 +45,7 @@ class TrainedRole:
         name: the role, used in logs and checkpoints.
         model: the module whose parameters with `requires_grad` are trained.
         batch: samples of a step, over all processes.
-        hyper: of the optimiser.
+        hyper: hyperparameters of the optimiser.
         ema_decay: decay of the moving average, or None for none. It starts from the model as passed here, so load
             weights first: an average that starts from other weights stays anchored to them.
         schedule: step -> factor on the learning rate; constant where None.
@@ -150,7 +150,7 @@ class TrainedRole:
         return torch.tensor(list(sums.values()))
 
     def clear(self) -> None:
-        """Throw away gradients that another role's loss left here."""
+        """Discard gradients that another role's loss left here."""
         self._wrapped.clear()
 
     @contextmanager

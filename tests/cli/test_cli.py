@@ -162,7 +162,7 @@ def test_an_interruption_says_how_to_go_on(write: WriteRecipe, monkeypatch: pyte
     monkeypatch.setattr(manager, "apply", interrupted)
     stopped = cli("apply", write("passes: [score]\n"))
     assert stopped.exit_code == 130
-    assert stopped.stderr == "interrupted; the same command goes on from here\n"
+    assert stopped.stderr == "interrupted; the same command resumes from here\n"
 
 
 def truncate(weights: Path) -> None:

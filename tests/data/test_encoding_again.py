@@ -69,7 +69,7 @@ def test_an_interrupted_command_goes_on(
     monkeypatch.setattr(Encoder, "make", make_two)
     stopped = encode(model, videos, out, "--quiet")
     assert stopped.exit_code == 130
-    assert stopped.stderr == "interrupted; the same command goes on from here\n"
+    assert stopped.stderr == "interrupted; the same command resumes from here\n"
     with pytest.raises(DataError, match="an unfinished latent dataset; give the same flcompress encode again"):
         LatentDataset.load(out)
     refused = encode(model, videos, out, "--frames", 5)

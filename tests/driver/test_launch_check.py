@@ -88,7 +88,7 @@ def test_an_environment_that_is_half_set(
         (
             {"engine": "zero2"}, 1, {"ACCELERATE_USE_CPU": "true"},
             "training.engine: zero2 given, but only one process runs (WORLD_SIZE is unset or 1; `accelerate launch "
-            "--cpu` starts one whatever it is told); start with torchrun --nproc-per-node 2 -m flcompress apply "
+            "--cpu` always starts one); start with torchrun --nproc-per-node 2 -m flcompress apply "
             "RECIPE, or set training.processes: 1 if one is meant",
         ),
         (

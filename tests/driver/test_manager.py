@@ -265,7 +265,7 @@ def test_a_full_disk_leaves_what_was_there(write: WriteRecipe, tmp_path: Path) -
     [
         ("training", TrainingError, "broken: the loss is nan at update 3"),
         ("graph", PostconditionError, "broken: the kept-block map and the graph disagree on blocks.3"),
-        ("component", PostconditionError, "broken: component vae is to lie in .*nowhere, where nothing is"),
+        ("component", PostconditionError, "broken: component vae should be in .*nowhere, but nothing is there"),
     ],
 )
 def test_what_fails_is_noted_and_not_stored(

@@ -65,32 +65,32 @@ def test_what_is_dumped_is_read_back(tmp_path: Path) -> None:
         (("model: teacher\n", ""),
          "x.yaml: model: missing, expected a mapping with path, pipeline, expert, partner, weights"),
         (("teacher", "{path: t, weights: some}"),
-         "x.yaml:2: model.weights: some given, expected one of trained, random; left out, it is trained"),
+         "x.yaml:2: model.weights: some given, expected one of trained, random; the default is trained"),
         (("keep: 0.7", ""), "x.yaml:5: passes[1].cut.keep: missing, expected a number above 0 and of at most 1"),
         (("keep: 0.7", "keep: 0"),
          "x.yaml:5: passes[1].cut.keep: 0 given, expected a number above 0 and of at most 1"),
         (("draws: 4", "probability: 1.5"),
-         "x.yaml:4: passes[0].score.probability: 1.5 given, expected a number between 0 and 1; left out, it is 0.5"),
+         "x.yaml:4: passes[0].score.probability: 1.5 given, expected a number between 0 and 1; the default is 0.5"),
         (("draws: 4", "draws: 0"),
-         "x.yaml:4: passes[0].score.draws: 0 given, expected a whole number of at least 1; left out, it is 8"),
+         "x.yaml:4: passes[0].score.draws: 0 given, expected a whole number of at least 1; the default is 8"),
         (("draws: 4", "draws: 4.5"),
-         "x.yaml:4: passes[0].score.draws: 4.5 given, expected a whole number of at least 1; left out, it is 8"),
+         "x.yaml:4: passes[0].score.draws: 4.5 given, expected a whole number of at least 1; the default is 8"),
         (("draws: 4", "draws: '4'"),
-         "x.yaml:4: passes[0].score.draws: 4 given, expected a whole number of at least 1; left out, it is 8"),
+         "x.yaml:4: passes[0].score.draws: 4 given, expected a whole number of at least 1; the default is 8"),
         (("draws: 4", "draws: true"),
-         "x.yaml:4: passes[0].score.draws: true given, expected a whole number of at least 1; left out, it is 8"),
+         "x.yaml:4: passes[0].score.draws: true given, expected a whole number of at least 1; the default is 8"),
         (("rate: 1e-5", "rate: -1e-5"),
-         "x.yaml:4: passes[0].score.rate: -1e-05 given, expected a number above 0; left out, it is 0.0001"),
+         "x.yaml:4: passes[0].score.rate: -1e-05 given, expected a number above 0; the default is 0.0001"),
         (("draws: 4", "share: 1"),
-         "x.yaml:4: passes[0].score.share: 1 given, expected a number above 0 and below 1; left out, it is 0.3"),
+         "x.yaml:4: passes[0].score.share: 1 given, expected a number above 0 and below 1; the default is 0.3"),
         (("draws: 4", "kind: two"),
-         "x.yaml:4: passes[0].score.kind: two given, expected one of one, other; left out, it is one"),
+         "x.yaml:4: passes[0].score.kind: two given, expected one of one, other; the default is one"),
         (("draws: 4", "span: [1, a]"),
          "x.yaml:4: passes[0].score.span: [1, a] given, expected a list of 2: [a number, a number]; "
-         "left out, it is [0, 1]"),
+         "the default is [0, 1]"),
         (("draws: 4", "span: [1]"),
          "x.yaml:4: passes[0].score.span: [1] given, expected a list of 2: [a number, a number]; "
-         "left out, it is [0, 1]"),
+         "the default is [0, 1]"),
         (("- cut", "- cutt"), "x.yaml:5: passes[1]: no pass 'cutt'; did you mean 'cut'?"),
         (("- cut", "- zzzz"), "x.yaml:5: passes[1]: no pass 'zzzz'; known: broken, cut, reader, score, slow"),
         (("- text", "- txt: {}"), "x.yaml:7: exports[0]: no exporter 'txt'; did you mean 'text'?"),
@@ -102,7 +102,7 @@ def test_what_is_dumped_is_read_back(tmp_path: Path) -> None:
         (("passes:", "passes: all\nother:"),
          "x.yaml:3: passes: all given, expected a list such as - prune: {remove: 0.3}"),
         (("seed: 0", "seed: -1"),
-         "x.yaml:8: seed: -1 given, expected a whole number of at least 0 and below 2147483648; left out, it is 0"),
+         "x.yaml:8: seed: -1 given, expected a whole number of at least 0 and below 2147483648; the default is 0"),
         (("seed: 0", "name: A b"),
          "x.yaml:8: name: A b given, expected lower-case letters, digits and hyphens; set name: in the recipe"),
         (("seed: 0", "data: {}"), "x.yaml:8: data: nothing given, expected one of moving-digits, latents, videos"),
@@ -112,14 +112,14 @@ def test_what_is_dumped_is_read_back(tmp_path: Path) -> None:
          "x.yaml:8: data.moving-digit: unknown key; did you mean 'moving-digits'?"),
         (("seed: 0", "sampling: {guidance_convention: other}"),
          "x.yaml:8: sampling.guidance_convention: other given, expected one of unconditional, conditional; "
-         "left out, it is unconditional"),
+         "the default is unconditional"),
         (("seed: 0", "training: {micro_batch: 0}"),
          "x.yaml:8: training.micro_batch: 0 given, expected a whole number of at least 1 or null; "
-         "left out, it is null"),
+         "the default is null"),
         (("seed: 0", "sampling: 3"),
          "x.yaml:8: sampling: 3 given, expected a mapping with num_inference_steps, guidance_scale, "
          "guidance_convention, guidance_scale_2, negative_prompt, max_sequence_length, embedded_guidance, num_frames, "
-         "height, width; left out, it is "
+         "height, width; the default is "
          "{num_inference_steps: 50, guidance_scale: 4, "
          "guidance_convention: unconditional, negative_prompt: '', max_sequence_length: 512}"),
     ],
@@ -208,7 +208,7 @@ def test_overrides(tmp_path: Path) -> None:
     [
         ("seed", "--set seed: expected key.path=value, such as passes.dmd.steps=10"),
         ("seed=x", "--set seed=x: seed: x given, expected a whole number of at least 0 and below 2147483648; "
-         "left out, it is 0"),
+         "the default is 0"),
         ("sed=1", "--set sed=1: sed: unknown key; did you mean 'seed'?"),
         ("passes.dmd.steps=1", "--set passes.dmd.steps=1: no step is named 'dmd' in passes; the recipe has score, cut"),
         ("passes[7].steps=1", "--set passes[7].steps=1: no passes[7]; the recipe has 2, counted from 0"),
@@ -228,7 +228,7 @@ def test_overrides_that_cannot_be(tmp_path: Path, given: str, message: str) -> N
 def test_two_steps_of_one_name_are_told_apart_by_place(tmp_path: Path) -> None:
     text = GOOD.replace("exports:\n  - text\n", "  - score\n")
     assert load(tmp_path, text, "passes.score.draws=1") == (
-        "--set passes.score.draws=1: 2 steps are named 'score' in passes; name it by place, as passes[0]"
+        "--set passes.score.draws=1: 2 steps are named 'score' in passes; name it by index, as passes[0]"
     )
 
 

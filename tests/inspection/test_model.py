@@ -181,7 +181,7 @@ def test_what_removals_would_leave(tmp_path: Path) -> None:
         assert left.flops == found.graph.flops - sum(block.flops for block in gone)
     told = cli("inspect", tmp_path, "--height", 64, "--width", 64, "--frames", 5).stdout
     assert "what removals would leave (the middle blocks, by parameters: there are no importance scores):" in told
-    assert f"removing 30% leaves 6 blocks, {few.parameters:,} parameters (" in told
+    assert f"removing 30 % leaves 6 blocks, {few.parameters:,} parameters (" in told
 
 
 def test_what_cannot_be_removed_is_said(tmp_path: Path) -> None:
@@ -234,7 +234,7 @@ def test_pictures(tmp_path: Path) -> None:
         assert (tmp_path / f"graph{suffix}").read_bytes().startswith(start)
     drawn = (tmp_path / "graph.svg").read_text()
     assert "WanTransformer3DModel: 21 blocks" in drawn
-    assert "30% removed: " in drawn
+    assert "30 % removed: " in drawn
     for out, message in (
         (tmp_path / "graph.gif", "graph.gif given, expected a file that ends in .svg, .png, .pdf"),
         (tmp_path / "none" / "graph.svg", "none: no such folder; make it first"),

@@ -137,7 +137,7 @@ def test_values_that_build_nothing(tmp_path: Path) -> None:
     path = written(tmp_path / "config.json", WAN | {"ffn_dim": -5})
     told = f"{path}: no WanTransformer3DModel can be built from these values (RuntimeError: "
     assert refused(tmp_path).startswith(told)
-    assert refused(tmp_path).endswith("); mend them")
+    assert refused(tmp_path).endswith("); fix them")
 
 
 def test_what_older_files_lack_or_have_too_much_is_let_be() -> None:

@@ -253,7 +253,7 @@ def test_what_stock_loading_cannot_read_is_named(pipeline: Path, damage: Callabl
 def test_a_tensor_in_two_shards_is_named(pipeline: Path) -> None:
     twice(pipeline / "vae")
     with pytest.raises(
-        ModelError, match=r"-00002-of-00002\.safetensors: tensor .* lies in .*-00001-of-00002.safet.* too"
+        ModelError, match=r"-00002-of-00002\.safetensors: tensor .* is in .*-00001-of-00002.safet.* too"
     ):
         check_pipeline(pipeline)
 

@@ -179,7 +179,7 @@ def test_combinations_that_cannot_be(settings: dict[str, Any], message: str) -> 
     [
         ("training.engine=zero3",
          "training.engine: zero3 given with LoRA roles in dmd, expected local, ddp, zero1, zero2 or fsdp2: DeepSpeed "
-         "does not split weights that a LoRA lies on; use fsdp2"),
+         "does not split weights that a LoRA is attached to; use fsdp2"),
         ("training.compile=true",
          "training.compile: true given with LoRA roles in dmd, expected false: every role's every layer would be "
          "compiled by itself; set it to false, or fake_score and generator to full"),

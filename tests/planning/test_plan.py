@@ -34,7 +34,7 @@ def test_the_work_ratio(write: WriteRecipe) -> None:
 def test_a_plan_without_passes(write: WriteRecipe) -> None:
     plan = make_plan(load_recipe(write("")), flops_per_second=1e9)
     assert plan.work_ratio == 1.0
-    assert "100 evaluations with 100.0% of the parameters" in plan_text(plan)
+    assert "100 evaluations with 100.0 % of the parameters" in plan_text(plan)
 
 
 def test_the_speed_is_measured(model: Path) -> None:

@@ -48,7 +48,7 @@ def test_one_picture_of_all_contenders_stands_for_their_own(tmp_path: Path) -> N
     (run / "eval/strips/teacher-4.png").rename(run / "eval/strips/comparison.png")
     page = write_report(run).read_text(encoding="utf-8")
     assert page.count("data:image/png;base64,") == 1
-    assert "Teacher beside student, prompt by prompt" in page
+    assert "Teacher next to student, prompt by prompt" in page
 
 
 def test_nothing_is_fetched(page: str) -> None:

@@ -54,12 +54,12 @@ def test_a_running_training_is_shown(tmp_path: Path) -> None:
         (found,) = trainings(read_run(tmp_path))
         assert (found.status, found.step, found.steps, found.best_step) == ("running", 34, 200, 20)
         page = write_report(tmp_path).read_text(encoding="utf-8")
-    assert '<span class="status running">running</span> step 34 of 200; best look: step 20.' in page
+    assert '<span class="status running">running</span> step 34 of 200; best evaluation: step 20.' in page
     assert "<strong>Step 30: critic lag 2.50</strong>, expected at most 1.00" in page
     assert "Sample distance, at most 0.2" in page
     assert '<td class="n worse">2.50</td><td>at most 1.00</td>' in page
     assert page.count("data:image/png;base64,") == 1 + len(DISTANCES)
-    assert "step 20, best look" in page
+    assert "step 20, best evaluation" in page
 
 
 def test_figures_are_shown_with_their_range_on_other_draws(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_a_stopped_training_says_how_to_go_on(tmp_path: Path) -> None:
     page = write_report(tmp_path).read_text(encoding="utf-8")
     assert '<span class="status stopped">stopped</span> step 34 of 200' in page
     assert "The training was stopped." in page
-    assert "it goes on from the last checkpoint" in page
+    assert "it resumes from the last checkpoint" in page
 
 
 def test_the_terminal_tells_status_figures_and_breaches(tmp_path: Path) -> None:
@@ -106,7 +106,10 @@ def test_a_rollback_names_the_look_it_went_back_to(tmp_path: Path) -> None:
     file.write_text(file.read_text().replace('"best_step": 20', '"best_step": 10'))
     (found,) = trainings(read_run(tmp_path))
     assert found.best_step == 10
-    assert "The pass went back to step 10, its best look, and ended there." in write_report(tmp_path).read_text()
+    assert (
+        "The pass went back to step 10, its best held-out evaluation, and ended there."
+        in write_report(tmp_path).read_text()
+    )
 
 
 def test_a_pass_that_is_stored_is_no_longer_under_way(tmp_path: Path) -> None:

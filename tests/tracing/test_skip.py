@@ -132,7 +132,7 @@ def test_the_memory_skips_several_blocks_in_any_order() -> None:
             assert torch.equal(output_of(model, inputs), expected)
         with skip(model, ["blocks.3"], graph=graph), memory.skipping("blocks.1"):
             assert torch.equal(output_of(model, inputs), expected)
-        message = "^'blocks.1' is skipped already and lies before 'blocks.3'; name both in one call$"
+        message = "^'blocks.1' is skipped already and comes before 'blocks.3'; name both in one call$"
         with (
             skip(model, ["blocks.1"], graph=graph),
             pytest.raises(RequestError, match=message),

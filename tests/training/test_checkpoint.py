@@ -76,7 +76,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, damage: str) -> Non
     assert torch.equal(tensors["weight"], torch.full((64,), 10.0))
     (line,) = said
     assert line.startswith(f"{newest}: damaged checkpoint removed ({trouble}")
-    assert line.endswith("); going on from step-00000010")
+    assert line.endswith("); resuming from step-00000010")
     assert "\n" not in line
 
 

@@ -113,7 +113,7 @@ def test_sigterm_in_the_last_step_is_not_lost(home: Home, tmp_path: Path, whole:
 def test_an_interrupt_is_said_once(home: Home, tmp_path: Path, whole: bytes) -> None:
     ended = met(home, home.begun(tmp_path / "here/run"), "interrupt:1:4")
     assert [process.exitcode for process in ended.processes] == [130, 130]
-    assert lines(ended) == ["interrupted; the same command goes on from here"]
+    assert lines(ended) == ["interrupted; the same command resumes from here"]
     assert resumed(home, tmp_path / "here/run") == whole
 
 

@@ -66,7 +66,7 @@ def test_accelerate_launch_on_a_cpu_starts_one_process_and_is_refused(home: Home
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert errors == [
         "error: training.engine: ddp given, but only one process runs (WORLD_SIZE is unset or 1; "
-        "`accelerate launch --cpu` starts one whatever it is told); start with "
+        "`accelerate launch --cpu` always starts one); start with "
         "torchrun --nproc-per-node 2 -m flcompress apply RECIPE, or set training.processes: 1 if one is meant"
     ]
 

@@ -47,13 +47,13 @@ class OriginalNames:
 
 
 class Family(ABC):
-    """One family, stateless. Latents are [n, channels, frames, height, width] everywhere; an image has one frame.
+    """A model family, stateless. Latents are [n, channels, frames, height, width] everywhere; an image has one frame.
 
     A subclass names its classes and writes `arguments`, `example_conditioning` and `encode_prompts`; every other method
     has a default, which fits a flow model of images or clips whose pipeline does nothing unusual.
 
     Attributes:
-        name: as the documentation has it.
+        name: the name in the documentation.
         pipelines: pipeline classes.
         from_image: those of them that make a clip from its first frame.
         transformers: transformer classes.
@@ -93,7 +93,7 @@ class Family(ABC):
             config: the transformer's.
             x: noised latents.
             timestep: [n], 0 to 1000, 1000 being pure noise; each family scales or turns it as its pipeline does.
-            conditioning: of the prompt and, for `from_image`, of the first frame.
+            conditioning: conditioning on the prompt and, for `from_image`, of the first frame.
             guidance: embedded guidance scale; the family's usual one where None.
         """
 

@@ -62,7 +62,7 @@ ORIGINAL = OriginalNames(
 
 
 class HunyuanVideo(TrueGuidance):
-    """Text or image to video. The network is told its guidance scale; classifier-free guidance is not needed on top."""
+    """Text or image to video. The guidance scale is an input of the network; no classifier-free guidance is needed."""
 
     name: ClassVar[str] = "HunyuanVideo"
     pipelines: ClassVar[tuple[str, ...]] = ("HunyuanVideoPipeline", "HunyuanVideoImageToVideoPipeline")

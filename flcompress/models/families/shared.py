@@ -1,4 +1,4 @@
-"""What several families have in common: guidance arguments, packed latents, pooled or masked prompts, block names."""
+"""Code that several families share: guidance arguments, packed latents, pooled or masked prompts, block names."""
 
 from __future__ import annotations
 

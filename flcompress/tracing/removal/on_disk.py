@@ -124,8 +124,8 @@ def choose_removable(
     a stand-in, as in `remove_on_disk`.
 
     Args:
-        folder: of the transformer.
-        graph: of it; blocks whose `removable` is decided already are not tried again.
+        folder: the transformer's folder.
+        graph: its graph; blocks whose `removable` is already decided are not tried again.
         choice: the blocks to remove from a graph.
 
     Returns:

@@ -1,4 +1,4 @@
-"""How far the fake score is behind the generator that it follows. Formula in docs/health.md."""
+"""The lag of the fake score behind the generator that it follows. Formula in docs/health.md."""
 
 from __future__ import annotations
 

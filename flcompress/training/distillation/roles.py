@@ -120,13 +120,13 @@ class Roles:
         if base is None or not settings.generator_shares:
             own = self._build_base(folder)
             return LoRA(own, own.blocks, settings.lora_rank, seed=seed)
-        kept = program.kept.values()
-        gone = [block.path for block in graph.blocks if block.path not in kept]
+        remaining = program.kept.values()
+        gone = [block.path for block in graph.blocks if block.path not in remaining]
 
         def skipping() -> AbstractContextManager[None]:
             return engine.skip(self.teacher, gone, graph=graph)
 
-        return LoRA(base, kept, settings.lora_rank, seed=seed, forward_context=skipping)
+        return LoRA(base, remaining, settings.lora_rank, seed=seed, forward_context=skipping)
 
     def _role(self, name: str, model: Any, learning_rate: float, ema_decay: float | None = None) -> TrainedRole:
         hyper = Hyper(learning_rate=learning_rate, betas=BETAS)

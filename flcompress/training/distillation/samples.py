@@ -41,7 +41,7 @@ class Prompts:
 
     Attributes:
         work: the pass's context.
-        conditioning: of this process's samples, on the training's device.
+        conditioning: conditioning of this process's samples, on the training's device.
         negative: conditioning of the negative prompt, [1, ...].
         shape: shape of this process's latents [n, channels, frames, height, width].
         at_once: samples in one forward.

@@ -1,4 +1,4 @@
-"""What a recipe sets of a distribution matching distillation. Imports no torch, since checking a recipe reads it."""
+"""The recipe settings of a distribution matching distillation. Imports no torch, since checking a recipe reads it."""
 
 from __future__ import annotations
 

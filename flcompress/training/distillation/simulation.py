@@ -22,7 +22,7 @@ class Simulation:
     Attributes:
         program: its latents and its start of sampling are the student's.
         contract: the student's, with its levels.
-        data: where sizes and conditioning come from.
+        data: the source of sizes and conditioning.
         negative: conditioning of the negative prompt, [1, ...].
         device: the training's.
         partner: with two experts the other one, if it takes the steps before the student's; it is not trained.

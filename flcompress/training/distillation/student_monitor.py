@@ -26,7 +26,7 @@ class StudentEvaluation:
         work: the pass's context.
         program: the program it distils; its teacher's contract is how the real score is sampled.
         contract: the student's.
-        data: where the fixed prompts come from.
+        data: the source of the fixed prompts.
         batch: samples of a training step, over all processes; samples are generated in batches of the training size.
         generator: the trained role. Its moving average is kept, so that is what is sampled.
         student: the generator as a network.

@@ -1,4 +1,4 @@
-"""How a training runs on one process or many. `engine_of` returns the recipe's engine."""
+"""Engines: a training on one process or many. `engine_of` returns the recipe's engine."""
 
 from flcompress.training.engines.choice import engine_of
 from flcompress.training.engines.engine import Engine, Hyper, NotFinite, WrappedModel

@@ -1,4 +1,4 @@
-"""Which engine a recipe asks for. FSDP2 and DeepSpeed are imported only where they are."""
+"""The engine that a recipe asks for. FSDP2 and DeepSpeed are imported only where they are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an engine does for the training loop: wrap models, exchange gradients, step optimisers, gather weights."""
+"""The engine of a training loop: wrap models, exchange gradients, step optimisers, gather weights."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class WrappedModel(ABC):
 
     @abstractmethod
     def clear(self) -> None:
-        """Throw gradients away."""
+        """Discard the gradients."""
 
     @abstractmethod
     def shards(self) -> dict[str, torch.Tensor]:
@@ -95,7 +95,7 @@ class WrappedModel(ABC):
 
 
 class Engine(ABC):
-    """One way to distribute a training over processes, for one pass; see `engine_of`.
+    """A way to distribute a training over processes, for one pass; see `engine_of`.
 
     Attributes:
         layout: how checkpoints are split; see `Checkpoints`.

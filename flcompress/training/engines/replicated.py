@@ -112,7 +112,7 @@ class AveragedReplica(Replica):
 
 
 class Local(Engine):
-    """One process."""
+    """The engine of a single process."""
 
     layout = WHOLE
 

@@ -1,1 +1,1 @@
-"""What the passes train and measure; `passes/` declares their arguments."""
+"""The trainings and measurements of the passes; `passes/` declares their arguments."""

@@ -1,1 +1,1 @@
-"""What watches a training: held-out figures, limits, sample strips and trackers."""
+"""Monitoring of a training: held-out figures, limits, sample strips and trackers."""

@@ -171,8 +171,8 @@ class Watch:
         """Return True if training must roll back to its best evaluation and stop.
 
         Args:
-            step: of the training.
-            figures: of this step, or of the held-out evaluation after it.
+            step: step of the training.
+            figures: figures of this step, or of the held-out evaluation after it.
             redraws: the evaluation's figures on other draws.
 
         Raises:

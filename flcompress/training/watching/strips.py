@@ -32,14 +32,14 @@ def draw_strip(work: PassContext, program: Program, latents: torch.Tensor, path:
     """Decode clips [n, channels, frames, height, width], one at a time, and write them as rows of frames.
 
     The autoencoder is in memory only while this lasts. A failure to draw does not end the training: it is reported, and
-    the training goes on without the picture.
+    the training continues without the picture.
     """
     free_gpu_memory()
     try:
         _draw(program, latents, path, work.device)
     except Exception as error:  # noqa: BLE001 (whatever it was)
         reason = " ".join(str(error).split())[:300]
-        work.say(f"warning: {path.name}: not drawn, the training goes on: {type(error).__name__}: {reason}")
+        work.say(f"warning: {path.name}: not drawn, the training continues: {type(error).__name__}: {reason}")
     free_gpu_memory()
 
 

@@ -57,7 +57,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """One run per pass; the environment says where it goes (WANDB_PROJECT, WANDB_MODE, ...).
+    """A run per pass; the environment says where it goes (WANDB_PROJECT, WANDB_MODE, ...).
 
     A killed training resumes in the same run: the pass's folder keeps its id, which no other folder has. Earlier steps
     that the server lacks are sent again, and offline all of them: a killed command may have lost some.

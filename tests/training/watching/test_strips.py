@@ -67,7 +67,7 @@ def test_a_picture_that_fails_is_reported_and_trained_on(
     monkeypatch.setattr(strips, "free_gpu_memory", lambda: freed.append(True))
     draw_strip(work_in(tmp_path, said), OnlyParts(), LATENTS, strip_of(tmp_path, 40))
     (line,) = said
-    assert line.startswith(f"warning: step-00000040.png: not drawn, the training goes on: {told}")
+    assert line.startswith(f"warning: step-00000040.png: not drawn, the training continues: {told}")
     assert "\n" not in line
     assert freed == [True, True]
     assert not list(tmp_path.rglob("*.png"))
