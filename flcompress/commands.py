@@ -166,7 +166,7 @@ def export(
     """
     from flcompress.driver import manager
 
-    return manager.export(_opened(run, model), formats, force=force, display=display)
+    return manager.export(_open_run(run, model), formats, force=force, display=display)
 
 
 def generate(
@@ -238,7 +238,7 @@ def evaluate(
     from flcompress.evaluation import comparison
     from flcompress.progress import default_display
 
-    opened = _opened(run, model)
+    opened = _open_run(run, model)
     size = opened.recipe().evaluation
     use_free_cores()
     with (display or default_display()).stage("evaluation") as progress:
@@ -278,7 +278,7 @@ def bench(
 
     pixels = room.read_size(size) if size else None
     with (display or default_display()).stage("bench") as progress:
-        return room.bench(_opened(run, model), rounds, progress, backends, size=pixels, batch=batch)
+        return room.bench(_open_run(run, model), rounds, progress, backends, size=pixels, batch=batch)
 
 
 def report(run: StrPath) -> Path:
@@ -315,7 +315,7 @@ def remap_lora(lora: StrPath, pruned: StrPath, out: StrPath, *, model: StrPath |
     return remap.remap_lora(Path(lora), Path(pruned), Path(out), Path(model) if model is not None else None)
 
 
-def _opened(run: StrPath, model: StrPath | None) -> RunDirectory:
+def _open_run(run: StrPath, model: StrPath | None) -> RunDirectory:
     from flcompress.driver.rundir import RunDirectory
 
     return RunDirectory(Path(run), Path(model) if model is not None else None)

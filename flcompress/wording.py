@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from flcompress.stats import Interval
 
 
-def _scaled(value: float, prefixes: str) -> str:
+def _scale(value: float, prefixes: str) -> str:
     """Three significant digits and the prefix of the power of 1000: 1234567 -> "1.23 M"."""
     if abs(value) < 999.5:
         return f"{value:.0f}"
@@ -23,17 +23,17 @@ def _scaled(value: float, prefixes: str) -> str:
 
 def count(value: float) -> str:
     """Parameters and other counts: 14300000000 -> "14.3 B"."""
-    return _scaled(value, "kMBT")
+    return _scale(value, "kMBT")
 
 
 def flops(value: float) -> str:
     """FLOPs, with SI prefixes: 14300000000 -> "14.3 G"."""
-    return _scaled(value, "kMGTPE")
+    return _scale(value, "kMGTPE")
 
 
 def size(octets: float) -> str:
     """Bytes in decimal units: 15300000 -> "15.3 MB"."""
-    text = _scaled(octets, "kMGT")
+    text = _scale(octets, "kMGT")
     return f"{text}B" if text[-1].isalpha() else f"{text} B"
 
 

@@ -105,7 +105,7 @@ def step(name: str, precision: Any, folder: Path) -> None:
         "load_average": [round(load, 1), round(os.getloadavg()[0], 1)],
         "weights_gb": round(weights / 1e9, 3),
         "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2),
-        "asked_memory_gb": round(preflight.needed(weights, model) / 1e9, 2),
+        "asked_memory_gb": round(preflight.peak_memory(weights, model) / 1e9, 2),
     }
     print(json.dumps(figures | {key: one for key, one in summary.items() if key != "sha256"}), flush=True)
 

@@ -73,7 +73,7 @@ class OnnxExport:
             opset=OPSETS[self.precision],
             producer=self.producer,
             precision=self.precision,
-            inputs=described(make, size_of(program), axes),
+            inputs=describe_inputs(make, size_of(program), axes),
             outputs=[{"name": OUTPUT, "shape": axes.output, "dtype": "float32"}],
             dynamic=list(axes.names),
             parameters=program.graph.parameters,
@@ -101,9 +101,9 @@ class OnnxExport:
         config, size = check_transformer_config(transformer), size_of(program)
         program.family.check_export(config, text)
         tokens = preflight.attention_tokens(config, size, text)
-        preflight.check_keys(self.precision, tokens, preflight.described(size))
+        preflight.check_keys(self.precision, tokens, preflight.describe_size(size))
         weights = [preflight.weight_bytes(component, self.precision) for component in program.transformers.values()]
-        preflight.check_room("onnx", folder, sum(weights), preflight.needed(max(weights), preflight.ONNX_MEMORY))
+        preflight.check_room("onnx", folder, sum(weights), preflight.peak_memory(max(weights), preflight.ONNX_MEMORY))
 
     def _compare(self, program: Program, make: Arguments, sizes: list[Size], model: Path) -> dict[str, Parity]:
         """Compare the export with torch at its own precision, and both with torch in fp32."""
@@ -163,7 +163,7 @@ def checked_sizes(program: Program, axes: Axes) -> list[Size]:
     return [size, other]
 
 
-def described(make: Arguments, size: Size, axes: Axes) -> list[dict[str, object]]:
+def describe_inputs(make: Arguments, size: Size, axes: Axes) -> list[dict[str, object]]:
     """Return the inputs of the graph, in the form of a manifest."""
     tensors: Inputs = tensors_of(make(size, [0.0] * size.batch, 0))
     return [

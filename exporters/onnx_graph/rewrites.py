@@ -22,7 +22,7 @@ aten = torch.ops.aten
 END = 2**63 - 1
 
 
-def rewritten(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+def rewrite(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     """Rewrite the traced forward in place and return it."""
     graph = program.graph_module.graph
     for node in list(graph.nodes):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from flcompress.errors import FlcompressError
-from flcompress.exporters.onnx_graph.rewrites import rewritten
+from flcompress.exporters.onnx_graph.rewrites import rewrite
 from flcompress.exporters.shared import ExportPrecision
 from flcompress.exporters.shared.weights import DTYPES, WeightFiles, lazily_allocated, skeleton
 from flcompress.models.families import family_of
@@ -90,12 +90,12 @@ def write_onnx(
         auto = torch.export.Dim.AUTO
         dynamic = {name: dict.fromkeys(axes, auto) for name, axes in varying.items()}
         exported = torch.export.export(denoiser.eval(), (tensors,), dynamic_shapes=(dynamic,), strict=False)
-        translated = _translated(rewritten(exported), OPSETS[precision])
+        translated = _translate(rewrite(exported), OPSETS[precision])
         model = translated.model
         files = WeightFiles(folder)
         _stream(model, files)
         _fold(model, files)
-    axes = _named(model, list(tensors), varying)
+    axes = _name_axes(model, list(tensors), varying)
     for node in model.graph.all_nodes():
         node.metadata_props.clear()  # stack traces, with this machine's paths
     weights = sum(tensor.numel() * tensor.element_size() for tensor in denoiser.state_dict().values())
@@ -131,7 +131,7 @@ def _at(arguments: Arguments, size: Size, step: Size, what: str) -> dict[str, An
     return arguments(changed, _levels(changed), 0)
 
 
-def _translated(program: torch.export.ExportedProgram, opset: int) -> Any:
+def _translate(program: torch.export.ExportedProgram, opset: int) -> Any:
     from torch.onnx._internal.exporter._errors import ConversionError  # torch has no public name for it
 
     try:
@@ -204,7 +204,7 @@ def _fold(model: Any, files: WeightFiles) -> None:
     optimizer.remove_unused_nodes(model)
 
 
-def _named(model: Any, names: list[str], varying: dict[str, dict[int, str]]) -> Axes:
+def _name_axes(model: Any, names: list[str], varying: dict[str, dict[int, str]]) -> Axes:
     """Name inputs, output and varying axes; an axis that torch.export found to be fixed keeps its number."""
     import onnx_ir
 

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from flcompress.errors import PostconditionError
 from flcompress.exporters.shared import ExportPrecision
-from flcompress.exporters.shared.weights import DTYPES, streamed
+from flcompress.exporters.shared.weights import DTYPES, stream_weights
 from flcompress.runtime.inputs import Arguments, Denoiser, Inputs, Session, tensors_of
 from flcompress.runtime.sizes import Size
 
@@ -99,7 +99,7 @@ def reference(
         precision: precision of weights and arithmetic, by diffusers' own rule.
         all_inputs: the inputs of every case.
     """
-    denoiser = Denoiser(streamed(folder, precision), constants, DTYPES[precision]).eval()
+    denoiser = Denoiser(stream_weights(folder, precision), constants, DTYPES[precision]).eval()
     with WideSums():
         return outputs(lambda inputs: denoiser(dict(inputs)), all_inputs)
 

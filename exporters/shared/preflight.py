@@ -96,7 +96,7 @@ def check_room(what: str, folder: Path, disk: int, memory: int) -> None:
         )
 
 
-def needed(weights: int, model: tuple[float, float]) -> int:
+def peak_memory(weights: int, model: tuple[float, float]) -> int:
     """Return the peak memory in bytes for N bytes of weights."""
     constant, factor = model
     return int(constant + factor * weights)
@@ -107,7 +107,7 @@ def heads_of(config: dict[str, Any]) -> int:
     return int(config["num_attention_heads"])
 
 
-def described(size: Size) -> str:
+def describe_size(size: Size) -> str:
     """Return a latent size in words, for messages."""
     return f"{size.frames} x {size.height} x {size.width} of latents"
 

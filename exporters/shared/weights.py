@@ -52,7 +52,7 @@ def skeleton(folder: Path, precision: ExportPrecision) -> Any:
     return model
 
 
-def streamed(folder: Path, precision: ExportPrecision) -> Any:
+def stream_weights(folder: Path, precision: ExportPrecision) -> Any:
     """Return the transformer, ready to run: every layer reads its weights when called and drops them afterwards."""
     from accelerate.hooks import attach_align_device_hook
 

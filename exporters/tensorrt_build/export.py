@@ -146,11 +146,11 @@ class TensorRTExport:
         transformer, text = program.components["transformer"], program.contract.max_sequence_length
         config = check_transformer_config(transformer)
         for *_, largest in sizes:
-            tokens, what = preflight.attention_tokens(config, largest, text), preflight.described(largest)
+            tokens, what = preflight.attention_tokens(config, largest, text), preflight.describe_size(largest)
             preflight.check_keys(precision, tokens, what)
             preflight.check_scores(precision, preflight.heads_of(config), largest.batch, tokens, what)
         weights = preflight.weight_bytes(transformer, precision)
-        preflight.check_room("tensorrt", folder, weights, preflight.needed(weights, preflight.TENSORRT_MEMORY))
+        preflight.check_room("tensorrt", folder, weights, preflight.peak_memory(weights, preflight.TENSORRT_MEMORY))
 
     def _run(
         self, program: Program, session: TensorRTSession, name: str, precision: ExportPrecision, sizes: list[list[Size]]

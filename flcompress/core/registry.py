@@ -80,7 +80,7 @@ def nearest(name: str, names: Mapping[str, object] | list[str]) -> str:
 
 def _with_entry_points(built_in: Mapping[str, str], group: str) -> dict[str, str]:
     known = dict(built_in)
-    for point in sorted(_declared(group, tuple(sys.path)), key=lambda point: point.name):
+    for point in sorted(_entry_points(group, tuple(sys.path)), key=lambda point: point.name):
         if known.setdefault(point.name, point.value) != point.value:
             raise RecipeError(
                 f"entry point {group}: '{point.name}' is given as {point.value}, but that name is taken by "
@@ -90,7 +90,7 @@ def _with_entry_points(built_in: Mapping[str, str], group: str) -> dict[str, str
 
 
 @lru_cache(maxsize=2)
-def _declared(group: str, path: tuple[str, ...]) -> EntryPoints:
+def _entry_points(group: str, path: tuple[str, ...]) -> EntryPoints:
     """Return a group's entry points of all packages on `path`; once, since every package's metadata is read."""
     return entry_points(group=group)
 

@@ -27,12 +27,12 @@ def check_wandb_login() -> None:
     try:
         accepted = wandb.login(prompt=False, verify=True)
     except wandb.errors.Error as error:
-        raise refused(error) from error
+        raise wandb_error(error) from error
     if not accepted:
         raise UnavailableError(f"training.log_to: wandb given, but no one is logged in; {_FIX}")
 
 
-def refused(error: Exception) -> UnavailableError:
+def wandb_error(error: Exception) -> UnavailableError:
     """Return wandb's error as an UnavailableError."""
     first = first_line(error).rstrip(".")
     return UnavailableError(f"training.log_to: wandb given, but it cannot be used: {first}; {_FIX}")

@@ -46,7 +46,7 @@ def stored_plan(out: Path) -> DatasetPlan | None:
     return _PLAN.validate_python(json.loads(path.read_text(encoding="utf-8"))["plan"])
 
 
-def _finished(out: Path) -> dict[str, ShardResult]:
+def _finished_shards(out: Path) -> dict[str, ShardResult]:
     """Return the results so far, by task, without those of damaged shards."""
     path = out / WORK / _DONE_FILE
     results = {}
@@ -63,7 +63,7 @@ def _finished(out: Path) -> dict[str, ShardResult]:
 
 def make(out: Path, plan: DatasetPlan, identity: Mapping[str, Any], run: Runner, display: Display) -> int:
     """Encode the remaining shards of a plan, finish the dataset, and return the number encoded."""
-    done = _finished(out)
+    done = _finished_shards(out)
     remaining = [task for task in plan.tasks if task.file not in done]
     total = sum(task.size for task in plan.tasks)
     sizes = {task.file: task.size for task in plan.tasks}

@@ -34,7 +34,7 @@ def student_contract(
         name, config = DISCRETE_SCHEDULER, _discrete(teacher, num_inference_steps)
     else:
         name, config = FLOW_SCHEDULER, _flow(teacher, num_inference_steps, pipeline_sigmas)
-    unguided = _unguided(replace(teacher, scheduler_class=name, scheduler=freeze(config), mu=None))
+    unguided = _without_guidance(replace(teacher, scheduler_class=name, scheduler=freeze(config), mu=None))
     student = resample(unguided, num_inference_steps, pipeline_sigmas)
     _check_experts(student)
     return student if student.guided else replace(student, negative_prompt="")
@@ -71,7 +71,7 @@ def _flow(teacher: SamplingContract, steps: int, pipeline_sigmas: PipelineSigmas
     }
 
 
-def _unguided(teacher: SamplingContract) -> SamplingContract:
+def _without_guidance(teacher: SamplingContract) -> SamplingContract:
     """Return the contract without guidance; a partner that was not distilled keeps its own."""
     if (experts := teacher.experts) is None:
         return replace(teacher, guidance_scale=1.0)

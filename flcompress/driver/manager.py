@@ -76,7 +76,7 @@ def apply(
         if world.main:
             if "wandb" in recipe.training.log_to:
                 check_wandb_login()
-            with _locked(run, display):
+            with _lock_run(run, display):
                 _apply(recipe, source, run, shared, display, device, world)
         else:
             _follow(recipe, shared, device, world)
@@ -84,7 +84,7 @@ def apply(
 
 
 @contextmanager
-def _locked(run: RunDirectory, display: Display) -> Iterator[None]:
+def _lock_run(run: RunDirectory, display: Display) -> Iterator[None]:
     """Lock the run directory; RequestError if another command works in it."""
     run.path.mkdir(parents=True, exist_ok=True)
     busy = f"{run.path}: another flcompress is working in this run directory; wait for it or choose another --run-dir"

@@ -75,22 +75,22 @@ class RunDirectory:
 
     def start(self) -> Program:
         """Return the program that the recipe started from."""
-        return self._program(self._stored()[0])
+        return self._program(self._entry_folders()[0])
 
     def final(self) -> Program:
         """Return the program after the last pass; RequestError if the run is not finished."""
         if not self.finished:
-            done = len(self._stored()) - 1
+            done = len(self._entry_folders()) - 1
             raise RequestError(
                 f"{self.path}: the run is not finished ({max(done, 0)} passes done); "
                 f"give flcompress apply {self._record().recipe_path} again, it resumes from there"
             )
-        return self._program(self._stored()[-1])
+        return self._program(self._entry_folders()[-1])
 
     @property
     def key(self) -> str:
         """Cache key of the last result; measurements record it to say what they measured."""
-        return Entry.read(self._stored()[-1]).key
+        return Entry.read(self._entry_folders()[-1]).key
 
     def journal(self) -> list[Event]:
         """Return the events of the journal, oldest first.
@@ -143,7 +143,7 @@ class RunDirectory:
         """Append one event to the journal."""
         append_line(self.path / JOURNAL_FILE, Event(time=_now(), event=event, name=name, **values).line())
 
-    def _stored(self) -> list[Path]:
+    def _entry_folders(self) -> list[Path]:
         folders = self._results()
         if not folders:
             raise RequestError(f"{self.path}: the run has not begun; give flcompress apply again")
@@ -166,11 +166,11 @@ class RunDirectory:
         missing = [path for path in program.components.values() if not path.is_dir()]
         if self._model is None and not missing:
             return program
-        beginning = Program.load(self._stored()[0]).components
+        beginning = Program.load(self._entry_folders()[0]).components
         shared = [name for name, path in program.components.items() if beginning.get(name) == path]
         recipe = self.recipe()
         if self._model is not None:
-            recipe = self._moved(recipe, self._model)
+            recipe = self._relocate(recipe, self._model)
         with suppress(ModelError):  # no model there either
             here = start.components_of(recipe, start.model_index(recipe), recipe.model_folder())
             program = replace(program, components={**program.components, **{name: here[name] for name in shared}})
@@ -182,16 +182,16 @@ class RunDirectory:
             )
         return program
 
-    def _moved(self, recipe: Recipe, model: Path) -> Recipe:
+    def _relocate(self, recipe: Recipe, model: Path) -> Recipe:
         """Return the recipe with its model in another folder; RequestError if that holds another model."""
-        made_from = Entry.read(self._stored()[0]).record.arguments
+        origin = Entry.read(self._entry_folders()[0]).record.arguments
         if recipe.model.weights == "random":
             raise RequestError(f"--model: {model} given, but {self.path} started from random weights, which it keeps")
         if not model.is_dir():
             raise RequestError(f"--model: {model}: no such folder; give the model's diffusers pipeline folder")
-        if made_from.get("sha256") not in (None, folder_digest(model)):
+        if origin.get("sha256") not in (None, folder_digest(model)):
             raise RequestError(
-                f"--model: {model} is not the model that {self.path} started from ({made_from['path']}): its files "
+                f"--model: {model} is not the model that {self.path} started from ({origin['path']}): its files "
                 "differ; give that model's folder"
             )
         moved = recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": model.resolve()})})

@@ -185,11 +185,11 @@ def trace_folder(transformer: Path, tokens: int, shape: LatentShape | None = Non
     """
     path = transformer / "config.json"
     # A command checks a recipe first and then plans or runs it; tracing a deep model takes seconds.
-    return _traced(transformer, path.read_bytes() if path.is_file() else b"", tokens, shape)
+    return _trace_blocks(transformer, path.read_bytes() if path.is_file() else b"", tokens, shape)
 
 
 @lru_cache(maxsize=4)
-def _traced(transformer: Path, config: bytes, tokens: int, shape: LatentShape | None) -> BlockGraph:
+def _trace_blocks(transformer: Path, config: bytes, tokens: int, shape: LatentShape | None) -> BlockGraph:
     """Trace a folder whose `config.json` has these bytes: other bytes are another model."""
     from flcompress.models.inputs import SMALL_LATENTS, example_inputs
     from flcompress.models.loading import meta_transformer

@@ -56,12 +56,12 @@ class Sampler:
     ) -> None:
         self.contract, self.precision, self.weight_bytes = contract, precision, weight_bytes
         self.calls: dict[Role, int] = dict.fromkeys(networks, 0)
-        counted = {role: self._counted(role, network) for role, network in networks.items()}
+        counted = {role: self._count_calls(role, network) for role, network in networks.items()}
         experts = contract.experts
         own = counted["transformer"]
         self.network = own if experts is None else experts.combine(own, counted["partner"])
 
-    def _counted(self, role: Role, network: Network) -> Network:
+    def _count_calls(self, role: Role, network: Network) -> Network:
         def call(x: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
             self.calls[role] += 1
             return network(x, timestep, conditioning)
@@ -95,7 +95,7 @@ class Samplers:
             return self._eager
         if backend == "compile":
             return {side: self._torch(side, compiled=True) for side in COMPONENTS}
-        return {**self._eager, "student": self._exported(backend)}
+        return {**self._eager, "student": self._export_sampler(backend)}
 
     def sessions(self, side: Side) -> dict[Role, TorchSession]:
         """Return torch's sessions of one side."""
@@ -115,7 +115,7 @@ class Samplers:
         size = sum(session.nbytes for session in set(sessions.values()))
         return Sampler(self._contracts[side], sessions, next(iter(sessions.values())).precision, size)
 
-    def _exported(self, backend: ExportBackend) -> Sampler:
+    def _export_sampler(self, backend: ExportBackend) -> Sampler:
         exports = {role: self._export(backend, role) for role in self._roles("student")}
         if backend == "onnx":
             require_onnxruntime("backend onnx")

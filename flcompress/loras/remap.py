@@ -45,8 +45,8 @@ def remap_lora(lora: Path, pruned: Path, out: Path, model: Path | None = None) -
             raise RequestError(f"--out: {out} is what is read; give another file")
     if not out.parent.is_dir():
         raise RequestError(f"--out: {out.parent}: no such folder; make it first")
-    remap_one = _remap_folder if lora.is_dir() else _remap_file
-    done, keys = remap_one(lora, pruned_model(pruned, model), out)
+    rewrite = _remap_folder if lora.is_dir() else _remap_file
+    done, keys = rewrite(lora, pruned_model(pruned, model), out)
     return {
         "out": str(out),
         "keys": {"given": keys, "used": len(done.keys)},

@@ -81,7 +81,7 @@ def matching_tensors(folder: Path, model: Any) -> dict[str, StoredTensor]:
     expected = model.state_dict()
     for name, tensor in expected.items():
         if tensor.is_floating_point() and not stored[name].floating:
-            raise _quantised(stored[name].file, name, stored[name].dtype)
+            raise _quantised_error(stored[name].file, name, stored[name].dtype)
     return {name: stored[name] for name in expected}
 
 
@@ -143,7 +143,7 @@ def _check_of_transformers(folder: Path, factory: Any, config: Mapping[str, Any]
     stored = folder_tensors(folder)
     for name, tensor in stored.items():
         if name.endswith(("weight", "bias")) and not tensor.floating:
-            raise _quantised(tensor.file, name, tensor.dtype)
+            raise _quantised_error(tensor.file, name, tensor.dtype)
     fit = _fit_of_transformers(folder, factory, stored)
     origin = getattr(importlib.import_module("transformers"), str((config.get("architectures") or [None])[0]), None)
     known = isinstance(origin, type) and issubclass(origin, torch.nn.Module)
@@ -211,7 +211,7 @@ def _check_not_quantised(config: Mapping[str, Any], path: Path) -> None:
             )
 
 
-def _quantised(file: Path, name: str, dtype: str) -> ModelError:
+def _quantised_error(file: Path, name: str, dtype: str) -> ModelError:
     return ModelError(
         f"{file}: tensor {name} is stored in {dtype}; quantised weights are not read, expected the model's weights in "
         "F32, BF16 or F16"

@@ -59,7 +59,7 @@ def stock_files(folder: Path) -> StockFiles:
     """
     name = _library_name(folder)
     for variant in (None, *_only(_variants(folder, name))):
-        single, index = (folder / _named(f"{name}.safetensors{end}", variant) for end in ("", ".index.json"))
+        single, index = (folder / _with_variant(f"{name}.safetensors{end}", variant) for end in ("", ".index.json"))
         if index.is_file() and (name == DIFFUSERS or not single.is_file()):
             files = sorted(set(weight_map(index).values()))
             return StockFiles(name=name, variant=variant, index=index, files=tuple(folder / file for file in files))
@@ -83,7 +83,7 @@ def required_files(folder: Path) -> StockFiles:
         if old := re.fullmatch(rf"{name}\.safetensors\.([^.]+)\.index\.json", path.name):
             raise ModelError(f"{path}: an index under its old name; rename it to {plain}.index.{old[1]}.json")
     if variants := _variants(folder, name):
-        first, second = (_named(plain, variant) for variant in variants[:2])
+        first, second = (_with_variant(plain, variant) for variant in variants[:2])
         raise ModelError(
             f"{folder}: several variants ({', '.join(variants)}) and no {plain}; expected one set of weights: keep one "
             f"of {first} and {second}, or rename one to {plain}"
@@ -163,7 +163,7 @@ def _only(variants: list[str]) -> list[str]:
     return variants if len(variants) == 1 else []
 
 
-def _named(file: str, variant: str | None) -> str:
+def _with_variant(file: str, variant: str | None) -> str:
     """Return a file's name with a variant, where both libraries put it: before the last suffix."""
     stem, _, suffix = file.rpartition(".")
     return file if variant is None else f"{stem}.{variant}.{suffix}"

@@ -39,11 +39,11 @@ class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if storage._cdata not in inputs and storage not in self._known:
                 self._known[storage] = None
                 self._now += storage.nbytes()
-                weakref.finalize(storage, self._freed, storage.nbytes())
+                weakref.finalize(storage, self._free, storage.nbytes())
         self.most = max(self.most, self._now)
         return result
 
-    def _freed(self, size: int) -> None:
+    def _free(self, size: int) -> None:
         self._now -= size
 
 

@@ -128,7 +128,7 @@ def curves(
         smoothed: list[float] = []
         for index, (label, points) in enumerate(lines.items()):
             colour = LINES[index % len(LINES)]
-            x, raw = [p[0] for p in _thinned(points)], [p[1] for p in _thinned(points)]
+            x, raw = [p[0] for p in _thin(points)], [p[1] for p in _thin(points)]
             mean = _running(points)
             smoothed += [p[1] for p in mean]
             few = len(points) < 20
@@ -142,7 +142,7 @@ def curves(
         for bound in near:
             axes.axhline(bound, color=GONE, linewidth=1.1, linestyle=(0, (4, 3)))
         _value_axis(axes, [*smoothed, *near])
-        axes.set_title(_plain(title) + _limited(bounds))
+        axes.set_title(_plain(title) + _limits_text(bounds))
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5, integer=True))
         if len(lines) > 1:
@@ -158,7 +158,7 @@ def _near(bound: float, values: Sequence[float]) -> bool:
     return low - margin <= bound <= high + margin
 
 
-def _limited(bounds: tuple[float | None, float | None]) -> str:
+def _limits_text(bounds: tuple[float | None, float | None]) -> str:
     low, high = bounds
     if low is not None and high is not None:
         return f", limits {low:.3g} to {high:.3g}"
@@ -197,7 +197,7 @@ def _marker(blocks: int) -> float:
     return 6.0 if blocks <= 24 else 4.2
 
 
-def _thinned(points: Points) -> Points:
+def _thin(points: Points) -> Points:
     every = math.ceil(len(points) / DRAWN)
     return points[:: max(1, every)]
 

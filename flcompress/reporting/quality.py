@@ -119,7 +119,7 @@ def quality(results: EvalFile) -> Quality:
     differences = Differences.read(results)
     names = [row.name for row in rows]
     columns = [
-        _marked(metric, {row.name: _interval(row.figures, metric.key) for row in rows}, differences)
+        _mark_cells(metric, {row.name: _interval(row.figures, metric.key) for row in rows}, differences)
         for metric in metrics
     ]
     contenders = [
@@ -150,7 +150,7 @@ def _interval(figures: Mapping[str, Measured], key: str) -> Interval | None:
     return figures[key].interval if key in figures else None
 
 
-def _marked(metric: Metric, values: Mapping[str, Interval | None], differences: Differences) -> list[Cell]:
+def _mark_cells(metric: Metric, values: Mapping[str, Interval | None], differences: Differences) -> list[Cell]:
     """Mark the best mean, and every value whose difference from it may be 0: those are not known to be worse."""
     present = {name: value for name, value in values.items() if value is not None}
     if not metric.better or len(present) < 2:

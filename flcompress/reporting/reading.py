@@ -160,7 +160,7 @@ def read_run(run_dir: Path) -> RunRecord:
         recipe=_text(run_dir / "recipe.yaml"),
         journal=journal,
         entries=entries,
-        unfinished=_unfinished(run_dir, journal, len(entries)),
+        unfinished=_find_unfinished(run_dir, journal, len(entries)),
         exports={file.stem: ExportFile.read(file) for file in sorted((run_dir / "exports").glob("*.json"))},
         evaluation=None if "eval" in outdated else evaluation,
         bench=None if "bench" in outdated else bench,
@@ -182,7 +182,7 @@ def _entry(folder: Path, index: int) -> Entry:
     )
 
 
-def _unfinished(run_dir: Path, journal: list[Event], index: int) -> Unfinished | None:
+def _find_unfinished(run_dir: Path, journal: list[Event], index: int) -> Unfinished | None:
     """The pass whose beginning is the last that the journal has of any pass, where its folder is still there."""
     passes = [event for event in journal if event.event in ("begin", "pass")]
     if not passes or passes[-1].event != "begin":

@@ -40,13 +40,13 @@ def print_summary(run_dir: Path, console: Console) -> None:
     else:
         _headline(top, console)
     if run.bench is None:
-        console.print(_unmeasured("speed", "bench", run), highlight=False)
+        console.print(_how_to_measure("speed", "bench", run), highlight=False)
     if measured is None:
-        console.print(_unmeasured("quality", "eval", run), end="\n\n", highlight=False)
+        console.print(_how_to_measure("quality", "eval", run), end="\n\n", highlight=False)
     else:
         _quality(measured, console)
     if fates is not None:
-        _removed(fates, console)
+        _print_removed(fates, console)
     _trainings(trained, console)
     if passes:
         table = _table("Passes and exports", "step", "status", ">time", ">peak memory")
@@ -93,7 +93,7 @@ def _headline(top: Headline, console: Console) -> None:
     console.print(table)
 
 
-def _unmeasured(what: str, command: str, run: RunRecord) -> str:
+def _how_to_measure(what: str, command: str, run: RunRecord) -> str:
     if command in run.outdated:
         return f"{what}: measured on an earlier student; run flcompress {command} {escape(str(run.path))} again"
     return f"{what}: not measured; run flcompress {command} {escape(str(run.path))}"
@@ -130,7 +130,7 @@ def _cell(cell: Cell) -> str:
     return f"{wording.around(cell.value)} {MARKS[cell.mark]:1}" if cell.value is not None else ""
 
 
-def _removed(fates: Blocks, console: Console) -> None:
+def _print_removed(fates: Blocks, console: Console) -> None:
     if not fates.gone:
         console.print("removed: nothing\n", highlight=False)
         return
@@ -148,7 +148,7 @@ def _trainings(trainings: list[Training], console: Console) -> None:
     watched = [training for training in trainings if training.figures or training.status != "done"]
     if not watched:
         return
-    table = _table("Trainings", "pass", "status", ">step", "held-out figure", ">start", ">best evaluation", ">latest")
+    table = _table("Trainings", "pass", "status", ">step", "held-out figure", ">start", ">best", ">latest")
     for training in watched:
         step = f"{training.step} of {training.steps}" if training.steps else str(training.step)
         row = [escape(training.entry.name), training.status, step]

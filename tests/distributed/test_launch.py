@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 import torch.distributed.rendezvous  # noqa: F401 (the module, which torch.distributed hides behind its function)
 
-from flcompress.core.wandb_access import refused
+from flcompress.core.wandb_access import wandb_error
 from flcompress.distributed.launch import Launch, join
 from flcompress.distributed.world import World
 from flcompress.errors import RequestError, TrainingError, first_line
@@ -52,4 +52,4 @@ def test_a_lost_peer_without_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_wandb_error_without_a_message() -> None:
-    assert "it cannot be used: RuntimeError;" in str(refused(RuntimeError()))
+    assert "it cannot be used: RuntimeError;" in str(wandb_error(RuntimeError()))

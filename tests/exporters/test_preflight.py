@@ -32,7 +32,7 @@ def test_more_keys_than_an_fp16_softmax_takes() -> None:
     preflight.check_keys("bf16", 75_600, "it")
     preflight.check_keys("fp16", 65_504, "it")
     with pytest.raises(RequestError) as caught:
-        preflight.check_keys("fp16", 75_600, preflight.described(HD))
+        preflight.check_keys("fp16", 75_600, preflight.describe_size(HD))
     assert str(caught.value) == (
         "onnx.precision: fp16 given, but 21 x 90 x 160 of latents is 75,600 tokens and an fp16 softmax overflows past "
         "65,504 keys; set onnx.precision: bf16"
@@ -43,7 +43,7 @@ def test_more_scores_than_a_tensor_takes() -> None:
     preflight.check_scores("bf16", 12, 1, 32_760, "it")
     preflight.check_scores("fp32", 2, 1, 32_760, "it")
     with pytest.raises(RequestError) as caught:
-        preflight.check_scores("fp32", 12, 1, 32_760, preflight.described(SD))
+        preflight.check_scores("fp32", 12, 1, 32_760, preflight.describe_size(SD))
     assert str(caught.value) == (
         "tensorrt: 21 x 60 x 104 of latents is 32,760 tokens, whose fp32 attention scores are 12,878,611,200 elements "
         "of one tensor, and TensorRT takes fewer than 2,147,483,648; it fuses attention in half precision only: set "

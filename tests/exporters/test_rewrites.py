@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from flcompress.errors import FlcompressError, ModelError
-from flcompress.exporters.onnx_graph.rewrites import aten, rewritten
-from flcompress.exporters.onnx_graph.write import _translated
+from flcompress.exporters.onnx_graph.rewrites import aten, rewrite
+from flcompress.exporters.onnx_graph.write import _translate
 
 # torch's own, of torch.export.
 pytestmark = pytest.mark.filterwarnings(r"ignore:.*isinstance\(treespec, LeafSpec\):FutureWarning")
@@ -74,19 +74,19 @@ def traced(module: nn.Module, x: Tensor) -> torch.export.ExportedProgram:
 def test_no_number_changes(kind: type[nn.Module], dtype: torch.dtype) -> None:
     x = torch.randn(2, 5, 6, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
     expected = kind()(x)
-    program = rewritten(traced(kind(), x))
+    program = rewrite(traced(kind(), x))
     assert torch.equal(program.module()(x), expected)
     assert torch.equal(program.run_decompositions().module()(x), expected)
 
 
 @pytest.mark.parametrize(("kind", "left"), [(Interleaved, 0), (TailFilled, 0), (AliasFilled, 1)])
 def test_copies_in_place_are_gone_where_that_is_safe(kind: type[nn.Module], left: int) -> None:
-    program = rewritten(traced(kind(), torch.randn(2, 5, 6, 4)))
+    program = rewrite(traced(kind(), torch.randn(2, 5, 6, 4)))
     assert sum(node.target is aten.copy_.default for node in program.graph.nodes) == left
 
 
 def test_no_split_of_varying_size_is_left() -> None:
-    program = rewritten(traced(Split(), torch.randn(2, 5, 6, 4)))
+    program = rewrite(traced(Split(), torch.randn(2, 5, 6, 4)))
     assert not any("split" in str(node.target) for node in program.graph.nodes)
 
 
@@ -94,7 +94,7 @@ def test_complex_products_become_real_ones() -> None:
     draw = torch.Generator().manual_seed(0)
     x, table = torch.randn(2, 5, 3, 4, generator=draw), torch.randn(5, 2, 2, generator=draw)
     expected = ComplexRotation()(x, table)
-    program = rewritten(torch.export.export(ComplexRotation(), (x, table), strict=False))
+    program = rewrite(torch.export.export(ComplexRotation(), (x, table), strict=False))
     assert (program.run_decompositions().module()(x, table) - expected).abs().max() < 1e-6
     values = [node.meta.get("val") for node in program.run_decompositions().graph.nodes]
     assert not any(value.is_complex() for value in values if isinstance(value, Tensor))
@@ -107,7 +107,7 @@ def test_other_complex_arithmetic_is_refused() -> None:
 
     program = torch.export.export(Spectrum(), (torch.randn(3, 4, 2),), strict=False)
     with pytest.raises(ModelError) as caught:
-        rewritten(program)
+        rewrite(program)
     assert str(caught.value) == (
         "onnx: the forward computes aten.abs.default on complex numbers, which ONNX and TensorRT lack; write it with "
         "real ones (cos and sin), or leave 'onnx' out of exports:"
@@ -122,7 +122,7 @@ def test_an_operator_without_a_translation_is_named() -> None:
 
     program = torch.export.export(Odd(), (torch.randn(3),), strict=False)
     with pytest.raises(FlcompressError) as caught:
-        _translated(program, 18)
+        _translate(program, 18)
     assert str(caught.value).startswith(
         f"onnx: torch {torch.__version__} cannot write this forward at opset 18: No ONNX"
     )

@@ -55,7 +55,7 @@ class Candidates:
     def __init__(self, model: nn.Module, graph: BlockGraph, inputs: Mapping[str, Any]) -> None:
         self._model, self._graph, self._inputs = model, graph, inputs
         self._shapes = _shapes(model)
-        self._built: dict[str, nn.Module | str] = {}  # by the config changes
+        self._models: dict[str, nn.Module | str] = {}  # by the config changes
 
     def without(self, removed: Mapping[str, Indices]) -> Iterator[Candidate | str]:
         """Yield candidates without the removed entries, plainest first; a sentence for one whose weights do not fit."""
@@ -82,9 +82,9 @@ class Candidates:
     def _attempts(self, changes: Changes, ways: list[dict[str, Indices]]) -> Iterator[Candidate | str]:
         """Yield the model of a changed config with the weights of each way; a sentence if it cannot be built."""
         key = repr(sorted(changes.items()))
-        if key not in self._built:
-            self._built[key] = rebuild(self._model, changes)
-        model = self._built[key]
+        if key not in self._models:
+            self._models[key] = rebuild(self._model, changes)
+        model = self._models[key]
         if isinstance(model, str):
             yield model
             return

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from flcompress.core.steps import PassContext
-from flcompress.core.wandb_access import refused
+from flcompress.core.wandb_access import wandb_error
 from flcompress.files import write_text
 from flcompress.training.watching.strips import STRIPS, strip_of
 
@@ -84,7 +84,7 @@ class WeightsAndBiases:
                 settings=wandb.Settings(quiet=True, console="off"),
             )
         except wandb.errors.Error as error:
-            raise refused(error) from error
+            raise wandb_error(error) from error
         before: dict[int, dict[str, float]] = {}
         for record in logged:
             before.setdefault(int(record["step"]), {}).update(figures_of(record))
