@@ -83,7 +83,7 @@ def train(
             if end:
                 raise Preempted(
                     f"{name}: ended by SIGTERM after step {step} of {steps}; a checkpoint was written, "
-                    "the same command goes on from it"
+                    "the same command resumes from it"
                 )
     return steps
 
@@ -224,7 +224,7 @@ def _termination(name: str, world: World) -> Iterator[threading.Event]:
     finally:
         signal.signal(signal.SIGTERM, before)
     if preempted.is_set():  # too late for the last step to see it; everything is saved
-        raise Preempted(f"{name}: ended by SIGTERM after its last step; the same command goes on from there")
+        raise Preempted(f"{name}: ended by SIGTERM after its last step; the same command resumes from there")
 
 
 def _truncate(log: Path, step: int) -> None:

@@ -97,7 +97,7 @@ def test_sigterm_in_one_process_saves_and_ends_all(home: Home, tmp_path: Path, w
     ended = met(home, folder, "term:1:4", "ddp", "training.checkpoint_seconds=1e9")
     assert [process.exitcode for process in ended.processes] == [75, 75]
     assert lines(ended) == [
-        "error: toy: ended by SIGTERM after step 4 of 6; a checkpoint was written, the same command goes on from it"
+        "error: toy: ended by SIGTERM after step 4 of 6; a checkpoint was written, the same command resumes from it"
     ]
     assert steps(folder) == ["step-00000004"]
     assert resumed(home, folder) == whole
