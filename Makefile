@@ -7,7 +7,7 @@ BIN := .venv/bin
 RUN := runs/moving-digits
 LOWEST := .venv-lowest
 comma := ,
-PYTEST := -m pytest -n auto --maxprocesses 4 --dist loadfile
+PYTEST := -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # $(call install,ENVIRONMENT,CONSTRAINTS,EXTRAS): a line a package, instead of pip's several.
 install = @echo "installing packages into $(1); this takes some minutes"; \

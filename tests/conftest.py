@@ -7,6 +7,7 @@ import os
 import tempfile
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 # The same examples everywhere, however slow the machine is just then.
@@ -20,3 +21,8 @@ os.environ.setdefault(
 )
 
 pytest_plugins = ["tests.fixtures.exports", "tests.fixtures.recipes"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes longest, so that no process is left with a long file when the others have ended."""
+    items.sort(key=lambda item: [item.get_closest_marker(name) is None for name in ("slow", "e2e")])
