@@ -57,9 +57,12 @@ def choose(
     return tuple(block.path for block in graph.blocks if block.path in chosen)
 
 
-def u_index(importance: list[float]) -> float:
-    """Mean importance of the first and last quarter of the depth over that of the middle half; above 1 is a U-shape."""
+def u_index(importance: list[float]) -> float | None:
+    """Mean importance of the first and last quarter of the depth over that of the middle half; above 1 is a U-shape.
+
+    None if there is no middle (fewer than three blocks), or if its mean is 0.
+    """
     quarter = max(1, len(importance) // 4)
     outer = importance[:quarter] + importance[-quarter:]
     inner = importance[quarter:-quarter]
-    return (sum(outer) / len(outer)) / (sum(inner) / len(inner)) if inner and sum(inner) else float("nan")
+    return (sum(outer) / len(outer)) / (sum(inner) / len(inner)) if inner and sum(inner) else None

@@ -15,12 +15,14 @@ from flcompress.core.records import (
     EvalFile,
     ExportFile,
     HealthFile,
+    ImportanceResult,
     MetricsLine,
     Record,
     RunFile,
 )
 from flcompress.core.settings import Health
 from flcompress.errors import RecordError
+from flcompress.ir.selection import u_index
 
 RUN = {"name": "digits", "recipe_path": "r.yaml", "created": "2026-01-02", "entries": ["passes/0"], "finished": True}
 MEASURED = {"mean": 1.0, "low": 0.5, "high": 1.5, "values": [0.5, 1.5]}
@@ -131,3 +133,14 @@ def test_an_export_begins_with_what_its_exporter_returned() -> None:
     assert json.dumps(record.dump()) == (
         '{"bytes": 3, "shapes": [[1, 2]], "key": "k", "seconds": 1.0, "peak_rss_mb": 2.0, "attempts": 1}'
     )
+
+
+def test_a_u_index_without_a_middle_is_none(tmp_path: Path) -> None:
+    """Versions before records wrote NaN, which no JSON reader has to take."""
+    assert u_index([1.0, 2.0]) is None
+    file = tmp_path / "result.json"
+    known = {"weighting": "elbo", "draws": 8, "levels": [], "blocks": [], "seconds": 1.0, "forwards_equivalent": 2.5}
+    file.write_text(json.dumps(known | {"u_index": math.nan}), encoding="utf-8")
+    assert ImportanceResult.read(file).u_index is None
+    ImportanceResult(**known, u_index=None).write(file)
+    assert json.loads(file.read_text(encoding="utf-8"))["u_index"] is None

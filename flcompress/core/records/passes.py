@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from pydantic import Field, FiniteFloat
+from pydantic import Field, FiniteFloat, field_validator
 
 from flcompress.core.records.base import Part, Record
 from flcompress.core.records.run import MetricsLine
@@ -31,9 +32,15 @@ class ImportanceResult(Record):
     draws: int
     levels: list[tuple[FiniteFloat, FiniteFloat]]
     blocks: list[BlockScore]
-    u_index: FiniteFloat
+    u_index: float | None
     seconds: FiniteFloat
     forwards_equivalent: FiniteFloat
+
+    @field_validator("u_index")
+    @classmethod
+    def _defined(cls, u_index: float | None) -> float | None:
+        """Return None for the NaN that earlier versions wrote of a model without a middle."""
+        return None if u_index is not None and math.isnan(u_index) else u_index
 
 
 class PruneResult(Record):
