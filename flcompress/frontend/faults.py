@@ -15,7 +15,11 @@ from flcompress.frontend.yaml12 import Loc
 
 def first_fault(error: ValidationError, kind: type[BaseModel], arguments: dict[str, Any]) -> tuple[Loc, str]:
     """Return the location of the first fault within `arguments`, and what is wrong there."""
-    fault = error.errors(include_url=False)[0]
+    faults = error.errors(include_url=False)
+    fault = faults[0]
+    if fault["type"] == "missing":  # a misspelt key is also a missing one, and its name says more
+        siblings = (other for other in faults if other["loc"][:-1] == fault["loc"][:-1])
+        fault = next((other for other in siblings if other["type"] == "extra_forbidden"), fault)
     loc, field, owner = _follow(fault["loc"], kind, arguments)
     complete = len(loc) == len(fault["loc"])
     if complete and fault["type"] == "extra_forbidden":

@@ -58,6 +58,7 @@ def test_what_is_dumped_is_read_back(tmp_path: Path) -> None:
     [
         (("draws: 4", "drawz: 4"), "x.yaml:4: passes[0].score.drawz: unknown key; did you mean 'draws'?"),
         (("seed: 0", "sed: 0"), "x.yaml:8: sed: unknown key; did you mean 'seed'?"),
+        (("version: 1", "versoin: 1"), "x.yaml:1: versoin: unknown key; did you mean 'version'?"),
         (("seed: 0", "file: x"), "x.yaml:8: file: unknown key; known: data, evaluation, exports, model, name, passes, "
          "sampling, seed, training, version"),
         (("version: 1\n", ""), "x.yaml: version: missing, expected 1"),
