@@ -24,5 +24,10 @@ pytest_plugins = ["tests.fixtures.exports", "tests.fixtures.recipes"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with what takes longest, so that no process is left with a long file when the others have ended."""
-    items.sort(key=lambda item: [item.get_closest_marker(name) is None for name in ("slow", "e2e")])
+    """Begin with the files that take longest, so that no process is left with one when the others have ended."""
+    longest = ("slow", "e2e")
+    rank: dict[Path, int] = {}
+    for item in items:
+        own = next((order for order, name in enumerate(longest) if item.get_closest_marker(name)), len(longest))
+        rank[item.path] = min(rank.get(item.path, own), own)
+    items.sort(key=lambda item: rank[item.path])
