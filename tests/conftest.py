@@ -5,10 +5,13 @@ from __future__ import annotations
 import getpass
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from flcompress.core import registry
 
 # The same examples everywhere, however slow the machine is just then.
 settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -21,6 +24,14 @@ os.environ.setdefault(
 )
 
 pytest_plugins = ["tests.fixtures.exports", "tests.fixtures.recipes"]
+
+
+@pytest.fixture(autouse=True)
+def _registered_alike() -> Iterator[None]:
+    """Fail a test that leaves a pass or an exporter of its own to those that follow it in the same process."""
+    before = dict(registry.PASSES), dict(registry.EXPORTERS)
+    yield
+    assert before == (registry.PASSES, registry.EXPORTERS), "register with monkeypatch.setitem"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from diffusers import WanTransformer3DModel
 
+from flcompress.core import registry
 from flcompress.diffusion.network import Network
 from flcompress.distributed.world import World
 from flcompress.driver.manager import apply
@@ -68,9 +69,9 @@ def test_no_more_than_two_network_calls_pass_without_a_beat(
 
 def test_the_longest_time_without_a_beat_is_noted(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the limit can be set; what the main process does alone does not count, since the others wait."""
-    from tests.training.toy import Toy, install
+    from tests.training.toy import Toy
 
-    install()
+    monkeypatch.setitem(registry.PASSES, "toy", f"{Toy.__module__}:Toy")
     trained = Toy.apply
 
     def slow(self: Toy, program: Any, work: Any) -> Any:
