@@ -21,7 +21,6 @@ MIN_LINES = 40
 
 SHORT = {
     "exporters/diffusers_folder.py": "the exporter as a recipe names it; its work imports diffusers and is elsewhere",
-    "exporters/tensorrt_build/profiles.py": "arguments of a recipe, read without ONNX and TensorRT",
     "flcompress/__main__.py": "what `python -m flcompress` runs",
     "flcompress/core/wandb_access.py": "checked before any work, below the trackers that write",
     "flcompress/training/engines/choice.py": "names every engine, so no engine can hold it",

@@ -11,7 +11,7 @@ from flcompress.core.records import OnnxManifest
 from flcompress.exporters.onnx_graph.emulation import emulate_bf16
 from flcompress.exporters.onnx_graph.write import OPSETS, Axes, write_onnx
 from flcompress.exporters.shared import TOLERANCES, ExportPrecision, preflight
-from flcompress.exporters.shared.parity import Parity, cases, compare, outputs, reference
+from flcompress.exporters.shared.parity import CHECKED_UP_TO, Parity, cases, compare, outputs, reference
 from flcompress.files import sha256
 from flcompress.models.configs import check_transformer_config
 from flcompress.progress import ProgressSink
@@ -21,9 +21,6 @@ from flcompress.runtime.onnx_session import OnnxSession
 from flcompress.runtime.sizes import Size, size_of, sizes_of, step_of
 
 MODEL_FILE = "model.onnx"
-
-CHECKED_UP_TO = 2048
-"""Tokens above which a CPU takes minutes for one call of a large model: then a smaller clip is compared."""
 
 
 @dataclass(frozen=True)

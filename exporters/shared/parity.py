@@ -20,6 +20,9 @@ from flcompress.runtime.sizes import Size
 TIMESTEPS = 4
 """Timesteps of a contract that are compared, at most."""
 
+CHECKED_UP_TO = 2048
+"""Tokens above which a CPU takes minutes for one call of a large model: then a smaller clip is compared."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parity:
@@ -89,19 +92,26 @@ def compare(reference: Sequence[torch.Tensor], exported: Sequence[torch.Tensor],
 
 
 def reference(
-    folder: Path, constants: Mapping[str, Any], precision: ExportPrecision, all_inputs: Sequence[Inputs]
+    folder: Path,
+    constants: Mapping[str, Any],
+    precision: ExportPrecision,
+    all_inputs: Sequence[Inputs],
+    device: str = "cpu",
 ) -> list[Tensor]:
-    """Return the stock transformer's outputs on the CPU, in fp32, its weights read layer by layer.
+    """Return the stock transformer's outputs, on the CPU in fp32; its weights are read layer by layer.
 
     Args:
         folder: the transformer's.
         constants: forward arguments that are not tensors.
         precision: precision of weights and arithmetic, by diffusers' own rule.
         all_inputs: the inputs of every case.
+        device: what computes.
     """
-    denoiser = Denoiser(stream_weights(folder, precision), constants, DTYPES[precision]).eval()
-    with WideSums():
-        return outputs(lambda inputs: denoiser(dict(inputs)), all_inputs)
+    denoiser = Denoiser(stream_weights(folder, precision, device), constants, DTYPES[precision]).eval()
+    with WideSums(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # fp32 is to mean fp32
+        return outputs(
+            lambda inputs: denoiser({name: tensor.to(device) for name, tensor in inputs.items()}), all_inputs
+        )
 
 
 class WideSums(TorchFunctionMode):

@@ -52,12 +52,12 @@ def skeleton(folder: Path, precision: ExportPrecision) -> Any:
     return model
 
 
-def stream_weights(folder: Path, precision: ExportPrecision) -> Any:
-    """Return the transformer, ready to run: every layer reads its weights when called and drops them afterwards."""
+def stream_weights(folder: Path, precision: ExportPrecision, device: str = "cpu") -> Any:
+    """Return the transformer, ready to run on a device: a layer reads its weights when called, and drops them then."""
     from accelerate.hooks import attach_align_device_hook
 
     model = skeleton(folder, precision)
-    attach_align_device_hook(model, execution_device="cpu", offload=True, weights_map=WeightFiles(folder))
+    attach_align_device_hook(model, execution_device=device, offload=True, weights_map=WeightFiles(folder))
     return model
 
 

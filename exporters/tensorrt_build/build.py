@@ -8,10 +8,18 @@ from typing import Any
 
 from flcompress.errors import FlcompressError, UnavailableError
 from flcompress.runtime.inputs import Shapes
-from flcompress.runtime.tensorrt_api import builds_for_others, log_into
+from flcompress.runtime.tensorrt_api import CURRENT, log_into
 
 
-def build_engine(trt: Any, model: Path, *, targets: Sequence[str], profiles: Sequence[Sequence[Shapes]]) -> Any:
+def build_engine(
+    trt: Any,
+    model: Path,
+    *,
+    targets: Sequence[str],
+    profiles: Sequence[Sequence[Shapes]],
+    stream_weights: bool = False,
+    refit: bool = False,
+) -> Any:
     """Build a strongly typed engine: every layer computes in the type the ONNX file states, without TF32.
 
     Args:
@@ -19,6 +27,8 @@ def build_engine(trt: Any, model: Path, *, targets: Sequence[str], profiles: Seq
         model: the ONNX file; its external data is next to it.
         targets: compute capabilities such as "sm89", or "current".
         profiles: for each profile, every input's smallest, tuned-for and largest shape.
+        stream_weights: let a part of the weights stay in host memory when it runs.
+        refit: let its weights be replaced.
 
     Returns:
         The engine, as a buffer.
@@ -38,8 +48,13 @@ def build_engine(trt: Any, model: Path, *, targets: Sequence[str], profiles: Seq
     config.clear_flag(trt.BuilderFlag.TF32)  # on by default; fp32 is to mean fp32
     for shapes in profiles:
         config.add_optimization_profile(_profile(builder, network, shapes))
-    if builds_for_others(trt):
+    flags = {trt.BuilderFlag.WEIGHT_STREAMING: stream_weights, trt.BuilderFlag.REFIT: refit}
+    for flag in (flag for flag, wanted in flags.items() if wanted):
+        config.set_flag(flag)
+    if trt.__name__ == "tensorrt_rtx":
         _set_targets(trt, config, targets)
+    elif list(targets) != [CURRENT]:  # any card of the generation, as with TensorRT for RTX, not this model alone
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         reason = errors[-1] if errors else "no reason given"

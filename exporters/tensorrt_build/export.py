@@ -13,9 +13,10 @@ from flcompress.core.program import Program
 from flcompress.core.records import EngineManifest
 from flcompress.errors import PostconditionError, RequestError
 from flcompress.exporters.shared import TOLERANCES, ExportPrecision, preflight
-from flcompress.exporters.shared.parity import Parity, cases, compare, outputs, reference
+from flcompress.exporters.shared.parity import CHECKED_UP_TO, cases, compare, outputs, reference
 from flcompress.exporters.tensorrt_build.build import build_engine
-from flcompress.exporters.tensorrt_build.profiles import Profile, Target
+from flcompress.exporters.tensorrt_build.profiles import Profile, Target, require_precision
+from flcompress.exporters.tensorrt_build.refit import graph_digest, refit_engine
 from flcompress.files import sha256
 from flcompress.models.configs import check_transformer_config
 from flcompress.progress import ProgressSink
@@ -28,8 +29,8 @@ from flcompress.runtime.manifest import (
     require_hash,
 )
 from flcompress.runtime.sizes import Size, size_of, sizes_of, step_of
-from flcompress.runtime.tensorrt_api import load_tensorrt
-from flcompress.runtime.tensorrt_session import TensorRTSession, runs_here
+from flcompress.runtime.tensorrt_api import CURRENT, card_here, load_tensorrt
+from flcompress.runtime.tensorrt_session import DEVICE, TensorRTSession, runs_here
 
 ENGINE_FILE = "model.engine"
 SAME_RECIPE = "'onnx' under exports: of the same recipe"
@@ -37,7 +38,7 @@ GPU_TOLERANCE = 10.0
 """A GPU sums in another order than the CPU that made the reference: this multiple of the ONNX export's tolerance."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TensorRTExport:
     """An export to TensorRT.
 
@@ -45,40 +46,76 @@ class TensorRTExport:
         precision: precision that is expected of the ONNX export; None takes any.
         targets: GPU generations that the engine is for, or "current" alone.
         profiles: ranges of sizes that it takes.
+        module: the module that builds it.
+        stream_weights: whether it may leave weights in host memory when it runs.
+        refit: whether its weights can be replaced, and those of the engine before it are.
     """
 
     precision: ExportPrecision | None
     targets: tuple[Target, ...]
     profiles: tuple[Profile, ...]
+    module: str
+    stream_weights: bool
+    refit: bool
 
-    def write(self, program: Program, folder: Path, onnx: Path, progress: ProgressSink) -> dict[str, Any]:
+    def write(self, program: Program, folder: Path, exports: Path, progress: ProgressSink) -> dict[str, Any]:
         """Build the engine, or both engines of two experts, and its manifest, and run it if there is a GPU.
 
         Args:
             program: what is exported.
             folder: empty folder to write to.
-            onnx: folder of its ONNX export.
+            exports: folder of all exports, with the ONNX one, and the TensorRT one of before.
             progress: called after each of two parts.
 
         Returns:
             A summary for the terminal and the report.
         """
-        summary = self._export(program, folder, onnx, progress)
+        onnx, before = exports / "onnx", exports / "tensorrt"
+        summary = self._export(program, folder, onnx, before, progress)
         if (other := partner_of(program)) is not None:
-            (folder / PARTNER_FOLDER).mkdir()
-            summary["partner"] = self._export(other, folder / PARTNER_FOLDER, onnx / PARTNER_FOLDER, progress)
+            part = PARTNER_FOLDER
+            (folder / part).mkdir()
+            summary["partner"] = self._export(other, folder / part, onnx / part, before / part, progress)
         return summary
 
-    def _export(self, program: Program, folder: Path, onnx: Path, progress: ProgressSink) -> dict[str, Any]:
+    def _export(
+        self, program: Program, folder: Path, onnx: Path, before: Path, progress: ProgressSink
+    ) -> dict[str, Any]:
         source, onnx_manifest = self._source(program, onnx)
+        precision: ExportPrecision = onnx_manifest["precision"]
         sizes = [sizes_in(profile, program, onnx_manifest["dynamic"]) for profile in self.profiles]
-        self._require_room(program, folder, onnx_manifest["precision"], sizes)
+        self._require_room(program, folder, precision, sizes)
         make = arguments_of(program)
         shapes = [shapes_at(make, three) for three in sizes]
-        trt = load_tensorrt()
+        trt = load_tensorrt(self.module)
+        engine, contract = folder / ENGINE_FILE, program.contract
+        built_for: dict[str, Any] = {
+            "builder": {"name": trt.__name__, "version": trt.__version__},
+            "targets": list(self.targets),
+            "precision": precision,
+            "shapes": [dict(zip(("min", "opt", "max"), three, strict=True)) for three in shapes],
+        }
+        card = card_here()
+        if card is not None and self.targets == (CURRENT,):
+            built_for["card"] = {"name": card.name, "target": card.target}
+        if self.stream_weights:
+            built_for["stream_weights"] = True
+        if self.refit:
+            built_for["graph"] = graph_digest(source)
+        old = self._refittable(before, built_for)
         progress(0, 2, {})
-        engine = folder / ENGINE_FILE
-        built = build_engine(trt, source, targets=self.targets, profiles=shapes)
+        if old is None:
+            built = build_engine(
+                trt,
+                source,
+                targets=self.targets,
+                profiles=shapes,
+                stream_weights=self.stream_weights,
+                refit=self.refit,
+            )
+        else:
+            built = refit_engine(trt, before / ENGINE_FILE, source)
+            built_for["refitted"] = old["sha256"]
         with engine.open("wb") as file:
             file.write(built)
         if not built.nbytes or engine.stat().st_size != built.nbytes:
@@ -87,22 +124,11 @@ class TensorRTExport:
             )
         del built
         progress(1, 2, {})
-        precision: ExportPrecision = onnx_manifest["precision"]
-        builder = {"name": trt.__name__, "version": trt.__version__}
-        ranges = [dict(zip(("min", "opt", "max"), three, strict=True)) for three in shapes]
-        parity = None
-        if runs_here(self.targets):
-            parity = self._run(program, TensorRTSession(engine, builder, ranges), str(engine), precision, sizes)
-        contract = program.contract
         manifest = EngineManifest(
             file=ENGINE_FILE,
             sha256=sha256(engine),
             bytes=engine.stat().st_size,
-            builder=builder,
-            targets=list(self.targets),
-            precision=precision,
             profiles=[profile.model_dump(mode="json") for profile in self.profiles],
-            shapes=ranges,
             inputs=onnx_manifest["inputs"],
             outputs=onnx_manifest["outputs"],
             timesteps=list(contract.timesteps),
@@ -112,14 +138,29 @@ class TensorRTExport:
             contract=contract.to_dict(),
             kept=dict(program.kept),
             source={"file": os.path.relpath(source, folder), "sha256": sha256(source)},
-            checked_on_gpu=parity is not None,
-            difference=None if parity is None else parity.difference,
+            checked_on_gpu=False,
+            difference=None,
             tolerance=GPU_TOLERANCE * TOLERANCES[precision],
+            **built_for,
         )
+        if runs_here(self.targets):
+            manifest = self._checked(program, engine, manifest, sizes)
         manifest.write(folder / MANIFEST_FILE)
         progress(2, 2, {})
         shown = ("bytes", "sha256", "builder", "targets", "precision", "checked_on_gpu", "difference")
-        return {key: getattr(manifest, key) for key in shown}
+        refitted = {"refitted": old is not None} if self.refit else {}
+        return {key: getattr(manifest, key) for key in shown} | refitted
+
+    def _refittable(self, before: Path, built_for: dict[str, Any]) -> dict[str, Any] | None:
+        """Return the manifest of the last export if its engine takes these weights: the same graph, built alike."""
+        if not self.refit or not (before / MANIFEST_FILE).is_file() or not runs_here(self.targets):
+            return None
+        old = read_manifest(before / MANIFEST_FILE, SAME_RECIPE)
+        alike = all(old.get(key) == value for key, value in built_for.items())
+        if not alike or old.get("stream_weights", False) != self.stream_weights:
+            return None
+        engine = before / ENGINE_FILE
+        return old if engine.is_file() and sha256(engine) == old["sha256"] else None
 
     def _source(self, program: Program, folder: Path) -> tuple[Path, dict[str, Any]]:
         """Return the ONNX model in a folder, complete and of this very program, and its manifest."""
@@ -144,6 +185,7 @@ class TensorRTExport:
                 f"set onnx.precision: {self.precision} too"
             )
         transformer, text = program.components["transformer"], program.contract.max_sequence_length
+        require_precision(precision, self.targets, card_here())
         config = check_transformer_config(transformer)
         for *_, largest in sizes:
             tokens, what = preflight.attention_tokens(config, largest, text), preflight.describe_size(largest)
@@ -152,16 +194,40 @@ class TensorRTExport:
         weights = preflight.weight_bytes(transformer, precision)
         preflight.check_room("tensorrt", folder, weights, preflight.peak_memory(weights, preflight.TENSORRT_MEMORY))
 
-    def _run(
-        self, program: Program, session: TensorRTSession, name: str, precision: ExportPrecision, sizes: list[list[Size]]
-    ) -> Parity:
-        """Compare with torch on the GPU of this machine, at the smallest and the tuned-for sizes."""
-        make, chosen = arguments_of(program), [size for three in sizes for size in three[:2]]
+    def _checked(
+        self, program: Program, engine: Path, manifest: EngineManifest, sizes: list[list[Size]]
+    ) -> EngineManifest:
+        """Return the manifest with the outcome of a comparison with torch on the GPU of this machine."""
+        make, chosen = arguments_of(program), checked_sizes(program, sizes)
+        precision: Any = manifest.precision
         inputs = cases(make, program.contract.timesteps, chosen)
         constants = constants_of(make(chosen[0], [0.0] * chosen[0].batch, 0))
-        expected = reference(program.components["transformer"], constants, precision, inputs)
-        parity = compare(expected, outputs(session, inputs), GPU_TOLERANCE * TOLERANCES[precision])
-        return parity.require(name, "please report it with the engine's manifest.json")
+        expected = reference(program.components["transformer"], constants, precision, inputs, DEVICE)
+        exported = outputs(TensorRTSession(engine, manifest.dump()), inputs)
+        parity = compare(expected, exported, manifest.tolerance)
+        parity.require(str(engine), "please report it with the engine's manifest.json")
+        return manifest.model_copy(
+            update={
+                "checked_on_gpu": True,
+                "difference": parity.difference,
+                "checked": {"sizes": [[size.batch, size.frames, size.height, size.width] for size in chosen]},
+            }
+        )
+
+
+def checked_sizes(program: Program, sizes: list[list[Size]]) -> list[Size]:
+    """Return the sizes to compare at: each profile's smallest and tuned-for one, if of at most `CHECKED_UP_TO` tokens.
+
+    Of an engine that takes longer clips alone it is the smallest size.
+    """
+    config = check_transformer_config(program.components["transformer"])
+
+    def tokens(size: Size) -> int:
+        return preflight.attention_tokens(config, size, 0)
+
+    candidates = list(dict.fromkeys(size for three in sizes for size in three[:2]))
+    short = [size for size in candidates if tokens(size) <= CHECKED_UP_TO]
+    return short or [min(candidates, key=tokens)]
 
 
 def sizes_in(profile: Profile, program: Program, dynamic: list[str]) -> list[Size]:

@@ -6,8 +6,15 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-Target = Literal["sm80", "sm86", "sm89", "sm120", "current"]
-"""TensorRT has no fp32 matrix product for Turing (sm75)."""
+from flcompress.errors import UnavailableError
+from flcompress.exporters.shared import ExportPrecision
+from flcompress.runtime.tensorrt_api import CURRENT, Card
+
+Target = Literal["sm80", "sm86", "sm89", "sm90", "sm100", "sm103", "sm120", "sm121", "current"]
+"""GPU generations: A100, RTX 30, RTX 40 and L40, H100 and H200, B200, B300, RTX 50, DGX Spark; and the card here."""
+
+BF16_FROM = 80
+"""Compute capability, times ten, from which a GPU computes in bf16."""
 
 
 def _ascending(values: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -30,3 +37,12 @@ class Profile(BaseModel):
     frames: Range | None = Field(default=None, description="frames of the clip")
     height: Range | None = Field(default=None, description="pixels")
     width: Range | None = Field(default=None, description="pixels")
+
+
+def require_precision(precision: ExportPrecision, targets: tuple[Target, ...], card: Card | None) -> None:
+    """Raise UnavailableError where the card of this machine, of target "current", lacks a precision."""
+    if precision == "bf16" and targets == (CURRENT,) and card is not None and int(card.target[2:]) < BF16_FROM:
+        raise UnavailableError(
+            f"tensorrt.targets: current is {card}, which does not compute in bf16 (GPUs from sm80 on do); set "
+            "onnx.precision: fp16"
+        )

@@ -216,6 +216,8 @@ class Exporter(BaseModel, ABC):
     version: ClassVar[int] = 1
     after: ClassVar[tuple[str, ...]] = ()
     """Exporters whose output this one reads; they must stand before it in the recipe."""
+    added: ClassVar[tuple[str, ...]] = ()
+    """Arguments that an earlier release did not have: no part of a cache key while they have their default."""
 
     def check(self) -> None:
         """Raise UnavailableError if this machine lacks what the export needs. Called before any work of a recipe."""

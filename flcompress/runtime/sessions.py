@@ -132,7 +132,7 @@ class Export:
         """Load it."""
         if self.backend == "onnx":
             return onnx_session(self.file)
-        return TensorRTSession(self.file, self.manifest["builder"], self.manifest["shapes"])
+        return TensorRTSession(self.file, self.manifest)
 
     def network(self, config: Mapping[str, Any], guidance: float | None) -> Network:
         """Load it as a network; see `exported_network`."""

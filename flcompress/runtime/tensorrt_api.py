@@ -1,64 +1,107 @@
-"""The installed TensorRT: `tensorrt` if it can be imported, else `tensorrt_rtx`, whose Python API is the same."""
+"""The two TensorRTs: `tensorrt` for the card of this machine, TensorRT for RTX for cards that need not be here.
+
+Their Python API is the same but for a few names, and neither runs an engine of the other.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import importlib
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Literal
 
 from flcompress.errors import UnavailableError
 
-MODULES = ("tensorrt", "tensorrt_rtx")
-MISSING = (
-    "tensorrt: neither tensorrt nor tensorrt_rtx is installed; pip install 'flcompress[tensorrt-rtx]' (258 MB, builds "
-    "engines without a GPU), or take 'tensorrt' out of the recipe's exports"
-)
+Builder = Literal["tensorrt", "tensorrt-rtx"]
+"""A package that builds engines, by the name of the extra that installs it."""
 
-_INSTALL = {"tensorrt": "pip install tensorrt", "tensorrt_rtx": "pip install 'flcompress[tensorrt-rtx]'"}
+MODULES: dict[Builder, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+"""The module of each, which is also its name in a manifest."""
+
+RTX_TARGETS = ("sm80", "sm86", "sm89", "sm120", "sm121")
+"""GPU generations that TensorRT for RTX builds for on any machine; it has no fp32 matrix product for Turing (sm75)."""
+
+CURRENT = "current"
+"""The target that stands for the card of this machine."""
+
+_MAJOR, _MINOR = 75, 76
+"""CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR."""
 
 
-def load_tensorrt(builder: str | None = None) -> Any:
-    """Return the TensorRT module.
+@dataclass(frozen=True, slots=True)
+class Card:
+    """An NVIDIA GPU.
 
-    Args:
-        builder: the one that built an engine, which alone can run it; any where None.
-
-    Raises:
-        UnavailableError: it is not installed, or its libraries do not load.
+    Attributes:
+        name: what its driver calls it, "NVIDIA H100 80GB HBM3".
+        target: its generation, "sm90".
     """
-    if builder is not None and (builder not in MODULES or find_spec(builder) is None):
-        raise UnavailableError(
-            f"tensorrt: the engine was built by {builder}, which is not installed, and no other runs it; "
-            f"{_INSTALL.get(builder, 'export it again')}"
-        )
-    for name in MODULES if builder is None else (builder,):
-        if find_spec(name) is None:
-            continue
-        try:
-            return importlib.import_module(name)
-        except (ImportError, OSError) as error:
-            line = str(error).partition("\n")[0]
-            raise UnavailableError(
-                f"tensorrt: {name} is installed but does not import ({line}); reinstall it"
-            ) from error
-    raise UnavailableError(MISSING)
+
+    name: str
+    target: str
+
+    def __str__(self) -> str:
+        return f"{self.target}, {self.name}"
 
 
-def builds_for_others(trt: Any) -> bool:
-    """Return whether this TensorRT builds engines for GPUs that are not here (TensorRT for RTX does)."""
-    return hasattr(trt, "ComputeCapability")
-
-
-def cuda_driver() -> bool:
-    """Return whether a CUDA driver with a device is here. Asks the driver itself, not torch's build of it."""
+def card_here() -> Card | None:
+    """Return the first GPU that processes see, or None without a CUDA driver. Asks the driver, not torch's build."""
     try:
         driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:
-        return False
-    count = ctypes.c_int(0)
-    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+        return None
+    count, device, major, minor = (ctypes.c_int(0) for _ in range(4))
+    name = ctypes.create_string_buffer(256)
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
+        return None
+    if (
+        driver.cuDeviceGet(ctypes.byref(device), 0)
+        or driver.cuDeviceGetName(name, len(name), device)
+        or driver.cuDeviceGetAttribute(ctypes.byref(major), _MAJOR, device)
+        or driver.cuDeviceGetAttribute(ctypes.byref(minor), _MINOR, device)
+    ):
+        return None
+    return Card(name.value.decode(errors="replace"), f"sm{major.value}{minor.value}")
+
+
+def cuda_driver() -> bool:
+    """Return whether a CUDA driver with a device is here."""
+    return card_here() is not None
+
+
+def builder_for(targets: Sequence[str], card: Card | None) -> Builder:
+    """Return the builder for some targets: of the card here the one that is installed, `tensorrt` of both.
+
+    Args:
+        targets: GPU generations, or "current" alone.
+        card: the card of this machine.
+    """
+    wanted = [card.target if target == CURRENT and card else target for target in targets]
+    if not set(wanted) <= {*RTX_TARGETS, CURRENT}:
+        return "tensorrt"
+    own = list(targets) == [CURRENT] or (card is not None and wanted == [card.target] and not installed("tensorrt-rtx"))
+    return "tensorrt" if own and installed("tensorrt") else "tensorrt-rtx"
+
+
+def installed(builder: Builder) -> bool:
+    """Return whether a builder can be imported."""
+    return find_spec(MODULES[builder]) is not None
+
+
+def load_tensorrt(module: str) -> Any:
+    """Return the module, "tensorrt" or "tensorrt_rtx", which is installed.
+
+    Raises:
+        UnavailableError: its libraries do not load.
+    """
+    try:
+        return importlib.import_module(module)
+    except (ImportError, OSError) as error:
+        line = str(error).partition("\n")[0]
+        raise UnavailableError(f"tensorrt: {module} is installed but does not import ({line}); reinstall it") from error
 
 
 def log_into(trt: Any, errors: list[str]) -> Any:

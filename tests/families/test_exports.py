@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from flcompress.errors import UnavailableError
 from flcompress.exporters.onnx_model import OnnxExporter
 from flcompress.exporters.tensorrt_build.profiles import Profile
 from flcompress.exporters.tensorrt_engine import TensorRTExporter
-from flcompress.runtime.tensorrt_api import load_tensorrt
+from flcompress.runtime.tensorrt_api import installed
 from tests.families.exports import exportable
 
 pytestmark = pytest.mark.e2e
@@ -42,10 +41,8 @@ def test_a_family_exports(name: str, dynamic: list[str], tmp_path: Path) -> None
     summary = OnnxExporter().export(program, tmp_path / "onnx", tmp_path, silent)
     assert sorted(summary["dynamic"]) == sorted(dynamic)
     assert 0.0 <= summary["difference"] <= 1e-4
-    try:
-        load_tensorrt()
-    except UnavailableError as error:
-        pytest.skip(str(error))
+    if not installed("tensorrt-rtx"):
+        pytest.skip("tensorrt_rtx is not installed")
     ranges = Profile(batch=(1, 1, 2), height=(32, 32, 64))
     exporter = TensorRTExporter(profiles=(ranges,))
     assert exporter.export(program, tmp_path / "tensorrt", tmp_path, silent)["bytes"] > 0

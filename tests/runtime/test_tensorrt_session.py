@@ -3,150 +3,287 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from flcompress.core.program import Program
-from flcompress.errors import FlcompressError, UnavailableError
+from flcompress.errors import FlcompressError, RequestError, UnavailableError
 from flcompress.exporters.tensorrt_build.profiles import Profile
 from flcompress.exporters.tensorrt_engine import TensorRTExporter
-from flcompress.runtime import tensorrt_api, tensorrt_session
-from flcompress.runtime.tensorrt_session import TensorRTSession
+from flcompress.runtime import tensorrt_api
+from flcompress.runtime.tensorrt_api import Card
+from flcompress.runtime.tensorrt_session import TensorRTSession, profile_for, require_builder
+from tests.fixtures import engines
+from tests.fixtures.engines import INPUTS, Machine, Strategy, Stream
 from tests.fixtures.exports import silent
 
 
-class Context:
-    """An execution context as TensorRT documents it: profile 0 at first, shapes outside the profile are refused, and
-    another profile forgets the shapes that were set."""
-
-    def __init__(self, shapes: list[Mapping[str, Any]]) -> None:
-        self.shapes, self.profile = shapes, 0
-        self.given: dict[str, tuple[int, ...]] = {}
-        self.ran: list[int] = []
-        self.switched: list[int] = []
-
-    def set_optimization_profile_async(self, place: int, stream: int) -> bool:
-        self.profile, self.given = place, {}
-        self.switched.append(place)
-        return stream == 7
-
-    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        profile = self.shapes[self.profile]
-        lows, highs = profile["min"][name], profile["max"][name]
-        if any(not low <= one <= high for low, one, high in zip(lows, shape, highs, strict=True)):
-            return False
-        self.given[name] = shape
-        return True
-
-    def set_tensor_address(self, name: str, address: int) -> bool:
-        return True
-
-    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return self.given["hidden_states"]
-
-    def execute_async_v3(self, stream: int) -> bool:
-        self.ran.append(self.profile)
-        return set(self.given) == set(self.shapes[0]["min"]) and stream == 7
-
-
-class Stream:
-    cuda_stream = 7
-
-    def wait_stream(self, other: object) -> None:
-        pass
-
-    def synchronize(self) -> None:
-        pass
-
-
 @pytest.fixture
-def built(run: Path, program: Program, tmp_path: Path) -> dict[str, Any]:
-    """Manifest of a real engine of three profiles, which the real builder took."""
-    try:
-        tensorrt_api.load_tensorrt()
-    except UnavailableError as error:
-        pytest.skip(str(error))
-    profiles = (Profile(batch=(1, 1, 1)), Profile(batch=(2, 2, 4)), Profile(height=(48, 48, 64)))
-    TensorRTExporter(targets=("sm89",), profiles=profiles).export(program, tmp_path, run / "exports", silent)
-    return dict(json.loads((tmp_path / "manifest.json").read_text()))
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return Machine(monkeypatch)
 
 
-@pytest.fixture
-def runtime(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A machine that seems to have a GPU; the list names the modules that were loaded."""
-    loaded: list[str] = []
-    monkeypatch.setattr(tensorrt_session, "require_gpu", lambda: None)
-    monkeypatch.setattr(tensorrt_session, "DEVICE", "cpu")
-    monkeypatch.setattr(tensorrt_session, "log_into", lambda trt, errors: None)
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
-
-    def loading(name: str) -> Any:
-        loaded.append(name)
-
-        def deserialize(content: bytes) -> Any:
-            shapes = json.loads(content)
-            names = [*shapes[0]["min"], "sample"]
-            return SimpleNamespace(
-                num_io_tensors=len(names),
-                get_tensor_name=lambda place: names[place],
-                create_execution_context=lambda: Context(shapes),
-            )
-
-        return SimpleNamespace(
-            __version__="1.2", Runtime=lambda logger: SimpleNamespace(deserialize_cuda_engine=deserialize)
-        )
-
-    monkeypatch.setattr(tensorrt_api, "importlib", SimpleNamespace(import_module=loading))
-    monkeypatch.setattr(tensorrt_api, "find_spec", lambda name: object() if name == "tensorrt_rtx" else None)
-    return loaded
+def inputs(n: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    video, text = torch.randn(n, 4, generator=draw), torch.randn(n, 2, generator=draw)
+    return {INPUTS[0]: video, INPUTS[1]: text, "never read": torch.zeros(1)}
 
 
-def test_each_call_uses_the_first_profile_that_holds_its_inputs(
-    built: dict[str, Any], runtime: list[str], tmp_path: Path
-) -> None:
-    assert len(built["shapes"]) == 3
-    (tmp_path / "model.engine").write_text(json.dumps(built["shapes"]))
-    session = TensorRTSession(tmp_path / "model.engine", built["builder"], built["shapes"])
+def expected(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    return tensors[INPUTS[0]] + tensors[INPUTS[1]].mean()
 
-    def call(batch: int, height: int) -> torch.Tensor:
-        video, text = torch.zeros(batch, 16, 3, height // 4, 8), torch.zeros(batch, 16, 64)
-        inputs = {"hidden_states": video, "encoder_hidden_states": text, "timestep": torch.zeros(batch)}
-        return session({**inputs, "never looked at": torch.zeros(1)})
 
-    for batch, height in ((1, 32), (4, 32), (3, 32), (1, 48), (1, 32)):
-        assert call(batch, height).shape == (batch, 16, 3, height // 4, 8)
-    assert (session.context.ran, session.context.switched) == ([0, 1, 1, 2, 0], [1, 2, 0])
-    message = r"^engine: hidden_states \[5, 16, 3, 8, 8\], .*which none of its 3 profiles holds"
+def session_of(machine: Machine, folder: Path, *, cuda_graph: bool = False, **stated: Any) -> TensorRTSession:
+    manifest = engines.manifest(**stated)
+    return TensorRTSession(machine.engine_file(folder, manifest), manifest, cuda_graph=cuda_graph)
+
+
+def test_each_profile_has_a_context_that_is_kept(machine: Machine, tmp_path: Path) -> None:
+    session = session_of(machine, tmp_path)
+    (engine,) = machine.engines
+    for step, n in enumerate((1, 8, 2, 4, 1, 1)):
+        tensors = inputs(n, step)
+        torch.testing.assert_close(session(tensors), expected(tensors), rtol=0, atol=1e-6)
+    first, second = engine.contexts
+    assert (first.profile, first.ran, second.profile, second.ran) == (0, 4, 1, 2)
+    message = (
+        r"^engine: hidden_states \[3, 4\], encoder_hidden_states \[3, 2\] given, which none of its 2 profiles holds "
+        r"\(the nearest, 1, takes hidden_states \[4, 4\] to \[8, 4\], encoder_hidden_states \[4, 2\] to \[8, 2\]\); "
+        "generate at a size of"
+    )
     with pytest.raises(FlcompressError, match=message):
-        call(5, 32)
+        session(inputs(3))
 
 
-def test_the_module_that_built_an_engine_runs_it(
-    runtime: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tensorrt_api, "find_spec", lambda name: object())  # both are installed
-    (tmp_path / "model.engine").write_text('[{"min": {}, "max": {}}]')
-    for name in ("tensorrt_rtx", "tensorrt"):
-        TensorRTSession(tmp_path / "model.engine", {"name": name, "version": "1"}, [])
-    assert runtime == ["tensorrt_rtx", "tensorrt"]
+def test_what_stays_the_same_is_neither_allocated_nor_copied_again(machine: Machine, tmp_path: Path) -> None:
+    session, tensors = session_of(machine, tmp_path), inputs(2)
+    first = session(tensors)
+    (context,) = machine.engines[0].contexts
+    addresses, before = dict(context.addresses), first.clone()
+    context.memory(INPUTS[1]).fill_(math.nan)  # seen only if the text is not copied again
+    second = session({**tensors, INPUTS[0]: torch.ones(2, 4)})
+    assert second.isnan().all()
+    assert torch.equal(first, before), "an answer is the caller's own"
+    tensors[INPUTS[1]].add_(1.0)  # the same tensor with other numbers
+    torch.testing.assert_close(session(tensors), expected(tensors), rtol=0, atol=1e-6)
+    assert (context.addresses, context.bound) == (addresses, 3)
+    with torch.inference_mode():
+        fresh = inputs(2, 5)
+        session(fresh)
+        fresh[INPUTS[1]].add_(1.0)  # such tensors do not say that they have changed
+        torch.testing.assert_close(session(fresh), expected(fresh), rtol=0, atol=1e-6)
+    assert Stream.synchronized == 0
+
+
+def test_a_graph_is_captured_at_the_second_call_with_the_same_shapes(machine: Machine, tmp_path: Path) -> None:
+    session = session_of(machine, tmp_path, cuda_graph=True, name="tensorrt")
+    for step, n in enumerate((1, 1, 1, 2, 2)):
+        tensors = inputs(n, step)
+        torch.testing.assert_close(session(tensors), expected(tensors), rtol=0, atol=1e-6)
+    assert [graph.replayed for graph in machine.graphs] == [2, 1]
+    assert machine.engines[0].contexts[0].config is Strategy.ON_PROFILE_CHANGE
+
+
+def test_tensorrt_for_rtx_captures_by_itself(machine: Machine, tmp_path: Path) -> None:
+    session = session_of(machine, tmp_path, cuda_graph=True)
+    session(inputs(1))
+    session(inputs(1))
+    (context,) = machine.engines[0].contexts
+    assert context.config.cuda_graph_strategy is Strategy.WHOLE_GRAPH_CAPTURE
+    assert context.config.strategy is Strategy.ON_PROFILE_CHANGE
+    assert not machine.graphs
+
+
+def test_what_tensorrt_for_rtx_compiled_is_kept_beside_the_engine(machine: Machine, tmp_path: Path) -> None:
+    file = tmp_path / "model.engine.cache"
+
+    def content_at_start() -> Any:
+        session = session_of(machine, tmp_path)
+        session(inputs(1))
+        return machine.engines[-1].contexts[0].config.cache.content
+
+    assert content_at_start() == b"kernels:"
+    assert file.read_bytes() == b"kernels:k"
+    written = file.stat().st_mtime_ns
+    assert content_at_start() == b"kernels:k"
+    assert file.stat().st_mtime_ns == written, "nothing new, nothing written"
+    file.write_bytes(b"of another GPU")
+    assert content_at_start() == b"kernels:"
+    assert file.read_bytes() == b"kernels:k"
+
+
+def test_tensorrt_has_no_such_cache(machine: Machine, tmp_path: Path) -> None:
+    session_of(machine, tmp_path, name="tensorrt")(inputs(1))
+    assert [path.name for path in tmp_path.iterdir()] == ["model.engine"]
+
+
+def test_a_cache_that_cannot_be_written_ends_nothing(machine: Machine, tmp_path: Path) -> None:
+    (tmp_path / "model.engine.cache.tmp").mkdir()
+    session_of(machine, tmp_path)(inputs(1))
+    assert not (tmp_path / "model.engine.cache").exists()
 
 
 @pytest.mark.parametrize(
-    ("name", "mend"),
-    [("tensorrt", "pip install tensorrt"), ("tensorrt_rtx", "pip install 'flcompress[tensorrt-rtx]'")],
+    ("weights", "budget"),
+    [(0, None), (800, 800), (950, 40)],
+    ids=["not streamed", "all on the GPU", "beside the activations too large"],
+)
+def test_weights_are_streamed_only_where_they_do_not_fit(
+    weights: int, budget: int | None, machine: Machine, tmp_path: Path
+) -> None:
+    session_of(machine, tmp_path, weights=weights)
+    assert machine.engines[0].weight_streaming_budget_v2 == budget
+
+
+def test_an_engine_that_does_not_run(machine: Machine, tmp_path: Path) -> None:
+    session = session_of(machine, tmp_path)
+    machine.engines[0].fails = True
+    with pytest.raises(FlcompressError, match=r"^engine: it did not run: no reason given$"):
+        session(inputs(1))
+
+
+def test_a_file_that_tensorrt_refuses(machine: Machine, tmp_path: Path) -> None:
+    (tmp_path / "model.engine").write_bytes(b"half")
+    with pytest.raises(FlcompressError) as caught:
+        TensorRTSession(tmp_path / "model.engine", engines.manifest())
+    assert str(caught.value) == (
+        f"{tmp_path / 'model.engine'}: tensorrt_rtx 1.2 cannot load it on this GPU (sm89, NVIDIA GeForce RTX 4090): no "
+        "reason given; export it again on this machine"
+    )
+
+
+def _other_type(stated: dict[str, Any]) -> None:
+    stated["inputs"][1]["dtype"] = "int64"
+
+
+def _other_name(stated: dict[str, Any]) -> None:
+    stated["outputs"][0]["name"] = "video"
+
+
+def _other_count(stated: dict[str, Any]) -> None:
+    stated["shapes"].pop()
+
+
+def _other_shape(stated: dict[str, Any]) -> None:
+    stated["shapes"][1]["max"][INPUTS[0]] = [9, 4]
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        (_other_type, "encoder_hidden_states is INT64 there and FLOAT in the engine"),
+        (_other_name, "sample is no tensor there and FLOAT in the engine"),
+        (_other_count, "1 profiles there and 2 in the engine"),
+        (
+            _other_shape,
+            "profile 1 takes hidden_states [[4, 4], [4, 4], [9, 4]] there and [[4, 4], [4, 4], [8, 4]] in the engine",
+        ),
+    ],
+)
+def test_a_manifest_of_another_engine(change: Any, difference: str, machine: Machine, tmp_path: Path) -> None:
+    file, stated = machine.engine_file(tmp_path, engines.manifest()), engines.manifest()
+    change(stated)
+    with pytest.raises(RequestError) as caught:
+        TensorRTSession(file, stated)
+    assert str(caught.value) == (f"{file}: its manifest.json is that of another engine: {difference}; export it again")
+
+
+def test_the_module_that_built_an_engine_runs_it(machine: Machine, tmp_path: Path) -> None:
+    for name in ("tensorrt_rtx", "tensorrt"):
+        session_of(machine, tmp_path, name=name)
+    assert machine.loaded == ["tensorrt_rtx", "tensorrt"]
+
+
+@pytest.mark.parametrize(
+    ("name", "fix"),
+    [
+        ("tensorrt", "pip install 'flcompress[tensorrt]'"),
+        ("tensorrt_rtx", "pip install 'flcompress[tensorrt-rtx]'"),
+        ("another", "export it again"),
+    ],
 )
 def test_a_module_that_is_not_installed_is_named(
-    name: str, mend: str, runtime: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, fix: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tensorrt_api, "find_spec", lambda one: object() if one != name else None)
+    monkeypatch.setattr(tensorrt_api, "find_spec", lambda other: object() if other != name else None)
     with pytest.raises(UnavailableError) as caught:
-        TensorRTSession(tmp_path / "model.engine", {"name": name, "version": "1"}, [])
+        require_builder(engines.manifest(name), engines.ADA)
     assert str(caught.value) == (
-        f"tensorrt: the engine was built by {name}, which is not installed, and no other runs it; {mend}"
+        f"tensorrt: the engine was built by {name}, which is not installed, and no other runs it; {fix}"
     )
+
+
+def test_an_engine_of_another_version(machine: Machine) -> None:
+    with pytest.raises(UnavailableError) as caught:
+        require_builder(engines.manifest(builder={"name": "tensorrt_rtx", "version": "1.1"}), engines.ADA)
+    assert str(caught.value) == (
+        "tensorrt: the engine was built by tensorrt_rtx 1.1, and 1.2 is installed, which does not run it; export it "
+        "again, or pip install tensorrt_rtx==1.1"
+    )
+
+
+@pytest.mark.parametrize(
+    ("stated", "built_for"),
+    [
+        ({"targets": ["sm80", "sm89"]}, "sm80, sm89"),
+        ({"targets": ["current"], "card": {"name": "RTX 4090", "target": "sm89"}}, "sm89"),
+    ],
+)
+def test_an_engine_of_another_card(stated: dict[str, Any], built_for: str, machine: Machine) -> None:
+    hopper = Card("NVIDIA H100 80GB HBM3", "sm90")
+    require_builder(engines.manifest(**stated), engines.ADA)
+    with pytest.raises(UnavailableError) as caught:
+        require_builder(engines.manifest(**stated), hopper)
+    assert str(caught.value) == (
+        f"tensorrt: the engine was built for {built_for}, and the GPU here is sm90, NVIDIA H100 80GB HBM3; export it "
+        "again with tensorrt.targets: [sm90]"
+    )
+
+
+def test_an_engine_for_an_unnamed_card_is_left_to_tensorrt(machine: Machine) -> None:
+    require_builder(engines.manifest(targets=["current"]), engines.ADA)  # exports of before had no `card`
+
+
+RANGES = st.tuples(*(st.lists(st.integers(1, 9), min_size=2, max_size=2).map(sorted) for _ in range(2)))
+
+
+@given(st.lists(RANGES, min_size=1, max_size=4), st.tuples(st.integers(1, 12), st.integers(1, 12)))
+def test_the_first_profile_that_holds_a_shape(ranges: Any, shape: tuple[int, int]) -> None:
+    profiles = [
+        {"min": {"x": [low for low, _ in spans]}, "max": {"x": [high for _, high in spans]}} for spans in ranges
+    ]
+    holding = [
+        index
+        for index, spans in enumerate(ranges)
+        if all(low <= n <= high for n, (low, high) in zip(shape, spans, strict=True))
+    ]
+    if holding:
+        assert profile_for(profiles, {"x": shape}) == holding[0]
+    else:
+        with pytest.raises(FlcompressError, match=f"none of its {len(ranges)} profiles"):
+            profile_for(profiles, {"x": shape})
+
+
+def test_an_input_with_other_axes_is_in_no_profile() -> None:
+    with pytest.raises(FlcompressError, match=r"^engine: hidden_states \[1, 4, 1\] given, which none"):
+        profile_for(engines.manifest()["shapes"], {INPUTS[0]: (1, 4, 1)})
+
+
+@pytest.mark.e2e
+def test_the_manifest_of_a_real_engine_chooses_its_profiles(run: Path, program: Program, tmp_path: Path) -> None:
+    if not tensorrt_api.installed("tensorrt-rtx"):
+        pytest.skip("tensorrt_rtx is not installed")
+    profiles = (Profile(batch=(1, 1, 1)), Profile(batch=(2, 2, 4)), Profile(height=(48, 48, 64)))
+    exporter = TensorRTExporter(targets=("sm89",), profiles=profiles, stream_weights=True)
+    exporter.export(program, tmp_path, run / "exports", silent)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["stream_weights"] is True
+    for (batch, height), index in {(1, 32): 0, (4, 32): 1, (3, 32): 1, (1, 48): 2}.items():
+        shapes = {"hidden_states": (batch, 16, 3, height // 4, 8), "encoder_hidden_states": (batch, 16, 64)}
+        assert profile_for(manifest["shapes"], shapes | {"timestep": (batch,)}) == index

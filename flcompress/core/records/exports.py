@@ -46,7 +46,12 @@ class OnnxManifest(Record):
 
 
 class EngineManifest(Record):
-    """`manifest.json` of a TensorRT engine; `difference` is None where no GPU here can run it."""
+    """`manifest.json` of a TensorRT engine; `difference` is None where no GPU here can run it.
+
+    Of the optional keys, `card` is the GPU behind the target "current", `graph` the digest of the ONNX graph of an
+    engine whose weights can be replaced, `refitted` the hash of the engine that they were put into, `checked` the sizes
+    that were compared.
+    """
 
     file: str
     sha256: str
@@ -68,3 +73,8 @@ class EngineManifest(Record):
     checked_on_gpu: bool
     difference: FiniteFloat | None
     tolerance: FiniteFloat
+    card: dict[str, str] | None = None
+    stream_weights: bool = False
+    graph: str | None = None
+    refitted: str | None = None
+    checked: dict[str, Any] | None = None
