@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flcompress.core.optimisation import Optimisation as Optimisation
     from flcompress.core.program import Fact as Fact
     from flcompress.core.program import Program as Program
     from flcompress.core.settings import EngineName as EngineName
@@ -62,6 +63,7 @@ _DOOR = {
     # what a pass is, and what it gets
     "Cost": "flcompress.core.steps",
     "Exporter": "flcompress.core.steps",
+    "Optimisation": "flcompress.core.optimisation",
     "Pass": "flcompress.core.steps",
     "PassContext": "flcompress.core.steps",
     "Role": "flcompress.core.steps",
@@ -134,6 +136,7 @@ __all__ = [
     "Loss",
     "ModelError",
     "NotRemovable",
+    "Optimisation",
     "OriginalNames",
     "Pass",
     "PassContext",

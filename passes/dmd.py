@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 from typing_extensions import override
 
+from flcompress.core.optimisation import Betas, Optimisation
 from flcompress.core.program import Fact, Program
 from flcompress.core.settings import EngineName, Range, Training
 from flcompress.core.steps import Cost, Pass, PassContext, Role
@@ -16,7 +17,7 @@ from flcompress.errors import RequestError
 from flcompress.training.distillation.settings import NO_INTER, NO_INTRA, DistillationSettings
 
 
-class DistributionMatching(Pass):
+class DistributionMatching(Optimisation, Pass):
     """Turn the transformer into a few-step generator that needs no guidance (DMD2 with FastLightGen's teacher).
 
     Four roles. The generator is the present, usually pruned, transformer. The fake score follows the generator's
@@ -59,15 +60,15 @@ class DistributionMatching(Pass):
     lora_rank: int = Field(32, ge=1, description="rank of LoRAs, on every linear layer of the blocks")
     critic_updates: int = Field(5, ge=1, description="updates of the fake score for each of the generator's")
     steps: int = Field(gt=0, description="updates of the generator")
-    batch: int = Field(16, gt=0, description="clips per update")
-    learning_rate: float = Field(2e-4, gt=0, description="learning rate of the generator")
-    critic_learning_rate: float = Field(2e-4, gt=0, description="learning rate of the fake score")
+    learning_rate: float = Field(2e-4, gt=0, description="learning rate of the generator after the warm-up")
+    critic_learning_rate: float = Field(2e-4, gt=0, description="the same of the fake score")
     score_range: Range = Field(
         (0.02, 0.98), description="noise levels at which the scores are compared, before the shift"
     )
     ema_decay: float = Field(
         0.98, ge=0, lt=1, description="decay of the generator's moving average, which becomes the student"
     )
+    betas: Betas = (0.0, 0.999)  # no momentum, since each role follows a moving target (Yin et al. 2024, DMD2)
     gan_weight: float = Field(0.0, ge=0, description="weight of the adversarial term; 0 disables it")
 
     @model_validator(mode="after")
@@ -82,7 +83,7 @@ class DistributionMatching(Pass):
     @property
     def settings(self) -> DistillationSettings:
         """The settings of the distillation, from these arguments."""
-        return DistillationSettings(**self.model_dump())
+        return DistillationSettings(optimisation=self, **self.model_dump(exclude=set(Optimisation.model_fields)))
 
     @override
     def evaluations(self, evaluations: int) -> int:
@@ -139,7 +140,7 @@ class DistributionMatching(Pass):
 
         def role(name: str, kind: str, parameters: float, blocks: float, *, averaged: bool = False) -> Role:
             own = lora_parameters(parameters, blocks, self.lora_rank) if kind == "lora" else parameters
-            return Role(name, own, trained=True, moments=1, averaged=averaged, runs=parameters)
+            return Role(name, own, trained=True, moments=self.moments, averaged=averaged, runs=parameters)
 
         own_base = self.generator == "lora" and not self.settings.generator_shares
         return Cost(
@@ -148,7 +149,7 @@ class DistributionMatching(Pass):
             recomputed=self.steps * self.batch * (pruned + self.critic_updates),
             batch=self.batch,
             roles=(
-                role("generator", self.generator, parameters, blocks, averaged=True),
+                role("generator", self.generator, parameters, blocks, averaged=self.averages),
                 role("fake score", self.fake_score, original, blocks / pruned),
                 Role("shared base" if self.settings.shares else "real score", original),
                 *((Role("generator's base", parameters),) if own_base else ()),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 from typing_extensions import override
 
+from flcompress.core.optimisation import Optimisation, Schedule, Warmup
 from flcompress.core.program import Fact, Program
 from flcompress.core.steps import Cost, Pass, PassContext, Role
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from flcompress.training.methods.pretraining import Pretraining
 
 
-class Pretrain(Pass):
+class Pretrain(Optimisation, Pass):
     """Train the transformer from its present weights on the recipe's clips and captions.
 
     `- pretrain: {steps: 6000, batch: 32}`
@@ -27,12 +28,12 @@ class Pretrain(Pass):
     gives: ClassVar[frozenset[Fact]] = frozenset({Fact.TRAINED})
     voids: ClassVar[frozenset[Fact]] = frozenset({Fact.SCORED, Fact.ELASTIC})
 
-    steps: int = Field(gt=0, description="optimiser steps")
     batch: int = Field(32, gt=0, description="clips per step")
-    learning_rate: float = Field(1e-3, gt=0, description="peak; rises for 200 steps, then half a cosine")
+    schedule: Schedule = "cosine"
+    warmup: Warmup = 200
+    ema_decay: float = Field(0.999, ge=0, lt=1, description="decay of the moving average, which becomes the result")
     shift: float = Field(3.0, gt=0, description="noise levels are drawn evenly, then shifted by this toward noise")
     caption_dropout: float = Field(0.1, ge=0, lt=1, description="share of clips trained with the empty prompt")
-    ema_decay: float = Field(0.999, ge=0, lt=1, description="decay of the moving average, which becomes the result")
 
     @override
     def cost(self, parameters: float, blocks: int, original: float) -> Cost:
@@ -41,7 +42,7 @@ class Pretrain(Pass):
             forwards=3.0 * self.steps * self.batch,
             recomputed=self.steps * self.batch,
             batch=self.batch,
-            roles=(Role("model", parameters, trained=True, averaged=True),),
+            roles=(Role("model", parameters, trained=True, moments=self.moments, averaged=self.averages),),
         )
 
     @property
@@ -49,7 +50,7 @@ class Pretrain(Pass):
         """The training with these arguments."""
         from flcompress.training.methods.pretraining import Pretraining
 
-        return Pretraining(name=self.name, **self.model_dump())
+        return Pretraining(name=self.name, optimisation=self, shift=self.shift, caption_dropout=self.caption_dropout)
 
     @override
     def apply(self, program: Program, context: PassContext) -> Program:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 from typing_extensions import override
 
+from flcompress.core.optimisation import Optimisation, Schedule, Warmup
 from flcompress.core.program import Fact, Program
 from flcompress.core.steps import Cost, Pass, PassContext, Role
 from flcompress.ir.selection import By, choose
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from flcompress.training.methods.stochastic_depth import StochasticDepthTraining
 
 
-class StochasticDepth(Pass):
+class StochasticDepth(Optimisation, Pass):
     """Skip each block of the prune set at random and learn to agree with the full depth.
 
     Every step each block of the prune set is skipped with `skip_probability`, one draw for the whole batch, and
@@ -37,15 +38,16 @@ class StochasticDepth(Pass):
     needs_data: ClassVar[bool] = True
     distributed: ClassVar[bool] = True
     gives: ClassVar[frozenset[Fact]] = frozenset({Fact.ELASTIC})
+    added: ClassVar[tuple[str, ...]] = (*Optimisation.added, "ema_decay")
 
     remove: float = Field(gt=0, lt=1, description="share of the parameters that the prune set holds, at least")
     by: By = Field("importance", description="which blocks form it: the least important, random ones, or the middle")
     skip_probability: float = Field(0.5, gt=0, le=1, description="probability of each block of the prune set, per step")
     alpha: float = Field(1.0, ge=0, le=1, description="weight of self-distillation against the data")
     target: Literal["frozen", "ema", "self"] = Field("frozen", description="whose full-depth output is the target")
-    steps: int = Field(gt=0, description="optimiser steps")
-    batch: int = Field(16, gt=0, description="clips per step")
-    learning_rate: float = Field(5e-4, gt=0, description="peak; rises for 20 steps, then half a cosine")
+    learning_rate: float = Field(5e-4, gt=0, description="learning rate after the warm-up")
+    schedule: Schedule = "cosine"
+    warmup: Warmup = 20
     caption_dropout: float = Field(
         0.1, ge=0, lt=1, description="share of clips with the negative prompt (by default empty)"
     )
@@ -57,7 +59,11 @@ class StochasticDepth(Pass):
 
     @override
     def cost(self, parameters: float, blocks: int, original: float) -> Cost:
-        roles = [Role("model", parameters, trained=True, averaged=self.target == "ema"), Role("original", parameters)]
+        averaged = self.averages or self.target == "ema"
+        roles = [
+            Role("model", parameters, trained=True, moments=self.moments, averaged=averaged),
+            Role("original", parameters),
+        ]
         if self.target == "ema":
             roles.append(Role("averaged target", parameters))
         return Cost(
@@ -73,7 +79,11 @@ class StochasticDepth(Pass):
         """The training with these arguments."""
         from flcompress.training.methods.stochastic_depth import StochasticDepthTraining
 
-        return StochasticDepthTraining(name=self.name, **self.model_dump(exclude={"remove", "by"}))
+        return StochasticDepthTraining(
+            name=self.name,
+            optimisation=self,
+            **self.model_dump(include={"skip_probability", "alpha", "target", "caption_dropout"}),
+        )
 
     @override
     def apply(self, program: Program, context: PassContext) -> Program:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 from typing_extensions import override
 
+from flcompress.core.optimisation import Optimisation, Schedule, Warmup
 from flcompress.core.program import Program
 from flcompress.core.steps import Cost, Pass, PassContext
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from flcompress.training.methods.autoencoder import AutoencoderTraining
 
 
-class TrainAutoencoder(Pass):
+class TrainAutoencoder(Optimisation, Pass):
     """Train the autoencoder on moving-digits clips, which it draws itself, and measure its latents' scale.
 
     A recipe whose `data:` is anything but moving-digits is refused.
@@ -25,10 +26,12 @@ class TrainAutoencoder(Pass):
     name: ClassVar[str] = "train-autoencoder"
     version: ClassVar[int] = 2
     own_clips: ClassVar[str | None] = "moving-digits"
+    added: ClassVar[tuple[str, ...]] = (*Optimisation.added, "ema_decay")
 
-    steps: int = Field(gt=0, description="optimiser steps")
     batch: int = Field(8, gt=0, description="clips per step")
-    learning_rate: float = Field(3e-3, gt=0, description="peak; rises for 100 steps, then half a cosine")
+    learning_rate: float = Field(3e-3, gt=0, description="learning rate after the warm-up")
+    schedule: Schedule = "cosine"
+    warmup: Warmup = 100
 
     @override
     def cost(self, parameters: float, blocks: int, original: float) -> Cost:
@@ -39,7 +42,7 @@ class TrainAutoencoder(Pass):
         """The training with these arguments."""
         from flcompress.training.methods.autoencoder import AutoencoderTraining
 
-        return AutoencoderTraining(name=self.name, **self.model_dump())
+        return AutoencoderTraining(name=self.name, optimisation=self)
 
     @override
     def apply(self, program: Program, context: PassContext) -> Program:

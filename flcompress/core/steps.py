@@ -132,6 +132,8 @@ class Pass(BaseModel, ABC):
     """Whether it reads clips or prompts: a recipe without `data:` is then refused before any work."""
     own_clips: ClassVar[str | None] = None
     """The kind of `data:` whose clips it draws itself: a recipe with any other kind is then refused before any work."""
+    added: ClassVar[tuple[str, ...]] = ()
+    """Arguments that an earlier release did not have: no part of a cache key while they have their default."""
     distributed: ClassVar[bool] = False
     """Whether all processes apply it together (see `PassContext.world`); else the main one does and the others wait.
 

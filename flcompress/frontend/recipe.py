@@ -150,9 +150,8 @@ class Recipe(Settings):
 def arguments(step: Pass | Exporter) -> dict[str, Any]:
     """The arguments of a pass or exporter as plain data, defaults included; part of its cache key.
 
-    An exporter's `added` ones are left out while they have their default, so that older exports keep their key.
+    `added` ones are left out while they have their default, so that earlier results keep their key.
     """
-    added = step.added if isinstance(step, Exporter) else ()
     fields = type(step).model_fields
-    defaults = {name for name in added if getattr(step, name) == fields[name].default}
+    defaults = {name for name in step.added if getattr(step, name) == fields[name].default}
     return step.model_dump(mode="json", by_alias=True, exclude=defaults)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from flcompress.core.optimisation import Optimisation
 from flcompress.draws import Draws
 from flcompress.errors import TrainingError
 from flcompress.training.engines import Engine, Hyper, NotFinite
@@ -48,7 +49,8 @@ class TrainedRole:
         hyper: hyperparameters of the optimiser.
         ema_decay: decay of the moving average, or None for none. It starts from the model as passed here, so load
             weights first: an average that starts from other weights stays anchored to them.
-        schedule: step -> factor on the learning rate; constant where None.
+        ema_start: update after which it begins; before, it is the weights themselves.
+        schedule: update, from 0 -> factor on the learning rate; constant where None.
 
     Attributes:
         model: the module that was passed; paths of blocks lead into it.
@@ -65,10 +67,11 @@ class TrainedRole:
         batch: int,
         hyper: Hyper,
         ema_decay: float | None = None,
+        ema_start: int = 0,
         schedule: Callable[[int], float] | None = None,
     ) -> None:
         self.name = name
-        self.ema_decay = ema_decay
+        self.ema_decay, self._ema_start = ema_decay, ema_start
         self._world, self._at_once = engine.work.world, engine.work.at_once(batch)
         self._learning_rate, self._schedule = hyper.learning_rate, schedule
         self._wrapped = engine.wrap_trained(model, hyper, batch=batch)
@@ -77,6 +80,46 @@ class TrainedRole:
         self._loss: torch.Tensor | float = 0.0
         shards = self._wrapped.shards()
         self._ema = {name: shard.clone() for name, shard in shards.items()} if ema_decay is not None else None
+
+    @classmethod
+    def of(
+        cls,
+        engine: Engine,
+        name: str,
+        model: Any,
+        settings: Optimisation,
+        *,
+        learning_rate: float | None = None,
+        ema_decay: float | None = None,
+        updates: int = 1,
+    ) -> TrainedRole:
+        """Return the role that a pass's arguments describe.
+
+        Args:
+            engine: see the class.
+            name: see the class.
+            model: see the class.
+            settings: the pass.
+            learning_rate: where it is not the pass's own.
+            ema_decay: where it is not the pass's own; 0 for no average.
+            updates: updates in each of the pass's steps.
+        """
+        decay = settings.ema_decay if ema_decay is None else ema_decay
+        return cls(
+            engine,
+            name,
+            model,
+            batch=settings.batch,
+            hyper=Hyper(
+                learning_rate=settings.learning_rate if learning_rate is None else learning_rate,
+                betas=settings.betas,
+                weight_decay=settings.weight_decay,
+                max_grad_norm=settings.clip_grad_norm,
+            ),
+            ema_decay=decay or None,
+            ema_start=settings.ema_start * updates,
+            schedule=lambda update: settings.factor(update // updates),
+        )
 
     def update(self, draws: Draws, loss_of: Callable[[Draws], torch.Tensor | Loss]) -> dict[str, float]:
         """Take one optimiser step on the loss of a batch; all processes together.
@@ -135,8 +178,9 @@ class TrainedRole:
         self.updates += 1
         self._world.heartbeat()
         if self._ema is not None and self.ema_decay is not None:
-            # A short run must not stay near its start: the decay warms up with the number of updates.
-            decay = min(self.ema_decay, (1.0 + self.updates) / (10.0 + self.updates))
+            # A short run must not stay near its start: the decay warms up with the number of averaged updates.
+            averaged = self.updates - self._ema_start
+            decay = min(self.ema_decay, (1.0 + averaged) / (10.0 + averaged)) if averaged > 0 else 0.0
             torch._foreach_lerp_(list(self._ema.values()), list(self._wrapped.shards().values()), 1.0 - decay)
         return {f"{self.name}_loss": value, f"{self.name}_grad_norm": norm}
 
@@ -204,15 +248,3 @@ class TrainedRole:
             f"{self.name}: the {what} is {value} at update {self.updates + 1}; expected a finite number. "
             "Stopped before the optimiser step; the last good checkpoint is kept. Lower learning_rate."
         )
-
-
-def warmup_cosine(steps: int, warmup: int) -> Callable[[int], float]:
-    """Return a schedule that rises linearly over `warmup` updates, then falls by half a cosine to 2 % at `steps`."""
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        done = min(1.0, (step - warmup) / max(1, steps - warmup))
-        return 0.02 + 0.98 * 0.5 * (1.0 + math.cos(math.pi * done))
-
-    return factor

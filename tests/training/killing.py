@@ -14,6 +14,8 @@ from tests.training.processes import PATIENCE, CountWrites, DieAtWrite, Hook, ru
 from tests.training.toy import weights
 
 STEPS = 7
+SETTINGS = "schedule: linear, weight_decay: 0.1, betas: [0.8, 0.99], clip_grad_norm: 0.5, ema_start: 2"
+"""All that a step depends on beside its number has to be in the checkpoint, and the rest not to remember anything."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ def killed(home: Home, engine: str, kills: int, seed: int) -> Iterator[Kill]:
     """
     draw = random.Random(f"{engine} {seed}")
     processes = 1 if engine == "local" else 2
-    recipe = home.recipe("killed", [f"toy: {{steps: {STEPS}, batch: 4}}"])
+    recipe = home.recipe("killed", [f"toy: {{steps: {STEPS}, batch: 4, {SETTINGS}}}"])
 
     def command(folder: Path) -> list[str | Path]:
         settings = f"training.engine={engine}", "training.checkpoint_seconds=0", "training.micro_batch=1"

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flcompress.core.optimisation import Optimisation
 from flcompress.diffusion.process import FLOW
 from flcompress.distributed.world import World
 from flcompress.draws import Draws
@@ -21,7 +22,7 @@ from flcompress.training.distillation.guided_teacher import GuidedTeacher
 from flcompress.training.engines import Hyper
 from flcompress.training.engines.replicated import Local
 from flcompress.training.objectives import denoising_loss, draw_levels
-from flcompress.training.role import TrainedRole, warmup_cosine
+from flcompress.training.role import TrainedRole
 from flcompress.training.watching.held_out import HeldOutELBO
 from tests.fixtures.gaussian import (
     COVARIANCE,
@@ -199,14 +200,53 @@ def test_steps_follow_the_gradient_at_the_rate_of_the_schedule(tmp_path: Path) -
     assert role.model.free.grad is None
 
 
-def test_the_learning_rate_rises_and_falls() -> None:
-    factor = warmup_cosine(30, 10)
-    assert [factor(step) for step in range(10)] == pytest.approx([(step + 1) / 10 for step in range(10)])
-    assert factor(10) == pytest.approx(1.0)
-    assert factor(20) == pytest.approx(0.02 + 0.98 * 0.5)
-    assert factor(15) == pytest.approx(0.02 + 0.49 * (1.0 + math.cos(math.pi / 4)))
-    assert factor(30) == factor(40) == pytest.approx(0.02)
-    assert warmup_cosine(5, 5)(5) == pytest.approx(1.0)
+def test_a_moving_average_that_begins_later(tmp_path: Path) -> None:
+    """Until its start it is the weights; then e <- d e + (1 - d) p, d warming up with the averaged updates alone."""
+    role = TrainedRole(
+        Local(work_in(tmp_path)), "one", Two(), batch=1, hyper=Hyper(learning_rate=0.5), ema_decay=0.3, ema_start=3
+    )
+    expected = 2.0
+    for number in range(1, 7):
+        role.update(draws(batch=1), lambda draws: role.module().square())
+        live, averaged = free_of(role), number - 3
+        if averaged > 0:
+            decay = min(0.3, (1 + averaged) / (10 + averaged))
+            expected = decay * expected + (1 - decay) * live
+        else:
+            expected = live
+        assert float(role.averaged_state()["free"]) == pytest.approx(expected, rel=1e-6)
+        if averaged <= 0:
+            assert float(role.averaged_state()["free"]) == live
+    assert expected != pytest.approx(live, abs=1e-3)
+
+
+def test_a_role_of_a_passs_arguments(tmp_path: Path) -> None:
+    """Rate, schedule, weight decay, clipping, betas and average are the pass's; a critic may have several updates."""
+    settings = Optimisation(
+        steps=2, batch=1, learning_rate=0.1, schedule="linear", final_ratio=0.5, weight_decay=0.25, betas=(0.0, 0.5)
+    )
+    role = TrainedRole.of(Local(work_in(tmp_path)), "one", Two(), settings, learning_rate=0.2, updates=2)
+    for rate in (0.2, 0.2, 0.15, 0.15):  # a factor of 1, then of 0.75, for two updates each
+        before = free_of(role)
+        role.update(draws(batch=1), lambda draws: 3.0 * role.module())
+        # Without momentum every step on the same gradient is as long as the rate; decay comes first.
+        assert free_of(role) == pytest.approx(before * (1.0 - 0.25 * rate) - rate, rel=1e-6)
+    assert role.averaged_state()["free"] == role.full_state()["free"]
+    assert not any(key.startswith("ema.") for key in role.checkpoint())
+    averaged = settings.model_copy(update={"ema_decay": 0.9})
+    assert "ema.free" in TrainedRole.of(Local(work_in(tmp_path)), "one", Two(), averaged).checkpoint()
+    assert (
+        "ema.free" not in TrainedRole.of(Local(work_in(tmp_path)), "one", Two(), averaged, ema_decay=0.0).checkpoint()
+    )
+
+
+def test_gradients_are_scaled_down_to_the_norm_that_the_pass_names(tmp_path: Path) -> None:
+    """By AdamW with betas of 0 and an epsilon far below the gradient, only the moments tell: v is the clipped g^2."""
+    settings = Optimisation(steps=1, batch=1, clip_grad_norm=0.5, betas=(0.0, 0.0))
+    role = TrainedRole.of(Local(work_in(tmp_path)), "one", Two(), settings)
+    figures = role.update(draws(batch=1), lambda draws: 3.0 * role.module())
+    assert figures["one_grad_norm"] == pytest.approx(3.0)
+    assert float(role.checkpoint()["optimizer.exp_avg_sq.free"]) == pytest.approx(0.25, rel=1e-5)
 
 
 def test_the_two_adversarial_terms() -> None:

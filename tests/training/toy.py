@@ -20,28 +20,32 @@ from safetensors.torch import save_file
 from torch import nn
 
 from flcompress.core import registry
+from flcompress.core.optimisation import Optimisation, Schedule, Warmup
 from flcompress.core.program import Program
 from flcompress.core.settings import Health
 from flcompress.core.steps import Cost, Pass, PassContext
 from flcompress.draws import Draws
 from flcompress.training import checkpoint
-from flcompress.training.engines import Hyper, engine_of
+from flcompress.training.engines import engine_of
 from flcompress.training.loop import train
-from flcompress.training.role import TrainedRole, warmup_cosine
+from flcompress.training.role import TrainedRole
 from flcompress.training.watching.monitor import Watch
 from tests.fixtures.small_disk import fill
 
 FAULT = "FLCOMPRESS_TOY_FAULT"
 
 
-class Toy(Pass):
+class Toy(Optimisation, Pass):
     """Train two networks against each other's output."""
 
     name: ClassVar[str] = "toy"
     distributed: ClassVar[bool] = True
 
-    steps: int = Field(gt=0, description="optimiser steps")
     batch: int = Field(4, gt=0, description="samples a step")
+    learning_rate: float = 1e-2
+    schedule: Schedule = "cosine"
+    warmup: Warmup = 3
+    ema_decay: float = 0.9
     width: int = Field(16, gt=0, description="of the networks")
     reads_from: int = Field(0, ge=0, description="first step that reads clips; 0 is none")
     seconds: float = Field(0.0, ge=0, description="that a step takes")
@@ -59,11 +63,7 @@ class Toy(Pass):
             torch.manual_seed(place)
             layers = nn.Linear(8, self.width), nn.Linear(self.width, self.width), nn.Linear(self.width, 8)
             model = nn.Sequential(layers[0], nn.GELU(), layers[1], nn.GELU(), layers[2]).to(context.device)
-            schedule = warmup_cosine(self.steps, 3)
-            hyper = Hyper(learning_rate=1e-2)
-            roles.append(
-                TrainedRole(engine, name, model, batch=self.batch, hyper=hyper, ema_decay=0.9, schedule=schedule)
-            )
+            roles.append(TrainedRole.of(engine, name, model, self))
         student, critic = roles
         data = context.data(program) if self.reads_from else None
 

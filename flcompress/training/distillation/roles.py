@@ -22,13 +22,10 @@ from flcompress.training.distillation.guided_teacher import GuidedTeacher
 from flcompress.training.distillation.settings import DistillationSettings
 from flcompress.training.distillation.simulation import Simulation
 from flcompress.training.distillation.student_monitor import StudentEvaluation
-from flcompress.training.engines import Engine, Hyper
+from flcompress.training.engines import Engine
 from flcompress.training.objectives import denoising_loss, draw_levels, level_range
 from flcompress.training.role import Loss, TrainedRole
 from flcompress.training.shared_base import LoRA, SharedBase, unadapted
-
-BETAS = (0.0, 0.999)
-"""Betas of AdamW for both roles: no momentum, since each follows a moving target (Yin et al. 2024, DMD2)."""
 
 
 class Roles:
@@ -71,7 +68,7 @@ class Roles:
             negative=negative,
         )
         student = self._build_student(program, base)
-        self.generator = self._role("generator", student, settings.learning_rate, settings.ema_decay)
+        self.generator = TrainedRole.of(engine, "generator", student, settings.optimisation)
         self._generator = as_network(self.generator.module, self._embedded)
         self._critic, self._fake = self._build_critic(program, base)
         self.trained = (self.generator, self._critic)
@@ -91,7 +88,7 @@ class Roles:
                 program,
                 contract,
                 fixed,
-                batch=settings.batch,
+                batch=settings.optimisation.batch,
                 generator=self.generator,
                 student=sampled,
                 fake=self._fake,
@@ -128,27 +125,35 @@ class Roles:
 
         return LoRA(base, remaining, settings.lora_rank, seed=seed, forward_context=skipping)
 
-    def _role(self, name: str, model: Any, learning_rate: float, ema_decay: float | None = None) -> TrainedRole:
-        hyper = Hyper(learning_rate=learning_rate, betas=BETAS)
-        return TrainedRole(self.engine, name, model, batch=self._settings.batch, hyper=hyper, ema_decay=ema_decay)
+    def _critic_role(self, model: Any) -> TrainedRole:
+        settings = self._settings
+        return TrainedRole.of(
+            self.engine,
+            "fake_score",
+            model,
+            settings.optimisation,
+            learning_rate=settings.critic_learning_rate,
+            ema_decay=0.0,
+            updates=settings.critic_updates,
+        )
 
     def _build_critic(self, program: Program, base: SharedBase | None) -> tuple[TrainedRole, Network]:
         """Return the critic's role and the fake score as a network; the adversarial term puts it in a discriminator."""
-        settings, name = self._settings, "fake_score"
+        settings = self._settings
         if settings.fake_score == "lora" and base is not None:
             seed = seed_of(self.engine.work.seed, "fake score")
             fake: Any = LoRA(base, base.blocks, settings.lora_rank, seed=seed)
         else:
             fake = self.engine.load_trained(program.components["elastic"])
         if not settings.gan_weight:
-            critic = self._role(name, fake, settings.critic_learning_rate)
+            critic = self._critic_role(fake)
             return critic, as_network(critic.module, self._embedded)
         middle = program.graph.blocks[len(program.graph.blocks) // 2]
         width, network = middle.streams[0].spec.shape[-1], as_network(fake, self._embedded)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             judge = Discriminator(fake, network, middle.path, width).to(self._device)
-        return self._role(name, judge, settings.critic_learning_rate), network
+        return self._critic_role(judge), network
 
     def step(self, step: int, draws: Draws) -> Mapping[str, float]:
         """Take the critic's updates, then one of the generator's (two-time-scale rule)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from flcompress.core.optimisation import Optimisation
 from flcompress.core.settings import Range
 
 NO_INTER, NO_INTRA = (1.0, 1.0), (0.0, 0.0)
@@ -15,6 +16,7 @@ NO_INTER, NO_INTRA = (1.0, 1.0), (0.0, 0.0)
 class DistillationSettings:
     """The arguments of the `dmd` pass, which describes them."""
 
+    optimisation: Optimisation
     student_steps: int
     inter_cfg: Range
     intra_cfg: Range
@@ -23,12 +25,8 @@ class DistillationSettings:
     generator: Literal["full", "lora"]
     lora_rank: int
     critic_updates: int
-    steps: int
-    batch: int
-    learning_rate: float
     critic_learning_rate: float
     score_range: Range
-    ema_decay: float
     gan_weight: float
 
     @property

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
+from flcompress.core.optimisation import Optimisation
 from flcompress.core.steps import PassContext
 from flcompress.draws import Draws, generator
 from flcompress.moving_digits import digits
-from flcompress.training.engines import Hyper, engine_of
+from flcompress.training.engines import engine_of
 from flcompress.training.loop import train
-from flcompress.training.role import TrainedRole, warmup_cosine
+from flcompress.training.role import TrainedRole
 
 LATENT_PENALTY = 1e-4
 """Weight of the mean square of the latents: keeps their scale near one and hardly changes the pictures."""
@@ -31,24 +32,16 @@ class AutoencoderTraining:
     """The training of the `train-autoencoder` pass; the attributes are the pass's arguments."""
 
     name: str
-    steps: int
-    batch: int
-    learning_rate: float
+    optimisation: Optimisation
 
     def fit(self, vae: Any, work: PassContext) -> None:
         """Minimise the reconstruction error of freshly drawn clips; `vae` is trained in place."""
         engine = engine_of(work)
-        role = TrainedRole(
-            engine,
-            "autoencoder",
-            vae.train(),
-            batch=self.batch,
-            hyper=Hyper(learning_rate=self.learning_rate),
-            schedule=warmup_cosine(self.steps, min(100, self.steps)),
-        )
+        steps, batch = self.optimisation.steps, self.optimisation.batch
+        role = TrainedRole.of(engine, "autoencoder", vae.train(), self.optimisation)
 
         def loss(draws: Draws) -> torch.Tensor:
-            x = digits.sample(self.batch, "train", draws.shared)[0][draws.mine].to(work.device)
+            x = digits.sample(batch, "train", draws.shared)[0][draws.mine].to(work.device)
             latents: torch.Tensor = vae.encode(x).latent_dist.mode()
             noise = draws.normal(*latents.shape[1:]).to(work.device)
             error = _decode_unclamped(vae, latents + LATENT_NOISE * noise) - x
@@ -59,9 +52,11 @@ class AutoencoderTraining:
             [role],
             engine=engine,
             name=self.name,
-            steps=self.steps,
-            batch=self.batch,
+            steps=steps,
+            batch=batch,
         )
+        if self.optimisation.averages:
+            vae.load_state_dict(role.averaged_state())
         vae.eval()
 
 

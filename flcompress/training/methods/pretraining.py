@@ -6,14 +6,15 @@ from dataclasses import dataclass
 
 import torch
 
+from flcompress.core.optimisation import Optimisation
 from flcompress.core.program import Program
 from flcompress.diffusion.network import drop_captions, to_device
 from flcompress.draws import Draws
 from flcompress.models.network import as_network
-from flcompress.training.engines import Engine, Hyper
+from flcompress.training.engines import Engine
 from flcompress.training.loop import train
 from flcompress.training.objectives import denoising_loss, draw_levels, level_range
-from flcompress.training.role import TrainedRole, warmup_cosine
+from flcompress.training.role import TrainedRole
 from flcompress.training.watching.held_out import HeldOutELBO, HeldOutEvaluation
 from flcompress.training.watching.monitor import Watch
 
@@ -25,25 +26,15 @@ class Pretraining:
     """The training of the `pretrain` pass; the attributes are the pass's arguments."""
 
     name: str
-    steps: int
-    batch: int
-    learning_rate: float
+    optimisation: Optimisation
     shift: float
     caption_dropout: float
-    ema_decay: float
 
     def weights(self, engine: Engine, program: Program) -> dict[str, torch.Tensor]:
         """Train; return the moving average of the weights in the main process, nothing in the others."""
         work, contract = engine.work, program.contract
-        role = TrainedRole(
-            engine,
-            "pretrain",
-            engine.load_trained(program.components["transformer"]).train(),
-            batch=self.batch,
-            hyper=Hyper(learning_rate=self.learning_rate),
-            ema_decay=self.ema_decay,
-            schedule=warmup_cosine(self.steps, min(200, self.steps)),
-        )
+        model = engine.load_trained(program.components["transformer"]).train()
+        role = TrainedRole.of(engine, "pretrain", model, self.optimisation)
         process, guidance = contract.process, contract.embedded_guidance
         network = as_network(role.module, guidance)
         data = work.data(program)
@@ -58,7 +49,7 @@ class Pretraining:
             x0, noise, level = (t.to(work.device) for t in (x0, noise, level))
             return denoising_loss(network, process, x0, to_device(conditioning, work.device), level, noise)
 
-        at_once = work.at_once(self.batch)
+        at_once = work.at_once(self.optimisation.batch)
         elbo = HeldOutELBO(heldout, contract, len(heldout), work.seed, work.device, at_once, work.world)
         health = HeldOutEvaluation(elbo, {"elbo": network})
         watch = Watch(work, name=self.name, evaluate=health.evaluate, redraw=health.redraw, held_out="elbo")
@@ -67,8 +58,8 @@ class Pretraining:
             [role],
             engine=engine,
             name=self.name,
-            steps=self.steps,
-            batch=self.batch,
+            steps=self.optimisation.steps,
+            batch=self.optimisation.batch,
             watch=watch,
         )
         return role.averaged_state()

@@ -8,16 +8,17 @@ from typing import Literal
 
 import torch
 
+from flcompress.core.optimisation import Optimisation
 from flcompress.core.program import Program
 from flcompress.diffusion.network import Conditioning, drop_captions, to_device
 from flcompress.draws import Draws
 from flcompress.models.network import as_network
 from flcompress.tracing.prefix import remember
 from flcompress.tracing.skip import skipping_network
-from flcompress.training.engines import Engine, Hyper
+from flcompress.training.engines import Engine
 from flcompress.training.loop import train
 from flcompress.training.objectives import draw_levels, level_range
-from flcompress.training.role import Loss, TrainedRole, warmup_cosine
+from flcompress.training.role import Loss, TrainedRole
 from flcompress.training.watching.held_out import HeldOutELBO, HeldOutEvaluation
 from flcompress.training.watching.monitor import Limit, Watch
 
@@ -30,12 +31,10 @@ class StochasticDepthTraining:
     """The training of the `stochastic-depth` pass; the attributes are the pass's arguments."""
 
     name: str
+    optimisation: Optimisation
     skip_probability: float
     alpha: float
     target: Literal["frozen", "ema", "self"]
-    steps: int
-    batch: int
-    learning_rate: float
     caption_dropout: float
 
     def weights(self, engine: Engine, program: Program) -> dict[str, torch.Tensor]:
@@ -46,11 +45,11 @@ class StochasticDepthTraining:
             [roles.role],
             engine=engine,
             name=self.name,
-            steps=self.steps,
-            batch=self.batch,
+            steps=self.optimisation.steps,
+            batch=self.optimisation.batch,
             watch=roles.watch(),
         )
-        return roles.role.full_state()
+        return roles.role.averaged_state() if self.optimisation.averages else roles.role.full_state()
 
 
 class DepthRoles:
@@ -68,14 +67,12 @@ class DepthRoles:
         source, guidance = program.components["transformer"], contract.embedded_guidance
         data = work.data(program)
         self._training, self._held_out = data.split(min(HELD_OUT_CLIPS, max(1, len(data) // 4)))
-        self.role = TrainedRole(
+        self.role = TrainedRole.of(
             engine,
             "stochastic_depth",
             engine.load_trained(source),
-            batch=settings.batch,
-            hyper=Hyper(learning_rate=settings.learning_rate),
-            ema_decay=TARGET_EMA_DECAY if settings.target == "ema" else None,
-            schedule=warmup_cosine(settings.steps, min(20, settings.steps)),
+            settings.optimisation,
+            ema_decay=settings.optimisation.ema_decay or (TARGET_EMA_DECAY if settings.target == "ema" else 0.0),
         )
         self._network = as_network(self.role.module, guidance)
         self._original = as_network(engine.wrap_frozen(engine.load_frozen(source)), guidance)
@@ -133,7 +130,7 @@ class DepthRoles:
     def watch(self) -> Watch:
         """Return the watch over the held-out losses of both paths; the original is scored at once."""
         settings, work, engine = self._settings, self._work, self._engine
-        at_once = work.at_once(settings.batch)
+        at_once = work.at_once(settings.optimisation.batch)
         elbo = HeldOutELBO(
             self._held_out, self._contract, len(self._held_out), work.seed, work.device, at_once, work.world
         )
