@@ -51,6 +51,7 @@ def test_what_it_opens() -> None:
         "Loss",
         "ModelError",
         "NotRemovable",
+        "Optimisation",
         "OriginalNames",
         "Pass",
         "PassContext",
