@@ -21,6 +21,7 @@ from flcompress.runtime.tensorrt_api import (
     Builder,
     Card,
     builder_for,
+    capabilities,
     card_here,
     installed,
     load_tensorrt,
@@ -110,7 +111,9 @@ class TensorRTExporter(Exporter):
         self._check_targets(builder, card)
         if not installed(builder):
             raise UnavailableError(f"tensorrt: {self._missing(builder, card)}")
-        load_tensorrt(MODULES[builder])
+        trt = load_tensorrt(MODULES[builder])
+        if builder == "tensorrt-rtx":
+            capabilities(trt, self.targets)
         if self.refit and card is None:
             raise UnavailableError(
                 "tensorrt.refit: true given, but this machine has no CUDA driver, and an engine whose weights can be "

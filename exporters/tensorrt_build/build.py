@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flcompress.errors import FlcompressError, UnavailableError
+from flcompress.errors import FlcompressError
 from flcompress.runtime.inputs import Shapes
-from flcompress.runtime.tensorrt_api import CURRENT, log_into
+from flcompress.runtime.tensorrt_api import CURRENT, capabilities, log_into
 
 
 def build_engine(
@@ -52,7 +52,9 @@ def build_engine(
     for flag in (flag for flag, wanted in flags.items() if wanted):
         config.set_flag(flag)
     if trt.__name__ == "tensorrt_rtx":
-        _set_targets(trt, config, targets)
+        config.num_compute_capabilities = len(targets)
+        for index, capability in enumerate(capabilities(trt, targets)):
+            config.set_compute_capability(capability, index)
     elif list(targets) != [CURRENT]:  # any card of the generation, as with TensorRT for RTX, not this model alone
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY
     engine = builder.build_serialized_network(network, config)
@@ -71,15 +73,6 @@ def _profile(builder: Any, network: Any, shapes: Sequence[Shapes]) -> Any:
         name = network.get_input(index).name
         profile.set_shape(name, *(sizes[name] for sizes in shapes))
     return profile
-
-
-def _set_targets(trt: Any, config: Any, targets: Sequence[str]) -> None:
-    config.num_compute_capabilities = len(targets)
-    for index, target in enumerate(targets):
-        capability = getattr(trt.ComputeCapability, target.upper(), None)
-        if capability is None or not config.set_compute_capability(capability, index):
-            known = ", ".join(name.lower() for name in trt.ComputeCapability.__members__ if name != "NONE")
-            raise UnavailableError(f"tensorrt.targets: {target} given, TensorRT {trt.__version__} knows {known}")
 
 
 def _parser_error(parser: Any) -> str:

@@ -104,6 +104,17 @@ def load_tensorrt(module: str) -> Any:
         raise UnavailableError(f"tensorrt: {module} is installed but does not import ({line}); reinstall it") from error
 
 
+def capabilities(trt: Any, targets: Sequence[str]) -> list[Any]:
+    """Return TensorRT for RTX's names of targets; UnavailableError for one that this version does not know."""
+    known = {name.lower(): value for name, value in trt.ComputeCapability.__members__.items() if name != "NONE"}
+    for target in targets:
+        if target not in known:
+            raise UnavailableError(
+                f"tensorrt.targets: {target} given, TensorRT {trt.__version__} knows {', '.join(known)}"
+            )
+    return [known[target] for target in targets]
+
+
 def log_into(trt: Any, errors: list[str]) -> Any:
     """A TensorRT logger that collects error lines in `errors` and drops the rest."""
 

@@ -241,8 +241,8 @@ def _save(engine: Any, kernels: Any, file: Path, before: bytes) -> None:
 
     The engine is an argument because the cache is read while it lives.
     """
-    content = bytes(kernels.serialize())
-    if content != before:
+    content = bytes(kernels.serialize() or b"")
+    if content and content != before:
         try:
             with replacing(file) as temporary:
                 temporary.write_bytes(content)
@@ -305,7 +305,7 @@ def profile_for(profiles: Sequence[Mapping[str, Shapes]], shapes: Mapping[str, t
     least, most = profiles[index]["min"], profiles[index]["max"]
     nearest = ", ".join(f"{name} {least[name]} to {most[name]}" for name in shapes if name in least)
     raise FlcompressError(
-        f"engine: {sizes} given, which none of its {len(profiles)} profiles holds (the nearest, {index}, takes "
+        f"engine: {sizes} given, which none of its {len(profiles)} profiles holds (the nearest, profiles[{index}], takes "
         f"{nearest}); generate at a size of tensorrt.profiles, or export it with another one"
     )
 

@@ -103,12 +103,6 @@ def test_a_node_that_the_parser_does_not_know_is_named(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_target_that_this_tensorrt_lacks_is_named(run: Path) -> None:
-    trt = builder()
-    with pytest.raises(UnavailableError, match=r"^tensorrt\.targets: sm12 given, TensorRT .* knows .*sm89"):
-        build_engine(trt, run / "exports" / "onnx" / "model.onnx", targets=("sm12",), profiles=[])
-
-
 def test_a_build_that_fails_gives_its_reason(run: Path) -> None:
     trt = builder()
     without_gpu()

@@ -17,6 +17,7 @@ from onnx import numpy_helper
 
 from flcompress.core.program import Program
 from flcompress.errors import FlcompressError
+from flcompress.exporters.onnx_graph.write import write_onnx
 from flcompress.exporters.onnx_model import OnnxExporter
 from flcompress.exporters.tensorrt_build import export as exporting
 from flcompress.exporters.tensorrt_build import refit
@@ -27,7 +28,8 @@ from flcompress.exporters.tensorrt_build.refit import graph_digest, refit_engine
 from flcompress.exporters.tensorrt_engine import TensorRTExporter
 from flcompress.files import sha256
 from flcompress.runtime import tensorrt_session
-from flcompress.runtime.sizes import Size
+from flcompress.runtime.inputs import arguments_of
+from flcompress.runtime.sizes import Size, size_of, step_of
 from flcompress.runtime.tensorrt_api import Card, card_here
 from tests.fixtures.exports import silent
 
@@ -65,6 +67,25 @@ def test_a_graph_is_the_same_whatever_its_weights(tmp_path: Path) -> None:
     outside = tmp_path / "outside.onnx"
     onnx.save(onnx.load(str(second)), str(outside), save_as_external_data=True, size_threshold=0, location="w.data")
     assert graph_digest(outside) != graph_digest(first), "shapes that are not in the file are not compared"
+
+
+def trained(program: Program, folder: Path) -> Program:
+    """The program with other weights."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(program.components["transformer"], folder)
+    (weights,) = folder.glob("*.safetensors")
+    save_file({name: 1.1 * tensor for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+    return program.with_component("transformer", folder)
+
+
+def test_two_students_of_one_architecture_have_the_same_graph(run: Path, program: Program, tmp_path: Path) -> None:
+    student, model = trained(program, tmp_path / "transformer"), tmp_path / "model.onnx"
+    size = size_of(student, batch=2)
+    write_onnx(student.components["transformer"], arguments_of(student), size, step_of(student), "fp32", model)
+    first = run / "exports" / "onnx" / "model.onnx"
+    assert sha256(model) != sha256(first)
+    assert graph_digest(model) == graph_digest(first)
 
 
 @pytest.fixture
@@ -248,19 +269,13 @@ def test_a_refitted_engine_agrees_with_torch(run: Path, program: Program, tmp_pa
     """A real engine, built, then given the weights of another student, both compared with torch by the export."""
     if card_here() is None:
         pytest.skip("no CUDA driver")
-    from safetensors.torch import load_file, save_file
-
     exporter = TensorRTExporter(targets=("current",), profiles=(Profile(batch=(1, 1, 3)),), refit=True)
     exporter.check()
     exports = tmp_path / "exports"
     shutil.copytree(run / "exports" / "onnx", exports / "onnx")
     (exports / "tensorrt").mkdir()
     assert not exporter.export(program, exports / "tensorrt", exports, silent)["refitted"]
-    trained = tmp_path / "transformer"
-    shutil.copytree(program.components["transformer"], trained)
-    (weights,) = trained.glob("*.safetensors")
-    save_file({name: 1.1 * tensor for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
-    student = program.with_component("transformer", trained)
+    student = trained(program, tmp_path / "transformer")
     shutil.rmtree(exports / "onnx")
     (exports / "onnx").mkdir()
     OnnxExporter().export(student, exports / "onnx", exports, silent)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from enum import Enum
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +24,16 @@ TURING = Card("Tesla T4", "sm75")
 BOTH = ("tensorrt", "tensorrt_rtx")
 
 
+class Capability(Enum):
+    """What an older TensorRT for RTX builds for."""
+
+    NONE = 0
+    CURRENT = 1
+    SM80 = 80
+    SM86 = 86
+    SM89 = 89
+
+
 @pytest.fixture
 def on(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Pretend to be on a machine with a card and some builders."""
@@ -31,7 +42,9 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(tensorrt_engine, "card_here", lambda: card)
         monkeypatch.setattr(tensorrt_api, "find_spec", lambda name: object() if name in modules else None)
         monkeypatch.setattr(
-            tensorrt_engine, "load_tensorrt", lambda name: SimpleNamespace(__name__=name, __version__="1.2")
+            tensorrt_engine,
+            "load_tensorrt",
+            lambda name: SimpleNamespace(__name__=name, __version__="1.2", ComputeCapability=Capability),
         )
 
     return pretend
@@ -123,6 +136,12 @@ def test_a_recipe_names_the_builder(on: Any) -> None:
         (
             None,
             BOTH,
+            {"targets": ["sm89", "sm121"]},
+            "tensorrt.targets: sm121 given, TensorRT 1.2 knows current, sm80, sm86, sm89",
+        ),
+        (
+            None,
+            BOTH,
             {"refit": True},
             "tensorrt.refit: true given, but this machine has no CUDA driver, and an engine whose weights can be "
             "replaced is built with one only; leave refit out, or export on a machine with an NVIDIA GPU",
@@ -193,7 +212,8 @@ def test_new_arguments_at_their_default_leave_the_key_of_an_export_alone() -> No
 def test_tensorrt_for_rtx_builds_for_these() -> None:
     trt = pytest.importorskip("tensorrt_rtx")
     known = {name.lower() for name in trt.ComputeCapability.__members__}
-    assert known - {"none", "current", "sm75"} == set(RTX_TARGETS)
+    assert "sm89" in known
+    assert known - {"none", "current", "sm75"} <= set(RTX_TARGETS)
 
 
 def test_the_card_is_what_the_driver_says(monkeypatch: pytest.MonkeyPatch) -> None:
