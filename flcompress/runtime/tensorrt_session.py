@@ -305,8 +305,8 @@ def profile_for(profiles: Sequence[Mapping[str, Shapes]], shapes: Mapping[str, t
     least, most = profiles[index]["min"], profiles[index]["max"]
     nearest = ", ".join(f"{name} {least[name]} to {most[name]}" for name in shapes if name in least)
     raise FlcompressError(
-        f"engine: {sizes} given, which none of its {len(profiles)} profiles holds (the nearest, profiles[{index}], takes "
-        f"{nearest}); generate at a size of tensorrt.profiles, or export it with another one"
+        f"engine: {sizes} given, which none of its {len(profiles)} profiles holds (the nearest, profiles[{index}], "
+        f"takes {nearest}); generate at a size of tensorrt.profiles, or export it with another one"
     )
 
 

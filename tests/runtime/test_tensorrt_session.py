@@ -54,8 +54,8 @@ def test_each_profile_has_a_context_that_is_kept(machine: Machine, tmp_path: Pat
     assert (first.profile, first.ran, second.profile, second.ran) == (0, 4, 1, 2)
     message = (
         r"^engine: hidden_states \[3, 4\], encoder_hidden_states \[3, 2\] given, which none of its 2 profiles holds "
-        r"\(the nearest, profiles\[1\], takes hidden_states \[4, 4\] to \[8, 4\], encoder_hidden_states \[4, 2\] to \[8, 2\]\); "
-        "generate at a size of"
+        r"\(the nearest, profiles\[1\], takes hidden_states \[4, 4\] to \[8, 4\], encoder_hidden_states \[4, 2\] "
+        r"to \[8, 2\]\); generate at a size of"
     )
     with pytest.raises(FlcompressError, match=message):
         session(inputs(3))
