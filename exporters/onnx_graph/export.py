@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flcompress.core.program import Program
-from flcompress.core.records import OnnxManifest
+from flcompress.core.records import ContractPart, OnnxManifest
 from flcompress.exporters.onnx_graph.emulation import emulate_bf16
 from flcompress.exporters.onnx_graph.write import OPSETS, Axes, write_onnx
 from flcompress.exporters.shared import TOLERANCES, ExportPrecision, preflight
@@ -84,7 +84,7 @@ class OnnxExport:
                 "sizes": [[size.batch, size.frames, size.height, size.width] for size in sizes],
                 "arithmetic": _ARITHMETIC[self.precision],
             },
-            contract=program.contract.to_dict(),
+            contract=ContractPart(**program.contract.to_dict()),
             kept=dict(program.kept),
         )
         manifest.write(folder / MANIFEST_FILE)

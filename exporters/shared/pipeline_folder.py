@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from flcompress.core.program import FACTS_FILE, Program
-from flcompress.core.records import FactsFile
+from flcompress.core.records import ContractPart, FactsFile
 from flcompress.diffusion.contract import SamplingContract, levels_of, scheduler_of, set_levels
 from flcompress.errors import ModelError, PostconditionError
 from flcompress.exporters.shared.model_card import model_card
@@ -61,7 +61,7 @@ def write_pipeline(program: Program, folder: Path, progress: ProgressSink) -> di
     call = call_arguments(program.contract, program.family) | size
     frame_rate = frame_rate_of(program)
     facts = FactsFile(
-        contract=program.contract.to_dict(),
+        contract=ContractPart(**program.contract.to_dict()),
         call=call,
         parameters=program.graph.parameters,
         kept=dict(program.kept),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from flcompress.core.program import Program
-from flcompress.core.records import EngineManifest
+from flcompress.core.records import ContractPart, EngineManifest, OnnxManifest
 from flcompress.errors import PostconditionError, RequestError
 from flcompress.exporters.shared import TOLERANCES, ExportPrecision, preflight
 from flcompress.exporters.shared.parity import CHECKED_UP_TO, cases, compare, outputs, reference
@@ -82,8 +82,8 @@ class TensorRTExport:
         self, program: Program, folder: Path, onnx: Path, before: Path, progress: ProgressSink
     ) -> dict[str, Any]:
         source, onnx_manifest = self._source(program, onnx)
-        precision: ExportPrecision = onnx_manifest["precision"]
-        sizes = [sizes_in(profile, program, onnx_manifest["dynamic"]) for profile in self.profiles]
+        precision: ExportPrecision = onnx_manifest.precision
+        sizes = [sizes_in(profile, program, onnx_manifest.dynamic) for profile in self.profiles]
         self._require_room(program, folder, precision, sizes)
         make = arguments_of(program)
         shapes = [shapes_at(make, three) for three in sizes]
@@ -115,7 +115,7 @@ class TensorRTExport:
             )
         else:
             built = refit_engine(trt, before / ENGINE_FILE, source)
-            built_for["refitted"] = old["sha256"]
+            built_for["refitted"] = old.sha256
         with engine.open("wb") as file:
             file.write(built)
         if not built.nbytes or engine.stat().st_size != built.nbytes:
@@ -129,13 +129,13 @@ class TensorRTExport:
             sha256=sha256(engine),
             bytes=engine.stat().st_size,
             profiles=[profile.model_dump(mode="json") for profile in self.profiles],
-            inputs=onnx_manifest["inputs"],
-            outputs=onnx_manifest["outputs"],
+            inputs=onnx_manifest.inputs,
+            outputs=onnx_manifest.outputs,
             timesteps=list(contract.timesteps),
             sigmas=list(contract.sigmas),
             shift=contract.shift,
             guidance_scale=contract.guidance_scale,
-            contract=contract.to_dict(),
+            contract=ContractPart(**contract.to_dict()),
             kept=dict(program.kept),
             source={"file": os.path.relpath(source, folder), "sha256": sha256(source)},
             checked_on_gpu=False,
@@ -151,29 +151,28 @@ class TensorRTExport:
         refitted = {"refitted": old is not None} if self.refit else {}
         return {key: getattr(manifest, key) for key in shown} | refitted
 
-    def _refittable(self, before: Path, built_for: dict[str, Any]) -> dict[str, Any] | None:
+    def _refittable(self, before: Path, built_for: dict[str, Any]) -> EngineManifest | None:
         """Return the manifest of the last export if its engine takes these weights: the same graph, built alike."""
         if not self.refit or not (before / MANIFEST_FILE).is_file() or not runs_here(self.targets):
             return None
-        old = read_manifest(before / MANIFEST_FILE, SAME_RECIPE)
-        alike = all(old.get(key) == value for key, value in built_for.items())
-        if not alike or old.get("stream_weights", False) != self.stream_weights:
+        old = read_manifest(EngineManifest, before / MANIFEST_FILE, SAME_RECIPE)
+        alike = all(getattr(old, key) == value for key, value in built_for.items())
+        if not alike or old.stream_weights != self.stream_weights:
             return None
         engine = before / ENGINE_FILE
-        return old if engine.is_file() and sha256(engine) == old["sha256"] else None
+        return old if engine.is_file() and sha256(engine) == old.sha256 else None
 
-    def _source(self, program: Program, folder: Path) -> tuple[Path, dict[str, Any]]:
+    def _source(self, program: Program, folder: Path) -> tuple[Path, OnnxManifest]:
         """Return the ONNX model in a folder, complete and of this very program, and its manifest."""
-        manifest = read_manifest(folder / MANIFEST_FILE, SAME_RECIPE)
-        for name, expected in manifest["sha256"].items():
+        manifest = read_manifest(OnnxManifest, folder / MANIFEST_FILE, SAME_RECIPE)
+        for name, expected in manifest.sha256.items():
             require_hash(folder / name, expected, SAME_RECIPE)
-        # Through from_dict, since JSON has lists where the contract has tuples.
-        if type(program.contract).from_dict(manifest["contract"]) != program.contract:
+        if type(program.contract).from_dict(manifest.contract.dump()) != program.contract:
             raise PostconditionError(
                 f"{folder / MANIFEST_FILE}: its sampling contract is not this program's; remove the folder, "
                 "then export again"
             )
-        return folder / str(manifest["file"]), manifest
+        return folder / manifest.file, manifest
 
     def _require_room(
         self, program: Program, folder: Path, precision: ExportPrecision, sizes: list[list[Size]]
@@ -199,7 +198,7 @@ class TensorRTExport:
     ) -> EngineManifest:
         """Return the manifest with the outcome of a comparison with torch on the GPU of this machine."""
         make, chosen = arguments_of(program), checked_sizes(program, sizes)
-        precision: Any = manifest.precision
+        precision: ExportPrecision = manifest.precision
         inputs = cases(make, program.contract.timesteps, chosen)
         constants = constants_of(make(chosen[0], [0.0] * chosen[0].batch, 0))
         expected = reference(program.components["transformer"], constants, precision, inputs, DEVICE)

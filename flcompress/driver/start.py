@@ -353,7 +353,7 @@ def transformer_folders(recipe: Recipe, home: Path, experts: Experts | None) -> 
 
 
 def _contract(folder: Path, where: str) -> SamplingContract:
-    from flcompress.models.configs import read_json
+    from flcompress.core.records import FactsFile  # dozens of models, which no check of a recipe needs
     from flcompress.models.folder import check_pipeline
 
     path = folder / FACTS_FILE
@@ -363,7 +363,7 @@ def _contract(folder: Path, where: str) -> SamplingContract:
             "RUN/exports/diffusers"
         )
     check_pipeline(folder)
-    return SamplingContract.from_dict(read_json(path, "an exported pipeline has one")["contract"])
+    return SamplingContract.from_dict(FactsFile.read_named(path, "", "export the pipeline again").contract.dump())
 
 
 def _check_steps(recipe: Recipe, steps: int, where: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -134,8 +134,7 @@ class Samplers:
         make_it = f"flcompress export {self._run.path} --format {backend}"
         folder = self._run.exports / backend
         export = Export.open(folder / PARTNER_FOLDER if role == "partner" else folder, backend, make_it)
-        manifest: Mapping[str, Any] = export.manifest
-        other = SamplingContract.from_dict(manifest["contract"]) != self._program.contract
-        if other or (role == "transformer" and manifest["kept"] != dict(self._program.kept)):
+        other = SamplingContract.from_dict(export.manifest.contract.dump()) != self._program.contract
+        if other or (role == "transformer" and export.manifest.kept != dict(self._program.kept)):
             raise RequestError(f"{export.folder}: an export of an earlier student; make it again with: {make_it}")
         return export

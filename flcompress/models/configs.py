@@ -99,8 +99,13 @@ def check_transformer_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def read_json(path: Path, why: str) -> dict[str, Any]:
-    """Return the JSON object in a file; `why` says, if there is no such file, who needs it.
+def read_json(path: Path, why: str, fix: str = "copy the file again") -> dict[str, Any]:
+    """Return the JSON object in a file.
+
+    Args:
+        path: the file.
+        why: who needs it, for the message where there is none.
+        fix: what to do about a damaged one.
 
     Raises:
         ModelError: no such file, or no JSON object in it.
@@ -110,9 +115,9 @@ def read_json(path: Path, why: str) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path}: not valid JSON ({error}); copy the file again") from error
+        raise ModelError(f"{path}: not valid JSON ({error}); {fix}") from error
     if not isinstance(value, dict):
-        raise ModelError(f"{path}: a JSON {type(value).__name__} given, expected an object")
+        raise ModelError(f"{path}: a JSON {type(value).__name__} given, expected an object; {fix}")
     return value
 
 

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from flcompress.core.program import FACTS_FILE
+from flcompress.core.records import ContractPart, FactsFile
 from flcompress.data.captions import check_prompt
 from flcompress.diffusion.contract import SamplingContract
 from flcompress.diffusion.experts import COMPONENTS, OTHER
@@ -75,7 +75,7 @@ def generate(
     if backend == "onnx":
         require_onnxruntime("backend onnx")
     pipeline = run_dir / "exports" / "diffusers"
-    facts = read_manifest(pipeline / FACTS_FILE, _make(run_dir, "diffusers"))
+    facts = read_manifest(FactsFile, pipeline / FACTS_FILE, _make(run_dir, "diffusers"))
     check_parts(pipeline)
     facts = _with_negative(facts, negative_prompt)
     parts = open_parts(pipeline, best_device())
@@ -88,7 +88,7 @@ def generate(
 def denoise(
     network: Network,
     parts: Parts,
-    facts: dict[str, Any],
+    facts: FactsFile,
     prompt: str,
     seed: int,
     first_frame: Conditioning | None = None,
@@ -98,55 +98,56 @@ def denoise(
 
     Starting noise and every re-noising come from one generator in the order a stock pipeline draws them.
     """
-    contract = SamplingContract.from_dict(facts["contract"])
+    contract = SamplingContract.from_dict(facts.contract.dump())
     prompts = to_device(parts.encode_prompts([prompt, contract.negative_prompt], contract.max_sequence_length), "cpu")
     parts.let_go()  # the text encoders leave before a transformer comes
     conditioning = select(prompts, slice(0, 1)) | dict(first_frame or {})
     draw = torch.Generator().manual_seed(seed)
-    start = parts.family.start(parts.family.noise(facts["latents"], draw), conditioning)
+    start = parts.family.start(parts.family.noise(facts.latents, draw), conditioning)
     reporting = _reporting(network, contract.evaluations, progress) if progress else network
     latents = sample(reporting, contract, start, conditioning, select(prompts, slice(1, 2)), draw)
     return parts.family.end(parts.config, latents, conditioning)
 
 
-def _frame_rate(pipeline: Path, facts: dict[str, Any]) -> float:
+def _frame_rate(pipeline: Path, facts: FactsFile) -> float:
     """Frames a second of the export's clips; exports of before this was noted have their family's."""
-    if "frame_rate" in facts:
-        return float(facts["frame_rate"])
+    if facts.frame_rate is not None:
+        return float(facts.frame_rate)
     index = read_index(pipeline)
-    return family_of(facts["pipeline_class"]).frame_rate(index, check_transformer_config(pipeline / "transformer"))
+    return family_of(facts.pipeline_class).frame_rate(index, check_transformer_config(pipeline / "transformer"))
 
 
-def _with_negative(facts: dict[str, Any], negative_prompt: str | None) -> dict[str, Any]:
+def _with_negative(facts: FactsFile, negative_prompt: str | None) -> FactsFile:
     """The facts with another negative prompt; RequestError where nothing is guided, so that it would do nothing."""
     if negative_prompt is None:
         return facts
-    contract = SamplingContract.from_dict(facts["contract"])
+    contract = SamplingContract.from_dict(facts.contract.dump())
     if not contract.guided:
         raise RequestError(
             f"--negative-prompt: {negative_prompt!r} given, but this model is sampled without text guidance, so it has "
             "no effect; leave it out"
         )
-    return {**facts, "contract": replace(contract, negative_prompt=negative_prompt).to_dict()}
+    contract = replace(contract, negative_prompt=negative_prompt)
+    return facts.model_copy(update={"contract": ContractPart(**contract.to_dict())})
 
 
-def _first_frame(parts: Parts, facts: dict[str, Any], prompt: str, image: Path | None) -> Conditioning:
+def _first_frame(parts: Parts, facts: FactsFile, prompt: str, image: Path | None) -> Conditioning:
     """Return the conditioning by a picture; RequestError if a model needs one and there is none, or the reverse."""
     if not parts.from_image:
         if image is not None:
-            raise RequestError(f"--image: {image} given, but a {facts['pipeline_class']} takes none; leave it out")
+            raise RequestError(f"--image: {image} given, but a {facts.pipeline_class} takes none; leave it out")
         return {}
     if image is None:
-        raise RequestError(f"{facts['pipeline_class']}: no --image given; this model makes a clip from its first frame")
-    call = facts["call"]
+        raise RequestError(f"{facts.pipeline_class}: no --image given; this model makes a clip from its first frame")
+    call = facts.call
     picture = read_picture(image, call["height"], call["width"])
     clip = picture[None, :, None].expand(1, -1, call["num_frames"], -1, -1)
     return to_device(parts.encode_images(clip, [prompt], call["max_sequence_length"]), "cpu")
 
 
-def _denoiser(run_dir: Path, backend: Backend, facts: dict[str, Any]) -> Network:
+def _denoiser(run_dir: Path, backend: Backend, facts: FactsFile) -> Network:
     """Return the network: the transformer, or both of two experts, of which only the one in use is in memory."""
-    contract, turns = SamplingContract.from_dict(facts["contract"]), _InTurn()
+    contract, turns = SamplingContract.from_dict(facts.contract.dump()), _InTurn()
     make = _torch_network if backend == "torch" else partial(_exported_network, backend=backend)
     if (experts := contract.experts) is None:
         return turns.network(make(run_dir, "transformer", "", facts))
@@ -177,26 +178,24 @@ class _InTurn:
         return call
 
 
-def _torch_network(run_dir: Path, transformer: str, part: str, facts: dict[str, Any]) -> Load:
+def _torch_network(run_dir: Path, transformer: str, part: str, facts: FactsFile) -> Load:
     """The stock transformer of that name in the diffusers export."""
     folder = run_dir / "exports" / "diffusers" / transformer
-    guidance = SamplingContract.from_dict(facts["contract"]).embedded_guidance
+    guidance = SamplingContract.from_dict(facts.contract.dump()).embedded_guidance
     return lambda: TorchSession(folder, best_device(), guidance)
 
 
-def _exported_network(
-    run_dir: Path, transformer: str, part: str, facts: dict[str, Any], *, backend: ExportBackend
-) -> Load:
+def _exported_network(run_dir: Path, transformer: str, part: str, facts: FactsFile, *, backend: ExportBackend) -> Load:
     """The export in folder `part` of a backend's, which stands for the named transformer of the diffusers export."""
     export = Export.open(run_dir / "exports" / backend / part, backend, _make(run_dir, backend))
-    if export.manifest["contract"] != facts["contract"]:
+    if export.manifest.contract != facts.contract:
         raise RequestError(
             f"{export.folder / MANIFEST_FILE}: its sampling contract is not that of the diffusers export; make both "
             f"again with: {_make(run_dir, 'diffusers')} --format {backend}"
         )
     export.verify()
     config = check_transformer_config(run_dir / "exports" / "diffusers" / transformer)
-    guidance = SamplingContract.from_dict(facts["contract"]).embedded_guidance
+    guidance = SamplingContract.from_dict(facts.contract.dump()).embedded_guidance
     return lambda: export.network(config, guidance)
 
 

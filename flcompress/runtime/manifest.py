@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flcompress.core.program import Program
+from flcompress.core.records import AnyRecord
 from flcompress.errors import RequestError
 from flcompress.files import sha256
 from flcompress.models.configs import read_json
@@ -34,21 +35,20 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def read_manifest(path: Path, make_it: str) -> dict[str, Any]:
-    """The JSON object an exporter wrote.
+def read_manifest(kind: type[AnyRecord], path: Path, make_it: str) -> AnyRecord:
+    """Return the record that an exporter wrote.
+
+    Args:
+        kind: the record.
+        path: the file.
+        make_it: the command that writes it, for messages.
 
     Raises:
-        RequestError: missing or damaged; `make_it` is the command that writes it.
+        RequestError: missing or damaged.
     """
     if not path.is_file():
         raise RequestError(f"{path}: not exported yet; make it with: {make_it}")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise RequestError(f"{path}: not valid JSON ({error}); make it again with: {make_it}") from error
-    if not isinstance(value, dict):
-        raise RequestError(f"{path}: a JSON {type(value).__name__} given, expected an object; make it with: {make_it}")
-    return value
+    return kind.read_named(path, "", f"make it again with: {make_it}")
 
 
 def require_hash(path: Path, expected: str, make_it: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from flcompress.core.records import EngineManifest, OnnxManifest
 from flcompress.diffusion.network import Conditioning, Network, to_device
 from flcompress.errors import UnavailableError
 from flcompress.models.families import family_of
@@ -99,19 +100,19 @@ class Export:
     backend: ExportBackend
     folder: Path
     make_it: str
-    manifest: Mapping[str, Any]
+    manifest: OnnxManifest | EngineManifest
 
     @classmethod
     def open(cls, folder: Path, backend: ExportBackend, make_it: str) -> Export:
         """Read the manifest; RequestError where it is missing or damaged."""
-        return cls(
-            backend=backend, folder=folder, make_it=make_it, manifest=read_manifest(folder / MANIFEST_FILE, make_it)
-        )
+        kind: type[OnnxManifest] | type[EngineManifest] = OnnxManifest if backend == "onnx" else EngineManifest
+        manifest = read_manifest(kind, folder / MANIFEST_FILE, make_it)
+        return cls(backend=backend, folder=folder, make_it=make_it, manifest=manifest)
 
     @property
     def file(self) -> Path:
         """The model or the engine."""
-        return self.folder / str(self.manifest["file"])
+        return self.folder / self.manifest.file
 
     @property
     def files(self) -> list[Path]:
@@ -121,7 +122,7 @@ class Export:
     @property
     def precision(self) -> str:
         """The precision of its arithmetic."""
-        return str(self.manifest["precision"])
+        return self.manifest.precision
 
     def verify(self) -> None:
         """Raise RequestError unless its files are those that the manifest states."""
@@ -130,17 +131,17 @@ class Export:
 
     def session(self) -> Session:
         """Load it."""
-        if self.backend == "onnx":
+        if isinstance(self.manifest, OnnxManifest):
             return onnx_session(self.file)
-        return TensorRTSession(self.file, self.manifest)
+        return TensorRTSession(self.file, self.manifest.dump())
 
     def network(self, config: Mapping[str, Any], guidance: float | None) -> Network:
         """Load it as a network; see `exported_network`."""
         return exported_network(self.session(), config, guidance)
 
     def _hashes(self) -> dict[str, str]:
-        hashes = self.manifest["sha256"]  # of several files by name, or of the one engine
-        return dict(hashes) if self.backend == "onnx" else {str(self.manifest["file"]): str(hashes)}
+        hashes = self.manifest.sha256
+        return {self.manifest.file: hashes} if isinstance(hashes, str) else hashes
 
 
 def onnx_session(model: Path) -> OnnxSession:

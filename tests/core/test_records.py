@@ -11,17 +11,20 @@ import pytest
 from flcompress.core.records import (
     BreachLine,
     ContractPart,
+    EngineManifest,
     EntryFile,
     EvalFile,
     ExportFile,
+    FactsFile,
     HealthFile,
     ImportanceResult,
     MetricsLine,
+    OnnxManifest,
     Record,
     RunFile,
 )
 from flcompress.core.settings import Health
-from flcompress.errors import RecordError
+from flcompress.errors import RecordError, RequestError
 from flcompress.ir.selection import u_index
 
 RUN = {"name": "digits", "recipe_path": "r.yaml", "created": "2026-01-02", "entries": ["passes/0"], "finished": True}
@@ -30,6 +33,31 @@ CONTENDER = {"name": "s", "label": "s", "steps": 4, "guidance": 1.0, "evaluation
 EVAL = {
     "benchmark": "moving-digits", "clips": 2, "seeds": 2, "prompts": 1, "floor": {"frechet": MEASURED},
     "contenders": [{**CONTENDER, "frechet": MEASURED}], "paired": [],
+}  # fmt: skip
+
+
+CONTRACT = {
+    "scheduler": {"shift": 1.0}, "num_inference_steps": 1, "sigmas": [1.0], "timesteps": [1000], "guidance_scale": 4,
+    "max_sequence_length": 16, "guidance_convention": "u + w (c - u)",
+}  # fmt: skip
+FACTS = {
+    "contract": CONTRACT, "call": {"height": 64, "guidance_scale": 1.0}, "parameters": 9,
+    "kept": {"blocks.0": "blocks.2"}, "latents": [4, 1, 8, 8], "pipeline_class": "FluxPipeline",
+}  # fmt: skip
+SHAPES = {"min": {"x": [1, 4]}, "opt": {"x": [2, 4]}, "max": {"x": [2, 4]}}
+TENSOR = {"name": "x", "shape": ["batch", 4], "dtype": "float32"}
+ENGINE = {
+    "file": "model.engine", "sha256": "ab", "bytes": 1, "builder": {"name": "tensorrt_rtx", "version": "1.2"},
+    "targets": ["sm89"], "precision": "fp32", "profiles": [{"batch": [1, 1, 2], "frames": None}], "shapes": [SHAPES],
+    "inputs": [TENSOR], "outputs": [TENSOR], "timesteps": [999.0], "sigmas": [1], "shift": 1.0, "guidance_scale": 1.0,
+    "contract": CONTRACT, "kept": {}, "source": {"file": "../onnx/model.onnx", "sha256": "cd"}, "checked_on_gpu": False,
+    "difference": None, "tolerance": 1e-3,
+}  # fmt: skip
+ONNX = {
+    "file": "model.onnx", "sha256": {"model.onnx": "ab"}, "opset": 18, "producer": "torch", "precision": "fp32",
+    "inputs": [TENSOR], "outputs": [TENSOR], "dynamic": ["batch"], "parameters": 9, "tolerance": 1e-4,
+    "difference": 1e-7, "magnitude": 1.5, "difference_to_fp32": 1e-7, "torch_difference_to_fp32": 0.0, "cases": 2,
+    "checked": {"sizes": [[2, 3, 8, 8]], "arithmetic": "fp32"}, "contract": CONTRACT, "kept": {},
 }  # fmt: skip
 
 
@@ -104,6 +132,32 @@ def test_files_of_older_versions_keep_their_meaning(tmp_path: Path) -> None:
     breach = {"step": 1, "figure": "f", "value": None, "low": None, "high": 1.0, "setting": "s", "mend": "m"}
     (line,) = BreachLine.read_lines(written(tmp_path, {**breach, "action": "warn", "best_step": 0}))
     assert line.redrawn == []
+
+
+@pytest.mark.parametrize(("kind", "value"), [(FactsFile, FACTS), (EngineManifest, ENGINE), (OnnxManifest, ONNX)])
+def test_what_older_versions_exported_is_read(kind: type[Record], value: dict[str, Any], tmp_path: Path) -> None:
+    record = kind.read_named(written(tmp_path, value), "", "make it again")
+    assert record.dump() == value
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "message"),
+    [
+        (FactsFile, {**FACTS, "frames": 1}, "unknown key frames, expected contract, call, parameters, kept, latents, "),
+        (FactsFile, {**FACTS, "contract": {}}, "contract.scheduler is nothing, expected an object; "),
+        (OnnxManifest, {**ONNX, "sha256": "ab"}, 'sha256 is "ab", expected an object; '),
+        (OnnxManifest, {**ONNX, "precision": "fp8"}, 'precision is "fp8", expected one of fp32, fp16, bf16; '),
+        (EngineManifest, {**ENGINE, "shapes": None}, "shapes is nothing, expected a list of objects; "),
+        (EngineManifest, {**ENGINE, "format": 2}, "written by a newer flcompress: format 2, this one reads up to 1; "),
+        (EngineManifest, [ENGINE], "a JSON list given, expected an object; "),
+    ],
+)
+def test_a_damaged_export_is_a_wrong_request(kind: type[Record], value: object, message: str, tmp_path: Path) -> None:
+    file = written(tmp_path, value)
+    with pytest.raises(RequestError, match=re.escape(f"{file}: {message}")) as caught:
+        kind.read_named(file, "", "make it again with: flcompress export RUN")
+    assert "format 2" in message or str(caught.value).endswith("; make it again with: flcompress export RUN")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_contract_keeps_its_ints_which_its_digest_tells_from_floats(tmp_path: Path) -> None:

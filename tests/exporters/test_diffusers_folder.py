@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from flcompress.core.program import Program
+from flcompress.core.records import FactsFile
 from flcompress.errors import PostconditionError
 from flcompress.exporters.diffusers_folder import DiffusersExporter
 from flcompress.exporters.shared.pipeline_folder import check_folder
@@ -35,11 +36,11 @@ def test_a_stock_call_makes_the_clip_that_the_runtime_makes(run: Path) -> None:
     from diffusers import WanPipeline
 
     folder = run / "exports" / "diffusers"
-    facts = json.loads((folder / "flcompress.json").read_text())
+    facts = FactsFile.read(folder / "flcompress.json")
     pipeline = WanPipeline.from_pretrained(str(folder))
     pipeline.set_progress_bar_config(disable=True)
     torch.manual_seed(5)
-    stock = pipeline(PROMPT, **facts["call"], output_type="latent").frames
+    stock = pipeline(PROMPT, **facts.call, output_type="latent").frames
     ours = denoise(as_network(load_transformer(folder / "transformer")), open_parts(folder), facts, PROMPT, seed=5)
     assert stock.shape == (1, 16, 3, 8, 8)
     torch.testing.assert_close(ours, stock, rtol=0.0, atol=1e-5)
@@ -51,12 +52,12 @@ def test_a_guided_contract_is_sampled_as_stock_diffusers_samples_it(guided: Prog
     folder = tmp_path / "teacher"
     folder.mkdir()
     DiffusersExporter().export(guided, folder, tmp_path, silent)
-    facts = json.loads((folder / "flcompress.json").read_text())
-    assert facts["call"]["guidance_scale"] == 4.0
+    facts = FactsFile.read(folder / "flcompress.json")
+    assert facts.call["guidance_scale"] == 4.0
     pipeline = WanPipeline.from_pretrained(str(folder))
     pipeline.set_progress_bar_config(disable=True)
     torch.manual_seed(2)
-    stock = pipeline(PROMPT, **facts["call"], output_type="latent").frames
+    stock = pipeline(PROMPT, **facts.call, output_type="latent").frames
     ours = denoise(as_network(load_transformer(folder / "transformer")), open_parts(folder), facts, PROMPT, seed=2)
     torch.testing.assert_close(ours, stock, rtol=0.0, atol=1e-4)
     assert "The seed decides the\nstarting noise" in (folder / "README.md").read_text()
@@ -70,9 +71,9 @@ def test_what_lies_in_the_folder(run: Path, program: Program) -> None:
         "blocks.0": "blocks.0",
         "blocks.1": "blocks.2",
     }
-    facts = json.loads((folder / "flcompress.json").read_text())
-    assert facts["contract"] == json.loads(json.dumps(program.contract.to_dict()))
-    assert facts["call"] == {
+    facts = FactsFile.read(folder / "flcompress.json")
+    assert facts.contract.dump() == json.loads(json.dumps(program.contract.to_dict()))
+    assert facts.call == {
         "num_inference_steps": 4,
         "guidance_scale": 1.0,
         "max_sequence_length": 16,
@@ -80,7 +81,7 @@ def test_what_lies_in_the_folder(run: Path, program: Program) -> None:
         "width": 32,
         "num_frames": 9,
     }
-    assert facts["parameters"] == program.graph.parameters
+    assert facts.parameters == program.graph.parameters
     for path in folder.rglob("*.json"):
         assert "/tmp/" not in path.read_text(), path
 

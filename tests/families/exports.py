@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from flcompress.core.program import Program
+from flcompress.core.records import FactsFile
 from flcompress.driver.start import read_source, starting_program
 from flcompress.frontend.loading import load_recipe
 from flcompress.models.parts import open_parts
@@ -34,7 +35,7 @@ def exportable(name: str, folder: Path) -> Program:
     return starting_program(recipe, read_source(recipe), folder)
 
 
-def first_frame(folder: Path, facts: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def first_frame(folder: Path, facts: FactsFile) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """(the stock call's image, our conditioning by it); nothing for text to video."""
     from PIL import Image
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from flcompress.core.records import FactsFile
 from flcompress.driver.manager import apply, check
 from flcompress.driver.rundir import RunDirectory
 from flcompress.errors import RequestError
@@ -49,15 +49,15 @@ def test_the_teacher_pair_is_sampled_as_its_stock_pipeline_samples_it(
     )
     run = apply(recipe, tmp_path / "run", display=QuietDisplay(), device="cpu")
     folder = run.path / "exports" / "diffusers"
-    facts = json.loads((folder / "flcompress.json").read_text())
-    assert (facts["call"]["guidance_scale"], facts["call"]["guidance_scale_2"]) == (4.0, 2.0)
+    facts = FactsFile.read(folder / "flcompress.json")
+    assert (facts.call["guidance_scale"], facts.call["guidance_scale_2"]) == (4.0, 2.0)
     before = read_json(pipeline_folder(name) / "scheduler" / "scheduler_config.json", "")
     assert read_json(folder / "scheduler" / "scheduler_config.json", "") == before  # nothing was distilled
     given, first = first_frame(folder, facts)
-    pipeline = getattr(diffusers, facts["pipeline_class"]).from_pretrained(str(folder), use_safetensors=True)
+    pipeline = getattr(diffusers, facts.pipeline_class).from_pretrained(str(folder), use_safetensors=True)
     pipeline.set_progress_bar_config(disable=True)
     torch.manual_seed(2)
-    stock = pipeline(prompt=PROMPT, **given, **facts["call"], output_type="latent").frames
+    stock = pipeline(prompt=PROMPT, **given, **facts.call, output_type="latent").frames
     ours = denoise(_denoiser(run.path, "torch", facts), open_parts(folder), facts, PROMPT, 2, first)
     torch.testing.assert_close(ours, stock, rtol=0.0, atol=2e-4)
 

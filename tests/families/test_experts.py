@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from flcompress.core.records import ContractPart, FactsFile
 from flcompress.diffusion.contract import SamplingContract
 from flcompress.diffusion.experts import Expert
 from flcompress.driver.manager import apply, check, export
@@ -137,12 +138,12 @@ def test_a_stock_call_makes_the_latents_that_the_runtime_makes(runs: dict[Expert
 
     run = runs[expert][0]
     folder = run / "exports" / "diffusers"
-    facts = json.loads((folder / "flcompress.json").read_text())
-    pipeline = getattr(diffusers, facts["pipeline_class"]).from_pretrained(str(folder), use_safetensors=True)
+    facts = FactsFile.read(folder / "flcompress.json")
+    pipeline = getattr(diffusers, facts.pipeline_class).from_pretrained(str(folder), use_safetensors=True)
     pipeline.set_progress_bar_config(disable=True)
     given, first = first_frame(folder, facts)
     torch.manual_seed(5)
-    stock = pipeline(prompt=PROMPT, **given, **facts["call"], output_type="latent").frames
+    stock = pipeline(prompt=PROMPT, **given, **facts.call, output_type="latent").frames
     ours = denoise(_denoiser(run, "torch", facts), open_parts(folder), facts, PROMPT, 5, first)
     torch.testing.assert_close(ours, stock, rtol=0.0, atol=2e-5)
     swapped = replace_experts(facts)
@@ -154,7 +155,7 @@ def test_one_expert_is_in_memory_at_a_time_and_no_text_encoder_beside_it(
     runs: dict[Expert, Made], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = runs["low"][0]
-    facts = json.loads((run / "exports" / "diffusers" / "flcompress.json").read_text())
+    facts = FactsFile.read(run / "exports" / "diffusers" / "flcompress.json")
     parts = open_parts(run / "exports" / "diffusers")
     loaded: list[weakref.ref[Any]] = []
 
@@ -181,7 +182,7 @@ def test_the_exported_pair_generates_by_onnx(runs: dict[Expert, Made], tmp_path:
     run = runs["low"][0]
     export(RunDirectory(run), ["onnx"], display=QuietDisplay())
     folder = run / "exports" / "diffusers"
-    facts = json.loads((folder / "flcompress.json").read_text())
+    facts = FactsFile.read(folder / "flcompress.json")
     first = first_frame(folder, facts)[1]
     parts = open_parts(folder)
     by_torch, by_onnx = (
@@ -290,9 +291,9 @@ def test_a_bench_times_the_student_beside_its_partner(runs: dict[Expert, Made]) 
     assert results["teacher"]["partner"]["parameters"] == sizes["original_partner"] > sizes["partner"]
 
 
-def replace_experts(facts: dict[str, Any]) -> dict[str, Any]:
+def replace_experts(facts: FactsFile) -> FactsFile:
     """The same facts with a boundary that gives the low-noise expert one step less."""
-    contract = SamplingContract.from_dict(facts["contract"])
+    contract = SamplingContract.from_dict(facts.contract.dump())
     assert contract.experts is not None
     moved = replace(contract, experts=replace(contract.experts, boundary_ratio=contract.sigmas[2] - 1e-3))
-    return {**facts, "contract": json.loads(json.dumps(moved.to_dict()))}
+    return facts.model_copy(update={"contract": ContractPart(**moved.to_dict())})

@@ -18,6 +18,7 @@ from PIL import Image, ImageSequence
 
 from flcompress.cli import main
 from flcompress.core.program import Program
+from flcompress.core.records import FactsFile
 from flcompress.errors import RequestError, UnavailableError
 from flcompress.exporters.diffusers_folder import DiffusersExporter
 from flcompress.models.loading import load_transformer
@@ -64,7 +65,7 @@ def test_a_gpu_computes_in_half_precision(
 
     monkeypatch.setattr(sessions, "load_transformer", loading)
     monkeypatch.setattr(runtime, "best_device", lambda: device)
-    facts = json.loads((run / "exports" / "diffusers" / "flcompress.json").read_text())
+    facts = FactsFile.read(run / "exports" / "diffusers" / "flcompress.json")
     load = runtime._torch_network(run, "transformer", "", facts)
     assert not asked, "loaded before it is called"
     load()
@@ -200,12 +201,34 @@ def test_a_damaged_export_is_refused(copy: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("{", "not valid JSON"), ("[]", "a JSON list given, expected an object")]
+    ("text", "message"),
+    [
+        ("{", r"onnx/manifest\.json: not valid JSON .*; make it again with: flcompress export .* --format onnx$"),
+        ("[]", r"manifest\.json: a JSON list given, expected an object; make it again with: .* --format onnx$"),
+        ("{}", r"manifest\.json: file is nothing, expected a text; make it again with: .* --format onnx$"),
+        ('{"files": 1}', r"manifest\.json: .*; make it again with: .* --format onnx$"),
+        ('{"format": 2}', r"manifest\.json: written by a newer flcompress: format 2, this one reads up to 1"),
+    ],
 )
 def test_a_damaged_manifest_is_refused(copy: Path, tmp_path: Path, text: str, message: str) -> None:
     (copy / "exports" / "onnx" / "manifest.json").write_text(text)
     with pytest.raises(RequestError, match=message):
         generate(copy, PROMPT, "onnx", tmp_path / "clip.gif")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"frames": 9}, r"flcompress\.json: unknown key frames, expected contract, call, .*; make it again with: flc"),
+        ({"latents": None}, r"flcompress\.json: latents is nothing, expected a list of numbers; make it again with: "),
+        ({"contract": {}}, r"flcompress\.json: contract\.scheduler is nothing, expected an object; make it again with"),
+    ],
+)
+def test_a_damaged_facts_file_is_refused(copy: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    path = copy / "exports" / "diffusers" / "flcompress.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(RequestError, match=message):
+        generate(copy, PROMPT, "torch", tmp_path / "clip.gif")
 
 
 def test_exports_of_two_contracts_are_refused(copy: Path, tmp_path: Path) -> None:

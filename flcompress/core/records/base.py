@@ -10,8 +10,9 @@ from typing import Annotated, Any, ClassVar, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flcompress.core.records.faults import fault_in
-from flcompress.errors import RecordError
+from flcompress.errors import RecordError, RequestError
 from flcompress.files import lines_of, write_text
+from flcompress.models.configs import read_json
 from flcompress.wording import newer_format
 
 FORMAT = 1
@@ -47,6 +48,24 @@ class Record(Part):
         return cls.parse(text, value, str(file))
 
     @classmethod
+    def read_named(cls, file: Path, why: str, fix: str) -> Self:
+        """Return the record in a file of a folder that the user names.
+
+        Args:
+            file: the file.
+            why: who needs it, for the message where there is none.
+            fix: what to do about a damaged one.
+
+        Raises:
+            RequestError: no such file, damaged, or written by a newer flcompress.
+        """
+        value = read_json(file, why, fix)
+        try:
+            return cls.parse(json.dumps(value), value, str(file), fix)
+        except RecordError as error:
+            raise RequestError(str(error)) from error
+
+    @classmethod
     def read_optional(cls, file: Path) -> Self | None:
         """Return the record in `file`, or None if there is no such file."""
         return cls.read(file) if file.is_file() else None
@@ -77,17 +96,28 @@ class Record(Part):
         return records
 
     @classmethod
-    def parse(cls, text: str, value: object, where: str) -> Self:
-        """Check one JSON text, which `value` is decoded from; `where` begins the RecordError's message."""
+    def parse(cls, text: str, value: object, where: str, fix: str = "") -> Self:
+        """Check one JSON text, which `value` is decoded from.
+
+        Args:
+            text: the file, or a line of it.
+            value: what it holds.
+            where: what an error's message begins with.
+            fix: what it ends with; the record's own fix by default.
+
+        Raises:
+            RecordError: an unknown or missing key, a value of another type, or a newer format.
+        """
+        fix = fix or cls.FIX
         if not isinstance(value, dict):
-            raise RecordError(f"{where}: holds {type(value).__name__}, expected an object; {cls.FIX}")
+            raise RecordError(f"{where}: holds {type(value).__name__}, expected an object; {fix}")
         written = value.get("format", 1)
         if isinstance(written, int) and written > FORMAT:
             raise RecordError(f"{where}: {newer_format(written, FORMAT)}")
         try:
             return cls.model_validate_json(text, strict=True)
         except ValidationError as error:
-            raise RecordError(f"{where}: {fault_in(error, cls, value)}; {cls.FIX}") from error
+            raise RecordError(f"{where}: {fault_in(error, cls, value)}; {fix}") from error
 
     def dump(self) -> dict[str, Any]:
         """Return the plain JSON object: the keys that were set, in the order of the fields."""

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import FiniteFloat
 
 from flcompress.core.records.base import Record
-from flcompress.core.records.run import Number
+from flcompress.core.records.run import ContractPart, Number
 
 
 class FactsFile(Record):
-    """`flcompress.json` of a pipeline folder: how its clips are sampled, and what was cut."""
+    """`flcompress.json` of a pipeline folder: how its clips are sampled, and what was cut.
 
-    contract: dict[str, Any]
+    Folders of before `frame_rate` was noted have their family's.
+    """
+
+    contract: ContractPart
     call: dict[str, Any]
     parameters: int
     kept: dict[str, str]
     latents: list[int]
-    frame_rate: Number
+    frame_rate: Number | None = None
     pipeline_class: str
 
 
@@ -29,7 +32,7 @@ class OnnxManifest(Record):
     sha256: dict[str, str]
     opset: int
     producer: str
-    precision: str
+    precision: Literal["fp32", "fp16", "bf16"]
     inputs: list[dict[str, Any]]
     outputs: list[dict[str, Any]]
     dynamic: list[str]
@@ -41,7 +44,7 @@ class OnnxManifest(Record):
     torch_difference_to_fp32: FiniteFloat
     cases: int
     checked: dict[str, Any]
-    contract: dict[str, Any]
+    contract: ContractPart
     kept: dict[str, str]
 
 
@@ -58,16 +61,16 @@ class EngineManifest(Record):
     bytes: int
     builder: dict[str, str]
     targets: list[str]
-    precision: str
+    precision: Literal["fp32", "fp16", "bf16"]
     profiles: list[dict[str, Any]]
-    shapes: list[dict[str, Any]]
+    shapes: list[dict[str, dict[str, list[int]]]]
     inputs: list[dict[str, Any]]
     outputs: list[dict[str, Any]]
     timesteps: list[Number]
     sigmas: list[Number]
     shift: Number
     guidance_scale: Number
-    contract: dict[str, Any]
+    contract: ContractPart
     kept: dict[str, str]
     source: dict[str, str]
     checked_on_gpu: bool
