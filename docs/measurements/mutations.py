@@ -100,7 +100,7 @@ def owned(areas: list[str]) -> Iterator[tuple[str, Path, tuple[str, ...]]]:
 
 def digest(tests: tuple[str, ...], tree: Path) -> str:
     """Of the contents of test files, and of what they share."""
-    found = hashlib.sha256((tree / "tests" / "gaussian.py").read_bytes())
+    found = hashlib.sha256((tree / "tests" / "fixtures" / "gaussian.py").read_bytes())
     for one in tests:
         path = tree / one
         for file in sorted(path.glob("*.py")) if path.is_dir() else [path]:
@@ -118,6 +118,7 @@ def run(tree: Path, tests: tuple[str, ...], limit: float, *, compile_files: bool
         os.dup2(quiet, 2)
         os.chdir(tree)
         sys.path.insert(0, str(tree))
+        os.environ["PYTHONPATH"] = str(tree)  # of processes that tests start
         sys.dont_write_bytecode = not compile_files
         import pytest
 

@@ -13,6 +13,7 @@ from flcompress import wording
 from flcompress.reporting.findings import Blocks, Headline, blocks, headline
 from flcompress.reporting.quality import Cell, Quality, quality
 from flcompress.reporting.reading import RunRecord, read_run
+from flcompress.reporting.speed import Speed, speed
 from flcompress.reporting.stages import Export, exports, steps
 from flcompress.reporting.training import Training, trainings
 
@@ -34,13 +35,16 @@ def print_summary(run_dir: Path, console: Console) -> None:
     # Everything is read before the first line is printed: an error does not follow half a summary.
     top, exported, trained = headline(run), exports(run), trainings(run)
     measured = quality(run.evaluation) if run.evaluation is not None else None
+    times = speed(run.bench) if run.bench is not None else None
     console.print(f"[bold]{escape(run.info.name or run_dir.name)}[/bold]  {escape(str(run_dir))}")
     if top is None:
         console.print("Nothing is stored yet; run flcompress apply RECIPE", highlight=False)
     else:
         _headline(top, console)
-    if run.bench is None:
+    if times is None:
         console.print(_how_to_measure("speed", "bench", run), highlight=False)
+    else:
+        _speed(times, console)
     if measured is None:
         console.print(_how_to_measure("quality", "eval", run), end="\n\n", highlight=False)
     else:
@@ -91,6 +95,33 @@ def _headline(top: Headline, console: Console) -> None:
     if top.measured is not None:
         table.add_row(f"measured time ({escape(top.measured_on)})", "", "", wording.ratio(top.measured.mean))
     console.print(table)
+
+
+def _speed(speed: Speed, console: Console) -> None:
+    clips = f"clips of {speed.size} pixels, " if speed.size else ""
+    table = _table(
+        f"Speed: {clips}batch {speed.batch}, median of {speed.rounds} rounds",
+        "backend",
+        "what",
+        *([">memory before", ">after"] if speed.memory else []),
+        ">time before",
+        ">after",
+        ">ratio",
+    )
+    for row in speed.rows:
+        table.add_row(
+            escape(f"{row.backend} {row.precision}".strip()),
+            row.what,
+            *([_octets(row.teacher_memory), _octets(row.student_memory)] if speed.memory else []),
+            wording.duration(row.teacher.mean),
+            wording.duration(row.student.mean),
+            wording.ratio(row.ratio.mean),
+        )
+    console.print(table)
+
+
+def _octets(value: int | None) -> str:
+    return wording.size(value) if value is not None else ""
 
 
 def _how_to_measure(what: str, command: str, run: RunRecord) -> str:

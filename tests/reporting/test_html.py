@@ -67,6 +67,32 @@ def test_the_best_and_those_not_known_to_be_worse_are_marked(page: str) -> None:
     assert '<td class="not told apart">not told apart</td>' in page
 
 
+def speed_section(page: str) -> str:
+    return page.partition('<section id="speed">')[2].partition("</section>")[0]
+
+
+def test_speed_is_shown_with_its_size_precision_and_memory(page: str) -> None:
+    section = speed_section(page)
+    assert "clips of 9 x 32 x 32 pixels, batch 1." in section
+    cells = {
+        row[0]: row[1:]
+        for row in re.findall(r'row">(.*?)<small>fp32</small></th><td>denoising</td><td class="n">(.*?)</td>', section)
+    }
+    assert [cells["torch eager"], cells["ONNX Runtime"]] == [("18 MB",), ("\N{EN DASH}",)]
+    assert '<td class="n">18 MB</td><td class="n">9 MB</td>' in section
+
+
+def test_a_bench_without_memory_and_size_is_shown_as_before(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    bench = json.loads((run / "bench" / "results.json").read_text())
+    for row in bench["rows"]:
+        del row["teacher_memory"], row["student_memory"]
+    (run / "bench" / "results.json").write_text(json.dumps({k: v for k, v in bench.items() if k != "size"}))
+    section = speed_section(write_report(run).read_text(encoding="utf-8"))
+    assert "memory" not in section
+    assert "5 rounds interleaved, batch 1." in section
+
+
 def test_paired_differences_decide_where_intervals_overlap(tmp_path: Path) -> None:
     """0.900 and 0.910 are known to 0.012 each, their difference to less than its size."""
     run = write_run(tmp_path)
