@@ -60,7 +60,7 @@ class Attempts:
         return self._ended or {"seconds": round(time.monotonic() - self.began, 3), "peak_rss_mb": peak_mb()}
 
 
-def in_words(record: Mapping[str, Any]) -> str:
+def describe(record: Mapping[str, Any]) -> str:
     """Return a record as a sentence."""
     several = f" in {record['attempts']} attempts" if record.get("attempts", 1) > 1 else ""
     return f"{record['seconds']:.1f} s{several}, peak {record['peak_rss_mb']:.0f} MB"

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flcompress.core.attempts import ATTEMPTS_FILE, in_words, seconds_so_far
+from flcompress.core.attempts import ATTEMPTS_FILE, describe, seconds_so_far
 from flcompress.core.program import Program
 from flcompress.core.registry import find_exporter
 from flcompress.core.steps import Pass, PassContext
@@ -197,7 +197,7 @@ def _apply(
                     work = _work(recipe, step, clips, device, world, **shown)
                     build = _builder(step, program, entry.folder, work, index, key)
                     entry = store.make(index, step.name, key, arguments(step), build)
-                display.line(f"{title}: {in_words(entry.record.dump())}")
+                display.line(f"{title}: {describe(entry.record.dump())}")
                 ran += 1
             else:
                 entry = stored

@@ -10,7 +10,7 @@ from flcompress.errors import ModelError
 from flcompress.models.configs import check_transformer_config, read_index
 from flcompress.models.families import family_of, known_families
 from flcompress.models.part_check import check_part
-from flcompress.models.shards import check_finite, index_places
+from flcompress.models.shards import check_finite, index_positions
 from flcompress.models.stock import WITH_WEIGHTS
 from flcompress.models.stock_files import PICKLES, required_files
 
@@ -107,6 +107,6 @@ def check_weights(folder: Path) -> None:
     """
     weights = required_files(folder)
     if weights.index:
-        index_places(weights.index)
+        index_positions(weights.index)
     for path in weights.files:
         check_finite(path)

@@ -156,7 +156,7 @@ def folder_tensors(folder: Path) -> dict[str, StoredTensor]:
             shards hold.
     """
     weights = required_files(folder)
-    index_files = index_places(weights.index) if weights.index else None
+    index_files = index_positions(weights.index) if weights.index else None
     stored: dict[str, StoredTensor] = {}
     for file in weights.files:
         for name, tensor in file_tensors(file).items():
@@ -171,7 +171,7 @@ def folder_tensors(folder: Path) -> dict[str, StoredTensor]:
     return {name: stored[name] for name in index_files}  # diffusers goes by the index, transformers by the files
 
 
-def index_places(index: Path) -> dict[str, str]:
+def index_positions(index: Path) -> dict[str, str]:
     """Return {tensor: file name} of a shard index whose files are there and hold what it says.
 
     Raises:

@@ -40,15 +40,15 @@ def train(
     batch: int,
     watch: Watch | None = None,
 ) -> int:
-    """Run `train_step` for `steps` steps; resume from the last checkpoint in the work's directory if there is one.
+    """Run `train_step` for `steps` steps; resume from the last checkpoint in the context's directory if there is one.
 
-    Every process of the work's world calls it, with the same arguments.
+    Every process of the engine's world calls it, with the same arguments.
 
     Args:
         train_step: does the updates of one step with its draws and returns what to log: means over this process's
             samples.
         roles: the models it trains; they are checkpointed together.
-        engine: theirs. Its work's directory holds `metrics.jsonl`, one object a step, and the checkpoints.
+        engine: theirs. Its context's directory holds `metrics.jsonl`, one object a step, and the checkpoints.
         name: seeds the draws, with the recipe's seed and the step: a resumed run draws the same.
         steps: number of steps.
         batch: samples of a step, over all processes.
@@ -63,19 +63,19 @@ def train(
         TrainingError: a loss was not finite or the watch said stop. The last checkpoint stays.
         Preempted: SIGTERM was received; a checkpoint was written.
     """
-    work = engine.work
-    world = work.world
+    context = engine.context
+    world = context.world
     if batch % world.size:
         raise RequestError(f"{name}: batch {batch} given, expected a multiple of the {world.size} processes")
     run = _Run(train_step, roles, engine, name, batch, watch)
     start, logged = run.resume()
-    with _termination(name, world) as preempted, trackers(work, name, start, logged) as run.trackers:
+    with _termination(name, world) as preempted, trackers(context, name, start, logged) as run.trackers:
         if start == 0:
             run.evaluate(0)
         for step in range(start + 1, steps + 1):
             figures, due, end = run.step(step, preempted)
             run.record(step, figures)
-            work.progress(step, steps, figures)
+            context.progress(step, steps, figures)
             if run.judge(step, figures, last=step == steps):
                 return run.roll_back()
             if step == steps or due or end:
@@ -110,10 +110,10 @@ class _Run:
     ) -> None:
         self._train_step, self._roles, self._engine = train_step, roles, engine
         self._name, self._batch, self._watch = name, batch, watch
-        self._work = work = engine.work
-        self._world = work.world
-        self._log, self._redraws = work.directory / METRICS_FILE, work.directory / REDRAWS_FILE
-        self._checkpoints = Checkpoints(work.directory, work.world, engine.layout, work.say)
+        self._context = context = engine.context
+        self._world = context.world
+        self._log, self._redraws = context.directory / METRICS_FILE, context.directory / REDRAWS_FILE
+        self._checkpoints = Checkpoints(context.directory, context.world, engine.layout, context.say)
         self._saved = time.monotonic()
 
     def resume(self) -> tuple[int, list[dict[str, float]]]:
@@ -121,8 +121,8 @@ class _Run:
         start = self._restore("step")
         logged: list[dict[str, float]] = []
         if self._world.main:
-            self._work.directory.mkdir(parents=True, exist_ok=True)
-            for file in (self._log, self._redraws, self._work.directory / BREACHES_FILE):
+            self._context.directory.mkdir(parents=True, exist_ok=True)
+            for file in (self._log, self._redraws, self._context.directory / BREACHES_FILE):
                 _truncate(file, start)
             logged = _logged(self._log)
         if self._watch is not None:
@@ -132,13 +132,13 @@ class _Run:
 
     def step(self, step: int, preempted: threading.Event) -> tuple[dict[str, float], bool, bool]:
         """Train one step; return its figures, and whether to checkpoint and to end after it, as all processes agree."""
-        work, world = self._work, self._world
+        context, world = self._context, self._world
         world.heartbeat(f"step {step}")
-        draws = Draws(work.seed, self._name, step, batch=self._batch, rank=world.rank, processes=world.size)
-        torch.manual_seed(seed_of(work.seed, self._name, step, "model", world.rank))  # for a model's dropout
+        draws = Draws(context.seed, self._name, step, batch=self._batch, rank=world.rank, processes=world.size)
+        torch.manual_seed(seed_of(context.seed, self._name, step, "model", world.rank))  # for a model's dropout
         with self._engine.forward_mode(), world.exchanging():
             values = dict(self._train_step(step, draws))
-        due = time.monotonic() - self._saved >= work.checkpoint_seconds
+        due = time.monotonic() - self._saved >= context.checkpoint_seconds
         agreed = world.all_mean({**values, _SAVE: float(due and world.main), _END: float(preempted.is_set())})
         save, end = agreed.pop(_SAVE) > 0, agreed.pop(_END) > 0
         return agreed, save, end
@@ -167,7 +167,7 @@ class _Run:
             self.record(step, figures)
         if redraws.draws and self._world.main:
             append_line(self._redraws, RedrawsLine(step=step, **asdict(redraws)).line())
-        strip = strip_of(self._work.directory, step)
+        strip = strip_of(self._context.directory, step)
         for tracker in self.trackers if strip.exists() else ():
             tracker.picture(step, STRIPS, strip)
         back = watch.judge(step, figures, redraws)

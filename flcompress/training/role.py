@@ -72,7 +72,7 @@ class TrainedRole:
     ) -> None:
         self.name = name
         self.ema_decay, self._ema_start = ema_decay, ema_start
-        self._world, self._at_once = engine.work.world, engine.work.at_once(batch)
+        self._world, self._at_once = engine.context.world, engine.context.at_once(batch)
         self._learning_rate, self._schedule = hyper.learning_rate, schedule
         self._wrapped = engine.wrap_trained(model, hyper, batch=batch)
         self.model, self.module = self._wrapped.model, self._wrapped.module

@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from flcompress.core import attempts
-from flcompress.core.attempts import attempt, in_words, seconds_so_far
+from flcompress.core.attempts import attempt, describe, seconds_so_far
 from flcompress.core.program import Program
 from flcompress.core.steps import Pass, PassContext
 from flcompress.driver.manager import apply
@@ -63,7 +63,7 @@ def test_killed_attempts_count(tmp_path: Path) -> None:
     assert record["seconds"] == pytest.approx(sum(one["seconds"] for one in [*before, last]), abs=2e-3)
     assert record["peak_rss_mb"] == max(one["peak_rss_mb"] for one in [*before, last])
     assert record["attempts"] == 3
-    assert f" s in 3 attempts, peak {record['peak_rss_mb']:.0f} MB" in in_words(record)
+    assert f" s in 3 attempts, peak {record['peak_rss_mb']:.0f} MB" in describe(record)
 
 
 def test_attempts_at_something_else_do_not_count(tmp_path: Path) -> None:

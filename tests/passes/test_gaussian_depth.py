@@ -141,7 +141,7 @@ def test_the_held_out_figures_of_both_paths(tmp_path: Path, target: str) -> None
     assert first["drift"] == 0.0
     engine = Stand(work_in(tmp_path), {})
     clips: Any = Clips(Normal(DATA, COVARIANCE), CAPTION)
-    elbo = HeldOutELBO(clips, teacher_contract("flow"), len(clips), 0, "cpu", 32, engine.work.world)
+    elbo = HeldOutELBO(clips, teacher_contract("flow"), len(clips), 0, "cpu", 32, engine.context.world)
     full, pruned = (elbo(as_network(Exact("flow", COVARIANCE, SHIFTS[:count]))).loss for count in (2, 1))
     assert (first["elbo_full"], first["elbo_pruned"]) == pytest.approx((full, pruned), rel=1e-5)
     assert last["elbo_full"] != first["elbo_full"]

@@ -67,7 +67,7 @@ def run(trained: TrainedRole, folder: Path, steps: int, fail_at: int | None = No
 
     sharing = engine(folder, seconds)
     watch = Watch(
-        sharing.work, name="test", evaluate=lambda step: {"held_out": 1.0 / (1.0 + step)}, held_out="held_out"
+        sharing.context, name="test", evaluate=lambda step: {"held_out": 1.0 / (1.0 + step)}, held_out="held_out"
     )
     loop.train(train_step, [trained], engine=sharing, name="test", steps=steps, batch=8, watch=watch)
 

@@ -23,24 +23,24 @@ def fault_in(error: ValidationError, kind: type[BaseModel], value: object) -> st
         value: the decoded JSON object.
     """
     fault = error.errors(include_url=False)[0]
-    place, node, annotation, owner = "", value, None, kind
+    path, node, annotation, owner = "", value, None, kind
     for part in fault["loc"]:
         inner = _model_in(annotation) if annotation is not None else kind
         if isinstance(node, list) and isinstance(part, int) and inner is not None:
-            place, node, annotation = f"{place}[{part}]", node[part], inner
+            path, node, annotation = f"{path}[{part}]", node[part], inner
             continue
         if not isinstance(node, Mapping) or inner is None:
             break
         owner = inner
-        place = f"{place}.{part}" if place else str(part)
+        path = f"{path}.{part}" if path else str(part)
         node = node.get(str(part))
         annotation = _annotation(inner, str(part), annotation)
         if annotation is None:
             break
     if fault["type"] == "extra_forbidden":
-        return f"unknown key {place}, expected {', '.join(name for name in owner.model_fields if name != 'format')}"
+        return f"unknown key {path}, expected {', '.join(name for name in owner.model_fields if name != 'format')}"
     shown = "nothing" if node is None else json.dumps(node, default=str)[:40]
-    return f"{place} is {shown}, expected {_words(annotation) if annotation is not None else fault['msg']}"
+    return f"{path} is {shown}, expected {_words(annotation) if annotation is not None else fault['msg']}"
 
 
 def _annotation(model: type[BaseModel], key: str, outer: Any) -> Any:

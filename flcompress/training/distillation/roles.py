@@ -42,13 +42,13 @@ class Roles:
     def __init__(
         self, settings: DistillationSettings, program: Program, contract: SamplingContract, engine: Engine
     ) -> None:
-        work, parts = engine.work, program.components
-        self.engine, self._settings, self._device = engine, settings, work.device
-        self._heartbeat = work.world.heartbeat
+        context, parts = engine.context, program.components
+        self.engine, self._settings, self._device = engine, settings, context.device
+        self._heartbeat = context.world.heartbeat
         self._process, self._shift = contract.process, program.teacher_contract.shift
         self._embedded = contract.embedded_guidance
-        self._data, fixed = _split(work.data(program), work.health.samples)
-        negative = to_device(self._data.negative, work.device)
+        self._data, fixed = _split(context.data(program), context.health.samples)
+        negative = to_device(self._data.negative, context.device)
         low, high = settings.score_range
         self._score_range = level_range(contract, self._shift, low=low, high=high, key="dmd.score_range")
 
@@ -80,11 +80,11 @@ class Roles:
             if fixed is not None and parts["original_partner"] != parts["partner"]:
                 teacher_partner = self._load_partner(parts["original_partner"])
             sampled, guided = experts.combine(sampled, partner), experts.combine(guided, teacher_partner)
-        self._simulation = Simulation(program, contract, self._data, negative, work.device, partner, self._heartbeat)
+        self._simulation = Simulation(program, contract, self._data, negative, context.device, partner, self._heartbeat)
         self.health: StudentEvaluation | None = None
         if fixed is not None:
             self.health = StudentEvaluation(
-                work,
+                context,
                 program,
                 contract,
                 fixed,
@@ -111,7 +111,7 @@ class Roles:
     def _build_student(self, program: Program, base: SharedBase | None) -> Any:
         """Load the pruned transformer, or build a LoRA that computes like it."""
         engine, settings, graph = self.engine, self._settings, self._graph
-        folder, seed = program.components["transformer"], seed_of(engine.work.seed, "generator")
+        folder, seed = program.components["transformer"], seed_of(engine.context.seed, "generator")
         if settings.generator == "full":
             return engine.load_trained(folder)
         if base is None or not settings.generator_shares:
@@ -141,7 +141,7 @@ class Roles:
         """Return the critic's role and the fake score as a network; the adversarial term puts it in a discriminator."""
         settings = self._settings
         if settings.fake_score == "lora" and base is not None:
-            seed = seed_of(self.engine.work.seed, "fake score")
+            seed = seed_of(self.engine.context.seed, "fake score")
             fake: Any = LoRA(base, base.blocks, settings.lora_rank, seed=seed)
         else:
             fake = self.engine.load_trained(program.components["elastic"])

@@ -40,7 +40,7 @@ class Prompts:
     """Conditioning and noise of the fixed samples, the same at every call; every process has its share.
 
     Attributes:
-        work: the pass's context.
+        context: the pass's.
         conditioning: conditioning of this process's samples, on the training's device.
         negative: conditioning of the negative prompt, [1, ...].
         shape: shape of this process's latents [n, channels, frames, height, width].
@@ -49,7 +49,7 @@ class Prompts:
         start: (noise, conditioning) -> latents that sampling starts from.
     """
 
-    work: PassContext
+    context: PassContext
     conditioning: Conditioning
     negative: Conditioning
     shape: tuple[int, ...]
@@ -58,14 +58,14 @@ class Prompts:
     start: Callable[[torch.Tensor, Conditioning], torch.Tensor]
 
     @classmethod
-    def choose(cls, work: PassContext, program: Program, data: LatentDataset, at_once: int) -> Prompts:
-        """Choose `work.health.samples` prompts of a dataset, rounded up to a multiple of the processes."""
-        size = work.world.size
-        total = -(-work.health.samples // size) * size
-        draws = _draws(work, total)
+    def choose(cls, context: PassContext, program: Program, data: LatentDataset, at_once: int) -> Prompts:
+        """Choose `context.health.samples` prompts of a dataset, rounded up to a multiple of the processes."""
+        size = context.world.size
+        total = -(-context.health.samples // size) * size
+        draws = _draws(context, total)
         shape, conditioning = data.conditions(total, draws.shared, program.latents, draws.mine)
-        conditioning, negative = to_device(conditioning, work.device), to_device(data.negative, work.device)
-        return cls(work, conditioning, negative, shape, at_once, total, program.family.start)
+        conditioning, negative = to_device(conditioning, context.device), to_device(data.negative, context.device)
+        return cls(context, conditioning, negative, shape, at_once, total, program.family.start)
 
     @torch.no_grad()
     def sample(self, network: Network, contract: SamplingContract, draw: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,14 +82,14 @@ class Prompts:
             Clean latents, and intermediate predictions of x0, which a critic is trained on: sample i's at level
             i modulo the number of the contract's levels. Both [n, channels, frames, height, width].
         """
-        draws, levels = _draws(self.work, self.total, draw), contract.sigmas
+        draws, levels = _draws(self.context, self.total, draw), contract.sigmas
         noises = [draws.normal(*self.shape[1:]) for _ in range(1 + len(levels) * contract.stochastic)]
         level_of = torch.arange(self.total)[draws.mine] % len(levels)
         clean, intermediate = [], []
         for part in torch.split(torch.arange(len(draws)), self.at_once):
-            conditioning = select(self.conditioning, part.to(self.work.device))
+            conditioning = select(self.conditioning, part.to(self.context.device))
             draw_noise = _in_order([noise[part] for noise in noises])
-            x = self.start(draw_noise(noises[0]).to(self.work.device), conditioning)
+            x = self.start(draw_noise(noises[0]).to(self.context.device), conditioning)
             seen, walk = torch.zeros_like(x), Walk(contract)
             for step, sigma in enumerate(levels):
                 prediction = predict(network, contract, step, x, conditioning, self.negative)
@@ -97,7 +97,7 @@ class Prompts:
                 here = (level_of[part] == step).to(x.device)
                 seen = torch.where(expand_to(here, x), x0, seen)
                 x = walk(x, prediction, step, draw_noise)
-                self.work.world.heartbeat()
+                self.context.world.heartbeat()
             clean.append(x)
             intermediate.append(seen)
         return torch.cat(clean), torch.cat(intermediate)
@@ -115,7 +115,7 @@ class Samples:
 
     def __init__(self, prompts: Prompts, program: Program, teacher: Network, contract: SamplingContract) -> None:
         self._prompts, self._program, self._teacher, self._contract = prompts, program, teacher, contract
-        self._work = prompts.work
+        self._context = prompts.context
         self._reference: Moments | None = None
         self._teacher_redraws: list[dict[str, float]] | None = None
 
@@ -127,20 +127,20 @@ class Samples:
         """
         reference = self._reference = self._reference or self._teacher_moments()
         clean, _ = self._prompts.sample(student, contract)
-        if self._work.world.main:
-            draw_strip(self._work, self._program, clean[:SHOWN], strip_of(self._work.directory, step))
-            self._work.world.heartbeat()
-        return compare(clean, reference, self._work.world)
+        if self._context.world.main:
+            draw_strip(self._context, self._program, clean[:SHOWN], strip_of(self._context.directory, step))
+            self._context.world.heartbeat()
+        return compare(clean, reference, self._context.world)
 
     def redraw_figures(self, draw: int, student: Network, contract: SamplingContract) -> dict[str, float]:
         """Return the figures of the same prompts with other noises; after `figures`, all processes together."""
         assert self._reference is not None
         clean, _ = self._prompts.sample(student, contract, draw)
-        return compare(clean, self._reference, self._work.world)
+        return compare(clean, self._reference, self._context.world)
 
     def teacher_figures(self) -> list[dict[str, float]]:
         """Return the figures of the teacher's samples with other noises; after `figures`, all processes together."""
-        path, world = self._work.directory / CHECKPOINTS / "teacher-redraws.json", self._work.world
+        path, world = self._context.directory / CHECKPOINTS / "teacher-redraws.json", self._context.world
         if self._teacher_redraws is None:
             self._teacher_redraws = world.broadcast(lambda: json.loads(path.read_text()) if path.exists() else [])
         while len(self._teacher_redraws) < TEACHER_REDRAWS:
@@ -152,14 +152,14 @@ class Samples:
 
     def _teacher_moments(self) -> Moments:
         """Return the teacher's moments: those stored by an earlier start of this training, or of samples made now."""
-        path, world = self._work.directory / CHECKPOINTS / "teacher.safetensors", self._work.world
+        path, world = self._context.directory / CHECKPOINTS / "teacher.safetensors", self._context.world
         if world.broadcast(path.exists):
             stored: Moments = load_file(str(path))
             return stored
         clean, _ = self._prompts.sample(self._teacher, self._contract)
         teacher_moments = moments(clean, world)
         if world.main:
-            draw_strip(self._work, self._program, clean[:SHOWN], reference_strip(self._work.directory))
+            draw_strip(self._context, self._program, clean[:SHOWN], reference_strip(self._context.directory))
             world.heartbeat()
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as temporary:
@@ -229,6 +229,6 @@ def _in_order(noises: Sequence[torch.Tensor]) -> Callable[[torch.Tensor], torch.
     return lambda like: next(source)
 
 
-def _draws(work: PassContext, total: int, draw: int = 0) -> Draws:
-    parts = (work.seed, "health", "samples", *([draw] if draw else []))
-    return Draws(*parts, batch=total, rank=work.world.rank, processes=work.world.size)
+def _draws(context: PassContext, total: int, draw: int = 0) -> Draws:
+    parts = (context.seed, "health", "samples", *([draw] if draw else []))
+    return Draws(*parts, batch=total, rank=context.world.rank, processes=context.world.size)

@@ -23,7 +23,7 @@ class StudentEvaluation:
     """The held-out evaluations of one distillation.
 
     Args:
-        work: the pass's context.
+        context: the pass's.
         program: the program it distils; its teacher's contract is how the real score is sampled.
         contract: the student's.
         data: the source of the fixed prompts.
@@ -37,7 +37,7 @@ class StudentEvaluation:
 
     def __init__(
         self,
-        work: PassContext,
+        context: PassContext,
         program: Program,
         contract: SamplingContract,
         data: LatentDataset,
@@ -49,11 +49,11 @@ class StudentEvaluation:
         real: Network,
         score_range: tuple[float, float],
     ) -> None:
-        self._work, self._contract, self._generator = work, contract, generator
+        self._context, self._contract, self._generator = context, contract, generator
         self._student, self._fake, self._real = student, fake, real
-        self._at_once = work.at_once(batch)
+        self._at_once = context.at_once(batch)
         self._range, self._shift = score_range, program.teacher_contract.shift
-        self._prompts = Prompts.choose(work, program, data, self._at_once)
+        self._prompts = Prompts.choose(context, program, data, self._at_once)
         self._samples = Samples(self._prompts, program, real, program.teacher_contract)
         self._lagging = False
 
@@ -61,7 +61,7 @@ class StudentEvaluation:
         """Sample the student; return the figures of a step."""
         with self._generator.with_average():
             figures = self._samples.figures(step, self._student, self._contract)
-        lag, highest = self._lag(), self._work.health.max_critic_lag
+        lag, highest = self._lag(), self._context.health.max_critic_lag
         self._lagging = highest is not None and lag > highest
         return {**figures, "critic_lag": lag}
 
@@ -78,8 +78,8 @@ class StudentEvaluation:
     def _lag(self, draw: int = 0) -> float:
         """Return the fake score's lag behind the generator's live weights, at one level for each sample."""
         _, fresh = self._prompts.sample(self._student, self._contract, draw)
-        total, world = self._prompts.total, self._work.world
-        parts = (self._work.seed, "health", "critic lag", *([draw] if draw else []))
+        total, world = self._prompts.total, self._context.world
+        parts = (self._context.seed, "health", "critic lag", *([draw] if draw else []))
         draws = Draws(*parts, batch=total, rank=world.rank, processes=world.size)
         low, high = self._range
         # Levels are shuffled: a sample's level must not depend on which of the student's steps predicted it.
@@ -92,14 +92,14 @@ class StudentEvaluation:
         )
 
 
-def student_watch(work: PassContext, name: str, health: StudentEvaluation | None) -> Watch:
+def student_watch(context: PassContext, name: str, health: StudentEvaluation | None) -> Watch:
     """Return the watch over a distillation; without samples it judges only what the steps report."""
-    limits, none = work.health, (None, None)
+    limits, none = context.health, (None, None)
     low, high = limits.deviation or none
     slow, fast = limits.motion or none
     over_driven = "train for fewer steps, lower learning_rate, or lower inter_cfg and intra_cfg"
     return Watch(
-        work,
+        context,
         name=name,
         evaluate=health.evaluate if health is not None else lambda step: {},
         redraw=health.redraw if health is not None else None,

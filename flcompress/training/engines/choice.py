@@ -7,16 +7,16 @@ from flcompress.training.engines.engine import Engine
 from flcompress.training.engines.replicated import Distributed, Local
 
 
-def engine_of(work: PassContext) -> Engine:
+def engine_of(context: PassContext) -> Engine:
     """Return the engine that a pass's context asks for."""
-    if work.engine == "local":
-        return Local(work)
-    if work.engine == "ddp":
-        return Distributed(work)
-    if work.engine == "fsdp2":
+    if context.engine == "local":
+        return Local(context)
+    if context.engine == "ddp":
+        return Distributed(context)
+    if context.engine == "fsdp2":
         from flcompress.training.engines.fsdp import FullySharded
 
-        return FullySharded(work)
+        return FullySharded(context)
     from flcompress.training.engines.zero import Zero
 
-    return Zero(work, stage=int(work.engine[-1]))
+    return Zero(context, stage=int(context.engine[-1]))

@@ -108,8 +108,8 @@ class Engine(ABC):
     skips: bool = True
     splits_weights: bool = False
 
-    def __init__(self, work: PassContext) -> None:
-        self.work = work
+    def __init__(self, context: PassContext) -> None:
+        self.context = context
         self._graphs: dict[str, BlockGraph] = {}
 
     def load_trained(self, folder: Path) -> Any:
@@ -129,12 +129,12 @@ class Engine(ABC):
             folder: the transformer's folder.
             unsharded: paths of parameters that every process holds whole, since LoRA roles replace them.
         """
-        half = torch.bfloat16 if self.work.precision == "bf16" else None
+        half = torch.bfloat16 if self.context.precision == "bf16" else None
         return self._compile(self._load(folder, half, trained=False, unsharded=unsharded), folder)
 
     def _load(self, folder: Path, dtype: torch.dtype | None, *, trained: bool, unsharded: Collection[str] = ()) -> Any:
         """Load this process's part of a transformer onto its device."""
-        return load_transformer(folder, self.work.device, dtype).requires_grad_(trained)
+        return load_transformer(folder, self.context.device, dtype).requires_grad_(trained)
 
     def checkpoint_blocks(self, model: Any, function: Callable[..., Any] | None = None) -> None:
         """Enable gradient checkpointing if the training asks for it: the backward recomputes the blocks.
@@ -146,7 +146,7 @@ class Engine(ABC):
         Raises:
             RequestError: the model's class has no gradient checkpointing.
         """
-        if not self.work.gradient_checkpointing:
+        if not self.context.gradient_checkpointing:
             return
         if not model._supports_gradient_checkpointing:
             raise RequestError(
@@ -155,8 +155,8 @@ class Engine(ABC):
         model.enable_gradient_checkpointing(function)
 
     def _compile(self, model: Any, folder: Path) -> Any:
-        if self.work.compile:
-            if self.work.device == "cpu" and (missing := missing_compiler()):
+        if self.context.compile:
+            if self.context.device == "cpu" and (missing := missing_compiler()):
                 raise UnavailableError(f"training.compile: {missing}, or set it to false")
             compile_blocks(model, self.graph(folder))
         return model
@@ -184,7 +184,7 @@ class Engine(ABC):
         Raises:
             TrainingError: the library built something else.
         """
-        size, name = self.work.world.size, type(wrapped.module).__name__
+        size, name = self.context.world.size, type(wrapped.module).__name__
         if not isinstance(wrapped.module, kind):
             raise self._mismatch(f"the model is a {name}", kind.__name__)
         processes = dist.get_world_size() if dist.is_initialized() else 1
@@ -196,7 +196,7 @@ class Engine(ABC):
         return wrapped
 
     def _mismatch(self, actual: str, expected: str) -> TrainingError:
-        return TrainingError(f"training.engine: {self.work.engine} asked, but {actual}, expected {expected}")
+        return TrainingError(f"training.engine: {self.context.engine} asked, but {actual}, expected {expected}")
 
     @abstractmethod
     def wrap_frozen(self, model: nn.Module) -> Any:
@@ -209,5 +209,5 @@ class Engine(ABC):
     @contextmanager
     def forward_mode(self) -> Iterator[None]:
         """Return a context for every forward and backward of a training: its precision."""
-        with half_precision(self.work.device, enabled=self.work.precision == "bf16"):
+        with half_precision(self.context.device, enabled=self.context.precision == "bf16"):
             yield

@@ -44,7 +44,7 @@ class Shards(Replica):
         state: dict[str, torch.Tensor] = {}
         for name, value in self.model.state_dict().items():
             full = value.full_tensor() if isinstance(value, DTensor) else value
-            if self.work.world.main:
+            if self.context.world.main:
                 state[name] = full.detach().cpu().clone()
         return state
 
@@ -66,17 +66,17 @@ class Shards(Replica):
 class FullySharded(Engine):
     """FSDP2 over all processes."""
 
-    def __init__(self, work: PassContext) -> None:
-        super().__init__(work)
+    def __init__(self, context: PassContext) -> None:
+        super().__init__(context)
         self.splits_weights = True
-        self.layout = f"fsdp2 on {work.world.size} processes"
+        self.layout = f"fsdp2 on {context.world.size} processes"
         # A transformer's last reshape makes a view; nothing here writes into a model's output.
         warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
-        self._device = torch.device(work.device)
-        self._mesh = init_device_mesh(self._device.type, (work.world.size,))
+        self._device = torch.device(context.device)
+        self._mesh = init_device_mesh(self._device.type, (context.world.size,))
 
     def _load(self, folder: Path, dtype: torch.dtype | None, *, trained: bool, unsharded: Collection[str] = ()) -> Any:
-        model, stored = empty_transformer(folder, self.work.device, dtype)
+        model, stored = empty_transformer(folder, self.context.device, dtype)
         model.requires_grad_(trained)
         self._share(model, [block.path for block in self.graph(folder).blocks], unsharded)
         # Allocate memory only now, and only for this rank's rows. Not by `to_empty`, which would empty the buffers too.
@@ -95,7 +95,7 @@ class FullySharded(Engine):
     def wrap_trained(self, model: nn.Module, hyper: Hyper, *, batch: int) -> WrappedModel:
         if not isinstance(model, FSDPModule):
             self._share(model)
-        return self.verify_engine(Shards(self.work, model, model, hyper), FSDPModule)
+        return self.verify_engine(Shards(self.context, model, model, hyper), FSDPModule)
 
     @override
     def wrap_frozen(self, model: nn.Module) -> Any:

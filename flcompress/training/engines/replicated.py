@@ -23,8 +23,8 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 class Replica(WrappedModel):
     """A model with torch's AdamW; every process holds all of it."""
 
-    def __init__(self, work: PassContext, model: Any, module: Any, hyper: Hyper) -> None:
-        self.work, self.model, self.module, self._hyper = work, model, module, hyper
+    def __init__(self, context: PassContext, model: Any, module: Any, hyper: Hyper) -> None:
+        self.context, self.model, self.module, self._hyper = context, model, module, hyper
         self._named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self._optimizer = optimiser(list(self._named.values()), hyper)
 
@@ -61,13 +61,13 @@ class Replica(WrappedModel):
 
     @override
     def full_state(self) -> dict[str, torch.Tensor]:
-        if not self.work.world.main:
+        if not self.context.world.main:
             return {}
         return {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
 
     @override
     def state(self) -> dict[str, torch.Tensor]:
-        if not self.work.world.main:
+        if not self.context.world.main:
             return {}
         flat = {f"model.{name}": value.detach() for name, value in self.model.state_dict().items()}
         return flat | self._moments(self._named)
@@ -118,7 +118,7 @@ class Local(Engine):
 
     @override
     def wrap_trained(self, model: nn.Module, hyper: Hyper, *, batch: int) -> WrappedModel:
-        return self.verify_engine(Replica(self.work, model, model, hyper), nn.Module)
+        return self.verify_engine(Replica(self.context, model, model, hyper), nn.Module)
 
     @override
     def wrap_frozen(self, model: nn.Module) -> Any:
@@ -134,13 +134,13 @@ class Distributed(Engine):
     def wrap_trained(self, model: nn.Module, hyper: Hyper, *, batch: int) -> WrappedModel:
         from torch.nn.parallel import DistributedDataParallel
 
-        devices = [torch.cuda.current_device()] if self.work.device == "cuda" else None
+        devices = [torch.cuda.current_device()] if self.context.device == "cuda" else None
         # A skipped block has no gradient; it is skipped in every process alike.
         module = DistributedDataParallel(
             model, device_ids=devices, find_unused_parameters=True, gradient_as_bucket_view=True
         )
         warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
-        return self.verify_engine(AveragedReplica(self.work, model, module, hyper), DistributedDataParallel)
+        return self.verify_engine(AveragedReplica(self.context, model, module, hyper), DistributedDataParallel)
 
     @override
     def wrap_frozen(self, model: nn.Module) -> Any:

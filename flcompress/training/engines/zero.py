@@ -25,10 +25,10 @@ from flcompress.training.engines.optimiser import optimiser
 class ZeroModel(WrappedModel):
     """A model behind a DeepSpeed engine, which owns gradients, clipping and the step of torch's AdamW."""
 
-    def __init__(self, work: PassContext, stage: int, model: Any, hyper: Hyper, config: Mapping[str, Any]) -> None:
+    def __init__(self, context: PassContext, stage: int, model: Any, hyper: Hyper, config: Mapping[str, Any]) -> None:
         import deepspeed
 
-        self.work, self.model, self._stage = work, model, stage
+        self.context, self.model, self._stage = context, model, stage
         self._named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self._optimizer = optimiser(list(self._named.values()), hyper)
         self.module, *_ = deepspeed.initialize(
@@ -82,15 +82,15 @@ class ZeroModel(WrappedModel):
         import deepspeed
 
         if self._stage < 3:
-            state = self.model.state_dict() if self.work.world.main else {}
+            state = self.model.state_dict() if self.context.world.main else {}
             return {name: value.detach().cpu().clone() for name, value in state.items()}
         gathered: dict[str, torch.Tensor] = {}
         for name, parameter in self.model.named_parameters():
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=None):
-                if self.work.world.main:
+                if self.context.world.main:
                     gathered[name] = parameter.detach().cpu().clone()
         buffers = set(self.model.state_dict()) - set(dict(self.model.named_parameters()))
-        if self.work.world.main:
+        if self.context.world.main:
             gathered |= {name: self.model.get_buffer(name).detach().cpu().clone() for name in buffers}
         return gathered
 
@@ -128,8 +128,8 @@ def _index(key: str) -> int:
 class Zero(Engine):
     """DeepSpeed on all processes."""
 
-    def __init__(self, work: PassContext, stage: int) -> None:
-        super().__init__(work)
+    def __init__(self, context: PassContext, stage: int) -> None:
+        super().__init__(context)
         try:
             import deepspeed
         except ImportError as error:
@@ -140,13 +140,13 @@ class Zero(Engine):
         warnings.filterwarnings("ignore", message=".*is deprecated", module="torch.distributed")
         # Under its bf16 norms keep their fp32 weights, which torch has no fused kernel for.
         warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
-        if work.device == "cpu":
+        if context.device == "cpu":
             # Otherwise a shared-memory operation is compiled on first use, for minutes.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         os.environ.setdefault("LOCAL_RANK", "0")  # one process without a launcher, where training.processes is 1
         deepspeed.init_distributed(dist_init_required=False)
         self._stage, self._kind = stage, deepspeed.DeepSpeedEngine
-        self.layout = f"zero{stage} on {work.world.size} processes"
+        self.layout = f"zero{stage} on {context.world.size} processes"
         # ZeRO-3 would give a skipped block the gradient of its last step.
         self.skips = stage < 3
         self.splits_weights = stage == 3
@@ -157,17 +157,17 @@ class Zero(Engine):
         import deepspeed
 
         # Not inside `zero.Init`, which would round what buffers are computed from to one dtype.
-        model, stored = empty_transformer(folder, self.work.device, dtype)
+        model, stored = empty_transformer(folder, self.context.device, dtype)
         model.requires_grad_(trained)
         # Split here, block by block: `deepspeed.initialize` would need all weights whole at once.
         for part in (*(block.path for block in self.graph(folder).blocks), ""):
             for name, parameter in list(model.get_submodule(part).named_parameters(part)):
                 if parameter.device.type == "meta":
-                    weight = torch.empty_like(parameter, device=self.work.device, requires_grad=False)
+                    weight = torch.empty_like(parameter, device=self.context.device, requires_grad=False)
                     stored[name].fill(weight)
                     put(model, name, weight)
             deepspeed.zero.Init(
-                module=model.get_submodule(part), config_dict_or_path=self._config(self.work.world.size)
+                module=model.get_submodule(part), config_dict_or_path=self._config(self.context.world.size)
             )
         for name, _ in model.named_buffers():
             if name in stored:
@@ -176,26 +176,26 @@ class Zero(Engine):
 
     @override
     def wrap_trained(self, model: nn.Module, hyper: Hyper, *, batch: int) -> WrappedModel:
-        wrapped = ZeroModel(self.work, self._stage, model, hyper, self._config(batch))
+        wrapped = ZeroModel(self.context, self._stage, model, hyper, self._config(batch))
         stage, processes = wrapped.module.zero_optimization_stage(), wrapped.module.dp_world_size
-        if (stage, processes) != (self._stage, self.work.world.size):
+        if (stage, processes) != (self._stage, self.context.world.size):
             raise self._mismatch(
-                f"DeepSpeed runs ZeRO-{stage} on {processes}", f"ZeRO-{self._stage} on {self.work.world.size}"
+                f"DeepSpeed runs ZeRO-{stage} on {processes}", f"ZeRO-{self._stage} on {self.context.world.size}"
             )
         return self.verify_engine(wrapped, self._kind)
 
     @override
     def wrap_frozen(self, model: nn.Module) -> Any:
         if self._stage < 3:
-            return _Frozen(model, self.work)
+            return _Frozen(model, self.context)
         import deepspeed
 
-        return deepspeed.initialize(model=model, config=self._config(self.work.world.size))[0]
+        return deepspeed.initialize(model=model, config=self._config(self.context.world.size))[0]
 
     def _config(self, batch: int) -> dict[str, Any]:
-        half = self.work.precision == "bf16"
+        half = self.context.precision == "bf16"
         return {
-            "train_micro_batch_size_per_gpu": batch // self.work.world.size,
+            "train_micro_batch_size_per_gpu": batch // self.context.world.size,
             "gradient_accumulation_steps": 1,  # it would divide the loss; see `micro_batch`
             "steps_per_print": 1 << 62,
             # Small parameters are split like all others, so that a process holds its share of everything.
@@ -215,10 +215,10 @@ class Zero(Engine):
 class _Frozen(nn.Module):
     """A frozen model next to DeepSpeed's, in the training's precision."""
 
-    def __init__(self, model: Any, work: PassContext) -> None:
+    def __init__(self, model: Any, context: PassContext) -> None:
         super().__init__()
-        self.inner, self._work = model, work
+        self.inner, self._context = model, context
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with half_precision(self._work.device, enabled=self._work.precision == "bf16"):
+        with half_precision(self._context.device, enabled=self._context.precision == "bf16"):
             return self.inner(*args, **kwargs)

@@ -34,16 +34,16 @@ class AutoencoderTraining:
     name: str
     optimisation: Optimisation
 
-    def fit(self, vae: Any, work: PassContext) -> None:
+    def fit(self, vae: Any, context: PassContext) -> None:
         """Minimise the reconstruction error of freshly drawn clips; `vae` is trained in place."""
-        engine = engine_of(work)
+        engine = engine_of(context)
         steps, batch = self.optimisation.steps, self.optimisation.batch
         role = TrainedRole.of(engine, "autoencoder", vae.train(), self.optimisation)
 
         def loss(draws: Draws) -> torch.Tensor:
-            x = digits.sample(batch, "train", draws.shared)[0][draws.mine].to(work.device)
+            x = digits.sample(batch, "train", draws.shared)[0][draws.mine].to(context.device)
             latents: torch.Tensor = vae.encode(x).latent_dist.mode()
-            noise = draws.normal(*latents.shape[1:]).to(work.device)
+            noise = draws.normal(*latents.shape[1:]).to(context.device)
             error = _decode_unclamped(vae, latents + LATENT_NOISE * noise) - x
             return error.square().mean() + error.abs().mean() + LATENT_PENALTY * latents.square().mean()
 

@@ -32,12 +32,12 @@ class Pretraining:
 
     def weights(self, engine: Engine, program: Program) -> dict[str, torch.Tensor]:
         """Train; return the moving average of the weights in the main process, nothing in the others."""
-        work, contract = engine.work, program.contract
+        context, contract = engine.context, program.contract
         model = engine.load_trained(program.components["transformer"]).train()
         role = TrainedRole.of(engine, "pretrain", model, self.optimisation)
         process, guidance = contract.process, contract.embedded_guidance
         network = as_network(role.module, guidance)
-        data = work.data(program)
+        data = context.data(program)
         training, heldout = data.split(min(MONITOR_CLIPS, len(data) // 4))
 
         low, high = level_range(contract, self.shift, key=self.name)
@@ -46,13 +46,13 @@ class Pretraining:
             x0, conditioning = training.batch(draws.batch, draws.shared, draws.mine)
             conditioning = drop_captions(conditioning, data.empty, draws.uniform() < self.caption_dropout)
             noise, level = draws.normal(*x0.shape[1:]), draw_levels(draws, self.shift, low=low, high=high)
-            x0, noise, level = (t.to(work.device) for t in (x0, noise, level))
-            return denoising_loss(network, process, x0, to_device(conditioning, work.device), level, noise)
+            x0, noise, level = (t.to(context.device) for t in (x0, noise, level))
+            return denoising_loss(network, process, x0, to_device(conditioning, context.device), level, noise)
 
-        at_once = work.at_once(self.optimisation.batch)
-        elbo = HeldOutELBO(heldout, contract, len(heldout), work.seed, work.device, at_once, work.world)
+        at_once = context.at_once(self.optimisation.batch)
+        elbo = HeldOutELBO(heldout, contract, len(heldout), context.seed, context.device, at_once, context.world)
         health = HeldOutEvaluation(elbo, {"elbo": network})
-        watch = Watch(work, name=self.name, evaluate=health.evaluate, redraw=health.redraw, held_out="elbo")
+        watch = Watch(context, name=self.name, evaluate=health.evaluate, redraw=health.redraw, held_out="elbo")
         train(
             lambda step, draws: role.update(draws, loss),
             [role],

@@ -60,12 +60,12 @@ class DepthRoles:
     """
 
     def __init__(self, settings: StochasticDepthTraining, program: Program, engine: Engine) -> None:
-        work, contract = engine.work, program.contract
-        self._settings, self._engine, self._work = settings, engine, work
+        context, contract = engine.context, program.contract
+        self._settings, self._engine, self._context = settings, engine, context
         self._graph, self._prune_set = program.graph, program.prune_set
         self._contract, self._process = contract, contract.process
         source, guidance = program.components["transformer"], contract.embedded_guidance
-        data = work.data(program)
+        data = context.data(program)
         self._training, self._held_out = data.split(min(HELD_OUT_CLIPS, max(1, len(data) // 4)))
         self.role = TrainedRole.of(
             engine,
@@ -84,7 +84,7 @@ class DepthRoles:
 
     def _loss(self, draws: Draws) -> Loss:
         """L_II = alpha |f_pruned - target|^2 + (1 - alpha) |f_pruned - v|^2."""
-        settings, process, device = self._settings, self._process, self._work.device
+        settings, process, device = self._settings, self._process, self._context.device
         x0, conditioning = self._training.batch(draws.batch, draws.shared, draws.mine)
         conditioning = drop_captions(conditioning, self._training.negative, draws.uniform() < settings.caption_dropout)
         noise = draws.normal(*x0.shape[1:])
@@ -123,16 +123,16 @@ class DepthRoles:
             else:
                 with role.with_average():
                     full = network(x, timestep, conditioning)
-        self._work.world.heartbeat()
+        self._context.world.heartbeat()
         with engine.skip(role.model, skipped, graph=graph):
             return network(x, timestep, conditioning), full
 
     def watch(self) -> Watch:
         """Return the watch over the held-out losses of both paths; the original is scored at once."""
-        settings, work, engine = self._settings, self._work, self._engine
-        at_once = work.at_once(settings.optimisation.batch)
+        settings, context, engine = self._settings, self._context, self._engine
+        at_once = context.at_once(settings.optimisation.batch)
         elbo = HeldOutELBO(
-            self._held_out, self._contract, len(self._held_out), work.seed, work.device, at_once, work.world
+            self._held_out, self._contract, len(self._held_out), context.seed, context.device, at_once, context.world
         )
         with engine.forward_mode():
             reference = elbo(self._original)
@@ -141,9 +141,9 @@ class DepthRoles:
         networks = {"elbo_full": self._network, "elbo_pruned": pruned}
         health = HeldOutEvaluation(elbo, networks, _figures, fixed={"elbo_original": reference})
         fix = "lower learning_rate" if settings.target == "frozen" else "lower learning_rate, or set target: frozen"
-        drift = Limit(setting="max_drift", high=work.health.max_drift, fix=fix)
+        drift = Limit(setting="max_drift", high=context.health.max_drift, fix=fix)
         return Watch(
-            work,
+            context,
             name=settings.name,
             evaluate=health.evaluate,
             redraw=health.redraw,

@@ -115,11 +115,11 @@ class Watch:
     lowest mean over all draws. No limit is narrower than the reference's own spread over other draws.
 
     Its state is a function of `metrics.jsonl` and `redraws.jsonl`, so a resumed training judges as an unbroken one.
-    Every process of the work's world has one and comes to the same verdict, since figures are agreed upon; only the
+    Every process of the engine's world has one and comes to the same verdict, since figures are agreed upon; only the
     main one writes.
 
     Args:
-        work: the pass's context; its `health` sets the interval and what follows a breach.
+        context: the pass's; its `health` sets the interval and what follows a breach.
         name: the pass.
         evaluate: step -> held-out figures, the same in every process.
         redraw: step -> those on other draws; called after `evaluate`. None if no figure depends on draws.
@@ -133,7 +133,7 @@ class Watch:
 
     def __init__(
         self,
-        work: PassContext,
+        context: PassContext,
         *,
         name: str,
         evaluate: Callable[[int], Figures],
@@ -141,9 +141,9 @@ class Watch:
         limits: Mapping[str, Limit] | None = None,
         redraw: Callable[[int], Redraws] | None = None,
     ) -> None:
-        self._work, self._name, self.evaluate, self._held_out = work, name, evaluate, held_out
+        self._context, self._name, self.evaluate, self._held_out = context, name, evaluate, held_out
         self.redraw = redraw or (lambda step: NO_REDRAWS)
-        self.every = work.health.every
+        self.every = context.health.every
         self.best = (-1, math.inf)
         self._best_redrawn: list[float] = []
         self._limits = dict(limits or {})
@@ -151,20 +151,20 @@ class Watch:
 
     def resume(self, logged: Iterable[Figures]) -> None:
         """Restore the state after these lines of the log, which the main process passes; all processes together."""
-        world = self._work.world
+        world = self._context.world
         if world.main:
             redraws = self._read_redraws()
             for record in logged:
                 step = int(record["step"])
                 self._new_breaches(step, record, redraws.get(step, NO_REDRAWS))
-            HealthFile(**self._settings()).write(self._work.directory / HEALTH_FILE)
+            HealthFile(**self._settings()).write(self._context.directory / HEALTH_FILE)
         state = world.broadcast(lambda: [self.best[0], _finite(self.best[1]), self._best_redrawn, sorted(self._beyond)])
         step, value, self._best_redrawn, beyond = state
         self.best, self._beyond = (step, math.inf if value is None else value), set(beyond)
 
     def _read_redraws(self) -> dict[int, Redraws]:
         """Read the redraws of each step from `redraws.jsonl`."""
-        lines = RedrawsLine.read_lines(self._work.directory / REDRAWS_FILE)
+        lines = RedrawsLine.read_lines(self._context.directory / REDRAWS_FILE)
         return {line.step: Redraws(line.draws, line.reference) for line in lines}
 
     def judge(self, step: int, figures: Figures, redraws: Redraws = NO_REDRAWS) -> bool:
@@ -178,19 +178,19 @@ class Watch:
         Raises:
             TrainingError: a figure breaches its limit and `on_breach` is stop, or there is nothing to roll back to.
         """
-        action = self._work.health.on_breach
+        action = self._context.health.on_breach
         for breach in self._new_breaches(step, figures, redraws):
             back = action == "rollback" and self.best[0] > 0
             line = f"{self._name}: step {step}: {breach.description}; see docs/health.md"
             self._record("rollback" if back else "stop" if action != "warn" else "warn", step, breach)
             if back:
-                self._work.say(f"{line}; the pass ends with the weights of step {self.best[0]}, the best evaluation")
+                self._context.say(f"{line}; the pass ends with the weights of step {self.best[0]}, the best evaluation")
                 return True
             if action == "rollback":
                 raise TrainingError(f"{line}; stopped: no evaluation was better than the start")
             if action == "stop":
                 raise TrainingError(f"{line}; stopped, the last good checkpoint is kept")
-            self._work.say(f"warning: {line}")
+            self._context.say(f"warning: {line}")
         return False
 
     def _new_breaches(self, step: int, figures: Figures, redraws: Redraws) -> list[_Breach]:
@@ -236,7 +236,7 @@ class Watch:
             best: the held-out figure on the same draw at the best evaluation.
             reference: the figure of the reference on other draws.
         """
-        health = self._work.health
+        health = self._context.health
         if figure == self._held_out and health.max_worsening is not None and math.isfinite(best):
             return Limit(
                 setting="max_worsening",
@@ -255,10 +255,10 @@ class Watch:
             for figure, limit in self._limits.items()
             if (limit.low, limit.high) != (None, None)
         }
-        return {"held_out": self._held_out, "limits": limits, **self._work.health.model_dump(mode="json")}
+        return {"held_out": self._held_out, "limits": limits, **self._context.health.model_dump(mode="json")}
 
     def _record(self, action: str, step: int, breach: _Breach) -> None:
-        if not self._work.world.main:
+        if not self._context.world.main:
             return
         record = {
             "step": step,
@@ -272,8 +272,8 @@ class Watch:
             "action": action,
             "best_step": self.best[0],
         }
-        append_line(self._work.directory / BREACHES_FILE, BreachLine(**record).line())
-        self._work.note("health", self._name, status=action, **record)
+        append_line(self._context.directory / BREACHES_FILE, BreachLine(**record).line())
+        self._context.note("health", self._name, status=action, **record)
 
 
 def _finite(value: float) -> float | None:

@@ -28,7 +28,7 @@ def reference_strip(directory: Path) -> Path:
     return directory / STRIPS / "teacher.png"
 
 
-def draw_strip(work: PassContext, program: Program, latents: torch.Tensor, path: Path) -> None:
+def draw_strip(context: PassContext, program: Program, latents: torch.Tensor, path: Path) -> None:
     """Decode clips [n, channels, frames, height, width], one at a time, and write them as rows of frames.
 
     The autoencoder is in memory only while this lasts. A failure to draw does not end the training: it is reported, and
@@ -36,10 +36,10 @@ def draw_strip(work: PassContext, program: Program, latents: torch.Tensor, path:
     """
     free_gpu_memory()
     try:
-        _draw(program, latents, path, work.device)
+        _draw(program, latents, path, context.device)
     except Exception as error:  # noqa: BLE001 (whatever it was)
         reason = " ".join(str(error).split())[:300]
-        work.say(f"warning: {path.name}: not drawn, the training continues: {type(error).__name__}: {reason}")
+        context.say(f"warning: {path.name}: not drawn, the training continues: {type(error).__name__}: {reason}")
     free_gpu_memory()
 
 

@@ -114,24 +114,24 @@ class WeightsAndBiases:
 
 @contextmanager
 def trackers(
-    work: PassContext, name: str, start: int = 0, logged: Iterable[Mapping[str, float]] = ()
+    context: PassContext, name: str, start: int = 0, logged: Iterable[Mapping[str, float]] = ()
 ) -> Iterator[Sequence[Tracker]]:
     """Open the trackers that the recipe asks for, in the main process; none in the others.
 
     Args:
-        work: the pass's context.
+        context: the pass's.
         name: the pass.
         start: the step that the training resumes from.
         logged: the figures of the steps up to that one.
     """
     opened: list[Tracker] = []
     with ExitStack() as stack:
-        if work.world.main and "tensorboard" in work.log_to and find_spec("tensorboard") is not None:
-            board = TensorBoard(work.directory / FOLDER, start)
+        if context.world.main and "tensorboard" in context.log_to and find_spec("tensorboard") is not None:
+            board = TensorBoard(context.directory / FOLDER, start)
             stack.callback(board.writer.close)
             opened.append(board)
-        if work.world.main and "wandb" in work.log_to:
-            bias = WeightsAndBiases(work.directory, name, logged)
+        if context.world.main and "wandb" in context.log_to:
+            bias = WeightsAndBiases(context.directory, name, logged)
             stack.push(bias.close)
             opened.append(bias)
         yield opened

@@ -81,8 +81,8 @@ def part(parameter: Any) -> Tensor:
 def compare(engine: Engine, folders: Mapping[Path, str]) -> None:
     for folder, graph in folders.items():
         engine._graphs[(folder / "config.json").read_text()] = from_json(graph)  # saves the time of tracing it again
-        check(engine.load_trained(folder), load_transformer(folder).requires_grad_(True), engine.work.world.size)
-        check(engine.load_frozen(folder), load_transformer(folder, "cpu", torch.bfloat16), engine.work.world.size)
+        check(engine.load_trained(folder), load_transformer(folder).requires_grad_(True), engine.context.world.size)
+        check(engine.load_frozen(folder), load_transformer(folder, "cpu", torch.bfloat16), engine.context.world.size)
 
 
 def check(model: nn.Module, stock: nn.Module, size: int) -> None:
@@ -127,7 +127,7 @@ def count(engine: Engine, folder: Path, out: Path) -> None:
         frozen = engine.load_frozen(folder)
     parts = [sum(part(one).nbytes for one in model.parameters()) for model in (trained, frozen)]
     told = {"first": first, "both": alive.most, "trained": parts[0], "frozen": parts[1]}
-    out.with_name(f"{engine.work.world.rank}.json").write_text(json.dumps(told))
+    out.with_name(f"{engine.context.world.rank}.json").write_text(json.dumps(told))
 
 
 @pytest.mark.slow
