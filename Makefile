@@ -7,6 +7,8 @@ BIN := .venv/bin
 RUN := runs/moving-digits
 LOWEST := .venv-lowest
 comma := ,
+# The tests start hundreds of processes, which would each compile the package.
+export PYTHONDONTWRITEBYTECODE :=
 PYTEST := -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # $(call install,ENVIRONMENT,CONSTRAINTS,EXTRAS): a line a package, instead of pip's several.

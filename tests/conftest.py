@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import getpass
 import os
 import tempfile
@@ -23,6 +24,16 @@ os.environ.setdefault(
     "TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}_{_CAPABILITY}")
 )
 
+# Collecting imports modules for good: their objects are not walked over while they come, nor again in every test.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Collect garbage again, but not what was imported."""
+    gc.enable()
+    gc.freeze()
+
+
 pytest_plugins = ["tests.fixtures.exports", "tests.fixtures.recipes"]
 
 
@@ -32,6 +43,11 @@ def _registered_alike() -> Iterator[None]:
     before = dict(registry.PASSES), dict(registry.EXPORTERS)
     yield
     assert before == (registry.PASSES, registry.EXPORTERS), "register with monkeypatch.setitem"
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """One process more than there are cores where tests wait for others, as those marked slow do."""
+    return None if config.option.markexpr else (os.cpu_count() or 1) + 1
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -10,8 +10,11 @@ from flcompress.errors import FlcompressError, ModelError
 from flcompress.exporters.onnx_graph.rewrites import aten, rewrite
 from flcompress.exporters.onnx_graph.write import _translate
 
-# torch's own, of torch.export.
-pytestmark = pytest.mark.filterwarnings(r"ignore:.*isinstance\(treespec, LeafSpec\):FutureWarning")
+pytestmark = [
+    pytest.mark.e2e,
+    # torch's own, of torch.export.
+    pytest.mark.filterwarnings(r"ignore:.*isinstance\(treespec, LeafSpec\):FutureWarning"),
+]
 
 
 class Interleaved(nn.Module):

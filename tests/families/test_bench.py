@@ -27,6 +27,8 @@ from flcompress.runtime.sessions import TorchSession
 from tests.families.exports import RECIPE
 from tests.families.pipelines import EXPERTS, EXPORTED
 
+pytestmark = pytest.mark.e2e
+
 FEW = 2
 """Steps of the students below."""
 

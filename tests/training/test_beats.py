@@ -21,7 +21,7 @@ from flcompress.progress import QuietDisplay
 from flcompress.reporting.reading import read_run
 from flcompress.training.watching.held_out import HeldOutELBO, HeldOutLoss
 from tests.training.home import Home
-from tests.training.processes import start
+from tests.training.processes import PATIENCE, start
 
 pytestmark = pytest.mark.e2e
 
@@ -73,12 +73,15 @@ def test_the_longest_time_without_a_beat_is_noted(home: Home, tmp_path: Path, mo
 
     monkeypatch.setitem(registry.PASSES, "toy", f"{Toy.__module__}:Toy")
     trained = Toy.apply
+    passed: list[float] = []
 
     def slow(self: Toy, program: Any, work: Any) -> Any:
         time.sleep(1.5)
+        began = time.monotonic()
         work.world.heartbeat("a slow step")
         time.sleep(0.5)
         work.world.heartbeat("another")
+        passed.append(time.monotonic() - began)
         work.world.main_only("saving")
         time.sleep(1.5)
         return trained(self, program, work)
@@ -87,7 +90,7 @@ def test_the_longest_time_without_a_beat_is_noted(home: Home, tmp_path: Path, mo
     run = apply(home.recipe("noted", ["toy: {steps: 1}"]), tmp_path / "run", display=QuietDisplay(), device="cpu")
     (event,) = [one for one in run.journal() if one.event == "pass"]
     assert event.more["longest_beat"]["at"] == "a slow step"
-    assert 0.5 <= event.more["longest_beat"]["seconds"] < 1.5
+    assert 0.5 <= event.more["longest_beat"]["seconds"] < passed[0] + 1e-3  # to which it is rounded
     assert read_run(run.path).journal
 
 
@@ -134,7 +137,7 @@ def test_a_look_that_takes_longer_than_the_limit_is_not_ended(home: Home, tmp_pa
     folder = home.begun(tmp_path / "run")
     hooks = dict.fromkeys(range(2), slow_looks)
     started = start(command(home, folder), tmp_path / "output", processes=2, hooks=hooks)
-    assert started.wait(200) == [0, 0], started.errors()
+    assert started.wait() == [0, 0], started.errors()
     events = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
     (event,) = [one for one in events if one["event"] == "pass"]
     assert 0.8 <= event["longest_beat"]["seconds"] < 4.0
@@ -144,10 +147,10 @@ def test_a_look_that_takes_longer_than_the_limit_is_not_ended(home: Home, tmp_pa
 def test_a_process_that_hangs_in_a_look_is_named(home: Home, tmp_path: Path) -> None:
     folder = home.begun(tmp_path / "run")
     started = start(command(home, folder), tmp_path / "output", processes=2, hooks={0: slow_looks, 1: hanging})
-    started.wait_any(120)
+    started.wait_any(PATIENCE)
     assert started.processes[0].exitcode == 1
     (line,) = started.errors()[0].splitlines()
     assert line.startswith("error: process 1 (last: held-out figures of step 0) of 2 has not moved for 4 s")
     started.signal(1, signal.SIGCONT)
-    assert None not in started.wait(60)
+    assert None not in started.wait()
     started.kill()

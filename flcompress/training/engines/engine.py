@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -107,10 +107,10 @@ class Engine(ABC):
     layout: str
     skips: bool = True
     splits_weights: bool = False
+    _graphs: ClassVar[dict[str, BlockGraph]] = {}
 
     def __init__(self, context: PassContext) -> None:
         self.context = context
-        self._graphs: dict[str, BlockGraph] = {}
 
     def load_trained(self, folder: Path) -> Any:
         """Load a transformer to be trained, or this process's part of it, in fp32; all processes together.
@@ -162,7 +162,7 @@ class Engine(ABC):
         return model
 
     def graph(self, folder: Path) -> BlockGraph:
-        """Return the block graph of the transformer in `folder`, traced once for all roles of one architecture."""
+        """Return the block graph of the transformer in `folder`, traced once for each architecture."""
         settings = (folder / "config.json").read_text(encoding="utf-8")
         if settings not in self._graphs:
             self._graphs[settings] = graph_of(meta_transformer(folder))

@@ -38,7 +38,7 @@ def in_processes(task: Any, engine: str, size: int, *given: Any) -> None:
     for process in started:
         process.start()
     for process in started:
-        process.join(120)
+        process.join(processes.PATIENCE)
     assert [process.exitcode for process in started] == [0] * size
 
 
