@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from flcompress.core.program import Program
 from flcompress.core.steps import Exporter
-from flcompress.exporters.shared import ExportPrecision
+from flcompress.exporters.shared import Attention, ExportPrecision
 from flcompress.progress import ProgressSink
 
 
@@ -21,10 +21,12 @@ class OnnxExporter(Exporter):
     Attributes:
         precision: precision of weights and arithmetic; timestep, guidance and what diffusers keeps in fp32 stay fp32.
         tolerance: largest absolute difference of the output from torch's, at the same precision, that is let through.
+        attention: "fused" for ONNX Runtime on a GPU, which runs the one operator by flash attention.
     """
 
     name: ClassVar[str] = "onnx"
     version: ClassVar[int] = 3
+    added: ClassVar[tuple[str, ...]] = ("attention",)
 
     precision: ExportPrecision = Field(
         default="fp32", description="of weights and arithmetic; inputs and output are fp32"
@@ -35,6 +37,11 @@ class OnnxExporter(Exporter):
         description="largest absolute difference from torch at the same precision, > 0; null: 1e-4 in fp32, 1e-2 in "
         "fp16, 8e-2 in bf16",
     )
+    attention: Attention = Field(
+        default="plain",
+        description="'fused' writes it as the one operator that ONNX Runtime runs by flash attention on a GPU; engines "
+        "of TensorRT are built from 'plain'",
+    )
 
     @override
     def check(self) -> None:
@@ -42,6 +49,10 @@ class OnnxExporter(Exporter):
         from flcompress.runtime.onnx_session import require_onnxruntime
 
         require_onnxruntime("onnx")
+        if self.attention == "fused":
+            from flcompress.exporters.onnx_graph.attention import require_fused_attention
+
+            require_fused_attention()
 
     @override
     def fingerprint(self) -> str:
@@ -51,5 +62,5 @@ class OnnxExporter(Exporter):
     def export(self, program: Program, folder: Path, exports: Path, progress: ProgressSink) -> dict[str, Any]:
         from flcompress.exporters.onnx_graph.export import OnnxExport
 
-        export = OnnxExport(self.precision, self.tolerance, self.fingerprint())
+        export = OnnxExport(self.precision, self.tolerance, self.fingerprint(), self.attention)
         return export.write(program, folder, exports / self.name, progress)

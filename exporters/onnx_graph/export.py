@@ -9,8 +9,8 @@ from typing import Any
 from flcompress.core.program import Program
 from flcompress.core.records import ContractPart, OnnxManifest
 from flcompress.exporters.onnx_graph.emulation import emulate_bf16
-from flcompress.exporters.onnx_graph.write import OPSETS, Axes, write_onnx
-from flcompress.exporters.shared import TOLERANCES, ExportPrecision, preflight
+from flcompress.exporters.onnx_graph.write import Axes, write_onnx
+from flcompress.exporters.shared import TOLERANCES, Attention, ExportPrecision, preflight
 from flcompress.exporters.shared.parity import CHECKED_UP_TO, Parity, cases, compare, outputs, reference
 from flcompress.files import sha256
 from flcompress.models.configs import check_transformer_config
@@ -31,11 +31,13 @@ class OnnxExport:
         precision: precision of weights and arithmetic.
         tolerance: largest accepted difference from torch at the same precision; None is that of the precision.
         producer: packages that write it, with their versions.
+        attention: its form in the graph.
     """
 
     precision: ExportPrecision
     tolerance: float | None
     producer: str
+    attention: Attention = "plain"
 
     def write(self, program: Program, folder: Path, final: Path, progress: ProgressSink) -> dict[str, Any]:
         """Write and check the model, or both models of two experts, and return a summary.
@@ -57,7 +59,8 @@ class OnnxExport:
     def _export(self, program: Program, folder: Path, path: Path, progress: ProgressSink) -> dict[str, Any]:
         transformer, make = program.components["transformer"], arguments_of(program)
         model = folder / MODEL_FILE
-        axes = write_onnx(transformer, make, size_of(program, batch=2), step_of(program), self.precision, model)
+        size, step = size_of(program, batch=2), step_of(program)
+        axes = write_onnx(transformer, make, size, step, self.precision, model, self.attention)
         progress(1, 3, {})
         sizes = checked_sizes(program, axes)
         checked = self._compare(program, make, sizes, model)
@@ -67,7 +70,7 @@ class OnnxExport:
         manifest = OnnxManifest(
             file=MODEL_FILE,
             sha256={path.name: sha256(path) for path in files},
-            opset=OPSETS[self.precision],
+            opset=axes.opset,
             producer=self.producer,
             precision=self.precision,
             inputs=describe_inputs(make, size_of(program), axes),

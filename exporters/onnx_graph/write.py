@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from flcompress.errors import FlcompressError
+from flcompress.exporters.onnx_graph.attention import ATTENTION_OPSET, fit_masks
 from flcompress.exporters.onnx_graph.rewrites import rewrite
-from flcompress.exporters.shared import ExportPrecision
+from flcompress.exporters.shared import Attention, ExportPrecision
 from flcompress.exporters.shared.weights import DTYPES, WeightFiles, lazily_allocated, skeleton
 from flcompress.models.families import family_of
 from flcompress.models.network import stock_name
@@ -48,10 +49,12 @@ class Axes:
     Attributes:
         inputs: input -> one entry an axis, a name or a fixed number.
         output: the same for the one output.
+        opset: the version of ONNX's operators in the file.
     """
 
     inputs: Mapping[str, list[int | str]]
     output: list[int | str]
+    opset: int
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -60,7 +63,13 @@ class Axes:
 
 
 def write_onnx(
-    folder: Path, arguments: Arguments, size: Size, step: Size, precision: ExportPrecision, path: Path
+    folder: Path,
+    arguments: Arguments,
+    size: Size,
+    step: Size,
+    precision: ExportPrecision,
+    path: Path,
+    attention: Attention = "plain",
 ) -> Axes:
     """Write the graph; weights above `EXTERNAL_ABOVE` bytes go to `<path>.data`.
 
@@ -71,9 +80,10 @@ def write_onnx(
         step: the smallest change of every axis that the model takes; 0 for one that it does not change.
         precision: precision of the weights and the arithmetic.
         path: the file.
+        attention: its form in the graph.
 
     Returns:
-        The axes that vary.
+        The axes that vary, and the opset.
 
     Raises:
         ModelError: complex numbers in the forward.
@@ -90,11 +100,14 @@ def write_onnx(
         auto = torch.export.Dim.AUTO
         dynamic = {name: dict.fromkeys(axes, auto) for name, axes in varying.items()}
         exported = torch.export.export(denoiser.eval(), (tensors,), dynamic_shapes=(dynamic,), strict=False)
-        translated = _translate(rewrite(exported), OPSETS[precision])
+        opset = ATTENTION_OPSET if attention == "fused" else OPSETS[precision]
+        translated = _translate(rewrite(exported), opset)
         model = translated.model
         files = WeightFiles(folder)
         _stream(model, files)
         _fold(model, files)
+        if attention == "fused":
+            fit_masks(model)
     axes = _name_axes(model, list(tensors), varying)
     for node in model.graph.all_nodes():
         node.metadata_props.clear()  # stack traces, with this machine's paths
@@ -223,7 +236,7 @@ def _name_axes(model: Any, names: list[str], varying: dict[str, dict[int, str]])
         for position, axis in enumerate(result.shape)
     ]
     result.shape = onnx_ir.Shape(output)
-    return Axes(inputs=inputs, output=output)
+    return Axes(inputs=inputs, output=output, opset=model.graph.opset_imports[""])
 
 
 @contextmanager

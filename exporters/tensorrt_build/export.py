@@ -12,6 +12,7 @@ import torch
 from flcompress.core.program import Program
 from flcompress.core.records import ContractPart, EngineManifest, OnnxManifest
 from flcompress.errors import PostconditionError, RequestError
+from flcompress.exporters.onnx_graph.attention import ATTENTION_OPSET
 from flcompress.exporters.shared import TOLERANCES, ExportPrecision, preflight
 from flcompress.exporters.shared.parity import CHECKED_UP_TO, cases, compare, outputs, reference
 from flcompress.exporters.tensorrt_build.build import build_engine
@@ -165,6 +166,7 @@ class TensorRTExport:
     def _source(self, program: Program, folder: Path) -> tuple[Path, OnnxManifest]:
         """Return the ONNX model in a folder, complete and of this very program, and its manifest."""
         manifest = read_manifest(OnnxManifest, folder / MANIFEST_FILE, SAME_RECIPE)
+        require_plain_attention(manifest.opset, folder / MANIFEST_FILE)
         for name, expected in manifest.sha256.items():
             require_hash(folder / name, expected, SAME_RECIPE)
         if type(program.contract).from_dict(manifest.contract.dump()) != program.contract:
@@ -291,3 +293,12 @@ def _require_positions(program: Program, largest: Size) -> None:
                 f"tensorrt.profiles: {what} of {tokens} tokens given, but rope_max_seq_len of the transformer's "
                 f"config.json is {table}; choose a smaller size"
             )
+
+
+def require_plain_attention(opset: int, path: Path) -> None:
+    """Raise RequestError for an ONNX export of an opset that has attention as one operator."""
+    if opset >= ATTENTION_OPSET:
+        raise RequestError(
+            f"{path}: onnx.attention: fused given, but TensorRT builds that operator for some head sizes only; set "
+            "onnx.attention: plain"
+        )

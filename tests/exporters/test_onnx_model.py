@@ -100,7 +100,7 @@ def test_a_difference_above_the_tolerance_is_refused(
 ) -> None:
     def copied(*arguments: Any) -> Axes:
         shutil.copy(run / "exports" / "onnx" / "model.onnx", tmp_path)
-        return Axes(inputs={}, output=[])
+        return Axes(inputs={}, output=[], opset=18)
 
     monkeypatch.setattr(onnx_export, "write_onnx", copied)
     with pytest.raises(PostconditionError) as caught:
