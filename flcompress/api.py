@@ -1,4 +1,4 @@
-"""The public interface for authors of passes, exporters and model families. See docs/writing-a-pass.md.
+"""The public interface for authors of passes, exporters, back ends and model families. See docs/writing-a-pass.md.
 
 Everything listed in `__all__` keeps its name and meaning between minor versions (docs/stability.md); other modules are
 laid out for the house's own sake and may move. Each name is imported when it is first used, so that the module of a
@@ -11,9 +11,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flcompress.core.backend import Backend as Backend
+    from flcompress.core.backend import OpenNetwork as OpenNetwork
+    from flcompress.core.backend import TransformerFiles as TransformerFiles
     from flcompress.core.optimisation import Optimisation as Optimisation
     from flcompress.core.program import Fact as Fact
     from flcompress.core.program import Program as Program
+    from flcompress.core.records import ExportManifest as ExportManifest
     from flcompress.core.settings import EngineName as EngineName
     from flcompress.core.settings import Health as Health
     from flcompress.core.settings import Precision as Precision
@@ -51,6 +55,7 @@ if TYPE_CHECKING:
     from flcompress.models.network import as_network as as_network
     from flcompress.models.video import encode_clips as encode_clips
     from flcompress.progress import ProgressSink as ProgressSink
+    from flcompress.runtime.backends.export_backend import ExportBackend as ExportBackend
     from flcompress.training.engines import Engine as Engine
     from flcompress.training.engines import Hyper as Hyper
     from flcompress.training.engines import engine_of as engine_of
@@ -103,6 +108,12 @@ _DOOR = {
     "engine_of": "flcompress.training.engines",
     "generator": "flcompress.draws",
     "train": "flcompress.training.loop",
+    # running
+    "Backend": "flcompress.core.backend",
+    "ExportBackend": "flcompress.runtime.backends.export_backend",
+    "ExportManifest": "flcompress.core.records",
+    "OpenNetwork": "flcompress.core.backend",
+    "TransformerFiles": "flcompress.core.backend",
     # errors
     "DataError": "flcompress.errors",
     "FlcompressError": "flcompress.errors",
@@ -116,6 +127,7 @@ _DOOR = {
 }
 
 __all__ = [
+    "Backend",
     "Block",
     "BlockGraph",
     "ClipSize",
@@ -125,6 +137,8 @@ __all__ = [
     "Draws",
     "Engine",
     "EngineName",
+    "ExportBackend",
+    "ExportManifest",
     "Exporter",
     "Fact",
     "Family",
@@ -136,6 +150,7 @@ __all__ = [
     "Loss",
     "ModelError",
     "NotRemovable",
+    "OpenNetwork",
     "Optimisation",
     "OriginalNames",
     "Pass",
@@ -151,6 +166,7 @@ __all__ = [
     "TrainedRole",
     "Training",
     "TrainingError",
+    "TransformerFiles",
     "UnavailableError",
     "Watch",
     "World",

@@ -8,14 +8,14 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from flcompress import __version__, commands
+from flcompress.backend_flags import BackendCommand, BackendName
 from flcompress.command_group import Commands, print_json, print_results
 from flcompress.errors import RequestError
-from flcompress.runtime import Backend, BenchBackend
 
 if TYPE_CHECKING:
     from flcompress.progress import Display
@@ -253,12 +253,10 @@ def export_command(
         print_json(records)
 
 
-@main.command("generate")
+@main.command("generate", cls=BackendCommand)
 @click.argument("run", type=_FOLDER)
 @click.option("--prompt", required=True, help="What the clip shows.")
-@click.option(
-    "--backend", type=click.Choice(get_args(Backend)), default="torch", show_default=True, help="Runs the denoiser."
-)
+@click.option("--backend", type=BackendName(), default="torch", show_default=True, help="Runs the denoiser.")
 @click.option(
     "--out", type=_FOLDER, default=Path("clip.gif"), show_default=True, help=".gif, .mp4 or .png (frames in a row)."
 )
@@ -276,7 +274,8 @@ def export_command(
 def generate_command(
     run: Path,
     prompt: str,
-    backend: Backend,
+    backend: str,
+    options: dict[str, Any],
     out: Path,
     seed: int,
     image: Path | None,
@@ -289,6 +288,7 @@ def generate_command(
         run,
         prompt,
         backend=backend,
+        options=options,
         out=out,
         seed=seed,
         image=image,
@@ -318,7 +318,7 @@ def eval_command(
     print_results(results, as_json, run)
 
 
-@main.command("bench")
+@main.command("bench", cls=BackendCommand)
 @click.argument("run", type=_FOLDER)
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Interleaved repetitions.")
 @click.option(
@@ -329,7 +329,7 @@ def eval_command(
     "--backend",
     "backends",
     multiple=True,
-    type=click.Choice(get_args(BenchBackend)),
+    type=BackendName(),
     help="Time this in addition to torch eager; repeatable.  [default: all that can run]",
 )
 @moved_model
@@ -340,7 +340,8 @@ def bench_command(
     rounds: int,
     size: str | None,
     batch: int,
-    backends: Sequence[BenchBackend],
+    backends: Sequence[str],
+    options: dict[str, Any],
     model: Path | None,
     as_json: bool,
     quiet: bool,
@@ -350,7 +351,14 @@ def bench_command(
     On the GPU if there is one, at the run's own size, in the precision that generate uses.
     """
     results = commands.bench(
-        run, rounds=rounds, size=size, batch=batch, backends=backends or None, model=model, display=_display(quiet)
+        run,
+        rounds=rounds,
+        size=size,
+        batch=batch,
+        backends=backends or None,
+        options=options,
+        model=model,
+        display=_display(quiet),
     )
     print_results(results, as_json, run)
 

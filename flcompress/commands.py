@@ -7,11 +7,9 @@ A path may be a string or any path-like object; a run may be given as its folder
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from flcompress.runtime import Backend, BenchBackend
 
 if TYPE_CHECKING:
     from flcompress.driver.rundir import RunDirectory
@@ -173,7 +171,8 @@ def generate(
     run: StrPath,
     prompt: str,
     *,
-    backend: Backend = "torch",
+    backend: str = "torch",
+    options: Mapping[str, Any] | None = None,
     out: StrPath = "clip.gif",
     seed: int = 0,
     image: StrPath | None = None,
@@ -186,7 +185,8 @@ def generate(
     Args:
         run: the run directory; its diffusers export holds text encoder and autoencoder.
         prompt: what the clip shows.
-        backend: what runs the denoiser.
+        backend: name of what runs the denoiser: "torch", "compile", "onnx", "tensorrt", or of another installed one.
+        options: of the backend, by name, such as {"provider": "cuda"}.
         out: `.gif`, `.mp4` or `.png` (frames in a row) to write.
         seed: seed of all noise; the same seed gives the same clip.
         image: first frame, for image-to-video models.
@@ -199,7 +199,8 @@ def generate(
 
     Raises:
         UnavailableError: the backend cannot run on this machine.
-        RequestError: an export is missing, damaged or of another model; `out` cannot be written.
+        RequestError: an export is missing, damaged or of another model; `out` cannot be written; an unknown backend or
+            option.
     """
     from flcompress.distributed.launch import use_free_cores
     from flcompress.progress import default_display
@@ -208,7 +209,7 @@ def generate(
     use_free_cores()
     first = Path(image) if image is not None else None
     with (display or default_display()).stage("generate") as progress:
-        return generate(Path(run), prompt, backend, Path(out), seed, first, progress, fps, negative_prompt)
+        return generate(Path(run), prompt, backend, Path(out), seed, first, progress, fps, negative_prompt, options)
 
 
 def evaluate(
@@ -251,7 +252,8 @@ def bench(
     rounds: int = 5,
     size: str | None = None,
     batch: int = 1,
-    backends: Sequence[BenchBackend] | None = None,
+    backends: Sequence[str] | None = None,
+    options: Mapping[str, Any] | None = None,
     model: StrPath | None = None,
     display: Display | None = None,
 ) -> dict[str, Any]:
@@ -262,7 +264,8 @@ def bench(
         rounds: interleaved repetitions.
         size: FRAMESxHEIGHTxWIDTH of the clips, in pixels; the run's own by default.
         batch: clips generated at once.
-        backends: what to time in addition to torch eager, of "compile", "onnx" and "tensorrt"; by default all that can.
+        backends: names of what to time in addition to torch eager, as for `generate`; by default all that can.
+        options: of the backends, by name; each goes to every backend that has it.
         model: the model folder that the run started from, if it has moved.
         display: where progress is shown; bars on a terminal, else lines.
 
@@ -271,14 +274,15 @@ def bench(
 
     Raises:
         RequestError: an unfinished run, a size that the model does not take, a backend that is not exported or
-            not available.
+            not available, an unknown backend or option.
     """
     from flcompress.evaluation import bench as room
     from flcompress.progress import default_display
 
     pixels = room.read_size(size) if size else None
     with (display or default_display()).stage("bench") as progress:
-        return room.bench(_open_run(run, model), rounds, progress, backends, size=pixels, batch=batch)
+        opened = _open_run(run, model)
+        return room.bench(opened, rounds, progress, backends, size=pixels, batch=batch, options=options)
 
 
 def report(run: StrPath) -> Path:

@@ -39,10 +39,10 @@ pytest_plugins = ["tests.fixtures.exports", "tests.fixtures.recipes"]
 
 @pytest.fixture(autouse=True)
 def _registered_alike() -> Iterator[None]:
-    """Fail a test that leaves a pass or an exporter of its own to those that follow it in the same process."""
-    before = dict(registry.PASSES), dict(registry.EXPORTERS)
+    """Fail a test that leaves a pass, exporter or back end of its own to those that follow it in the same process."""
+    before = dict(registry.PASSES), dict(registry.EXPORTERS), dict(registry.BACKENDS)
     yield
-    assert before == (registry.PASSES, registry.EXPORTERS), "register with monkeypatch.setitem"
+    assert before == (registry.PASSES, registry.EXPORTERS, registry.BACKENDS), "register with monkeypatch.setitem"
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from flcompress.core.program import Program
 from flcompress.core.records import ContractPart, OnnxManifest
 from flcompress.exporters.onnx_graph.emulation import emulate_bf16
@@ -15,9 +17,9 @@ from flcompress.exporters.shared.parity import CHECKED_UP_TO, Parity, cases, com
 from flcompress.files import sha256
 from flcompress.models.configs import check_transformer_config
 from flcompress.progress import ProgressSink
+from flcompress.runtime.backends.onnx_backend import OnnxBackend
 from flcompress.runtime.inputs import OUTPUT, Arguments, Inputs, arguments_of, constants_of, tensors_of
 from flcompress.runtime.manifest import MANIFEST_FILE, PARTNER_FOLDER, partner_of
-from flcompress.runtime.onnx_session import OnnxSession
 from flcompress.runtime.sizes import Size, size_of, sizes_of, step_of
 
 MODEL_FILE = "model.onnx"
@@ -121,15 +123,19 @@ class OnnxExport:
             "torch_to_fp32": compare(exact, same, tolerance),
         }
 
-    def _outputs(self, model: Path, inputs: list[dict[str, Any]]) -> Any:
+    def _outputs(self, model: Path, inputs: list[dict[str, Any]]) -> list[torch.Tensor]:
         if self.precision != "bf16":
-            return outputs(OnnxSession(model, lean=True), inputs)
+            return self._run(model, inputs)
         emulated = model.with_name("emulated.onnx")
         try:
             emulate_bf16(model, emulated)
-            return outputs(OnnxSession(emulated, lean=True), inputs)
+            return self._run(emulated, inputs)
         finally:
             emulated.unlink(missing_ok=True)
+
+    def _run(self, model: Path, inputs: list[dict[str, Any]]) -> list[torch.Tensor]:
+        session = OnnxBackend(provider="cpu").session(model.parent, {"file": model.name}, lean=True)
+        return outputs(session, inputs)
 
 
 _ARITHMETIC: dict[ExportPrecision, str] = {

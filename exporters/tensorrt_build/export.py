@@ -21,6 +21,7 @@ from flcompress.exporters.tensorrt_build.refit import graph_digest, refit_engine
 from flcompress.files import sha256
 from flcompress.models.configs import check_transformer_config
 from flcompress.progress import ProgressSink
+from flcompress.runtime.backends.tensorrt_backend import TensorRTBackend
 from flcompress.runtime.inputs import Arguments, Shapes, arguments_of, constants_of, tensors_of
 from flcompress.runtime.manifest import (
     MANIFEST_FILE,
@@ -31,7 +32,7 @@ from flcompress.runtime.manifest import (
 )
 from flcompress.runtime.sizes import Size, size_of, sizes_of, step_of
 from flcompress.runtime.tensorrt_api import CURRENT, card_here, load_tensorrt
-from flcompress.runtime.tensorrt_session import DEVICE, TensorRTSession, runs_here
+from flcompress.runtime.tensorrt_session import DEVICE, runs_here
 
 ENGINE_FILE = "model.engine"
 SAME_RECIPE = "'onnx' under exports: of the same recipe"
@@ -204,7 +205,7 @@ class TensorRTExport:
         inputs = cases(make, program.contract.timesteps, chosen)
         constants = constants_of(make(chosen[0], [0.0] * chosen[0].batch, 0))
         expected = reference(program.components["transformer"], constants, precision, inputs, DEVICE)
-        exported = outputs(TensorRTSession(engine, manifest.dump()), inputs)
+        exported = outputs(TensorRTBackend().session(engine.parent, manifest.dump()), inputs)
         parity = compare(expected, exported, manifest.tolerance)
         parity.require(str(engine), "please report it with the engine's manifest.json")
         return manifest.model_copy(

@@ -1,4 +1,4 @@
-"""Passes and exporters by their recipe names: the built-in ones, and any that an installed package adds.
+"""Passes, exporters and back ends by their names: the built-in ones, and any that an installed package adds.
 
 A package adds one with an entry point, in its own `pyproject.toml`:
 
@@ -17,6 +17,7 @@ from difflib import get_close_matches
 from functools import lru_cache
 from importlib.metadata import EntryPoints, entry_points
 
+from flcompress.core.backend import Backend
 from flcompress.core.steps import Exporter, Pass
 from flcompress.errors import RecipeError
 
@@ -33,8 +34,15 @@ EXPORTERS: dict[str, str] = {
     "onnx": "flcompress.exporters.onnx_model:OnnxExporter",
     "tensorrt": "flcompress.exporters.tensorrt_engine:TensorRTExporter",
 }
+BACKENDS: dict[str, str] = {
+    "torch": "flcompress.runtime.backends.torch_backend:TorchBackend",
+    "compile": "flcompress.runtime.backends.torch_backend:CompileBackend",
+    "onnx": "flcompress.runtime.backends.onnx_backend:OnnxBackend",
+    "tensorrt": "flcompress.runtime.backends.tensorrt_backend:TensorRTBackend",
+}
 PASS_GROUP = "flcompress.passes"
 EXPORTER_GROUP = "flcompress.exporters"
+BACKEND_GROUP = "flcompress.backends"
 
 
 def known_passes() -> dict[str, str]:
@@ -45,6 +53,11 @@ def known_passes() -> dict[str, str]:
 def known_exporters() -> dict[str, str]:
     """Return recipe name -> "module:Class" of every installed exporter, the built-in ones first."""
     return _with_entry_points(EXPORTERS, EXPORTER_GROUP)
+
+
+def known_backends() -> dict[str, str]:
+    """Return name -> "module:Class" of every installed back end, the built-in ones first."""
+    return _with_entry_points(BACKENDS, BACKEND_GROUP)
 
 
 def find_pass(name: str) -> type[Pass]:
@@ -60,6 +73,14 @@ def find_exporter(name: str) -> type[Exporter]:
     kind = _load(name, known_exporters(), "exporter")
     if not (isinstance(kind, type) and issubclass(kind, Exporter)):
         raise RecipeError(f"exporter '{name}': {kind!r} is not a subclass of flcompress.core.steps.Exporter")
+    return kind
+
+
+def find_backend(name: str) -> type[Backend]:
+    """Return the back end class of a name; raise RecipeError, with the nearest name, if there is none."""
+    kind = _load(name, known_backends(), "backend")
+    if not (isinstance(kind, type) and issubclass(kind, Backend)):
+        raise RecipeError(f"backend '{name}': {kind!r} is not a subclass of flcompress.core.backend.Backend")
     return kind
 
 
@@ -89,7 +110,7 @@ def _with_entry_points(built_in: Mapping[str, str], group: str) -> dict[str, str
     return known
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=3)
 def _entry_points(group: str, path: tuple[str, ...]) -> EntryPoints:
     """Return a group's entry points of all packages on `path`; once, since every package's metadata is read."""
     return entry_points(group=group)

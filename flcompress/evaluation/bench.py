@@ -5,26 +5,29 @@ from __future__ import annotations
 import re
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
+from flcompress.core.backend import Backend
 from flcompress.core.program import Program
 from flcompress.core.records import BenchFile, ClipPart, SpeedRow, Spread, WorkPart
+from flcompress.core.registry import find_backend, known_backends
 from flcompress.diffusion.contract import SamplingContract
-from flcompress.diffusion.network import Conditioning, select, to_device
+from flcompress.diffusion.network import Conditioning, Network, select, to_device
 from flcompress.diffusion.sampling import sample
 from flcompress.draws import generator
 from flcompress.driver.rundir import RunDirectory
 from flcompress.errors import FlcompressError, RequestError
-from flcompress.evaluation.backends import COMPONENTS, LABELS, Role, Sampler, Samplers, Side
+from flcompress.evaluation.backends import COMPONENTS, Role, Sampler, Samplers, Side
 from flcompress.evaluation.machine import MemoryMeter, machine, memory_in_use
+from flcompress.models.loading import meta_transformer
 from flcompress.progress import ProgressSink
-from flcompress.runtime import BenchBackend, ExportBackend
-from flcompress.runtime.sessions import TorchSession, best_device
+from flcompress.runtime.backends.options import choose_backends
 from flcompress.runtime.sizes import sizes_of
+from flcompress.runtime.torch_session import best_device
 
 DENOISING, PIPELINE = "denoising", "pipeline"
 PROMPT = "what the clip shows"
@@ -106,12 +109,12 @@ class _Stage:
             },
         )
 
-    def flops(self, session: TorchSession, timestep: float, given: Conditioning) -> int:
+    def flops(self, network: Network, timestep: float, given: Conditioning) -> int:
         """Return the floating point operations of one network evaluation, counted by torch."""
         from torch.utils.flop_counter import FlopCounterMode
 
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            session(self.noise, torch.full((len(self.noise),), timestep, device=self.noise.device), given)
+            network(self.noise, torch.full((len(self.noise),), timestep, device=self.noise.device), given)
         return int(counter.get_total_flops())
 
     def _now(self) -> float:
@@ -125,10 +128,11 @@ def bench(
     run: RunDirectory,
     rounds: int = 5,
     progress: ProgressSink | None = None,
-    backends: Sequence[BenchBackend] | None = None,
+    backends: Sequence[str] | None = None,
     *,
     size: PixelSize | None = None,
     batch: int = 1,
+    options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Time the teacher, guided, against the student, one batch at a time, and write RUN/bench/results.json.
 
@@ -143,6 +147,7 @@ def bench(
         backends: what to time in addition to torch eager, which always is; None: every backend that can.
         size: (frames, height, width) of the clips, in pixels; None: the size that the run's model is sampled at.
         batch: samples generated at once.
+        options: of the backends, by name; each goes to every backend that has it.
 
     Returns:
         What the file holds. A time or ratio is {"median", "low", "high"}, low and high being the extremes over rounds;
@@ -151,11 +156,15 @@ def bench(
 
     Raises:
         RequestError: an unfinished run; a size that the model does not take; a backend that was asked for and is not
-            exported in this run or not available here.
+            exported in this run or not available here; an unknown backend or option.
         FlcompressError: the GPU's memory is too small.
     """
+    for name in backends or ():
+        find_backend(name)
+    others = [name for name in known_backends() if name != "torch" and (backends is None or name in backends)]
+    chosen = choose_backends(["torch", *others], options)
     try:
-        return _bench(run, rounds, progress, backends, size, batch)
+        return _bench(run, rounds, progress, chosen, size, batch, needed=backends is not None)
     except torch.OutOfMemoryError as error:
         raise FlcompressError(
             f"bench: out of GPU memory ({' '.join(str(error).split())[:120]}...); give a smaller --size or --batch, or "
@@ -167,15 +176,20 @@ def _bench(
     run: RunDirectory,
     rounds: int,
     progress: ProgressSink | None,
-    backends: Sequence[BenchBackend] | None,
+    backends: Sequence[Backend],
     size: PixelSize | None,
     batch: int,
+    *,
+    needed: bool,
 ) -> dict[str, Any]:
     program, key, device = run.final(), run.key, best_device()
+    samplers = Samplers(run, program, backends[0])
+    for backend in backends if needed else ():
+        samplers.check(backend)
     stage = _Stage(program, device, batch, size)
-    samplers = Samplers(run, program, device)
-    pairs, skipped, measured = _Rounds(stage, device, rounds, progress).measure(samplers, backends)
-    sides: dict[Side, WorkPart] = {side: _work(stage, samplers, side) for side in COMPONENTS}
+    pairs, skipped, measured = _Rounds(stage, device, rounds, progress).measure(samplers, backends, needed=needed)
+    eager = pairs[backends[0]]
+    sides: dict[Side, WorkPart] = {side: _work(stage, samplers, eager, side) for side in COMPONENTS}
     results = BenchFile(
         program=key,
         family=program.family.name,
@@ -184,14 +198,14 @@ def _bench(
         latents=list(stage.latents),
         batch=batch,
         device=device,
-        precision=pairs["torch"]["student"].precision,
+        precision=eager["student"].precision,
         machine=machine(device),
         rounds=rounds,
         work_ratio=_total(sides["teacher"]) / _total(sides["student"]),
         teacher=sides["teacher"],
         student=sides["student"],
         rows=[
-            _row(LABELS[backend], what, pair, measured)
+            _row(backend.label if backend.stock else f"{backend.label} (teacher: torch eager)", what, pair, measured)
             for backend, pair in pairs.items()
             for what in (DENOISING, PIPELINE)
         ],
@@ -209,28 +223,28 @@ class _Rounds:
     def __init__(self, stage: _Stage, device: str, rounds: int, progress: ProgressSink | None) -> None:
         self._stage, self._device, self._rounds, self._progress = stage, device, rounds, progress
         self._done, self._samplers = 0, 0
-        self._pairs: dict[BenchBackend, Pair] = {}
+        self._pairs: dict[Backend, Pair] = {}
         self._skipped: list[dict[str, str]] = []
 
     def measure(
-        self, samplers: Samplers, backends: Sequence[BenchBackend] | None
-    ) -> tuple[dict[BenchBackend, Pair], list[dict[str, str]], dict[Sampler, list[Measurement]]]:
+        self, samplers: Samplers, backends: Sequence[Backend], *, needed: bool
+    ) -> tuple[dict[Backend, Pair], list[dict[str, str]], dict[Sampler, list[Measurement]]]:
         """Return the pairs by backend, what was skipped and why, and the measurements of every sampler.
 
         Args:
             samplers: where they come from.
-            backends: those asked for, in which case one that cannot run is an error; None: all that can.
+            backends: torch's, then the others.
+            needed: whether one that cannot run is an error.
         """
-        chosen = [backend for backend in LABELS if backend == "torch" or backends is None or backend in backends]
-        fresh = {backend: 1 if backend in get_args(ExportBackend) else 2 for backend in chosen}
+        fresh = {backend: 2 if backend.stock else 1 for backend in backends}
         self._samplers = sum(fresh.values())
-        for backend in chosen:
+        for backend in backends:
             try:
                 self._pairs[backend] = self._warm(samplers, backend)
             except FlcompressError as reason:
-                if backends is not None:
+                if needed or not self._pairs:  # torch, the first, is always needed
                     raise
-                self._skipped.append({"backend": LABELS[backend].partition(" (")[0], "reason": str(reason)})
+                self._skipped.append({"backend": backend.label, "reason": str(reason)})
                 self._samplers -= fresh[backend]
         order = list(dict.fromkeys(sampler for pair in self._pairs.values() for sampler in pair.values()))
         measured: dict[Sampler, list[Measurement]] = {sampler: [] for sampler in order}
@@ -239,7 +253,7 @@ class _Rounds:
                 measured[sampler].append(self._clip(sampler))
         return self._pairs, self._skipped, measured
 
-    def _warm(self, samplers: Samplers, backend: BenchBackend) -> Pair:
+    def _warm(self, samplers: Samplers, backend: Backend) -> Pair:
         """Load, and generate once untimed: threads, caches, compilation."""
         before = memory_in_use(self._device)
         pair = samplers.of(backend)
@@ -247,7 +261,7 @@ class _Rounds:
         for sampler in pair.values():
             if sampler not in known:
                 self._clip(sampler)
-        if backend in get_args(ExportBackend) and self._device == "cuda":
+        if not backend.stock and self._device == "cuda":
             # The memory of another library, which it keeps: weights and room for activations.
             pair["student"].weight_bytes = max(0, memory_in_use(self._device) - before)
         return pair
@@ -261,22 +275,23 @@ class _Rounds:
         return measurement
 
 
-def _work(stage: _Stage, samplers: Samplers, side: Side) -> WorkPart:
+def _work(stage: _Stage, samplers: Samplers, eager: Pair, side: Side) -> WorkPart:
     """Count, never assume: evaluations of the last clip, parameters of the module, operations of a forward.
 
     "evaluations" and "flops" are those of all transformers; of two experts "own_evaluations" are those of the one that
     is compressed, and "partner" has the other's.
     """
-    sampler = samplers.of("torch")[side]
-    contract, sessions = sampler.contract, samplers.sessions(side)
+    sampler = eager[side]
+    contract = sampler.contract
     given, _ = stage.conditioning(contract)
     counted: dict[Role, WorkPart] = {}
-    for role, session in sessions.items():
+    for role, network in sampler.networks.items():
         calls, timesteps = sampler.calls[role], _timesteps(contract, role)
+        shape = meta_transformer(samplers.folder(side, role))
         counted[role] = WorkPart(
-            parameters=sum(parameter.numel() for parameter in session.transformer.parameters()),
+            parameters=sum(parameter.numel() for parameter in shape.parameters()),
             evaluations=calls,
-            flops=calls * stage.flops(session, timesteps[0], given) if timesteps else 0,
+            flops=calls * stage.flops(network, timesteps[0], given) if timesteps else 0,
         )
     own = counted["transformer"]
     if (partner := counted.get("partner")) is None:

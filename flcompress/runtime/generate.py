@@ -1,14 +1,15 @@
-"""Generate a clip from a run's exports: prompt in, file out, by torch, ONNX Runtime or TensorRT."""
+"""Generate a clip from a run's exports: prompt in, file out, by any back end."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from flcompress.core.backend import Backend, TransformerFiles
 from flcompress.core.program import FACTS_FILE
 from flcompress.core.records import ContractPart, FactsFile
 from flcompress.data.captions import check_prompt
@@ -23,12 +24,10 @@ from flcompress.models.folder import check_parts
 from flcompress.models.parts import Parts, open_parts
 from flcompress.models.tensor_memory import free_gpu_memory
 from flcompress.progress import ProgressSink
-from flcompress.runtime import Backend, ExportBackend
+from flcompress.runtime.backends.options import choose_backend
 from flcompress.runtime.clip_files import check_target, read_picture, write_clip
 from flcompress.runtime.manifest import MANIFEST_FILE, PARTNER_FOLDER, read_manifest
-from flcompress.runtime.onnx_session import require_onnxruntime
-from flcompress.runtime.sessions import Export, TorchSession, best_device
-from flcompress.runtime.tensorrt_session import require_gpu
+from flcompress.runtime.torch_session import best_device
 
 Load = Callable[[], Network]
 """Brings a network into memory."""
@@ -37,20 +36,21 @@ Load = Callable[[], Network]
 def generate(
     run_dir: Path,
     prompt: str,
-    backend: Backend,
+    backend: str,
     out: Path,
     seed: int = 0,
     image: Path | None = None,
     progress: ProgressSink | None = None,
     fps: float | None = None,
     negative_prompt: str | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Path:
     """Run the whole pipeline of `run_dir/exports` and write the clip.
 
     Args:
         run_dir: a run directory; every backend needs its diffusers export, for text encoder and autoencoder.
         prompt: what the clip is to show.
-        backend: what runs the denoiser.
+        backend: name of what runs the denoiser.
         out: .gif, .mp4 or .png (a strip of the frames).
         seed: seed of all noise; the same seed gives the same clip on every backend, within the export's tolerance. The
             noise is drawn as stock Wan draws it after `torch.manual_seed(seed)`; other pipelines draw other shapes.
@@ -58,6 +58,7 @@ def generate(
         progress: called after each denoising step.
         fps: frames a second of the file; the export's own rate by default.
         negative_prompt: what guidance leads away from; the recipe's by default.
+        options: of the backend, by name.
 
     Returns:
         `out`.
@@ -65,22 +66,21 @@ def generate(
     Raises:
         UnavailableError: the backend cannot run on this machine.
         RequestError: an export is missing, damaged or of another model; `out` cannot be written; a prompt that is no
-            Unicode text.
+            Unicode text; an unknown backend or option.
     """
+    runner = choose_backend(backend, options)
     check_prompt("--prompt", prompt)
     check_prompt("--negative-prompt", negative_prompt or "")
     check_target(out)
-    if backend == "tensorrt":
-        require_gpu()
-    if backend == "onnx":
-        require_onnxruntime("backend onnx")
+    runner.require()
     pipeline = run_dir / "exports" / "diffusers"
     facts = read_manifest(FactsFile, pipeline / FACTS_FILE, _make(run_dir, "diffusers"))
     check_parts(pipeline)
-    facts = _with_negative(facts, negative_prompt)
+    asked = _with_negative(facts, negative_prompt)
+    denoiser = _denoiser(run_dir, runner, facts)
     parts = open_parts(pipeline, best_device())
     first = _first_frame(parts, facts, prompt, image)
-    latents = denoise(_denoiser(run_dir, backend, facts), parts, facts, prompt, seed, first, progress)
+    latents = denoise(denoiser, parts, asked, prompt, seed, first, progress)
     free_gpu_memory()  # the transformer leaves before the autoencoder comes
     return write_clip(parts.decode_latents(latents)[0].cpu(), out, fps or _frame_rate(pipeline, facts))
 
@@ -148,11 +148,10 @@ def _first_frame(parts: Parts, facts: FactsFile, prompt: str, image: Path | None
 def _denoiser(run_dir: Path, backend: Backend, facts: FactsFile) -> Network:
     """Return the network: the transformer, or both of two experts, of which only the one in use is in memory."""
     contract, turns = SamplingContract.from_dict(facts.contract.dump()), _InTurn()
-    make = _torch_network if backend == "torch" else partial(_exported_network, backend=backend)
     if (experts := contract.experts) is None:
-        return turns.network(make(run_dir, "transformer", "", facts))
-    compressed = turns.network(make(run_dir, COMPONENTS[experts.compressed], "", facts))
-    partner = make(run_dir, COMPONENTS[OTHER[experts.compressed]], PARTNER_FOLDER, facts)
+        return turns.network(_loading(run_dir, backend, "transformer", "", facts))
+    compressed = turns.network(_loading(run_dir, backend, COMPONENTS[experts.compressed], "", facts))
+    partner = _loading(run_dir, backend, COMPONENTS[OTHER[experts.compressed]], PARTNER_FOLDER, facts)
     return experts.combine(compressed, turns.network(partner))
 
 
@@ -178,25 +177,31 @@ class _InTurn:
         return call
 
 
-def _torch_network(run_dir: Path, transformer: str, part: str, facts: FactsFile) -> Load:
-    """The stock transformer of that name in the diffusers export."""
-    folder = run_dir / "exports" / "diffusers" / transformer
-    guidance = SamplingContract.from_dict(facts.contract.dump()).embedded_guidance
-    return lambda: TorchSession(folder, best_device(), guidance)
+def _loading(run_dir: Path, backend: Backend, transformer: str, part: str, facts: FactsFile) -> Load:
+    """Check a transformer's files, and return what loads them.
 
-
-def _exported_network(run_dir: Path, transformer: str, part: str, facts: FactsFile, *, backend: ExportBackend) -> Load:
-    """The export in folder `part` of a backend's, which stands for the named transformer of the diffusers export."""
-    export = Export.open(run_dir / "exports" / backend / part, backend, _make(run_dir, backend))
-    if export.manifest.contract != facts.contract:
+    Args:
+        run_dir: the run directory.
+        backend: what runs it.
+        transformer: its name in the diffusers export.
+        part: its folder in the backend's export.
+        facts: of the diffusers export.
+    """
+    exports = run_dir / "exports"
+    files = TransformerFiles(
+        stock=exports / "diffusers" / transformer,
+        export=exports / backend.export / part,
+        guidance=SamplingContract.from_dict(facts.contract.dump()).embedded_guidance,
+        make_it=_make(run_dir, backend.export),
+    )
+    manifest = backend.manifest(files)
+    if manifest is not None and manifest.contract != facts.contract:
         raise RequestError(
-            f"{export.folder / MANIFEST_FILE}: its sampling contract is not that of the diffusers export; make both "
-            f"again with: {_make(run_dir, 'diffusers')} --format {backend}"
+            f"{files.export / MANIFEST_FILE}: its sampling contract is not that of the diffusers export; make both "
+            f"again with: {_make(run_dir, 'diffusers')} --format {backend.export}"
         )
-    export.verify()
-    config = check_transformer_config(run_dir / "exports" / "diffusers" / transformer)
-    guidance = SamplingContract.from_dict(facts.contract.dump()).embedded_guidance
-    return lambda: export.network(config, guidance)
+    backend.verify(files)
+    return lambda: backend.open(files)
 
 
 def _reporting(network: Network, total: int, progress: ProgressSink) -> Network:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,18 @@ Inputs = Mapping[str, Tensor]
 
 Session = Callable[[Inputs], Tensor]
 """A network behind a backend: named tensors -> the transformer's prediction, fp32."""
+
+
+class DeviceSession(Protocol):
+    """A `Session` that says what runs it."""
+
+    @property
+    def device(self) -> str:
+        """What runs it, as the runtime itself says."""
+
+    def __call__(self, inputs: Inputs, /) -> Tensor:
+        """Named tensors to the transformer's prediction, fp32."""
+
 
 Shapes = dict[str, list[int]]
 """Input -> its shape."""

@@ -10,6 +10,7 @@ import torch
 
 from flcompress.errors import RequestError, UnavailableError
 from flcompress.runtime.inputs import Inputs
+from flcompress.runtime.tensorrt_api import cuda_driver
 
 MISSING = (
     "ONNX Runtime is not installed, which checks and runs ONNX exports; pip install 'flcompress[onnxruntime]', or "
@@ -25,8 +26,19 @@ def require_onnxruntime(what: str) -> None:
         raise UnavailableError(f"{what}: {MISSING}")
 
 
+def best_provider() -> Literal["cpu", "cuda"]:
+    """Return the GPU where both a driver and an ONNX Runtime built for it are installed, else the CPU."""
+    import onnxruntime
+
+    return "cuda" if cuda_driver() and PROVIDERS["cuda"] in onnxruntime.get_available_providers() else "cpu"
+
+
 class OnnxSession:
-    """An ONNX model in memory; callable as a `flcompress.runtime.inputs.Session`."""
+    """An ONNX model in memory; callable as a `flcompress.runtime.inputs.Session`.
+
+    Attributes:
+        device: the execution provider that runs it.
+    """
 
     def __init__(self, model: Path, device: Literal["cpu", "cuda"] = "cpu", *, lean: bool = False) -> None:
         """Load `model` (its external data next to it).
@@ -61,10 +73,10 @@ class OnnxSession:
                 f"{model}: ONNX Runtime has no kernels for it on {wanted} ({' '.join(str(error).split())}); run it on "
                 "an NVIDIA GPU with 'flcompress[onnxruntime-gpu]', or export it with onnx.precision: fp32"
             ) from error
-        self.provider = str(self.session.get_providers()[0])
-        if self.provider != wanted:
+        self.device = str(self.session.get_providers()[0])
+        if self.device != wanted:
             raise UnavailableError(
-                f"{model}: ONNX Runtime runs it on {self.provider}, {wanted} was asked for; "
+                f"{model}: ONNX Runtime runs it on {self.device}, {wanted} was asked for; "
                 "pip uninstall onnxruntime onnxruntime-gpu, then pip install 'flcompress[onnxruntime-gpu]', and check "
                 "the CUDA libraries"
             )

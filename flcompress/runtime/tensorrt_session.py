@@ -107,6 +107,8 @@ class TensorRTSession:
     tensor of the call before is not copied again. Nothing waits for the GPU.
     """
 
+    device = DEVICE
+
     def __init__(self, engine: Path, manifest: Mapping[str, Any], *, cuda_graph: bool = False) -> None:
         """Deserialize the engine.
 

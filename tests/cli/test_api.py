@@ -1,4 +1,4 @@
-"""The door for authors of passes, exporters and families."""
+"""The door for authors of passes, exporters, back ends and families."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ def test_importing_it_loads_nothing() -> None:
 
 def test_what_it_opens() -> None:
     assert api.__all__ == [
+        "Backend",
         "Block",
         "BlockGraph",
         "ClipSize",
@@ -40,6 +41,8 @@ def test_what_it_opens() -> None:
         "Draws",
         "Engine",
         "EngineName",
+        "ExportBackend",
+        "ExportManifest",
         "Exporter",
         "Fact",
         "Family",
@@ -51,6 +54,7 @@ def test_what_it_opens() -> None:
         "Loss",
         "ModelError",
         "NotRemovable",
+        "OpenNetwork",
         "Optimisation",
         "OriginalNames",
         "Pass",
@@ -66,6 +70,7 @@ def test_what_it_opens() -> None:
         "TrainedRole",
         "Training",
         "TrainingError",
+        "TransformerFiles",
         "UnavailableError",
         "Watch",
         "World",

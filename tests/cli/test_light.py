@@ -50,7 +50,17 @@ else:
     assert loaded(code, recipe) == "[]"
 
 
-@pytest.mark.parametrize("arguments", [("plan", "--help"), ("passes",), ("passes", "dmd"), ("passes", "onnx")])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("plan", "--help"),
+        ("generate", "--help"),
+        ("bench", "--help"),
+        ("passes",),
+        ("passes", "dmd"),
+        ("passes", "onnx"),
+    ],
+)
 def test_commands_that_need_no_model(arguments: tuple[str, ...]) -> None:
     assert loaded_by(*arguments) == "[]"
 

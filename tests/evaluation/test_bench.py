@@ -20,8 +20,9 @@ from flcompress.evaluation.machine import machine
 from flcompress.models.loading import load_transformer
 from flcompress.reporting.findings import headline
 from flcompress.reporting.reading import read_run
-from flcompress.runtime import sessions
-from flcompress.runtime.sessions import TorchSession
+from flcompress.runtime import torch_session
+from flcompress.runtime.backends.torch_backend import CompileBackend
+from flcompress.runtime.torch_session import TorchSession
 
 pytestmark = pytest.mark.e2e
 
@@ -92,7 +93,7 @@ def test_a_backend_that_was_asked_for_is_needed(run: RunDirectory) -> None:
 def test_a_backend_that_cannot_run_is_skipped_with_the_reason(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sessions, "missing_compiler", lambda: "no C++ compiler")
+    monkeypatch.setattr(torch_session, "missing_compiler", lambda: "no C++ compiler")
     told: list[tuple[int, int]] = []
     results = bench(run, 1, lambda done, total, values: told.append((done, total)))
     assert [row["backend"] for row in results["skipped"]] == ["torch.compile", "ONNX Runtime", "TensorRT"]
@@ -108,7 +109,13 @@ def test_a_backend_that_cannot_run_is_skipped_with_the_reason(
         (["--size", "0x32x32"], "--size: 0x32x32 given, expected FRAMESxHEIGHTxWIDTH"),
         (["--size", "10x32x32"], "--size, frames: 10 given, expected 1 plus a multiple of 4 for this model, such as 9"),
         (["--size", "9x30x32"], "--size, height: 30 given, expected a multiple of "),
-        (["--backend", "tpu"], "'tpu' is not one of 'torch', 'compile', 'onnx', 'tensorrt'"),
+        (
+            ["--backend", "tpu"],
+            "--backend: tpu given, expected an installed one; known: compile, onnx, ",
+        ),
+        (["--backend", "onyx"], "--backend: onyx given, expected an installed one; did you mean 'onnx'?"),
+        (["--provider", "tpu"], "--provider: tpu given, expected one of cpu, cuda"),
+        (["--backend", "torch", "--provider", "cpu"], "--provider: cpu given, but backend torch has no such option"),
     ],
 )
 def test_a_request_that_makes_no_sense_is_one_line(run: RunDirectory, given: list[str], message: str) -> None:
@@ -145,23 +152,22 @@ def test_a_full_gpu_is_one_line(run: RunDirectory, monkeypatch: pytest.MonkeyPat
     assert "out of GPU memory (CUDA out of memory. Tried to allocate 2.00 GiB" in told.stderr
 
 
-def test_no_compiler_is_a_stated_reason(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_compiler_is_a_stated_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    session = TorchSession(run.final().components["transformer"], "cpu")
+    monkeypatch.setattr(torch_session, "best_device", lambda: "cpu")
     with pytest.raises(UnavailableError, match=r"no C\+\+ compiler \(no-such-compiler\) for torch\.compile"):
-        session.compiled()
+        CompileBackend().require()
 
 
-def test_no_headers_are_a_stated_reason(run: RunDirectory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_no_headers_are_a_stated_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CXX", "sh")
     monkeypatch.setattr("sysconfig.get_paths", lambda: {"include": str(tmp_path)})
-    session = TorchSession(run.final().components["transformer"], "cpu")
+    monkeypatch.setattr(torch_session, "best_device", lambda: "cpu")
     with pytest.raises(UnavailableError, match=r"Python\.h for torch\.compile"):
-        session.compiled()
+        CompileBackend().require()
 
 
 def test_a_compiled_session_shares_its_weights(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sessions, "missing_compiler", lambda: "")
     monkeypatch.setattr(torch, "compile", lambda forward, **options: forward)
     eager = TorchSession(run.final().components["transformer"], "cpu")
     compiled = eager.compiled()

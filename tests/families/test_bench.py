@@ -23,7 +23,7 @@ from flcompress.frontend.loading import load_recipe
 from flcompress.models.families import family_of
 from flcompress.progress import QuietDisplay
 from flcompress.runtime import onnx_session
-from flcompress.runtime.sessions import TorchSession
+from flcompress.runtime.torch_session import TorchSession
 from tests.families.exports import RECIPE
 from tests.families.pipelines import EXPERTS, EXPORTED
 

@@ -18,6 +18,7 @@ from flcompress.inspection.text import inspection_text
 from flcompress.models.configs import read_json
 from flcompress.models.parts import open_parts
 from flcompress.progress import QuietDisplay
+from flcompress.runtime.backends.options import choose_backend
 from flcompress.runtime.generate import _denoiser, denoise
 from tests.families.exports import PROMPT, first_frame
 from tests.families.pipelines import EXPERTS
@@ -58,7 +59,7 @@ def test_the_teacher_pair_is_sampled_as_its_stock_pipeline_samples_it(
     pipeline.set_progress_bar_config(disable=True)
     torch.manual_seed(2)
     stock = pipeline(prompt=PROMPT, **given, **facts.call, output_type="latent").frames
-    ours = denoise(_denoiser(run.path, "torch", facts), open_parts(folder), facts, PROMPT, 2, first)
+    ours = denoise(_denoiser(run.path, choose_backend("torch"), facts), open_parts(folder), facts, PROMPT, 2, first)
     torch.testing.assert_close(ours, stock, rtol=0.0, atol=2e-4)
 
 

@@ -31,7 +31,8 @@ from flcompress.models.families.wan import Wan
 from flcompress.models.loading import load_transformer
 from flcompress.models.parts import open_parts
 from flcompress.progress import QuietDisplay
-from flcompress.runtime import sessions
+from flcompress.runtime import torch_session
+from flcompress.runtime.backends.options import choose_backend
 from flcompress.runtime.generate import _denoiser, denoise, generate
 from tests.families.exports import PROMPT, first_frame
 from tests.families.pipelines import EXPERTS
@@ -144,10 +145,10 @@ def test_a_stock_call_makes_the_latents_that_the_runtime_makes(runs: dict[Expert
     given, first = first_frame(folder, facts)
     torch.manual_seed(5)
     stock = pipeline(prompt=PROMPT, **given, **facts.call, output_type="latent").frames
-    ours = denoise(_denoiser(run, "torch", facts), open_parts(folder), facts, PROMPT, 5, first)
+    ours = denoise(_denoiser(run, choose_backend("torch"), facts), open_parts(folder), facts, PROMPT, 5, first)
     torch.testing.assert_close(ours, stock, rtol=0.0, atol=2e-5)
     swapped = replace_experts(facts)
-    other = denoise(_denoiser(run, "torch", swapped), open_parts(folder), swapped, PROMPT, 5, first)
+    other = denoise(_denoiser(run, choose_backend("torch"), swapped), open_parts(folder), swapped, PROMPT, 5, first)
     assert float((other - stock).abs().max()) > 1e-3, "the boundary decides nothing"
 
 
@@ -167,9 +168,9 @@ def test_one_expert_is_in_memory_at_a_time_and_no_text_encoder_beside_it(
         loaded.append(weakref.ref(made))
         return made
 
-    monkeypatch.setattr(sessions, "load_transformer", loading)
+    monkeypatch.setattr(torch_session, "load_transformer", loading)
     _, first = first_frame(run / "exports" / "diffusers", facts)
-    latents = denoise(_denoiser(run, "torch", facts), parts, facts, PROMPT, 5, first)
+    latents = denoise(_denoiser(run, choose_backend("torch"), facts), parts, facts, PROMPT, 5, first)
     assert bool(latents.isfinite().all())
     assert len(loaded) == 2, "each comes once a clip"
     gc.collect()
@@ -186,7 +187,8 @@ def test_the_exported_pair_generates_by_onnx(runs: dict[Expert, Made], tmp_path:
     first = first_frame(folder, facts)[1]
     parts = open_parts(folder)
     by_torch, by_onnx = (
-        denoise(_denoiser(run, backend, facts), parts, facts, PROMPT, 5, first) for backend in ("torch", "onnx")
+        denoise(_denoiser(run, choose_backend(backend), facts), parts, facts, PROMPT, 5, first)
+        for backend in ("torch", "onnx")
     )
     torch.testing.assert_close(by_onnx, by_torch, rtol=0.0, atol=1e-3)
     manifests = [

@@ -17,13 +17,13 @@ from click.testing import CliRunner
 from PIL import Image, ImageSequence
 
 from flcompress.cli import main
+from flcompress.core.backend import TransformerFiles
 from flcompress.core.program import Program
-from flcompress.core.records import FactsFile
 from flcompress.errors import RequestError, UnavailableError
 from flcompress.exporters.diffusers_folder import DiffusersExporter
 from flcompress.models.loading import load_transformer
-from flcompress.runtime import generate as runtime
-from flcompress.runtime import sessions
+from flcompress.runtime import torch_session
+from flcompress.runtime.backends.torch_backend import TorchBackend
 from flcompress.runtime.clip_files import frames_of, write_clip
 from flcompress.runtime.generate import generate
 from flcompress.runtime.tensorrt_api import cuda_driver
@@ -63,13 +63,13 @@ def test_a_gpu_computes_in_half_precision(
         asked.append(given)
         return load_transformer(run / "exports" / "diffusers" / "transformer")
 
-    monkeypatch.setattr(sessions, "load_transformer", loading)
-    monkeypatch.setattr(runtime, "best_device", lambda: device)
-    facts = FactsFile.read(run / "exports" / "diffusers" / "flcompress.json")
-    load = runtime._torch_network(run, "transformer", "", facts)
-    assert not asked, "loaded before it is called"
-    load()
-    assert asked == [(run / "exports" / "diffusers" / "transformer", device, dtype)]
+    monkeypatch.setattr(torch_session, "load_transformer", loading)
+    monkeypatch.setattr(torch_session, "best_device", lambda: device)
+    folder = run / "exports" / "diffusers"
+    files = TransformerFiles(stock=folder / "transformer", export=folder, guidance=None, make_it="")
+    network = TorchBackend().open(files)
+    assert asked == [(folder / "transformer", device, dtype)]
+    assert (network.device, network.precision) == (device, "bf16" if dtype else "fp32")
 
 
 def test_a_gif_and_a_video(tmp_path: Path) -> None:
@@ -120,6 +120,10 @@ def test_a_negative_prompt_is_for_guided_models(copy: Path, guided: Program, tmp
     other = generate(copy, PROMPT, "torch", tmp_path / "c.png", negative_prompt="")
     assert np.array_equal(pixels(usual), pixels(same))
     assert not np.array_equal(pixels(usual), pixels(other))
+    manifest = copy / "exports" / "onnx" / "manifest.json"  # as of an export of the guided program
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "contract": facts["contract"]}))
+    by_onnx = generate(copy, PROMPT, "onnx", tmp_path / "d.png", negative_prompt="")
+    assert np.abs(pixels(by_onnx) - pixels(other)).max() <= 1
 
 
 def test_large_clips_keep_their_size_and_every_pixel_its_place() -> None:

@@ -6,7 +6,7 @@ are; the first incompatible change writes `"format": 2`, which this version refu
 """
 
 from flcompress.core.records.base import AnyRecord, Record
-from flcompress.core.records.exports import EngineManifest, FactsFile, OnnxManifest
+from flcompress.core.records.exports import EngineManifest, ExportManifest, FactsFile, OnnxManifest
 from flcompress.core.records.measured import (
     BenchFile,
     ClipPart,
@@ -61,6 +61,7 @@ __all__ = [
     "EvalFile",
     "Event",
     "ExportFile",
+    "ExportManifest",
     "FactsFile",
     "HealthFile",
     "ImportanceResult",

@@ -25,6 +25,16 @@ class FactsFile(Record):
     pipeline_class: str
 
 
+class ExportManifest(Record):
+    """`manifest.json` of any export: what each of them states; one that states more has a record of its own."""
+
+    file: str
+    sha256: str | dict[str, str]
+    precision: str
+    contract: ContractPart
+    kept: dict[str, str]
+
+
 class OnnxManifest(Record):
     """`manifest.json` of an ONNX export; differences are the largest absolute ones."""
 

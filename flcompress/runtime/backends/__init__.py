@@ -1,0 +1,1 @@
+"""The back ends, one class each; `flcompress.core.registry` knows them by name."""
