@@ -301,21 +301,26 @@ def generate_command(
 
 @main.command("eval")
 @click.argument("run", type=_FOLDER)
+@click.option("--suite", metavar="NAME", help="Such as moving-digits or proxies.  [default: the one that fits the run]")
 @click.option("--clips-per-prompt", type=click.IntRange(min=1), help="Per prompt and seed.  [default: the recipe's]")
-@click.option(
-    "--seeds", type=click.IntRange(min=2), help="Repetitions, which give the intervals.  [default: the recipe's]"
-)
+@click.option("--seeds", type=click.IntRange(min=2), help="Repetitions, for intervals.  [default: the recipe's]")
+@click.option("--prompts", type=_FOLDER, help="Text file, one prompt a line.  [default: the data's held-out prompts]")
+@click.option("--images", type=_FOLDER, help="Folder of first frames, for image-to-video models.")
+@click.option("--against", multiple=True, type=_FOLDER, help="A run, a pipeline folder or a YAML file; repeatable.")
+@click.option("--dry-run", is_flag=True, help="Count network calls and hours; sample nothing.")
 @moved_model
 @as_json
 @quiet
-def eval_command(
-    run: Path, clips_per_prompt: int | None, seeds: int | None, model: Path | None, as_json: bool, quiet: bool
-) -> None:
-    """Compare teacher, stages and student of RUN on held-out prompts. Writes RUN/eval."""
-    results = commands.evaluate(
-        run, clips_per_prompt=clips_per_prompt, seeds=seeds, model=model, display=_display(quiet)
-    )
-    print_results(results, as_json, run)
+def eval_command(run: Path, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Compare teacher, stages and student of RUN on held-out prompts. Writes RUN/eval.
+
+    Interrupted, the same command resumes. Started by torchrun, the processes share the clips. See docs/evaluation.md.
+    """
+    results = commands.evaluate(run, **options, display=_display(quiet))
+    if options["dry_run"] and not as_json:
+        click.echo(results["text"])
+    elif os.environ.get("RANK", "0") == "0":
+        print_results(results, as_json, run)
 
 
 @main.command("bench", cls=BackendCommand)

@@ -215,35 +215,59 @@ def generate(
 def evaluate(
     run: StrPath,
     *,
+    suite: str | None = None,
     clips_per_prompt: int | None = None,
     seeds: int | None = None,
+    prompts: StrPath | None = None,
+    images: StrPath | None = None,
+    against: Sequence[StrPath] = (),
+    dry_run: bool = False,
     model: StrPath | None = None,
     display: Display | None = None,
 ) -> dict[str, Any]:
     """Compare teacher, stages and student of a run on held-out prompts, and write `RUN/eval`.
 
     Args:
-        run: the run directory, of a recipe that trains on moving digits.
+        run: the run directory.
+        suite: what measures them, one of `flcompress.core.registry.known_suites`; moving-digits for a run that trains
+            on that benchmark, and proxies for every other, by default.
         clips_per_prompt: clips of each prompt for each seed; the recipe's `evaluation.clips_per_prompt` by default.
-        seeds: repetitions, from which the intervals come; the recipe's `evaluation.seeds` by default.
+        seeds: repetitions; the recipe's `evaluation.seeds` by default.
+        prompts: text file of prompts, one a line; the data's held-out ones by default.
+        images: folder of first frames, for image-to-video models.
+        against: runs, stock pipeline folders, or YAML files that name one, to compare with.
+        dry_run: count the network calls and the hours, and do nothing.
         model: the model folder that the run started from, if it has moved.
         display: where progress is shown; bars on a terminal, else lines.
 
     Returns:
-        What `RUN/eval/results.json` holds.
+        What the suite's `results.json` below `RUN/eval` holds; of a dry run, the counts.
 
     Raises:
         RequestError: an unfinished run, another dataset, or too few seeds or clips.
     """
+    from flcompress.core.registry import find_suite
+    from flcompress.core.suites import SuiteRequest
     from flcompress.distributed.launch import use_free_cores
-    from flcompress.evaluation import comparison
     from flcompress.progress import default_display
 
-    opened = _open_run(run, model)
-    size = opened.recipe().evaluation
+    if suite is None:
+        data = _open_run(run, model).recipe().data
+        suite = "moving-digits" if data is not None and data.moving_digits is not None else "proxies"
+    request = SuiteRequest(
+        run=Path(run),
+        display=display or default_display(),
+        model=Path(model) if model is not None else None,
+        clips_per_prompt=clips_per_prompt,
+        seeds=seeds,
+        prompts=Path(prompts) if prompts is not None else None,
+        images=Path(images) if images is not None else None,
+        against=tuple(map(Path, against)),
+        dry_run=dry_run,
+    )
+    measuring = find_suite(suite)()
     use_free_cores()
-    with (display or default_display()).stage("evaluation") as progress:
-        return comparison.evaluate(opened, clips_per_prompt or size.clips_per_prompt, seeds or size.seeds, progress)
+    return measuring.evaluate(request)
 
 
 def bench(

@@ -56,6 +56,28 @@ def paired(a: Sequence[float], b: Sequence[float]) -> Interval:
     return interval([left - right for left, right in zip(a, b, strict=True)])
 
 
+def bootstrap(values: Sequence[float], confidence: float = 0.95, draws: int = 2000) -> Interval:
+    """Return the mean and the percentile interval of its bootstrap (Efron 1979), always by the same draws.
+
+    For values of prompts, each the mean over its clips: what is drawn with replacement is whole prompts. Differences of
+    two models on the same prompts give the paired interval. A single value has no interval.
+
+    Raises:
+        RequestError: no value.
+    """
+    import numpy as np
+
+    if not values:
+        raise RequestError("bootstrap: no values given, expected at least 1")
+    numbers = np.asarray(values, dtype=np.float64)
+    mean = float(numbers.mean())
+    if len(numbers) < 2:
+        return Interval(mean, mean, mean)
+    chosen = np.random.default_rng(0).integers(len(numbers), size=(draws, len(numbers)))
+    low, high = np.quantile(numbers[chosen].mean(axis=1), [0.5 - confidence / 2.0, 0.5 + confidence / 2.0])
+    return Interval(mean, float(min(low, mean)), float(max(high, mean)))
+
+
 def frechet_distance(a: torch.Tensor, b: torch.Tensor) -> float:
     """Return the Frechet distance of two sets of features, each fitted by a Gaussian (Heusel et al. 2017, eq. 6).
 

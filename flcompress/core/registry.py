@@ -1,4 +1,4 @@
-"""Passes, exporters and back ends by their names: the built-in ones, and any that an installed package adds.
+"""Passes, exporters, back ends and evaluation suites by name: the built-in ones, and any that a package adds.
 
 A package adds one with an entry point, in its own `pyproject.toml`:
 
@@ -19,6 +19,7 @@ from importlib.metadata import EntryPoints, entry_points
 
 from flcompress.core.backend import Backend
 from flcompress.core.steps import Exporter, Pass
+from flcompress.core.suites import Suite
 from flcompress.errors import RecipeError
 
 PASSES: dict[str, str] = {
@@ -40,9 +41,14 @@ BACKENDS: dict[str, str] = {
     "onnx": "flcompress.runtime.backends.onnx_backend:OnnxBackend",
     "tensorrt": "flcompress.runtime.backends.tensorrt_backend:TensorRTBackend",
 }
+SUITES: dict[str, str] = {
+    "moving-digits": "flcompress.evaluation.comparison:MovingDigits",
+    "proxies": "flcompress.evaluation.suites.proxies:Proxies",
+}
 PASS_GROUP = "flcompress.passes"
 EXPORTER_GROUP = "flcompress.exporters"
 BACKEND_GROUP = "flcompress.backends"
+SUITE_GROUP = "flcompress.suites"
 
 
 def known_passes() -> dict[str, str]:
@@ -58,6 +64,11 @@ def known_exporters() -> dict[str, str]:
 def known_backends() -> dict[str, str]:
     """Return name -> "module:Class" of every installed back end, the built-in ones first."""
     return _with_entry_points(BACKENDS, BACKEND_GROUP)
+
+
+def known_suites() -> dict[str, str]:
+    """Return name -> "module:Class" of every installed evaluation suite, the built-in ones first."""
+    return _with_entry_points(SUITES, SUITE_GROUP)
 
 
 def find_pass(name: str) -> type[Pass]:
@@ -81,6 +92,14 @@ def find_backend(name: str) -> type[Backend]:
     kind = _load(name, known_backends(), "backend")
     if not (isinstance(kind, type) and issubclass(kind, Backend)):
         raise RecipeError(f"backend '{name}': {kind!r} is not a subclass of flcompress.core.backend.Backend")
+    return kind
+
+
+def find_suite(name: str) -> type[Suite]:
+    """Return the suite class of a name; raise RequestError, with the nearest name, if there is none."""
+    kind = _load(name, known_suites(), "suite")
+    if not (isinstance(kind, type) and issubclass(kind, Suite)):
+        raise RecipeError(f"suite '{name}': {kind!r} is not a subclass of flcompress.core.suites.Suite")
     return kind
 
 
@@ -110,7 +129,7 @@ def _with_entry_points(built_in: Mapping[str, str], group: str) -> dict[str, str
     return known
 
 
-@lru_cache(maxsize=3)
+@lru_cache(maxsize=4)
 def _entry_points(group: str, path: tuple[str, ...]) -> EntryPoints:
     """Return a group's entry points of all packages on `path`; once, since every package's metadata is read."""
     return entry_points(group=group)

@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +192,19 @@ class LatentDataset:
             order = torch.randperm(len(bucket.entries), generator=generator)
             if share:
                 yield self._read(bucket.entries[order[torch.arange(share) % len(order)]])
+
+    def in_order(self, n: int, *, latents: bool = True) -> Iterator[tuple[torch.Tensor, str]]:
+        """Yield the first `n` clips in the order of the dataset: latents [1, ...] in fp32, and the caption.
+
+        Args:
+            n: most clips to yield.
+            latents: whether latents are read; else they are empty.
+        """
+        self._require_clips()
+        rows = (row for bucket in self._buckets for row in bucket.entries.tolist())
+        for shard, row, prompt in islice(rows, n):
+            clip = self._reader.latents([(shard, row)]) if latents else torch.empty(0)
+            yield clip, self.captions[prompt]
 
     def split(self, heldout: int) -> tuple[LatentDataset, LatentDataset]:
         """Split into (training part, the last `heldout` clips): monitors must not evaluate on training clips.

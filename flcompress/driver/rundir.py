@@ -88,6 +88,11 @@ class RunDirectory:
         return self._program(self._entry_folders()[-1])
 
     @property
+    def final_folder(self) -> Path:
+        """Folder of the last result, in the run directory or in the store that several runs share."""
+        return self._entry_folders()[-1]
+
+    @property
     def key(self) -> str:
         """Cache key of the last result; measurements record it to say what they measured."""
         return Entry.read(self._entry_folders()[-1]).key

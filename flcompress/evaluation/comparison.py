@@ -1,4 +1,4 @@
-"""Evaluation on moving digits: the same held-out prompts and noises for every contender, over several seeds.
+"""The suite `moving-digits`: the same held-out prompts and noises for every contender, over several seeds.
 
 Prompts, classifier and figures are those of `flcompress.moving_digits`; runs on other data are refused.
 """
@@ -10,11 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from typing_extensions import override
 
 from flcompress.core.records import EvalFile
+from flcompress.core.suites import Suite, SuiteRequest
 from flcompress.driver.rundir import RunDirectory
 from flcompress.errors import RequestError
 from flcompress.evaluation.contenders import Contender, run_contenders
@@ -31,6 +33,32 @@ REFERENCE_CLIPS_PER_PROMPT = 64
 """Real clips per held-out caption, of held-out handwriting: the reference of every Frechet distance."""
 
 Judged = dict[str, torch.Tensor]
+
+
+class MovingDigits(Suite):
+    """The embedded benchmark: its own held-out prompts, judged by its own classifier."""
+
+    name: ClassVar[str] = "moving-digits"
+
+    @override
+    def evaluate(self, request: SuiteRequest) -> dict[str, Any]:
+        for option, value in (
+            ("--prompts", request.prompts),
+            ("--images", request.images),
+            ("--against", request.against[0] if request.against else None),
+            ("--dry-run", "" if request.dry_run else None),
+        ):
+            if value is not None:
+                given = f"{value} given" if value else "given"
+                raise RequestError(
+                    f"{option}: {given}, but the suite moving-digits has prompts and contenders of its own; leave it "
+                    "out, or give --suite proxies"
+                )
+        run = RunDirectory(request.run, request.model)
+        size = run.recipe().evaluation
+        clips, seeds = request.clips_per_prompt or size.clips_per_prompt, request.seeds or size.seeds
+        with request.display.stage("evaluation") as progress:
+            return evaluate(run, clips, seeds, progress)
 
 
 def evaluate(
@@ -60,7 +88,7 @@ def evaluate(
         source = next(iter(recipe.data_spec() or {"none": None}))
         raise RequestError(
             f"{recipe.where('data')}: {source} given, expected moving-digits; only that benchmark has a classifier and "
-            "held-out prompts to evaluate with"
+            "held-out prompts to evaluate with; give --suite proxies"
         )
     run.final().check()
     known = {contender.name: contender for contender in run_contenders(run)}

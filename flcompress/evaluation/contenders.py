@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,13 @@ import torch
 
 from flcompress.core.program import Fact, Program
 from flcompress.diffusion.contract import SamplingContract, resample
-from flcompress.diffusion.network import Conditioning, Network
+from flcompress.diffusion.network import Conditioning, Network, to_device
 from flcompress.driver.rundir import RunDirectory
 from flcompress.ir.graph import BlockGraph
 from flcompress.models.loading import load_transformer, meta_transformer
-from flcompress.models.network import as_network
+from flcompress.models.network import as_network, half_precision
 from flcompress.models.stock_files import folder_digest
+from flcompress.models.tensor_memory import free_gpu_memory
 from flcompress.tracing.skip import skipping_network
 
 SHORTCUT_STEPS = 4
@@ -36,6 +36,7 @@ class Contender:
         parameters: parameters that take part in one network evaluation.
         identity: digest of everything that decides the output of `network`, so that its clips can be cached; "" if
             they must not be.
+        release: frees the memory of the transformers that it and its siblings loaded.
     """
 
     name: str
@@ -44,12 +45,16 @@ class Contender:
     contract: SamplingContract
     parameters: int
     identity: str = ""
+    release: Callable[[], None] = lambda: None
 
 
-def run_contenders(run: RunDirectory) -> list[Contender]:
-    """Return the contenders of a finished run, in the order of the tables. Weights are loaded at first use."""
+def run_contenders(run: RunDirectory, device: str = "cpu") -> list[Contender]:
+    """Return the contenders of a finished run, in the order of the tables. Weights are loaded at first use.
+
+    On a GPU they compute in bf16, as stock pipelines do there, and only the transformers of one are in memory.
+    """
     start, final = run.start(), run.final()
-    parts = _Transformers(final, start.graph)
+    parts = _Transformers(final, start.graph, device)
     teacher = final.teacher_contract
     few = final.contract.num_inference_steps if Fact.FEW_STEP in final.facts else SHORTCUT_STEPS
     guided = f"{teacher.num_inference_steps} steps" + (", guided" if teacher.guided else "")
@@ -76,10 +81,33 @@ def run_contenders(run: RunDirectory) -> list[Contender]:
 class _Transformers:
     """Transformers of a program, each loaded once, and only if it is sampled."""
 
-    def __init__(self, program: Program, unpruned: BlockGraph) -> None:
+    def __init__(self, program: Program, unpruned: BlockGraph, device: str) -> None:
         self._components = program.components
         self._unpruned = unpruned
-        self._load: Callable[[Path], Any] = cache(load_transformer)
+        self._device = device
+        self._room = 1 if program.contract.experts is None else 2
+        self._loaded: dict[Path, Any] = {}
+
+    def _load(self, folder: Path) -> Any:
+        """Load once; on a GPU in bf16, and of other contenders' transformers none stays in memory."""
+        if folder not in self._loaded:
+            if self._device != "cpu":
+                while len(self._loaded) >= self._room:
+                    del self._loaded[next(iter(self._loaded))]
+                free_gpu_memory()
+            half = None if self._device == "cpu" else torch.bfloat16
+            self._loaded[folder] = load_transformer(folder, self._device, half)
+        return self._loaded[folder]
+
+    def _release(self) -> None:
+        self._loaded.clear()
+        free_gpu_memory()
+
+    def _run(self, network: Network, x: torch.Tensor, timestep: torch.Tensor, given: Conditioning) -> torch.Tensor:
+        if self._device == "cpu":
+            return network(x, timestep, given)
+        with half_precision(self._device, enabled=True):
+            return network(x.to(self._device), timestep.to(self._device), to_device(given, self._device)).to(x)
 
     def digest(self, component: str) -> str:
         return folder_digest(self._components[component])
@@ -96,10 +124,11 @@ class _Transformers:
         def own(x: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
             model = self._load(folder)
             run = skipping_network(model, skipped, self._unpruned, guidance) if skipped else as_network(model, guidance)
-            return run(x, timestep, conditioning)
+            return self._run(run, x, timestep, conditioning)
 
         def partner(x: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-            return as_network(self._load(self._components[partner_component]), guidance)(x, timestep, conditioning)
+            run = as_network(self._load(self._components[partner_component]), guidance)
+            return self._run(run, x, timestep, conditioning)
 
         # A few-step student has the partner that its recipe names; teachers have the model's own.
         partner_component = "partner" if component == "transformer" else "original_partner"
@@ -112,4 +141,5 @@ class _Transformers:
             contract=contract,
             parameters=sum(p.numel() for p in shape.parameters() if id(p) not in skipped_parameters),
             identity=" ".join(decisive),
+            release=self._release,
         )

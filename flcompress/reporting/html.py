@@ -18,6 +18,7 @@ from flcompress.reporting.quality import Quality, quality
 from flcompress.reporting.reading import RunRecord, read_run
 from flcompress.reporting.speed import speed
 from flcompress.reporting.stages import exports, flatten, steps
+from flcompress.reporting.suites import suite_part
 from flcompress.reporting.training import Training, trainings
 
 WIDE_ROW, NARROW_ROW = 16, 6
@@ -66,6 +67,7 @@ def render(run: RunRecord) -> str:
             (entry, _curves(entry), [(label, _address(file)) for label, file in entry.strips]) for entry in trained
         ],
         quality=measured,
+        suites=[suite_part(run, name, results) for name, results in run.suites.items()],
         strips=_strips(run, measured),
         comparison=_comparison(run),
         speed=speed(run.bench) if run.bench is not None else None,

@@ -14,6 +14,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from flcompress.reporting.findings import Blocks
+from flcompress.stats import Interval
 
 Points = Sequence[tuple[float, float]]
 
@@ -113,6 +114,22 @@ def levels(blocks: Blocks, *, narrow: bool = False) -> str:
 
     size = (4.4, 1.9 * rows + 0.3) if narrow else (9.4, 2.1 * rows + 0.3)
     return _svg(draw, size, f"levels-{narrow}", "Importance of each block over depth, one plot per noise level")
+
+
+def intervals(panels: Sequence[tuple[str, Sequence[tuple[str, Interval]]]], name: str) -> str:
+    """A panel for each figure with a bar for each model and its interval, as SVG; the first model is the teacher."""
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        for plot, (label, rows) in zip(axes, panels, strict=True):
+            for y, (_, value) in enumerate(rows):
+                errors = [[value.mean - value.low], [value.high - value.mean]]
+                plot.errorbar([value.mean], [y], xerr=errors, fmt="o", color=GONE if y else KEPT, capsize=2.5)
+            plot.set_yticks(range(len(rows)), [_plain(model) for model, _ in rows] if plot is axes[0] else [])
+            plot.set_ylim(len(rows) - 0.5, -0.5)
+            plot.set_title(label)
+
+    return _svg(draw, (9.4, 0.35 * len(panels[0][1]) + 0.9), name, "Figures of every model with intervals")
 
 
 def curves(

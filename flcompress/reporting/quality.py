@@ -19,22 +19,30 @@ Mark = Literal["best", "tied", ""]
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """A column. `better` is -1 where lower is better, 1 where higher is, 0 where neither is better in itself."""
+    """A column.
+
+    Attributes:
+        better: -1 where lower is better, 1 where higher is, 0 where neither is better in itself.
+        shown: whether the terminal shows it, too.
+        compared: whether the student is compared with every other model by it.
+    """
 
     key: str
     label: str
     better: int
+    shown: bool = False
+    compared: bool = False
 
 
 METRICS = (
-    Metric(key="frechet", label="Fréchet distance", better=-1),
-    Metric(key="prompt_accuracy", label="Prompt accuracy", better=1),
+    Metric(key="frechet", label="Fréchet distance", better=-1, shown=True, compared=True),
+    Metric(key="prompt_accuracy", label="Prompt accuracy", better=1, shown=True, compared=True),
     Metric(key="digit_accuracy", label="Digit", better=1),
     Metric(key="direction_accuracy", label="Direction", better=1),
     Metric(key="motion_smoothness", label="Smoothness", better=1),
     Metric(key="dynamic_degree", label="Dynamic degree", better=0),
     Metric(key="imaging_quality", label="Imaging quality", better=1),
-    Metric(key="average", label="Average", better=1),
+    Metric(key="average", label="Average", better=1, shown=True),
 )
 
 
@@ -86,7 +94,8 @@ class Comparison:
 
     Attributes:
         difference: student minus other, paired by seed.
-        verdict: "better" or "worse" where the interval of `difference` excludes 0, else "not told apart".
+        verdict: "better" or "worse" where the interval of `difference` excludes 0, "higher" or "lower" for a metric of
+            which neither is better, else "not told apart".
     """
 
     metric: str
@@ -99,7 +108,10 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
-    """The table. `metrics` are the columns that at least one contender has; `floor` is one cell a column."""
+    """The table. `metrics` are the columns that at least one contender has; `floor` is one cell a column.
+
+    `warnings` are the suite's own; `source` says where its prompts come from.
+    """
 
     benchmark: str
     clips: int
@@ -110,12 +122,14 @@ class Quality:
     floor: list[Cell]
     classifier: dict[str, float]
     comparisons: list[Comparison]
+    warnings: list[str]
+    source: str
 
 
 def quality(results: EvalFile) -> Quality:
     """Return the table of `eval/results.json`; RecordError if a pair of contenders is missing."""
     rows = results.contenders
-    metrics = [metric for metric in METRICS if any(metric.key in row.figures for row in rows)]
+    metrics = [metric for metric in _known(results) if any(metric.key in row.figures for row in rows)]
     differences = Differences.read(results)
     names = [row.name for row in rows]
     columns = [
@@ -143,6 +157,18 @@ def quality(results: EvalFile) -> Quality:
         floor=[Cell(value=_interval(results.floor, metric.key)) for metric in metrics],
         classifier=results.classifier,
         comparisons=_comparisons(metrics, contenders, differences),
+        warnings=results.warnings,
+        source=results.source or "",
+    )
+
+
+def _known(results: EvalFile) -> tuple[Metric, ...]:
+    """Return the metrics of a suite, as its file says; those of the embedded benchmark are known here."""
+    if not results.figures:
+        return METRICS
+    return tuple(
+        Metric(key=each.key, label=each.label, better=each.better, shown=each.headline, compared=each.headline)
+        for each in results.figures
     )
 
 
@@ -168,20 +194,19 @@ def _mark_cells(metric: Metric, values: Mapping[str, Interval | None], differenc
 
 
 def _comparisons(metrics: list[Metric], contenders: list[Contender], differences: Differences) -> list[Comparison]:
-    """Compare the student with every other model on distance and prompt accuracy."""
+    """Compare the student with every other model by the metrics that are for it."""
     student = next((contender for contender in contenders if contender.name == "student"), None)
     if student is None:
         return []
     comparisons: list[Comparison] = []
     for index, metric in enumerate(metrics):
-        if metric.key not in ("frechet", "prompt_accuracy"):
+        if not metric.compared:
             continue
         for other in contenders:
             ours, theirs = student.cells[index].value, other.cells[index].value
             if other is student or ours is None or theirs is None:
                 continue
             difference = differences.between(student.name, other.name, metric.key)
-            ahead = metric.better * difference.mean > 0
             comparisons.append(
                 Comparison(
                     metric=metric.label,
@@ -189,7 +214,15 @@ def _comparisons(metrics: list[Metric], contenders: list[Contender], differences
                     student=ours,
                     against=theirs,
                     difference=difference,
-                    verdict="not told apart" if difference.holds(0.0) else "better" if ahead else "worse",
+                    verdict=_verdict(metric, difference),
                 )
             )
     return comparisons
+
+
+def _verdict(metric: Metric, difference: Interval) -> str:
+    if difference.holds(0.0):
+        return "not told apart"
+    if not metric.better:
+        return "higher" if difference.mean > 0 else "lower"
+    return "better" if metric.better * difference.mean > 0 else "worse"

@@ -93,6 +93,7 @@ class RunRecord:
         unfinished: the pass that is running or was stopped.
         exports: name -> summary, in the order of the journal.
         evaluation: `eval/results.json`; None where there is none, or it is of an earlier student.
+        suites: `eval/SUITE/results.json` of every other suite, likewise.
         bench: `bench/results.json`, likewise.
         outdated: the commands ("eval", "bench") whose results are of an earlier student: the recipe has been changed
             and applied since, so they say nothing of this one.
@@ -106,6 +107,7 @@ class RunRecord:
     unfinished: Unfinished | None
     exports: dict[str, ExportFile]
     evaluation: EvalFile | None
+    suites: dict[str, EvalFile]
     bench: BenchFile | None
     outdated: frozenset[str]
 
@@ -153,6 +155,10 @@ def read_run(run_dir: Path) -> RunRecord:
     outdated = frozenset(
         name for name, results in measured.items() if results and (student is None or results.program != student)
     )
+    suites = {file.parent.name: EvalFile.read(file) for file in sorted((run_dir / "eval").glob("*/results.json"))}
+    current = {name: results for name, results in suites.items() if student is not None and results.program == student}
+    if suites and not current and evaluation is None:
+        outdated |= {"eval"}
     journal = Event.read_lines(run_dir / "journal.jsonl")
     return RunRecord(
         path=run_dir,
@@ -163,6 +169,7 @@ def read_run(run_dir: Path) -> RunRecord:
         unfinished=_find_unfinished(run_dir, journal, len(entries)),
         exports={file.stem: ExportFile.read(file) for file in sorted((run_dir / "exports").glob("*.json"))},
         evaluation=None if "eval" in outdated else evaluation,
+        suites=current,
         bench=None if "bench" in outdated else bench,
         outdated=outdated,
     )

@@ -34,7 +34,7 @@ def print_summary(run_dir: Path, console: Console) -> None:
     fates, passes = blocks(run), steps(run)
     # Everything is read before the first line is printed: an error does not follow half a summary.
     top, exported, trained = headline(run), exports(run), trainings(run)
-    measured = quality(run.evaluation) if run.evaluation is not None else None
+    measured = [quality(results) for results in (run.evaluation, *run.suites.values()) if results is not None]
     times = speed(run.bench) if run.bench is not None else None
     console.print(f"[bold]{escape(run.info.name or run_dir.name)}[/bold]  {escape(str(run_dir))}")
     if top is None:
@@ -45,10 +45,10 @@ def print_summary(run_dir: Path, console: Console) -> None:
         console.print(_how_to_measure("speed", "bench", run), highlight=False)
     else:
         _speed(times, console)
-    if measured is None:
+    if not measured:
         console.print(_how_to_measure("quality", "eval", run), end="\n\n", highlight=False)
-    else:
-        _quality(measured, console)
+    for suite in measured:
+        _quality(suite, console)
     if fates is not None:
         _print_removed(fates, console)
     _trainings(trained, console)
@@ -131,17 +131,20 @@ def _how_to_measure(what: str, command: str, run: RunRecord) -> str:
 
 
 def _quality(quality: Quality, console: Console) -> None:
-    # Four columns fit a terminal; the page has them all.
-    shown = [
-        index for index, metric in enumerate(quality.metrics) if metric.key in ("frechet", "prompt_accuracy", "average")
-    ]
-    table = _table("Quality, with 95 % confidence intervals", "model", *(">" + quality.metrics[n].label for n in shown))
+    # A few columns fit a terminal; the page has them all.
+    shown = [index for index, metric in enumerate(quality.metrics) if metric.shown]
+    title = "Quality" if quality.benchmark == "moving-digits" else f"Quality by {quality.benchmark}"
+    table = _table(
+        f"{title}, with 95 % confidence intervals", "model", *(">" + quality.metrics[n].label for n in shown)
+    )
     for contender in quality.contenders:
         table.add_row(escape(contender.label), *(_cell(contender.cells[n]) for n in shown))
-    if quality.floor is not None:
+    if any(cell.value is not None for cell in quality.floor):
         table.add_row("real against real (floor)", *(_cell(quality.floor[n]) for n in shown))
     console.print(table)
     console.print("* best mean   ~ paired difference from the best may be 0: not known to be worse\n", highlight=False)
+    for warning in quality.warnings:
+        console.print(warning, end="\n\n", markup=False, highlight=False)
     if quality.comparisons:
         table = _table(
             "Student minus other, paired by seed, with 95 % confidence intervals",

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import flcompress
 from flcompress.diffusion.student import student_contract
 from flcompress.driver.rundir import RunDirectory
 from flcompress.errors import FlcompressError, RequestError
@@ -16,6 +17,7 @@ from flcompress.evaluation.comparison import evaluate, evaluate_contenders
 from flcompress.evaluation.contenders import Contender, run_contenders
 from flcompress.models.parts import open_parts
 from flcompress.moving_digits.figures import AVERAGED
+from flcompress.progress import QuietDisplay
 from tests.evaluation.conftest import make_run
 
 pytestmark = pytest.mark.e2e
@@ -148,3 +150,16 @@ def test_values_that_are_not_finite_name_the_contender(run: RunDirectory, model:
     )
     with pytest.raises(FlcompressError, match="broken: its latents are not finite at seed 0"):
         evaluate_contenders([broken], parts=open_parts(model), clips_per_prompt=1, seeds=2)
+
+
+def test_the_suite_gives_the_figures_and_the_keys_that_the_benchmark_always_had(
+    run: RunDirectory, first: tuple[dict[str, Any], Count]
+) -> None:
+    results = flcompress.evaluate(run, clips_per_prompt=1, seeds=2, display=QuietDisplay())
+    assert results == first[0]
+    assert list(results) == [
+        "program", "benchmark", "clips", "seeds", "prompts", "reference_clips", "classifier", "floor", "contenders",
+        "paired",
+    ]  # fmt: skip
+    facts = {"name", "label", "steps", "guidance", "evaluations", "parameters", "strip"}
+    assert all(set(row) == facts | METRICS for row in results["contenders"])

@@ -6,12 +6,14 @@ are; the first incompatible change writes `"format": 2`, which this version refu
 """
 
 from flcompress.core.records.base import AnyRecord, Record
+from flcompress.core.records.evaluated import ClipLine, MeasuredLine, ScoreLine
 from flcompress.core.records.exports import EngineManifest, ExportManifest, FactsFile, OnnxManifest
 from flcompress.core.records.measured import (
     BenchFile,
     ClipPart,
     ContenderRow,
     EvalFile,
+    FigurePart,
     Measured,
     PairedRow,
     SpeedRow,
@@ -52,6 +54,7 @@ __all__ = [
     "BenchFile",
     "BlockScore",
     "BreachLine",
+    "ClipLine",
     "ClipPart",
     "ContenderRow",
     "ContractPart",
@@ -63,10 +66,12 @@ __all__ = [
     "ExportFile",
     "ExportManifest",
     "FactsFile",
+    "FigurePart",
     "HealthFile",
     "ImportanceResult",
     "LimitPart",
     "Measured",
+    "MeasuredLine",
     "MetricsLine",
     "OnnxManifest",
     "PairedRow",
@@ -76,6 +81,7 @@ __all__ = [
     "RedrawsLine",
     "ResultFile",
     "RunFile",
+    "ScoreLine",
     "SpeedRow",
     "Spread",
     "StepsResult",

@@ -26,7 +26,7 @@ class Measured(Part):
 
 
 class ContenderRow(Part):
-    """One contender of `eval/results.json`; further keys are its figures."""
+    """One contender of `eval/results.json`; further keys are its figures, `folder` has its clip files."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
     __pydantic_extra__: dict[str, Measured]
@@ -38,6 +38,7 @@ class ContenderRow(Part):
     evaluations: int
     parameters: int
     strip: str | None = None
+    folder: str | None = None
 
     @property
     def figures(self) -> Mapping[str, Measured]:
@@ -56,8 +57,24 @@ class PairedRow(Part):
     high: FiniteFloat
 
 
+class FigurePart(Part):
+    """A figure of a suite: `better` is -1 where lower is better, 1 where higher is, 0 where neither is in itself."""
+
+    key: str
+    label: str
+    better: int
+    headline: bool = False
+
+
 class EvalFile(Record):
-    """`eval/results.json`; `program` is the key of the student's last result."""
+    """`eval/results.json`, and `eval/SUITE/results.json`; `program` is the key of the student's last result.
+
+    Attributes:
+        benchmark: the suite.
+        figures: its figures, in order; none for the embedded benchmark, whose figures the report knows.
+        warnings: what a person should look at first, a line each.
+        source: where the prompts come from.
+    """
 
     program: str | None = None
     benchmark: str
@@ -69,6 +86,9 @@ class EvalFile(Record):
     floor: dict[str, Measured]
     contenders: list[ContenderRow]
     paired: list[PairedRow]
+    figures: list[FigurePart] = Field(default_factory=list)
+    warnings: list[str] = Field(default_factory=list)
+    source: str | None = None
 
 
 class Spread(Part):

@@ -1,0 +1,54 @@
+"""What the clip suites of `flcompress eval` leave next to their results: a line for each clip, and its figures."""
+
+from __future__ import annotations
+
+from pydantic import Field, FiniteFloat
+
+from flcompress.core.records.base import Record
+from flcompress.core.records.run import Number
+
+
+class ClipLine(Record):
+    """A line of `eval/clips/CONTENDER/manifest-RANK.jsonl`: one clip file, and all that it was made from.
+
+    Attributes:
+        number: which of the clips of this prompt and seed.
+        seconds: time that sampling and decoding took; None of a real clip.
+    """
+
+    file: str
+    sha256: str
+    item: str
+    prompt: str
+    image: str | None = None
+    seed: int
+    number: int
+    frames: int
+    height: int
+    width: int
+    frame_rate: Number
+    seconds: FiniteFloat | None = None
+
+
+class MeasuredLine(Record):
+    """A line of `eval/SUITE/measured-RANK.jsonl`: what a suite measured on one clip file.
+
+    Attributes:
+        key: hash of the suite's version and of the files that it read: the clip, its teacher's, its image.
+        figures: figure -> value; one that is undefined on this clip is not there.
+        features: name -> vector, for figures of sets of clips.
+    """
+
+    key: str
+    figures: dict[str, FiniteFloat]
+    features: dict[str, list[FiniteFloat]] = Field(default_factory=dict)
+
+
+class ScoreLine(Record):
+    """A line of `eval/SUITE/clips.jsonl`: a clip of a contender and its figures, for the report's worst cases."""
+
+    contender: str
+    file: str
+    prompt: str
+    seed: int
+    figures: dict[str, FiniteFloat]

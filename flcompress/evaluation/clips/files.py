@@ -1,0 +1,144 @@
+"""Clip files of an evaluation: safe names, the manifest that makes a killed one resumable, reading and writing."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from flcompress.core.records import ClipLine
+from flcompress.errors import FlcompressError
+from flcompress.files import append_line, replacing, sha256
+
+Frames = np.ndarray[Any, np.dtype[np.uint8]]
+"""[frames, height, width, 3], RGB, as players show them."""
+
+CRF = "10"
+"""Quality of the h264 files, as VBench's protocol has it."""
+
+SLUG = 40
+"""Letters of the prompt in a file's name; a hash of prompt and image makes it unique."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Item:
+    """What a clip is made from.
+
+    Attributes:
+        prompt: its text.
+        image: its first frame, for models that start from one.
+    """
+
+    prompt: str
+    image: Path | None = None
+
+    @property
+    def key(self) -> str:
+        """Twelve digits of the hash of the prompt and the image's content."""
+        digest = hashlib.sha256(self.prompt.encode())
+        if self.image is not None:
+            digest.update(b"\0" + self.image.read_bytes())
+        return digest.hexdigest()[:12]
+
+
+def clip_name(prompt: str, key: str, seed: int, number: int) -> str:
+    """Return a file name that any file system takes, whatever the prompt: no other clip has it."""
+    slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:SLUG].strip("-")
+    return f"{slug or 'clip'}-{key}-s{seed}-{number}.mp4"
+
+
+def write_clip(clip: torch.Tensor, path: Path, frame_rate: float) -> None:
+    """Write a clip [3, frames, height, width] in [-1, 1] as h264; odd sides lose a line, as 4:2:0 colour wants."""
+    pixels = ((clip.float().clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
+    write_frames(pixels.permute(1, 2, 3, 0).contiguous().cpu().numpy(), path, frame_rate)
+
+
+def write_frames(frames: Frames, path: Path, frame_rate: float) -> None:
+    """Write frames as h264, whole or not at all."""
+    import av
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    height, width = (side - side % 2 for side in frames.shape[1:3])
+    with replacing(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=Fraction(frame_rate).limit_denominator(1001))
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.options = {"crf": CRF}
+        for frame in frames:
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame[:height, :width]), format="rgb24")
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+
+
+def read_frames(path: Path) -> Frames:
+    """Return the frames of a clip file.
+
+    Raises:
+        FlcompressError: it is broken; the message names it.
+    """
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    except (av.FFmpegError, IndexError) as error:
+        raise FlcompressError(f"{path}: cannot be decoded ({error}); delete it and give the same command again") from (
+            error
+        )
+    if not frames:
+        raise FlcompressError(f"{path}: has no frames; delete it and give the same command again")
+    return np.stack(frames)
+
+
+class ClipFolder:
+    """The clips of one contender, and the manifest that names them.
+
+    Every process adds to a manifest of its own, so no two write one file.
+
+    Args:
+        folder: where they are.
+        rank: which process this is.
+    """
+
+    def __init__(self, folder: Path, rank: int = 0) -> None:
+        self.folder, self._rank = folder, rank
+
+    def lines(self) -> dict[str, ClipLine]:
+        """Return name -> what the manifests say of each clip; the latest line counts."""
+        manifests = sorted(self.folder.glob("manifest-*.jsonl"))
+        return {line.file: line for manifest in manifests for line in ClipLine.read_lines(manifest)}
+
+    def intact(self, names: Iterable[str]) -> dict[str, ClipLine]:
+        """Return those of the named clips that are there as they were written; what is missing or changed is not."""
+        lines = self.lines()
+        wanted = {name: lines[name] for name in names if name in lines}
+        return {name: line for name, line in wanted.items() if self._unchanged(line)}
+
+    def strangers(self, names: Iterable[str]) -> list[str]:
+        """Return the clip files that no evaluation wrote."""
+        known = {*self.lines(), *names}
+        return sorted(path.name for path in self.folder.glob("*.mp4") if path.name not in known)
+
+    def add(self, clip: torch.Tensor | Frames, frame_rate: float, **facts: Any) -> ClipLine:
+        """Write a clip, and then its line of the manifest, so that a line means a whole file."""
+        path = self.folder / str(facts["file"])
+        if isinstance(clip, torch.Tensor):
+            write_clip(clip, path, frame_rate)
+            frames, height, width = clip.shape[1:]
+        else:
+            write_frames(clip, path, frame_rate)
+            frames, height, width = clip.shape[:3]
+        size = {"frames": int(frames), "height": int(height), "width": int(width)}
+        line = ClipLine(sha256=sha256(path), frame_rate=frame_rate, **size, **facts)
+        append_line(self.folder / f"manifest-{self._rank}.jsonl", line.line())
+        return line
+
+    def _unchanged(self, line: ClipLine) -> bool:
+        path = self.folder / line.file
+        return path.is_file() and sha256(path) == line.sha256

@@ -1,0 +1,1 @@
+"""Evaluation suites that judge clip files."""
