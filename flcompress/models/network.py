@@ -57,12 +57,12 @@ def stock_name(model: Any) -> str:
 
 
 @contextmanager
-def half_precision(device: str, *, enabled: bool) -> Iterator[None]:
-    """Compute in bf16 where that is safe, without autocast's cache of bf16 weights.
+def half_precision(device: str, *, enabled: bool, dtype: torch.dtype = torch.bfloat16) -> Iterator[None]:
+    """Compute in bf16 (or fp16) where that is safe, without autocast's cache of such weights.
 
     A training step updates weights several times, and the cache would keep serving stale copies.
     """
-    with warnings.catch_warnings(), torch.autocast(device, torch.bfloat16, enabled=enabled, cache_enabled=False):
+    with warnings.catch_warnings(), torch.autocast(device, dtype, enabled=enabled, cache_enabled=False):
         # Norms keep fp32 weights on purpose; PyTorch says that it has no fused kernel for that.
         warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
         yield

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -20,6 +20,21 @@ def best_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+TorchPrecision = Literal["fp32", "bf16", "fp16"]
+
+DTYPES: dict[TorchPrecision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def require_precision(precision: TorchPrecision, device: str) -> None:
+    """Raise UnavailableError where the GPU lacks a precision that was asked for, which torch would emulate slowly."""
+    if precision == "bf16" and device == "cuda" and torch.cuda.get_device_capability() < (8, 0):
+        major, minor = torch.cuda.get_device_capability()
+        raise UnavailableError(
+            f"--precision: bf16 given, but {torch.cuda.get_device_name()} (sm{major}{minor}) has none; use --precision "
+            "fp16 or fp32"
+        )
+
+
 def require_compiler(device: str) -> None:
     """Raise UnavailableError where torch.compile cannot compile: on a CPU without C++ compiler or Python's headers."""
     if device == "cpu" and (missing := missing_compiler()):
@@ -29,32 +44,38 @@ def require_compiler(device: str) -> None:
 class TorchSession:
     """A stock transformer run by torch, eagerly or through torch.compile; a `Network`.
 
-    On a GPU it computes in bf16, as stock pipelines are run there, on a CPU in fp32.
+    On a GPU it computes in bf16 by default, as stock pipelines are run there, on a CPU in fp32.
 
     Attributes:
         transformer: the stock transformer.
-        precision: "bf16" or "fp32".
+        precision: what it computes in.
         device: "cuda" or "cpu".
     """
 
-    def __init__(self, folder: Path, device: str, guidance: float | None = None) -> None:
+    def __init__(
+        self, folder: Path, device: str, guidance: float | None = None, precision: TorchPrecision | None = None
+    ) -> None:
         """Load the transformer.
 
         Args:
             folder: the transformer's.
             device: what runs it.
             guidance: embedded guidance scale, where the network takes one; the family's usual one where None.
+            precision: what it computes in; bf16 and fp16 hold the weights so too, but for what the class keeps in fp32.
         """
-        self.device, self._half = device, device == "cuda"
-        self.precision = "bf16" if self._half else "fp32"
+        self.device, self.precision = device, precision or ("bf16" if device == "cuda" else "fp32")
         self._guidance = guidance
-        self._set(load_transformer(folder, device, torch.bfloat16 if self._half else None))
+        self._set(load_transformer(folder, device, DTYPES[self.precision] if self._half else None))
 
     def __call__(self, x: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """Predict; the answer is on the device of `x` [n, channels, frames, height, width], in its dtype."""
         device = self.device
-        with half_precision(device, enabled=self._half):
+        with half_precision(device, enabled=self._half, dtype=DTYPES[self.precision]):
             return self._network(x.to(device), timestep.to(device), to_device(conditioning, device)).to(x)
+
+    @property
+    def _half(self) -> bool:
+        return self.precision != "fp32"
 
     @property
     def nbytes(self) -> int:

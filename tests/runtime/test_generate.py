@@ -23,6 +23,7 @@ from flcompress.errors import RequestError, UnavailableError
 from flcompress.exporters.diffusers_folder import DiffusersExporter
 from flcompress.models.loading import load_transformer
 from flcompress.runtime import torch_session
+from flcompress.runtime.backends.options import choose_backend
 from flcompress.runtime.backends.torch_backend import TorchBackend
 from flcompress.runtime.clip_files import frames_of, write_clip
 from flcompress.runtime.generate import generate
@@ -70,6 +71,34 @@ def test_a_gpu_computes_in_half_precision(
     network = TorchBackend().open(files)
     assert asked == [(folder / "transformer", device, dtype)]
     assert (network.device, network.precision) == (device, "bf16" if dtype else "fp32")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_torch_computes_in_the_precision_that_is_asked_for(precision: str, run: Path) -> None:
+    folder = run / "exports" / "diffusers"
+    files = TransformerFiles(stock=folder / "transformer", export=folder, guidance=None, make_it="")
+    exact, half = (choose_backend("torch", {"precision": kind}).open(files) for kind in ("fp32", precision))
+    assert (exact.precision, half.precision) == ("fp32", precision)
+    assert half.weight_bytes < 0.6 * exact.weight_bytes  # norms and the time embedding stay fp32
+    draw = torch.Generator().manual_seed(0)
+    x, text = torch.randn(1, 16, 3, 8, 8, generator=draw), torch.randn(1, 16, 64, generator=draw)
+    with torch.no_grad():
+        expected, got = (net(x, torch.tensor([500.0]), {"encoder_hidden_states": text}) for net in (exact, half))
+    assert got.dtype == torch.float32
+    assert 0.0 < float((got - expected).abs().max()) < 0.1 * float(expected.abs().max())
+
+
+def test_a_gpu_without_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    choose_backend("torch", {"precision": "fp16"}).require()
+    for name in ("torch", "compile"):
+        with pytest.raises(UnavailableError) as caught:
+            choose_backend(name, {"precision": "bf16"}).require()
+        assert str(caught.value) == (
+            "--precision: bf16 given, but Tesla T4 (sm75) has none; use --precision fp16 or fp32"
+        )
 
 
 def test_a_gif_and_a_video(tmp_path: Path) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
+from pydantic import Field
 from typing_extensions import override
 
 from flcompress.core.backend import STOCK_EXPORT, Backend, OpenNetwork, TransformerFiles
@@ -13,11 +14,26 @@ if TYPE_CHECKING:
 
 
 class TorchBackend(Backend):
-    """PyTorch, one operation after the other."""
+    """PyTorch, one operation after the other.
+
+    Attributes:
+        precision: what it computes in.
+    """
 
     name: ClassVar[str] = "torch"
     label: ClassVar[str] = "torch eager"
     export: ClassVar[str] = STOCK_EXPORT
+
+    precision: Literal["fp32", "bf16", "fp16"] | None = Field(
+        None, description="what torch computes in; default: bf16 on a GPU, fp32 on a CPU"
+    )
+
+    @override
+    def require(self) -> None:
+        from flcompress.runtime.torch_session import best_device, require_precision
+
+        if self.precision is not None:
+            require_precision(self.precision, best_device())
 
     @override
     def open(self, files: TransformerFiles) -> OpenNetwork:
@@ -26,7 +42,7 @@ class TorchBackend(Backend):
     def _session(self, files: TransformerFiles) -> TorchSession:
         from flcompress.runtime.torch_session import TorchSession, best_device
 
-        return TorchSession(files.stock, best_device(), files.guidance)
+        return TorchSession(files.stock, best_device(), files.guidance, self.precision)
 
 
 class CompileBackend(TorchBackend):
@@ -39,6 +55,7 @@ class CompileBackend(TorchBackend):
     def require(self) -> None:
         from flcompress.runtime.torch_session import best_device, require_compiler
 
+        super().require()
         require_compiler(best_device())
 
     @override
