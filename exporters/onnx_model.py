@@ -46,7 +46,7 @@ class OnnxExporter(Exporter):
     @override
     def check(self) -> None:
         """Require ONNX Runtime, which checks every export."""
-        from flcompress.runtime.onnx_session import require_onnxruntime
+        from flcompress.runtime.onnx_providers import require_onnxruntime
 
         require_onnxruntime("onnx")
         if self.attention == "fused":

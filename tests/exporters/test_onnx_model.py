@@ -23,7 +23,7 @@ from flcompress.exporters.shared import TOLERANCES, ExportPrecision
 from flcompress.exporters.shared.parity import Parity, cases, compare, outputs
 from flcompress.files import sha256
 from flcompress.models.loading import load_transformer
-from flcompress.runtime import onnx_session
+from flcompress.runtime import onnx_providers
 from flcompress.runtime.generate import generate
 from flcompress.runtime.inputs import arguments_of
 from flcompress.runtime.onnx_session import OnnxSession
@@ -141,7 +141,7 @@ def test_half_precision_keeps_its_islands(
 
 
 def test_no_onnx_runtime_is_told_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnx_session, "find_spec", lambda name: None)
+    monkeypatch.setattr(onnx_providers, "find_spec", lambda name: None)
     mend = (
         "ONNX Runtime is not installed, which checks and runs ONNX exports; pip install 'flcompress[onnxruntime]', or "
         "'flcompress[onnxruntime-gpu]' on a machine with an NVIDIA GPU, but not both"
@@ -160,7 +160,9 @@ def test_neither_build_of_onnx_runtime_is_a_hard_dependency() -> None:
     extras = project["optional-dependencies"]
     assert not [one for one in project["dependencies"] if one.startswith("onnxruntime")]
     holding = {name: [one for one in given if one.startswith("onnxruntime")] for name, given in extras.items()}
-    assert {name for name, found in holding.items() if found} == {"onnxruntime", "onnxruntime-gpu"}
+    assert {name for name, found in holding.items() if found} == {"onnxruntime", "onnxruntime-gpu", "onnxruntime-rtx"}
+    for found in holding.values():  # no extra asks for both
+        assert len({name for one in found for name in ("onnxruntime>", "onnxruntime-gpu>") if one.startswith(name)}) < 2
 
 
 def test_a_silent_fallback_to_the_cpu_is_refused(run: Path) -> None:

@@ -22,7 +22,7 @@ from flcompress.evaluation.bench import bench
 from flcompress.frontend.loading import load_recipe
 from flcompress.models.families import family_of
 from flcompress.progress import QuietDisplay
-from flcompress.runtime import onnx_session
+from flcompress.runtime import onnx_providers
 from flcompress.runtime.torch_session import TorchSession
 from tests.families.exports import RECIPE
 from tests.families.pipelines import EXPERTS, EXPORTED
@@ -121,6 +121,6 @@ def test_no_onnx_runtime_is_a_stated_reason(
     manifest = {"contract": program.contract.to_dict(), "kept": dict(program.kept), "sha256": {}}
     (run.exports / "onnx").mkdir(parents=True)
     (run.exports / "onnx" / "manifest.json").write_text(json.dumps(manifest))
-    monkeypatch.setattr(onnx_session, "find_spec", lambda name: None)
+    monkeypatch.setattr(onnx_providers, "find_spec", lambda name: None)
     with pytest.raises(UnavailableError, match=r"pip install 'flcompress\[onnxruntime\]'"):
         bench(run, 1, backends=["onnx"])
