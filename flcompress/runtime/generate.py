@@ -96,17 +96,18 @@ def denoise(
 ) -> torch.Tensor:
     """Return latents [1, channels, frames, height, width] for a prompt, on the CPU.
 
-    Starting noise and every re-noising come from one generator in the order a stock pipeline draws them.
+    Starting noise and every re-noising come from one generator in the order a stock pipeline draws them, on the CPU, so
+    that they are the same everywhere; between the steps everything stays on the device of the network.
     """
-    contract = SamplingContract.from_dict(facts.contract.dump())
-    prompts = to_device(parts.encode_prompts([prompt, contract.negative_prompt], contract.max_sequence_length), "cpu")
+    contract, device = SamplingContract.from_dict(facts.contract.dump()), best_device()
+    prompts = to_device(parts.encode_prompts([prompt, contract.negative_prompt], contract.max_sequence_length), device)
     parts.let_go()  # the text encoders leave before a transformer comes
-    conditioning = select(prompts, slice(0, 1)) | dict(first_frame or {})
+    conditioning = select(prompts, slice(0, 1)) | to_device(first_frame or {}, device)
     draw = torch.Generator().manual_seed(seed)
-    start = parts.family.start(parts.family.noise(facts.latents, draw), conditioning)
+    start = parts.family.start(parts.family.noise(facts.latents, draw).to(device), conditioning)
     reporting = _reporting(network, contract.evaluations, progress) if progress else network
     latents = sample(reporting, contract, start, conditioning, select(prompts, slice(1, 2)), draw)
-    return parts.family.end(parts.config, latents, conditioning)
+    return parts.family.end(parts.config, latents, conditioning).cpu()
 
 
 def _frame_rate(pipeline: Path, facts: FactsFile) -> float:

@@ -19,9 +19,12 @@ from PIL import Image, ImageSequence
 from flcompress.cli import main
 from flcompress.core.backend import TransformerFiles
 from flcompress.core.program import Program
+from flcompress.core.records import FactsFile
 from flcompress.errors import RequestError, UnavailableError
 from flcompress.exporters.diffusers_folder import DiffusersExporter
 from flcompress.models.loading import load_transformer
+from flcompress.models.parts import open_parts
+from flcompress.runtime import generate as generating
 from flcompress.runtime import torch_session
 from flcompress.runtime.backends.options import choose_backend
 from flcompress.runtime.backends.torch_backend import TorchBackend
@@ -52,6 +55,22 @@ def test_torch_and_onnx_make_the_same_clip(run: Path, tmp_path: Path) -> None:
     assert pixels(first).shape == (256, 9 * 256, 3)
     assert np.abs(pixels(first) - pixels(second)).max() <= 1  # one step of 255, where a value lies on the edge
     assert np.abs(pixels(first) - pixels(other)).max() > 1
+
+
+def test_all_that_a_sampler_holds_is_on_the_device_of_the_networks(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shown on the meta device, which refuses a tensor of another one; what is drawn is drawn on the CPU."""
+    pipeline = run / "exports" / "diffusers"
+    devices: set[str] = set()
+
+    def network(x: torch.Tensor, timestep: torch.Tensor, conditioning: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        devices.update(tensor.device.type for tensor in (x, timestep, *conditioning.values()))
+        return torch.zeros_like(x)
+
+    monkeypatch.setattr(generating, "best_device", lambda: "meta")
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: tensor)
+    facts = FactsFile.read(pipeline / "flcompress.json")
+    latents = generating.denoise(network, open_parts(pipeline), facts, PROMPT, seed=3)
+    assert (devices, latents.device.type) == ({"meta"}, "meta")
 
 
 @pytest.mark.parametrize(("device", "dtype"), [("cpu", None), ("cuda", torch.bfloat16)])

@@ -23,13 +23,13 @@ class Toy(api.Backend):
     label: ClassVar[str] = "Toy"
     export: ClassVar[str] = "diffusers"
 
-    cuda_graph: bool = Field(False, description="replay one graph")
+    replay: bool = Field(False, description="replay one graph")
     streams: int = Field(1, ge=1, description="streams that share the work")
 
     @model_validator(mode="after")
     def _one_stream_in_a_graph(self) -> Self:
-        if self.cuda_graph and self.streams > 1:
-            raise ValueError("--cuda-graph with --streams 2 given; leave one out")
+        if self.replay and self.streams > 1:
+            raise ValueError("--replay with --streams 2 given; leave one out")
         return self
 
     def open(self, files: api.TransformerFiles) -> api.OpenNetwork:
@@ -63,7 +63,7 @@ def test_options_go_to_those_that_have_them() -> None:
         (["onnx"], {"provider": "tpu"}, "--provider: tpu given, expected one of "),
         (["toy"], {"streams": "0"}, "--streams: 0 given, expected a whole number of at least 1"),
         (["toy"], {"streams": "many"}, "--streams: many given, expected a whole number of at least 1"),
-        (["toy"], {"streams": 2, "cuda_graph": True}, "backend toy: --cuda-graph with --streams 2 given; leave one "),
+        (["toy"], {"streams": 2, "replay": True}, "backend toy: --replay with --streams 2 given; leave one "),
     ],
 )
 def test_a_wrong_option_is_one_line(names: list[str], options: dict[str, object], message: str) -> None:
@@ -78,9 +78,9 @@ def test_every_field_is_a_flag_of_the_commands(tmp_path: Path) -> None:
     for command in ("generate", "bench"):
         shown = " ".join(CliRunner().invoke(main, [command, "--help"]).output.split())
         assert "|toy]" in shown
-        assert "--cuda-graph / --no-cuda-graph Backend toy: replay one graph." in shown
+        assert "--replay / --no-replay Backend toy: replay one graph." in shown
         assert "--streams VALUE Backend toy: streams that share the work (a whole number of at least 1)." in shown
-    words = ["generate", str(tmp_path), "--prompt", "a", "--backend", "toy", "--cuda-graph", "--streams", "0"]
+    words = ["generate", str(tmp_path), "--prompt", "a", "--backend", "toy", "--replay", "--streams", "0"]
     told = CliRunner().invoke(main, words)
     assert (told.exit_code, told.stderr) == (2, "error: --streams: 0 given, expected a whole number of at least 1\n")
 

@@ -12,11 +12,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flcompress.core.backend import TransformerFiles
 from flcompress.core.program import Program
+from flcompress.diffusion.contract import contract_of
 from flcompress.errors import FlcompressError, RequestError, UnavailableError
 from flcompress.exporters.tensorrt_build.profiles import Profile
 from flcompress.exporters.tensorrt_engine import TensorRTExporter
 from flcompress.runtime import tensorrt_api
+from flcompress.runtime.backends.options import choose_backend
+from flcompress.runtime.backends.tensorrt_backend import TensorRTBackend
 from flcompress.runtime.tensorrt_api import Card
 from flcompress.runtime.tensorrt_session import TensorRTSession, profile_for, require_builder
 from tests.fixtures import engines
@@ -248,6 +252,32 @@ def test_an_engine_of_another_card(stated: dict[str, Any], built_for: str, machi
 
 def test_an_engine_for_an_unnamed_card_is_left_to_tensorrt(machine: Machine) -> None:
     require_builder(engines.manifest(targets=["current"]), engines.ADA)  # exports of before had no `card`
+
+
+def test_a_backend_compares_card_and_builder_before_it_reads_the_engine(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorrt_api, "card_here", lambda: Card("NVIDIA H100 80GB HBM3", "sm90"))
+    contract = contract_of({"shift": 3.0}, num_inference_steps=4, guidance_scale=1.0, max_sequence_length=16)
+    rest: dict[str, Any] = {"bytes": 1, "precision": "bf16", "profiles": [{}, {}], "timesteps": [1.0], "sigmas": [1.0]}
+    rest |= {"shift": 3.0, "guidance_scale": 1.0, "contract": contract.to_dict(), "kept": {}, "source": {}}
+    rest |= {"checked_on_gpu": False, "difference": None, "tolerance": 0.1, "file": "model.engine", "sha256": "0"}
+    (tmp_path / "manifest.json").write_text(json.dumps(engines.manifest(**rest)))
+    files = TransformerFiles(stock=tmp_path, export=tmp_path, guidance=None, make_it="make it")
+    with pytest.raises(UnavailableError, match=r"^tensorrt: the engine was built for sm89, and the GPU here is sm90"):
+        TensorRTBackend().verify(files)
+    monkeypatch.setattr(tensorrt_api, "card_here", lambda: engines.ADA)
+    with pytest.raises(RequestError, match=r"model\.engine: no such file, but its manifest names it"):
+        TensorRTBackend().verify(files)
+
+
+def test_a_backend_hands_its_options_on(machine: Machine, tmp_path: Path) -> None:
+    stated = engines.manifest(name="tensorrt", file="model.engine")
+    machine.engine_file(tmp_path, stated)
+    session = choose_backend("tensorrt", {"cuda_graph": True}).session(tmp_path, stated)  # type: ignore[attr-defined]
+    for _ in range(3):
+        session(inputs(1))
+    assert [graph.replayed for graph in machine.graphs] == [2]
 
 
 RANGES = st.tuples(*(st.lists(st.integers(1, 9), min_size=2, max_size=2).map(sorted) for _ in range(2)))
