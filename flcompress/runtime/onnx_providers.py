@@ -68,8 +68,10 @@ def installed_builds() -> list[str]:
 
 
 def best_provider() -> Provider:
-    """Return CUDA where both a driver and an ONNX Runtime built for it are installed, else the CPU."""
-    return "cuda" if cuda_driver() and _has("cuda") else "cpu"
+    """Return CUDA where a driver is installed, and an ONNX Runtime and a torch built for it, else the CPU."""
+    import torch
+
+    return "cuda" if cuda_driver() and _has("cuda") and torch.cuda.is_available() else "cpu"
 
 
 def rtx_devices() -> list[Any]:
@@ -114,8 +116,10 @@ def _require_gpu_provider(what: str, provider: Provider, builds: list[str]) -> N
     if not _has(provider):
         plugin = provider == "nv-tensorrt-rtx"
         lacking = f"{RTX_PLUGIN} is not installed" if plugin else f"{_named(builds)} has no {PROVIDERS[provider]}"
-        # NVIDIA's library is loaded by plain ONNX Runtime.
-        uninstall = "" if plugin and "onnxruntime" in builds else f"pip uninstall {' '.join(builds)}, then "
+        # NVIDIA's library is loaded by plain ONNX Runtime; what pip did not install, it does not remove.
+        uninstall = (
+            "" if not builds or (plugin and "onnxruntime" in builds) else f"pip uninstall {' '.join(builds)}, then "
+        )
         raise UnavailableError(f"{asked} {lacking}; {uninstall}pip install 'flcompress[{EXTRAS[provider]}]'")
     if not cuda_driver():
         raise UnavailableError(

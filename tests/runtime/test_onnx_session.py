@@ -242,6 +242,7 @@ def test_a_provider_with_a_torch_without_cuda_is_refused(monkeypatch: pytest.Mon
     monkeypatch.setattr(onnx_providers, "cuda_driver", lambda: True)
     with pytest.raises(UnavailableError, match=f"but torch {re.escape(torch.__version__)} is built without CUDA"):
         OnnxBackend(provider="cuda").require()
+    assert onnx_providers.best_provider() == "cpu"
 
 
 def test_the_cpu_provider_needs_nothing_more() -> None:
