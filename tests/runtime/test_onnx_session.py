@@ -153,6 +153,8 @@ def test_nodes_on_tokens_are_told_from_arithmetic_on_shapes(model: Path) -> None
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     session = onnxruntime.InferenceSession(str(model), options, providers=[PROVIDERS["cpu"]])
+    if not hasattr(session, "get_provider_graph_assignment_info"):
+        pytest.skip("this ONNX Runtime does not say which provider got each node")
     assigned = [
         (part.ep_name, node.name, node.op_type)
         for part in session.get_provider_graph_assignment_info()
