@@ -6,6 +6,7 @@ SHELL := bash
 BIN := .venv/bin
 RUN := runs/moving-digits
 LOWEST := .venv-lowest
+TORCH_TENSORRT := .venv-torch-tensorrt
 comma := ,
 # The tests start hundreds of processes, which would each compile the package.
 export PYTHONDONTWRITEBYTECODE :=
@@ -16,7 +17,7 @@ install = @echo "installing packages into $(1); this takes some minutes"; \
 	$(1)/bin/python -m pip install --disable-pip-version-check --progress-bar off -c $(2) -e '.[$(3)]' \
 	| awk '/^(Collecting|Building|Installing|Successfully)/ { print "  " substr($$0, 1, 100); fflush() }'
 
-.PHONY: demo check test test-lowest lint docs clean
+.PHONY: demo check test test-lowest test-torch-tensorrt lint docs clean
 
 demo: .venv/.demo
 	$(BIN)/flcompress apply recipes/moving-digits.yaml
@@ -34,6 +35,11 @@ test: lint
 test-lowest: $(LOWEST)/.test
 	OMP_NUM_THREADS=1 $(LOWEST)/bin/python $(PYTEST)
 
+# Engines of Torch-TensorRT, built without a GPU; in an environment of its own (7 GB), for it takes another torch. Its warnings
+# are its own.
+test-torch-tensorrt: $(TORCH_TENSORRT)/.test
+	OMP_NUM_THREADS=1 $(TORCH_TENSORRT)/bin/python -m pytest -W default tests/torch_tensorrt
+
 lint: .venv/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -44,7 +50,7 @@ lint: .venv/.test
 docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-.venv/bin/python $(LOWEST)/bin/python:
+.venv/bin/python $(LOWEST)/bin/python $(TORCH_TENSORRT)/bin/python:
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer found; install one or run make PYTHON=/path/to/python3.11"; exit 2; }
 	$(PYTHON) -m venv $(@:/bin/python=)
 
@@ -64,5 +70,9 @@ $(LOWEST)/.test: $(LOWEST)/bin/python pyproject.toml constraints-lowest.txt
 	$(call install,$(LOWEST),constraints-lowest.txt,dev$(comma)onnxruntime$(comma)tensorrt-rtx)
 	@touch $@
 
+$(TORCH_TENSORRT)/.test: $(TORCH_TENSORRT)/bin/python pyproject.toml constraints-torch-tensorrt.txt
+	$(call install,$(TORCH_TENSORRT),constraints-torch-tensorrt.txt,dev$(comma)torch-tensorrt-rtx)
+	@touch $@
+
 clean:
-	rm -rf .venv $(LOWEST) runs site
+	rm -rf .venv $(LOWEST) $(TORCH_TENSORRT) runs site

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from typing_extensions import override
 
 from flcompress.core.program import Program
 from flcompress.core.steps import Exporter
 from flcompress.errors import UnavailableError
 from flcompress.exporters.shared import ExportPrecision
-from flcompress.exporters.tensorrt_build.profiles import Profile, Target, require_precision
+from flcompress.exporters.tensorrt_build.profiles import Profile, Targets, require_precision
 from flcompress.progress import ProgressSink
 from flcompress.runtime.tensorrt_api import (
     CURRENT,
@@ -51,7 +51,7 @@ class TensorRTExporter(Exporter):
     precision: ExportPrecision | None = Field(
         default=None, description="what the engine computes in; null: as onnx.precision, which it has to equal"
     )
-    targets: Annotated[tuple[Target, ...], Field(min_length=1)] = Field(
+    targets: Targets = Field(
         default=("sm89",), description="GPU generations, or 'current' alone for the GPU of this machine"
     )
     profiles: Annotated[tuple[Profile, ...], Field(min_length=1)] = Field(
@@ -73,15 +73,6 @@ class TensorRTExporter(Exporter):
         description="build an engine whose weights the next export of the same graph replaces (a new student, a merged "
         "LoRA), without a build; needs an NVIDIA GPU",
     )
-
-    @field_validator("targets")
-    @classmethod
-    def _each_once(cls, targets: tuple[Target, ...]) -> tuple[Target, ...]:
-        if len(set(targets)) != len(targets):
-            raise ValueError(f"a target is given twice: {', '.join(targets)}")
-        if CURRENT in targets and len(targets) > 1:
-            raise ValueError("'current' must stand alone; name the GPU generations instead")
-        return targets
 
     @model_validator(mode="after")
     def _one_builder(self) -> Self:

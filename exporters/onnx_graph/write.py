@@ -93,10 +93,10 @@ def write_onnx(
 
     inputs = arguments(size, _levels(size), 0)
     tensors, constants = tensors_of(inputs), constants_of(inputs)
-    varying = _varying(arguments, size, step)
+    varying = varying_axes(arguments, size, step)
     denoiser = Denoiser(lazily_allocated(skeleton(folder, precision)), constants, DTYPES[precision])
     family_of(stock_name(denoiser.transformer)).prepare_export(denoiser.transformer)
-    with _quiet(), torch.no_grad():
+    with quiet(), torch.no_grad():
         auto = torch.export.Dim.AUTO
         dynamic = {name: dict.fromkeys(axes, auto) for name, axes in varying.items()}
         exported = torch.export.export(denoiser.eval(), (tensors,), dynamic_shapes=(dynamic,), strict=False)
@@ -121,7 +121,7 @@ def _levels(size: Size) -> list[float]:
     return [500.0] * size.batch
 
 
-def _varying(arguments: Arguments, size: Size, step: Size) -> dict[str, dict[int, str]]:
+def varying_axes(arguments: Arguments, size: Size, step: Size) -> dict[str, dict[int, str]]:
     """Return {input: {axis that follows the size: name of what it follows}}, by changing one thing at a time.
 
     A size that reaches the forward as a number is fixed in the graph, and so varies nothing.
@@ -240,7 +240,7 @@ def _name_axes(model: Any, names: list[str], varying: dict[str, dict[int, str]])
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence the known notices of torch's exporter, and nothing else."""
     loggers = [logging.getLogger(name) for name in NOISY_LOGGERS]
     levels = [logger.level for logger in loggers]

@@ -25,6 +25,7 @@ TENSOR_ELEMENTS = 2**31
 
 ONNX_MEMORY = (1.2e9, 1.3)
 TENSORRT_MEMORY = (1.0e9, 3.2)
+TORCH_TENSORRT_MEMORY = (3.0e9, 4.2)
 """Peak memory in bytes: a constant, and a multiple of the weights' bytes. See docs/benchmarks/exports.md."""
 
 
@@ -44,18 +45,19 @@ def attention_tokens(config: dict[str, Any], size: Size, text: int) -> int:
     return tokens + text if family_of(config["_class_name"]).attends_to_text else tokens
 
 
-def check_keys(precision: ExportPrecision, tokens: int, what: str) -> None:
+def check_keys(precision: ExportPrecision, tokens: int, what: str, setting: str = "onnx.precision") -> None:
     """Raise RequestError where an fp16 softmax can overflow.
 
     Args:
         precision: asked for.
         tokens: keys of the longest attention.
         what: the size, for the message.
+        setting: key of the precision in a recipe, for the message.
     """
     if precision == "fp16" and tokens > FP16_KEYS:
         raise RequestError(
-            f"onnx.precision: fp16 given, but {what} is {tokens:,} tokens and an fp16 softmax overflows past "
-            f"{FP16_KEYS:,} keys; set onnx.precision: bf16"
+            f"{setting}: fp16 given, but {what} is {tokens:,} tokens and an fp16 softmax overflows past "
+            f"{FP16_KEYS:,} keys; set {setting}: bf16"
         )
 
 
@@ -73,7 +75,7 @@ def check_scores(precision: ExportPrecision, heads: int, batch: int, tokens: int
         )
 
 
-def check_room(what: str, folder: Path, disk: int, memory: int) -> None:
+def check_room(what: str, folder: Path, disk: int, memory: int, setting: str = "onnx.precision") -> None:
     """Raise RequestError where the disk or the memory of this machine is too small.
 
     Args:
@@ -81,6 +83,7 @@ def check_room(what: str, folder: Path, disk: int, memory: int) -> None:
         folder: the folder that it writes to.
         disk: bytes it writes.
         memory: bytes it holds at its peak.
+        setting: key of the precision in a recipe, for the message.
     """
     free = shutil.disk_usage(folder).free
     if free < disk:
@@ -92,7 +95,7 @@ def check_room(what: str, folder: Path, disk: int, memory: int) -> None:
     if available < memory:
         raise RequestError(
             f"{what}: about {_gb(memory)} of memory needed, {_gb(available)} available; close other programs, set "
-            "onnx.precision: bf16, or run 'flcompress export' on a larger machine"
+            f"{setting}: bf16, or run 'flcompress export' on a larger machine"
         )
 
 

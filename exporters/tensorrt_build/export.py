@@ -7,22 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from flcompress.core.program import Program
 from flcompress.core.records import ContractPart, EngineManifest, OnnxManifest
 from flcompress.errors import PostconditionError, RequestError
 from flcompress.exporters.onnx_graph.attention import ATTENTION_OPSET
 from flcompress.exporters.shared import TOLERANCES, ExportPrecision, preflight
-from flcompress.exporters.shared.parity import CHECKED_UP_TO, cases, compare, outputs, reference
+from flcompress.exporters.shared.parity import cases, compare, outputs, reference
 from flcompress.exporters.tensorrt_build.build import build_engine
 from flcompress.exporters.tensorrt_build.profiles import Profile, Target, require_precision
 from flcompress.exporters.tensorrt_build.refit import graph_digest, refit_engine
+from flcompress.exporters.tensorrt_build.sizes import checked_sizes, shapes_at, sizes_in
 from flcompress.files import sha256
 from flcompress.models.configs import check_transformer_config
 from flcompress.progress import ProgressSink
 from flcompress.runtime.backends.tensorrt_backend import TensorRTBackend
-from flcompress.runtime.inputs import Arguments, Shapes, arguments_of, constants_of, tensors_of
+from flcompress.runtime.inputs import arguments_of, constants_of
 from flcompress.runtime.manifest import (
     MANIFEST_FILE,
     PARTNER_FOLDER,
@@ -30,7 +29,7 @@ from flcompress.runtime.manifest import (
     read_manifest,
     require_hash,
 )
-from flcompress.runtime.sizes import Size, size_of, sizes_of, step_of
+from flcompress.runtime.sizes import Size
 from flcompress.runtime.tensorrt_api import CURRENT, card_here, load_tensorrt
 from flcompress.runtime.tensorrt_session import DEVICE, runs_here
 
@@ -85,7 +84,7 @@ class TensorRTExport:
     ) -> dict[str, Any]:
         source, onnx_manifest = self._source(program, onnx)
         precision: ExportPrecision = onnx_manifest.precision
-        sizes = [sizes_in(profile, program, onnx_manifest.dynamic) for profile in self.profiles]
+        sizes = [sizes_in(profile, program, onnx_manifest.dynamic, "tensorrt") for profile in self.profiles]
         self._require_room(program, folder, precision, sizes)
         make = arguments_of(program)
         shapes = [shapes_at(make, three) for three in sizes]
@@ -215,85 +214,6 @@ class TensorRTExport:
                 "checked": {"sizes": [[size.batch, size.frames, size.height, size.width] for size in chosen]},
             }
         )
-
-
-def checked_sizes(program: Program, sizes: list[list[Size]]) -> list[Size]:
-    """Return the sizes to compare at: each profile's smallest and tuned-for one, if of at most `CHECKED_UP_TO` tokens.
-
-    Of an engine that takes longer clips alone it is the smallest size.
-    """
-    config = check_transformer_config(program.components["transformer"])
-
-    def tokens(size: Size) -> int:
-        return preflight.attention_tokens(config, size, 0)
-
-    candidates = list(dict.fromkeys(size for three in sizes for size in three[:2]))
-    short = [size for size in candidates if tokens(size) <= CHECKED_UP_TO]
-    return short or [min(candidates, key=tokens)]
-
-
-def sizes_in(profile: Profile, program: Program, dynamic: list[str]) -> list[Size]:
-    """Return the smallest, tuned-for and largest size of a profile, in latents.
-
-    Args:
-        profile: the ranges.
-        program: what is exported.
-        dynamic: the axes that its ONNX export leaves open.
-
-    Raises:
-        RequestError: a size that the model, or this ONNX export, does not take.
-    """
-    own = size_of(program)
-    sizes = []
-    for point in range(3):
-        frames, height, width = _latents(profile, program, point)
-        size = Size(batch=profile.batch[point], frames=frames, height=height, width=width)
-        sizes.append(size)
-    for what in ("frames", "height", "width"):
-        lengths = [getattr(size, what) for size in sizes]
-        if set(lengths) != {getattr(own, what)} and not {what, "tokens"} & set(dynamic):
-            raise RequestError(
-                f"tensorrt.profiles: {what} {list(getattr(profile, what) or ())} given, but a graph of "
-                f"{program.graph.model_class} has one {what}; leave {what} out"
-            )
-    _require_positions(program, sizes[-1])
-    return sizes
-
-
-def _latents(profile: Profile, program: Program, point: int) -> tuple[int, int, int]:
-    own = size_of(program)
-    grid = sizes_of(program)
-    ranges = (profile.frames, profile.height, profile.width)
-    if all(span is None for span in ranges):
-        return own.frames, own.height, own.width
-    clip = grid.clip((own.frames, own.height, own.width))
-    frames, height, width = (own if span is None else span[point] for span, own in zip(ranges, clip, strict=True))
-    try:
-        return grid.latents(frames, height, width)
-    except RequestError as error:
-        raise RequestError(f"tensorrt.profiles: {error}") from error
-
-
-def shapes_at(make: Arguments, sizes: list[Size]) -> list[Shapes]:
-    """Return the inputs' shapes at each size."""
-    with torch.no_grad():
-        return [
-            {name: list(tensor.shape) for name, tensor in tensors_of(make(size, [0.0] * size.batch, 0)).items()}
-            for size in sizes
-        ]
-
-
-def _require_positions(program: Program, largest: Size) -> None:
-    """Raise RequestError beyond the rotary table that a model was made with."""
-    config: dict[str, Any] = check_transformer_config(program.components["transformer"])
-    table, step = config.get("rope_max_seq_len"), step_of(program)
-    for what in ("frames", "height", "width"):
-        tokens = getattr(largest, what) // max(getattr(step, what), 1)
-        if table is not None and tokens > table:
-            raise RequestError(
-                f"tensorrt.profiles: {what} of {tokens} tokens given, but rope_max_seq_len of the transformer's "
-                f"config.json is {table}; choose a smaller size"
-            )
 
 
 def require_plain_attention(opset: int, path: Path) -> None:

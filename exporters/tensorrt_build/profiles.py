@@ -17,6 +17,18 @@ BF16_FROM = 80
 """Compute capability, times ten, from which a GPU computes in bf16."""
 
 
+def _each_once(targets: tuple[Target, ...]) -> tuple[Target, ...]:
+    if len(set(targets)) != len(targets):
+        raise ValueError(f"a target is given twice: {', '.join(targets)}")
+    if CURRENT in targets and len(targets) > 1:
+        raise ValueError("'current' must stand alone; name the GPU generations instead")
+    return targets
+
+
+Targets = Annotated[tuple[Target, ...], Field(min_length=1), AfterValidator(_each_once)]
+"""GPU generations, each once, or "current" alone."""
+
+
 def _ascending(values: tuple[int, int, int]) -> tuple[int, int, int]:
     if list(values) != sorted(values):
         raise ValueError(f"[{', '.join(map(str, values))}] given, expected [smallest, tuned for, largest]")
@@ -39,10 +51,21 @@ class Profile(BaseModel):
     width: Range | None = Field(default=None, description="pixels")
 
 
-def require_precision(precision: ExportPrecision, targets: tuple[Target, ...], card: Card | None) -> None:
-    """Raise UnavailableError where the card of this machine, of target "current", lacks a precision."""
+def require_precision(
+    precision: ExportPrecision,
+    targets: tuple[Target, ...],
+    card: Card | None,
+    keys: tuple[str, str] = ("tensorrt.targets", "onnx.precision"),
+) -> None:
+    """Raise UnavailableError where the card of this machine, of target "current", lacks a precision.
+
+    Args:
+        precision: asked for.
+        targets: GPU generations, or "current" alone.
+        card: the card of this machine.
+        keys: of targets and precision in a recipe, for the message.
+    """
     if precision == "bf16" and targets == (CURRENT,) and card is not None and int(card.target[2:]) < BF16_FROM:
         raise UnavailableError(
-            f"tensorrt.targets: current is {card}, which does not compute in bf16 (GPUs from sm80 on do); set "
-            "onnx.precision: fp16"
+            f"{keys[0]}: current is {card}, which does not compute in bf16 (GPUs from sm80 on do); set {keys[1]}: fp16"
         )

@@ -34,12 +34,14 @@ EXPORTERS: dict[str, str] = {
     "diffusers": "flcompress.exporters.diffusers_folder:DiffusersExporter",
     "onnx": "flcompress.exporters.onnx_model:OnnxExporter",
     "tensorrt": "flcompress.exporters.tensorrt_engine:TensorRTExporter",
+    "torch-tensorrt": "flcompress.exporters.torch_tensorrt_engines:TorchTensorRTExporter",
 }
 BACKENDS: dict[str, str] = {
     "torch": "flcompress.runtime.backends.torch_backend:TorchBackend",
     "compile": "flcompress.runtime.backends.torch_backend:CompileBackend",
     "onnx": "flcompress.runtime.backends.onnx_backend:OnnxBackend",
     "tensorrt": "flcompress.runtime.backends.tensorrt_backend:TensorRTBackend",
+    "torch-tensorrt": "flcompress.runtime.backends.torch_tensorrt_backend:TorchTensorRTBackend",
 }
 SUITES: dict[str, str] = {
     "moving-digits": "flcompress.evaluation.comparison:MovingDigits",

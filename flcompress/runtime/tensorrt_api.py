@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from flcompress.errors import UnavailableError
 
@@ -24,7 +24,7 @@ MODULES: dict[Builder, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt
 RTX_TARGETS = ("sm80", "sm86", "sm89", "sm120", "sm121")
 """GPU generations that TensorRT for RTX builds for on any machine; it has no fp32 matrix product for Turing (sm75)."""
 
-CURRENT = "current"
+CURRENT: Final = "current"
 """The target that stands for the card of this machine."""
 
 _MAJOR, _MINOR = 75, 76
@@ -104,13 +104,13 @@ def load_tensorrt(module: str) -> Any:
         raise UnavailableError(f"tensorrt: {module} is installed but does not import ({line}); reinstall it") from error
 
 
-def capabilities(trt: Any, targets: Sequence[str]) -> list[Any]:
+def capabilities(trt: Any, targets: Sequence[str], exporter: str = "tensorrt") -> list[Any]:
     """Return TensorRT for RTX's names of targets; UnavailableError for one that this version does not know."""
     known = {name.lower(): value for name, value in trt.ComputeCapability.__members__.items() if name != "NONE"}
     for target in targets:
         if target not in known:
             raise UnavailableError(
-                f"tensorrt.targets: {target} given, TensorRT {trt.__version__} knows {', '.join(known)}"
+                f"{exporter}.targets: {target} given, TensorRT {trt.__version__} knows {', '.join(known)}"
             )
     return [known[target] for target in targets]
 

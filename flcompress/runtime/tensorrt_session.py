@@ -288,12 +288,15 @@ def _set_weight_budget(engine: Any) -> None:
     engine.weight_streaming_budget_v2 = weights if fits else engine.get_weight_streaming_automatic_budget()
 
 
-def profile_for(profiles: Sequence[Mapping[str, Shapes]], shapes: Mapping[str, tuple[int, ...]]) -> int:
+def profile_for(
+    profiles: Sequence[Mapping[str, Shapes]], shapes: Mapping[str, tuple[int, ...]], exporter: str = "tensorrt"
+) -> int:
     """Return the index of the first profile that holds inputs of these shapes.
 
     Args:
         profiles: for each profile, every input's shape under "min" and "max".
         shapes: the inputs'.
+        exporter: its name in a recipe, for the message.
 
     Raises:
         FlcompressError: none does; names the nearest one.
@@ -308,7 +311,7 @@ def profile_for(profiles: Sequence[Mapping[str, Shapes]], shapes: Mapping[str, t
     nearest = ", ".join(f"{name} {least[name]} to {most[name]}" for name in shapes if name in least)
     raise FlcompressError(
         f"engine: {sizes} given, which none of its {len(profiles)} profiles holds (the nearest, profiles[{index}], "
-        f"takes {nearest}); generate at a size of tensorrt.profiles, or export it with another one"
+        f"takes {nearest}); generate at a size of {exporter}.profiles, or export it with another one"
     )
 
 

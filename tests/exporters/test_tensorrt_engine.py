@@ -17,8 +17,8 @@ from pydantic import ValidationError
 from flcompress.core.program import Program
 from flcompress.errors import FlcompressError, PostconditionError, RequestError, UnavailableError
 from flcompress.exporters.tensorrt_build.build import build_engine
-from flcompress.exporters.tensorrt_build.export import sizes_in
 from flcompress.exporters.tensorrt_build.profiles import Profile
+from flcompress.exporters.tensorrt_build.sizes import sizes_in
 from flcompress.exporters.tensorrt_engine import TensorRTExporter
 from flcompress.files import sha256
 from flcompress.runtime import tensorrt_api
@@ -186,13 +186,13 @@ def test_an_engine_of_another_precision_than_its_source(run: Path, program: Prog
 )
 def test_sizes_that_the_model_does_not_take(ranges: dict[str, Any], message: str, program: Program) -> None:
     with pytest.raises(RequestError) as caught:
-        sizes_in(Profile(**ranges), program, ["batch", "frames", "height", "width"])
+        sizes_in(Profile(**ranges), program, ["batch", "frames", "height", "width"], "tensorrt")
     assert str(caught.value) == message
 
 
 def test_sizes_that_the_graph_does_not_take(program: Program) -> None:
     with pytest.raises(RequestError) as caught:
-        sizes_in(Profile(height=(32, 32, 64)), program, ["batch"])
+        sizes_in(Profile(height=(32, 32, 64)), program, ["batch"], "tensorrt")
     assert str(caught.value) == (
         "tensorrt.profiles: height [32, 32, 64] given, but a graph of WanTransformer3DModel has one height; leave "
         "height out"

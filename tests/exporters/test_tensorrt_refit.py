@@ -22,9 +22,10 @@ from flcompress.exporters.onnx_model import OnnxExporter
 from flcompress.exporters.tensorrt_build import export as exporting
 from flcompress.exporters.tensorrt_build import refit
 from flcompress.exporters.tensorrt_build.build import build_engine
-from flcompress.exporters.tensorrt_build.export import TensorRTExport, checked_sizes
+from flcompress.exporters.tensorrt_build.export import TensorRTExport
 from flcompress.exporters.tensorrt_build.profiles import Profile
 from flcompress.exporters.tensorrt_build.refit import graph_digest, refit_engine
+from flcompress.exporters.tensorrt_build.sizes import checked_sizes
 from flcompress.exporters.tensorrt_engine import TensorRTExporter
 from flcompress.files import sha256
 from flcompress.runtime import tensorrt_session

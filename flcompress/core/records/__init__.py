@@ -7,7 +7,13 @@ are; the first incompatible change writes `"format": 2`, which this version refu
 
 from flcompress.core.records.base import AnyRecord, Record
 from flcompress.core.records.evaluated import ClipLine, MeasuredLine, ScoreLine
-from flcompress.core.records.exports import EngineManifest, ExportManifest, FactsFile, OnnxManifest
+from flcompress.core.records.exports import (
+    EngineManifest,
+    ExportManifest,
+    FactsFile,
+    OnnxManifest,
+    TorchTensorRTManifest,
+)
 from flcompress.core.records.measured import (
     BenchFile,
     ClipPart,
@@ -86,5 +92,6 @@ __all__ = [
     "Spread",
     "StepsResult",
     "StochasticDepthResult",
+    "TorchTensorRTManifest",
     "WorkPart",
 ]

@@ -91,3 +91,38 @@ class EngineManifest(Record):
     graph: str | None = None
     refitted: str | None = None
     checked: dict[str, Any] | None = None
+
+
+class TorchTensorRTManifest(Record):
+    """`manifest.json` of engines of Torch-TensorRT; `difference` is None where no GPU here can run them.
+
+    Each of `engines` states its file, the names of the tensors that it takes and returns, and the blocks that it
+    computes; they run in order, `file` first. `in_torch` lists the operators that no engine computes. Of the optional
+    keys, `card` is the GPU behind the target "current", `checked` the sizes that were compared.
+    """
+
+    file: str
+    sha256: dict[str, str]
+    bytes: int
+    builder: dict[str, str]
+    targets: list[str]
+    precision: Literal["fp32", "fp16", "bf16"]
+    engine: Literal["whole", "block"]
+    engines: list[dict[str, Any]]
+    operators: int
+    in_torch: list[str]
+    profiles: list[dict[str, Any]]
+    shapes: list[dict[str, dict[str, list[int]]]]
+    inputs: list[dict[str, Any]]
+    outputs: list[dict[str, Any]]
+    timesteps: list[Number]
+    sigmas: list[Number]
+    shift: Number
+    guidance_scale: Number
+    contract: ContractPart
+    kept: dict[str, str]
+    checked_on_gpu: bool
+    difference: FiniteFloat | None
+    tolerance: FiniteFloat
+    card: dict[str, str] | None = None
+    checked: dict[str, Any] | None = None

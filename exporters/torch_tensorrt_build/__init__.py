@@ -1,0 +1,1 @@
+"""From a transformer to engines of Torch-TensorRT: export, lowering, parts, build."""
