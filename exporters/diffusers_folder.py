@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
+from pydantic import Field
 from typing_extensions import override
 
 from flcompress.core.program import Program
@@ -14,10 +15,19 @@ from flcompress.progress import ProgressSink
 
 
 class DiffusersExporter(Exporter):
-    """`diffusers: {}`: RUN/exports/diffusers, for the stock pipeline; safetensors only, dtype as stored."""
+    """`diffusers: {precision: bf16}`: RUN/exports/diffusers, for the stock pipeline; safetensors only.
+
+    Attributes:
+        precision: of the transformers' weights; what diffusers keeps in fp32 stays fp32.
+    """
 
     name: ClassVar[str] = "diffusers"
     version: ClassVar[int] = 2
+    added: ClassVar[tuple[str, ...]] = ("precision",)
+
+    precision: Literal["bf16"] | None = Field(
+        default=None, description="of the transformers' weights, half the bytes of fp32; null: as they are stored"
+    )
 
     @override
     def fingerprint(self) -> str:
@@ -27,4 +37,4 @@ class DiffusersExporter(Exporter):
     def export(self, program: Program, folder: Path, exports: Path, progress: ProgressSink) -> dict[str, Any]:
         from flcompress.exporters.shared.pipeline_folder import write_pipeline
 
-        return write_pipeline(program, folder, progress)
+        return write_pipeline(program, folder, progress, self.precision)

@@ -13,7 +13,7 @@ from flcompress.core.records import ContractPart, OnnxManifest
 from flcompress.exporters.onnx_graph.emulation import emulate_bf16
 from flcompress.exporters.onnx_graph.write import Axes, write_onnx
 from flcompress.exporters.shared import TOLERANCES, Attention, ExportPrecision, preflight
-from flcompress.exporters.shared.parity import CHECKED_UP_TO, Parity, cases, compare, outputs, reference
+from flcompress.exporters.shared.parity import Parity, cases, comparable_size, compare, outputs, reference
 from flcompress.files import sha256
 from flcompress.models.configs import check_transformer_config
 from flcompress.progress import ProgressSink
@@ -150,13 +150,9 @@ def checked_sizes(program: Program, axes: Axes) -> list[Size]:
 
     The three are of another size if sizes vary. The graph was traced with two samples.
     """
-    size, step = size_of(program), step_of(program)
-    config = check_transformer_config(program.components["transformer"])
     # Learned positions have one size, whatever the graph leaves open.
     varies = set() if sizes_of(program).fixed else set(axes.names) - {"batch"}
-    if varies and preflight.attention_tokens(config, size, 0) > CHECKED_UP_TO:
-        frames = min(size.frames, 2 * max(step.frames, 1))
-        size = replace(size, frames=frames, height=4 * step.height, width=6 * step.width)
+    size, step = comparable_size(program) if varies else size_of(program), step_of(program)
     if not varies:
         return [size, replace(size, batch=3)]
     other = replace(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from flcompress.core.program import Program
 from flcompress.diffusion.contract import SamplingContract
+from flcompress.exporters.shared.parity import Parity
 
 CARD = """---
 library_name: diffusers
@@ -14,7 +15,7 @@ pipeline_tag: {task}
 # {blocks} blocks, {steps} steps
 
 A {pipeline_class} compressed by flcompress: {parameters:,} parameters in its {transformer}, {evaluations} network
-evaluations a sample (it was made from one sampled with {teacher_evaluations}).{experts}
+evaluations a sample (it was made from one sampled with {teacher_evaluations}).{experts}{rounding}
 
 ```python
 import torch
@@ -58,13 +59,22 @@ SECOND_ALONE = (
 )
 
 
-def model_card(program: Program, call: Mapping[str, int | float | str], frame_rate: float) -> str:
+ROUNDING = """
+
+The weights of the {transformers} are stored in bf16, but for what diffusers keeps in fp32. Computed in bf16, the output
+differs from that of the original weights in fp32 by {difference:.2g} at most, of values up to {magnitude:.2g}."""
+
+
+def model_card(
+    program: Program, call: Mapping[str, int | float | str], frame_rate: float, rounding: Parity | None = None
+) -> str:
     """Return Markdown with the snippet that runs the exported folder.
 
     Args:
         program: what was exported.
         call: the arguments of the stock pipeline's call in addition to the prompt.
         frame_rate: frames a second.
+        rounding: what storing the transformers in bf16 changed; None where they are as they were.
     """
     contract, family = program.contract, program.family
     if family.image:
@@ -82,6 +92,13 @@ def model_card(program: Program, call: Mapping[str, int | float | str], frame_ra
         write=write,
         transformer=program.own_name,
         experts=_experts(contract),
+        rounding=""
+        if rounding is None
+        else ROUNDING.format(
+            transformers=" and ".join(program.transformers),
+            difference=rounding.difference,
+            magnitude=rounding.magnitude,
+        ),
         blocks=len(program.graph.blocks),
         steps=contract.num_inference_steps,
         library=family.module_of(program.pipeline_class),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from flcompress.core.program import Program
 from flcompress.errors import PostconditionError
-from flcompress.exporters.shared import ExportPrecision
+from flcompress.exporters.shared import ExportPrecision, preflight
 from flcompress.exporters.shared.weights import DTYPES, stream_weights
+from flcompress.models.configs import check_transformer_config
 from flcompress.runtime.inputs import Arguments, Denoiser, Inputs, Session, tensors_of
-from flcompress.runtime.sizes import Size
+from flcompress.runtime.sizes import Size, size_of, sizes_of, step_of
 
 TIMESTEPS = 4
 """Timesteps of a contract that are compared, at most."""
@@ -48,6 +50,16 @@ class Parity:
             f"{what}: differs from torch by {self.difference:.3g} at most, over {self.cases} cases "
             f"(values up to {self.magnitude:.3g}); expected at most {self.tolerance:g}; {fix}"
         )
+
+
+def comparable_size(program: Program) -> Size:
+    """Return the size that the program is sampled at if a CPU can compare it soon, else a small clip of one sample."""
+    size, step = size_of(program), step_of(program)
+    config = check_transformer_config(program.components["transformer"])
+    if sizes_of(program).fixed or preflight.attention_tokens(config, size, 0) <= CHECKED_UP_TO:
+        return size  # learned positions have one size
+    frames = min(size.frames, 2 * max(step.frames, 1))
+    return replace(size, frames=frames, height=4 * step.height, width=6 * step.width)
 
 
 def cases(make: Arguments, timesteps: Sequence[float], sizes: Sequence[Size]) -> list[dict[str, torch.Tensor]]:

@@ -13,7 +13,10 @@ from flcompress.core.program import FACTS_FILE, Program
 from flcompress.core.records import ContractPart, FactsFile
 from flcompress.diffusion.contract import SamplingContract, levels_of, scheduler_of, set_levels
 from flcompress.errors import ModelError, PostconditionError
+from flcompress.exporters.shared import ExportPrecision
 from flcompress.exporters.shared.model_card import model_card
+from flcompress.exporters.shared.parity import TIMESTEPS, Parity, cases, comparable_size, compare, reference
+from flcompress.exporters.shared.weights import store_in
 from flcompress.models.configs import check_transformer_config
 from flcompress.models.families import family_of
 from flcompress.models.families.family import Family
@@ -22,17 +25,21 @@ from flcompress.models.part_check import matching_tensors
 from flcompress.models.parts import part_names
 from flcompress.models.stock import WITH_WEIGHTS, no_progress_bars
 from flcompress.progress import ProgressSink
-from flcompress.runtime.manifest import KEPT_FILE, copy_component, write_json
+from flcompress.runtime.inputs import arguments_of, constants_of
+from flcompress.runtime.manifest import KEPT_FILE, copy_component, partner_of, write_json
 from flcompress.runtime.sizes import clip_of
 
 
-def write_pipeline(program: Program, folder: Path, progress: ProgressSink) -> dict[str, Any]:
+def write_pipeline(
+    program: Program, folder: Path, progress: ProgressSink, precision: ExportPrecision | None = None
+) -> dict[str, Any]:
     """Write a pipeline folder and load it back by stock diffusers.
 
     Args:
         program: what is exported.
         folder: empty folder to write to.
         progress: called after each component, and after the check.
+        precision: what the transformers' weights are stored in; as they are where None.
 
     Returns:
         A summary for the terminal and the report.
@@ -43,6 +50,8 @@ def write_pipeline(program: Program, folder: Path, progress: ProgressSink) -> di
     parts = program.transformers | {name: program.components[name] for name in part_names(program.index)}
     for done, (name, source) in enumerate(parts.items()):
         copy_component(source, folder / name)
+        if precision is not None and name in program.transformers:
+            store_in(folder / name, precision)
         if name.startswith(WITH_WEIGHTS):
             check_weights(folder / name)
         progress(done + 1, len(parts) + 1, {})
@@ -69,8 +78,13 @@ def write_pipeline(program: Program, folder: Path, progress: ProgressSink) -> di
         frame_rate=frame_rate,
         pipeline_class=program.pipeline_class,
     )
+    rounding = None if precision is None else _rounding(program, folder, precision)
+    if rounding is not None:
+        facts = facts.model_copy(
+            update={"precision": precision, "difference": rounding.difference, "magnitude": rounding.magnitude}
+        )
     facts.write(folder / FACTS_FILE)
-    card = model_card(program, call, frame_rate)
+    card = model_card(program, call, frame_rate, rounding)
     (folder / "README.md").write_text(card, encoding="utf-8")
     check_folder(folder, program.pipeline_class, program.contract)
     progress(len(parts) + 1, len(parts) + 1, {})
@@ -78,7 +92,23 @@ def write_pipeline(program: Program, folder: Path, progress: ProgressSink) -> di
         "bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
         "parameters": program.graph.parameters,
         "call": call,
+        **({} if rounding is None else {"precision": precision, "difference": rounding.difference}),
     }
+
+
+def _rounding(program: Program, folder: Path, precision: ExportPrecision) -> Parity:
+    """Compare the written transformers, at a precision, with the stored ones in fp32; the largest of two experts."""
+    pairs = [(program, folder / program.own_name)]
+    if (other := partner_of(program)) is not None:
+        pairs += [(other, folder / name) for name in program.transformers if name != program.own_name]
+    parities = []
+    for one, written in pairs:
+        make, size = arguments_of(one), comparable_size(one)
+        constants = constants_of(make(size, [0.0], 0))
+        inputs = [case for step in one.contract.timesteps[:TIMESTEPS] for case in cases(make, [step], [size])]
+        exact = reference(one.components["transformer"], constants, "fp32", inputs)
+        parities.append(compare(exact, reference(written, constants, precision, inputs), math.inf))
+    return max(parities, key=lambda parity: parity.difference)
 
 
 def call_arguments(contract: SamplingContract, family: Family) -> dict[str, int | float | str]:

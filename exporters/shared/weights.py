@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor
 
 from flcompress.exporters.shared import ExportPrecision
-from flcompress.models.loading import empty_transformer, put
+from flcompress.files import replacing, write_text
+from flcompress.models.loading import empty_transformer, loaded_dtype, put, transformer_class
 from flcompress.models.shards import folder_tensors
+from flcompress.models.stock_files import stock_files
 
 DTYPES: dict[ExportPrecision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -35,6 +38,29 @@ class WeightFiles(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.files)
+
+
+def store_in(folder: Path, precision: ExportPrecision) -> None:
+    """Write a transformer's floating tensors again in the type that diffusers loads them in at a precision, in place.
+
+    One file of the weights is in memory at a time.
+    """
+    from safetensors.torch import load_file, save_file
+
+    stock, weights = transformer_class(folder), stock_files(folder)
+    total = 0
+    for file in weights.files:
+        tensors = load_file(file)
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point():
+                tensors[name] = tensor.to(loaded_dtype(name, stock, DTYPES[precision]))
+        total += sum(tensor.nbytes for tensor in tensors.values())
+        with replacing(file) as temporary:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+    if weights.index is not None:
+        index = json.loads(weights.index.read_text(encoding="utf-8"))
+        index.setdefault("metadata", {})["total_size"] = total
+        write_text(weights.index, json.dumps(index, indent=2) + "\n")
 
 
 def skeleton(folder: Path, precision: ExportPrecision) -> Any:

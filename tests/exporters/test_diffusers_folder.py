@@ -15,6 +15,8 @@ from flcompress.core.records import FactsFile
 from flcompress.errors import PostconditionError
 from flcompress.exporters.diffusers_folder import DiffusersExporter
 from flcompress.exporters.shared.pipeline_folder import check_folder
+from flcompress.exporters.shared.weights import store_in
+from flcompress.frontend.recipe import arguments
 from flcompress.models.loading import load_transformer
 from flcompress.models.network import as_network
 from flcompress.models.parts import open_parts
@@ -61,6 +63,48 @@ def test_a_guided_contract_is_sampled_as_stock_diffusers_samples_it(guided: Prog
     ours = denoise(as_network(load_transformer(folder / "transformer")), open_parts(folder), facts, PROMPT, seed=2)
     torch.testing.assert_close(ours, stock, rtol=0.0, atol=1e-4)
     assert "The seed decides the\nstarting noise" in (folder / "README.md").read_text()
+
+
+def test_weights_in_bf16_and_what_that_changes(run: Path, program: Program, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    told = DiffusersExporter(precision="bf16").export(program, tmp_path, tmp_path, silent)
+    stored = load_file(run / "exports" / "diffusers" / "transformer" / "diffusion_pytorch_model.safetensors")
+    written = load_file(tmp_path / "transformer" / "diffusion_pytorch_model.safetensors")
+    by_diffusers = load_transformer(run / "exports" / "diffusers" / "transformer", dtype=torch.bfloat16).state_dict()
+    assert {name: tensor.dtype for name, tensor in written.items()} == {
+        name: tensor.dtype for name, tensor in by_diffusers.items()
+    }
+    assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16, torch.float32}
+    assert all(torch.equal(tensor, stored[name].to(tensor.dtype)) for name, tensor in written.items())
+    assert sorted(path.name for path in (tmp_path / "transformer").iterdir()) == sorted(
+        path.name for path in (run / "exports" / "diffusers" / "transformer").iterdir()
+    )
+    facts = FactsFile.read(tmp_path / "flcompress.json")
+    assert (facts.precision, facts.difference) == ("bf16", told["difference"])
+    assert facts.difference is not None
+    assert facts.magnitude is not None
+    assert 0.0 < facts.difference < 0.1 * facts.magnitude
+    card = " ".join((tmp_path / "README.md").read_text().split())
+    assert f"differs from that of the original weights in fp32 by {facts.difference:.2g} at most" in card
+
+
+def test_shards_in_bf16_keep_their_index(run: Path, tmp_path: Path) -> None:
+    exact = load_transformer(run / "exports" / "diffusers" / "transformer")
+    exact.save_pretrained(str(tmp_path), max_shard_size="100KB")
+    before = json.loads((tmp_path / "diffusion_pytorch_model.safetensors.index.json").read_text())
+    store_in(tmp_path, "bf16")
+    index = json.loads((tmp_path / "diffusion_pytorch_model.safetensors.index.json").read_text())
+    assert index["weight_map"] == before["weight_map"]
+    loaded = load_transformer(tmp_path, dtype=torch.bfloat16).state_dict()
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in loaded.values())
+    assert all(torch.equal(tensor, exact.state_dict()[name].to(tensor.dtype)) for name, tensor in loaded.items())
+
+
+def test_without_a_precision_nothing_is_said_of_it_and_keys_stay(run: Path) -> None:
+    assert "precision" not in json.loads((run / "exports" / "diffusers" / "flcompress.json").read_text())
+    assert arguments(DiffusersExporter()) == {}
+    assert arguments(DiffusersExporter(precision="bf16")) == {"precision": "bf16"}
 
 
 def test_what_lies_in_the_folder(run: Path, program: Program) -> None:

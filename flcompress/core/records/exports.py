@@ -13,7 +13,9 @@ from flcompress.core.records.run import ContractPart, Number
 class FactsFile(Record):
     """`flcompress.json` of a pipeline folder: how its clips are sampled, and what was cut.
 
-    Folders of before `frame_rate` was noted have their family's.
+    Folders of before `frame_rate` was noted have their family's. Where the weights were stored in another `precision`,
+    `difference` is the largest absolute one of an output at it from the stored weights' in fp32, of values up to
+    `magnitude`.
     """
 
     contract: ContractPart
@@ -23,6 +25,9 @@ class FactsFile(Record):
     latents: list[int]
     frame_rate: Number | None = None
     pipeline_class: str
+    precision: Literal["bf16"] | None = None
+    difference: FiniteFloat | None = None
+    magnitude: FiniteFloat | None = None
 
 
 class ExportManifest(Record):
