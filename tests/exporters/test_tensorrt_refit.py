@@ -29,7 +29,9 @@ from flcompress.exporters.tensorrt_build.sizes import checked_sizes
 from flcompress.exporters.tensorrt_engine import TensorRTExporter
 from flcompress.files import sha256
 from flcompress.runtime import tensorrt_session
+from flcompress.runtime.backends.tensorrt_backend import TensorRTBackend
 from flcompress.runtime.inputs import arguments_of
+from flcompress.runtime.onnx_session import OnnxSession
 from flcompress.runtime.sizes import Size, size_of, step_of
 from flcompress.runtime.tensorrt_api import Card, card_here
 from tests.fixtures.exports import silent
@@ -219,7 +221,6 @@ def on_hopper(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(exporting, "runs_here", lambda targets: "sm90" in targets)
     monkeypatch.setattr(exporting, "build_engine", make("built"))
     monkeypatch.setattr(exporting, "refit_engine", make("refitted"))
-    monkeypatch.setattr(TensorRTExport, "_checked", lambda self, program, engine, manifest, sizes: manifest)
     return made
 
 
@@ -229,8 +230,9 @@ def engine_export(**changes: Any) -> TensorRTExport:
 
 
 def test_the_same_graph_with_other_weights_takes_the_engine_of_before(
-    run: Path, program: Program, on_hopper: list[str], tmp_path: Path
+    run: Path, program: Program, on_hopper: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(TensorRTExport, "_checked", lambda self, program, engine, manifest, sizes: manifest)
     exports = tmp_path / "exports"
     shutil.copytree(run / "exports" / "onnx", exports / "onnx")
 
@@ -263,6 +265,31 @@ def test_a_check_on_a_gpu_is_of_a_bounded_size(program: Program) -> None:
     assert checked_sizes(program, [[small, long, long]]) == [small]
     longer = replace(long, height=90)
     assert checked_sizes(program, [[longer, longer, longer], [long, longer, longer]]) == [long]
+
+
+def test_an_engine_is_compared_with_torch_on_the_card(
+    run: Path, program: Program, on_hopper: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The card is a CPU here, and ONNX Runtime the engine."""
+    read: list[Any] = []
+
+    def session(self: TensorRTBackend, folder: Path, manifest: dict[str, Any]) -> OnnxSession:
+        read.append((folder / manifest["file"]).read_bytes())
+        return OnnxSession(run / "exports" / "onnx" / "model.onnx", "cpu")
+
+    monkeypatch.setattr(exporting, "DEVICE", "cpu")
+    monkeypatch.setattr(exporting, "runs_here", lambda targets: True)
+    monkeypatch.setattr(TensorRTBackend, "session", session)
+    profiles = (Profile(batch=(1, 2, 4)), Profile(height=(32, 64, 64)))
+    summary = engine_export(targets=("current",), profiles=profiles, refit=False).write(
+        program, tmp_path, run / "exports", silent
+    )
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert read == [b"built 1"]
+    assert summary["checked_on_gpu"] is manifest["checked_on_gpu"] is True
+    assert 0.0 < manifest["difference"] < 1e-4 < manifest["tolerance"]
+    assert manifest["checked"] == {"sizes": [[1, 3, 8, 8], [2, 3, 8, 8], [1, 3, 16, 8]]}
+    assert manifest["card"] == {"name": HOPPER.name, "target": "sm90"}
 
 
 @pytest.mark.gpu
