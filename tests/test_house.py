@@ -20,7 +20,6 @@ MAX_LINES = 400
 MIN_LINES = 40
 
 SHORT = {
-    "exporters/diffusers_folder.py": "the exporter as a recipe names it; its work imports diffusers and is elsewhere",
     "flcompress/__main__.py": "what `python -m flcompress` runs",
     "flcompress/core/wandb_access.py": "checked before any work, below the trackers that write",
     "flcompress/runtime/backends/torch_tensorrt_backend.py": "read by --help, which loads no torch",

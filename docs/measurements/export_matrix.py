@@ -44,6 +44,8 @@ def exports(program: Program, precision: Any, folder: Path) -> dict[str, Any]:
         found[exporter.name] = "ok"
         if exporter.name == "onnx":
             found |= {key: summary[key] for key in ("difference", "dynamic")}
+        elif summary["difference"] is not None:  # a GPU here ran it
+            found[f"{exporter.name} difference"] = summary["difference"]
     return found
 
 
