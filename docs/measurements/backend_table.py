@@ -1,13 +1,12 @@
 """The table of families, back ends and precisions in docs/exporting.md, from what `export_matrix` wrote.
 
-`python -m docs.measurements.backend_table` writes it anew. A back end is one entry of `BACKENDS`; it has a column where any
-family has a result of it.
+`python -m docs.measurements.backend_table` writes it anew. A back end is one entry of `BACKENDS`; it has a column where
+any family has a result of it.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -52,10 +51,8 @@ def _cell(key: str, result: Mapping[str, Any]) -> str:
 
 def page() -> str:
     """Return docs/exporting.md with the table of now."""
-    text = PAGE.read_text(encoding="utf-8")
-    return re.sub(
-        re.escape(BEGIN) + ".*?" + re.escape(END), lambda _: f"{BEGIN}\n{table()}\n{END}", text, flags=re.DOTALL
-    )
+    begin, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
+    return f"{begin}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}"
 
 
 if __name__ == "__main__":
