@@ -8,23 +8,20 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from flcompress import __version__, commands
 from flcompress.backend_flags import BackendCommand, BackendName
-from flcompress.command_group import Commands, print_json, print_results
+from flcompress.command_group import Commands, as_json, print_json, print_results, quiet
+from flcompress.command_group import display as _display
 from flcompress.errors import RequestError
-
-if TYPE_CHECKING:
-    from flcompress.progress import Display
+from flcompress.sweep_command import sweep_command
 
 _FOLDER = click.Path(path_type=Path)
 _GPUS = ("a100", "h100", "h200", "l40s", "rtx4090")  # those of planning/machines.py, which --help does not load
 
-as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")
-quiet = click.option("--quiet", is_flag=True, help="Show no progress.")
 moved_model = click.option(
     "--model", type=_FOLDER, help="The model that the run started from, if it has moved.  [default: where it was]"
 )
@@ -391,7 +388,4 @@ def passes_command(name: str | None, as_json: bool) -> None:
         click.echo(step_text(described))
 
 
-def _display(quiet: bool) -> Display:
-    from flcompress.progress import QuietDisplay, default_display
-
-    return QuietDisplay() if quiet else default_display()
+main.add_command(sweep_command)

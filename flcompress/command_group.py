@@ -1,15 +1,21 @@
-"""The end of a command: its result, or one line and an exit status, never a traceback."""
+"""What commands have in common: their options, and their end in a result or in one line, never in a traceback."""
 
 from __future__ import annotations
 
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from flcompress.errors import INTERRUPTED, FlcompressError
+
+if TYPE_CHECKING:
+    from flcompress.progress import Display
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")
+quiet = click.option("--quiet", is_flag=True, help="Show no progress.")
 
 
 class Command(click.Command):
@@ -45,6 +51,13 @@ class Commands(click.Group):
         except KeyboardInterrupt:
             click.echo("interrupted; the same command resumes from here", err=True)
             ctx.exit(INTERRUPTED)
+
+
+def display(quiet: bool) -> Display:
+    """Return where a command shows its progress."""
+    from flcompress.progress import QuietDisplay, default_display
+
+    return QuietDisplay() if quiet else default_display()
 
 
 def print_json(plain: Any) -> None:

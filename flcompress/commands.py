@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flcompress.core.records import SweepFile
     from flcompress.driver.rundir import RunDirectory
     from flcompress.frontend.recipe import Recipe
     from flcompress.inspection.model import Inspection
@@ -307,6 +308,47 @@ def bench(
     with (display or default_display()).stage("bench") as progress:
         opened = _open_run(run, model)
         return room.bench(opened, rounds, progress, backends, size=pixels, batch=batch, options=options)
+
+
+def sweep(
+    source: StrPath,
+    out: StrPath | None = None,
+    *,
+    axes: Sequence[str] = (),
+    seeds: int | None = None,
+    processes: int | None = None,
+    many: bool = False,
+    display: Display | None = None,
+) -> SweepFile:
+    """Train a grid or a list of recipes with several seeds, judge the students alike, and write table and page.
+
+    What is stored in `out` is not done again, and passes that several cells share run once. See docs/sweeps.md.
+
+    Args:
+        source: a sweep file, or a recipe.
+        out: folder to write to; `runs/sweeps/<name of the file>` by default.
+        axes: "KEY=VALUE,VALUE" each, as passes.dmd.student_steps=1,2,4.
+        seeds: training seeds of each cell; the sweep's, or 3, by default.
+        processes: cells at a time; one for each GPU, or one, by default.
+        many: whether more than 1,000 cells are meant.
+        display: where progress is shown; bars on a terminal, else lines.
+
+    Returns:
+        What `out/results.json` holds.
+
+    Raises:
+        RequestError: a key, a value or a name that is wrong; names the cell, and nothing was written.
+        FlcompressError: every cell failed.
+    """
+    from flcompress.sweeps.request import read_request
+
+    request = read_request(Path(source), axes, seeds, many=many)
+
+    from flcompress.progress import default_display
+    from flcompress.sweeps.runner import run_sweep  # torch, which a faulty request does not wait for
+
+    folder = Path(out) if out is not None else Path("runs") / "sweeps" / request.name
+    return run_sweep(request, folder, processes, display or default_display())
 
 
 def report(run: StrPath) -> Path:

@@ -27,12 +27,25 @@ class Importance(Pass):
     """
 
     name: ClassVar[str] = "importance"
+    added: ClassVar[tuple[str, ...]] = ("strata", "resolve")
     needs_data: ClassVar[bool] = True
     distributed: ClassVar[bool] = True
     gives: ClassVar[frozenset[Fact]] = frozenset({Fact.SCORED})
 
     draws: int = Field(256, ge=8, description="clips drawn, each with its own noise and noise level")
     noise_levels: int = Field(4, ge=1, description="strata of the noise level; the draws are spread evenly over them")
+    strata: Literal["even", "log"] = Field(
+        "even",
+        description="strata of equal widths in s, or in log s with as many draws at low levels, where the ELBO weight "
+        "puts nearly all of the variance; the expectation is the same",
+    )
+    resolve: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="share of the parameters that is to be removed: ends before `draws` once 95 % of bootstrap "
+        "resamplings agree on the blocks that hold it; null: all draws",
+    )
     weighting: Literal["elbo", "uniform"] = Field(
         "elbo", description="elbo: the continuous-time ELBO weight (1 - s) / s^3; uniform: 1"
     )
@@ -72,14 +85,15 @@ class Importance(Pass):
         model = load_transformer(program.components["transformer"], context.device, torch.bfloat16 if half else None)
         started = time.monotonic()
         with half_precision(context.device, enabled=half):
-            estimates = scores.score(
+            scored = scores.score(
                 model, program.graph, program.teacher_contract, data, context.seed, context.progress, context.world
             )
+        estimates = scored.estimates()
         graph = program.graph.with_importance(estimates)
         means = [estimates[block.path].mean for block in graph.blocks]
         result = {
             "weighting": self.weighting,
-            "draws": self.draws,
+            "draws": scored.draws if self.resolve else self.draws,
             "levels": [list(level) for level in scores.levels(program.teacher_contract)],
             "blocks": [
                 {
@@ -89,6 +103,11 @@ class Importance(Pass):
                     "per_level": [list(level) for level in estimates[block.path].per_level],
                 }
                 for block in graph.blocks
+            ],
+            "sureness": [round(scored.sureness(count), 3) for count in range(1, len(graph.blocks))],
+            "membership": [
+                {path: round(share, 3) for path, share in scored.membership(count).items() if 0.0005 < share < 0.9995}
+                for count in range(1, len(graph.blocks))
             ],
             "u_index": u_index(means),
             "seconds": context.earlier_seconds + time.monotonic() - started,

@@ -10,7 +10,7 @@ from typing import ClassVar
 from pydantic import Field
 from typing_extensions import override
 
-from flcompress.core.program import Fact, Program
+from flcompress.core.program import CHOICE_NEEDS, Fact, Program
 from flcompress.core.steps import Cost, Pass, PassContext, Role
 from flcompress.errors import PreconditionError
 from flcompress.ir.graph import BlockGraph
@@ -33,12 +33,15 @@ class Prune(Pass):
     voids: ClassVar[frozenset[Fact]] = frozenset({Fact.ELASTIC})
 
     remove: float = Field(gt=0, lt=1, description="share of the transformer's parameters to remove, at least")
-    by: By = Field("importance", description="which blocks go: the least important, random ones, or the middle")
+    by: By = Field(
+        "importance",
+        description="which blocks go: the least important, the set that select found, random ones, or the middle",
+    )
 
     @property
     @override
     def needs(self) -> frozenset[Fact]:
-        return frozenset({Fact.SCORED} if self.by == "importance" else ())
+        return CHOICE_NEEDS.get(self.by, frozenset())
 
     @override
     def remaining(self, parameters: float) -> float:
@@ -62,7 +65,9 @@ class Prune(Pass):
         graph, paths = choose_removable(
             source,
             program.graph,
-            lambda graph: choose(graph, self.remove, self.by, seed=context.seed, among=among),
+            lambda graph: choose(
+                graph, self.remove, self.by, seed=context.seed, among=among, selected=program.prune_set
+            ),
         )
         target = context.directory / "transformer"
         shutil.rmtree(target, ignore_errors=True)  # of an attempt that was killed

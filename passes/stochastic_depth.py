@@ -10,7 +10,7 @@ from pydantic import Field
 from typing_extensions import override
 
 from flcompress.core.optimisation import Optimisation, Schedule, Warmup
-from flcompress.core.program import Fact, Program
+from flcompress.core.program import CHOICE_NEEDS, Fact, Program
 from flcompress.core.steps import Cost, Pass, PassContext, Role
 from flcompress.ir.selection import By, choose
 
@@ -41,7 +41,10 @@ class StochasticDepth(Optimisation, Pass):
     added: ClassVar[tuple[str, ...]] = (*Optimisation.added, "ema_decay")
 
     remove: float = Field(gt=0, lt=1, description="share of the parameters that the prune set holds, at least")
-    by: By = Field("importance", description="which blocks form it: the least important, random ones, or the middle")
+    by: By = Field(
+        "importance",
+        description="which form it: the least important, the set that select found, random ones, or the middle",
+    )
     skip_probability: float = Field(0.5, gt=0, le=1, description="probability of each block of the prune set, per step")
     alpha: float = Field(1.0, ge=0, le=1, description="weight of self-distillation against the data")
     target: Literal["frozen", "ema", "self"] = Field("frozen", description="whose full-depth output is the target")
@@ -55,7 +58,7 @@ class StochasticDepth(Optimisation, Pass):
     @property
     @override
     def needs(self) -> frozenset[Fact]:
-        return frozenset({Fact.SCORED} if self.by == "importance" else ())
+        return CHOICE_NEEDS.get(self.by, frozenset())
 
     @override
     def cost(self, parameters: float, blocks: int, original: float) -> Cost:
@@ -109,7 +112,7 @@ class StochasticDepth(Optimisation, Pass):
         graph, paths = choose_removable(
             program.components["transformer"],
             program.graph,
-            lambda graph: choose(graph, self.remove, self.by, seed=context.seed),
+            lambda graph: choose(graph, self.remove, self.by, seed=context.seed, selected=program.prune_set),
         )
         return to_json(graph), paths
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from flcompress.diffusion.contract import SamplingContract
 from flcompress.diffusion.experts import COMPONENTS, OTHER
 from flcompress.ir.graph import BlockGraph
+from flcompress.ir.selection import By
 from flcompress.ir.serial import content_hash, from_json, to_json
 from flcompress.models.stock_files import folder_digest
 
@@ -40,12 +41,21 @@ class Fact(StrEnum):
     """The transformer's weights come from training, not from a random start."""
     SCORED = "scored"
     """Every block of the graph has an importance."""
+    SELECTED = "selected"
+    """The prune set was chosen as a set."""
     ELASTIC = "depth-elastic"
     """The unpruned transformer works with any subset of its prune set skipped."""
     PRUNED = "pruned"
     """The transformer lacks the blocks of its prune set."""
     FEW_STEP = "few-step"
     """The transformer is sampled in few steps without guidance."""
+
+
+CHOICE_NEEDS: Mapping[By, frozenset[Fact]] = {
+    "importance": frozenset({Fact.SCORED}),
+    "joint": frozenset({Fact.SELECTED}),
+}
+"""What a choice of blocks needs, where it needs anything."""
 
 
 @dataclass(frozen=True, kw_only=True)

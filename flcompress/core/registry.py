@@ -24,6 +24,7 @@ from flcompress.errors import RecipeError
 
 PASSES: dict[str, str] = {
     "importance": "flcompress.passes.importance:Importance",
+    "select": "flcompress.passes.select:Select",
     "stochastic-depth": "flcompress.passes.stochastic_depth:StochasticDepth",
     "prune": "flcompress.passes.prune:Prune",
     "dmd": "flcompress.passes.dmd:DistributionMatching",

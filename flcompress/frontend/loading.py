@@ -49,7 +49,7 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     exports = [_step(located, ("exports", index), find_exporter) for index in range(len(top.get("exports", [])))]
     top.setdefault("name", path.stem)
     rest = {key: value for key, value in top.items() if key not in ("passes", "exports")}
-    recipe = _validate(Recipe, rest, located, ())
+    recipe = validate(Recipe, rest, located, ())
     recipe = recipe.model_copy(update={"passes": tuple(passes), "exports": tuple(exports)})
     recipe = recipe.written_in(path, {_key(loc): origin for loc, origin in located.origins.items() if 0 < len(loc) < 3})
     check_flow(recipe)
@@ -140,10 +140,11 @@ def _step(located: Located, loc: Loc, find: Callable[[str], type[S]]) -> S:
         kind = find(name)
     except RecipeError as error:
         raise RecipeError(f"{located.where(loc)}: {error}") from error
-    return _validate(kind, arguments, located, (*loc, name))
+    return validate(kind, arguments, located, (*loc, name))
 
 
-def _validate(kind: type[M], arguments: dict[str, Any], located: Located, loc: Loc) -> M:
+def validate(kind: type[M], arguments: dict[str, Any], located: Located, loc: Loc) -> M:
+    """Return the model of a mapping at `loc` of a file; RecipeError names the file, the line and the key of a fault."""
     try:
         # JSON mode is the strict one that still takes a list for a tuple and a text for a path.
         return kind.model_validate_json(json.dumps(arguments), strict=True)

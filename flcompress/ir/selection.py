@@ -9,11 +9,18 @@ from typing import Literal
 from flcompress.errors import PreconditionError
 from flcompress.ir.graph import BlockGraph
 
-By = Literal["importance", "random", "middle"]
+By = Literal["importance", "joint", "random", "middle"]
+"""How blocks are chosen: the least important, the set that a `select` pass found, random ones, or the middle."""
 
 
 def choose(
-    graph: BlockGraph, share: float, by: By, *, seed: int = 0, among: Collection[str] | None = None
+    graph: BlockGraph,
+    share: float,
+    by: By,
+    *,
+    seed: int = 0,
+    among: Collection[str] | None = None,
+    selected: Collection[str] = (),
 ) -> tuple[str, ...]:
     """Blocks that together hold at least `share` of the model's parameters, in execution order.
 
@@ -24,10 +31,19 @@ def choose(
             nearest the middle of the depth) are what that choice is compared with.
         seed: seed of "random".
         among: choose only from these paths; all blocks where None.
+        selected: the set that "joint" takes as it is.
 
     Raises:
         PreconditionError: the graph is not scored, or the blocks that may go do not hold the share.
     """
+    if by == "joint":
+        held = sum(graph.block(path).parameters for path in selected) / graph.parameters
+        if held < share:
+            raise PreconditionError(
+                f"remove: {share:g} of the parameters asked for; the selected set holds {held:.3f}; ask for as much in "
+                "select.remove"
+            )
+        return tuple(block.path for block in graph.blocks if block.path in set(selected))
     blocks = [block for block in graph.blocks if block.removable is not False]
     if among is not None:
         blocks = [block for block in blocks if block.path in among]

@@ -6,7 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flcompress.core.records import BenchFile, ContractPart, ImportanceResult, PruneResult, StochasticDepthResult
+from flcompress.core.records import (
+    BenchFile,
+    ContractPart,
+    ImportanceResult,
+    PruneResult,
+    SelectResult,
+    StochasticDepthResult,
+)
 from flcompress.diffusion.contract import SamplingContract
 from flcompress.errors import RecordError
 from flcompress.ir.block import Block, Estimate
@@ -83,6 +90,19 @@ class BlockFate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Certainty:
+    """How sure the choice by importance is, from bootstrap resamplings of the draws.
+
+    Attributes:
+        sureness: share of the resamplings that choose the same set.
+        open: blocks that only some of them choose, with their share, the most often chosen first.
+    """
+
+    sureness: float
+    open: list[tuple[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Blocks:
     """The original graph, what became of each block, and the edges (original paths) that data flows along now."""
 
@@ -93,6 +113,8 @@ class Blocks:
     draws: int | None = None
     u_index: float | None = None
     certificate: Mapping[str, Any] | None = None
+    certainty: Certainty | None = None
+    selection: SelectResult | None = None
 
     @property
     def scored(self) -> list[tuple[BlockFate, Estimate]]:
@@ -181,6 +203,19 @@ def blocks(run: RunRecord) -> Blocks | None:
         draws=importance.draws if importance is not None else None,
         u_index=importance.u_index if importance is not None else None,
         certificate=prune.certificate if prune is not None else None,
+        certainty=_certainty(importance, set(gone), ranked),
+        selection=run.result("select", SelectResult),
+    )
+
+
+def _certainty(importance: ImportanceResult | None, gone: set[str], ranked: list[str]) -> Certainty | None:
+    """Return how sure the set is; None where it is not that of the least important blocks."""
+    count = len(gone)
+    if importance is None or not 0 < count <= len(importance.sureness) or gone != set(ranked[:count]):
+        return None
+    members = importance.membership[count - 1]
+    return Certainty(
+        sureness=importance.sureness[count - 1], open=sorted(members.items(), key=lambda item: item[1], reverse=True)
     )
 
 

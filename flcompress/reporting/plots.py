@@ -7,12 +7,14 @@ import math
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
 
+from flcompress.core.records import Front
 from flcompress.reporting.findings import Blocks
 from flcompress.stats import Interval
 
@@ -166,6 +168,68 @@ def curves(
             axes.legend(loc="best")
 
     return _svg(draw, (4.9, 2.7), name, f"{title} over steps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrontPoint:
+    """A cell of a sweep: how many times less it costs than the teacher, and a figure."""
+
+    name: str
+    saved: float
+    value: Interval
+    front: Front
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fronts:
+    """A plot of quality against cost. `better` is -1 where a lower figure is better; `lines` are the teacher's."""
+
+    title: str
+    cost: str
+    figure: str
+    better: int
+    points: Sequence[FrontPoint]
+    lines: Sequence[tuple[str, float]]
+
+    def best(self, points: Sequence[FrontPoint]) -> list[FrontPoint]:
+        """Return the points that no other beats in both, from the dearest to the cheapest: Pareto's front."""
+        front: list[FrontPoint] = []
+        for point in sorted(points, key=lambda p: (p.saved, self.better * p.value.mean), reverse=True):
+            if not front or self.better * (point.value.mean - front[-1].value.mean) > 0:
+                front.append(point)
+        return front[::-1]
+
+
+def fronts(panel: Fronts) -> str:
+    """Quality against cost as SVG, a front for each way to save work; points that nothing beats are filled."""
+    marks = {"steps": (THIRD, "s", "fewer steps alone"), "size": (GONE, "^", "fewer blocks alone"),
+             "joint": (KEPT, "o", "both")}  # fmt: skip
+    best = panel.best(panel.points)
+
+    def draw(figure: Any) -> None:
+        axes = figure.add_subplot()
+        for kind, (colour, marker, label) in marks.items():
+            points = [point for point in panel.points if point.front == kind]
+            front = panel.best(points)
+            axes.plot([p.saved for p in front], [p.value.mean for p in front], color=colour, linewidth=1.0, alpha=0.6)
+            for point in points:
+                axes.errorbar(
+                    [point.saved], [point.value.mean],
+                    [[point.value.mean - point.value.low], [point.value.high - point.value.mean]],
+                    fmt=marker, color=colour, markerfacecolor=colour if point in best else "none", markersize=6,
+                    elinewidth=0.9, capsize=2, label=label if point is points[0] else None,
+                )  # fmt: skip
+        for index, (label, value) in enumerate(panel.lines):
+            axes.axhline(value, color=MUTED, linewidth=1.0, linestyle=(0, (4, 3)) if index else "-", label=label)
+        axes.set_xscale("log")
+        axes.set_xlabel(panel.cost)
+        axes.set_ylabel(panel.figure)
+        axes.set_title(_plain(panel.title))
+        axes.xaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+        axes.legend(loc="best")
+
+    return _svg(draw, (5.6, 3.6), f"fronts-{panel.title}", panel.title)
 
 
 def _near(bound: float, values: Sequence[float]) -> bool:

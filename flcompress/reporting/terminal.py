@@ -176,6 +176,11 @@ def _print_removed(fates: Blocks, console: Console) -> None:
         score = f"{wording.number(fate.score.mean)} ± {wording.number(fate.score.standard_error)}" if fate.score else ""
         table.add_row(escape(fate.block.path), wording.share(fate.share), score, escape(fate.reason))
     console.print(table)
+    if fates.certainty is not None:
+        sure = wording.share(fates.certainty.sureness)
+        console.print(
+            f"How sure the set is: {sure} of resamplings of the draws choose the same blocks", highlight=False
+        )
 
 
 def _trainings(trainings: list[Training], console: Console) -> None:

@@ -186,9 +186,10 @@ def test_training_from_clips_lands_on_the_data(tmp_path: Path, kind: str) -> Non
     torch.testing.assert_close(factor @ factor.T, COVARIANCE, atol=0.15, rtol=0)
 
 
+@pytest.mark.parametrize("strata", ["even", "log"])
 @pytest.mark.parametrize("weighting", ["elbo", "uniform"])
 @pytest.mark.parametrize("kind", ["flow", "v_prediction"])
-def test_the_importance_of_a_block_that_moves_the_mean(tmp_path: Path, kind: str, weighting: str) -> None:
+def test_the_importance_of_a_block_that_moves_the_mean(tmp_path: Path, kind: str, weighting: str, strata: str) -> None:
     """Skipping moves x0_hat by J d, J = 1 - a G: I_k = E[w (|x0 - x0_hat + J d|^2 - |x0 - x0_hat|^2)] per element.
 
     That is E[w |J d|^2] of a block that takes the mean to the data's, and is negative of one that leads away from it.
@@ -198,13 +199,16 @@ def test_the_importance_of_a_block_that_moves_the_mean(tmp_path: Path, kind: str
     mean = CAPTION[0, 0].double() + torch.tensor([0.4, 0.2])  # the third block leads away from the data
     off = torch.tensor([-0.6, 0.3]).double()
     contract = teacher_contract(kind)
-    step = Importance(draws=6000, noise_levels=3, weighting=weighting, sigma_min=0.3, sigma_max=0.9, batch=2000)
+    step = Importance(draws=6000, noise_levels=3, weighting=weighting, sigma_min=0.3, sigma_max=0.9, batch=2000,
+                      strata=strata)  # fmt: skip
     clips: Any = Clips(Normal(mean, COVARIANCE), CAPTION)
-    found = step.scores.score(model, graph_of(model), contract, clips, 0, lambda *_: None, World())
-    strata = [(0.3, 0.5), (0.5, 0.7), (0.7, 0.9)]
+    found = step.scores.score(model, graph_of(model), contract, clips, 0, lambda *_: None, World()).estimates()
+    ranges = [(0.3, 0.5), (0.5, 0.7), (0.7, 0.9)]
+    if strata == "log":
+        ranges = [(0.3 * 3 ** (level / 3), 0.3 * 3 ** ((level + 1) / 3)) for level in range(3)]
     for place, shift in enumerate(shifts):
         d, expected = torch.tensor(shift).double(), []
-        for low, high in strata:
+        for low, high in ranges:
             level = low + (high - low) * (torch.arange(2000).double() + 0.5) / 2000
             timestep = contract.process.timestep(level)
             a, b = coefficients(kind, timestep)
@@ -216,13 +220,14 @@ def test_the_importance_of_a_block_that_moves_the_mean(tmp_path: Path, kind: str
             expected.append(float((weight * (without - whole)).mean()))
         estimate = found[f"blocks.{place}"]
         assert len(estimate.per_level) == 3
-        for (low, high, value, error), (first, last), wanted in zip(estimate.per_level, strata, expected, strict=True):
+        for (low, high, value, error), (first, last), wanted in zip(estimate.per_level, ranges, expected, strict=True):
             assert (low, high) == pytest.approx((first, last))
             assert abs(value - wanted) < 4.0 * error
             assert error < 0.25 * max(map(abs, expected))
-        assert estimate.mean == pytest.approx(sum(one[2] for one in estimate.per_level) / 3)
-        errors = [one[3] for one in estimate.per_level]
-        assert estimate.standard_error == pytest.approx(sum(error**2 for error in errors) ** 0.5 / 3)
+        widths = [(high - low) / 0.6 for low, high in ranges]  # the expectation is over s uniform, whatever the strata
+        levels = list(zip(widths, estimate.per_level, strict=True))
+        assert estimate.mean == pytest.approx(sum(width * level[2] for width, level in levels))
+        assert estimate.standard_error == pytest.approx(sum((width * level[3]) ** 2 for width, level in levels) ** 0.5)
     assert found["blocks.2"].mean < 0.0 < found["blocks.0"].mean
 
 

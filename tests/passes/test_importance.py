@@ -154,3 +154,21 @@ def test_the_plan_counts_what_a_14b_model_takes(tmp_path: Path, monkeypatch: pyt
     assert planned.memory.host == pytest.approx(OffTheCard.total * 4.0 / 5.0, rel=0.03)
     assert planned.processes == 16
     assert "memory: importance keeps 1.34 GB of each process in the machine's memory" in plan_text(plan)
+
+
+def test_log_strata_have_less_than_half_the_error_at_equal_draws(tmp_path: Path) -> None:
+    """On the trained benchmark model, whose weighted differences grow towards the lowest levels; equal expectation."""
+    file = tmp_path / "recipe.yaml"
+    estimates = {}
+    for strata in ("even", "log"):
+        file.write_text(
+            f"version: 1\nmodel: {RECIPES / 'moving-digits/teacher'}\nsampling: {{max_sequence_length: 16}}\n"
+            f"data: {{moving-digits: {{clips: 64}}}}\npasses: [importance: {{draws: 64, strata: {strata}}}]\n"
+        )
+        run = apply(file, tmp_path / strata, store=tmp_path / "store", display=QuietDisplay(), device="cpu")
+        estimates[strata] = [block.importance for block in run.final().graph.blocks]
+    for even, log in zip(estimates["even"], estimates["log"], strict=True):
+        assert even is not None
+        assert log is not None
+        assert log.standard_error < 0.5 * even.standard_error
+        assert abs(log.mean - even.mean) < 4.0 * (log.standard_error**2 + even.standard_error**2) ** 0.5

@@ -30,12 +30,14 @@ from flcompress.core.records.passes import (
     RESULT_FILE,
     BlockScore,
     BreachLine,
+    CandidateRow,
     DmdResult,
     HealthFile,
     ImportanceResult,
     LimitPart,
     PruneResult,
     RedrawsLine,
+    SelectResult,
     StepsResult,
     StochasticDepthResult,
 )
@@ -51,6 +53,7 @@ from flcompress.core.records.run import (
     ResultFile,
     RunFile,
 )
+from flcompress.core.records.sweep import CellResult, Front, SweepCell, SweepFile, TeacherResult
 
 __all__ = [
     "RESULT_FILE",
@@ -60,6 +63,8 @@ __all__ = [
     "BenchFile",
     "BlockScore",
     "BreachLine",
+    "CandidateRow",
+    "CellResult",
     "ClipLine",
     "ClipPart",
     "ContenderRow",
@@ -73,6 +78,7 @@ __all__ = [
     "ExportManifest",
     "FactsFile",
     "FigurePart",
+    "Front",
     "HealthFile",
     "ImportanceResult",
     "LimitPart",
@@ -88,10 +94,14 @@ __all__ = [
     "ResultFile",
     "RunFile",
     "ScoreLine",
+    "SelectResult",
     "SpeedRow",
     "Spread",
     "StepsResult",
     "StochasticDepthResult",
+    "SweepCell",
+    "SweepFile",
+    "TeacherResult",
     "TorchTensorRTManifest",
     "WorkPart",
 ]

@@ -26,12 +26,18 @@ class BlockScore(Part):
 
 
 class ImportanceResult(Record):
-    """`result.json` of importance."""
+    """`result.json` of importance.
+
+    `sureness` is, for the 1, 2, ... least important blocks, the share of bootstrap resamplings in which they are the
+    same; `membership`, likewise, the share in which a block is among them, where that is neither never nor always.
+    """
 
     weighting: str
     draws: int
     levels: list[tuple[FiniteFloat, FiniteFloat]]
     blocks: list[BlockScore]
+    sureness: list[FiniteFloat] = Field(default_factory=list)
+    membership: list[dict[str, FiniteFloat]] = Field(default_factory=list)
     u_index: float | None
     seconds: FiniteFloat
     forwards_equivalent: FiniteFloat
@@ -41,6 +47,32 @@ class ImportanceResult(Record):
     def _defined(cls, u_index: float | None) -> float | None:
         """Return None for the NaN that earlier versions wrote of a model without a middle."""
         return None if u_index is not None and math.isnan(u_index) else u_index
+
+
+class CandidateRow(Part):
+    """A set of blocks: the loss that skipping it adds, and its held-out loss after a short recovery."""
+
+    name: str
+    paths: list[str]
+    mean: FiniteFloat
+    standard_error: FiniteFloat
+    recovered: FiniteFloat | None = None
+
+
+class SelectResult(Record):
+    """`result.json` of select; `candidates` are the least costly first, `chosen` is the name of one.
+
+    `rank_correlation` is Spearman's, of the losses before and after recovery; `overlap` is the share of blocks that the
+    chosen set and the single-block ranking's have in common (Jaccard index).
+    """
+
+    share: FiniteFloat
+    draws: int
+    candidates: list[CandidateRow]
+    chosen: str
+    rank_correlation: FiniteFloat | None = None
+    overlap: FiniteFloat | None = None
+    sets_scored: int
 
 
 class PruneResult(Record):
