@@ -21,7 +21,7 @@ from flcompress.driver.rundir import RunDirectory
 from flcompress.errors import RequestError
 from flcompress.evaluation.contenders import Contender, run_contenders
 from flcompress.evaluation.pictures import draw_animation, draw_strips
-from flcompress.evaluation.sampling import Counter, Studio, judge_real_clips
+from flcompress.evaluation.sampling import Counter, Studio, judge_real_clips, real_features
 from flcompress.models.parts import Parts
 from flcompress.moving_digits import digits
 from flcompress.moving_digits.classifier import classifier_record
@@ -171,7 +171,7 @@ def evaluate_contenders(
         "clips": len(captions),
         "seeds": seeds,
         "prompts": len(digits.captions("heldout")),
-        "reference_clips": len(real),
+        "reference_clips": len(real["features"]),
         "classifier": {k: v for k, v in classifier_record().items() if k.endswith("_accuracy")},
         "floor": {metric: {**asdict(interval(each)), "values": each} for metric, each in floor.items()},
         "contenders": rows,
@@ -185,9 +185,9 @@ def evaluate_contenders(
 
 
 @cache
-def _reference() -> torch.Tensor:
-    """Return the features of the real clips [2048, D], the same for every evaluation of a process."""
-    return judge_real_clips(digits.captions("heldout") * REFERENCE_CLIPS_PER_PROMPT, "reference", 0)["features"]
+def _reference() -> Judged:
+    """Return the features of the real clips, each kind [2048, D], the same for every evaluation of a process."""
+    return real_features(digits.captions("heldout") * REFERENCE_CLIPS_PER_PROMPT, "reference", 0)
 
 
 def _by_metric(per_seed: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:

@@ -21,10 +21,12 @@ from flcompress.models.stock_files import folder_digest
 from flcompress.moving_digits import digits
 from flcompress.moving_digits.classifier import FOLDER, Classifier, judge, labels, load_classifier
 from flcompress.moving_digits.digits import Caption
-from flcompress.moving_digits.figures import motion_smoothness, moves
+from flcompress.moving_digits.figures import identity, motion_smoothness, moves
+from flcompress.moving_digits.fixed_features import fixed_features
+from flcompress.moving_digits.frames import frame_digits
 from flcompress.progress import ProgressSink
 
-VERSION = 1
+VERSION = 2
 """Part of the cache key, to be raised when the same weights would give other clips or judgements."""
 
 BATCH = 96
@@ -136,13 +138,24 @@ def judge_clips(clips: torch.Tensor, captions: tuple[Caption, ...]) -> Judged:
         "quality": judgement.quality,
         "smoothness": motion_smoothness(clips),
         "moves": moves(clips),
+        "identity": identity(frame_digits(_classifier(), clips)),
+        "fixed_features": fixed_features(clips),
     }
 
 
 def judge_real_clips(captions: tuple[Caption, ...], purpose: str, seed: int) -> Judged:
     """Judge real clips of held-out handwriting for these captions."""
-    clips = digits.render(captions, "heldout", generator("evaluation", purpose, seed))
-    return judge_clips(clips, captions)
+    return judge_clips(_real_clips(captions, purpose, seed), captions)
+
+
+def real_features(captions: tuple[Caption, ...], purpose: str, seed: int) -> Judged:
+    """Return both kinds of features of real clips, and nothing else of their judgement."""
+    clips = _real_clips(captions, purpose, seed)
+    return {"features": judge(_classifier(), clips).features, "fixed_features": fixed_features(clips)}
+
+
+def _real_clips(captions: tuple[Caption, ...], purpose: str, seed: int) -> torch.Tensor:
+    return digits.render(captions, "heldout", generator("evaluation", purpose, seed))
 
 
 @cache

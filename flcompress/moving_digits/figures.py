@@ -67,17 +67,27 @@ def moves(clips: torch.Tensor) -> torch.Tensor:
     return distance > DYNAMIC_PIXELS
 
 
-def benchmark_figures(judged: Mapping[str, torch.Tensor], reference: torch.Tensor) -> dict[str, float]:
+def identity(shown: torch.Tensor) -> torch.Tensor:
+    """Return the share of each clip's frames that show the clip's most frequent digit: [n] in (0, 1].
+
+    Args:
+        shown: the digits that the frames show [n, frames].
+    """
+    return (shown == shown.mode(dim=1).values[:, None]).double().mean(dim=1)
+
+
+def benchmark_figures(judged: Mapping[str, torch.Tensor], reference: Mapping[str, torch.Tensor]) -> dict[str, float]:
     """Return all figures of one set of clips.
 
     Args:
-        judged: per clip, all [n] but the features: "features" [n, D], "digit", "direction" and "speed" (bool: as the
-            prompt says), "smoothness" and "quality" in [0, 1], "moves" (bool).
-        reference: features of real clips [m, D].
+        judged: per clip, all [n] but the features: "features" [n, D], "fixed_features" [n, E], "digit", "direction" and
+            "speed" (bool: as the prompt says), "smoothness", "quality" and "identity" in [0, 1], "moves" (bool).
+        reference: both kinds of features, of real clips [m, D] and [m, E].
     """
-    share = {name: float(judged[name].double().mean()) for name in judged if name != "features"}
+    share = {name: float(judged[name].double().mean()) for name in judged if not name.endswith("features")}
+    scale = reference["fixed_features"].double().std(dim=0)  # the classifier's have variance one already
     measured = {
-        "frechet": frechet_distance(judged["features"], reference),
+        "frechet": frechet_distance(judged["features"], reference["features"]),
         "prompt_accuracy": float((judged["digit"].bool() & judged["direction"].bool()).double().mean()),
         "digit_accuracy": share["digit"],
         "direction_accuracy": share["direction"],
@@ -86,4 +96,9 @@ def benchmark_figures(judged: Mapping[str, torch.Tensor], reference: torch.Tenso
         "dynamic_degree": share["moves"],
         "imaging_quality": share["quality"],
     }
-    return {**measured, "average": sum(measured[name] for name in AVERAGED) / len(AVERAGED)}
+    return {
+        **measured,
+        "average": sum(measured[name] for name in AVERAGED) / len(AVERAGED),
+        "identity": share["identity"],
+        "frechet_fixed": frechet_distance(judged["fixed_features"] / scale, reference["fixed_features"] / scale),
+    }

@@ -23,7 +23,7 @@ from tests.evaluation.conftest import make_run
 pytestmark = pytest.mark.e2e
 
 NAMES = ["teacher-3", "teacher-2", "raw-pruned", "stochastic-depth-full", "stochastic-depth-pruned", "student"]
-METRICS = {*AVERAGED, "frechet", "prompt_accuracy", "speed_accuracy", "average"}
+METRICS = {*AVERAGED, "frechet", "prompt_accuracy", "speed_accuracy", "average", "identity", "frechet_fixed"}
 
 
 class Count:
@@ -61,6 +61,8 @@ def test_reality_is_the_floor(first: tuple[dict[str, Any], Count]) -> None:
     assert floor["motion_smoothness"]["mean"] > 0.9
     assert floor["dynamic_degree"]["mean"] == 1.0
     assert floor["imaging_quality"]["mean"] > 0.9
+    assert floor["identity"]["mean"] > 0.9
+    assert floor["frechet_fixed"]["high"] < min(row["frechet_fixed"]["low"] for row in results["contenders"])
     assert results["classifier"]["digit_accuracy"] > 0.95
 
 

@@ -63,12 +63,32 @@ def test_real_clips_are_smooth_and_move() -> None:
 
 def judged(n: int, **given: torch.Tensor) -> dict[str, torch.Tensor]:
     ones = torch.ones(n)
-    names = ("digit", "direction", "speed", "smoothness", "quality", "moves")
-    return {"features": features(0, n, 4), **dict.fromkeys(names, ones), **given}
+    names = ("digit", "direction", "speed", "smoothness", "quality", "moves", "identity")
+    return {"features": features(0, n, 4), "fixed_features": features(2, n, 3), **dict.fromkeys(names, ones), **given}
+
+
+REFERENCE = {"features": features(1, 9, 4), "fixed_features": features(3, 9, 3)}
 
 
 def test_prompt_accuracy_wants_digit_and_direction() -> None:
     digit, direction = torch.tensor([True, True, False, False]), torch.tensor([True, False, True, False])
-    made = figures.benchmark_figures(judged(4, digit=digit, direction=direction), features(1, 9, 4))
+    made = figures.benchmark_figures(judged(4, digit=digit, direction=direction), REFERENCE)
     assert (made["prompt_accuracy"], made["digit_accuracy"], made["direction_accuracy"]) == (0.25, 0.5, 0.5)
     assert made["average"] == pytest.approx((0.5 + 0.5 + 3.0) / 5)
+
+
+def test_identity_is_the_share_of_the_most_frequent_digit() -> None:
+    shown = torch.tensor([[3] * 9, [3] * 5 + [2] * 4, [0, 1, 2, 3, 4, 5, 6, 7, 8]])
+    assert figures.identity(shown).tolist() == pytest.approx([1.0, 5 / 9, 1 / 9])
+
+
+@given(st.floats(1e-3, 1e3))
+@settings(max_examples=15, deadline=None)
+def test_the_scale_of_the_fixed_features_does_not_matter(scale: float) -> None:
+    """They have none of their own: the distance is in deviations of the real clips."""
+    plain = figures.benchmark_figures(judged(9), REFERENCE)
+    scaled = {"fixed_features": scale * features(2, 9, 3).double()}
+    reference = {**REFERENCE, "fixed_features": scale * REFERENCE["fixed_features"].double()}
+    other = figures.benchmark_figures({**judged(9), **scaled}, reference)
+    assert other["frechet_fixed"] == pytest.approx(plain["frechet_fixed"], rel=1e-4, abs=1e-6)
+    assert other["frechet"] == plain["frechet"]
