@@ -9,14 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 import flcompress
-from flcompress.core.records import EvalFile, ScoreLine
+from flcompress.core.records import ClipLine, EvalFile, ScoreLine
 from flcompress.driver.rundir import RunDirectory
 from flcompress.errors import DataError, FlcompressError, RequestError
 from flcompress.evaluation.clips.files import read_frames
 from flcompress.evaluation.clips.samplers import ProgramMaker
+from flcompress.evaluation.clips.stock import StockFile
 from flcompress.progress import QuietDisplay
 from tests.families.pipelines import EXPERTS, EXPORTED
 from tests.families.test_bench import make_run
@@ -187,6 +189,90 @@ def test_another_run_and_a_stock_folder_as_contenders(
     assert list(rows) == ["teacher-4", "student", "recipe", "stock"]
     assert rows["recipe"]["teacher_psnr"]["values"] == rows["student"]["teacher_psnr"]["values"]
     assert rows["stock"]["teacher_psnr"]["low"] > 40.0
+
+
+def save_svd(folder: Path) -> Path:
+    """A tiny Stable Video Diffusion, whose denoiser is a UNet."""
+    import torch
+    from diffusers import (
+        AutoencoderKLTemporalDecoder,
+        EulerDiscreteScheduler,
+        StableVideoDiffusionPipeline,
+        UNetSpatioTemporalConditionModel,
+    )
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    torch.manual_seed(0)
+    unet = UNetSpatioTemporalConditionModel(
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        sample_size=32,
+        in_channels=8,
+        out_channels=4,
+        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+        cross_attention_dim=32,
+        num_attention_heads=8,
+        projection_class_embeddings_input_dim=96,
+        addition_time_embed_dim=32,
+        transformer_layers_per_block=1,
+    )
+    vae = AutoencoderKLTemporalDecoder(
+        block_out_channels=(32, 64), down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=4
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=32, projection_dim=32, num_hidden_layers=1, num_attention_heads=4, image_size=224,
+        intermediate_size=37, patch_size=56,
+    )  # fmt: skip
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction",
+        sigma_max=700.0, sigma_min=0.002, timestep_spacing="leading", timestep_type="continuous",
+        use_karras_sigmas=True,
+    )  # fmt: skip
+    StableVideoDiffusionPipeline(
+        vae=vae,
+        image_encoder=CLIPVisionModelWithProjection(vision),
+        unet=unet,
+        scheduler=scheduler,
+        feature_extractor=CLIPImageProcessor(crop_size=32, size=32),
+    ).save_pretrained(str(folder))
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' Euler scheduler
+def test_models_that_only_their_stock_pipeline_samples(pipeline_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """A UNet next to a transformer, each behind its stock pipeline: the paper's comparison rows in small."""
+    run = make_run(pipeline_folder("cogvideox-i2v"), "cogvideox-i2v", tmp_path)
+    inputs = write_inputs(tmp_path / "inputs", images=True)
+    files = []
+    stock = {
+        "svd": (save_svd(tmp_path / "svd"), ""),
+        "cog": (pipeline_folder("cogvideox-i2v"), "max_sequence_length: 16"),
+    }
+    for name, (folder, more) in stock.items():
+        files.append(tmp_path / f"{name}.yaml")
+        files[-1].write_text(f"path: {folder}\nname: {name}\ncall: {{num_inference_steps: 2, {more}}}\n")
+    for picture in sorted(inputs["images"].iterdir())[1:]:
+        picture.unlink()
+    inputs["prompts"].write_text(PROMPTS[0], encoding="utf-8")
+    results = evaluate(run, **inputs, against=files)
+    rows = {row["name"]: row for row in results["contenders"]}
+    assert list(rows)[-2:] == ["svd", "cog"]
+    clip = ClipLine.read_lines(run.path / rows["svd"]["folder"] / "manifest-0.jsonl")[0]
+    assert (clip.frames, clip.height, clip.width, clip.frame_rate) == (*EXPORTED["cogvideox-i2v"].size, 7)
+    assert "first_frame_ssim" in rows["svd"]
+
+
+@pytest.mark.parametrize("path", sorted((Path(flcompress.__file__).parents[1] / "recipes" / "against").glob("*.yaml")))
+def test_the_comparison_files_name_arguments_that_their_pipelines_take(path: Path, tmp_path: Path) -> None:
+    import inspect
+
+    import diffusers
+
+    names = {"svd-xt": "StableVideoDiffusionPipeline", "cogvideox-5b-i2v": "CogVideoXImageToVideoPipeline"}
+    stock = StockFile.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    known = inspect.signature(getattr(diffusers, names[path.stem]).__call__).parameters
+    assert set(stock.call) <= set(known)
 
 
 @pytest.mark.parametrize(

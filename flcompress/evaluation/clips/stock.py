@@ -10,8 +10,10 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import yaml
+from PIL import Image, ImageOps
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from flcompress.data.pictures import open_picture
 from flcompress.errors import ModelError, RequestError
 from flcompress.evaluation.clips.files import Frames, Item
 from flcompress.evaluation.clips.samplers import Home, Maker, noise_seed, student_of
@@ -130,14 +132,15 @@ class StockMaker:
         return np.stack([np.asarray(frame.convert("RGB")) for frame in frames])
 
     def _image(self, item: Item) -> Any:
-        from flcompress.data.pictures import open_picture
-
+        """Return the first frame, scaled to cover the clip and cropped as for every other model."""
         if item.image is None:
             raise RequestError(
                 f"--against: a {self._class.__name__} makes a clip from its first frame, but this run's model starts "
                 "from text; compare it with a run of an image-to-video model"
             )
-        return open_picture(item.image)
+        _, height, width = self._home.size
+        size = int(self._argument("width", width)), int(self._argument("height", height))
+        return ImageOps.fit(open_picture(item.image), size, Image.Resampling.LANCZOS)
 
     @no_progress_bars()
     def _pipeline(self) -> Any:
