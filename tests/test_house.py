@@ -22,7 +22,6 @@ MIN_LINES = 40
 SHORT = {
     "flcompress/__main__.py": "what `python -m flcompress` runs",
     "flcompress/core/wandb_access.py": "checked before any work, below the trackers that write",
-    "flcompress/runtime/backends/torch_tensorrt_backend.py": "read by --help, which loads no torch",
     "flcompress/training/engines/choice.py": "names every engine, so no engine can hold it",
 }
 """Modules of under `MIN_LINES` that no neighbour could hold, each with its reason."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flcompress.errors import FlcompressError, RequestError, UnavailableError
 from flcompress.runtime.inputs import OUTPUT, Inputs, Shapes
-from flcompress.runtime.tensorrt_api import CURRENT, card_here
+from flcompress.runtime.tensorrt_api import CURRENT, Card, card_here
 from flcompress.runtime.tensorrt_session import DEVICE, profile_for
 from flcompress.runtime.torch_tensorrt_api import installed_package, load_torch_tensorrt, versions
 
@@ -49,9 +49,7 @@ class TorchTensorRTSession:
             RequestError: the manifest does not fit its engines.
         """
         require_gpu()
-        require_chain(manifest, folder)
-        torch_tensorrt = load_torch_tensorrt()
-        require_builder(manifest, versions(torch_tensorrt), str(card_here()), _target())
+        torch_tensorrt = require_runnable(manifest, folder)
         self._profiles: Sequence[Mapping[str, Shapes]] = manifest["shapes"]
         self._engines = [(_load(torch_tensorrt, folder, engine), engine) for engine in manifest["engines"]]
         self._inputs = {spec["name"] for spec in manifest["inputs"]}
@@ -71,6 +69,15 @@ class TorchTensorRTSession:
             for name in [name for name in tensors if self._last.get(name, number) <= number and name != OUTPUT]:
                 del tensors[name]
         return tensors[OUTPUT]
+
+
+def require_runnable(manifest: Mapping[str, Any], folder: Path) -> Any:
+    """Return the module of Torch-TensorRT, which runs the engines of a manifest here; see `TorchTensorRTSession`."""
+    require_chain(manifest, folder)
+    torch_tensorrt, card = load_torch_tensorrt(), card_here()
+    if card is not None:
+        require_builder(manifest, versions(torch_tensorrt), card)
+    return torch_tensorrt
 
 
 def last_uses(engines: Sequence[Mapping[str, Any]]) -> dict[str, int]:
@@ -93,14 +100,13 @@ def require_chain(manifest: Mapping[str, Any], folder: Path) -> None:
         raise RequestError(f"{folder}: manifest.json does not fit its engines: {fault}; export it again")
 
 
-def require_builder(manifest: Mapping[str, Any], here: Mapping[str, str], card: str, target: str) -> None:
+def require_builder(manifest: Mapping[str, Any], here: Mapping[str, str], card: Card) -> None:
     """Raise UnavailableError unless the engines of a manifest run on this machine.
 
     Args:
         manifest: the export's.
         here: the installed package and versions; see `versions`.
-        card: the GPU here, for the message.
-        target: its generation.
+        card: the GPU here.
     """
     builder = manifest["builder"]
     if (builder["name"], builder["tensorrt"]) != (here["name"], here["tensorrt"]):
@@ -111,16 +117,11 @@ def require_builder(manifest: Mapping[str, Any], here: Mapping[str, str], card: 
         )
     own = manifest.get("card", {}).get("target", CURRENT)
     targets = [own if name == CURRENT else name for name in manifest["targets"]]
-    if CURRENT not in targets and target not in targets:
+    if CURRENT not in targets and card.target not in targets:
         raise UnavailableError(
             f"torch-tensorrt: the engines were built for {', '.join(targets)}, and the GPU here is {card}; export "
-            f"again with torch-tensorrt.targets: [{target}]"
+            f"again with torch-tensorrt.targets: [{card.target}]"
         )
-
-
-def _target() -> str:
-    card = card_here()
-    return "" if card is None else card.target
 
 
 def _load(torch_tensorrt: Any, folder: Path, engine: Mapping[str, Any]) -> Any:

@@ -140,15 +140,15 @@ def test_a_manifest_that_does_not_fit_its_engines(changes: dict[str, Any], messa
 
 def test_engines_of_another_builder_or_card() -> None:
     here = dict(manifest()["builder"])
-    require_builder(manifest(), here | {"torch": "2.15.0"}, str(ADA), ADA.target)
+    require_builder(manifest(), here | {"torch": "2.15.0"}, ADA)
     with pytest.raises(UnavailableError, match=r"built by torch-tensorrt-rtx 2.14.0 \(TensorRT 1.6.1\), and .* 1.7.0"):
-        require_builder(manifest(), here | {"tensorrt": "1.7.0"}, str(ADA), ADA.target)
+        require_builder(manifest(), here | {"tensorrt": "1.7.0"}, ADA)
     with pytest.raises(UnavailableError, match=r"built for sm89, and the GPU here is sm90, H100; .*targets: \[sm90\]"):
-        require_builder(manifest(), here, str(HOPPER), HOPPER.target)
+        require_builder(manifest(), here, HOPPER)
     own = manifest(targets=["current"], card={"name": "H100", "target": "sm90"})
-    require_builder(own, here, str(HOPPER), HOPPER.target)
+    require_builder(own, here, HOPPER)
     with pytest.raises(UnavailableError, match="built for sm90, and the GPU here is sm89"):
-        require_builder(own, here, str(ADA), ADA.target)
+        require_builder(own, here, ADA)
 
 
 class Block(nn.Module):

@@ -65,7 +65,11 @@ def types(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Any, Any]]:
     return different
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+# Torch-TensorRT 2.14.0 converts a slice from a varying start to one of negative length.
+VARYING_START = pytest.param("hunyuan-video", marks=pytest.mark.xfail(raises=FlcompressError, strict=True))
+
+
+@pytest.mark.parametrize("name", ["wan", VARYING_START, "cogvideox", "ltx", "flux"])
 def test_a_whole_transformer_becomes_one_engine_of_varying_sizes(
     name: str, tmp_path: Path, types: dict[str, tuple[Any, Any]]
 ) -> None:

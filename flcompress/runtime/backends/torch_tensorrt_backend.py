@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from typing_extensions import override
 
+from flcompress.core.backend import TransformerFiles
 from flcompress.core.records import Record, TorchTensorRTManifest
 from flcompress.runtime.backends.export_backend import ExportBackend
 
@@ -28,6 +29,15 @@ class TorchTensorRTBackend(ExportBackend):
         from flcompress.runtime.torch_tensorrt_session import require_gpu
 
         require_gpu()
+
+    @override
+    def verify(self, files: TransformerFiles) -> None:
+        """Require engines that fit their manifest, the builder and the card, and the SHA-256 of every file."""
+        from flcompress.runtime.torch_tensorrt_session import require_runnable
+
+        # First, since the files to be hashed are as large as the weights.
+        require_runnable(self.manifest(files).dump(), files.export)
+        super().verify(files)
 
     @override
     def session(self, folder: Path, manifest: Mapping[str, Any]) -> TorchTensorRTSession:
