@@ -137,6 +137,7 @@ def test_flops_on_meta_are_those_on_the_cpu() -> None:
     assert counted[0][1]["blocks.0"] == wan_flops(config, 3 * 4 * 4, 16)
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family(name: str, tmp_path: Path) -> None:
     config, latents = FAMILIES[name]
