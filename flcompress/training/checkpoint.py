@@ -59,10 +59,10 @@ class Checkpoints:
         self.world.heartbeat(f"checkpoint of step {step}")
         # A name of its own: a process that outlives a killed command cannot write into what the next one writes.
         work = self._folder / self.world.broadcast(lambda: self._prepare(step))
+        path = work / f"rank-{self.world.rank}.safetensors"
         try:
             digests: dict[str, str] = {}
             if tensors:
-                path = work / f"rank-{self.world.rank}.safetensors"
                 here = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
                 self.world.heartbeat()
                 save_file(here, str(path))
@@ -72,8 +72,11 @@ class Checkpoints:
             files = {name: digest for written in self.world.all_gather(digests) for name, digest in written.items()}
             self.world.broadcast(lambda: self._put_in_place(step, kind, work, files))
         except BaseException:
-            if self.world.main:
-                shutil.rmtree(work, ignore_errors=True)  # frees a full disk at once
+            # Frees a full disk at once, but takes nothing from another process, which may still be writing and would
+            # report a missing file ahead of this failure. The next command removes the folder.
+            path.unlink(missing_ok=True)
+            if self.world.size == 1:
+                shutil.rmtree(work, ignore_errors=True)
             raise
 
     def _prepare(self, step: int) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from flcompress.core.program import Program
-from flcompress.core.records import FactsFile
+from flcompress.core.records import ContractPart, FactsFile
 from flcompress.errors import PostconditionError
 from flcompress.exporters.diffusers_folder import DiffusersExporter
 from flcompress.exporters.shared.pipeline_folder import check_folder
@@ -22,6 +23,8 @@ from flcompress.models.network import as_network
 from flcompress.models.parts import open_parts
 from flcompress.runtime.generate import denoise
 from tests.fixtures.exports import silent
+from tests.fixtures.rounding import require_rounded
+from tests.training.comparing import FORWARD
 
 pytestmark = pytest.mark.e2e
 
@@ -45,7 +48,8 @@ def test_a_stock_call_makes_the_clip_that_the_runtime_makes(run: Path) -> None:
     stock = pipeline(PROMPT, **facts.call, output_type="latent").frames
     ours = denoise(as_network(load_transformer(folder / "transformer")), open_parts(folder), facts, PROMPT, seed=5)
     assert stock.shape == (1, 16, 3, 8, 8)
-    torch.testing.assert_close(ours, stock, rtol=0.0, atol=1e-5)
+    planted = denoise(as_network(load_transformer(folder / "transformer")), open_parts(folder), facts, "a two", seed=5)
+    require_rounded(ours, stock, facts.contract.num_inference_steps * FORWARD, planted=planted)
 
 
 def test_a_guided_contract_is_sampled_as_stock_diffusers_samples_it(guided: Program, tmp_path: Path) -> None:
@@ -61,7 +65,10 @@ def test_a_guided_contract_is_sampled_as_stock_diffusers_samples_it(guided: Prog
     torch.manual_seed(2)
     stock = pipeline(PROMPT, **facts.call, output_type="latent").frames
     ours = denoise(as_network(load_transformer(folder / "transformer")), open_parts(folder), facts, PROMPT, seed=2)
-    torch.testing.assert_close(ours, stock, rtol=0.0, atol=1e-4)
+    weaker = replace(guided.contract, guidance_scale=3.0)
+    told = facts.model_copy(update={"contract": ContractPart(**weaker.to_dict())})
+    planted = denoise(as_network(load_transformer(folder / "transformer")), open_parts(folder), told, PROMPT, seed=2)
+    require_rounded(ours, stock, guided.contract.evaluations * FORWARD, planted=planted)
     assert "The seed decides the\nstarting noise" in (folder / "README.md").read_text()
 
 

@@ -37,7 +37,8 @@ def test_the_manifest_states_what_was_measured(run: Path, program: Program) -> N
     folder = run / "exports" / "onnx"
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["sha256"] == {"model.onnx": sha256(folder / "model.onnx")}
-    assert 0.0 < manifest["difference"] < 1e-5 < manifest["tolerance"] == 1e-4
+    assert 0.0 <= manifest["difference"] < manifest["tolerance"] == 1e-4  # how much below depends on the processor
+    assert manifest["magnitude"] > 1e3 * manifest["tolerance"]
     assert manifest["cases"] == 2
     assert manifest["precision"] == "fp32"
     assert manifest["dynamic"] == ["batch", "frames", "height", "width"]

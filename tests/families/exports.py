@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from flcompress.core.program import Program
-from flcompress.core.records import FactsFile
+from flcompress.core.records import ContractPart, FactsFile
+from flcompress.diffusion.contract import SamplingContract
 from flcompress.driver.start import read_source, starting_program
 from flcompress.frontend.loading import load_recipe
 from flcompress.models.parts import open_parts
@@ -45,3 +47,11 @@ def first_frame(folder: Path, facts: FactsFile) -> tuple[dict[str, Any], dict[st
     pixels = (torch.rand(32, 32, 3, generator=torch.Generator().manual_seed(1)) * 255).byte()
     clip = (pixels.permute(2, 0, 1).float() / 127.5 - 1.0)[None, :, None].expand(1, 3, 9, 32, 32)
     return {"image": Image.fromarray(pixels.numpy())}, parts.encode_images(clip, [PROMPT], 16)
+
+
+def other_boundary(facts: FactsFile, step: int) -> FactsFile:
+    """The same facts with a boundary just below the noise level of a step, so that the high-noise expert takes it."""
+    contract = SamplingContract.from_dict(facts.contract.dump())
+    assert contract.experts is not None
+    moved = replace(contract, experts=replace(contract.experts, boundary_ratio=contract.sigmas[step] - 1e-3))
+    return facts.model_copy(update={"contract": ContractPart(**moved.to_dict())})

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from flcompress.core.records import FactsFile
+from flcompress.diffusion.contract import SamplingContract
 from flcompress.driver.manager import apply, check
 from flcompress.driver.rundir import RunDirectory
 from flcompress.errors import RequestError
@@ -20,8 +21,10 @@ from flcompress.models.parts import open_parts
 from flcompress.progress import QuietDisplay
 from flcompress.runtime.backends.options import choose_backend
 from flcompress.runtime.generate import _denoiser, denoise
-from tests.families.exports import PROMPT, first_frame
+from tests.families.exports import PROMPT, first_frame, other_boundary
 from tests.families.pipelines import EXPERTS
+from tests.fixtures.rounding import require_rounded
+from tests.training.comparing import FORWARD
 
 pytestmark = pytest.mark.e2e
 
@@ -60,7 +63,10 @@ def test_the_teacher_pair_is_sampled_as_its_stock_pipeline_samples_it(
     torch.manual_seed(2)
     stock = pipeline(prompt=PROMPT, **given, **facts.call, output_type="latent").frames
     ours = denoise(_denoiser(run.path, choose_backend("torch"), facts), open_parts(folder), facts, PROMPT, 2, first)
-    torch.testing.assert_close(ours, stock, rtol=0.0, atol=2e-4)
+    contract = SamplingContract.from_dict(facts.contract.dump())
+    moved = other_boundary(facts, 4)
+    other = denoise(_denoiser(run.path, choose_backend("torch"), moved), open_parts(folder), moved, PROMPT, 2, first)
+    require_rounded(ours, stock, contract.evaluations * FORWARD, planted=other)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import json
 import shutil
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from flcompress.core.records import ContractPart, FactsFile
+from flcompress.core.records import FactsFile
 from flcompress.diffusion.contract import SamplingContract
 from flcompress.diffusion.experts import Expert
 from flcompress.driver.manager import apply, check, export
@@ -34,9 +33,11 @@ from flcompress.progress import QuietDisplay
 from flcompress.runtime import torch_session
 from flcompress.runtime.backends.options import choose_backend
 from flcompress.runtime.generate import _denoiser, denoise, generate
-from tests.families.exports import PROMPT, first_frame
+from tests.families.exports import PROMPT, first_frame, other_boundary
 from tests.families.pipelines import EXPERTS
 from tests.families.test_apply import RECIPE, encoded
+from tests.fixtures.rounding import require_rounded
+from tests.training.comparing import FORWARD
 
 pytestmark = pytest.mark.e2e
 
@@ -146,10 +147,10 @@ def test_a_stock_call_makes_the_latents_that_the_runtime_makes(runs: dict[Expert
     torch.manual_seed(5)
     stock = pipeline(prompt=PROMPT, **given, **facts.call, output_type="latent").frames
     ours = denoise(_denoiser(run, choose_backend("torch"), facts), open_parts(folder), facts, PROMPT, 5, first)
-    torch.testing.assert_close(ours, stock, rtol=0.0, atol=2e-5)
-    swapped = replace_experts(facts)
+    swapped = other_boundary(facts, 2)
     other = denoise(_denoiser(run, choose_backend("torch"), swapped), open_parts(folder), swapped, PROMPT, 5, first)
-    assert float((other - stock).abs().max()) > 1e-3, "the boundary decides nothing"
+    evaluations = SamplingContract.from_dict(facts.contract.dump()).evaluations
+    require_rounded(ours, stock, evaluations * FORWARD, planted=other)
 
 
 def test_one_expert_is_in_memory_at_a_time_and_no_text_encoder_beside_it(
@@ -190,7 +191,10 @@ def test_the_exported_pair_generates_by_onnx(runs: dict[Expert, Made], tmp_path:
         denoise(_denoiser(run, choose_backend(backend), facts), parts, facts, PROMPT, 5, first)
         for backend in ("torch", "onnx")
     )
-    torch.testing.assert_close(by_onnx, by_torch, rtol=0.0, atol=1e-3)
+    swapped = other_boundary(facts, 2)
+    other = denoise(_denoiser(run, choose_backend("torch"), swapped), parts, swapped, PROMPT, 5, first)
+    evaluations = SamplingContract.from_dict(facts.contract.dump()).evaluations
+    require_rounded(by_onnx, by_torch, evaluations * FORWARD, planted=other)
     manifests = [
         json.loads((run / "exports" / "onnx" / part / "manifest.json").read_text()) for part in ("", "partner")
     ]
@@ -291,11 +295,3 @@ def test_a_bench_times_the_student_beside_its_partner(runs: dict[Expert, Made]) 
     }
     assert (student["parameters"], student["partner"]["parameters"]) == (sizes["transformer"], sizes["partner"])
     assert results["teacher"]["partner"]["parameters"] == sizes["original_partner"] > sizes["partner"]
-
-
-def replace_experts(facts: FactsFile) -> FactsFile:
-    """The same facts with a boundary that gives the low-noise expert one step less."""
-    contract = SamplingContract.from_dict(facts.contract.dump())
-    assert contract.experts is not None
-    moved = replace(contract, experts=replace(contract.experts, boundary_ratio=contract.sigmas[2] - 1e-3))
-    return facts.model_copy(update={"contract": ContractPart(**moved.to_dict())})

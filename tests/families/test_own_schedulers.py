@@ -17,7 +17,7 @@ from flcompress.driver.start import read_source
 from flcompress.errors import ModelError
 from flcompress.frontend.loading import load_recipe
 from flcompress.progress import QuietDisplay
-from tests.families.test_sampling import contracts, difference
+from tests.families.test_sampling import contracts, require_same
 
 # diffusers hands tensors to numpy in ways that the newest numpy deprecates.
 pytestmark = [pytest.mark.e2e, pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")]
@@ -62,7 +62,7 @@ def test_a_teacher_is_sampled_by_the_scheduler_of_its_folder(
     folder = swapped(pipeline_folder(name), tmp_path / name, scheduler, **config)
     teacher, student = contracts(folder, name)
     assert teacher.scheduler_class == scheduler
-    assert difference(folder, name, teacher, own=True) < 2e-4
+    require_same(folder, name, teacher, own=True)
     assert student.timesteps[0] == pytest.approx(999.0 if name == "cogvideox" else 1000.0)
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,6 +63,32 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         f"{MANIFEST} does not match its checksum",
     ),
 }
+
+
+class FullDisk(World):
+    """The main process of two, whose disk is full when the other has just begun to write its part."""
+
+    folder: Path
+
+    def all_gather(self, value: object) -> list[object]:
+        (work,) = self.folder.glob("checkpoints/.work-*")
+        (work / "rank-1.safetensors").write_bytes(b"part")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def broadcast(self, make: Callable[[], Any]) -> Any:
+        return make()
+
+
+def test_a_failure_takes_no_file_from_another_process(tmp_path: Path) -> None:
+    """Whose error about it, with the status of a wrong request, could be the one that is reported."""
+    world = FullDisk(rank=0, size=2)
+    world.folder = tmp_path
+    two = Checkpoints(tmp_path, world, WHOLE, print)
+    with pytest.raises(OSError, match="No space left"):
+        two.save(1, {"weight": torch.zeros(4)})
+    assert [path.name for path in tmp_path.rglob("*.safetensors")] == ["rank-1.safetensors"]
+    assert checkpoints(tmp_path).load() == (0, {})
+    assert not list(tmp_path.rglob(".work-*"))
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
