@@ -84,7 +84,7 @@ class OnnxSession:
             self._require_placement()
         self._memory = "cpu" if provider == "cpu" else "cuda"
         self._axes: dict[str, list[Any]] = {spec.name: list(spec.shape) for spec in self.session.get_inputs()}
-        self._output_axes: list[Any] = list(self.session.get_outputs()[0].shape)
+        self._output_shapes: dict[tuple[tuple[int, ...], ...], torch.Size] = {}  # by those of the inputs
         self._binding = self.session.io_binding()
         self._bound: dict[str, Tensor] = {}
         self._resident: dict[str, list[tuple[Tensor, int, Tensor]]] = {name: [] for name in self._axes}
@@ -93,10 +93,11 @@ class OnnxSession:
     def __call__(self, inputs: Inputs) -> Tensor:
         """Run the graph: named inputs to the predicted `sample`, on the session's own device."""
         shapes = {name: tuple(inputs[name].shape) for name in self._axes}  # what the forward never reads is no input
-        lengths = self._lengths(shapes)
+        self._require_shapes(shapes)
         for name in self._axes:
             self._bind(name, self._on_device(name, inputs[name].detach()))
-        output = self._bind_output([lengths.get(axis, axis) for axis in self._output_axes])
+        key = tuple(shapes.values())
+        output = self._bind_output(self._output_shapes.get(key))
         if self._memory == "cuda":
             torch.cuda.current_stream().synchronize()  # ONNX Runtime computes on a stream of its own
         try:
@@ -104,7 +105,11 @@ class OnnxSession:
         except RuntimeError as error:
             line = " ".join(str(error).split())
             raise FlcompressError(f"{self._model}: ONNX Runtime did not run it on {self.device}: {line}") from error
-        return output.clone()  # the next call overwrites it
+        if output is not None:
+            return output.clone()  # the next call overwrites it
+        first = torch.from_numpy(self._binding.copy_outputs_to_cpu()[0]).clone().to(self._memory)
+        self._output_shapes[key] = first.shape
+        return first
 
     def _load(self, options: Any, own: Mapping[str, str]) -> Any:
         import onnxruntime
@@ -166,8 +171,8 @@ class OnnxSession:
                 f"pip install -U 'flcompress[{EXTRAS[self._provider]}]', or take --provider cpu"
             )
 
-    def _lengths(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-        """Return the length of every axis that varies; RequestError for shapes that the graph does not take."""
+    def _require_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise RequestError for shapes that the graph does not take."""
         lengths: dict[str, int] = {}
         for name, axes in self._axes.items():
             shape = shapes[name]
@@ -182,7 +187,6 @@ class OnnxSession:
                     f"{self._model}: {name} {list(shape)} given, but the graph takes {axes}, the nearest of which is "
                     f"{nearest}; choose the size that it was exported at"
                 )
-        return lengths
 
     def _on_device(self, name: str, tensor: Tensor) -> Tensor:
         """Return the tensor in memory that can be bound: itself, or a copy that is kept as long as it is reused."""
@@ -208,11 +212,15 @@ class OnnxSession:
             self._binding.bind_input(name, self._memory, 0, _numpy(dtype), list(tensor.shape), tensor.data_ptr())
         self._bound[name] = tensor  # held, so that its address stays its own
 
-    def _bind_output(self, shape: list[int]) -> Tensor:
-        if self._output is None or list(self._output.shape) != shape:
+    def _bind_output(self, shape: torch.Size | None) -> Tensor | None:
+        """Bind the output's buffer; None for a shape that the first call with these inputs has yet to tell."""
+        if shape is None:
+            self._output = None
+            self._binding.bind_output(OUTPUT)
+        elif self._output is None or self._output.shape != shape:
             self._output = torch.empty(shape, device=self._memory)
             address = self._output.data_ptr()
-            self._binding.bind_output(OUTPUT, self._memory, 0, _numpy("float32"), shape, address)
+            self._binding.bind_output(OUTPUT, self._memory, 0, _numpy("float32"), list(shape), address)
         return self._output
 
 

@@ -103,6 +103,17 @@ def test_a_copy_is_kept_while_its_input_stays(model: Path) -> None:
     assert kept[0] is not kept[1]
 
 
+def test_the_output_has_the_shape_that_it_has_not_the_one_declared(model: Path, tmp_path: Path) -> None:
+    """Of image to video the graph declares as many channels as its input has."""
+    declared = onnx.load(str(model))
+    declared.graph.output[0].type.tensor_type.shape.dim[1].dim_param = "batch"
+    onnx.save(declared, str(tmp_path / "model.onnx"))
+    session = OnnxSession(tmp_path / "model.onnx")
+    for seed in range(3):
+        inputs = inputs_of(batch=2, tokens=5, seed=seed)
+        torch.testing.assert_close(session(inputs), expected(inputs))
+
+
 def test_inference_tensors_are_bound(model: Path) -> None:
     session = OnnxSession(model)
     with torch.inference_mode():
