@@ -98,8 +98,7 @@ def test_cells_are_trained_judged_and_compared_with_the_base(folder: Path, print
     assert base.work_ratio is not None
     assert whole.work_ratio is not None
     assert base.calls is not None
-    assert whole.calls is not None
-    assert base.calls < whole.calls
+    assert base.calls > 8.0  # a forward of each of importance's draws, at least
     assert whole.work_ratio == 2.0  # no guidance: half the evaluations
     assert base.work_ratio > 2.0
     assert (base.front, whole.front) == ("joint", "steps")
