@@ -74,8 +74,9 @@ def generate(
     check_target(out)
     runner.require()
     pipeline = run_dir / "exports" / "diffusers"
+    if (pipeline / FACTS_FILE).is_file():
+        check_parts(pipeline)
     facts = read_manifest(FactsFile, pipeline / FACTS_FILE, _make(run_dir, "diffusers"))
-    check_parts(pipeline)
     asked = _with_negative(facts, negative_prompt)
     denoiser = _denoiser(run_dir, runner, facts)
     parts = open_parts(pipeline, best_device())
