@@ -20,7 +20,7 @@ def best_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-TorchPrecision = Literal["fp32", "bf16", "fp16"]
+TorchPrecision = Literal["fp32", "fp16", "bf16"]
 
 DTYPES: dict[TorchPrecision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

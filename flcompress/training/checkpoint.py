@@ -61,23 +61,34 @@ class Checkpoints:
         work = self._folder / self.world.broadcast(lambda: self._prepare(step))
         path = work / f"rank-{self.world.rank}.safetensors"
         try:
-            digests: dict[str, str] = {}
-            if tensors:
-                here = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-                self.world.heartbeat()
-                save_file(here, str(path))
-                self.world.heartbeat()
-                sync(path)
-                digests[path.name] = sha256(path, self.world.heartbeat)
-            files = {name: digest for written in self.world.all_gather(digests) for name, digest in written.items()}
+            digests, failure = self._write(path, tensors), None
+        except Exception as error:  # noqa: BLE001 (raised below, once no process writes any more)
+            digests, failure = {}, error
+        try:
+            written = self.world.all_gather({"files": digests, "failed": failure is not None})
+            if any(part["failed"] for part in written):
+                if self.world.main:
+                    shutil.rmtree(work, ignore_errors=True)  # frees a full disk at once
+                if failure is not None:
+                    raise failure
+                self.world.all_gather(None)  # ends with the error of the process that failed, which never comes here
+            files = {name: digest for part in written for name, digest in part["files"].items()}
             self.world.broadcast(lambda: self._put_in_place(step, kind, work, files))
         except BaseException:
-            # Frees a full disk at once, but takes nothing from another process, which may still be writing and would
-            # report a missing file ahead of this failure. The next command removes the folder.
+            # Others may still be writing: theirs is left to the next command, which removes the folder.
             path.unlink(missing_ok=True)
-            if self.world.size == 1:
-                shutil.rmtree(work, ignore_errors=True)
             raise
+
+    def _write(self, path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+        """Write this process's file; return its name and SHA-256, or nothing where there are no tensors."""
+        if not tensors:
+            return {}
+        here = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+        self.world.heartbeat()
+        save_file(here, str(path))
+        self.world.heartbeat()
+        sync(path)
+        return {path.name: sha256(path, self.world.heartbeat)}
 
     def _prepare(self, step: int) -> str:
         work = self._folder / f"{WORK}{step:08d}-{os.getpid()}-{time.monotonic_ns()}"
@@ -86,11 +97,15 @@ class Checkpoints:
 
     def _put_in_place(self, step: int, kind: Kind, work: Path, files: Mapping[str, str]) -> None:
         record = {"step": step, "layout": self.layout, "files": dict(files)}
-        write_text(work / MANIFEST, json.dumps({**record, "checksum": key_of(**record)}, indent=1) + "\n")
         final = self._folder / f"{kind}-{step:08d}"
-        if final.exists():
-            _remove(final)
-        move_in_place(work, final)
+        try:
+            write_text(work / MANIFEST, json.dumps({**record, "checksum": key_of(**record)}, indent=1) + "\n")
+            if final.exists():
+                _remove(final)
+            move_in_place(work, final)
+        except OSError:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
         for old in self._list(kind)[KEPT[kind] :]:
             _remove(old)
 

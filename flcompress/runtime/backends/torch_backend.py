@@ -24,7 +24,7 @@ class TorchBackend(Backend):
     label: ClassVar[str] = "torch eager"
     export: ClassVar[str] = STOCK_EXPORT
 
-    precision: Literal["fp32", "bf16", "fp16"] | None = Field(
+    precision: Literal["fp32", "fp16", "bf16"] | None = Field(
         None, description="what torch computes in; default: bf16 on a GPU, fp32 on a CPU"
     )
 
