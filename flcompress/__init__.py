@@ -1,7 +1,7 @@
 """flcompress: a compiler for video diffusion transformers. Fewer blocks, fewer steps, one recipe.
 
 What every command does is a function here: `apply`, `plan`, `inspect`, `encode`, `export`, `generate`, `evaluate`,
-`bench`, `report` and `remap_lora`. `load_recipe` reads a recipe; `trace`, `skip` and `remove` work on a transformer in
+`bench`, `report`, `sweep` and `remap_lora`. `load_recipe` reads a recipe; `trace`, `skip` and `remove` work on a transformer in
 memory; `NotRemovable` says why a block has to stay. Each is imported when it is first used.
 
 Authors of passes, exporters and model families find what they need in `flcompress.api`.
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from flcompress.commands import plan as plan
     from flcompress.commands import remap_lora as remap_lora
     from flcompress.commands import report as report
+    from flcompress.commands import sweep as sweep
     from flcompress.driver.manager import apply as apply
     from flcompress.errors import NotRemovable as NotRemovable
     from flcompress.frontend.loading import load_recipe as load_recipe
@@ -46,6 +47,7 @@ _DOOR = {
     "remove": "flcompress.tracing.removal.remove",
     "report": "flcompress.commands",
     "skip": "flcompress.tracing.skip",
+    "sweep": "flcompress.commands",
     "trace": "flcompress.tracing.tracer",
 }
 
@@ -64,6 +66,7 @@ __all__ = [
     "remove",
     "report",
     "skip",
+    "sweep",
     "trace",
 ]
 

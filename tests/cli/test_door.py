@@ -40,6 +40,7 @@ def test_what_it_opens() -> None:
         "remove",
         "report",
         "skip",
+        "sweep",
         "trace",
     ]
 
