@@ -1,8 +1,8 @@
 """flcompress: a compiler for video diffusion transformers. Fewer blocks, fewer steps, one recipe.
 
 What every command does is a function here: `apply`, `plan`, `inspect`, `encode`, `export`, `generate`, `evaluate`,
-`bench`, `report`, `sweep` and `remap_lora`. `load_recipe` reads a recipe; `trace`, `skip` and `remove` work on a transformer in
-memory; `NotRemovable` says why a block has to stay. Each is imported when it is first used.
+`bench`, `report`, `sweep` and `remap_lora`. `load_recipe` reads a recipe; `trace`, `skip` and `remove` work on a
+transformer in memory; `NotRemovable` says why a block has to stay. Each is imported when it is first used.
 
 Authors of passes, exporters and model families find what they need in `flcompress.api`.
 """
