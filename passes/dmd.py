@@ -127,6 +127,12 @@ class DistributionMatching(Optimisation, Pass):
         return None
 
     @override
+    def held_out(self, clips: int, training: Training) -> int:
+        from flcompress.training.distillation.roles import held_out_of
+
+        return held_out_of(clips, training.health.samples)
+
+    @override
     def cost(self, parameters: float, blocks: int, original: float) -> Cost:
         from flcompress.training.shared_base import lora_parameters
 

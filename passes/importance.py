@@ -10,6 +10,7 @@ from pydantic import Field
 from typing_extensions import override
 
 from flcompress.core.program import Fact, Program
+from flcompress.core.settings import Training
 from flcompress.core.steps import Cost, Pass, PassContext, Role
 from flcompress.ir.selection import u_index
 
@@ -52,6 +53,10 @@ class Importance(Pass):
     sigma_min: float = Field(0.02, gt=0, lt=1, description="lowest noise level; the ELBO weight diverges at 0")
     sigma_max: float = Field(0.98, gt=0, le=1, description="highest noise level")
     batch: int = Field(32, gt=0, description="draws computed at once, by each process")
+
+    @override
+    def held_out(self, clips: int, training: Training) -> int:
+        return clips  # it scores, and trains nothing
 
     @override
     def cost(self, parameters: float, blocks: int, original: float) -> Cost:

@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from flcompress.core.optimisation import Optimisation, Schedule, Warmup
 from flcompress.core.program import Fact, Program
+from flcompress.core.settings import Training
 from flcompress.core.steps import Cost, Pass, PassContext, Role
 
 if TYPE_CHECKING:
@@ -34,6 +35,12 @@ class Pretrain(Optimisation, Pass):
     ema_decay: float = Field(0.999, ge=0, lt=1, description="decay of the moving average, which becomes the result")
     shift: float = Field(3.0, gt=0, description="noise levels are drawn evenly, then shifted by this toward noise")
     caption_dropout: float = Field(0.1, ge=0, lt=1, description="share of clips trained with the empty prompt")
+
+    @override
+    def held_out(self, clips: int, training: Training) -> int:
+        from flcompress.training.methods.pretraining import held_out_of
+
+        return held_out_of(clips)
 
     @override
     def cost(self, parameters: float, blocks: int, original: float) -> Cost:

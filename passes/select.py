@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from typing_extensions import override
 
 from flcompress.core.program import Fact, Program
+from flcompress.core.settings import Training
 from flcompress.core.steps import Cost, Pass, PassContext, Role
 from flcompress.errors import PreconditionError
 from flcompress.ir.graph import BlockGraph
@@ -58,6 +59,10 @@ class Select(Pass):
                 f"recover: {self.recover} given with candidates: 1, expected at least 2 candidates to decide between"
             )
         return self
+
+    @override
+    def held_out(self, clips: int, training: Training) -> int:
+        return clips  # what a recovery trains is thrown away
 
     @override
     def cost(self, parameters: float, blocks: int, original: float) -> Cost:

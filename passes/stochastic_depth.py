@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from flcompress.core.optimisation import Optimisation, Schedule, Warmup
 from flcompress.core.program import CHOICE_NEEDS, Fact, Program
+from flcompress.core.settings import Training
 from flcompress.core.steps import Cost, Pass, PassContext, Role
 from flcompress.ir.selection import By, choose
 
@@ -59,6 +60,12 @@ class StochasticDepth(Optimisation, Pass):
     @override
     def needs(self) -> frozenset[Fact]:
         return CHOICE_NEEDS.get(self.by, frozenset())
+
+    @override
+    def held_out(self, clips: int, training: Training) -> int:
+        from flcompress.training.methods.stochastic_depth import held_out_of
+
+        return held_out_of(clips)
 
     @override
     def cost(self, parameters: float, blocks: int, original: float) -> Cost:

@@ -160,6 +160,10 @@ class Pass(BaseModel, ABC):
         """Whether the pass needs clips, not only prompts. A property, since it may depend on the arguments."""
         return self.needs_data
 
+    def held_out(self, clips: int, training: Training) -> int:
+        """Return how many of the last of `clips` clips it does not train on; all of them if it does not train."""
+        return 0 if self.needs_data else clips
+
     def flow(self, facts: frozenset[Fact]) -> frozenset[Fact]:
         """The facts after this pass. Used to check a whole recipe before any work.
 

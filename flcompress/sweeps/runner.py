@@ -18,6 +18,7 @@ from flcompress.driver import manager
 from flcompress.driver.clips import fingerprint
 from flcompress.driver.rundir import RunDirectory
 from flcompress.errors import FlcompressError, RequestError
+from flcompress.evaluation.sampling import VERSION as JUDGED_VERSION
 from flcompress.files import key_of, working_alone, write_text
 from flcompress.frontend.loading import dump_recipe
 from flcompress.frontend.recipe import Recipe, arguments
@@ -42,6 +43,12 @@ def check(request: Request) -> None:
     """
     for cell in request.cells:
         recipe = cell.load(0)
+        if recipe.data is None or recipe.data.moving_digits is None:
+            source = next(iter(recipe.data_spec() or {"none": None}))
+            raise RequestError(
+                f"cell {cell.name}: data: {source} given, expected moving-digits; a sweep judges its students by that "
+                "benchmark's classifier, so after hours of training there would be nothing to compare"
+            )
         try:
             manager.check(recipe, RunDirectory(Path(os.devnull) / "none"))
         except FlcompressError as error:
@@ -160,6 +167,7 @@ class _Sweep:
             self._model_keys[folder] = folder_digest(folder)
         return key_of(
             sweep=VERSION,
+            judged=JUDGED_VERSION,
             model=self._model_keys[folder],
             partner=folder_digest(partner) if (partner := recipe.partner_folder()) else None,
             start=recipe.model.model_dump(mode="json", exclude={"path", "partner"}),

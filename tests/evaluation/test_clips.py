@@ -67,6 +67,7 @@ def test_processes_write_manifests_of_their_own(tmp_path: Path) -> None:
         ("[]", 25),
         ("[stochastic-depth: {remove: 0.3, steps: 1}]", 25),
         ("[stochastic-depth: {remove: 0.3, steps: 1}, dmd: {steps: 1}]", 8),
+        ("[select: {remove: 0.3, recover: 5}, prune: {remove: 0.3, by: joint}]", 25),
     ],
 )
 def test_held_out_is_what_no_pass_trains_on(tmp_path: Path, passes: str, kept: int) -> None:

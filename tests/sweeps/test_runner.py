@@ -151,6 +151,10 @@ def test_a_folder_of_something_else_and_a_model_that_is_not_there_are_refused(fo
     with pytest.raises(RequestError, match=r"cell base: .*no folder"):
         run_sweep(read_request(tmp_path / "sweep.yaml"), tmp_path / "new", None, QuietDisplay())
     assert not (tmp_path / "new").exists()
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump({**RECIPE, "data": {"latents": "encoded"}}))
+    with pytest.raises(RequestError, match=r"cell base: data: latents given, expected moving-digits"):
+        run_sweep(read_request(tmp_path / "sweep.yaml"), tmp_path / "new", None, QuietDisplay())
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_sweep_of_which_every_cell_fails_fails(folder: Path, tmp_path: Path) -> None:

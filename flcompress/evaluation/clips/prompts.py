@@ -21,10 +21,11 @@ from flcompress.evaluation.clips.files import Item
 from flcompress.frontend.recipe import Recipe
 from flcompress.models.parts import Parts
 from flcompress.moving_digits import digits
-from flcompress.training.methods.pretraining import MONITOR_CLIPS
-from flcompress.training.methods.stochastic_depth import HELD_OUT_CLIPS
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+HELD_OUT_CLIPS = 128
+"""Most clips that prompts are taken from."""
 
 REAL_CLIPS = 256
 """Most real clips that figures are compared with."""
@@ -155,15 +156,9 @@ def _held_out(
 
 
 def held_out_clips(recipe: Recipe, clips: int) -> int:
-    """Return how many of the last clips of a dataset no pass of a recipe trains on."""
-    most = {
-        "stochastic-depth": HELD_OUT_CLIPS,
-        "pretrain": MONITOR_CLIPS,
-        "dmd": recipe.training.health.samples,
-    }
-    shares = [min(most[step.name], clips // 4) for step in recipe.passes if step.name in most]
-    unknown = [step for step in recipe.passes if step.needs_clips and step.name not in (*most, "importance")]
-    return 0 if unknown else min([HELD_OUT_CLIPS, max(1, clips // 4), *shares])
+    """Return how many of the last clips of a dataset no pass of a recipe trains on, a quarter of them at most."""
+    most = min(HELD_OUT_CLIPS, max(1, clips // 4))
+    return min([most, *(step.held_out(clips, recipe.training) for step in recipe.passes)])
 
 
 def _first_frames(data: LatentDataset, parts: Parts, folder: Path) -> Iterator[Item]:

@@ -216,8 +216,13 @@ class Roles:
         return Loss(value=loss, figures=figures, per_sample={"normaliser": matching.normaliser(x, real)})
 
 
+def held_out_of(clips: int, samples: int) -> int:
+    """Return how many of the last clips of a dataset the training leaves to its fixed samples."""
+    return min(samples, max(1, clips // 4))
+
+
 def _split(data: LatentDataset, samples: int) -> tuple[LatentDataset, LatentDataset | None]:
     """Return (training data, data of the fixed samples); a dataset of prompts alone serves both."""
     if not samples:
         return data, None
-    return (data, data) if data.prompts_only else data.split(min(samples, max(1, len(data) // 4)))
+    return (data, data) if data.prompts_only else data.split(held_out_of(len(data), samples))

@@ -21,6 +21,11 @@ from flcompress.training.watching.monitor import Watch
 MONITOR_CLIPS = 256
 
 
+def held_out_of(clips: int) -> int:
+    """Return how many of the last clips of a dataset the training leaves to the held-out error."""
+    return min(MONITOR_CLIPS, clips // 4)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Pretraining:
     """The training of the `pretrain` pass; the attributes are the pass's arguments."""
@@ -38,7 +43,7 @@ class Pretraining:
         process, guidance = contract.process, contract.embedded_guidance
         network = as_network(role.module, guidance)
         data = context.data(program)
-        training, heldout = data.split(min(MONITOR_CLIPS, len(data) // 4))
+        training, heldout = data.split(held_out_of(len(data)))
 
         low, high = level_range(contract, self.shift, key=self.name)
 

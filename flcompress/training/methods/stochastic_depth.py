@@ -23,7 +23,13 @@ from flcompress.training.watching.held_out import HeldOutELBO, HeldOutEvaluation
 from flcompress.training.watching.monitor import Limit, Watch
 
 HELD_OUT_CLIPS = 128
+"""Most clips that the held-out losses are measured on."""
 TARGET_EMA_DECAY = 0.99
+
+
+def held_out_of(clips: int) -> int:
+    """Return how many of the last clips of a dataset the training leaves to the held-out losses."""
+    return min(HELD_OUT_CLIPS, max(1, clips // 4))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +72,7 @@ class DepthRoles:
         self._contract, self._process = contract, contract.process
         source, guidance = program.components["transformer"], contract.embedded_guidance
         data = context.data(program)
-        self._training, self._held_out = data.split(min(HELD_OUT_CLIPS, max(1, len(data) // 4)))
+        self._training, self._held_out = data.split(held_out_of(len(data)))
         self.role = TrainedRole.of(
             engine,
             "stochastic_depth",
