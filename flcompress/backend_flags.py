@@ -40,7 +40,7 @@ class BackendCommand(Command):
         return [*params[:-1], *flags.values(), params[-1]]  # --help stays the last
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; options that were not given are left out."""
+        """Run the command with the options of the command line alone."""
         values = {name: ctx.params.pop(name) for name in self._flags(ctx, [])}
         ctx.params["options"] = {name: value for name, value in values.items() if value is not None}
         return super().invoke(ctx)

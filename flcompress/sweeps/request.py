@@ -47,7 +47,7 @@ class Sweep(Settings):
     seeds: int = Field(3, ge=1, le=1000, description="training seeds of every cell: 0, 1, ...")
     axes: Mapping[str, Values] = Field(
         {},
-        description="key -> values. A key is that of `--set`; `passes.` may be left out, and `*.remove` is the "
+        description="key -> values. A key is that of `--set`; `passes.` is optional, and `*.remove` is the "
         "argument `remove` of every pass that has one, where a share of 0 leaves the pass out",
     )
     variants: tuple[Variant, ...] = Field((), description="a list of recipes; each is combined with the axes")

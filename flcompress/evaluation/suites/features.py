@@ -1,4 +1,4 @@
-"""Fixed random features of clips and frames, for distances of sets where no trained network is at hand.
+"""Fixed random features of clips and frames, for distances of sets without a trained network.
 
 A convolution network with random weights that never change keeps what its input looks like well enough to tell sets of
 clips apart (Ulyanov et al. 2018 on such networks as priors). It knows no objects: its distances are no FVD.
