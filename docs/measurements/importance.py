@@ -18,9 +18,9 @@ from flcompress.diffusion.process import FLOW
 from flcompress.models.inputs import example_inputs
 from flcompress.models.loading import load_transformer
 from flcompress.models.network import as_network
-from flcompress.passes.importance import Importance
 from flcompress.tracing.skip import skip
 from flcompress.tracing.tracer import trace
+from flcompress.training.methods.skipped_loss import skipped_losses
 
 BATCH, ROUNDS = 32, 7
 
@@ -36,7 +36,7 @@ def main(folder: Path) -> None:
     given = {"encoder_hidden_states": torch.randn(BATCH, 16, model.config.text_dim, generator=draw)}
     contract = contract_of({}, num_inference_steps=50, guidance_scale=4.0, max_sequence_length=16)
     sigma = 0.05 + 0.9 * torch.rand(BATCH, generator=draw)
-    scores = Importance(draws=BATCH, noise_levels=1, batch=BATCH).scores
+    singles = [(block.path,) for block in graph.blocks]
     x = FLOW.add_noise(x0, noise, sigma)
 
     @torch.no_grad()
@@ -53,7 +53,8 @@ def main(folder: Path) -> None:
         return scores
 
     def reused() -> dict[str, torch.Tensor]:
-        return scores.differences(model, graph, contract, x0, given, noise, sigma)
+        losses = skipped_losses(model, graph, contract, singles, x0, given, noise, sigma)
+        return dict(zip((path for (path,) in singles), losses, strict=True))
 
     plain, fast = naive(), reused()
     difference = max(float((plain[path] - fast[path]).abs().max()) for path in plain)

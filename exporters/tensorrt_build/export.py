@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from flcompress.core.program import Program
-from flcompress.core.records import ContractPart, EngineManifest, OnnxManifest
+from flcompress.core.records import EngineManifest, OnnxManifest
 from flcompress.errors import PostconditionError, RequestError
 from flcompress.exporters.onnx_graph.attention import ATTENTION_OPSET
 from flcompress.exporters.shared import TOLERANCES, ExportPrecision, preflight
-from flcompress.exporters.shared.parity import cases, compare, outputs, reference
 from flcompress.exporters.tensorrt_build.build import build_engine
+from flcompress.exporters.tensorrt_build.gpu_check import GPU_TOLERANCE, checked_on_gpu, sampling_of
 from flcompress.exporters.tensorrt_build.profiles import Profile, Target, require_precision
 from flcompress.exporters.tensorrt_build.refit import graph_digest, refit_engine
 from flcompress.exporters.tensorrt_build.sizes import checked_sizes, shapes_at, sizes_in
@@ -21,7 +21,7 @@ from flcompress.files import sha256
 from flcompress.models.configs import check_transformer_config
 from flcompress.progress import ProgressSink
 from flcompress.runtime.backends.tensorrt_backend import TensorRTBackend
-from flcompress.runtime.inputs import arguments_of, constants_of
+from flcompress.runtime.inputs import arguments_of
 from flcompress.runtime.manifest import (
     MANIFEST_FILE,
     PARTNER_FOLDER,
@@ -35,8 +35,6 @@ from flcompress.runtime.tensorrt_session import DEVICE, runs_here
 
 ENGINE_FILE = "model.engine"
 SAME_RECIPE = "'onnx' under exports: of the same recipe"
-GPU_TOLERANCE = 10.0
-"""A GPU sums in another order than the CPU that made the reference: this multiple of the ONNX export's tolerance."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +87,7 @@ class TensorRTExport:
         make = arguments_of(program)
         shapes = [shapes_at(make, three) for three in sizes]
         trt = load_tensorrt(self.module)
-        engine, contract = folder / ENGINE_FILE, program.contract
+        engine = folder / ENGINE_FILE
         built_for: dict[str, Any] = {
             "builder": {"name": trt.__name__, "version": trt.__version__},
             "targets": list(self.targets),
@@ -132,12 +130,7 @@ class TensorRTExport:
             profiles=[profile.model_dump(mode="json") for profile in self.profiles],
             inputs=onnx_manifest.inputs,
             outputs=onnx_manifest.outputs,
-            timesteps=list(contract.timesteps),
-            sigmas=list(contract.sigmas),
-            shift=contract.shift,
-            guidance_scale=contract.guidance_scale,
-            contract=ContractPart(**contract.to_dict()),
-            kept=dict(program.kept),
+            **sampling_of(program),
             source={"file": os.path.relpath(source, folder), "sha256": sha256(source)},
             checked_on_gpu=False,
             difference=None,
@@ -199,21 +192,9 @@ class TensorRTExport:
         self, program: Program, engine: Path, manifest: EngineManifest, sizes: list[list[Size]]
     ) -> EngineManifest:
         """Return the manifest with the outcome of a comparison with torch on the GPU of this machine."""
-        make, chosen = arguments_of(program), checked_sizes(program, sizes)
-        precision: ExportPrecision = manifest.precision
-        inputs = cases(make, program.contract.timesteps, chosen)
-        constants = constants_of(make(chosen[0], [0.0] * chosen[0].batch, 0))
-        expected = reference(program.components["transformer"], constants, precision, inputs, DEVICE)
-        exported = outputs(TensorRTBackend().session(engine.parent, manifest.dump()), inputs)
-        parity = compare(expected, exported, manifest.tolerance)
-        parity.require(str(engine), "please report it with the engine's manifest.json")
-        return manifest.model_copy(
-            update={
-                "checked_on_gpu": True,
-                "difference": parity.difference,
-                "checked": {"sizes": [[size.batch, size.frames, size.height, size.width] for size in chosen]},
-            }
-        )
+        session, chosen = TensorRTBackend().session(engine.parent, manifest.dump()), checked_sizes(program, sizes)
+        checked = checked_on_gpu(engine, session, program, chosen, manifest.precision, manifest.tolerance, DEVICE)
+        return manifest.model_copy(update=checked)
 
 
 def require_plain_attention(opset: int, path: Path) -> None:

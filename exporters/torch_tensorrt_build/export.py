@@ -11,11 +11,10 @@ import torch
 from torch import fx
 
 from flcompress.core.program import Program
-from flcompress.core.records import ContractPart, TorchTensorRTManifest
+from flcompress.core.records import TorchTensorRTManifest
 from flcompress.exporters.onnx_graph.write import varying_axes
 from flcompress.exporters.shared import TOLERANCES, ExportPrecision, preflight
-from flcompress.exporters.shared.parity import cases, compare, outputs, reference
-from flcompress.exporters.tensorrt_build.export import GPU_TOLERANCE
+from flcompress.exporters.tensorrt_build.gpu_check import GPU_TOLERANCE, checked_on_gpu, sampling_of
 from flcompress.exporters.tensorrt_build.profiles import Profile, Target
 from flcompress.exporters.tensorrt_build.sizes import checked_sizes, shapes_at, sizes_in
 from flcompress.exporters.torch_tensorrt_build.build import build_engine, shapes_of
@@ -114,7 +113,6 @@ class TorchTensorRTExport:
                     }
                 )
                 progress(number + 2, len(parts) + 1, {})
-        contract = program.contract
         taken = {name for engine in engines for name in engine["inputs"]}
         files = [folder / engine["file"] for engine in engines]
         manifest = TorchTensorRTManifest(
@@ -147,12 +145,7 @@ class TorchTensorRTExport:
                     "dtype": "float32",
                 }
             ],
-            timesteps=list(contract.timesteps),
-            sigmas=list(contract.sigmas),
-            shift=contract.shift,
-            guidance_scale=contract.guidance_scale,
-            contract=ContractPart(**contract.to_dict()),
-            kept=dict(program.kept),
+            **sampling_of(program),
             checked_on_gpu=False,
             difference=None,
             tolerance=GPU_TOLERANCE * TOLERANCES[self.precision],
@@ -162,7 +155,9 @@ class TorchTensorRTExport:
             manifest = manifest.model_copy(update={"card": {"name": card.name, "target": card.target}})
         del graph, parts
         if runs_here(self.targets):
-            manifest = self._checked(program, folder, manifest, checked_sizes(program, sizes))
+            session, chosen = TorchTensorRTBackend().session(folder, manifest.dump()), checked_sizes(program, sizes)
+            checked = checked_on_gpu(folder, session, program, chosen, self.precision, manifest.tolerance, DEVICE)
+            manifest = manifest.model_copy(update=checked)
         manifest.write(folder / MANIFEST_FILE)
         shown = ("bytes", "builder", "targets", "precision", "operators", "in_torch", "checked_on_gpu", "difference")
         return {"engines": len(engines)} | {key: getattr(manifest, key) for key in shown}
@@ -178,25 +173,6 @@ class TorchTensorRTExport:
         weights = preflight.weight_bytes(transformer, self.precision)
         memory = preflight.peak_memory(weights, preflight.TORCH_TENSORRT_MEMORY)
         preflight.check_room("torch-tensorrt", folder, weights, memory, "torch-tensorrt.precision")
-
-    def _checked(
-        self, program: Program, folder: Path, manifest: TorchTensorRTManifest, chosen: list[Size]
-    ) -> TorchTensorRTManifest:
-        """Return the manifest with the outcome of a comparison with torch on the GPU of this machine."""
-        make = arguments_of(program)
-        inputs = cases(make, program.contract.timesteps, chosen)
-        constants = constants_of(make(chosen[0], [0.0] * chosen[0].batch, 0))
-        expected = reference(program.components["transformer"], constants, self.precision, inputs, DEVICE)
-        exported = outputs(TorchTensorRTBackend().session(folder, manifest.dump()), inputs)
-        parity = compare(expected, exported, manifest.tolerance)
-        parity.require(str(folder), "please report it with manifest.json")
-        return manifest.model_copy(
-            update={
-                "checked_on_gpu": True,
-                "difference": parity.difference,
-                "checked": {"sizes": [[size.batch, size.frames, size.height, size.width] for size in chosen]},
-            }
-        )
 
 
 def _largest(sizes: Sequence[Size]) -> Size:

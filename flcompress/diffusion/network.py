@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from flcompress.progress import ProgressSink
+
 Conditioning = Mapping[str, torch.Tensor]
 """Named tensors, the batch axis first: "encoder_hidden_states" [n, tokens, channels], masks, a first frame, ..."""
 
@@ -25,6 +27,20 @@ def select(conditioning: Conditioning, index: torch.Tensor | slice) -> dict[str,
 def to_device(conditioning: Conditioning, device: torch.device | str) -> dict[str, torch.Tensor]:
     """Return the conditioning on a device."""
     return {name: tensor.to(device) for name, tensor in conditioning.items()}
+
+
+def reporting(network: Network, total: int, progress: ProgressSink) -> Network:
+    """Return the network; after each of the `total` calls that are expected of it, it reports how many were made."""
+    done = 0
+
+    def call(x: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        nonlocal done
+        prediction = network(x, timestep, conditioning)
+        done += 1
+        progress(done, total, {})
+        return prediction
+
+    return call
 
 
 def with_negative_prompt(conditioning: Conditioning, negative: Conditioning) -> dict[str, torch.Tensor]:

@@ -6,6 +6,7 @@ import base64
 import platform
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -41,8 +42,8 @@ def write_report(run_dir: Path) -> Path:
     return target
 
 
-def render(run: RunRecord) -> str:
-    """Return the page as text."""
+def render_page(template: str, **values: Any) -> str:
+    """Return a page of this package's style and number formats as text."""
     environment = Environment(
         loader=PackageLoader("flcompress.reporting", ""),
         autoescape=True,
@@ -54,10 +55,15 @@ def render(run: RunRecord) -> str:
                     wording.moment, wording.bounds, wording.in_brackets, wording.elapsed):  # fmt: skip
         environment.filters[filter_.__name__] = filter_
     style, _, _ = environment.loader.get_source(environment, "report.css")  # type: ignore[union-attr]
+    return environment.get_template(template).render(style=Markup(style), **values)
+
+
+def render(run: RunRecord) -> str:
+    """Return the page as text."""
     fates, trained = blocks(run), trainings(run)
     measured = quality(run.evaluation) if run.evaluation is not None else None
-    return environment.get_template("report.html.j2").render(
-        style=Markup(style),
+    return render_page(
+        "report.html.j2",
         run=run,
         name=run.info.name or run.path.name,
         top=headline(run),

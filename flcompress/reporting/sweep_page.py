@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from flcompress import wording
 from flcompress.core.records import SweepCell, SweepFile
 from flcompress.files import write_text
 from flcompress.reporting import plots
+from flcompress.reporting.html import render_page
 from flcompress.reporting.quality import METRICS, Metric
 
 FRONTS = {"steps": "fewer steps alone", "size": "fewer blocks alone", "joint": "both"}
@@ -24,18 +24,8 @@ DRAWN = ("frechet", "average")
 
 def write_sweep_page(results: SweepFile, target: Path) -> None:
     """Write the page: one file, nothing fetched."""
-    environment = Environment(
-        loader=PackageLoader("flcompress.reporting", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    for filter_ in (wording.count, wording.duration, wording.number, wording.ratio):
-        environment.filters[filter_.__name__] = filter_
-    style, _, _ = environment.loader.get_source(environment, "report.css")  # type: ignore[union-attr]
-    page = environment.get_template("sweep.html.j2").render(
-        style=Markup(style),
+    page = render_page(
+        "sweep.html.j2",
         sweep=results,
         metrics=measured_metrics(results),
         fronts=FRONTS,

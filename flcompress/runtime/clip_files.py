@@ -6,14 +6,21 @@ from collections.abc import Callable
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from flcompress.errors import RequestError
 
 if TYPE_CHECKING:
     from PIL import Image
+
+Frames = np.ndarray[Any, np.dtype[np.uint8]]
+"""[frames, height, width, 3], RGB, as players show them."""
+
+CRF = 12
+"""Quality of an mp4 file that is made to be looked at."""
 
 ENLARGED = 128
 """Pixels; clips with a side below that are for looking at: they are enlarged, pixels kept square and sharp."""
@@ -55,13 +62,40 @@ def frames_of(clip: torch.Tensor) -> list[Image.Image]:
     """Return RGB pictures; see `ENLARGED`."""
     from PIL import Image
 
-    pixels = ((clip.float().clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
-    height, width = pixels.shape[-2:]
+    height, width = clip.shape[-2:]
     smaller = min(height, width)
     factor = -(-SMALLEST_SIDE // smaller) if smaller < ENLARGED else 1
     size = (width * factor, height * factor)
-    frames = pixels.permute(1, 2, 3, 0).cpu().numpy()
+    frames = pixels_of(clip)
     return [Image.fromarray(frame).resize(size, Image.Resampling.NEAREST) for frame in frames]
+
+
+def pixels_of(clip: torch.Tensor) -> Frames:
+    """Return the frames of a clip [3, frames, height, width] with values in [-1, 1]."""
+    pixels = ((clip.float().clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
+    return pixels.permute(1, 2, 3, 0).contiguous().cpu().numpy()
+
+
+def write_h264(frames: Frames, path: Path, frame_rate: float, crf: int) -> None:
+    """Write an mp4 file; odd sides lose a line, since 4:2:0 colour, the kind every player reads, needs even ones.
+
+    Args:
+        frames: what to write.
+        path: the file.
+        frame_rate: frames a second at which it plays.
+        crf: constant rate factor, lower is better and larger.
+    """
+    import av
+
+    height, width = (side - side % 2 for side in frames.shape[1:3])
+    with av.open(str(path), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=Fraction(frame_rate).limit_denominator(1001))
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.options = {"crf": str(crf)}
+        for frame in frames:
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame[:height, :width]), format="rgb24")
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
 
 
 def read_picture(path: Path, height: int, width: int) -> torch.Tensor:
@@ -70,7 +104,6 @@ def read_picture(path: Path, height: int, width: int) -> torch.Tensor:
     Raises:
         RequestError: no picture that can be read.
     """
-    import numpy as np
     from PIL import Image, ImageOps
 
     from flcompress.data.pictures import BrokenPicture, open_picture
@@ -91,17 +124,7 @@ def _gif(frames: list[Image.Image], path: Path, frame_rate: float) -> None:
 
 
 def _mp4(frames: list[Image.Image], path: Path, frame_rate: float) -> None:
-    import av
-
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=Fraction(frame_rate).limit_denominator(1001))
-        # 4:2:0 colour, the kind every player reads, wants even sides.
-        stream.width, stream.height = (side - side % 2 for side in frames[0].size)
-        stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": "12"}
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_image(frame.crop((0, 0, stream.width, stream.height)))))
-        container.mux(stream.encode())
+    write_h264(np.stack([np.asarray(frame) for frame in frames]), path, frame_rate, CRF)
 
 
 def _png(frames: list[Image.Image], path: Path, frame_rate: float) -> None:

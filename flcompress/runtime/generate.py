@@ -15,7 +15,7 @@ from flcompress.core.records import ContractPart, FactsFile
 from flcompress.data.captions import check_prompt
 from flcompress.diffusion.contract import SamplingContract
 from flcompress.diffusion.experts import COMPONENTS, OTHER
-from flcompress.diffusion.network import Conditioning, Network, select, to_device
+from flcompress.diffusion.network import Conditioning, Network, reporting, select, to_device
 from flcompress.diffusion.sampling import sample
 from flcompress.errors import RequestError
 from flcompress.models.configs import check_transformer_config, read_index
@@ -106,8 +106,8 @@ def denoise(
     conditioning = select(prompts, slice(0, 1)) | to_device(first_frame or {}, device)
     draw = torch.Generator().manual_seed(seed)
     start = parts.family.start(parts.family.noise(facts.latents, draw).to(device), conditioning)
-    reporting = _reporting(network, contract.evaluations, progress) if progress else network
-    latents = sample(reporting, contract, start, conditioning, select(prompts, slice(1, 2)), draw)
+    shown = reporting(network, contract.evaluations, progress) if progress else network
+    latents = sample(shown, contract, start, conditioning, select(prompts, slice(1, 2)), draw)
     return parts.family.end(parts.config, latents, conditioning).cpu()
 
 
@@ -204,19 +204,6 @@ def _loading(run_dir: Path, backend: Backend, transformer: str, part: str, facts
         )
     backend.verify(files)
     return lambda: backend.open(files)
-
-
-def _reporting(network: Network, total: int, progress: ProgressSink) -> Network:
-    done = 0
-
-    def call(x: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        nonlocal done
-        velocity = network(x, timestep, conditioning)
-        done += 1
-        progress(done, total, {})
-        return velocity
-
-    return call
 
 
 def _make(run_dir: Path, export: str) -> str:

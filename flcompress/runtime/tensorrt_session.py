@@ -35,16 +35,16 @@ DTYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int64": "I
 """A manifest's type of a tensor -> TensorRT's name of it."""
 
 
-def require_gpu() -> None:
+def require_gpu(backend: str = "tensorrt") -> None:
     """Raise UnavailableError, in one line, on a machine that cannot run an engine."""
     if not cuda_driver():
         raise UnavailableError(
-            "backend tensorrt: no CUDA driver here, and an engine runs on an NVIDIA GPU only; use --backend onnx or "
+            f"backend {backend}: no CUDA driver here, and an engine runs on an NVIDIA GPU only; use --backend onnx or "
             "--backend torch, or run it on a machine with one"
         )
     if not torch.cuda.is_available():
         raise UnavailableError(
-            f"backend tensorrt: torch {torch.__version__} is built without CUDA, which holds the engine's tensors; "
+            f"backend {backend}: torch {torch.__version__} is built without CUDA, which holds the engine's tensors; "
             "install a CUDA build of torch"
         )
 

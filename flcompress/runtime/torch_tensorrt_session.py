@@ -12,23 +12,8 @@ from torch import Tensor
 from flcompress.errors import FlcompressError, RequestError, UnavailableError
 from flcompress.runtime.inputs import OUTPUT, Inputs, Shapes
 from flcompress.runtime.tensorrt_api import CURRENT, Card, card_here
-from flcompress.runtime.tensorrt_session import DEVICE, profile_for
-from flcompress.runtime.torch_tensorrt_api import installed_package, load_torch_tensorrt, versions
-
-
-def require_gpu() -> None:
-    """Raise UnavailableError, in one line, on a machine that cannot run an engine."""
-    installed_package()
-    if card_here() is None:
-        raise UnavailableError(
-            "backend torch-tensorrt: no CUDA driver here, and an engine runs on an NVIDIA GPU only; use --backend onnx "
-            "or --backend torch, or run it on a machine with one"
-        )
-    if not torch.cuda.is_available():
-        raise UnavailableError(
-            f"backend torch-tensorrt: torch {torch.__version__} is built without CUDA; install the CUDA build of the "
-            "torch that Torch-TensorRT was made for"
-        )
+from flcompress.runtime.tensorrt_session import DEVICE, profile_for, require_gpu
+from flcompress.runtime.torch_tensorrt_api import load_torch_tensorrt, versions
 
 
 class TorchTensorRTSession:
@@ -48,7 +33,7 @@ class TorchTensorRTSession:
             FlcompressError: its runtime refuses an engine.
             RequestError: the manifest does not fit its engines.
         """
-        require_gpu()
+        require_gpu("torch-tensorrt")
         torch_tensorrt = require_runnable(manifest, folder)
         self._profiles: Sequence[Mapping[str, Shapes]] = manifest["shapes"]
         self._engines = [(_load(torch_tensorrt, folder, engine), engine) for engine in manifest["engines"]]

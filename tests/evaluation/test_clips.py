@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 import flcompress
 from flcompress.driver.rundir import RunDirectory
 from flcompress.errors import FlcompressError, RequestError
-from flcompress.evaluation.clips.files import ClipFolder, Item, clip_name, read_frames, write_clip
+from flcompress.evaluation.clips.files import ClipFolder, Item, clip_name, read_frames, write_frames
 from flcompress.evaluation.clips.prompts import held_out_clips
 from flcompress.frontend.loading import load_recipe
 from flcompress.models.parts import open_parts
 from flcompress.moving_digits.dataset import build_moving_digits
 from flcompress.progress import QuietDisplay
+from flcompress.runtime.clip_files import pixels_of
 from flcompress.stats import bootstrap
 from tests.evaluation.conftest import make_run
 
@@ -40,7 +41,7 @@ def _utf8(text: str) -> str:
 
 def test_a_clip_is_read_as_it_was_written(tmp_path: Path) -> None:
     clip = torch.linspace(-0.8, 0.8, 48)[None, None, None, :].expand(3, 5, 33, 48)
-    write_clip(clip, tmp_path / "clip.mp4", 7.0)
+    write_frames(pixels_of(clip), tmp_path / "clip.mp4", 7.0)
     frames = read_frames(tmp_path / "clip.mp4")
     assert frames.shape == (5, 32, 48, 3), "an odd side loses a line"
     wanted = ((clip.permute(1, 2, 3, 0)[:, :32] + 1.0) * 127.5).numpy()

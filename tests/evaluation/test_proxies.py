@@ -10,13 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flcompress.evaluation.clips.files import Frames
 from flcompress.evaluation.suites.clip_suite import ClipContext
 from flcompress.evaluation.suites.features import relations
 from flcompress.evaluation.suites.motion import THRESHOLD, is_dynamic, motion, smoothness
 from flcompress.evaluation.suites.pixels import PEAK, flicker, noise, psnr, ssim
 from flcompress.evaluation.suites.proxies import Proxies
 from flcompress.evaluation.suites.tables import Measurement
+from flcompress.runtime.clip_files import Frames
 from tests.fixtures.synthetic_clips import VARIANTS, frozen, moving, texture
 
 RATE = 8.0

@@ -20,8 +20,8 @@ from flcompress.errors import PreconditionError, TrainingError
 from flcompress.ir.selection import choose, u_index
 from flcompress.models.inputs import example_inputs
 from flcompress.models.loading import load_transformer
-from flcompress.passes.importance import Importance
 from flcompress.tracing.skip import skip
+from flcompress.training.methods.skipped_loss import skipped_losses
 from tests.fixtures.tiny import tiny_pipeline
 
 pytestmark = pytest.mark.e2e
@@ -84,12 +84,12 @@ def test_every_block_gets_a_finite_score_with_its_error(run: RunDirectory) -> No
 def test_scores_equal_plain_skipping(folder: Path, run: RunDirectory) -> None:
     program, _, _ = at(run, "importance")
     model = load_transformer(folder / "model" / "transformer")
-    scores = Importance(draws=8, noise_levels=1, batch=8).scores
     draw = torch.Generator().manual_seed(1)
     x0, noise = torch.randn(4, 16, 3, 8, 8, generator=draw), torch.randn(4, 16, 3, 8, 8, generator=draw)
     embeds, sigma = torch.randn(4, 16, 64, generator=draw), torch.tensor([0.1, 0.4, 0.6, 0.9])
     contract, given = program.teacher_contract, {"encoder_hidden_states": embeds}
-    found = scores.differences(model, program.graph, contract, x0, given, noise, sigma)
+    singles = [(block.path,) for block in program.graph.blocks]
+    found = skipped_losses(model, program.graph, contract, singles, x0, given, noise, sigma)
     x = (1 - sigma.reshape(-1, 1, 1, 1, 1)) * x0 + sigma.reshape(-1, 1, 1, 1, 1) * noise
 
     def loss() -> torch.Tensor:
@@ -100,9 +100,9 @@ def test_scores_equal_plain_skipping(folder: Path, run: RunDirectory) -> None:
         return weighted
 
     full = loss()
-    for block in program.graph.blocks:
-        with skip(model, [block.path]):
-            torch.testing.assert_close(found[block.path], loss() - full, atol=1e-5, rtol=1e-5)
+    for (path,), lost in zip(singles, found, strict=True):
+        with skip(model, [path]):
+            torch.testing.assert_close(lost, loss() - full, atol=1e-5, rtol=1e-5)
 
 
 def test_stochastic_depth_trains_and_logs_both_paths(run: RunDirectory) -> None:

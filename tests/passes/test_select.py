@@ -96,7 +96,11 @@ def test_the_joint_score_is_the_loss_that_the_cut_model_adds(run: RunDirectory, 
     joint = score([cut.prune_set], 16, 16)[0]
     draw = generator(3, "select", 16)
     x0, conditioning = data.batch(16, draw)
-    noise, level, process = torch.randn(x0.shape, generator=draw), score.levels(16, 16), start.teacher_contract.process
+    noise, level, process = (
+        torch.randn(x0.shape, generator=draw),
+        score.levels(16, 16)[0],
+        start.teacher_contract.process,
+    )
     weight = (1.0 - level) / level**3 * level * math.log(0.98 / 0.02) / 0.96
 
     @torch.no_grad()

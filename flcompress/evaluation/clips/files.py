@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,16 @@ import torch
 from flcompress.core.records import ClipLine
 from flcompress.errors import FlcompressError
 from flcompress.files import append_line, replacing, sha256
+from flcompress.runtime.clip_files import Frames, pixels_of, write_h264
 
-Frames = np.ndarray[Any, np.dtype[np.uint8]]
-"""[frames, height, width, 3], RGB, as players show them."""
-
-CRF = "10"
+CRF = 10
 """Quality of the h264 files, as VBench's protocol has it."""
 
 SLUG = 40
 """Letters of the prompt in a file's name; a hash of prompt and image makes it unique."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Item:
     """What a clip is made from.
 
@@ -39,7 +37,7 @@ class Item:
     prompt: str
     image: Path | None = None
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Twelve digits of the hash of the prompt and the image's content."""
         digest = hashlib.sha256(self.prompt.encode())
@@ -54,26 +52,11 @@ def clip_name(prompt: str, key: str, seed: int, number: int) -> str:
     return f"{slug or 'clip'}-{key}-s{seed}-{number}.mp4"
 
 
-def write_clip(clip: torch.Tensor, path: Path, frame_rate: float) -> None:
-    """Write a clip [3, frames, height, width] in [-1, 1] as h264; odd sides lose a line, as 4:2:0 colour wants."""
-    pixels = ((clip.float().clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
-    write_frames(pixels.permute(1, 2, 3, 0).contiguous().cpu().numpy(), path, frame_rate)
-
-
 def write_frames(frames: Frames, path: Path, frame_rate: float) -> None:
     """Write frames as h264, whole or not at all."""
-    import av
-
     path.parent.mkdir(parents=True, exist_ok=True)
-    height, width = (side - side % 2 for side in frames.shape[1:3])
-    with replacing(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=Fraction(frame_rate).limit_denominator(1001))
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        stream.options = {"crf": CRF}
-        for frame in frames:
-            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame[:height, :width]), format="rgb24")
-            container.mux(stream.encode(picture))
-        container.mux(stream.encode())
+    with replacing(path) as temporary:
+        write_h264(frames, temporary, frame_rate, CRF)
 
 
 def read_frames(path: Path) -> Frames:
@@ -127,13 +110,9 @@ class ClipFolder:
 
     def add(self, clip: torch.Tensor | Frames, frame_rate: float, **facts: Any) -> ClipLine:
         """Write a clip, and then its line of the manifest, so that a line means a whole file."""
-        path = self.folder / str(facts["file"])
-        if isinstance(clip, torch.Tensor):
-            write_clip(clip, path, frame_rate)
-            frames, height, width = clip.shape[1:]
-        else:
-            write_frames(clip, path, frame_rate)
-            frames, height, width = clip.shape[:3]
+        path, pixels = self.folder / str(facts["file"]), pixels_of(clip) if isinstance(clip, torch.Tensor) else clip
+        write_frames(pixels, path, frame_rate)
+        frames, height, width = pixels.shape[:3]
         size = {"frames": int(frames), "height": int(height), "width": int(width)}
         line = ClipLine(sha256=sha256(path), frame_rate=frame_rate, **size, **facts)
         append_line(self.folder / f"manifest-{self._rank}.jsonl", line.line())

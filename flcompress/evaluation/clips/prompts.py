@@ -21,6 +21,7 @@ from flcompress.evaluation.clips.files import Item
 from flcompress.frontend.recipe import Recipe
 from flcompress.models.parts import Parts
 from flcompress.moving_digits import digits
+from flcompress.runtime.clip_files import pixels_of
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -169,7 +170,5 @@ def _first_frames(data: LatentDataset, parts: Parts, folder: Path) -> Iterator[I
     for number, (latents, caption) in enumerate(data.in_order(len(data))):
         path = folder / f"{number:05d}.png"
         if not path.is_file():
-            frame = parts.decode_latents(latents)[0, :, 0].float().cpu()
-            pixels = ((frame.clamp(-1.0, 1.0) + 1.0) * 127.5).round().byte().permute(1, 2, 0).contiguous().numpy()
-            Image.fromarray(pixels).save(path)
+            Image.fromarray(pixels_of(parts.decode_latents(latents)[0, :, :1])[0]).save(path)
         yield Item(prompt=caption, image=path)

@@ -11,19 +11,19 @@ from typing import Any, Protocol
 import torch
 
 from flcompress.core.program import Program
-from flcompress.diffusion.network import Conditioning, Network, select, to_device
+from flcompress.diffusion.network import Conditioning, reporting, select, to_device
 from flcompress.diffusion.sampling import sample
 from flcompress.draws import seed_of
 from flcompress.driver.clips import data_frame_rate
 from flcompress.driver.rundir import RunDirectory
 from flcompress.errors import FlcompressError
-from flcompress.evaluation.clips.files import Frames, Item
+from flcompress.evaluation.clips.files import Item
 from flcompress.evaluation.contenders import Contender, run_contenders
 from flcompress.models.configs import check_transformer_config
 from flcompress.models.parts import Parts
 from flcompress.models.stock_files import folder_digest
 from flcompress.progress import ProgressSink
-from flcompress.runtime.clip_files import read_picture
+from flcompress.runtime.clip_files import Frames, read_picture
 from flcompress.runtime.sizes import clip_of
 
 ENCODED = 8
@@ -154,7 +154,7 @@ class ProgramMaker:
         given, negative = home.conditioning(item, contract.negative_prompt, contract.max_sequence_length)
         draw = torch.Generator().manual_seed(noise_seed(item, seed, number))
         start = family.start(family.noise(home.program.latents, draw), given)
-        network = _counting(self._contender.network, contract.evaluations, count)
+        network = reporting(self._contender.network, contract.evaluations, count)
         latents = sample(network, contract, start, given, negative, draw)
         if not bool(torch.isfinite(latents).all()):
             raise FlcompressError(
@@ -185,16 +185,3 @@ def student_of(path: Path, home: Home, names: Sequence[str]) -> Maker:
     contender = next((each for each in contenders if each.name == "student"), contenders[0])
     name = next(name for name in (run.name, *(f"{run.name}-{n}" for n in range(2, 99))) if name not in names)
     return ProgramMaker(replace(contender, name=name, label=f"{run.name}: {contender.label}"), other)
-
-
-def _counting(network: Network, total: int, count: ProgressSink) -> Network:
-    done = 0
-
-    def call(x: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        nonlocal done
-        answer = network(x, timestep, conditioning)
-        done += 1
-        count(done, total, {})
-        return answer
-
-    return call

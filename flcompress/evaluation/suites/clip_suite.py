@@ -21,7 +21,7 @@ from flcompress.distributed.launch import Launch, join
 from flcompress.distributed.world import World
 from flcompress.driver.rundir import RunDirectory
 from flcompress.errors import RequestError
-from flcompress.evaluation.clips.files import ClipFolder, Frames, Item, clip_name, read_frames
+from flcompress.evaluation.clips.files import ClipFolder, Item, clip_name, read_frames
 from flcompress.evaluation.clips.prompts import Material, read_material
 from flcompress.evaluation.clips.samplers import Home, Maker, makers_of
 from flcompress.evaluation.clips.stock import maker_against
@@ -30,7 +30,7 @@ from flcompress.evaluation.suites.side_by_side import write_side_by_side
 from flcompress.evaluation.suites.tables import Figure, Measurement, Sets, tables
 from flcompress.files import append_line, key_of, sha256
 from flcompress.progress import Display, QuietDisplay
-from flcompress.runtime.clip_files import read_picture
+from flcompress.runtime.clip_files import Frames, pixels_of, read_picture
 from flcompress.runtime.sizes import sizes_of
 from flcompress.runtime.torch_session import best_device
 
@@ -224,8 +224,7 @@ class _Evaluation:
         frames = read_frames(path)
         image = None
         if line.image is not None:
-            picture = read_picture(Path(line.image), *frames.shape[1:3])
-            image = ((picture + 1.0) * 127.5).round().byte().permute(1, 2, 0).contiguous().numpy()
+            image = pixels_of(read_picture(Path(line.image), *frames.shape[1:3])[:, None])[0]
         context = ClipContext(
             frame_rate=line.frame_rate,
             encode=self._encode,

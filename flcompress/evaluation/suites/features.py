@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from flcompress.draws import generator
-from flcompress.evaluation.clips.files import Frames
+from flcompress.runtime.clip_files import Frames
 
 VERSION = 1
 """Part of the generator's seed: other features are other distances."""

@@ -10,8 +10,9 @@ import cv2
 import numpy as np
 
 from flcompress.core.records import ScoreLine
-from flcompress.evaluation.clips.files import ClipFolder, Frames, read_frames, write_frames
+from flcompress.evaluation.clips.files import ClipFolder, read_frames, write_frames
 from flcompress.evaluation.clips.studio import Take
+from flcompress.runtime.clip_files import Frames
 
 SPREAD, WORST = 4, 2
 """Prompts that are shown: evenly spread over the list, and those with the least of the teacher's motion."""

@@ -26,9 +26,11 @@ class TorchTensorRTBackend(ExportBackend):
 
     @override
     def require(self) -> None:
-        from flcompress.runtime.torch_tensorrt_session import require_gpu
+        from flcompress.runtime.tensorrt_session import require_gpu
+        from flcompress.runtime.torch_tensorrt_api import installed_package
 
-        require_gpu()
+        installed_package()
+        require_gpu(self.name)
 
     @override
     def verify(self, files: TransformerFiles) -> None:

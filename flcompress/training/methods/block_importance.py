@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -11,15 +12,14 @@ import torch
 
 from flcompress.data.dataset import LatentDataset
 from flcompress.diffusion.contract import SamplingContract
-from flcompress.diffusion.network import Conditioning, to_device
+from flcompress.diffusion.network import Conditioning
 from flcompress.distributed.world import World
 from flcompress.draws import generator
 from flcompress.ir.block import Estimate
 from flcompress.ir.graph import BlockGraph
 from flcompress.ir.selection import choose
-from flcompress.models.network import as_network
 from flcompress.progress import ProgressSink
-from flcompress.tracing.prefix import remember
+from flcompress.training.methods.skipped_loss import log_levels, skipped_losses
 from flcompress.training.objectives import level_range
 
 RESAMPLINGS = 1000
@@ -72,31 +72,32 @@ class BlockScores:
         Every process draws everything and computes its share of the batches: the result does not depend on how many
         processes there are. With `resolve` it ends as soon as the set to remove is certain.
         """
-        paths, levels = [block.path for block in graph.blocks], self.levels(contract)
+        singles, levels = [(block.path,) for block in graph.blocks], self.levels(contract)
         per_level = math.ceil(self.draws / self.noise_levels)
         # Even strata count alike to the last bit, whatever rounding makes of their bounds.
         widths = tuple(high - low if self.strata == "log" else 1.0 for low, high in levels)
         draws = [generator(seed, self.name, low, high) for low, high in levels]
-        strata = [torch.zeros(0, len(paths), dtype=torch.float64) for _ in levels]
+        strata = [torch.zeros(0, len(singles), dtype=torch.float64) for _ in levels]
         done, total, batch = 0, per_level * self.noise_levels, 0
         at_a_time = per_level if self.resolve is None else min(per_level, ROUND)
         while len(strata[0]) < per_level:
-            for level, (bounds, draw) in enumerate(zip(levels, draws, strict=True)):
-                mine: dict[str, list[list[float]]] = {}  # number of the batch -> differences, block by block
-                count = min(at_a_time, per_level - len(strata[level]))
+            for stratum, (bounds, draw) in enumerate(zip(levels, draws, strict=True)):
+                mine: dict[str, list[list[float]]] = {}  # number of the batch -> losses, block by block
+                count = min(at_a_time, per_level - len(strata[stratum]))
                 for start in range(0, count, self.batch):
                     n = min(self.batch, count - start)
                     batch += 1
-                    arguments = self._draw(data, bounds, n, draw)
+                    x0, conditioning, noise, level, ratio = self._draw(data, bounds, n, draw)
                     if batch % world.size == world.rank:
                         world.heartbeat(f"{self.name}: batch {batch}")
-                        differences = self.differences(model, graph, contract, *arguments[:-1])
-                        mine[str(batch)] = [(arguments[-1] * differences[path]).tolist() for path in paths]
+                        arguments = (model, graph, contract, singles, x0, conditioning, noise, level)
+                        losses = skipped_losses(*arguments, elbo=self.weighting == "elbo")
+                        mine[str(batch)] = (ratio * losses).tolist()
                     done += n
                     progress(done, total, {})
                 batches = {int(number): rows for own in world.all_gather(mine) for number, rows in own.items()}
                 fresh = [torch.tensor(batches[number], dtype=torch.float64).T for number in sorted(batches)]
-                strata[level] = torch.cat([strata[level], *fresh])
+                strata[stratum] = torch.cat([strata[stratum], *fresh])
             scored = Scored(graph=graph, levels=tuple(levels), widths=widths, strata=tuple(strata))
             if self.resolve is not None and scored.sureness(scored.least(self.resolve)) >= SURE:
                 break
@@ -111,39 +112,8 @@ class BlockScores:
         noise = torch.randn(x0.shape, generator=draw)
         uniform = torch.rand(n, generator=draw)
         if self.strata == "log":
-            level = low * (high / low) ** uniform
-            return x0, conditioning, noise, level, level.double() * math.log(high / low) / (high - low)
+            return x0, conditioning, noise, *log_levels(uniform, low, high)
         return x0, conditioning, noise, low + (high - low) * uniform, torch.ones(n, dtype=torch.float64)
-
-    @torch.no_grad()
-    def differences(
-        self,
-        model: Any,
-        graph: BlockGraph,
-        contract: SamplingContract,
-        x0: torch.Tensor,
-        conditioning: Conditioning,
-        noise: torch.Tensor,
-        sigma: torch.Tensor,
-    ) -> dict[str, torch.Tensor]:
-        """Return w(s) (loss without block - loss with all) of each draw: path -> [n], in float64."""
-        device = next(model.parameters()).device
-        x0, noise, sigma = (tensor.to(device) for tensor in (x0, noise, sigma))
-        conditioning, process = to_device(conditioning, device), contract.process
-        weight = process.elbo_weight(sigma) if self.weighting == "elbo" else torch.ones_like(sigma)
-        x, network = process.add_noise(x0, noise, sigma), as_network(model, contract.embedded_guidance)
-
-        def loss() -> torch.Tensor:
-            error = (x0 - process.tweedie(x, network(x, process.timestep(sigma), conditioning), sigma)).double()
-            return (weight * error.square().mean(dim=tuple(range(1, x.ndim)))).cpu()
-
-        with remember(model, graph) as memory:
-            full = loss()
-            differences = {}
-            for block in graph.blocks:
-                with memory.skipping(block.path):
-                    differences[block.path] = loss() - full
-        return differences
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,17 +161,18 @@ class Scored:
     def sureness(self, count: int) -> float:
         """Return the share of resamplings in which the `count` least important blocks are those of the estimate."""
         chosen = _least(self._means(torch.ones(1, self.draws, dtype=torch.float64)), count)
-        return float((self._resampled(count) == chosen).all(dim=1).double().mean())
+        return float((_least(self._resampled, count) == chosen).all(dim=1).double().mean())
 
     def membership(self, count: int) -> dict[str, float]:
         """Return, for every block, the share of resamplings in which it is among the `count` least important."""
-        shares = self._resampled(count).double().mean(dim=0).tolist()
+        shares = _least(self._resampled, count).double().mean(dim=0).tolist()
         return {block.path: share for block, share in zip(self.graph.blocks, shares, strict=True)}
 
-    def _resampled(self, count: int) -> torch.Tensor:
-        """Return whether each block is among the least important ones, [resamplings, blocks].
+    @cached_property
+    def _resampled(self) -> torch.Tensor:
+        """Means [resamplings, blocks] of draws that are resampled within their strata, all blocks of a draw together.
 
-        The draws are resampled within their strata, all blocks of a draw together (the bootstrap of Efron 1979).
+        The bootstrap of Efron (1979), always by the same draws.
         """
         draw = torch.Generator().manual_seed(0)
         weights = []
@@ -209,7 +180,7 @@ class Scored:
             picks = torch.randint(len(values), (RESAMPLINGS, len(values)), generator=draw)
             times = torch.zeros(RESAMPLINGS, len(values), dtype=torch.float64)
             weights.append(times.scatter_add_(1, picks, torch.ones_like(times)))
-        return _least(self._means(torch.cat(weights, dim=1)), count)
+        return self._means(torch.cat(weights, dim=1))
 
     def _means(self, weights: torch.Tensor) -> torch.Tensor:
         """Return the weighted stratified means [n, blocks]; weights [n, draws] are how often each draw counts."""

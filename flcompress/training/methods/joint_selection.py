@@ -11,13 +11,11 @@ import torch
 
 from flcompress.data.dataset import LatentDataset
 from flcompress.diffusion.contract import SamplingContract
-from flcompress.diffusion.network import to_device
 from flcompress.distributed.world import World
 from flcompress.draws import generator
 from flcompress.errors import PreconditionError
 from flcompress.ir.graph import BlockGraph
-from flcompress.models.network import as_network
-from flcompress.tracing.prefix import remember
+from flcompress.training.methods.skipped_loss import log_levels, skipped_losses
 from flcompress.training.objectives import level_range
 
 Paths = tuple[str, ...]
@@ -51,10 +49,8 @@ class Candidate:
 class JointLoss:
     """J(S) = E[ w(s) (|x0 - x0_hat^(-S)|^2 - |x0 - x0_hat|^2) ], per latent element, on draws that all sets share.
 
-    The expectation is Stage I's, s uniform, but s is drawn with a density proportional to 1 / s, and the loss weighted
-    by the ratio of the two densities: w(s) grows like 1 / s^3 and the error falls like s^2, so that s drawn uniformly
-    would leave nearly all of the variance to the few lowest draws. Levels are an additive golden-ratio sequence, which
-    is spread evenly however many of them a race gets to.
+    The expectation is Stage I's, s uniform, over levels of `log_levels`. They are an additive golden-ratio sequence,
+    which is spread evenly however many of them a race gets to.
 
     Args:
         model: the transformer.
@@ -94,35 +90,19 @@ class JointLoss:
         rows = {int(start): values for own in self._world.all_gather(mine) for start, values in own.items()}
         return torch.cat([torch.tensor(rows[start], dtype=torch.float64) for start in sorted(rows)], dim=1)
 
-    def levels(self, first: int, count: int) -> torch.Tensor:
-        """Return the noise levels [count] of draws from `first` on."""
+    def levels(self, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the noise levels [count] of draws from `first` on, and what each counts."""
         offset = float(torch.rand((), generator=generator(self._seed, "select", "offset")))
         spread = (offset + _GOLDEN * torch.arange(first, first + count, dtype=torch.float64)) % 1.0
-        return (self._low * (self._high / self._low) ** spread).float()
+        level, ratio = log_levels(spread, self._low, self._high)
+        return level.float(), ratio
 
-    @torch.no_grad()
     def _score(self, sets: Sequence[Paths], start: int, count: int) -> torch.Tensor:
         draw = generator(self._seed, "select", start)
         x0, conditioning = self._data.batch(count, draw)
-        noise, level = torch.randn(x0.shape, generator=draw), self.levels(start, count)
-        device = next(self._model.parameters()).device
-        x0, noise, level = (tensor.to(device) for tensor in (x0, noise, level))
-        conditioning, process = to_device(conditioning, device), self._contract.process
-        density = level * math.log(self._high / self._low) / (self._high - self._low)
-        weight = process.elbo_weight(level) * density
-        x = process.add_noise(x0, noise, level)
-        network = as_network(self._model, self._contract.embedded_guidance)
-
-        def loss() -> torch.Tensor:
-            error = (x0 - process.tweedie(x, network(x, process.timestep(level), conditioning), level)).double()
-            return (weight * error.square().mean(dim=tuple(range(1, x.ndim)))).cpu()
-
-        with remember(self._model, self._graph) as memory:
-            full, scores = loss(), []
-            for paths in sets:
-                with memory.skipping(*paths):
-                    scores.append(loss() - full)
-        return torch.stack(scores)
+        noise, (level, ratio) = torch.randn(x0.shape, generator=draw), self.levels(start, count)
+        arguments = (self._model, self._graph, self._contract, sets, x0, conditioning, noise, level)
+        return ratio * skipped_losses(*arguments)
 
 
 @dataclass(frozen=True, kw_only=True)
