@@ -44,7 +44,7 @@ def check(request: Request) -> None:
     for cell in request.cells:
         recipe = cell.load(0)
         if recipe.data is None or recipe.data.moving_digits is None:
-            source = next(iter(recipe.data_spec() or {"none": None}))
+            source = recipe.data.kind if recipe.data is not None else "none"
             raise RequestError(
                 f"cell {cell.name}: data: {source} given, expected moving-digits; a sweep judges its students by that "
                 "benchmark's classifier, so after hours of training there would be nothing to compare"
