@@ -296,7 +296,7 @@ def generate_command(
     click.echo(str(written))
 
 
-@main.command("eval")
+@main.command("eval", cls=BackendCommand)
 @click.argument("run", type=_FOLDER)
 @click.option("--suite", metavar="NAME", help="Such as moving-digits or proxies.  [default: the one that fits the run]")
 @click.option("--clips-per-prompt", type=click.IntRange(min=1), help="Per prompt and seed.  [default: the recipe's]")
@@ -304,6 +304,13 @@ def generate_command(
 @click.option("--prompts", type=_FOLDER, help="Text file, one prompt a line.  [default: the data's held-out prompts]")
 @click.option("--images", type=_FOLDER, help="Folder of first frames, for image-to-video models.")
 @click.option("--against", multiple=True, type=_FOLDER, help="A run, a pipeline folder or a YAML file; repeatable.")
+@click.option(
+    "--backend",
+    "backends",
+    multiple=True,
+    type=BackendName(),
+    help="Judge the student behind this too, beside torch eager; repeatable.",
+)
 @click.option("--dry-run", is_flag=True, help="Count network calls and hours; sample nothing.")
 @moved_model
 @as_json

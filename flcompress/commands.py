@@ -222,6 +222,8 @@ def evaluate(
     prompts: StrPath | None = None,
     images: StrPath | None = None,
     against: Sequence[StrPath] = (),
+    backends: Sequence[str] = (),
+    options: Mapping[str, Any] | None = None,
     dry_run: bool = False,
     model: StrPath | None = None,
     display: Display | None = None,
@@ -237,6 +239,8 @@ def evaluate(
         prompts: text file of prompts, one a line; the data's held-out ones by default.
         images: folder of first frames, for image-to-video models.
         against: runs, stock pipeline folders, or YAML files that name one, to compare with.
+        backends: names of what else runs the student, as for `generate`; each is judged beside torch's.
+        options: of the backends, by name; each goes to every backend that has it.
         dry_run: count the network calls and the hours, and do nothing.
         model: the model folder that the run started from, if it has moved.
         display: where progress is shown; bars on a terminal, else lines.
@@ -245,12 +249,15 @@ def evaluate(
         What the suite's `results.json` below `RUN/eval` holds; of a dry run, the counts.
 
     Raises:
-        RequestError: an unfinished run, another dataset, or too few seeds or clips.
+        RequestError: an unfinished run, another dataset, or too few seeds or clips; a backend that is not exported, an
+            unknown one or option.
+        UnavailableError: a backend cannot run on this machine.
     """
     from flcompress.core.registry import find_suite
     from flcompress.core.suites import SuiteRequest
     from flcompress.distributed.launch import use_free_cores
     from flcompress.progress import default_display
+    from flcompress.runtime.backends.options import choose_backends
 
     if suite is None:
         data = _open_run(run, model).recipe().data
@@ -264,6 +271,7 @@ def evaluate(
         prompts=Path(prompts) if prompts is not None else None,
         images=Path(images) if images is not None else None,
         against=tuple(map(Path, against)),
+        backends=tuple(choose_backends(backends, options)),
         dry_run=dry_run,
     )
     measuring = find_suite(suite)()

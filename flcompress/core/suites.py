@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from flcompress.core.backend import Backend
 from flcompress.progress import Display
 
 
@@ -22,6 +23,7 @@ class SuiteRequest:
         prompts: file of prompts, one a line; the data's held-out ones by default.
         images: folder of first frames, for models that start from one.
         against: runs, stock pipeline folders, or files that name one, to compare with.
+        backends: further ones that run the student, each judged beside torch's.
         dry_run: whether to count the work and do none.
         display: where progress is shown.
     """
@@ -34,6 +36,7 @@ class SuiteRequest:
     prompts: Path | None = None
     images: Path | None = None
     against: tuple[Path, ...] = ()
+    backends: tuple[Backend, ...] = ()
     dry_run: bool = False
 
 

@@ -1,4 +1,4 @@
-"""The teacher and the student of a run behind each backend, as `flcompress bench` times them."""
+"""The teacher and the student of a run behind each backend, as `flcompress bench` times and `eval` samples them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from flcompress.diffusion.contract import SamplingContract
 from flcompress.diffusion.network import Conditioning, Network
 from flcompress.driver.rundir import RunDirectory
 from flcompress.errors import RequestError
+from flcompress.files import key_of
+from flcompress.models.stock_files import folder_digest
+from flcompress.models.tensor_memory import free_gpu_memory
 from flcompress.runtime.manifest import PARTNER_FOLDER
 
 Side = Literal["teacher", "student"]
@@ -27,7 +30,7 @@ COMPONENTS: dict[Side, dict[Role, str]] = {
 
 
 class Sampler:
-    """A model behind a backend, for timing.
+    """A model behind a backend.
 
     Attributes:
         network: what a sampler calls; of two experts both as one.
@@ -105,6 +108,31 @@ class Samplers:
             self.check(backend)
         sides: tuple[Side, ...] = tuple(COMPONENTS) if backend.stock else ("student",)
         return self._eager | {side: self._sampler(backend, side) for side in sides}
+
+    def student(self, backend: Backend) -> Sampler:
+        """Return the student alone, loaded. Raises as `check` does."""
+        if backend not in self._checked:
+            self.check(backend)
+        return self._sampler(backend, "student")
+
+    def identity(self, backend: Backend) -> str:
+        """Return a digest of what decides the student's clips behind a backend: its files and its options."""
+        files = [self._files(backend, "student", role) for role in self._roles("student")]
+        manifests = [backend.manifest(each) for each in files]
+        return key_of(
+            backend=backend.name,
+            options=backend.model_dump(mode="json"),
+            files=[
+                folder_digest(each.stock) if manifest is None else manifest.sha256
+                for each, manifest in zip(files, manifests, strict=True)
+            ],
+        )
+
+    def release(self) -> None:
+        """Free the memory of what was loaded."""
+        self._loaded.clear()
+        self._eager.clear()
+        free_gpu_memory()
 
     def folder(self, side: Side, role: Role) -> Path:
         """Return the folder of a stock transformer."""

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from typing_extensions import override
 
+from flcompress.core.backend import Backend
 from flcompress.core.records import EvalFile
 from flcompress.core.suites import Suite, SuiteRequest
 from flcompress.driver.rundir import RunDirectory
@@ -58,7 +59,7 @@ class MovingDigits(Suite):
         size = run.recipe().evaluation
         clips, seeds = request.clips_per_prompt or size.clips_per_prompt, request.seeds or size.seeds
         with request.display.stage("evaluation") as progress:
-            return evaluate(run, clips, seeds, progress)
+            return evaluate(run, clips, seeds, progress, backends=request.backends)
 
 
 def evaluate(
@@ -67,6 +68,7 @@ def evaluate(
     seeds: int,
     progress: ProgressSink | None = None,
     contenders: Sequence[str] | None = None,
+    backends: Sequence[Backend] = (),
 ) -> dict[str, Any]:
     """Compare the teacher, its shortcuts, the stages and the student of a finished moving-digits run.
 
@@ -79,9 +81,12 @@ def evaluate(
         seeds: independent repetitions, at least 2.
         progress: called after every network evaluation of a batch.
         contenders: names to compare; a partial comparison is returned, but not written.
+        backends: further ones that run the student, each a contender by itself.
 
     Raises:
-        RequestError: an unfinished run, another dataset, unknown contenders, too few seeds or clips.
+        RequestError: an unfinished run, another dataset, unknown contenders, too few seeds or clips; a backend has no
+            export here.
+        UnavailableError: a backend cannot run on this machine.
     """
     recipe = run.recipe()
     if recipe.data is None or recipe.data.moving_digits is None:
@@ -91,7 +96,7 @@ def evaluate(
             "held-out prompts to evaluate with; give --suite proxies"
         )
     run.final().check()
-    known = {contender.name: contender for contender in run_contenders(run)}
+    known = {contender.name: contender for contender in run_contenders(run, backends=backends)}
     for name in contenders or ():
         if name not in known:
             raise RequestError(f"contender {name!r}: {run.path} has {', '.join(known)}")

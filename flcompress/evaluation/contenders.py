@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from flcompress.core.backend import Backend
 from flcompress.core.program import Fact, Program
 from flcompress.diffusion.contract import SamplingContract, resample
-from flcompress.diffusion.network import Conditioning, Network, to_device
+from flcompress.diffusion.network import Conditioning, Network, select, to_device
 from flcompress.driver.rundir import RunDirectory
+from flcompress.errors import RequestError
+from flcompress.evaluation.backends import Sampler, Samplers
 from flcompress.ir.graph import BlockGraph
 from flcompress.models.loading import load_transformer, meta_transformer
 from flcompress.models.network import as_network, half_precision
@@ -48,10 +51,19 @@ class Contender:
     release: Callable[[], None] = lambda: None
 
 
-def run_contenders(run: RunDirectory, device: str = "cpu") -> list[Contender]:
+def run_contenders(run: RunDirectory, device: str = "cpu", backends: Sequence[Backend] = ()) -> list[Contender]:
     """Return the contenders of a finished run, in the order of the tables. Weights are loaded at first use.
 
     On a GPU they compute in bf16, as stock pipelines do there, and only the transformers of one are in memory.
+
+    Args:
+        run: the run.
+        device: what torch computes on.
+        backends: further ones that run the student, each a contender by itself.
+
+    Raises:
+        RequestError: the run has no student that a backend could run, no such export, or a damaged or earlier one.
+        UnavailableError: a backend cannot run on this machine.
     """
     start, final = run.start(), run.final()
     parts = _Transformers(final, start.graph, device)
@@ -75,7 +87,38 @@ def run_contenders(run: RunDirectory, device: str = "cpu") -> list[Contender]:
     if parts.digest("transformer") != parts.digest("original") or final.contract != teacher:
         label = f"student, {final.contract.num_inference_steps} steps"
         contenders.append(parts.contender("student", label, "transformer", final.contract))
+        contenders += [_behind(backend, contenders[-1], Samplers(run, final, backend), parts) for backend in backends]
+    elif backends:
+        raise RequestError(f"--backend: {backends[0].name} given, but {run.path} has trained no student to run")
     return contenders
+
+
+def _behind(backend: Backend, student: Contender, samplers: Samplers, parts: _Transformers) -> Contender:
+    """Return the student behind a backend, which is checked now and loaded at first use."""
+    samplers.check(backend)
+    loaded: list[Sampler] = []
+
+    def network(x: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        if not loaded:
+            parts.release()
+            loaded.append(samplers.student(backend))
+        at_once = len(x) if backend.stock else 1  # a clip at a time is what every export takes
+        clips = [slice(start, start + at_once) for start in range(0, len(x), at_once)]
+        run = loaded[0].network
+        return torch.cat([run(x[index], timestep[index], select(conditioning, index)) for index in clips])
+
+    def release() -> None:
+        loaded.clear()
+        samplers.release()
+
+    return replace(
+        student,
+        name=f"{student.name}-{backend.name}",
+        label=f"{student.label}, {backend.label}",
+        network=network,
+        identity=samplers.identity(backend),
+        release=release,
+    )
 
 
 class _Transformers:
@@ -99,7 +142,7 @@ class _Transformers:
             self._loaded[folder] = load_transformer(folder, self._device, half)
         return self._loaded[folder]
 
-    def _release(self) -> None:
+    def release(self) -> None:
         self._loaded.clear()
         free_gpu_memory()
 
@@ -141,5 +184,5 @@ class _Transformers:
             contract=contract,
             parameters=sum(p.numel() for p in shape.parameters() if id(p) not in skipped_parameters),
             identity=" ".join(decisive),
-            release=self._release,
+            release=self.release,
         )

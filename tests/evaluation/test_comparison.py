@@ -18,6 +18,7 @@ from flcompress.evaluation.contenders import Contender, run_contenders
 from flcompress.models.parts import open_parts
 from flcompress.moving_digits.figures import AVERAGED
 from flcompress.progress import QuietDisplay
+from flcompress.runtime.backends.options import choose_backends
 from tests.evaluation.conftest import make_run
 
 pytestmark = pytest.mark.e2e
@@ -165,3 +166,11 @@ def test_the_suite_gives_the_figures_and_the_keys_that_the_benchmark_always_had(
     ]  # fmt: skip
     facts = {"name", "label", "steps", "guidance", "evaluations", "parameters", "strip"}
     assert all(set(row) == facts | METRICS for row in results["contenders"])
+
+
+def test_a_backend_needs_a_student_and_its_export(run: RunDirectory, model: Path, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"exports/onnx.*: flcompress export .* --format onnx"):
+        evaluate(run, 1, 2, backends=choose_backends(["onnx"]))
+    bare = make_run(tmp_path, model, stages=False)
+    with pytest.raises(RequestError, match=r"--backend: torch given, but .* has trained no student to run"):
+        evaluate(bare, 1, 2, backends=choose_backends(["torch"]))

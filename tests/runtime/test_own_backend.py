@@ -128,8 +128,22 @@ def test_it_generates_and_is_timed(run: RunDirectory, tmp_path: Path) -> None:
     ] * 2
 
 
+def test_its_student_is_judged_beside_torchs(run: RunDirectory, tmp_path: Path) -> None:
+    """A clip at a time, since the program takes no more; the same noises, so the same judgements."""
+    calls = tmp_path / "calls.txt"
+    size = ("--clips-per-prompt", "1", "--seeds", "2")
+    told = command("eval", run.path, *size, "--backend", "program", "--calls-to", calls, "--json", "--quiet")
+    results = json.loads(told)
+    *_, student, behind = results["contenders"]
+    assert (student["name"], behind["name"]) == ("student", "student-program")
+    assert behind["label"] == f"{student['label']}, Exported program"
+    assert behind["digit_accuracy"]["values"] == student["digit_accuracy"]["values"]
+    assert behind["frechet"]["values"] == pytest.approx(student["frechet"]["values"], rel=1e-3)
+    assert len(calls.read_text().splitlines()) == 2 * 32 * run.final().contract.num_inference_steps
+
+
 def test_its_option_is_one_of_the_commands(installed: None) -> None:
-    for name in ("generate", "bench"):
+    for name in ("generate", "bench", "eval"):
         shown = " ".join(command(name, "--help").split())
         assert "|program]" in shown
         assert "--calls-to VALUE Backend program: file that gets a line a call (a path)." in shown

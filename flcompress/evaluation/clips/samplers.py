@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
+from flcompress.core.backend import Backend
 from flcompress.core.program import Program
 from flcompress.diffusion.network import Conditioning, reporting, select, to_device
 from flcompress.diffusion.sampling import sample
@@ -169,9 +170,9 @@ class ProgramMaker:
         self._home.parts.let_go()
 
 
-def makers_of(run: RunDirectory, home: Home) -> list[Maker]:
+def makers_of(run: RunDirectory, home: Home, backends: Sequence[Backend] = ()) -> list[Maker]:
     """Return the contenders of a run, in the order of the tables."""
-    return [ProgramMaker(contender, home) for contender in run_contenders(run, home.device)]
+    return [ProgramMaker(contender, home) for contender in run_contenders(run, home.device, backends)]
 
 
 def student_of(path: Path, home: Home, names: Sequence[str]) -> Maker:
