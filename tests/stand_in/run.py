@@ -1,0 +1,133 @@
+"""Take tiny pipelines through every part of the package on the stand-in device; write what it counted.
+
+python -m tests.stand_in.run OUT.json FAMILY...
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+CLIPS = 5
+RECIPE = """
+version: 1
+model: {{path: {model}}}
+sampling:
+  {{num_inference_steps: 2, guidance_scale: {guidance}, max_sequence_length: 16, num_frames: {size[0]},
+   height: {size[1]}, width: {size[2]}}}
+data: {{latents: {data}}}
+training: {{precision: bf16, health: {{on_breach: warn, samples: 1}}, log_to: []}}
+passes:
+  - importance: {{draws: 8, noise_levels: 1, batch: 8}}
+  - stochastic-depth: {{remove: 0.1, steps: 1, batch: 2}}
+  - prune: {{remove: 0.1}}
+  - dmd: {{inter_cfg: [{guidance}, {guidance}], intra_cfg: [0.0, 0.5], student_steps: 2, steps: 1, critic_updates: 1,
+      batch: 2}}
+exports: [diffusers]
+"""
+
+
+def main(out: Path, families: list[str]) -> None:
+    """Write family -> counts to `out`, or family -> {"error": ...}."""
+    with tempfile.TemporaryDirectory() as folder:
+        from tests.stand_in.hooks import register
+
+        register(Path(folder))  # before all that imports torch
+        results: dict[str, Any] = {"refused": _refused()}
+        for family in families:
+            try:
+                results[family] = _counts(family, Path(folder) / family)
+            except Exception:  # noqa: BLE001 (the test prints it)
+                results[family] = {"error": traceback.format_exc()}
+    out.write_text(json.dumps(results))
+
+
+def _refused() -> list[str]:
+    """Return which mistakes the device refuses, as a real one does."""
+    import torch
+
+    from tests.stand_in.device import StandIn
+
+    with StandIn():
+        here, there = torch.ones(3, device="cuda"), torch.ones(3)
+        mistakes: dict[str, Callable[[], Any]] = {
+            "mixture": lambda: here + there,
+            "weight": lambda: torch.nn.Linear(3, 3)(here),
+            "index": lambda: there[torch.zeros(2, dtype=torch.long, device="cuda")],
+            "generator": lambda: torch.randn(3, device="cuda", generator=torch.Generator()),
+            "numpy": here.numpy,
+        }
+        allowed: dict[str, Callable[[], Any]] = {
+            "number": lambda: here * torch.tensor(2.0),
+            "host index": lambda: here[torch.zeros(2, dtype=torch.long)],
+        }
+        return [name for name, call in {**mistakes, **allowed}.items() if _fails(call)]
+
+
+def _fails(call: Callable[[], Any]) -> bool:
+    try:
+        call()
+    except (RuntimeError, TypeError):
+        return True
+    return False
+
+
+def _counts(family: str, home: Path) -> Any:
+    from flcompress.core.steps import Pass
+    from flcompress.data.encoding import encode, folder_request
+    from flcompress.driver.manager import apply
+    from flcompress.progress import QuietDisplay
+    from flcompress.runtime.generate import generate
+    from flcompress.training.distillation import samples, student_monitor
+    from flcompress.training.loop import _Run
+    from flcompress.training.role import TrainedRole
+    from tests.families.pipelines import TINY, save
+    from tests.fixtures.video_files import write_video
+    from tests.stand_in.device import StandIn
+
+    tiny, model = TINY[family], save(family, home / "model")
+    frames, height, width = tiny.size
+    for number in range(CLIPS):
+        write_video(home / "videos" / f"{number}.mp4", frames=frames, height=height, width=width, seed=number)
+    rows = [{"file": f"{number}.mp4", "caption": "a three drifting up"} for number in range(CLIPS)]
+    (home / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    recipe = home / "recipe.yaml"
+    recipe.write_text(RECIPE.format(model=model, data=home / "data", size=tiny.size, guidance=tiny.guidance))
+    device = StandIn()
+
+    def phased(function: Callable[..., Any], name: Callable[[Any], str]) -> Callable[..., Any]:
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            with device.during(name(self)):
+                return function(self, *args, **kwargs)
+
+        return call
+
+    gc.freeze()  # collections between passes are not to walk over what was imported
+    with (
+        device,
+        mock.patch.object(student_monitor, "REDRAWS", 0),  # the same calls many times over
+        mock.patch.object(samples, "TEACHER_REDRAWS", 0),
+        mock.patch.object(Pass, "__call__", phased(Pass.__call__, lambda step: str(step.name))),
+        mock.patch.object(TrainedRole, "update", phased(TrainedRole.update, lambda role: f"update of {role.name}")),
+        mock.patch.object(_Run, "evaluate", phased(_Run.evaluate, lambda run: "evaluation")),
+    ):
+        with device.during("encode"):
+            request = folder_request(
+                model, home / "captions.jsonl", home / "data", home / "videos", max_sequence_length=16
+            )
+            encode(request, QuietDisplay())
+        run = apply(recipe, home / "run", display=QuietDisplay())
+        with device.during("generate"):
+            generate(run.path, "a three drifting up", "torch", home / "out.gif", seed=0)
+    return device.counts()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,53 @@
+"""Placement, synchronisations and kernels of every part on a device that says it is cuda, for three families."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="no g++: the stand-in device compiles its hooks"),
+    pytest.mark.skipif(torch.version.cuda is not None, reason="torch is built with CUDA, whose hooks stay its own"),
+]
+
+FAMILIES = ("wan", "hunyuan-video", "cogvideox")
+UPDATES = ("update of stochastic_depth", "update of fake_score", "update of generator")
+PHASES = ("encode", "importance", "stochastic-depth", "dmd", "evaluation", "generate", *UPDATES)
+
+
+@pytest.fixture(scope="module")
+def counts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    out = tmp_path_factory.mktemp("stand-in") / "counts.json"
+    command = [sys.executable, "-m", "tests.stand_in.run", str(out), *FAMILIES]
+    subprocess.run(command, check=True, cwd=Path(__file__).parents[2], env=os.environ | {"OMP_NUM_THREADS": "1"})
+    result: dict[str, Any] = json.loads(out.read_text())
+    return result
+
+
+def test_the_device_refuses_what_cuda_refuses(counts: dict[str, Any]) -> None:
+    assert counts["refused"] == ["mixture", "weight", "index", "generator", "numpy"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_devices_are_mixed(counts: dict[str, Any], family: str) -> None:
+    """Encoding, every stage with its held-out evaluations, export and generation, of which each uses the device."""
+    assert "error" not in counts[family], counts[family]["error"]
+    assert set(PHASES) <= {phase for phase, number in counts[family]["operations"] if number > 100}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_work_of_the_transformer_is_in_half_precision(counts: dict[str, Any], family: str) -> None:
+    for phase in ("importance", "evaluation", *UPDATES):
+        work = {dtype: flops for name, dtype, flops in counts[family]["products"] if name == phase}
+        assert work["bf16"] > 0.99 * sum(work.values()), phase
+        kernels = {kernel for name, kernel, *_ in counts[family]["attention"] if name == phase}
+        assert {kernel.split()[1] for kernel in kernels} == {"bf16"}, phase
