@@ -68,8 +68,9 @@ AREAS: dict[str, Owners] = {
     | {f"{TRAINING}/objectives.py": (*ROLES, "tests/diffusion/test_experts.py")}
     | {
         f"{TRAINING}/distillation/{name}.py": ROLES
-        for name in ("critic_lag", "guided_teacher", "simulation", "discriminator", "samples")
+        for name in ("critic_lag", "guided_teacher", "simulation", "discriminator")
     }
+    | {f"{TRAINING}/distillation/samples.py": (*ROLES, "tests/training/watching/test_redraws.py")}
     | {f"{TRAINING}/engines/{name}.py": ROLES for name in ("optimiser", "replicated")},
     "lora": {
         f"{TRAINING}/shared_base.py": ("tests/training/test_shared_base.py",),
