@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from flcompress.models.families import family_of, known_families
+from flcompress.models.families.cogvideox import positions
 from flcompress.models.families.conversions import (
     even_sigmas,
     pack,
@@ -311,3 +312,23 @@ def test_noise_is_drawn_in_the_order_of_the_stock_pipeline(family: Any) -> None:
     expected = torch.randn(1, 2, 1, 4, 4, generator=torch.Generator().manual_seed(1))
     assert torch.equal(noise, expected)  # one frame: frames and channels in whatever order
     assert all(family_of(name) is family for name in (*family.pipelines, *family.transformers))
+
+
+@pytest.mark.parametrize("size", [(9, 4, 6), (13, 6, 4)])
+def test_the_sine_positions_of_an_exported_cogvideox_are_stocks(size: tuple[int, int, int]) -> None:
+    """At the size of the stock module's table and at another; scales that differ over space and time."""
+    from diffusers.models.embeddings import CogVideoXPatchEmbed
+
+    frames, height, width = size
+    stock = CogVideoXPatchEmbed(
+        embed_dim=64,
+        sample_height=4,
+        sample_width=6,
+        sample_frames=9,
+        max_text_seq_length=5,
+        spatial_interpolation_scale=1.875,
+        temporal_interpolation_scale=1.25,
+    )
+    expected = stock._get_positional_embeddings(height, width, frames)
+    assert expected.shape == (1, 5 + ((frames - 1) // 4 + 1) * (height // 2) * (width // 2), 64)
+    torch.testing.assert_close(positions(stock, height, width, frames).double(), expected, rtol=0.0, atol=2e-6)
