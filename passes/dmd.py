@@ -174,11 +174,11 @@ class DistributionMatching(Optimisation, Pass):
 
     @override
     def apply(self, program: Program, context: PassContext) -> Program:
-        from flcompress.core.records import RESULT_FILE, DmdResult
+        from flcompress.core.records import RESULT_FILE, StudentResult
         from flcompress.diffusion.student import student_contract
         from flcompress.models.loading import load_transformer, save_transformer
         from flcompress.training.distillation.roles import Roles
-        from flcompress.training.distillation.student_monitor import student_watch
+        from flcompress.training.distillation.student_monitor import critic_limits, student_watch
         from flcompress.training.engines import engine_of
         from flcompress.training.loop import train
         from flcompress.training.shared_base import first_difference, merge
@@ -203,7 +203,13 @@ class DistributionMatching(Optimisation, Pass):
             name=self.name,
             steps=self.steps,
             batch=self.batch,
-            watch=student_watch(context, self.name, roles.health),
+            watch=student_watch(
+                context,
+                self.name,
+                roles.health,
+                guidance="inter_cfg and intra_cfg",
+                limits=critic_limits(context),
+            ),
         )
         weights = roles.generator.averaged_state()
         target = context.directory / "transformer"
@@ -220,5 +226,5 @@ class DistributionMatching(Optimisation, Pass):
                 "steps": steps,
                 "seconds": context.earlier_seconds + time.monotonic() - started,
             }
-            DmdResult(**result).write(context.directory / RESULT_FILE)
+            StudentResult(**result).write(context.directory / RESULT_FILE)
         return replace(program.with_component("transformer", target), contract=contract)

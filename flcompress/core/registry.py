@@ -28,6 +28,7 @@ PASSES: dict[str, str] = {
     "stochastic-depth": "flcompress.passes.stochastic_depth:StochasticDepth",
     "prune": "flcompress.passes.prune:Prune",
     "dmd": "flcompress.passes.dmd:DistributionMatching",
+    "consistency": "flcompress.passes.consistency:Consistency",
     "train-autoencoder": "flcompress.passes.train_autoencoder:TrainAutoencoder",
     "pretrain": "flcompress.passes.pretrain:Pretrain",
 }

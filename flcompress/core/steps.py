@@ -18,6 +18,7 @@ from flcompress.progress import ProgressSink
 
 if TYPE_CHECKING:
     from flcompress.data.dataset import LatentDataset
+    from flcompress.diffusion.contract import SamplingContract
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +198,13 @@ class Pass(BaseModel, ABC):
 
     def check(self, training: Training) -> None:
         """Refuse, before any work, a training that this pass cannot be part of. Raises RequestError."""
+
+    def check_model(self, contract: SamplingContract) -> None:
+        """Refuse, before any work, a model that is sampled in a way that this pass cannot follow. Raises RequestError.
+
+        Args:
+            contract: how the recipe's model is sampled.
+        """
 
     @abstractmethod
     def apply(self, program: Program, context: PassContext) -> Program:

@@ -12,6 +12,11 @@ from typing_extensions import override
 
 from flcompress.diffusion.schedulers import NUM_TRAIN_TIMESTEPS
 
+SIGMA_DATA = 0.5
+"""d of the boundary condition of consistency models (Song et al. 2023, appendix C)."""
+TIMESTEP_SCALING = 10.0
+"""What LCM multiplies an integer timestep by in it (Luo et al. 2023)."""
+
 
 def expand_to(level: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Reshape a level [n] so that it multiplies a tensor of `like`'s rank."""
@@ -37,6 +42,13 @@ class Process(ABC):
     @abstractmethod
     def tweedie(self, x: torch.Tensor, prediction: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
         """Return the posterior mean E[x0 | x] (Efron 2011, "Tweedie's formula and selection bias")."""
+
+    def consistency(self, x: torch.Tensor, prediction: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+        """Return a consistency function f(x, level), for which f(x, 0) = x (Song et al. 2023, eq. 5).
+
+        Tweedie's formula, where that holds of it already.
+        """
+        return self.tweedie(x, prediction, level)
 
     @abstractmethod
     def step(
@@ -119,6 +131,13 @@ class Discrete(Process):
     def tweedie(self, x: torch.Tensor, prediction: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
         a, b = self._coefficients(level, x)
         return a * x - b * prediction if self._velocity else (x - b * prediction) / a
+
+    @override
+    def consistency(self, x: torch.Tensor, prediction: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+        # c_skip x + c_out x0_hat, with c_skip = d^2 / (t^2 + d^2) and c_out = t / sqrt(t^2 + d^2), t scaled.
+        t = expand_to(TIMESTEP_SCALING * self.timestep(level).clamp(min=0.0), x)
+        square = t.square() + SIGMA_DATA**2
+        return SIGMA_DATA**2 / square * x + t / square.sqrt() * self.tweedie(x, prediction, level)
 
     @override
     def step(

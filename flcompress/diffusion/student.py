@@ -13,7 +13,11 @@ OTHER_SPACINGS = ("use_dynamic_shifting", "use_karras_sigmas", "use_exponential_
 
 
 def student_contract(
-    teacher: SamplingContract, num_inference_steps: int, pipeline_sigmas: PipelineSigmas | None = None
+    teacher: SamplingContract,
+    num_inference_steps: int,
+    pipeline_sigmas: PipelineSigmas | None = None,
+    *,
+    by: str = "dmd",
 ) -> SamplingContract:
     """Return the few-step contract: levels 1, (N-1)/N ... 1/N under the teacher's shift, no guidance.
 
@@ -27,25 +31,31 @@ def student_contract(
 
     Where the pipeline hands over the sigmas, they are the wanted ones (or, Mochi's, fixed), and K alone is left.
 
+    Args:
+        teacher: the model's own contract.
+        num_inference_steps: the student's.
+        pipeline_sigmas: the sigmas that the stock pipeline hands over.
+        by: name of the pass that asks, for errors.
+
     Raises:
         ModelError: steps that do not divide the timesteps of a discrete process.
     """
     if teacher.prediction != "flow":
-        name, config = DISCRETE_SCHEDULER, _discrete(teacher, num_inference_steps)
+        name, config = DISCRETE_SCHEDULER, _discrete(teacher, num_inference_steps, by)
     else:
         name, config = FLOW_SCHEDULER, _flow(teacher, num_inference_steps, pipeline_sigmas)
     unguided = _without_guidance(replace(teacher, scheduler_class=name, scheduler=freeze(config), mu=None))
     student = resample(unguided, num_inference_steps, pipeline_sigmas)
-    _check_experts(student)
+    _check_experts(student, by)
     return student if student.guided else replace(student, negative_prompt="")
 
 
-def _discrete(teacher: SamplingContract, num_inference_steps: int) -> dict[str, Any]:
+def _discrete(teacher: SamplingContract, num_inference_steps: int, by: str) -> dict[str, Any]:
     """Return the scheduler that starts at the last timestep, pure noise, whatever the teacher's spacing."""
     config = dict(teacher.scheduler)
     if config["num_train_timesteps"] % num_inference_steps:
         raise ModelError(
-            f"dmd.student_steps: {num_inference_steps} given, expected a divisor of the scheduler's "
+            f"{by}.student_steps: {num_inference_steps} given, expected a divisor of the scheduler's "
             f"{config['num_train_timesteps']} timesteps, such as 4"
         )
     if teacher.prediction == "epsilon" and config["rescale_betas_zero_snr"]:
@@ -81,20 +91,20 @@ def _without_guidance(teacher: SamplingContract) -> SamplingContract:
     return replace(teacher, guidance_scale=high, experts=replace(experts, guidance_scale=low))
 
 
-def _check_experts(student: SamplingContract) -> None:
+def _check_experts(student: SamplingContract, by: str) -> None:
     """Raise ModelError if the compressed expert is never called, or its partner was distilled for other steps."""
     if (experts := student.experts) is None:
         return
     steps = student.num_inference_steps
     if experts.partner_steps not in (None, steps):
         raise ModelError(
-            f"dmd.student_steps: {steps} given, expected {experts.partner_steps}: the partner that model.partner names "
-            "was distilled for that many"
+            f"{by}.student_steps: {steps} given, expected {experts.partner_steps}: the partner that model.partner "
+            "names was distilled for that many"
         )
     if not student.own_steps:
         timesteps = ", ".join(f"{timestep:.4g}" for timestep in student.timesteps)
         raise ModelError(
-            f"dmd.student_steps: {steps} given, but none of its timesteps ({timesteps}) is the "
+            f"{by}.student_steps: {steps} given, but none of its timesteps ({timesteps}) is the "
             f"{experts.compressed}-noise expert's, which answers "
             f"{'from' if experts.compressed == 'high' else 'below'} {experts.boundary:g}; give more steps"
         )

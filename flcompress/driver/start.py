@@ -59,14 +59,16 @@ def check_sampling(recipe: Recipe, source: Source) -> None:
     """Check, before any work, that the recipe's model can be sampled as the recipe says.
 
     Raises:
-        RequestError: the scheduler has no steps for a student, or nothing would use the negative prompt.
+        RequestError: a pass cannot follow how the model is sampled, the scheduler has no steps for a student, or
+            nothing would use the negative prompt.
     """
     from flcompress.models.families import family_of
 
     contract, sigmas = source.contract, family_of(source.index["_class_name"]).sigmas
     for step in recipe.passes:
+        step.check_model(contract)
         if Fact.FEW_STEP in step.gives:
-            student_contract(contract, step.evaluations(contract.evaluations), sigmas)
+            student_contract(contract, step.evaluations(contract.evaluations), sigmas, by=step.name)
     if contract.negative_prompt and not contract.guided and not any(step.guides for step in recipe.passes):
         raise RecipeError(
             f"{recipe.where('sampling')}.negative_prompt: given, but neither the model (guidance_scale 1) nor a pass "

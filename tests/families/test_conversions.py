@@ -18,6 +18,7 @@ from flcompress.models.families.conversions import (
     velocity_to,
     with_first,
 )
+from flcompress.models.families.shared import GUIDANCE
 
 pytestmark = pytest.mark.e2e
 
@@ -131,6 +132,8 @@ def test_hunyuan_video(hunyuan_given: dict[str, torch.Tensor]) -> None:
     assert {name: made[name] for name in hunyuan_given} == hunyuan_given
     assert made["guidance"].tolist() == [6000.0, 6000.0]
     assert family.arguments(HUNYUAN_CONFIG, x, T, hunyuan_given, 1.5)["guidance"].tolist() == [1500.0, 1500.0]
+    each = {**hunyuan_given, GUIDANCE: torch.tensor([2.0, 7.5])}
+    assert family.arguments(HUNYUAN_CONFIG, x, T, each, 1.5)["guidance"].tolist() == [2000.0, 7500.0]
     assert "guidance" not in family.arguments({**HUNYUAN_CONFIG, "guidance_embeds": False}, x, T, hunyuan_given, 1.5)
     assert family.prediction(HUNYUAN_CONFIG, x, x, T, hunyuan_given) is x
     assert family.start(x, hunyuan_given) is x
@@ -259,6 +262,8 @@ def test_flux() -> None:
     assert made["timestep"].tolist() == [0.25, 1.0]
     assert made["guidance"].tolist() == [3.5, 3.5]
     assert family.arguments({"guidance_embeds": True}, x, T, given, 2.0)["guidance"].tolist() == [2.0, 2.0]
+    each = {**given, GUIDANCE: torch.tensor([2.0, 7.5])}
+    assert family.arguments({"guidance_embeds": True}, x, T, each, 1.5)["guidance"].tolist() == [2.0, 7.5]
     assert "guidance" not in family.arguments({"guidance_embeds": False}, x, T, given, 2.0)
     assert made["img_ids"].tolist() == [[0.0, row, column] for row in range(2) for column in range(3)]
     assert made["txt_ids"].tolist() == [[0.0, 0.0, 0.0]] * 3

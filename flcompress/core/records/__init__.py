@@ -31,7 +31,6 @@ from flcompress.core.records.passes import (
     BlockScore,
     BreachLine,
     CandidateRow,
-    DmdResult,
     HealthFile,
     ImportanceResult,
     LimitPart,
@@ -40,6 +39,7 @@ from flcompress.core.records.passes import (
     SelectResult,
     StepsResult,
     StochasticDepthResult,
+    StudentResult,
 )
 from flcompress.core.records.run import (
     Attempt,
@@ -69,7 +69,6 @@ __all__ = [
     "ClipPart",
     "ContenderRow",
     "ContractPart",
-    "DmdResult",
     "EngineManifest",
     "EntryFile",
     "EvalFile",
@@ -99,6 +98,7 @@ __all__ = [
     "Spread",
     "StepsResult",
     "StochasticDepthResult",
+    "StudentResult",
     "SweepCell",
     "SweepFile",
     "TeacherResult",

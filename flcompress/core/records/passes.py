@@ -105,8 +105,8 @@ class StepsResult(Record):
     heldout_mean_square_error: FiniteFloat | None = None
 
 
-class DmdResult(Record):
-    """`result.json` of dmd: the student's schedule."""
+class StudentResult(Record):
+    """`result.json` of dmd and consistency: the student's schedule."""
 
     sigmas: list[FiniteFloat]
     timesteps: list[FiniteFloat]

@@ -72,8 +72,7 @@ class Flux(PackedImage):
             "img_ids": positions.reshape(rows * columns, 3),
         }
         if config["guidance_embeds"]:
-            scale = self.embedded_guidance if guidance is None else guidance
-            arguments["guidance"] = torch.full_like(timestep, float(scale or 1.0))
+            arguments["guidance"] = self.guidance_input(timestep, conditioning, guidance)
         return arguments
 
     @override

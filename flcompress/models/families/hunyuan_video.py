@@ -98,8 +98,7 @@ class HunyuanVideo(TrueGuidance):
         prompt = {name: conditioning[name] for name in self.prompt_names}
         arguments = {"hidden_states": x, "timestep": timestep, **prompt}
         if config["guidance_embeds"]:
-            scale = self.embedded_guidance if guidance is None else guidance
-            arguments["guidance"] = torch.full_like(timestep, 1000.0 * float(scale or 1.0))
+            arguments["guidance"] = self.guidance_input(timestep, conditioning, guidance, 1000.0)
         return arguments
 
     @override

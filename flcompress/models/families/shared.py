@@ -15,6 +15,9 @@ from flcompress.models.families.family import Config, Family, LatentShape
 POOLED = ("encoder_hidden_states", "pooled_projections")
 MASKED = ("encoder_hidden_states", "encoder_attention_mask")
 
+GUIDANCE = "guidance"
+"""Entry of the conditioning that gives each sample an embedded guidance scale of its own, [n]."""
+
 DOUBLE_STREAM_STACKS = {"double_blocks": "transformer_blocks", "single_blocks": "single_transformer_blocks"}
 """Original lists of blocks -> stock ones, of FLUX.1 and HunyuanVideo, whose double and single blocks are the same."""
 
@@ -58,6 +61,22 @@ class TrueGuidance(Family):
     @override
     def sigmas(self, steps: int, scheduler: Config) -> Sequence[float] | None:
         return even_sigmas(steps)
+
+    def guidance_input(
+        self, timestep: torch.Tensor, conditioning: Conditioning, guidance: float | None, unit: float = 1.0
+    ) -> torch.Tensor:
+        """Return what the network takes as its guidance, [n], in fp32.
+
+        Args:
+            timestep: [n].
+            conditioning: may give every sample a scale of its own, as `GUIDANCE`.
+            guidance: the scale of the others; the family's usual one where None.
+            unit: the network's input for a scale of 1.
+        """
+        if GUIDANCE in conditioning:
+            return unit * conditioning[GUIDANCE].to(timestep)
+        scale = self.embedded_guidance if guidance is None else guidance
+        return torch.full_like(timestep, unit * float(scale or 1.0))
 
 
 class PackedImage(TrueGuidance):

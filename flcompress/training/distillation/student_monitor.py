@@ -1,4 +1,4 @@
-"""Watch a student while it is distilled (stage III): its samples, the critic's lag, the gradient's normaliser."""
+"""Watch a student while it is distilled: its samples and, of distribution matching, its critic and its gradient."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class StudentEvaluation:
         batch: samples of a training step, over all processes; samples are generated in batches of the training size.
         generator: the trained role. Its moving average is kept, so that is what is sampled.
         student: the generator as a network.
-        fake: the fake score.
-        real: the real score.
+        real: the teacher, or real score.
+        fake: the fake score; None where nothing follows the student's distribution.
         score_range: lowest and highest noise level at which the scores are compared, before the shift.
     """
 
@@ -45,9 +45,9 @@ class StudentEvaluation:
         batch: int,
         generator: TrainedRole,
         student: Network,
-        fake: Network,
         real: Network,
-        score_range: tuple[float, float],
+        fake: Network | None = None,
+        score_range: tuple[float, float] = (0.0, 1.0),
     ) -> None:
         self._context, self._contract, self._generator = context, contract, generator
         self._student, self._fake, self._real = student, fake, real
@@ -61,7 +61,9 @@ class StudentEvaluation:
         """Sample the student; return the figures of a step."""
         with self._generator.with_average():
             figures = self._samples.figures(step, self._student, self._contract)
-        lag, highest = self._lag(), self._context.health.max_critic_lag
+        if self._fake is None:
+            return figures
+        lag, highest = self._lag(self._fake), self._context.health.max_critic_lag
         self._lagging = highest is not None and lag > highest
         return {**figures, "critic_lag": lag}
 
@@ -71,11 +73,12 @@ class StudentEvaluation:
             draws = [
                 self._samples.redraw_figures(draw, self._student, self._contract) for draw in range(1, 1 + REDRAWS)
             ]
-        if self._lagging:
-            draws = [{**figures, "critic_lag": self._lag(draw)} for draw, figures in enumerate(draws, start=1)]
+        if self._fake is not None and self._lagging:
+            fake = self._fake
+            draws = [{**figures, "critic_lag": self._lag(fake, draw)} for draw, figures in enumerate(draws, start=1)]
         return Redraws(draws, self._samples.teacher_figures())
 
-    def _lag(self, draw: int = 0) -> float:
+    def _lag(self, fake: Network, draw: int = 0) -> float:
         """Return the fake score's lag behind the generator's live weights, at one level for each sample."""
         _, fresh = self._prompts.sample(self._student, self._contract, draw)
         total, world = self._prompts.total, self._context.world
@@ -88,16 +91,31 @@ class StudentEvaluation:
         noise = draws.normal(*fresh.shape[1:]).to(fresh.device)
         process, conditioning = self._contract.process, self._prompts.conditioning
         return critic_lag(
-            self._fake, self._real, process, fresh, conditioning, level, noise, at_once=self._at_once, world=world
+            fake, self._real, process, fresh, conditioning, level, noise, at_once=self._at_once, world=world
         )
 
 
-def student_watch(context: PassContext, name: str, health: StudentEvaluation | None) -> Watch:
-    """Return the watch over a distillation; without samples it judges only what the steps report."""
-    limits, none = context.health, (None, None)
-    low, high = limits.deviation or none
-    slow, fast = limits.motion or none
-    over_driven = "train for fewer steps, lower learning_rate, or lower inter_cfg and intra_cfg"
+def student_watch(
+    context: PassContext,
+    name: str,
+    health: StudentEvaluation | None,
+    *,
+    guidance: str,
+    limits: Mapping[str, Limit] | None = None,
+) -> Watch:
+    """Return the watch over a distillation; without samples it judges only what the steps report.
+
+    Args:
+        context: the pass's.
+        name: the pass's.
+        health: the held-out evaluations.
+        guidance: the pass's arguments that decide how strongly the teacher is guided.
+        limits: figure -> limit, in addition to those of samples.
+    """
+    settings, none = context.health, (None, None)
+    low, high = settings.deviation or none
+    slow, fast = settings.motion or none
+    over_driven = f"train for fewer steps, lower learning_rate, or lower {guidance}"
     return Watch(
         context,
         name=name,
@@ -107,16 +125,24 @@ def student_watch(context: PassContext, name: str, health: StudentEvaluation | N
         limits={
             "sample_deviation": Limit(setting="deviation", low=low, high=high, fix=over_driven),
             "sample_motion": Limit(setting="motion", low=slow, high=fast, fix=over_driven),
-            "sample_saturation": Limit(setting="max_saturation", high=limits.max_saturation, fix=over_driven),
-            "critic_lag": Limit(
-                setting="max_critic_lag",
-                high=limits.max_critic_lag,
-                fix="raise critic_updates or critic_learning_rate, or lower learning_rate",
-            ),
-            "normaliser_min": Limit(
-                setting="min_normaliser",
-                low=limits.min_normaliser,
-                fix="a sample at the teacher has an exploding gradient: train for fewer steps, or lower inter_cfg",
-            ),
+            "sample_saturation": Limit(setting="max_saturation", high=settings.max_saturation, fix=over_driven),
+            **(limits or {}),
         },
     )
+
+
+def critic_limits(context: PassContext) -> dict[str, Limit]:
+    """Return the limits of distribution matching on its critic and on its gradient's normaliser."""
+    settings = context.health
+    return {
+        "critic_lag": Limit(
+            setting="max_critic_lag",
+            high=settings.max_critic_lag,
+            fix="raise critic_updates or critic_learning_rate, or lower learning_rate",
+        ),
+        "normaliser_min": Limit(
+            setting="min_normaliser",
+            low=settings.min_normaliser,
+            fix="a sample at the teacher has an exploding gradient: train for fewer steps, or lower inter_cfg",
+        ),
+    }

@@ -24,9 +24,10 @@ PASSES = (
     f"stochastic-depth: {{{DEPTH}, steps: 2, target: ema}}",
     "prune: {remove: 0.3, by: middle}",
     f"dmd: {{{MATCHING}, steps: 2, intra_cfg: [0.2, 0.3]}}",
+    "consistency: {student_steps: 2, levels: 4, batch: 4, steps: 2, learning_rate: 0.1}",
 )
-UPDATES = 12
-"""Eight, then two of the critic and two of the generator."""
+UPDATES = 14
+"""Eight, then two of the critic and two of the generator, and two of consistency."""
 SHORT = (
     f"stochastic-depth: {{{DEPTH}, steps: 2, target: self}}",
     f"dmd: {{{MATCHING}, steps: 1}}",
