@@ -21,7 +21,9 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 TEACHER_BYTES = 25 * 1024 * 1024
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted([*RECIPES.glob("*.yaml"), *RECIPES.glob("field/*.yaml")]), ids=lambda path: path.name
+)
 def test_every_recipe_passes_the_checks_before_any_work(path: Path, tmp_path: Path) -> None:
     check(load_recipe(path), RunDirectory(tmp_path / "run"), plan=True)  # real models are here as configurations
     assert not (tmp_path / "run").exists()

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from flcompress.core.program import Fact
 from flcompress.errors import RequestError
 from flcompress.sweeps.request import read_request
 
@@ -117,6 +118,19 @@ def test_faults_of_a_file_are_one_line(recipe: Path, content: dict[str, object],
     with pytest.raises(RequestError, match=expected) as fault:
         read_request(sweep(recipe, **content))
     assert "\n" not in str(fault.value)
+
+
+def test_the_methods_of_the_field_train_with_the_same_number_of_network_calls() -> None:
+    """A forward counts as one, a backward as two; of what makes few steps, not of what comes before it."""
+    calls = {}
+    for cell in read_request(Path("recipes/sweeps/field.yaml")).cells:
+        *before, last = cell.load(0).passes
+        share = 1.0
+        for step in before:
+            share = step.remaining(share)
+        assert Fact.FEW_STEP in last.gives
+        calls[cell.name] = last.cost(share, 1, 1.0).forwards
+    assert calls == pytest.approx(dict.fromkeys(calls, calls["ours"]), rel=0.03)
 
 
 def test_shipped_sweeps_are_read() -> None:
