@@ -14,7 +14,7 @@ from flcompress.core.program import CHOICE_NEEDS, Fact, Program
 from flcompress.core.steps import Cost, Pass, PassContext, Role
 from flcompress.errors import PreconditionError
 from flcompress.ir.graph import BlockGraph
-from flcompress.ir.selection import By, choose
+from flcompress.ir.selection import By, choose, score_of
 
 
 class Prune(Pass):
@@ -35,7 +35,8 @@ class Prune(Pass):
     remove: float = Field(gt=0, lt=1, description="share of the transformer's parameters to remove, at least")
     by: By = Field(
         "importance",
-        description="which blocks go: the least important, the set that select found, random ones, or the middle",
+        description="which blocks go: the least important, the set that select found, those of the lowest temporal "
+        "attention, random ones, or the middle",
     )
 
     @property
@@ -93,14 +94,15 @@ class Prune(Pass):
         )
 
     def _reason(self, graph: BlockGraph, path: str) -> str:
-        importance = graph.block(path).importance
-        if self.by != "importance" or importance is None:
+        score = score_of(graph.block(path), self.by)
+        if score is None:
             return f"chosen by {self.by}"
-        ranked = sorted(block.importance.mean for block in graph.blocks if block.importance)
-        rank = ranked.index(importance.mean) + 1
+        scores = [score_of(block, self.by) for block in graph.blocks]
+        ranked = sorted(score.mean for score in scores if score is not None)
+        least = "least important" if self.by == "importance" else "lowest"
         return (
-            f"importance {importance.mean:.3g} ± {importance.standard_error:.2g}, "
-            f"{rank} of {len(ranked)} from the least important"
+            f"{self.by.replace('-', ' ')} {score.mean:.3g} ± {score.standard_error:.2g}, "
+            f"{ranked.index(score.mean) + 1} of {len(ranked)} from the {least}"
         )
 
 

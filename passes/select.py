@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field, model_validator
 from typing_extensions import override
 
-from flcompress.core.program import Fact, Program
+from flcompress.core.program import CHOICE_NEEDS, Fact, Program
 from flcompress.core.settings import Training
 from flcompress.core.steps import Cost, Pass, PassContext, Role
 from flcompress.errors import PreconditionError
 from flcompress.ir.graph import BlockGraph
-from flcompress.ir.selection import choose
+from flcompress.ir.selection import By, choose
 from flcompress.passes.stochastic_depth import StochasticDepth
 
 if TYPE_CHECKING:
     from flcompress.training.methods.joint_selection import Candidate
 
-RIVALS = ("importance", "middle")
+RIVALS: tuple[By, ...] = ("importance", "temporal-attention", "middle")
 
 
 class Select(Pass):
@@ -31,7 +31,7 @@ class Select(Pass):
     single blocks cannot see that. The set grows by the block that costs least given those already in it (greedy, with
     re-scoring), then single blocks are swapped for near ones. Sets are compared on shared draws, by successive halving.
     The result is compared with the cheapest run of neighbouring blocks, the blocks nearest the middle, and the
-    single-block ranking where `importance` came before; with `recover`, the best `candidates` are each trained for that
+    rankings of single blocks by `importance` and `temporal-attention` where these came before; with `recover`, the best `candidates` are each trained for that
     many steps of stochastic depth, and the lowest held-out loss of the cut path decides.
 
     `stochastic-depth` and `prune` take the set with `by: joint`.
@@ -156,8 +156,8 @@ class Select(Pass):
 
     def _rivals(self, program: Program, graph: BlockGraph) -> dict[str, tuple[str, ...]]:
         """Return the sets that other ways of choosing give."""
-        known = [by for by in RIVALS if by != "importance" or Fact.SCORED in program.facts]
-        return {by: choose(graph, self.remove, by) for by in known}  # type: ignore[arg-type]
+        known = [by for by in RIVALS if CHOICE_NEEDS.get(by, frozenset()) <= program.facts]
+        return {by: choose(graph, self.remove, by) for by in known}
 
     def _recover(self, program: Program, candidate: Candidate, context: PassContext) -> float:
         """Train stochastic depth on a candidate for a few steps; return the held-out loss of the cut path."""

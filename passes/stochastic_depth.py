@@ -44,7 +44,8 @@ class StochasticDepth(Optimisation, Pass):
     remove: float = Field(gt=0, lt=1, description="share of the parameters that the prune set holds, at least")
     by: By = Field(
         "importance",
-        description="which form it: the least important, the set that select found, random ones, or the middle",
+        description="which form it: the least important, the set that select found, those of the lowest temporal "
+        "attention, random ones, or the middle",
     )
     skip_probability: float = Field(0.5, gt=0, le=1, description="probability of each block of the prune set, per step")
     alpha: float = Field(1.0, ge=0, le=1, description="weight of self-distillation against the data")

@@ -41,6 +41,8 @@ class Fact(StrEnum):
     """The transformer's weights come from training, not from a random start."""
     SCORED = "scored"
     """Every block of the graph has an importance."""
+    ATTENTION_SCORED = "attention-scored"
+    """Every block of the graph has a temporal attention."""
     SELECTED = "selected"
     """The prune set was chosen as a set."""
     ELASTIC = "depth-elastic"
@@ -54,6 +56,7 @@ class Fact(StrEnum):
 CHOICE_NEEDS: Mapping[By, frozenset[Fact]] = {
     "importance": frozenset({Fact.SCORED}),
     "joint": frozenset({Fact.SELECTED}),
+    "temporal-attention": frozenset({Fact.ATTENTION_SCORED}),
 }
 """What a choice of blocks needs, where it needs anything."""
 

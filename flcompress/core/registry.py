@@ -24,6 +24,7 @@ from flcompress.errors import RecipeError
 
 PASSES: dict[str, str] = {
     "importance": "flcompress.passes.importance:Importance",
+    "temporal-attention": "flcompress.passes.temporal_attention:TemporalAttention",
     "select": "flcompress.passes.select:Select",
     "stochastic-depth": "flcompress.passes.stochastic_depth:StochasticDepth",
     "prune": "flcompress.passes.prune:Prune",

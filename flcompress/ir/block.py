@@ -67,5 +67,6 @@ class Block:
     outputs: int = 0  # 0: returns a bare tensor; n: a tuple of n
     silent: tuple[int, ...] = ()  # outputs that carry nothing on and are added to something: zero while it is skipped
     importance: Estimate | None = None
+    temporal_attention: Estimate | None = None
     removable: bool | None = None  # None until certified
     reason: str = ""  # why `removable` or `streams` are as they are

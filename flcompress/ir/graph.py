@@ -146,6 +146,10 @@ class BlockGraph:
         """The graph with new scores for the named blocks; RequestError on an unknown path."""
         return self.with_blocks(replace(self.block(path), importance=score) for path, score in importance.items())
 
+    def with_temporal_attention(self, attention: Mapping[str, Estimate]) -> BlockGraph:
+        """The graph with new temporal attentions of the named blocks; RequestError on an unknown path."""
+        return self.with_blocks(replace(self.block(path), temporal_attention=mass) for path, mass in attention.items())
+
     def verify(self) -> None:
         """Raise PostconditionError, naming every fault, unless the graph is one a pass may be given."""
         problems = faults(self.blocks, self.graph, parameters=self.parameters, flops=self.flops)

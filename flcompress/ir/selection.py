@@ -7,10 +7,13 @@ from collections.abc import Collection
 from typing import Literal
 
 from flcompress.errors import PreconditionError
+from flcompress.ir.block import Block, Estimate
 from flcompress.ir.graph import BlockGraph
 
-By = Literal["importance", "joint", "random", "middle"]
-"""How blocks are chosen: the least important, the set that a `select` pass found, random ones, or the middle."""
+By = Literal["importance", "joint", "temporal-attention", "random", "middle"]
+"""How blocks are chosen: the least important, the set that a `select` pass found, those of the lowest temporal attention,
+random ones, or the middle.
+"""
 
 
 def choose(
@@ -25,16 +28,17 @@ def choose(
     """Blocks that together hold at least `share` of the model's parameters, in execution order.
 
     Args:
-        graph: graph of the unpruned transformer; scored if `by` is "importance".
+        graph: graph of the unpruned transformer, with the scores that `by` ranks.
         share: share of the model's parameters to remove, in (0, 1).
-        by: "importance" takes the least important first (FastLightGen, Stage I); "random" and "middle" (the blocks
-            nearest the middle of the depth) are what that choice is compared with.
+        by: "importance" takes the least important first (FastLightGen, Stage I); "temporal-attention" those that attend
+            least to other frames (after F3-Pruning, Su et al. 2024); "random" and "middle" (the blocks nearest the
+            middle of the depth) are what that choice is compared with.
         seed: seed of "random".
         among: choose only from these paths; all blocks where None.
         selected: the set that "joint" takes as it is.
 
     Raises:
-        PreconditionError: the graph is not scored, or the blocks that may go do not hold the share.
+        PreconditionError: the graph lacks the scores, or the blocks that may go do not hold the share.
     """
     if by == "joint":
         held = sum(graph.block(path).parameters for path in selected) / graph.parameters
@@ -47,11 +51,14 @@ def choose(
     blocks = [block for block in graph.blocks if block.removable is not False]
     if among is not None:
         blocks = [block for block in blocks if block.path in among]
-    if by == "importance":
-        unscored = [block.path for block in blocks if block.importance is None]
-        if unscored:
-            raise PreconditionError(f"{unscored[0]}: has no importance; put the importance pass before")
-        blocks.sort(key=lambda block: block.importance.mean if block.importance else 0.0)
+    if by in ("importance", "temporal-attention"):
+        scores = {block.path: score_of(block, by) for block in blocks}
+        means = {path: score.mean for path, score in scores.items() if score is not None}
+        unscored = [path for path in scores if path not in means]
+        # Blocks that see the text alone attend to no frame, so they have no temporal attention, and stay.
+        if unscored and (by == "importance" or not means):
+            raise PreconditionError(f"{unscored[0]}: has no {by.replace('-', ' ')}; put the {by} pass before")
+        blocks = sorted((block for block in blocks if block.path in means), key=lambda block: means[block.path])
     elif by == "random":
         random.Random(seed).shuffle(blocks)
     else:
@@ -71,6 +78,11 @@ def choose(
             f"{sum(block.parameters for block in blocks) / graph.parameters:.3f} and one must stay; ask for less"
         )
     return tuple(block.path for block in graph.blocks if block.path in chosen)
+
+
+def score_of(block: Block, by: By) -> Estimate | None:
+    """Return the score that a choice ranks, the lowest first; None if the block, or the choice, has none."""
+    return {"importance": block.importance, "temporal-attention": block.temporal_attention}.get(by)
 
 
 def u_index(importance: list[float]) -> float | None:

@@ -30,10 +30,18 @@ def to_json(graph: BlockGraph) -> str:
         "parameters": graph.parameters,
         "flops": graph.flops,
         "config_keys": dict(graph.config_keys),
-        "blocks": [asdict(block) for block in graph.blocks],
+        "blocks": [_plain(block) for block in graph.blocks],
         "edges": edges,
     }
     return json.dumps(document, sort_keys=True, allow_nan=False, indent=1) + "\n"
+
+
+def _plain(block: Block) -> dict[str, Any]:
+    """Return a block as JSON has it; a graph without temporal attention is written, and hashed, as before it existed."""
+    values = asdict(block)
+    if block.temporal_attention is None:
+        del values["temporal_attention"]
+    return values
 
 
 def content_hash(graph: BlockGraph) -> str:
@@ -132,6 +140,7 @@ class _Block(_Part):
     outputs: int
     silent: tuple[int, ...]
     importance: _Estimate | None
+    temporal_attention: _Estimate | None = None
     removable: bool | None
     reason: str
 
@@ -147,6 +156,7 @@ class _Block(_Part):
             outputs=self.outputs,
             silent=self.silent,
             importance=None if self.importance is None else self.importance.estimate(),
+            temporal_attention=None if self.temporal_attention is None else self.temporal_attention.estimate(),
             removable=self.removable,
             reason=self.reason,
         )

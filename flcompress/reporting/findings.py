@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from flcompress.core.records import (
     BenchFile,
+    BlockScore,
     ContractPart,
     ImportanceResult,
     PruneResult,
     SelectResult,
     StochasticDepthResult,
+    TemporalAttentionResult,
 )
 from flcompress.diffusion.contract import SamplingContract
 from flcompress.errors import RecordError
@@ -79,7 +81,10 @@ class Headline:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockFate:
-    """A block of the original model; `rank` counts from 1, the least important of those scored."""
+    """A block of the original model; `rank` counts from 1, the least important of those scored.
+
+    `attention` is its attention on other frames, where that was measured.
+    """
 
     block: Block
     share: float
@@ -87,6 +92,7 @@ class BlockFate:
     rank: int | None
     fate: str  # "kept", "removed", or "chosen": in the prune set of a model that is not cut
     reason: str = ""
+    attention: Estimate | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,11 +121,17 @@ class Blocks:
     certificate: Mapping[str, Any] | None = None
     certainty: Certainty | None = None
     selection: SelectResult | None = None
+    uniform_attention: float | None = None
 
     @property
     def scored(self) -> list[tuple[BlockFate, Estimate]]:
         """Blocks with an importance score, with it."""
         return [(fate, fate.score) for fate in self.fates if fate.score is not None]
+
+    @property
+    def attentive(self) -> list[tuple[BlockFate, Estimate]]:
+        """Blocks whose attention on other frames was measured, with it."""
+        return [(fate, fate.attention) for fate in self.fates if fate.attention is not None]
 
     @property
     def gone(self) -> list[BlockFate]:
@@ -168,7 +180,9 @@ def blocks(run: RunRecord) -> Blocks | None:
     graph = run.entries[0].graph()
     importance = run.result("importance", ImportanceResult)
     prune = run.result("prune", PruneResult)
+    attention = run.result("temporal-attention", TemporalAttentionResult)
     scores = _scores(importance, graph)
+    masses = _estimates(attention.blocks) if attention is not None else {}
     reasons: dict[str, str] = {}
     edges = list(graph.flows)
     if prune is not None:
@@ -195,6 +209,7 @@ def blocks(run: RunRecord) -> Blocks | None:
                 rank=ranked.index(block.path) + 1 if block.path in scores else None,
                 fate=fate if block.path in gone else "kept",
                 reason=reasons.get(block.path, "") or block.reason,
+                attention=masses.get(block.path),
             )
             for block in graph.blocks
         ],
@@ -205,6 +220,7 @@ def blocks(run: RunRecord) -> Blocks | None:
         certificate=prune.certificate if prune is not None else None,
         certainty=_certainty(importance, set(gone), ranked),
         selection=run.result("select", SelectResult),
+        uniform_attention=attention.uniform if attention is not None else None,
     )
 
 
@@ -223,7 +239,11 @@ def _scores(importance: ImportanceResult | None, graph: BlockGraph) -> dict[str,
     """Return the scores of the importance pass, or those a graph already carries."""
     if importance is None:
         return {block.path: block.importance for block in graph.blocks if block.importance is not None}
+    return _estimates(importance.blocks)
+
+
+def _estimates(scores: Iterable[BlockScore]) -> dict[str, Estimate]:
     return {
         score.path: Estimate(mean=score.mean, standard_error=score.standard_error, per_level=tuple(score.per_level))
-        for score in importance.blocks
+        for score in scores
     }

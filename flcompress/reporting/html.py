@@ -96,6 +96,11 @@ def _pictures(fates: Blocks | None) -> dict[str, Markup]:
     if fates.scored:
         for name, draw in (("importance", plots.importance), ("levels", plots.levels)):
             pictures |= {f"{name}_wide": draw(fates), f"{name}_narrow": draw(fates, narrow=True)}
+    if fates.attentive:
+        pictures |= {
+            "attention_wide": plots.attention(fates),
+            "attention_narrow": plots.attention(fates, narrow=True),
+        }
     return {name: Markup(picture) for name, picture in pictures.items() if picture}
 
 

@@ -15,10 +15,12 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from flcompress.core.records import Front
-from flcompress.reporting.findings import Blocks
+from flcompress.ir.block import Estimate
+from flcompress.reporting.findings import BlockFate, Blocks
 from flcompress.stats import Interval
 
 Points = Sequence[tuple[float, float]]
+Scores = Sequence[tuple[BlockFate, Estimate]]
 
 # Stand-ins that the page's CSS variables replace, so that one drawing serves light and dark.
 INK, MUTED, RULE = "#010203", "#040506", "#070809"
@@ -62,29 +64,42 @@ DRAWN = 400
 
 def importance(blocks: Blocks, *, narrow: bool = False) -> str:
     """Importance over depth with two standard errors, first and last quarter shaded, as SVG; needs scores."""
-    scored = blocks.scored
+    label = "ELBO lost without the block" if blocks.weighting == "elbo" else "importance"
+    return _over_depth(blocks.scored, "importance", label, "Importance of each block over depth", narrow=narrow)
+
+
+def attention(blocks: Blocks, *, narrow: bool = False) -> str:
+    """Attention on other frames over depth, with what uniform attention would give, as SVG; needs a measurement."""
+    label, title = "attention on other frames", "Attention of each block on other frames over depth"
+    return _over_depth(blocks.attentive, "attention", label, title, narrow=narrow, line=blocks.uniform_attention)
+
+
+def _over_depth(
+    scored: Scores, name: str, label: str, description: str, *, narrow: bool, line: float | None = None
+) -> str:
+    """Scores over depth with two standard errors, first and last quarter shaded, as SVG; a dashed line at `line`."""
 
     def draw(figure: Any) -> None:
         axes = figure.add_subplot()
         _quarters(axes, len(scored))
-        for colour, label, gone, fill in ((KEPT, "kept", False, KEPT), (GONE, "removed", True, "none")):
+        for colour, fate_label, gone, fill in ((KEPT, "kept", False, KEPT), (GONE, "removed", True, "none")):
             picked = [(x, score) for x, (fate, score) in enumerate(scored) if (fate.fate != "kept") == gone]
             if picked:
                 if gone and scored[picked[0][0]][0].fate == "chosen":
-                    label = "chosen for removal"
+                    fate_label = "chosen for removal"
                 axes.errorbar(
                     [x for x, _ in picked], [s.mean for _, s in picked], [2 * s.standard_error for _, s in picked],
                     fmt="o", color=colour, markerfacecolor=fill, markersize=_marker(len(scored)), capsize=2.5,
-                    elinewidth=1.1, label=label, linestyle="none",
+                    elinewidth=1.1, label=fate_label, linestyle="none",
                 )  # fmt: skip
+        if line is not None:
+            axes.axhline(line, color=MUTED, linewidth=1.0, linestyle=(0, (4, 3)), label="uniform attention")
         _value_axis(axes, [score.mean for _, score in scored])
-        _depth_axis(axes, blocks, narrow)
-        axes.set_ylabel("ELBO lost without the block" if blocks.weighting == "elbo" else "importance")
-        axes.legend(loc="upper center", ncols=2, bbox_to_anchor=(0.5, 1.12))
+        _depth_axis(axes, scored, narrow)
+        axes.set_ylabel(label)
+        axes.legend(loc="upper center", ncols=3, bbox_to_anchor=(0.5, 1.12))
 
-    return _svg(
-        draw, (4.4, 3.2) if narrow else (9.4, 3.4), f"importance-{narrow}", "Importance of each block over depth"
-    )
+    return _svg(draw, (4.4, 3.2) if narrow else (9.4, 3.4), f"{name}-{narrow}", description)
 
 
 def levels(blocks: Blocks, *, narrow: bool = False) -> str:
@@ -111,7 +126,7 @@ def levels(blocks: Blocks, *, narrow: bool = False) -> str:
                     markerfacecolor=KEPT if remains else "none", markersize=0.75 * _marker(len(scored)),
                 )  # fmt: skip
             _value_axis(axes, [score.per_level[index][2] for _, score in scored])
-            _depth_axis(axes, blocks, True, label=index >= len(bands) - columns)
+            _depth_axis(axes, scored, True, label=index >= len(bands) - columns)
             axes.set_title(f"noise level {bands[index][0]:.2f} to {bands[index][1]:.2f}")
 
     size = (4.4, 1.9 * rows + 0.3) if narrow else (9.4, 2.1 * rows + 0.3)
@@ -260,8 +275,7 @@ def _value_axis(axes: Any, values: Sequence[float]) -> None:
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4), useMathText=False)
 
 
-def _depth_axis(axes: Any, blocks: Blocks, narrow: bool, label: bool = True) -> None:
-    scored = blocks.scored
+def _depth_axis(axes: Any, scored: Scores, narrow: bool, label: bool = True) -> None:
     every = max(1, math.ceil(len(scored) / (8 if narrow else 32)))
     ticks = range(0, len(scored), every)
     axes.set_xticks(list(ticks), [str(scored[x][0].block.index) for x in ticks])

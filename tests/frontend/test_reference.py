@@ -14,7 +14,7 @@ from flcompress.frontend.reference import describe_step
 
 ROOT = Path(__file__).parents[2]
 BUILT_IN = {**registry.PASSES, **registry.EXPORTERS}
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+RECIPES = sorted([*(ROOT / "recipes").glob("*.yaml"), *(ROOT / "recipes/field").glob("*.yaml")])
 
 
 @pytest.fixture(autouse=True)

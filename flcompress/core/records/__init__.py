@@ -40,6 +40,7 @@ from flcompress.core.records.passes import (
     StepsResult,
     StochasticDepthResult,
     StudentResult,
+    TemporalAttentionResult,
 )
 from flcompress.core.records.run import (
     Attempt,
@@ -102,6 +103,7 @@ __all__ = [
     "SweepCell",
     "SweepFile",
     "TeacherResult",
+    "TemporalAttentionResult",
     "TorchTensorRTManifest",
     "WorkPart",
 ]

@@ -49,6 +49,15 @@ class ImportanceResult(Record):
         return None if u_index is not None and math.isnan(u_index) else u_index
 
 
+class TemporalAttentionResult(Record):
+    """`result.json` of temporal-attention; `uniform` is what each block would have if it attended alike to all tokens."""
+
+    draws: int
+    uniform: FiniteFloat
+    blocks: list[BlockScore]
+    seconds: FiniteFloat
+
+
 class CandidateRow(Part):
     """A set of blocks: the loss that skipping it adds, and its held-out loss after a short recovery."""
 

@@ -40,6 +40,7 @@ class CogVideoX(Family):
     pipelines: ClassVar[tuple[str, ...]] = ("CogVideoXPipeline", "CogVideoXImageToVideoPipeline")
     from_image: ClassVar[tuple[str, ...]] = ("CogVideoXImageToVideoPipeline",)
     transformers: ClassVar[tuple[str, ...]] = ("CogVideoXTransformer3DModel",)
+    text_first: ClassVar[bool] = True
     fp32_arguments: ClassVar[tuple[str, ...]] = ("timestep", "guidance", "image_rotary_emb")
     original: ClassVar[OriginalNames] = ORIGINAL
 

@@ -61,6 +61,9 @@ class Family(ABC):
         embedded_guidance: the usual scale of a guidance-distilled network; None where the family has none.
         image: whether its latents always have one frame.
         attends_to_text: whether one attention runs over the tokens of latents and text together.
+        text_first: whether the text's tokens come first in that attention.
+        text_stacks: lists of blocks that see the text alone.
+        self_attention: the module, within a block, in which the latents' tokens attend to one another.
         fp32_arguments: forward arguments that no precision rounds: bf16 makes 6016 of a timestep of 6000.
         original: the module names of the family's own project, where they differ from the stock class's.
     """
@@ -73,6 +76,9 @@ class Family(ABC):
     embedded_guidance: ClassVar[float | None] = None
     image: ClassVar[bool] = False
     attends_to_text: ClassVar[bool] = True
+    text_first: ClassVar[bool] = False
+    text_stacks: ClassVar[tuple[str, ...]] = ()
+    self_attention: ClassVar[str] = "attn1"
     fp32_arguments: ClassVar[tuple[str, ...]] = ("timestep", "guidance")
     original: ClassVar[OriginalNames] = OriginalNames()
 
@@ -109,6 +115,11 @@ class Family(ABC):
         if isinstance(size, list | tuple):
             return int(size[0]), int(size[-1])
         return int(config.get("patch_size_t") or 1), int(size)
+
+    def token_grid(self, config: Config, shape: LatentShape) -> LatentShape:
+        """Return (frames, rows, columns) of the tokens of latents, which the transformer has in this order."""
+        over_time, over_space = self.patch(config)
+        return shape[0] // over_time, shape[1] // over_space, shape[2] // over_space
 
     def channels(self, config: Config) -> int:
         """Return the channels of the latents."""

@@ -71,6 +71,8 @@ class HunyuanVideo(TrueGuidance):
     original: ClassVar[OriginalNames] = ORIGINAL
     prompt_names: ClassVar[tuple[str, ...]] = (*MASKED, "pooled_projections")
     embedded_guidance: ClassVar[float | None] = 6.0
+    text_stacks: ClassVar[tuple[str, ...]] = ("context_embedder.token_refiner.refiner_blocks",)
+    self_attention: ClassVar[str] = "attn"
 
     IMAGE_TOKENS = 576
     """Tokens of a picture in the pipeline's prompt template."""
