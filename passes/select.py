@@ -30,9 +30,10 @@ class Select(Pass):
     Two blocks may each be harmless to lose because they cover for each other, and fatal to lose together; scores of
     single blocks cannot see that. The set grows by the block that costs least given those already in it (greedy, with
     re-scoring), then single blocks are swapped for near ones. Sets are compared on shared draws, by successive halving.
-    The result is compared with the cheapest run of neighbouring blocks, the blocks nearest the middle, and the
-    rankings of single blocks by `importance` and `temporal-attention` where these came before; with `recover`, the best `candidates` are each trained for that
-    many steps of stochastic depth, and the lowest held-out loss of the cut path decides.
+    The result is compared with the cheapest run of neighbouring blocks, the blocks nearest the middle, and the rankings
+    of single blocks by `importance` and by `temporal-attention` where these came before; with `recover`, the best
+    `candidates` are each trained for that many steps of stochastic depth, and the lowest held-out loss of the cut path
+    decides.
 
     `stochastic-depth` and `prune` take the set with `by: joint`.
 

@@ -11,8 +11,8 @@ from flcompress.ir.block import Block, Estimate
 from flcompress.ir.graph import BlockGraph
 
 By = Literal["importance", "joint", "temporal-attention", "random", "middle"]
-"""How blocks are chosen: the least important, the set that a `select` pass found, those of the lowest temporal attention,
-random ones, or the middle.
+"""How blocks are chosen: the least important, the set that a `select` pass found, those of the lowest temporal
+attention, random ones, or the middle.
 """
 
 

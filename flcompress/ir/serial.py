@@ -37,7 +37,7 @@ def to_json(graph: BlockGraph) -> str:
 
 
 def _plain(block: Block) -> dict[str, Any]:
-    """Return a block as JSON has it; a graph without temporal attention is written, and hashed, as before it existed."""
+    """Return a block as JSON has it; one without temporal attention is written, and hashed, as before that existed."""
     values = asdict(block)
     if block.temporal_attention is None:
         del values["temporal_attention"]

@@ -50,7 +50,7 @@ class ImportanceResult(Record):
 
 
 class TemporalAttentionResult(Record):
-    """`result.json` of temporal-attention; `uniform` is what each block would have if it attended alike to all tokens."""
+    """`result.json` of temporal-attention; `uniform` is that of attention that is alike for all tokens."""
 
     draws: int
     uniform: FiniteFloat

@@ -1,10 +1,10 @@
 """Score blocks by how much their tokens attend to other latent frames (after F3-Pruning, Su et al., AAAI 2024).
 
-The queries and keys are those that a block's own attention computes with, after its norms and rotary positions. They are
-read where every family hands them over, in the call of torch's `scaled_dot_product_attention`, by a torch function mode
-that is active inside the block's self-attention alone: a replaced processor would have to repeat each class's way to its
-queries and keys, and a hook on the module sees neither. A mode around the module, not around the block, leaves cross-
-attention out, whose text may happen to be as long as the clip.
+The queries and keys are those that a block's own attention computes with, after its norms and rotary positions. They
+are read where every family hands them over, in the call of torch's `scaled_dot_product_attention`, by a torch function
+mode that is active inside the block's self-attention alone: a replaced processor would have to repeat each class's way
+to its queries and keys, and a hook on the module sees neither. A mode around the module, not around the block, leaves
+cross-attention out, whose text may happen to be as long as the clip.
 """
 
 from __future__ import annotations
@@ -131,9 +131,7 @@ class AttentionProbe(TorchFunctionMode):
             self._measure(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
-    def _measure(
-        self, query: torch.Tensor, key: torch.Tensor, *_: Any, scale: float | None = None, **__: Any
-    ) -> None:
+    def _measure(self, query: torch.Tensor, key: torch.Tensor, *_: Any, scale: float | None = None, **__: Any) -> None:
         first = key.shape[2] - self._tokens if self._text_first else 0
         clip = slice(first, first + self._tokens)
         mass = mass_on_other_frames(query[:, :, clip], key[:, :, clip], self._frames, scale)
@@ -159,8 +157,8 @@ def mass_on_other_frames(
 ) -> torch.Tensor:
     """Return the share of attention that goes to tokens of other frames, the mean over heads and queries.
 
-    One query in each `QUERIES`-th of the tokens, at places that a golden-ratio sequence spreads over a frame; the softmax
-    over all keys in fp32.
+    One query in each `QUERIES`-th of the tokens, at places that a golden-ratio sequence spreads over a frame; the
+    softmax over all keys in fp32.
 
     Args:
         query: of a clip's tokens, frame by frame [n, heads, tokens, channels].
