@@ -298,7 +298,9 @@ def generate_command(
 
 @main.command("eval", cls=BackendCommand)
 @click.argument("run", type=_FOLDER)
-@click.option("--suite", metavar="NAME", help="Such as moving-digits or proxies.  [default: the one that fits the run]")
+@click.option(
+    "--suite", metavar="NAME", help="moving-digits, proxies or vbench-i2v.  [default: the one that fits the run]"
+)
 @click.option("--clips-per-prompt", type=click.IntRange(min=1), help="Per prompt and seed.  [default: the recipe's]")
 @click.option("--seeds", type=click.IntRange(min=2), help="Repetitions, for intervals.  [default: the recipe's]")
 @click.option("--prompts", type=_FOLDER, help="Text file, one prompt a line.  [default: the data's held-out prompts]")
@@ -311,6 +313,9 @@ def generate_command(
     type=BackendName(),
     help="Judge the student behind this too, beside torch eager; repeatable.",
 )
+@click.option("--sample", type=click.IntRange(min=1), help="This many of vbench-i2v's own prompts.  [default: all]")
+@click.option("--vbench-python", type=_FOLDER, help="For vbench-i2v: the Python of VBench's environment.")
+@click.option("--vbench-repo", type=_FOLDER, help="For vbench-i2v: a checkout of VBench.")
 @click.option("--dry-run", is_flag=True, help="Count network calls and hours; sample nothing.")
 @moved_model
 @as_json

@@ -224,6 +224,9 @@ def evaluate(
     against: Sequence[StrPath] = (),
     backends: Sequence[str] = (),
     options: Mapping[str, Any] | None = None,
+    sample: int | None = None,
+    vbench_python: StrPath | None = None,
+    vbench_repo: StrPath | None = None,
     dry_run: bool = False,
     model: StrPath | None = None,
     display: Display | None = None,
@@ -241,6 +244,9 @@ def evaluate(
         against: runs, stock pipeline folders, or YAML files that name one, to compare with.
         backends: names of what else runs the student, as for `generate`; each is judged beside torch's.
         options: of the backends, by name; each goes to every backend that has it.
+        sample: how many of vbench-i2v's own prompts; all by default.
+        vbench_python: for vbench-i2v, the Python of VBench's environment.
+        vbench_repo: for vbench-i2v, a checkout of VBench.
         dry_run: count the network calls and the hours, and do nothing.
         model: the model folder that the run started from, if it has moved.
         display: where progress is shown; bars on a terminal, else lines.
@@ -273,8 +279,12 @@ def evaluate(
         against=tuple(map(Path, against)),
         backends=tuple(choose_backends(backends, options)),
         dry_run=dry_run,
+        sample=sample,
+        vbench_python=Path(vbench_python) if vbench_python is not None else None,
+        vbench_repo=Path(vbench_repo) if vbench_repo is not None else None,
     )
     measuring = find_suite(suite)()
+    measuring.check_options(request)
     use_free_cores()
     return measuring.evaluate(request)
 

@@ -49,6 +49,7 @@ BACKENDS: dict[str, str] = {
 SUITES: dict[str, str] = {
     "moving-digits": "flcompress.evaluation.comparison:MovingDigits",
     "proxies": "flcompress.evaluation.suites.proxies:Proxies",
+    "vbench-i2v": "flcompress.evaluation.vbench.suite:VBenchI2V",
 }
 PASS_GROUP = "flcompress.passes"
 EXPORTER_GROUP = "flcompress.exporters"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from flcompress.core.backend import Backend
+from flcompress.errors import RequestError
 from flcompress.progress import Display
 
 
@@ -25,6 +26,9 @@ class SuiteRequest:
         against: runs, stock pipeline folders, or files that name one, to compare with.
         backends: further ones that run the student, each judged beside torch's.
         dry_run: whether to count the work and do none.
+        sample: how many of a suite's own prompts, evenly from every kind of them; all by default.
+        vbench_python: Python of the environment that VBench is installed in.
+        vbench_repo: checkout of VBench.
         display: where progress is shown.
     """
 
@@ -38,6 +42,13 @@ class SuiteRequest:
     against: tuple[Path, ...] = ()
     backends: tuple[Backend, ...] = ()
     dry_run: bool = False
+    sample: int | None = None
+    vbench_python: Path | None = None
+    vbench_repo: Path | None = None
+
+
+OWN_OPTIONS = ("sample", "vbench_python", "vbench_repo")
+"""Fields of a request that only the suites read which name them."""
 
 
 class Suite(ABC):
@@ -45,9 +56,19 @@ class Suite(ABC):
 
     Attributes:
         name: its name on the command line.
+        options: those of `OWN_OPTIONS` that it reads.
     """
 
     name: ClassVar[str]
+    options: ClassVar[tuple[str, ...]] = ()
+
+    def check_options(self, request: SuiteRequest) -> None:
+        """Raise RequestError where an option was given that this suite does not read."""
+        for field in OWN_OPTIONS:
+            value = getattr(request, field)
+            if value is not None and field not in self.options:
+                option = f"--{field.replace('_', '-')}"
+                raise RequestError(f"{option}: {value} given, but the suite {self.name} does not read it; leave it out")
 
     @abstractmethod
     def evaluate(self, request: SuiteRequest) -> dict[str, Any]:

@@ -66,6 +66,22 @@ class FigurePart(Part):
     headline: bool = False
 
 
+class JudgePart(Part):
+    """What judged the clips, where that is not flcompress itself.
+
+    Attributes:
+        name: its name.
+        commit: of its checkout, if it is one.
+        versions: library -> version.
+        weights: file -> SHA-256.
+    """
+
+    name: str
+    commit: str | None = None
+    versions: dict[str, str] = Field(default_factory=dict)
+    weights: dict[str, str] = Field(default_factory=dict)
+
+
 class EvalFile(Record):
     """`eval/results.json`, and `eval/SUITE/results.json`; `program` is the key of the student's last result.
 
@@ -74,6 +90,7 @@ class EvalFile(Record):
         figures: its figures, in order; none for the embedded benchmark, whose figures the report knows.
         warnings: what a person should look at first, a line each.
         source: where the prompts come from.
+        judge: what judged the clips; None where flcompress did.
     """
 
     program: str | None = None
@@ -89,6 +106,7 @@ class EvalFile(Record):
     figures: list[FigurePart] = Field(default_factory=list)
     warnings: list[str] = Field(default_factory=list)
     source: str | None = None
+    judge: JudgePart | None = None
 
 
 class Spread(Part):

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from flcompress.core.records import ScoreLine
+from flcompress.core.records import ClipLine, ScoreLine
 from flcompress.draws import generator
 from flcompress.evaluation.clips.studio import Take
 from flcompress.stats import Interval, bootstrap, interval, paired
@@ -79,11 +79,13 @@ class Sets:
         takes: the clips that every contender made, in order.
         clips: contender -> its measurements, in the order of `takes`; the teacher comes first.
         real: measurements of real clips; may be empty.
+        lines: contender -> what the manifest says of its clips, in the order of `takes`.
     """
 
     takes: Sequence[Take]
     clips: Mapping[str, Sequence[Measurement]]
     real: Sequence[Measurement]
+    lines: Mapping[str, Sequence[ClipLine]]
 
 
 def tables(suite: Judge, sets: Sets, rows: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Any], list[ScoreLine]]:
