@@ -223,13 +223,25 @@ def encode_command(
 
 @main.command("report")
 @click.argument("run", type=_FOLDER)
-def report_command(run: Path) -> None:
+@click.option("--blind", is_flag=True, help="Write RUN/blind.html instead: clips without names, to vote on.")
+@click.option("--votes", type=_FOLDER, help="Print what the votes that RUN/blind.html exported say; write nothing.")
+def report_command(run: Path, blind: bool, votes: Path | None) -> None:
     """Print a summary of RUN and write RUN/report.html."""
+    if blind and votes is not None:
+        raise RequestError(f"--votes: {votes} given with --blind; make the page, vote, then give --votes alone")
+    if votes is not None:
+        from flcompress.reporting.blind import read_preference
+
+        click.echo(read_preference(run, votes).text)
+        return
+    written = commands.report(run, blind=blind)
+    if blind:
+        click.echo(str(written))
+        return
     from rich.console import Console
 
     from flcompress.reporting.terminal import print_summary
 
-    written = commands.report(run)
     print_summary(run, Console())
     click.echo(str(written))
 
@@ -299,7 +311,7 @@ def generate_command(
 @main.command("eval", cls=BackendCommand)
 @click.argument("run", type=_FOLDER)
 @click.option(
-    "--suite", metavar="NAME", help="moving-digits, proxies or vbench-i2v.  [default: the one that fits the run]"
+    "--suite", metavar="NAME", help="moving-digits, proxies, vbench-i2v or fvd.  [default: the one that fits the run]"
 )
 @click.option("--clips-per-prompt", type=click.IntRange(min=1), help="Per prompt and seed.  [default: the recipe's]")
 @click.option("--seeds", type=click.IntRange(min=2), help="Repetitions, for intervals.  [default: the recipe's]")
@@ -316,6 +328,9 @@ def generate_command(
 @click.option("--sample", type=click.IntRange(min=1), help="This many of vbench-i2v's own prompts.  [default: all]")
 @click.option("--vbench-python", type=_FOLDER, help="For vbench-i2v: the Python of VBench's environment.")
 @click.option("--vbench-repo", type=_FOLDER, help="For vbench-i2v: a checkout of VBench.")
+@click.option(
+    "--features", type=_FOLDER, help="For fvd: a feature network, .onnx or TorchScript (a program: it is run)."
+)
 @click.option("--dry-run", is_flag=True, help="Count network calls and hours; sample nothing.")
 @moved_model
 @as_json

@@ -227,6 +227,7 @@ def evaluate(
     sample: int | None = None,
     vbench_python: StrPath | None = None,
     vbench_repo: StrPath | None = None,
+    features: StrPath | None = None,
     dry_run: bool = False,
     model: StrPath | None = None,
     display: Display | None = None,
@@ -247,6 +248,7 @@ def evaluate(
         sample: how many of vbench-i2v's own prompts; all by default.
         vbench_python: for vbench-i2v, the Python of VBench's environment.
         vbench_repo: for vbench-i2v, a checkout of VBench.
+        features: for fvd, an ONNX or TorchScript file of a feature network; TorchScript is a program that is run.
         dry_run: count the network calls and the hours, and do nothing.
         model: the model folder that the run started from, if it has moved.
         display: where progress is shown; bars on a terminal, else lines.
@@ -282,6 +284,7 @@ def evaluate(
         sample=sample,
         vbench_python=Path(vbench_python) if vbench_python is not None else None,
         vbench_repo=Path(vbench_repo) if vbench_repo is not None else None,
+        features=Path(features) if features is not None else None,
     )
     measuring = find_suite(suite)()
     measuring.check_options(request)
@@ -369,15 +372,20 @@ def sweep(
     return run_sweep(request, folder, processes, display or default_display())
 
 
-def report(run: StrPath) -> Path:
+def report(run: StrPath, *, blind: bool = False) -> Path:
     """Write `RUN/report.html`, one file that fetches nothing, and return its path.
 
     Args:
         run: the run directory, finished or not.
+        blind: write `RUN/blind.html` instead: pairs of teacher's and student's clips without names, to vote on.
 
     Raises:
-        RequestError: not a run directory, or a damaged one.
+        RequestError: not a run directory, or a damaged one; no clips to vote on.
     """
+    if blind:
+        from flcompress.reporting.blind import write_blind
+
+        return write_blind(Path(run))
     from flcompress.reporting.html import write_report
 
     return write_report(Path(run))

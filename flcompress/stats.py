@@ -78,6 +78,22 @@ def bootstrap(values: Sequence[float], confidence: float = 0.95, draws: int = 20
     return Interval(mean, float(min(low, mean)), float(max(high, mean)))
 
 
+def proportion(successes: int, draws: int, confidence: float = 0.95) -> Interval:
+    """Return the share of successes and its exact binomial interval (Clopper and Pearson 1934).
+
+    Raises:
+        RequestError: no draw.
+    """
+    from scipy.special import betaincinv
+
+    if not 0 <= successes <= draws or draws < 1:
+        raise RequestError(f"proportion: {successes} of {draws} given, expected at least 1 draw")
+    tail, failures = 0.5 - confidence / 2.0, draws - successes
+    low = float(betaincinv(successes, failures + 1, tail)) if successes else 0.0
+    high = float(betaincinv(successes + 1, failures, 1.0 - tail)) if failures else 1.0
+    return Interval(successes / draws, low, high)
+
+
 def frechet_distance(a: torch.Tensor, b: torch.Tensor) -> float:
     """Return the Frechet distance of two sets of features, each fitted by a Gaussian (Heusel et al. 2017, eq. 6).
 

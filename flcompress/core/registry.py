@@ -49,6 +49,7 @@ BACKENDS: dict[str, str] = {
 SUITES: dict[str, str] = {
     "moving-digits": "flcompress.evaluation.comparison:MovingDigits",
     "proxies": "flcompress.evaluation.suites.proxies:Proxies",
+    "fvd": "flcompress.evaluation.suites.fvd:FrechetVideoDistance",
     "vbench-i2v": "flcompress.evaluation.vbench.suite:VBenchI2V",
 }
 PASS_GROUP = "flcompress.passes"

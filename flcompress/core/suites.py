@@ -29,6 +29,7 @@ class SuiteRequest:
         sample: how many of a suite's own prompts, evenly from every kind of them; all by default.
         vbench_python: Python of the environment that VBench is installed in.
         vbench_repo: checkout of VBench.
+        features: TorchScript or ONNX file of a network that gives the features of a clip.
         display: where progress is shown.
     """
 
@@ -45,9 +46,10 @@ class SuiteRequest:
     sample: int | None = None
     vbench_python: Path | None = None
     vbench_repo: Path | None = None
+    features: Path | None = None
 
 
-OWN_OPTIONS = ("sample", "vbench_python", "vbench_repo")
+OWN_OPTIONS = ("sample", "vbench_python", "vbench_repo", "features")
 """Fields of a request that only the suites read which name them."""
 
 

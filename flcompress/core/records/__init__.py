@@ -6,7 +6,7 @@ are; the first incompatible change writes `"format": 2`, which this version refu
 """
 
 from flcompress.core.records.base import AnyRecord, Record
-from flcompress.core.records.evaluated import ClipLine, MeasuredLine, ScoreLine
+from flcompress.core.records.evaluated import BlindFile, BlindPair, ClipLine, MeasuredLine, ScoreLine, VotesFile
 from flcompress.core.records.exports import (
     EngineManifest,
     ExportManifest,
@@ -63,6 +63,8 @@ __all__ = [
     "Attempt",
     "AttemptsFile",
     "BenchFile",
+    "BlindFile",
+    "BlindPair",
     "BlockScore",
     "BreachLine",
     "CandidateRow",
@@ -107,5 +109,6 @@ __all__ = [
     "TeacherResult",
     "TemporalAttentionResult",
     "TorchTensorRTManifest",
+    "VotesFile",
     "WorkPart",
 ]

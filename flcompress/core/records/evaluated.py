@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, FiniteFloat
 
-from flcompress.core.records.base import Record
+from flcompress.core.records.base import Part, Record
 from flcompress.core.records.run import Number
 
 
@@ -52,3 +54,35 @@ class ScoreLine(Record):
     prompt: str
     seed: int
     figures: dict[str, FiniteFloat]
+
+
+class BlindPair(Part):
+    """A pair of clips on the page of a blind comparison.
+
+    Attributes:
+        pair: its name on the page, which says nothing of the sides.
+        file: name of both clips in their contenders' folders.
+        student: the side that the student's is on.
+    """
+
+    pair: str
+    file: str
+    prompt: str
+    student: Literal["left", "right"]
+
+
+class BlindFile(Record):
+    """`eval/blind.json`: which side of `blind.html` is whose; `teacher` is its label."""
+
+    page: str
+    program: str
+    suite: str
+    teacher: str
+    pairs: list[BlindPair]
+
+
+class VotesFile(Record):
+    """What `blind.html` exports: pair -> "left", "right" or "same"."""
+
+    page: str
+    votes: dict[str, str]
