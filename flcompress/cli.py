@@ -14,17 +14,14 @@ import click
 
 from flcompress import __version__, commands
 from flcompress.backend_flags import BackendCommand, BackendName
-from flcompress.command_group import Commands, as_json, print_json, print_results, quiet
+from flcompress.command_group import Commands, as_json, moved_model, print_json, quiet
 from flcompress.command_group import display as _display
 from flcompress.errors import RequestError
+from flcompress.measure_commands import bench_command, eval_command
 from flcompress.sweep_command import sweep_command
 
 _FOLDER = click.Path(path_type=Path)
 _GPUS = ("a100", "h100", "h200", "l40s", "rtx4090")  # those of planning/machines.py, which --help does not load
-
-moved_model = click.option(
-    "--model", type=_FOLDER, help="The model that the run started from, if it has moved.  [default: where it was]"
-)
 
 
 @click.group(cls=Commands)
@@ -229,19 +226,16 @@ def report_command(run: Path, blind: bool, votes: Path | None) -> None:
     """Print a summary of RUN and write RUN/report.html."""
     if blind and votes is not None:
         raise RequestError(f"--votes: {votes} given with --blind; make the page, vote, then give --votes alone")
-    if votes is not None:
-        from flcompress.reporting.blind import read_preference
+    if blind or votes is not None:
+        from flcompress.reporting.blind import read_preference, write_blind
 
-        click.echo(read_preference(run, votes).text)
-        return
-    written = commands.report(run, blind=blind)
-    if blind:
-        click.echo(str(written))
+        click.echo(str(write_blind(run)) if votes is None else read_preference(run, votes).text)
         return
     from rich.console import Console
 
     from flcompress.reporting.terminal import print_summary
 
+    written = commands.report(run)
     print_summary(run, Console())
     click.echo(str(written))
 
@@ -308,90 +302,6 @@ def generate_command(
     click.echo(str(written))
 
 
-@main.command("eval", cls=BackendCommand)
-@click.argument("run", type=_FOLDER)
-@click.option(
-    "--suite", metavar="NAME", help="moving-digits, proxies, vbench-i2v or fvd.  [default: the one that fits the run]"
-)
-@click.option("--clips-per-prompt", type=click.IntRange(min=1), help="Per prompt and seed.  [default: the recipe's]")
-@click.option("--seeds", type=click.IntRange(min=2), help="Repetitions, for intervals.  [default: the recipe's]")
-@click.option("--prompts", type=_FOLDER, help="Text file, one prompt a line.  [default: the data's held-out prompts]")
-@click.option("--images", type=_FOLDER, help="Folder of first frames, for image-to-video models.")
-@click.option("--against", multiple=True, type=_FOLDER, help="A run, a pipeline folder or a YAML file; repeatable.")
-@click.option(
-    "--backend",
-    "backends",
-    multiple=True,
-    type=BackendName(),
-    help="Judge the student behind this too, beside torch eager; repeatable.",
-)
-@click.option("--sample", type=click.IntRange(min=1), help="This many of vbench-i2v's own prompts.  [default: all]")
-@click.option("--vbench-python", type=_FOLDER, help="For vbench-i2v: the Python of VBench's environment.")
-@click.option("--vbench-repo", type=_FOLDER, help="For vbench-i2v: a checkout of VBench.")
-@click.option(
-    "--features", type=_FOLDER, help="For fvd: a feature network, .onnx or TorchScript (a program: it is run)."
-)
-@click.option("--dry-run", is_flag=True, help="Count network calls and hours; sample nothing.")
-@moved_model
-@as_json
-@quiet
-def eval_command(run: Path, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Compare teacher, stages and student of RUN on held-out prompts. Writes RUN/eval.
-
-    Interrupted, the same command resumes. Started by torchrun, the processes share the clips. See docs/evaluation.md.
-    """
-    results = commands.evaluate(run, **options, display=_display(quiet))
-    if options["dry_run"] and not as_json:
-        click.echo(results["text"])
-    elif os.environ.get("RANK", "0") == "0":
-        print_results(results, as_json, run)
-
-
-@main.command("bench", cls=BackendCommand)
-@click.argument("run", type=_FOLDER)
-@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Interleaved repetitions.")
-@click.option(
-    "--size", metavar="FRAMESxHEIGHTxWIDTH", help="Clip size in pixels, such as 81x480x832.  [default: the run's own]"
-)
-@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Clips generated at once.")
-@click.option(
-    "--backend",
-    "backends",
-    multiple=True,
-    type=BackendName(),
-    help="Time this in addition to torch eager; repeatable.  [default: all that can run]",
-)
-@moved_model
-@as_json
-@quiet
-def bench_command(
-    run: Path,
-    rounds: int,
-    size: str | None,
-    batch: int,
-    backends: Sequence[str],
-    options: dict[str, Any],
-    model: Path | None,
-    as_json: bool,
-    quiet: bool,
-) -> None:
-    """Time teacher and student of RUN side by side. Writes RUN/bench.
-
-    On the GPU if there is one, at the run's own size, in the precision that generate uses.
-    """
-    results = commands.bench(
-        run,
-        rounds=rounds,
-        size=size,
-        batch=batch,
-        backends=backends or None,
-        options=options,
-        model=model,
-        display=_display(quiet),
-    )
-    print_results(results, as_json, run)
-
-
 @main.command("passes")
 @click.argument("name", required=False)
 @as_json
@@ -415,4 +325,5 @@ def passes_command(name: str | None, as_json: bool) -> None:
         click.echo(step_text(described))
 
 
-main.add_command(sweep_command)
+for _command in (eval_command, bench_command, sweep_command):
+    main.add_command(_command)

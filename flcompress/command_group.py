@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")
 quiet = click.option("--quiet", is_flag=True, help="Show no progress.")
+moved_model = click.option(
+    "--model",
+    type=click.Path(path_type=Path),
+    help="The model that the run started from, if it has moved.  [default: where it was]",
+)
 
 
 class Command(click.Command):

@@ -224,10 +224,7 @@ def evaluate(
     against: Sequence[StrPath] = (),
     backends: Sequence[str] = (),
     options: Mapping[str, Any] | None = None,
-    sample: int | None = None,
-    vbench_python: StrPath | None = None,
-    vbench_repo: StrPath | None = None,
-    features: StrPath | None = None,
+    own: Mapping[str, Any] | None = None,
     dry_run: bool = False,
     model: StrPath | None = None,
     display: Display | None = None,
@@ -236,8 +233,7 @@ def evaluate(
 
     Args:
         run: the run directory.
-        suite: what measures them, one of `flcompress.core.registry.known_suites`; moving-digits for a run that trains
-            on that benchmark, and proxies for every other, by default.
+        suite: one of `flcompress.core.registry.known_suites`; by default moving-digits if the run trains on it, or proxies.
         clips_per_prompt: clips of each prompt for each seed; the recipe's `evaluation.clips_per_prompt` by default.
         seeds: repetitions; the recipe's `evaluation.seeds` by default.
         prompts: text file of prompts, one a line; the data's held-out ones by default.
@@ -245,10 +241,7 @@ def evaluate(
         against: runs, stock pipeline folders, or YAML files that name one, to compare with.
         backends: names of what else runs the student, as for `generate`; each is judged beside torch's.
         options: of the backends, by name; each goes to every backend that has it.
-        sample: how many of vbench-i2v's own prompts; all by default.
-        vbench_python: for vbench-i2v, the Python of VBench's environment.
-        vbench_repo: for vbench-i2v, a checkout of VBench.
-        features: for fvd, an ONNX or TorchScript file of a feature network; TorchScript is a program that is run.
+        own: options of the suite alone: sample, vbench_python and vbench_repo of vbench-i2v, features of fvd.
         dry_run: count the network calls and the hours, and do nothing.
         model: the model folder that the run started from, if it has moved.
         display: where progress is shown; bars on a terminal, else lines.
@@ -281,15 +274,10 @@ def evaluate(
         against=tuple(map(Path, against)),
         backends=tuple(choose_backends(backends, options)),
         dry_run=dry_run,
-        sample=sample,
-        vbench_python=Path(vbench_python) if vbench_python is not None else None,
-        vbench_repo=Path(vbench_repo) if vbench_repo is not None else None,
-        features=Path(features) if features is not None else None,
+        own=own or {},
     )
-    measuring = find_suite(suite)()
-    measuring.check_options(request)
     use_free_cores()
-    return measuring.evaluate(request)
+    return find_suite(suite)().run(request)
 
 
 def bench(
@@ -372,20 +360,15 @@ def sweep(
     return run_sweep(request, folder, processes, display or default_display())
 
 
-def report(run: StrPath, *, blind: bool = False) -> Path:
+def report(run: StrPath) -> Path:
     """Write `RUN/report.html`, one file that fetches nothing, and return its path.
 
     Args:
         run: the run directory, finished or not.
-        blind: write `RUN/blind.html` instead: pairs of teacher's and student's clips without names, to vote on.
 
     Raises:
-        RequestError: not a run directory, or a damaged one; no clips to vote on.
+        RequestError: not a run directory, or a damaged one.
     """
-    if blind:
-        from flcompress.reporting.blind import write_blind
-
-        return write_blind(Path(run))
     from flcompress.reporting.html import write_report
 
     return write_report(Path(run))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,10 +27,7 @@ class SuiteRequest:
         against: runs, stock pipeline folders, or files that name one, to compare with.
         backends: further ones that run the student, each judged beside torch's.
         dry_run: whether to count the work and do none.
-        sample: how many of a suite's own prompts, evenly from every kind of them; all by default.
-        vbench_python: Python of the environment that VBench is installed in.
-        vbench_repo: checkout of VBench.
-        features: TorchScript or ONNX file of a network that gives the features of a clip.
+        own: options of the suite's own, name -> value.
         display: where progress is shown.
     """
 
@@ -43,14 +41,7 @@ class SuiteRequest:
     against: tuple[Path, ...] = ()
     backends: tuple[Backend, ...] = ()
     dry_run: bool = False
-    sample: int | None = None
-    vbench_python: Path | None = None
-    vbench_repo: Path | None = None
-    features: Path | None = None
-
-
-OWN_OPTIONS = ("sample", "vbench_python", "vbench_repo", "features")
-"""Fields of a request that only the suites read which name them."""
+    own: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Suite(ABC):
@@ -58,19 +49,23 @@ class Suite(ABC):
 
     Attributes:
         name: its name on the command line.
-        options: those of `OWN_OPTIONS` that it reads.
+        options: names of the request's `own` options that it reads.
     """
 
     name: ClassVar[str]
     options: ClassVar[tuple[str, ...]] = ()
 
-    def check_options(self, request: SuiteRequest) -> None:
-        """Raise RequestError where an option was given that this suite does not read."""
-        for field in OWN_OPTIONS:
-            value = getattr(request, field)
-            if value is not None and field not in self.options:
-                option = f"--{field.replace('_', '-')}"
+    def run(self, request: SuiteRequest) -> dict[str, Any]:
+        """Return `evaluate` of the request.
+
+        Raises:
+            RequestError: an option was given that this suite does not read.
+        """
+        for name, value in request.own.items():
+            if name not in self.options:
+                option = f"--{name.replace('_', '-')}"
                 raise RequestError(f"{option}: {value} given, but the suite {self.name} does not read it; leave it out")
+        return self.evaluate(request)
 
     @abstractmethod
     def evaluate(self, request: SuiteRequest) -> dict[str, Any]:

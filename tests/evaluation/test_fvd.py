@@ -120,7 +120,9 @@ def test_a_network_that_breaks_the_contract_is_one_line(
 )
 def test_what_the_suite_needs_is_said(features: Path | None, message: str) -> None:
     with pytest.raises(RequestError, match=message):
-        FrechetVideoDistance().evaluate(SuiteRequest(run=Path("run"), display=QuietDisplay(), features=features))
+        FrechetVideoDistance().evaluate(
+            SuiteRequest(run=Path("run"), display=QuietDisplay(), own={"features": features})
+        )
 
 
 @pytest.mark.e2e
@@ -130,7 +132,7 @@ def test_distances_to_held_out_clips(model: Path, tmp_path: Path) -> None:
     build_moving_digits(tmp_path / "encoded", 16, open_parts(model), request, 0, lambda done, total, values: None)
     run = make_run(tmp_path, model, data="{latents: encoded}")
     features = onnx_file(tmp_path / "features.onnx")
-    suite: dict[str, Any] = {"suite": "fvd", "features": features, "seeds": 2, "clips_per_prompt": 1}
+    suite: dict[str, Any] = {"suite": "fvd", "own": {"features": features}, "seeds": 2, "clips_per_prompt": 1}
     results = flcompress.evaluate(run, **suite, display=QuietDisplay())
     floor = results["floor"]["frechet_features"]["mean"]
     assert results["reference_clips"] == 4

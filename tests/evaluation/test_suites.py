@@ -50,3 +50,12 @@ def test_moving_digits_has_its_own_prompts_and_contenders(options: dict[str, obj
     request = SuiteRequest(run=Path("run"), display=QuietDisplay(), **options)  # type: ignore[arg-type]
     with pytest.raises(RequestError, match=message):
         find_suite("moving-digits")().evaluate(request)
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_an_option_of_another_suite_is_refused(name: str) -> None:
+    request = SuiteRequest(run=Path("run"), display=QuietDisplay(), own={"colour": "blue"})
+    with pytest.raises(
+        RequestError, match=f"--colour: blue given, but the suite {name} does not read it; leave it out"
+    ):
+        find_suite(name)().run(request)

@@ -294,9 +294,9 @@ def test_missing_weights_are_named_and_those_that_are_there_are_hashed(
             {},
             "--vbench-python: not given; the suite vbench-i2v needs the Python of VBench's environment and a checkout",
         ),
-        ({"vbench_python": PYTHON}, "--vbench-repo: not given; the suite"),
+        ({"own": {"vbench_python": PYTHON}}, "--vbench-repo: not given; the suite"),
         (
-            {"vbench_python": PYTHON, "vbench_repo": Path(), "sample": 3, "prompts": Path("mine.txt")},
+            {"own": {"vbench_python": PYTHON, "vbench_repo": ".", "sample": 3}, "prompts": Path("mine.txt")},
             "--sample: 3 given with --prompts; it is for VBench's own prompts alone",
         ),
     ],

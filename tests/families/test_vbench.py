@@ -30,12 +30,13 @@ def test_an_evaluation_by_vbench(
     """The worker dies half way first; then all is judged, shown, and not judged again."""
     run = make_run(pipeline_folder("cogvideox-i2v"), "cogvideox-i2v", tmp_path)
     repo = write_repo(tmp_path / "VBench", ['a dog\'s day, "running"', "a cat"], ["a room"])
-    suite = {"suite": "vbench-i2v", "vbench_repo": repo, "vbench_python": PYTHON}
+    own = {"vbench_repo": repo, "vbench_python": PYTHON}
+    suite = {"suite": "vbench-i2v", "own": own}
     plan = evaluate(run, **suite, seeds=None, clips_per_prompt=None, dry_run=True)
     assert (plan["prompts"], plan["seeds"], plan["clips_per_prompt"]) == (3, 5, 1), "the protocol's five clips"
     broken = interpreter(tmp_path / "python", "| head -n 10")
     with pytest.raises(FlcompressError, match=r"the worker .* at .*/videos/.*-\d\.mp4, .*kept, and the same command"):
-        evaluate(run, **{**suite, "vbench_python": broken})
+        evaluate(run, **{**suite, "own": {**own, "vbench_python": broken}})
     folder = run.path / "eval" / "vbench-i2v"
     kept = (folder / "measured-0.jsonl").read_text().splitlines()
     assert len(kept) == 10
@@ -65,12 +66,13 @@ def test_an_evaluation_by_vbench(
     with pytest.raises(
         DataError, match=r"crop/1-1: 2 of 2 pictures are missing, such as '.*'; get them with sh vbench2"
     ):
-        evaluate(run, **suite, sample=2)
+        evaluate(run, **{**suite, "own": {**own, "sample": 2}})
 
 
 def test_models_and_sizes_that_vbench_does_not_judge(pipeline_folder: Callable[[str], Path], tmp_path: Path) -> None:
     repo = write_repo(tmp_path / "VBench", ["a cat"])
-    suite = {"suite": "vbench-i2v", "vbench_repo": repo, "vbench_python": PYTHON}
+    own = {"vbench_repo": repo, "vbench_python": PYTHON}
+    suite = {"suite": "vbench-i2v", "own": own}
     with pytest.raises(RequestError, match="a WanPipeline starts from text alone; it judges models that make a clip"):
         evaluate(make_run(pipeline_folder("wan"), "wan", tmp_path), **suite)
     (tmp_path / "i2v").mkdir()

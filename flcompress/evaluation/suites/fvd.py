@@ -52,13 +52,13 @@ class FrechetVideoDistance(ClipSuite):
 
     @override
     def evaluate(self, request: SuiteRequest) -> dict[str, Any]:
-        if request.features is None:
+        if request.own.get("features") is None:
             raise RequestError(
                 f"--features: not given; the suite fvd needs an .onnx file, or one of TorchScript (.pt): {CONTRACT}"
             )
-        if not request.features.is_file():
-            raise RequestError(f"--features: {request.features}: no such file")
-        self._file = request.features
+        self._file = Path(request.own["features"])
+        if not self._file.is_file():
+            raise RequestError(f"--features: {self._file}: no such file")
         return super().evaluate(request)
 
     @override

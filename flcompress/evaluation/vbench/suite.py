@@ -63,16 +63,16 @@ class VBenchI2V(FileSuite):
 
     @override
     def evaluate(self, request: SuiteRequest) -> dict[str, Any]:
-        for field in ("vbench_python", "vbench_repo"):
-            if getattr(request, field) is None:
+        for name in ("vbench_python", "vbench_repo"):
+            if request.own.get(name) is None:
                 raise RequestError(
-                    f"--{field.replace('_', '-')}: not given; the suite vbench-i2v needs the Python of VBench's "
+                    f"--{name.replace('_', '-')}: not given; the suite vbench-i2v needs the Python of VBench's "
                     "environment and a checkout of VBench, see docs/evaluation.md"
                 )
-        if request.sample is not None and request.prompts is not None:
-            raise RequestError(f"--sample: {request.sample} given with --prompts; it is for VBench's own prompts alone")
-        assert request.vbench_repo is not None
-        self._repo = request.vbench_repo
+        sample = request.own.get("sample")
+        if sample is not None and request.prompts is not None:
+            raise RequestError(f"--sample: {sample} given with --prompts; it is for VBench's own prompts alone")
+        self._repo = Path(request.own["vbench_repo"])
         return super().evaluate(request)
 
     @override
@@ -96,7 +96,7 @@ class VBenchI2V(FileSuite):
         _, height, width = session.home.size
         ratio = min(RATIOS, key=lambda name: abs(math.log(width / height / RATIOS[name])))
         folder = self._repo / "vbench2_beta_i2v" / "data" / "crop" / ratio
-        entries = spread_over_kinds(list(self._entries.values()))[: session.request.sample]
+        entries = spread_over_kinds(list(self._entries.values()))[: session.request.own.get("sample")]
         missing = [entry["image_name"] for entry in entries if not (folder / entry["image_name"]).is_file()]
         if missing:
             raise DataError(
@@ -120,9 +120,7 @@ class VBenchI2V(FileSuite):
             ) from error
 
     def _interpreter(self, session: Session) -> Interpreter:
-        python = session.request.vbench_python
-        assert python is not None
-        return Interpreter(python=python, repo=self._repo)
+        return Interpreter(python=Path(session.request.own["vbench_python"]), repo=self._repo)
 
     def _dimensions(self, prompt: str, session: Session) -> Sequence[str]:
         """Return what is judged of a prompt: of VBench's own as it says, of others everything."""
