@@ -233,7 +233,7 @@ def evaluate(
 
     Args:
         run: the run directory.
-        suite: one of `flcompress.core.registry.known_suites`; by default moving-digits if the run trains on it, or proxies.
+        suite: one of `flcompress.core.registry.known_suites`; by default moving-digits for its runs, or proxies.
         clips_per_prompt: clips of each prompt for each seed; the recipe's `evaluation.clips_per_prompt` by default.
         seeds: repetitions; the recipe's `evaluation.seeds` by default.
         prompts: text file of prompts, one a line; the data's held-out ones by default.

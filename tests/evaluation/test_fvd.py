@@ -130,7 +130,7 @@ def test_distances_to_held_out_clips(model: Path, tmp_path: Path) -> None:
     (tmp_path / "encoded").mkdir()
     request = {"max_sequence_length": 16}
     build_moving_digits(tmp_path / "encoded", 16, open_parts(model), request, 0, lambda done, total, values: None)
-    run = make_run(tmp_path, model, data="{latents: encoded}")
+    run = make_run(tmp_path, model, data="{latents: encoded}", stages=False)
     features = onnx_file(tmp_path / "features.onnx")
     suite: dict[str, Any] = {"suite": "fvd", "own": {"features": features}, "seeds": 2, "clips_per_prompt": 1}
     results = flcompress.evaluate(run, **suite, display=QuietDisplay())
