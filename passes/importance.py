@@ -81,7 +81,6 @@ class Importance(Pass):
 
         from flcompress.core.records import RESULT_FILE, ImportanceResult
         from flcompress.models.loading import load_transformer
-        from flcompress.models.network import half_precision
 
         data, scores = context.data(program), self.scores
         half = (
@@ -89,10 +88,9 @@ class Importance(Pass):
         )  # a CPU's scores are fp32: quick enough, and exact
         model = load_transformer(program.components["transformer"], context.device, torch.bfloat16 if half else None)
         started = time.monotonic()
-        with half_precision(context.device, enabled=half):
-            scored = scores.score(
-                model, program.graph, program.teacher_contract, data, context.seed, context.progress, context.world
-            )
+        scored = scores.score(
+            model, program.graph, program.teacher_contract, data, context.seed, context.progress, context.world
+        )
         estimates = scored.estimates()
         graph = program.graph.with_importance(estimates)
         means = [estimates[block.path].mean for block in graph.blocks]

@@ -124,7 +124,6 @@ class Select(Pass):
         import torch
 
         from flcompress.models.loading import load_transformer
-        from flcompress.models.network import half_precision
         from flcompress.tracing.removal.on_disk import choose_removable
         from flcompress.training.methods.joint_selection import JointLoss, Search
 
@@ -150,9 +149,8 @@ class Select(Pass):
             ranked = search.candidates(self._rivals(program, graph))
             return tuple(dict.fromkeys(path for found in ranked for path in found.paths))
 
-        with half_precision(context.device, enabled=half):
-            # Every block of a candidate has to be one that can go; where one cannot, the search is repeated without it.
-            graph, _ = choose_removable(source, program.graph, best)
+        # Every block of a candidate has to be one that can go; where one cannot, the search is repeated without it.
+        graph, _ = choose_removable(source, program.graph, best)
         return graph, ranked, scored
 
     def _rivals(self, program: Program, graph: BlockGraph) -> dict[str, tuple[str, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,8 @@ from flcompress.errors import RecordError
 from flcompress.files import peak_mb, reset_peak
 
 ATTEMPTS_FILE = "attempts.json"
+
+PEAKS = ("peak_rss_mb", "peak_gpu_mb", "peak_gpu_reserved_mb")
 
 PERIOD_SECONDS = 5.0
 """Between two records of an attempt that is under way: what a killed one loses at most."""
@@ -38,11 +41,12 @@ class Attempts:
     _ended: dict[str, float] | None = None
 
     def record(self) -> dict[str, Any]:
-        """Return seconds and the number of attempts in total, and the peak memory in megabytes."""
+        """Return seconds and the number of attempts in total, and peaks of memory in megabytes, a GPU's where used."""
         all_of_them = [*self.done, self._own()]
+        peaks = {name: [part[name] for part in all_of_them if name in part] for name in PEAKS}
         return {
             "seconds": round(sum(part["seconds"] for part in all_of_them), 3),
-            "peak_rss_mb": max(part["peak_rss_mb"] for part in all_of_them),
+            **{name: max(values) for name, values in peaks.items() if values},
             "attempts": len(all_of_them),
         }
 
@@ -57,13 +61,27 @@ class Attempts:
         self.write()
 
     def _own(self) -> dict[str, float]:
-        return self._ended or {"seconds": round(time.monotonic() - self.began, 3), "peak_rss_mb": peak_mb()}
+        seconds = round(time.monotonic() - self.began, 3)
+        return self._ended or {"seconds": seconds, "peak_rss_mb": peak_mb(), **_gpu_peaks()}
 
 
 def describe(record: Mapping[str, Any]) -> str:
     """Return a record as a sentence."""
     several = f" in {record['attempts']} attempts" if record.get("attempts", 1) > 1 else ""
-    return f"{record['seconds']:.1f} s{several}, peak {record['peak_rss_mb']:.0f} MB"
+    gpu = f", on the GPU {record['peak_gpu_mb']:.0f} MB" if "peak_gpu_mb" in record else ""
+    return f"{record['seconds']:.1f} s{several}, peak {record['peak_rss_mb']:.0f} MB{gpu}"
+
+
+def _gpu_peaks() -> dict[str, float]:
+    """Return the peak memory of this process's GPU: of tensors, and what torch reserved; empty if none is used.
+
+    Without importing torch, which a command that needs none has not loaded.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or not (torch.cuda.is_available() and torch.cuda.is_initialized()):
+        return {}
+    allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    return {"peak_gpu_mb": round(allocated / 1e6, 1), "peak_gpu_reserved_mb": round(reserved / 1e6, 1)}
 
 
 @contextmanager
@@ -71,6 +89,8 @@ def attempt(file: Path, key: str) -> Iterator[Attempts]:
     """Count one more attempt, from now to the end of the context, whatever ends it."""
     attempts = Attempts(file, key, _attempts(file, key), time.monotonic())
     reset_peak()
+    if _gpu_peaks():
+        sys.modules["torch"].cuda.reset_peak_memory_stats()
     attempts.write()
     over = threading.Event()
 

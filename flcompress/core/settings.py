@@ -13,6 +13,7 @@ from flcompress.diffusion.contract import from_conditional_convention
 
 Precision = Literal["fp32", "bf16"]
 EngineName = Literal["local", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
+AttentionName = Literal["native", "cudnn", "flash", "efficient", "math"]
 LogName = Literal["tensorboard", "wandb"]
 OnBreach = Literal["warn", "stop", "rollback"]
 Limits = Mapping[str, tuple[float | None, float | None]]
@@ -192,7 +193,17 @@ class Evaluation(Settings):
     seeds: int = Field(4, ge=2, description="independent repetitions; the confidence intervals come from them")
 
 
-_NOT_DECISIVE = {"engine", "processes", "timeout", "checkpoint_seconds", "micro_batch", "health", "log_to"}
+_NOT_DECISIVE = {
+    "engine",
+    "processes",
+    "timeout",
+    "checkpoint_seconds",
+    "micro_batch",
+    "attention",
+    "deterministic",
+    "health",
+    "log_to",
+}
 
 
 class Training(Settings):
@@ -210,10 +221,13 @@ class Training(Settings):
     checkpoint_seconds: float = Field(
         60.0,
         ge=0,
-        description="between two checkpoints: the most work that a killed run loses, whatever a step takes; "
-        "0 writes one after every step",
+        description="between two checkpoints: the most work that a killed run loses, whatever a step takes; 20 times "
+        "as long as the last one took where that is more; 0 writes one after every step",
     )
-    precision: Precision = Field("fp32", description="bf16: autocast over fp32 weights, and frozen models held in bf16")
+    precision: Precision = Field(
+        "fp32",
+        description="bf16: autocast over fp32 weights; frozen models are held in bf16 and compute in it",
+    )
     gradient_checkpointing: bool = Field(
         False,
         description="recompute blocks in the backward pass instead of keeping their activations; a third more work",
@@ -229,6 +243,15 @@ class Training(Settings):
         description="run blocks through torch.compile; on a CPU it needs a C++ compiler and the first steps are slow",
     )
 
+    attention: AttentionName = Field(
+        "native",
+        description="kernel of attention, through diffusers' switch: native is torch's own choice; the others are that "
+        "kernel or an error. flash and cudnn compute in half precision on a GPU, flash without masks",
+    )
+    deterministic: bool = Field(
+        False,
+        description="sums in a fixed order on a GPU too, so that a resumed training repeats bit for bit; slower",
+    )
     health: Health = Field(Health(), description="how trainings are watched, and what ends one; see docs/health.md")
     log_to: tuple[LogName, ...] = Field(
         ("tensorboard",),

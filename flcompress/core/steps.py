@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, get_args
 from pydantic import BaseModel, ConfigDict
 
 from flcompress.core.program import Fact, Program
-from flcompress.core.settings import EngineName, Health, LogName, Precision, Training
+from flcompress.core.settings import AttentionName, EngineName, Health, LogName, Precision, Training
 from flcompress.distributed.world import World
 from flcompress.errors import PreconditionError
 from flcompress.progress import ProgressSink
@@ -40,6 +40,7 @@ class PassContext:
         precision: precision of forwards and backwards in training: "fp32", or "bf16" (autocast over fp32 weights).
         gradient_checkpointing: whether trained models recompute their blocks in the backward pass.
         compile: whether blocks run through torch.compile.
+        attention: kernel of attention; see `training.attention`.
         health: how its training is watched.
         log_to: destinations of its figures, in addition to the report.
         note: adds an event to the run's journal.
@@ -59,6 +60,7 @@ class PassContext:
     precision: Precision = "fp32"
     gradient_checkpointing: bool = False
     compile: bool = False
+    attention: AttentionName = "native"
     health: Health = field(default_factory=Health)
     log_to: tuple[LogName, ...] = ()
     note: Callable[..., None] = lambda event, name, **values: None

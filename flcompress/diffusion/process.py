@@ -106,15 +106,22 @@ class Discrete(Process):
     """
 
     def __init__(self, alphas_cumprod: torch.Tensor, prediction: str) -> None:
-        self._signal = torch.cat([torch.ones(1), alphas_cumprod.float().cpu()])  # entry 0 is the clean end
+        signal = torch.cat([torch.ones(1), alphas_cumprod.float().cpu()])  # entry 0 is the clean end
+        self._signals = {signal.device: signal}
         self._velocity = prediction == "v_prediction"
 
+    def _signal(self, device: torch.device) -> torch.Tensor:
+        """Return a_t^2, [T + 1]; on each device once, so that a step neither copies nor waits."""
+        if device not in self._signals:
+            self._signals[device] = self._signals[torch.device("cpu")].to(device)
+        return self._signals[device]
+
     def _index(self, level: torch.Tensor) -> torch.Tensor:
-        last = len(self._signal) - 1
-        return (level.cpu() * last).round().long().clamp(0, last)
+        last = len(self._signal(level.device)) - 1
+        return (level * last).round().long().clamp(0, last)
 
     def _coefficients(self, level: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        signal = self._signal[self._index(level)].to(like.device)
+        signal = self._signal(level.device)[self._index(level)].to(like.device)
         return expand_to(signal.sqrt(), like), expand_to((1.0 - signal).sqrt(), like)
 
     @override
@@ -150,14 +157,13 @@ class Discrete(Process):
     @override
     def elbo_weight(self, level: torch.Tensor) -> torch.Tensor:
         # A finite difference; at the first index, where the ratio before is infinite, the one after it serves.
-        index = self._index(level).clamp(min=2)
-        ratio = self._signal / (1.0 - self._signal)
-        steps = len(self._signal) - 1
-        return (0.5 * steps * (ratio[index - 1] - ratio[index])).to(level.device)
+        index, signal = self._index(level).clamp(min=2), self._signal(level.device)
+        ratio = signal / (1.0 - signal)
+        return 0.5 * (len(signal) - 1) * (ratio[index - 1] - ratio[index])
 
     @override
     def timestep(self, level: torch.Tensor) -> torch.Tensor:
-        return (self._index(level) - 1).float().to(level.device)
+        return (self._index(level) - 1).float()
 
 
 FLOW = Flow()

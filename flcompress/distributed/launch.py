@@ -111,6 +111,27 @@ def join(engine: str, timeout: float, device: str, launch: Launch) -> Iterator[W
             dist.destroy_process_group()
 
 
+@contextmanager
+def repeatable(*, enabled: bool) -> Iterator[None]:
+    """Let torch use only algorithms that sum in a fixed order while active, if `enabled`; before CUDA is used."""
+    if not enabled:
+        yield
+        return
+    import torch
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS's buffers have a fixed size for each stream
+    settings: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic
+    filling = settings.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.deterministic, settings.fill_uninitialized_memory = True, False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.deterministic, settings.fill_uninitialized_memory = before[1], filling
+
+
 def free_cores() -> int:
     """Count the cores of this process that no other work keeps busy; at least one."""
     import psutil

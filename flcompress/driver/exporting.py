@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flcompress.core.attempts import attempt, describe
+from flcompress.core.attempts import PEAKS, attempt, describe
 from flcompress.core.program import Program
 from flcompress.core.records import ExportFile
 from flcompress.core.steps import Exporter
@@ -56,9 +56,7 @@ def run_exports(
         else:
             record = {**_export(run, program, exporter, key, display).dump(), "status": "ran"}
             display.line(f"export {exporter.name}: {describe(record)}")
-        noted = {
-            name: record[name] for name in ("status", "seconds", "peak_rss_mb", "attempts", "key") if name in record
-        }
+        noted = {name: record[name] for name in ("status", "seconds", *PEAKS, "attempts", "key") if name in record}
         run.note("export", exporter.name, **noted)
         records[exporter.name] = record
     return records

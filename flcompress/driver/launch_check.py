@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from pathlib import Path
 
 from flcompress.core.settings import Training
 from flcompress.core.steps import Pass
@@ -41,6 +42,39 @@ def check_launch(training: Training, launch: Launch, passes: Iterable[Pass] = ()
                 f"{step.name}: batch {cost.batch} given, expected a multiple of the {launch.size} processes; "
                 "change either"
             )
+
+
+def check_attention(training: Training, pipeline: str, transformer: Path, device: str) -> None:
+    """Raise RequestError for a kernel of attention that the precision, the model or this machine lacks.
+
+    Args:
+        training: the settings.
+        pipeline: class of the model's pipeline.
+        transformer: the folder of its transformer.
+        device: "cpu" or "cuda".
+    """
+    from flcompress.models.families import family_of
+    from flcompress.models.loading import meta_transformer
+    from flcompress.models.network import choose_attention
+
+    name = training.attention
+    if name in ("flash", "cudnn") and training.precision == "fp32":
+        raise RequestError(
+            f"training.attention: {name} given, which computes in half precision only; set training.precision: bf16, "
+            "or attention: native"
+        )
+    if name == "flash" and family_of(pipeline).masks_attention:
+        raise RequestError(
+            f"training.attention: flash given, but {pipeline} masks its attention, which flash attention cannot; set "
+            "it to efficient, cudnn or native"
+        )
+    if name in ("cudnn", "efficient") and device == "cpu":
+        raise RequestError(
+            f"training.attention: {name} given, a kernel of GPUs, but this machine has none that torch can use; set it "
+            "to native"
+        )
+    if name != "native":
+        choose_attention(meta_transformer(transformer), name)
 
 
 def _check_accelerate(training: Training) -> None:

@@ -10,18 +10,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flcompress.core.attempts import ATTEMPTS_FILE, describe, seconds_so_far
+from flcompress.core.attempts import ATTEMPTS_FILE, PEAKS, describe, seconds_so_far
 from flcompress.core.program import Program
 from flcompress.core.registry import find_exporter
 from flcompress.core.steps import Pass, PassContext
 from flcompress.core.wandb_access import check_wandb_installed, check_wandb_login
-from flcompress.distributed.launch import Launch, join, use_free_cores
+from flcompress.distributed.launch import Launch, join, repeatable, use_free_cores
 from flcompress.distributed.world import World
 from flcompress.driver import start
 from flcompress.driver.clips import Clips, fingerprint
 from flcompress.driver.data_checks import check_data
 from flcompress.driver.exporting import run_exports
-from flcompress.driver.launch_check import check_launch
+from flcompress.driver.launch_check import check_attention, check_launch
 from flcompress.driver.rundir import RunDirectory
 from flcompress.driver.store import Entry, Store
 from flcompress.errors import FlcompressError, PostconditionError
@@ -68,7 +68,9 @@ def apply(
     shared = Path(store).resolve() if store else run.path
     launch = Launch.from_environment()
     check_launch(recipe.training, launch, recipe.passes)
+    check_attention(recipe.training, source.index["_class_name"], source.transformer, device)
     with (
+        repeatable(enabled=recipe.training.deterministic),
         join(recipe.training.engine, recipe.training.timeout, device, launch) as world,
         world.propagating_failures(),
         system_errors_in_one_line(run.path),
@@ -205,8 +207,10 @@ def _apply(
             program = _with_moved_parts(entry, beginning)
             entries.append(entry)
             run.record_entries(entries, finished=index == len(recipe.passes))
-            noted = ("seconds", "peak_rss_mb", "attempts")
+            noted = ("seconds", *PEAKS, "attempts")
             measured = {name: value for name, value in entry.record.dump().items() if name in noted}
+            if stored is None:
+                measured |= _rate(step, entry.record.seconds)
             if stored is None and world.longest[0] > 0.0:
                 measured["longest_beat"] = dict(zip(("seconds", "at"), world.longest, strict=True))
             run.note("pass", step.name, status="cached" if stored else "ran", key=key, **measured)
@@ -220,6 +224,12 @@ def _apply(
     run.note("done", recipe.name, status="ran" if ran else "cached")
     _remove_leftovers(run.path / "passes")
     display.line(f"done: {run.path}" if ran else f"nothing to do: every pass and export is unchanged in {run.path}")
+
+
+def _rate(step: Pass, seconds: float) -> dict[str, float]:
+    """Return clips a second of a pass that trains, over its whole time, with held-out evaluations and checkpoints."""
+    cost = step.cost(1.0, 1, 1.0)
+    return {"clips_per_second": round(cost.steps * cost.batch / seconds, 3)} if cost.steps and seconds else {}
 
 
 def _entry_of_start(recipe: Recipe, source: start.Source, store: Store) -> tuple[Entry, bool]:
@@ -255,6 +265,7 @@ def _work(recipe: Recipe, step: Pass, clips: Clips, device: str, world: World, *
         precision=recipe.training.precision,
         gradient_checkpointing=recipe.training.gradient_checkpointing,
         compile=recipe.training.compile,
+        attention=recipe.training.attention,
         health=recipe.training.health,
         log_to=recipe.training.log_to,
         checkpoint_seconds=recipe.training.checkpoint_seconds,

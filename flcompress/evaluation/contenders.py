@@ -18,7 +18,7 @@ from flcompress.errors import RequestError
 from flcompress.evaluation.backends import Sampler, Samplers
 from flcompress.ir.graph import BlockGraph
 from flcompress.models.loading import load_transformer, meta_transformer
-from flcompress.models.network import as_network, half_precision
+from flcompress.models.network import as_network
 from flcompress.models.stock_files import folder_digest
 from flcompress.models.tensor_memory import free_gpu_memory
 from flcompress.tracing.skip import skipping_network
@@ -147,10 +147,7 @@ class _Transformers:
         free_gpu_memory()
 
     def _run(self, network: Network, x: torch.Tensor, timestep: torch.Tensor, given: Conditioning) -> torch.Tensor:
-        if self._device == "cpu":
-            return network(x, timestep, given)
-        with half_precision(self._device, enabled=True):
-            return network(x.to(self._device), timestep.to(self._device), to_device(given, self._device)).to(x)
+        return network(x.to(self._device), timestep.to(self._device), to_device(given, self._device)).to(x)
 
     def digest(self, component: str) -> str:
         return folder_digest(self._components[component])

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from flcompress.diffusion.network import Conditioning, Network
+from flcompress.errors import RequestError
 from flcompress.ir.graph import BlockGraph
 from flcompress.models.families import family_of, find_family
 
@@ -23,19 +24,35 @@ from flcompress.models.families import family_of, find_family
 def as_network(transformer: Any, guidance: float | None = None) -> Network:
     """Return the transformer behind its family's adapter.
 
+    Weights that are held in half precision compute in it, without autocast, as stock pipelines run them; noise levels
+    and rotary tables stay in fp32, and so does what a class keeps so. Weights in fp32 compute in the precision around
+    the call.
+
     Args:
         transformer: of a class that a family knows, or what an engine wrapped around one.
         guidance: embedded guidance scale, if the network takes one; the family's usual one by default.
     """
     inner = stock_model(transformer)
-    family, config = family_of(stock_name(inner)), inner.config
+    family, config, half = family_of(stock_name(inner)), inner.config, _half_dtype(transformer)
 
     def call(x: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        arguments = family.arguments(config, x, timestep, conditioning, guidance)
-        output = transformer(**arguments, return_dict=False)[0]
+        if half is None:
+            arguments = family.arguments(config, x, timestep, conditioning, guidance)
+            output = transformer(**arguments, return_dict=False)[0]
+        else:
+            cast = {name: t.to(half) if t.is_floating_point() else t for name, t in conditioning.items()}
+            with half_precision(x.device.type, enabled=False):
+                arguments = family.arguments(config, x.to(half), timestep, cast, guidance)
+                output = transformer(**arguments, return_dict=False)[0].to(x.dtype)
         return family.prediction(config, output, x, timestep, conditioning)
 
     return call
+
+
+def _half_dtype(transformer: Any) -> torch.dtype | None:
+    """Return the half precision that a module's own parameters are held in, apart from what a class keeps in fp32."""
+    dtypes = {parameter.dtype for parameter in transformer.parameters()} - {torch.float32}
+    return min(dtypes & {torch.bfloat16, torch.float16}, key=str, default=None)
 
 
 def stock_model(wrapped: Any) -> Any:
@@ -57,15 +74,44 @@ def stock_name(model: Any) -> str:
 
 
 @contextmanager
-def half_precision(device: str, *, enabled: bool, dtype: torch.dtype = torch.bfloat16) -> Iterator[None]:
-    """Compute in bf16 (or fp16) where that is safe, without autocast's cache of such weights.
+def half_precision(device: str, *, enabled: bool) -> Iterator[None]:
+    """Compute in bf16 where that is safe, or as the weights are, without autocast's cache of bf16 weights.
 
     A training step updates weights several times, and the cache would keep serving stale copies.
     """
-    with warnings.catch_warnings(), torch.autocast(device, dtype, enabled=enabled, cache_enabled=False):
+    with warnings.catch_warnings(), torch.autocast(device, torch.bfloat16, enabled=enabled, cache_enabled=False):
         # Norms keep fp32 weights on purpose; PyTorch says that it has no fused kernel for that.
         warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
         yield
+
+
+def choose_attention(model: Any, name: str) -> None:
+    """Set the kernel of a diffusers transformer's attention, through diffusers' own switch.
+
+    Args:
+        model: the transformer.
+        name: a `training.attention`.
+
+    Raises:
+        RequestError: diffusers has no switch for a model of this class.
+    """
+    from diffusers.models import modeling_utils
+    from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
+
+    if name != "native":
+        processors = [getattr(module, "processor", None) for module in model.modules()]
+        if not any(hasattr(processor, "_attention_backend") for processor in processors):
+            raise RequestError(
+                f"training.attention: {name} given, but {stock_name(model)} has no choice of kernels in this "
+                "diffusers; set it to native"
+            )
+        level = modeling_utils.logger.level
+        modeling_utils.logger.setLevel("ERROR")  # it warns that the switch is experimental
+        try:
+            with attention_backend(AttentionBackendName.NATIVE):  # which restores the choice of other models
+                model.set_attention_backend(f"_native_{name}")
+        finally:
+            modeling_utils.logger.setLevel(level)
 
 
 def missing_compiler() -> str:

@@ -7,9 +7,10 @@ header is checked by the library and the bytes are read here.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,7 @@ _FLOATS = {
     "F8_E5M2": "float8_e5m2",
 }
 _NUMBERS = {**_FLOATS, "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}
+_NAMES = {number: name for name, number in _NUMBERS.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +119,37 @@ class StackedTensor:
             yield from part.pieces()
 
 
-Writable = StoredTensor | StackedTensor
+@dataclass(frozen=True, slots=True)
+class LiveTensor:
+    """A tensor in memory to write; it comes to the host when its turn has come, alone."""
+
+    tensor: torch.Tensor
+
+    @property
+    def dtype(self) -> str:
+        """The dtype by the file's name for it."""
+        return _NAMES[str(self.tensor.dtype).removeprefix("torch.")]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape."""
+        return tuple(self.tensor.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of bytes."""
+        return self.tensor.numel() * self.tensor.element_size()
+
+    def pieces(self) -> Iterator[memoryview]:
+        """Yield its bytes, at most `PIECE` at once."""
+        import torch
+
+        flat = self.tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        for start in range(0, len(flat), PIECE):
+            yield flat[start : start + PIECE]
+
+
+Writable = StoredTensor | StackedTensor | LiveTensor
 
 
 def file_tensors(path: Path) -> dict[str, StoredTensor]:
@@ -234,8 +266,20 @@ def write_tensors(folder: Path, tensors: Mapping[str, Writable], largest: int = 
         )
 
 
-def write_file(path: Path, tensors: Mapping[str, Writable], metadata: Mapping[str, str] | None = None) -> None:
-    """Copy tensors, byte by byte and under new names, into one file."""
+def write_file(
+    path: Path,
+    tensors: Mapping[str, Writable],
+    metadata: Mapping[str, str] | None = None,
+    beat: Callable[[], None] = lambda: None,
+) -> str:
+    """Copy tensors, byte by byte and under new names, into one file; return its SHA-256.
+
+    Args:
+        path: the file.
+        tensors: name in the file -> tensor.
+        metadata: of the file.
+        beat: called after each piece, so that a long write shows signs of life.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     # The widest numbers first, so that every tensor starts at a multiple of its numbers' width.
     ordered = sorted(tensors.items(), key=lambda item: -_width(item[1]))
@@ -249,11 +293,16 @@ def write_file(path: Path, tensors: Mapping[str, Writable], metadata: Mapping[st
         position += tensor.size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors start at a multiple of eight bytes
+    start = len(text).to_bytes(8, "little") + text
+    digest = hashlib.sha256(start)
     with path.open("wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
+        out.write(start)
         for _, tensor in ordered:
             for piece in tensor.pieces():
                 out.write(piece)
+                digest.update(piece)
+                beat()
+    return digest.hexdigest()
 
 
 def _header(path: Path) -> tuple[int, dict[str, Any]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flcompress.reporting.reading import RunRecord
+from flcompress.wording import elapsed, size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,8 +20,25 @@ class Step:
     status: str
     seconds: float | None
     peak_rss_mb: float | None
+    peak_gpu_mb: float | None = None
+    peak_gpu_reserved_mb: float | None = None
+    clips_per_second: float | None = None
     attempts: int = 1
     arguments: str = ""  # of a failed step: the error
+
+    @property
+    def memory(self) -> str:
+        """Peaks of memory: of the process, and of its GPU where it has one, with what torch reserved there."""
+        host = "" if self.peak_rss_mb is None else size(self.peak_rss_mb * 1e6)
+        if self.peak_gpu_mb is None or self.peak_gpu_reserved_mb is None:
+            return host
+        return f"{host}, GPU {size(self.peak_gpu_mb * 1e6)} ({size(self.peak_gpu_reserved_mb * 1e6)} reserved)"
+
+    @property
+    def time(self) -> str:
+        """The time of all attempts and, where it trains, clips a second."""
+        rate = "" if self.clips_per_second is None else f", {self.clips_per_second:.3g} clips/s"
+        return "" if self.seconds is None else f"{elapsed(self.seconds, self.attempts)}{rate}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +61,9 @@ def steps(run: RunRecord) -> list[Step]:
             status=event.status,
             seconds=event.seconds,
             peak_rss_mb=event.peak_rss_mb,
+            peak_gpu_mb=event.peak_gpu_mb,
+            peak_gpu_reserved_mb=event.peak_gpu_reserved_mb,
+            clips_per_second=event.clips_per_second,
             attempts=event.attempts,
             arguments=arguments.get(event.key, "") or event.error,
         )

@@ -58,8 +58,8 @@ def print_summary(run_dir: Path, console: Console) -> None:
             table.add_row(
                 escape(step.name),
                 step.status,
-                wording.elapsed(step.seconds, step.attempts) if step.seconds is not None else "",
-                wording.size(step.peak_rss_mb * 1e6) if step.peak_rss_mb is not None else "",
+                step.time,
+                step.memory,
             )
         console.print(table)
     _exports(exported, console)

@@ -11,7 +11,7 @@ import torch
 from flcompress.diffusion.network import Conditioning, to_device
 from flcompress.errors import UnavailableError
 from flcompress.models.loading import load_transformer
-from flcompress.models.network import as_network, compile_blocks, half_precision, missing_compiler
+from flcompress.models.network import as_network, compile_blocks, missing_compiler
 from flcompress.tracing.counting import listed_blocks
 
 
@@ -70,8 +70,7 @@ class TorchSession:
     def __call__(self, x: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """Predict; the answer is on the device of `x` [n, channels, frames, height, width], in its dtype."""
         device = self.device
-        with half_precision(device, enabled=self._half, dtype=DTYPES[self.precision]):
-            return self._network(x.to(device), timestep.to(device), to_device(conditioning, device)).to(x)
+        return self._network(x.to(device), timestep.to(device), to_device(conditioning, device)).to(x)
 
     @property
     def _half(self) -> bool:

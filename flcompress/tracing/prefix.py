@@ -33,10 +33,15 @@ class PrefixMemory:
         self._arguments: list[_Stored] = []  # of the first block, to recognise a forward with other inputs
 
     @contextmanager
-    def skipping(self, *paths: str) -> Iterator[None]:
+    def skipping(self, *paths: str, verify: bool = True) -> Iterator[None]:
         """Make blocks before the first of `paths` return their remembered outputs, without computing them.
 
         Those at `paths` are identities, and later ones run. Forwards must get the remembered inputs.
+
+        Args:
+            paths: the blocks to skip.
+            verify: whether forwards compare their inputs with the remembered ones, for which the host waits for the
+                GPU.
 
         Raises:
             RequestError: an unknown path, no remembered outputs for the blocks before, one of them skipped by an
@@ -52,18 +57,18 @@ class PrefixMemory:
             if isinstance(vars(self._model.get_submodule(path)).get("forward"), Identity):
                 raise RequestError(f"'{path}' is skipped already and comes before '{first}'; name both in one call")
         identities = {path: Identity(self._model.get_submodule(path), self._graph.block(path)) for path in skipped}
-        with self._answering(earlier, identities):
+        with self._answering(earlier, identities, verify=verify):
             yield
 
     @contextmanager
     def recalling(self) -> Iterator[None]:
         """Make every remembered block return its remembered output; the others run."""
-        with self._answering(list(self._outputs), {}):
+        with self._answering(list(self._outputs), {}, verify=True):
             yield
 
     @contextmanager
-    def _answering(self, paths: list[str], others: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
-        first = self._graph.blocks[0].path
+    def _answering(self, paths: list[str], others: Mapping[str, Callable[..., Any]], *, verify: bool) -> Iterator[None]:
+        first = self._graph.blocks[0].path if verify else None
         recording, self._recording = self._recording, False
         try:
             with replaced_forwards(

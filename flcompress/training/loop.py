@@ -27,6 +27,9 @@ from flcompress.training.watching.trackers import Tracker, trackers
 
 METRICS_FILE = "metrics.jsonl"
 
+SAVE_SHARE = 20.0
+"""How many times longer than the last checkpoint took the training goes on before the next: at most 5 % go there."""
+
 TrainStep = Callable[[int, Draws], Mapping[str, float]]
 
 
@@ -114,7 +117,7 @@ class _Run:
         self._world = context.world
         self._log, self._redraws = context.directory / METRICS_FILE, context.directory / REDRAWS_FILE
         self._checkpoints = Checkpoints(context.directory, context.world, engine.layout, context.say)
-        self._saved = time.monotonic()
+        self._saved, self._save_seconds = time.monotonic(), 0.0
 
     def resume(self) -> tuple[int, list[dict[str, float]]]:
         """Take up the last checkpoint; return its step, 0 without one, and what was logged up to there."""
@@ -138,10 +141,16 @@ class _Run:
         torch.manual_seed(seed_of(context.seed, self._name, step, "model", world.rank))  # for a model's dropout
         with self._engine.forward_mode(), world.exchanging():
             values = dict(self._train_step(step, draws))
-        due = time.monotonic() - self._saved >= context.checkpoint_seconds
+        due = time.monotonic() - self._saved >= self.checkpoint_interval
         agreed = world.all_mean({**values, _SAVE: float(due and world.main), _END: float(preempted.is_set())})
         save, end = agreed.pop(_SAVE) > 0, agreed.pop(_END) > 0
         return agreed, save, end
+
+    @property
+    def checkpoint_interval(self) -> float:
+        """Seconds between two checkpoints: more than the setting where they take long; 0 stores every step."""
+        setting = self._context.checkpoint_seconds
+        return max(setting, SAVE_SHARE * self._save_seconds) if setting else 0.0
 
     def record(self, step: int, figures: Mapping[str, float]) -> None:
         """Write the figures of a step or of an evaluation to the log and the trackers."""
@@ -180,8 +189,10 @@ class _Run:
         if self._world.main:
             for file in filter(Path.exists, (self._log, self._redraws)):
                 sync(file)  # what was logged before a checkpoint must not be lost where that is kept
+        began = time.monotonic()
         self._save(step, "step")
         self._saved = time.monotonic()
+        self._save_seconds = self._saved - began
 
     def roll_back(self) -> int:
         """Take up the best evaluation's checkpoint; return its step."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -135,26 +135,46 @@ class TrainedRole:
         Raises:
             TrainingError: the loss or its gradient is not finite in some process; nothing was changed.
         """
-        figures: dict[str, float] = defaultdict(float)
-        per_sample: dict[str, torch.Tensor] = {}
+        parts: list[tuple[Draws, Loss]] = []
         for part in draws.micro_batches(self._at_once):
             with self._wrapped.micro_batch(last=part.mine.stop == draws.mine.stop):
                 result = loss_of(part)
                 loss = result if isinstance(result, Loss) else Loss(value=result)
                 with loss.backward_context:
                     self._backward(loss.value, part)
-            for name, value in loss.figures.items():
-                figures[name] += part.share * float(value)
-            for name, values in loss.per_sample.items():
-                batch = per_sample.setdefault(name, torch.zeros(draws.batch, dtype=torch.float64))
-                batch[part.mine] = values.double().cpu()
-        logged = {**self._step(), **figures}
+            parts.append((part, loss))
+        value, figures, per_sample = self._read(parts, draws.batch)
+        logged = {**self._step(value), **figures}
         for name, batch in per_sample.items():
             everyone = self._of_all(batch)
             logged[f"{name}_mean"] = float(everyone.mean())
             logged[f"{name}_min"] = float(everyone.min())
             logged[f"{name}_max"] = float(everyone.max())
         return logged
+
+    def _read(
+        self, parts: Sequence[tuple[Draws, Loss]], batch: int
+    ) -> tuple[float, dict[str, float], dict[str, torch.Tensor]]:
+        """Return (loss, figures, per sample [batch]) of this process's micro batches; the host waits for the GPU once.
+
+        Args:
+            parts: the draws and the loss of each.
+            batch: samples of the step, over all processes.
+        """
+        assert isinstance(self._loss, torch.Tensor)
+        tensors = [tensor for _, loss in parts for tensor in (*loss.figures.values(), *loss.per_sample.values())]
+        flat = torch.cat([tensor.detach().double().reshape(-1) for tensor in (self._loss, *tensors)]).cpu()
+        loss_value, self._loss = float(flat[0]), 0.0
+        rest = iter(torch.split(flat[1:], [tensor.numel() for tensor in tensors]))
+        figures: dict[str, float] = defaultdict(float)
+        per_sample: dict[str, torch.Tensor] = {}
+        for part, loss in parts:
+            for name in loss.figures:
+                figures[name] += part.share * float(next(rest))
+            for name in loss.per_sample:
+                whole = per_sample.setdefault(name, torch.zeros(batch, dtype=torch.float64))
+                whole[part.mine] = next(rest)
+        return loss_value, figures, per_sample
 
     def _backward(self, loss: torch.Tensor, part: Draws) -> None:
         """Back-propagate the loss of a micro batch; gradients add up to those of the batch."""
@@ -163,10 +183,9 @@ class TrainedRole:
         self._wrapped.backward(part.share * loss)
         self._world.heartbeat()
 
-    def _step(self) -> dict[str, float]:
-        """Take the optimiser step after the last micro batch."""
-        value = self._world.all_mean({"loss": float(self._loss)})["loss"]
-        self._loss = 0.0
+    def _step(self, loss: float) -> dict[str, float]:
+        """Take the optimiser step after the last micro batch, whose loss over this process's samples is given."""
+        value = self._world.all_mean({"loss": loss})["loss"]
         if not math.isfinite(value):
             self._wrapped.clear()
             raise self._not_finite("loss", value)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
-import torch.distributed.rendezvous  # noqa: F401 (the module, which torch.distributed hides behind its function)
+import torch.distributed.rendezvous
 
 from flcompress.core.wandb_access import wandb_error
-from flcompress.distributed.launch import Launch, join
+from flcompress.distributed.launch import Launch, join, repeatable
 from flcompress.distributed.world import World
 from flcompress.errors import RequestError, TrainingError, first_line
 
@@ -53,3 +55,18 @@ def test_a_lost_peer_without_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_wandb_error_without_a_message() -> None:
     assert "it cannot be used: RuntimeError;" in str(wandb_error(RuntimeError()))
+
+
+def test_repeatable_sums_last_as_long_as_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    def flags() -> tuple[bool, bool, bool]:
+        filling = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+        return torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic, filling
+
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    before = flags()
+    with repeatable(enabled=False):
+        assert flags() == before
+    with repeatable(enabled=True):
+        assert flags() == (True, True, False)
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert flags() == before

@@ -18,12 +18,13 @@ from rich.console import Console
 from flcompress.core import attempts
 from flcompress.core.attempts import attempt, describe, seconds_so_far
 from flcompress.core.program import Program
+from flcompress.core.records import Event
 from flcompress.core.steps import Pass, PassContext
 from flcompress.driver.manager import apply
 from flcompress.progress import QuietDisplay
 from flcompress.reporting.html import write_report
 from flcompress.reporting.reading import read_run
-from flcompress.reporting.stages import steps
+from flcompress.reporting.stages import Step, steps
 from flcompress.reporting.terminal import print_summary
 from tests.fixtures import fakes
 from tests.fixtures.recipes import WriteRecipe
@@ -195,3 +196,28 @@ def test_a_result_of_an_earlier_version_is_read(write: WriteRecipe, tmp_path: Pa
     (entry.folder / "entry.json").write_text(json.dumps(record))
     apply(path, tmp_path / "run", display=QuietDisplay(), device="cpu")
     assert [step.attempts for step in steps(read_run(run.path))] == [1]
+
+
+def test_the_memory_of_a_gpu_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the beginning of each attempt; without a GPU the record has no such keys."""
+    import torch
+
+    with attempt(tmp_path / "none.json", "key") as without:
+        pass
+    assert "peak_gpu_mb" not in without.record()
+    resets: list[None] = []
+    peaks = {"max_memory_allocated": lambda: 3.5e9, "max_memory_reserved": lambda: 4e9}
+    told = {"is_available": lambda: True, "is_initialized": lambda: True}
+    for name, value in {**peaks, **told, "reset_peak_memory_stats": lambda: resets.append(None)}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    file = tmp_path / "attempts.json"
+    file.write_text(json.dumps({"key": "key", "attempts": [{"seconds": 1.0, "peak_rss_mb": 1.0, "peak_gpu_mb": 5e3}]}))
+    with attempt(file, "key") as second:
+        pass
+    record = second.record()
+    assert (record["peak_gpu_mb"], record["peak_gpu_reserved_mb"], len(resets)) == (5e3, 4e3, 1)
+    assert describe(record).endswith(", on the GPU 5000 MB")
+    Event(event="pass", **record)
+    step = Step(event="pass", name="dmd", status="ran", clips_per_second=3.25, **{**record, "seconds": 60.0})
+    assert step.memory.endswith(", GPU 5 GB (4 GB reserved)")
+    assert step.time.endswith(", 3.25 clips/s")

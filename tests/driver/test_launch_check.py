@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from flcompress.core.settings import Training
 from flcompress.distributed.launch import Launch
-from flcompress.driver.launch_check import check_launch
+from flcompress.driver.launch_check import check_attention, check_launch
 from flcompress.errors import RequestError
 from tests.training.toy import Toy
 
@@ -134,3 +135,47 @@ def test_a_batch_that_the_processes_do_not_divide() -> None:
 )
 def test_a_recipe_and_a_launcher_that_agree(training: Any, size: int) -> None:
     check_launch(Training(**training), Launch(0, size, 0), [Toy(steps=1, batch=4)])
+
+
+@pytest.mark.parametrize(
+    ("settings", "pipeline", "device", "message"),
+    [
+        (
+            {"attention": "flash"}, "WanPipeline", "cuda",
+            "training.attention: flash given, which computes in half precision only; set training.precision: bf16, or "
+            "attention: native",
+        ),
+        (
+            {"attention": "flash", "precision": "bf16"}, "HunyuanVideoPipeline", "cuda",
+            "training.attention: flash given, but HunyuanVideoPipeline masks its attention, which flash attention "
+            "cannot; set it to efficient, cudnn or native",
+        ),
+        (
+            {"attention": "cudnn", "precision": "bf16"}, "WanPipeline", "cpu",
+            "training.attention: cudnn given, a kernel of GPUs, but this machine has none that torch can use; set it "
+            "to native",
+        ),
+        ({"attention": "flash", "precision": "bf16"}, "WanPipeline", "cuda", None),
+        (
+            {"attention": "math"}, "CogVideoXPipeline", "cpu",
+            "training.attention: math given, but CogVideoXTransformer3DModel has no choice of kernels in this "
+            "diffusers; set it to native",
+        ),
+        ({"attention": "efficient"}, "HunyuanVideoPipeline", "cuda", None),
+        ({}, "HunyuanVideoPipeline", "cpu", None),
+    ],
+)  # fmt: skip
+def test_a_kernel_of_attention_that_cannot_run(
+    settings: dict[str, Any], pipeline: str, device: str, message: str | None
+) -> None:
+    training, configs = Training(**settings), Path(__file__).parents[2] / "recipes" / "configs"
+    folder = {"WanPipeline": "wan2.1-t2v-1.3b", "HunyuanVideoPipeline": "hunyuanvideo"}.get(pipeline, "cogvideox-5b")
+    if message is None:
+        check_attention(training, pipeline, configs / folder / "transformer", device)
+        return
+    with pytest.raises(RequestError, match=f"^{re.escape(message)}$"):
+        check_attention(training, pipeline, configs / folder / "transformer", device)
+
+
+def test_kernels_and_repeatability_are_no_part_of_a_key() -> None:
+    assert Training(attention="math", deterministic=True).decisive == Training().decisive

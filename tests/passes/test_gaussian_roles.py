@@ -127,9 +127,9 @@ def gradients(roles: Roles, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor
     found: dict[str, Tensor] = {}
     step = roles.generator._step
 
-    def keep() -> dict[str, float]:
+    def keep(loss: float) -> dict[str, float]:
         found.update({name: one.grad.clone() for name, one in roles.generator.model.named_parameters()})
-        return step()
+        return step(loss)
 
     monkeypatch.setattr(roles.generator, "_step", keep)
     return found

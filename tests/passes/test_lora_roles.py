@@ -121,10 +121,10 @@ def test_a_run_that_is_killed_goes_on_bit_for_bit(folder: Path, monkeypatch: pyt
     overrides = ["training.checkpoint_seconds=0"]
     step = TrainedRole._step
 
-    def killed(role: TrainedRole) -> dict[str, float]:
+    def killed(role: TrainedRole, loss: float) -> dict[str, float]:
         if role.name == "generator" and role.updates == 1:
             raise KeyboardInterrupt
-        return step(role)
+        return step(role, loss)
 
     with monkeypatch.context() as patch:
         patch.setattr(TrainedRole, "_step", killed)

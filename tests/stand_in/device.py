@@ -309,7 +309,8 @@ class StandIn(TorchDispatchMode):
             out = func(_plain(source), **inner)
             return OnCuda(out) if there else out
         target, source, *rest = args
-        self._note_copy(source, isinstance(source, OnCuda), isinstance(target, OnCuda))
+        if not (rest and rest[0]):  # the host does not wait for non-blocking copies, whose memory is page-locked there
+            self._note_copy(source, isinstance(source, OnCuda), isinstance(target, OnCuda))
         func(_plain(target), _plain(source), *_plain(rest), **kwargs)
         return target
 

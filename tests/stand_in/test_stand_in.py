@@ -51,3 +51,27 @@ def test_all_work_of_the_transformer_is_in_half_precision(counts: dict[str, Any]
         assert work["bf16"] > 0.99 * sum(work.values()), phase
         kernels = {kernel for name, kernel, *_ in counts[family]["attention"] if name == phase}
         assert {kernel.split()[1] for kernel in kernels} == {"bf16"}, phase
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_update_waits_for_the_device_twice(counts: dict[str, Any], family: str) -> None:
+    """For its loss with all figures, and for the norm of the gradients; a look waits once for all moments."""
+    for phase in UPDATES:
+        waits = [(what, line, number) for name, what, line, number in counts[family]["waits"] if name == phase]
+        assert sum(number for *_, number in waits) == 2, waits
+    waits = [(what, line, number) for name, what, line, number in counts[family]["waits"] if name == "evaluation"]
+    looks = [number for what, line, number in waits if line.startswith(("samples", "held_out"))]
+    assert sum(looks) <= 20, waits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_frozen_networks_compute_without_autocast(counts: dict[str, Any], family: str) -> None:
+    """Under CUDA's autocast queries and keys would leave their norms in fp32, which flash attention 3 does not take."""
+    rows = [tuple(row[:4]) for row in counts[family]["attention"]]
+    plain = {(phase, dtypes) for phase, _, dtypes, autocast in rows if not autocast and phase != "encode"}
+    assert {phase for phase, dtypes in plain if dtypes == "bf16/bf16/bf16"} == {
+        "importance", "stochastic-depth", "evaluation", "generate", "update of stochastic_depth", "update of generator",
+    }  # fmt: skip
+    assert {phase for phase, dtypes in plain if dtypes != "bf16/bf16/bf16"} <= {"generate"}  # the text encoder
+    under = {phase for phase, _, _, autocast in rows if autocast}
+    assert under == {"evaluation", *UPDATES}  # those of trained networks

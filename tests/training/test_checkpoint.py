@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from flcompress.distributed.world import World
+from flcompress.files import sha256
 from flcompress.training.checkpoint import MANIFEST, WHOLE, Checkpoints
 
 TENSORS = "rank-0.safetensors"
@@ -135,11 +137,31 @@ def test_two_are_kept_and_what_a_kill_left_is_removed(tmp_path: Path) -> None:
 def test_a_checkpoint_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved(tmp_path, 10)
 
-    def full(*given: object) -> None:
+    def full(*given: object, **more: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("flcompress.training.checkpoint.save_file", full)
+    monkeypatch.setattr("flcompress.training.checkpoint.write_file", full)
     with pytest.raises(OSError, match="No space left"):
         saved(tmp_path, 20)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000010"]
     assert checkpoints(tmp_path).load()[0] == 10
+
+
+def test_what_is_hashed_is_what_is_on_disk(tmp_path: Path) -> None:
+    """Tensors of every kind that a training stores: scalars, counters, half precision, views, none at all."""
+    tensors = {
+        "weight": torch.arange(12.0).reshape(3, 4).T,
+        "half": torch.tensor([1.5, -2.0], dtype=torch.bfloat16),
+        "updates": torch.tensor(7),
+        "step": torch.tensor(3.0),
+        "empty": torch.zeros(0, 4),
+    }
+    store = checkpoints(tmp_path)
+    store.save(5, tensors)
+    step, loaded = store.load()
+    assert step == 5
+    assert {name: (value.dtype, value.tolist()) for name, value in loaded.items()} == {
+        name: (value.dtype, value.tolist()) for name, value in tensors.items()
+    }
+    manifest = json.loads((tmp_path / "checkpoints/step-00000005/checkpoint.json").read_text())
+    assert manifest["files"] == {TENSORS: sha256(tmp_path / "checkpoints/step-00000005" / TENSORS)}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from flcompress.core.steps import PassContext
 from flcompress.data.dataset import LatentDataset
 from flcompress.draws import Draws
 from flcompress.errors import TrainingError
-from flcompress.training import loop
+from flcompress.training import checkpoint, loop
 from flcompress.training.engines import Engine, Hyper, engine_of, replicated
 from flcompress.training.role import TrainedRole
 from flcompress.training.watching.monitor import Watch
@@ -194,3 +195,22 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step() -> None:
     for key, value in trained.model.state_dict().items():
         assert torch.equal(value, before[key])
     assert all(parameter.grad is None for parameter in trained.model.parameters())
+
+
+@pytest.mark.parametrize(("setting", "took", "interval"), [(60.0, 1.0, 60.0), (60.0, 9.0, 180.0), (0.0, 9.0, 0.0)])
+def test_checkpoints_take_a_twentieth_of_the_time_at_most(
+    setting: float, took: float, interval: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless the recipe wants one after every step."""
+    now = 0.0
+
+    def save(self: object, step: int, *more: object) -> None:
+        nonlocal now
+        now += took
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", save)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    bookkeeping = loop._Run(lambda step, draws: {}, [], engine(tmp_path, setting), "test", 8, None)
+    assert bookkeeping.checkpoint_interval == setting
+    bookkeeping.save(1)
+    assert bookkeeping.checkpoint_interval == interval

@@ -36,6 +36,8 @@ class EntryFile(Record):
     arguments: dict[str, Any] = Field(default_factory=dict)
     seconds: FiniteFloat = 0.0
     peak_rss_mb: FiniteFloat | None = None
+    peak_gpu_mb: FiniteFloat | None = None
+    peak_gpu_reserved_mb: FiniteFloat | None = None
     attempts: int = 1
 
 
@@ -44,6 +46,8 @@ class Attempt(Part):
 
     seconds: FiniteFloat
     peak_rss_mb: FiniteFloat
+    peak_gpu_mb: FiniteFloat | None = None
+    peak_gpu_reserved_mb: FiniteFloat | None = None
 
 
 class AttemptsFile(Record):
@@ -67,6 +71,9 @@ class Event(OpenRecord):
     status: str = ""
     seconds: FiniteFloat | None = None
     peak_rss_mb: FiniteFloat | None = None
+    peak_gpu_mb: FiniteFloat | None = None
+    peak_gpu_reserved_mb: FiniteFloat | None = None
+    clips_per_second: FiniteFloat | None = None
     attempts: int = 1
     error: str = ""
     threads: int | None = None
@@ -100,6 +107,8 @@ class ExportFile(OpenRecord):
     key: str = ""
     seconds: FiniteFloat | None = None
     peak_rss_mb: FiniteFloat | None = None
+    peak_gpu_mb: FiniteFloat | None = None
+    peak_gpu_reserved_mb: FiniteFloat | None = None
     attempts: int | None = None
 
     @override

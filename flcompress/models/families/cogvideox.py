@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, ClassVar
 
 import torch
@@ -61,7 +61,7 @@ class CogVideoX(Family):
             "encoder_hidden_states": conditioning["encoder_hidden_states"],
         }
         if config["use_rotary_positional_embeddings"]:
-            arguments["image_rotary_emb"] = rotary_table(config, (x.shape[2], x.shape[3], x.shape[4]), x.device)
+            arguments["image_rotary_emb"] = _rotary_table(config, (x.shape[2], x.shape[3], x.shape[4]), x.device)
         if config["ofs_embed_dim"] is not None:
             arguments["ofs"] = torch.full_like(timestep[:1], 2.0)
         return arguments
@@ -150,6 +150,21 @@ class CogVideoX(Family):
                 module._get_positional_embeddings = partial(positions, module)
                 if not module.use_learned_positional_embeddings:  # no clip has that size: never the table
                     module.sample_height = module.sample_width = module.sample_frames = -1
+
+
+def _rotary_table(config: Config, shape: LatentShape, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `rotary_table`; on a GPU it is kept, since it is made on the CPU and every forward needs it."""
+    if device.type == "cpu":
+        return rotary_table(config, shape, device)
+    names = "attention_head_dim", "patch_size", "patch_size_t", "sample_height", "sample_width"
+    return _kept_table(tuple((name, config[name]) for name in names), shape, device)
+
+
+@lru_cache(4)
+def _kept_table(
+    config: tuple[tuple[str, Any], ...], shape: LatentShape, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return rotary_table(dict(config), shape, device)
 
 
 def rotary_table(config: Config, shape: LatentShape, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -57,6 +57,7 @@ class Family(ABC):
         pipelines: pipeline classes.
         from_image: those of them that make a clip from its first frame.
         transformers: transformer classes.
+        masks_attention: whether its attention is given masks.
         prompt_names: entries of the conditioning that the prompt decides; others come from a first frame.
         embedded_guidance: the usual scale of a guidance-distilled network; None where the family has none.
         image: whether its latents always have one frame.
@@ -72,6 +73,7 @@ class Family(ABC):
     pipelines: ClassVar[tuple[str, ...]]
     from_image: ClassVar[tuple[str, ...]] = ()
     transformers: ClassVar[tuple[str, ...]]
+    masks_attention: ClassVar[bool] = False
     prompt_names: ClassVar[tuple[str, ...]] = ("encoder_hidden_states",)
     embedded_guidance: ClassVar[float | None] = None
     image: ClassVar[bool] = False

@@ -69,6 +69,7 @@ class HunyuanVideo(TrueGuidance):
     from_image: ClassVar[tuple[str, ...]] = ("HunyuanVideoImageToVideoPipeline",)
     transformers: ClassVar[tuple[str, ...]] = ("HunyuanVideoTransformer3DModel",)
     original: ClassVar[OriginalNames] = ORIGINAL
+    masks_attention: ClassVar[bool] = True
     prompt_names: ClassVar[tuple[str, ...]] = (*MASKED, "pooled_projections")
     embedded_guidance: ClassVar[float | None] = 6.0
     text_stacks: ClassVar[tuple[str, ...]] = ("context_embedder.token_refiner.refiner_blocks",)

@@ -46,6 +46,7 @@ class Mochi(Family):
     pipelines: ClassVar[tuple[str, ...]] = ("MochiPipeline",)
     transformers: ClassVar[tuple[str, ...]] = ("MochiTransformer3DModel",)
     original: ClassVar[OriginalNames] = ORIGINAL
+    masks_attention: ClassVar[bool] = True
     prompt_names: ClassVar[tuple[str, ...]] = MASKED
 
     THRESHOLD_NOISE = 0.025

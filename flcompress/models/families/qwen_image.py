@@ -27,6 +27,7 @@ class QwenImage(PackedImage):
     name: ClassVar[str] = "QwenImage"
     pipelines: ClassVar[tuple[str, ...]] = ("QwenImagePipeline",)
     transformers: ClassVar[tuple[str, ...]] = ("QwenImageTransformer2DModel",)
+    masks_attention: ClassVar[bool] = True
     prompt_names: ClassVar[tuple[str, ...]] = ("encoder_hidden_states", "encoder_hidden_states_mask")
     fp32_arguments: ClassVar[tuple[str, ...]] = ("timestep", "guidance", "image_rotary_emb")
 

@@ -172,13 +172,13 @@ def moments(latents: torch.Tensor, world: World) -> Moments:
     sums: dict[str, torch.Tensor] = {}
     for view, parts in _views(latents).items():
         flat = torch.cat([part.transpose(0, 1).flatten(1) for part in parts], dim=1)
-        count = torch.full((1,), float(flat.shape[1]), dtype=torch.float64)
+        count = torch.full((1,), float(flat.shape[1]), dtype=torch.float64, device=flat.device)
         sums |= {f"{view}.sum": flat.sum(1), f"{view}.square": flat.square().sum(1), f"{view}.count": count}
     x = latents.double()
     sums["deviation"] = x.flatten(1).std(dim=1).mean().reshape(1)
     if latents.shape[2] > 1:
         sums["motion"] = x.diff(dim=2).abs().mean().reshape(1)
-    agreed = _process_mean({name: value.cpu() for name, value in sums.items()}, world)
+    agreed = _process_mean(sums, world)
     result = {name: value for name, value in agreed.items() if "." not in name}
     for view in _views(latents):
         mean, square = (agreed[f"{view}.{name}"] / agreed[f"{view}.count"] for name in ("sum", "square"))
@@ -196,7 +196,7 @@ def compare(latents: torch.Tensor, reference: Moments, world: World) -> dict[str
     middle, width = (
         reference[f"x.{name}"].to(latents.device).reshape(1, -1, 1, 1, 1) for name in ("mean", "deviation")
     )
-    beyond = ((latents.double() - middle).abs() > BEYOND * width).double().mean().reshape(1).cpu()
+    beyond = ((latents.double() - middle).abs() > BEYOND * width).double().mean().reshape(1)
     figures = {
         "sample_distance": float(torch.cat(distances).mean()),
         "sample_deviation": float(ours["deviation"] / reference["deviation"]),
@@ -215,9 +215,9 @@ def _views(latents: torch.Tensor) -> dict[str, list[torch.Tensor]]:
 
 
 def _process_mean(tensors: Mapping[str, torch.Tensor], world: World) -> dict[str, torch.Tensor]:
-    """Return the mean of each tensor [n] over the processes."""
-    flat = {f"{name} {i}": number for name, value in tensors.items() for i, number in enumerate(value.tolist())}
-    mean = world.all_mean(flat)
+    """Return the mean of each tensor [n] over the processes, on the CPU; the host waits for the GPU once."""
+    keys = [f"{name} {i}" for name, value in tensors.items() for i in range(len(value))]
+    mean = world.all_mean(dict(zip(keys, torch.cat(list(tensors.values())).tolist(), strict=True)))
     return {
         name: torch.tensor([mean[f"{name} {i}"] for i in range(len(value))], dtype=torch.float64)
         for name, value in tensors.items()

@@ -17,7 +17,7 @@ from flcompress.core.steps import PassContext
 from flcompress.errors import RequestError, TrainingError, UnavailableError
 from flcompress.ir.graph import BlockGraph
 from flcompress.models.loading import load_transformer, meta_transformer
-from flcompress.models.network import compile_blocks, half_precision, missing_compiler
+from flcompress.models.network import choose_attention, compile_blocks, half_precision, missing_compiler
 from flcompress.tracing.skip import graph_of, mute, skip
 
 
@@ -120,7 +120,7 @@ class Engine(ABC):
         """
         model = self._load(folder, None, trained=True)
         self.checkpoint_blocks(model)
-        return self._compile(model, folder)
+        return self._choose_kernels(model, folder)
 
     def load_frozen(self, folder: Path, *, unsharded: Collection[str] = ()) -> Any:
         """Load a transformer that is not trained, or this process's part of it, in the training's precision.
@@ -130,7 +130,7 @@ class Engine(ABC):
             unsharded: paths of parameters that every process holds whole, since LoRA roles replace them.
         """
         half = torch.bfloat16 if self.context.precision == "bf16" else None
-        return self._compile(self._load(folder, half, trained=False, unsharded=unsharded), folder)
+        return self._choose_kernels(self._load(folder, half, trained=False, unsharded=unsharded), folder)
 
     def _load(self, folder: Path, dtype: torch.dtype | None, *, trained: bool, unsharded: Collection[str] = ()) -> Any:
         """Load this process's part of a transformer onto its device."""
@@ -154,7 +154,9 @@ class Engine(ABC):
             )
         model.enable_gradient_checkpointing(function)
 
-    def _compile(self, model: Any, folder: Path) -> Any:
+    def _choose_kernels(self, model: Any, folder: Path) -> Any:
+        """Set the kernel of attention, and compile the blocks, as the training asks."""
+        choose_attention(model, self.context.attention)
         if self.context.compile:
             if self.context.device == "cpu" and (missing := missing_compiler()):
                 raise UnavailableError(f"training.compile: {missing}, or set it to false")

@@ -1,4 +1,4 @@
-"""AdamW, with no more memory than its moments."""
+"""AdamW, with no more memory than its moments: fused on a GPU, tensor by tensor on a CPU."""
 
 from __future__ import annotations
 
@@ -20,9 +20,16 @@ def optimiser(parameters: Sequence[torch.Tensor], hyper: Hyper) -> torch.optim.O
         return MomentumFreeAdamW(
             parameters, lr=hyper.learning_rate, beta2=hyper.betas[1], weight_decay=hyper.weight_decay
         )
-    # Tensor by tensor: `foreach`, the default on a GPU, makes temporaries as large as the model.
+    # Not `foreach`, the default on a GPU: it makes temporaries as large as the model. `fused` makes none either, in one
+    # kernel instead of a dozen a tensor.
+    fused = all(parameter.device.type == "cuda" for parameter in parameters)
     return torch.optim.AdamW(
-        parameters, lr=hyper.learning_rate, betas=hyper.betas, weight_decay=hyper.weight_decay, foreach=False
+        parameters,
+        lr=hyper.learning_rate,
+        betas=hyper.betas,
+        weight_decay=hyper.weight_decay,
+        foreach=False,
+        fused=fused,
     )
 
 

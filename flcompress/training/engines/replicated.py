@@ -89,9 +89,10 @@ class Replica(WrappedModel):
         for name, parameter in self._named.items():
             stored = {moment: state[key] for moment in MOMENTS if (key := f"optimizer.{moment}.{name}") in state}
             if stored:
-                # AdamW counts steps on the CPU, whatever the device.
+                # AdamW counts steps on the CPU, unless it is fused.
+                counter = parameter.device if self._optimizer.defaults.get("fused") else torch.device("cpu")
                 self._optimizer.state[parameter] = {
-                    moment: value if moment == "step" else self._like_parameter(parameter, value)
+                    moment: value.to(counter) if moment == "step" else self._like_parameter(parameter, value)
                     for moment, value in stored.items()
                 }
 

@@ -17,7 +17,6 @@ from typing_extensions import override
 from flcompress.core.steps import PassContext
 from flcompress.errors import UnavailableError
 from flcompress.models.loading import empty_transformer, put
-from flcompress.models.network import half_precision
 from flcompress.training.engines.engine import Engine, Hyper, NotFinite, WrappedModel
 from flcompress.training.engines.optimiser import optimiser
 
@@ -187,13 +186,13 @@ class Zero(Engine):
     @override
     def wrap_frozen(self, model: nn.Module) -> Any:
         if self._stage < 3:
-            return _Frozen(model, self.context)
+            return model
         import deepspeed
 
-        return deepspeed.initialize(model=model, config=self._config(self.context.world.size))[0]
+        return deepspeed.initialize(model=model, config=self._config(self.context.world.size, frozen=True))[0]
 
-    def _config(self, batch: int) -> dict[str, Any]:
-        half = self.context.precision == "bf16"
+    def _config(self, batch: int, *, frozen: bool = False) -> dict[str, Any]:
+        half = self.context.precision == "bf16" and not frozen
         return {
             "train_micro_batch_size_per_gpu": batch // self.context.world.size,
             "gradient_accumulation_steps": 1,  # it would divide the loss; see `micro_batch`
@@ -210,15 +209,3 @@ class Zero(Engine):
         # DeepSpeed sets the precision of its own forwards. Inside another autocast its bf16 copies of the weights would
         # outlive their update.
         yield
-
-
-class _Frozen(nn.Module):
-    """A frozen model next to DeepSpeed's, in the training's precision."""
-
-    def __init__(self, model: Any, context: PassContext) -> None:
-        super().__init__()
-        self.inner, self._context = model, context
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with half_precision(self._context.device, enabled=self._context.precision == "bf16"):
-            return self.inner(*args, **kwargs)

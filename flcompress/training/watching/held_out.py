@@ -84,15 +84,15 @@ class HeldOutELBO:
         total = draws = 0.0
         sums = torch.zeros(2, GROUPS, dtype=torch.float64)
         for batch, group in zip(self._batches, self._groups, strict=True):
-            x0, x, level, count = (tensor.to(self._device) for tensor in batch[:4])
+            (x0, x, level), count = (tensor.to(self._device) for tensor in batch[:3]), batch[3]
             prediction = network(x, self._process.timestep(level), to_device(batch[4], self._device))
             error = x0 - self._process.tweedie(x, prediction, level)
             per_draw = error.double().square().mean(dim=tuple(range(1, error.ndim)))
-            weighted = count * self._process.elbo_weight(level) * per_draw
+            weighted = count * (self._process.elbo_weight(level) * per_draw).cpu()
             total += float(weighted.sum())
             draws += float(count.sum())
             for kind, values in enumerate((weighted, count)):
-                sums[kind].index_add_(0, group, values.double().cpu())
+                sums[kind].index_add_(0, group, values.double())
             self._world.heartbeat()
         own = {"total": total, "draws": draws}
         own |= {f"{kind} {group}": value for kind, row in enumerate(sums.tolist()) for group, value in enumerate(row)}
