@@ -17,7 +17,7 @@ install = @echo "installing packages into $(1); this takes some minutes"; \
 	$(1)/bin/python -m pip install --disable-pip-version-check --progress-bar off -c $(2) -e '.[$(3)]' \
 	| awk '/^(Collecting|Building|Installing|Successfully)/ { print "  " substr($$0, 1, 100); fflush() }'
 
-.PHONY: demo check test test-lowest test-torch-tensorrt lint docs clean
+.PHONY: demo check test test-gpu test-lowest test-torch-tensorrt lint docs clean
 
 demo: .venv/.demo
 	$(BIN)/flcompress apply recipes/moving-digits.yaml
@@ -30,6 +30,10 @@ check: lint
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
+
+# On a machine with a GPU, whose torch is built with CUDA: parity with the CPU, memory against the plan, engines. Elsewhere they skip.
+test-gpu: .venv/.test
+	$(BIN)/python -m pytest -m gpu
 
 # The same tests with the lowest versions that pyproject.toml allows.
 test-lowest: $(LOWEST)/.test

@@ -141,7 +141,7 @@ def count_activations(
     from flcompress.tracing.skip import replaced_forwards
 
     model = meta_transformer(transformer)
-    # What is not trained is loaded in half precision; trained weights are fp32 and cast in every forward.
+    # What is not trained is held in half precision, and computes in it; trained weights are cast in every forward.
     loaded = torch.bfloat16 if precision == "bf16" and not gradients else torch.float32
     single = set(model._keep_in_fp32_modules or ())
     inputs = example_inputs(model, batch=batch, latent_shape=shape, tokens=tokens)
@@ -198,7 +198,10 @@ def count_activations(
         state |= {name: fake(value) for name, value in model.named_buffers()}
         weights = {value.untyped_storage()._cdata: value.untyped_storage() for value in state.values()}
         inputs = tree_map_only(torch.Tensor, fake, inputs)
-        cast = half_precision("cpu", enabled=precision == "bf16")
+        if loaded == torch.bfloat16:  # latents and prompts, as `as_network` gives them; no noise levels or tables
+            wide = {name: value for name, value in inputs.items() if getattr(value, "ndim", 0) > 2}
+            inputs |= {name: value.to(loaded) for name, value in wide.items() if value.is_floating_point()}
+        cast = half_precision("cpu", enabled=precision == "bf16" and gradients)
         alive = Alive()
         with cast, torch.set_grad_enabled(gradients), saved_tensors_hooks(note, lambda tensor: tensor), alive:
             torch.func.functional_call(model, state, (), inputs)
