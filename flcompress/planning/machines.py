@@ -129,6 +129,21 @@ def gpu_machine(recipe: Recipe, gpu: str, count: int | None = None, memory: str 
     )
 
 
+def gpu_here() -> tuple[str | None, str | None]:
+    """Return (key of `GPUS`, memory where it is not that model's) of the GPU here; (None, None) for no known one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None, None
+    name = torch.cuda.get_device_name().lower().replace(" ", "")
+    size = torch.cuda.mem_get_info()[1]
+    for key, kind in GPUS.items():
+        if key in name:
+            same = abs(size - kind.memory) <= RESERVE * kind.memory  # 80 GB cards say 79 to 85
+            return key, None if same else f"{size / 1e9:.0f}G"
+    return None, None
+
+
 def _bytes(text: str) -> float:
     match = _SIZE.fullmatch(text)
     size = float(match["number"]) * _UNITS[match["unit"]] if match else 0.0

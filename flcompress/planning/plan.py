@@ -24,7 +24,7 @@ from flcompress.ir.graph import BlockGraph
 from flcompress.models.families import family_of
 from flcompress.models.loading import meta_transformer, transformer_class
 from flcompress.planning.activations import saved_activations
-from flcompress.planning.machines import Machine, gpu_machine, measure_speed, this_machine
+from flcompress.planning.machines import Machine, gpu_here, gpu_machine, measure_speed, this_machine
 from flcompress.planning.memory import PlannedMemory
 from flcompress.planning.settings import Advice, PlannedInput, PlannedSetting, Planner, Setting, advise, all_settings
 
@@ -149,7 +149,7 @@ def plan_recipe(
         recipe: a recipe, or the path of a recipe file.
         run_dir: where `apply` would write; default: `runs/<recipe name>`.
         overrides: "key.path=value" each, for a recipe given by path.
-        gpu: the GPU model to plan for, a key of `GPUS`; default: this machine, at its measured speed.
+        gpu: the GPU model to plan for, a key of `GPUS`; default: this machine's, or its CPU at its measured speed.
         gpus: number of GPUs; default: the recipe's `training.processes`, or 1.
         memory: memory per GPU, such as "80G" or "48GiB"; default: that of the GPU model.
 
@@ -157,6 +157,9 @@ def plan_recipe(
         RequestError: anything wrong with the request.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    if gpu is None:
+        gpu, own = gpu_here()
+        memory = memory or own
     machine = gpu_machine(recipe, gpu, gpus, memory) if gpu else None
     check(recipe, RunDirectory(run_dir or default_run_dir(recipe)), plan=True)
     return make_plan(recipe, machine=machine)

@@ -60,7 +60,10 @@ def test_half_precision_stays_near(tmp_path: Path) -> None:
     assert plain != half
     for one, other in zip(plain, half, strict=True):
         for name in set(one) & {"elbo_full", "elbo_pruned", "fake_score_loss", "stochastic_depth_loss"}:
-            assert other[name] == pytest.approx(one[name], rel=0.05), name
+            if one[name] == 0.0:  # no block is skipped; the target's network, held in bf16, rounds without autocast
+                assert other[name] < 0.01 * max(line.get(name, 0.0) for line in plain), name
+            else:
+                assert other[name] == pytest.approx(one[name], rel=0.05), name
 
 
 def test_a_frozen_model_in_bf16_leaves_its_weights_file(tmp_path: Path) -> None:

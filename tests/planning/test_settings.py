@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
 from flcompress.errors import RequestError
 from flcompress.frontend.loading import load_recipe
-from flcompress.planning.machines import RESERVE, Machine, gpu_machine
+from flcompress.planning.machines import RESERVE, Machine, gpu_here, gpu_machine
 from flcompress.planning.plan import Plan, make_plan
 from flcompress.planning.text import plan_text
 from tests.fixtures.recipes import WriteRecipe
@@ -105,3 +106,22 @@ def test_gpus_of_a_size(write: WriteRecipe) -> None:
     recipe = load_recipe(write(PASSES))
     assert gpu_machine(recipe, "h100", 16, "48GiB").memory == 48 * 2**30
     assert gpu_machine(recipe, "h100").memory == 80e9
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "here"),
+    [
+        ("NVIDIA H100 80GB HBM3", 85.0e9, ("h100", None)),
+        ("NVIDIA A100-SXM4-40GB", 42.3e9, ("a100", "42G")),
+        ("NVIDIA GeForce RTX 4090", 25.3e9, ("rtx4090", None)),
+        ("NVIDIA Tesla T4", 15.6e9, (None, None)),
+    ],
+)
+def test_this_machines_gpu(
+    name: str, size: float, here: tuple[str | None, str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert gpu_here() == (None, None) or torch.cuda.is_available()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, size))
+    assert gpu_here() == here
