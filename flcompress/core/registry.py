@@ -28,6 +28,7 @@ PASSES: dict[str, str] = {
     "select": "flcompress.passes.select:Select",
     "stochastic-depth": "flcompress.passes.stochastic_depth:StochasticDepth",
     "prune": "flcompress.passes.prune:Prune",
+    "feature-distill": "flcompress.passes.feature_distill:FeatureDistill",
     "dmd": "flcompress.passes.dmd:DistributionMatching",
     "consistency": "flcompress.passes.consistency:Consistency",
     "train-autoencoder": "flcompress.passes.train_autoencoder:TrainAutoencoder",

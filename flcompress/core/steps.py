@@ -107,6 +107,7 @@ class Cost:
         roles: the models that are in memory at once.
         half: whether a pass that does not train computes in the training's precision where there is a GPU.
         keeps_activations: whether it keeps what every block returned in host memory, for the samples in memory at once.
+        keeps_features: whether it keeps what every block of a frozen model returned beside the trained one's.
     """
 
     steps: int = 0
@@ -116,6 +117,7 @@ class Cost:
     roles: tuple[Role, ...] = ()
     half: bool = False
     keeps_activations: bool = False
+    keeps_features: bool = False
 
 
 class Pass(BaseModel, ABC):

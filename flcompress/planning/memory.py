@@ -270,6 +270,7 @@ def plan_memory(
     peak = max(peaks, default=0.0)
     if not updates:
         activations = peak = saved.inference.of(samples)
+    peak += saved.streams.of(samples) * cost.keeps_features
     remembered = saved.streams.of(samples) * cost.keeps_activations
     # Models are loaded one after the other, and part by part where an engine splits them: loading is never the peak.
     return PlannedMemory(

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from flcompress.core.program import Fact
 from flcompress.distributed.world import World
@@ -183,6 +184,7 @@ STEPS = """
   - temporal-attention: {draws: 8, noise_levels: 2, batch: 4}
   - stochastic-depth: {remove: 0.2, by: temporal-attention, steps: 2, batch: 2}
   - prune: {remove: 0.2, by: temporal-attention}
+  - feature-distill: {steps: 2, batch: 2, learning_rate: 1e-3}
 """
 
 
@@ -199,7 +201,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.e2e
-def test_the_lowest_blocks_are_trained_cut_and_reported(model: Path, tmp_path: Path) -> None:
+def test_the_lowest_blocks_are_trained_cut_recovered_and_reported(model: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE.format(model=model) + STEPS)
     run = apply(recipe, tmp_path / "run", display=QuietDisplay(), device="cpu")
@@ -215,7 +217,16 @@ def test_the_lowest_blocks_are_trained_cut_and_reported(model: Path, tmp_path: P
     lowest = sorted(masses, key=lambda path: masses[path])[:2]
     assert results["stochastic-depth"]["prune_set"] == results["prune"]["removed"] == sorted(lowest)
     assert results["prune"]["reasons"][lowest[1]].endswith("2 of 4 from the lowest")
-    assert {Fact.ATTENTION_SCORED, Fact.PRUNED} <= run.final().facts
+    final = run.final()
+    assert {Fact.ATTENTION_SCORED, Fact.PRUNED} <= final.facts
+    assert results["feature-distill"]["steps"] == 2
+    assert len(final.graph.blocks) == 2
+    before, after = (
+        load_file(folder / "transformer/diffusion_pytorch_model.safetensors")
+        for folder in (folders["prune"], folders["feature-distill"])
+    )
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(value, after[name]) for name, value in before.items())
     page = render(read_run(run.path))
     assert "Temporal attention" in page
     assert page.count("Attention of each block on other frames") == 2

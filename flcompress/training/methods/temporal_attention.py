@@ -27,9 +27,9 @@ from flcompress.errors import RequestError
 from flcompress.ir.block import Estimate
 from flcompress.ir.graph import BlockGraph
 from flcompress.models.families import family_of
-from flcompress.models.families.family import Family
 from flcompress.models.network import as_network, stock_name
 from flcompress.progress import ProgressSink
+from flcompress.tracing.boundaries import clip_blocks
 from flcompress.tracing.skip import replaced_forwards
 from flcompress.training.methods.stratified_draws import StratifiedDraws
 
@@ -81,11 +81,6 @@ class TemporalAttentionScores(StratifiedDraws):
         measured = self.measure(masses, len(paths), contract, data, seed, progress, world)
         means = world.all_mean({"uniform": uniform, "draws": draws})
         return {path: measured.estimate(column) for column, path in enumerate(paths)}, means["uniform"] / means["draws"]
-
-
-def clip_blocks(family: Family, graph: BlockGraph) -> tuple[str, ...]:
-    """Return the paths of the blocks that see the clip, in execution order."""
-    return tuple(block.path for block in graph.blocks if block.stack not in family.text_stacks)
 
 
 class AttentionProbe(TorchFunctionMode):

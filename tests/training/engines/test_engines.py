@@ -73,6 +73,22 @@ def test_the_adversarial_term_on_ddp(home: Home) -> None:
     compared(home, "gan", GAN, applied(home, "gan", GAN, "local", 1), "ddp").require(UPDATES)
 
 
+FEATURES = (
+    "prune: {remove: 0.3, by: middle}",
+    "feature-distill: {steps: 2, batch: 4, learning_rate: 0.05, discriminator_learning_rate: 0.05}",
+)
+
+
+@pytest.fixture(scope="module")
+def features(home: Home) -> Path:
+    return applied(home, "features", FEATURES, "local", 1)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3", "fsdp2"])
+def test_the_features_of_a_student_and_their_discriminator(home: Home, features: Path, engine: str) -> None:
+    compared(home, "features", FEATURES, features, engine).require(4)
+
+
 @pytest.fixture(scope="module")
 def short(home: Home) -> Path:
     return applied(home, "short", SHORT, "local", 1)
