@@ -23,11 +23,12 @@ PASSES = (
     f"stochastic-depth: {{{DEPTH}, steps: 2, target: self, skip_probability: 1.0}}",
     f"stochastic-depth: {{{DEPTH}, steps: 2, target: ema}}",
     "prune: {remove: 0.3, by: middle}",
+    "feature-distill: {steps: 2, batch: 4, learning_rate: 0.05, discriminator_learning_rate: 0.05}",
     f"dmd: {{{MATCHING}, steps: 2, intra_cfg: [0.2, 0.3]}}",
     "consistency: {student_steps: 2, levels: 4, batch: 4, steps: 2, learning_rate: 0.1}",
 )
-UPDATES = 14
-"""Eight, then two of the critic and two of the generator, and two of consistency."""
+UPDATES = 18
+"""Eight, two each of a student and its discriminator, two each of a critic and a generator, and two of consistency."""
 SHORT = (
     f"stochastic-depth: {{{DEPTH}, steps: 2, target: self}}",
     f"dmd: {{{MATCHING}, steps: 1}}",
@@ -71,22 +72,6 @@ def test_one_process_that_is_meant_equals_local(home: Home, reference: Path, eng
 
 def test_the_adversarial_term_on_ddp(home: Home) -> None:
     compared(home, "gan", GAN, applied(home, "gan", GAN, "local", 1), "ddp").require(UPDATES)
-
-
-FEATURES = (
-    "prune: {remove: 0.3, by: middle}",
-    "feature-distill: {steps: 2, batch: 4, learning_rate: 0.05, discriminator_learning_rate: 0.05}",
-)
-
-
-@pytest.fixture(scope="module")
-def features(home: Home) -> Path:
-    return applied(home, "features", FEATURES, "local", 1)
-
-
-@pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3", "fsdp2"])
-def test_the_features_of_a_student_and_their_discriminator(home: Home, features: Path, engine: str) -> None:
-    compared(home, "features", FEATURES, features, engine).require(4)
 
 
 @pytest.fixture(scope="module")
