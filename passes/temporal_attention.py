@@ -62,7 +62,6 @@ class TemporalAttention(Pass):
         from flcompress.core.records import RESULT_FILE, BlockScore, TemporalAttentionResult
         from flcompress.models.configs import check_transformer_config
         from flcompress.models.loading import load_transformer
-        from flcompress.models.network import half_precision
 
         source = program.components["transformer"]
         if program.family.token_grid(check_transformer_config(source), program.latents[1:])[0] == 1:
@@ -74,10 +73,9 @@ class TemporalAttention(Pass):
         half = context.precision == "bf16" and context.device == "cuda"  # as Stage I
         model = load_transformer(source, context.device, torch.bfloat16 if half else None)
         started = time.monotonic()
-        with half_precision(context.device, enabled=half):
-            attention, uniform = self.scores.score(
-                model, program.graph, program.teacher_contract, data, context.seed, context.progress, context.world
-            )
+        attention, uniform = self.scores.score(
+            model, program.graph, program.teacher_contract, data, context.seed, context.progress, context.world
+        )
         if context.world.main:
             TemporalAttentionResult(
                 draws=self.draws,
