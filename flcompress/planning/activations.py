@@ -131,6 +131,7 @@ def count_activations(
     from torch.autograd.graph import saved_tensors_hooks
     from torch.utils._pytree import tree_map_only
 
+    from flcompress.models.families import family_of
     from flcompress.models.inputs import example_inputs
     from flcompress.models.loading import meta_transformer
     from flcompress.models.network import half_precision
@@ -198,12 +199,14 @@ def count_activations(
         state |= {name: fake(value) for name, value in model.named_buffers()}
         weights = {value.untyped_storage()._cdata: value.untyped_storage() for value in state.values()}
         inputs = tree_map_only(torch.Tensor, fake, inputs)
-        if loaded == torch.bfloat16:  # latents and prompts, as `as_network` gives them; no noise levels or tables
-            wide = {name: value for name, value in inputs.items() if getattr(value, "ndim", 0) > 2}
-            inputs |= {name: value.to(loaded) for name, value in wide.items() if value.is_floating_point()}
-        cast = half_precision("cpu", enabled=precision == "bf16" and gradients)
+        if loaded == torch.bfloat16:  # latents and prompts, as `as_network` gives them
+            exact = family_of(type(model).__name__).fp32_arguments
+            plain = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+            cast = {name: value for name, value in plain.items() if value.is_floating_point() and name not in exact}
+            inputs |= {name: value.to(loaded) for name, value in cast.items()}
+        autocast = half_precision("cpu", enabled=precision == "bf16" and gradients)
         alive = Alive()
-        with cast, torch.set_grad_enabled(gradients), saved_tensors_hooks(note, lambda tensor: tensor), alive:
+        with autocast, torch.set_grad_enabled(gradients), saved_tensors_hooks(note, lambda tensor: tensor), alive:
             torch.func.functional_call(model, state, (), inputs)
     stood_for = sum(added) - sum(size for runs in run_blocks.values() for _, size in runs)
     return ActivationBytes(alive=alive.most, total=saved_bytes() + stood_for, blocks=tuple(added), streams=streams)
