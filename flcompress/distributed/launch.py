@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import Any
 
 from flcompress.distributed.world import World
-from flcompress.errors import RequestError, first_line
+from flcompress.errors import RequestError, UnavailableError, first_line
 
 _NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
 _NAMES = (*_NUMBERS, "MASTER_ADDR")
@@ -64,6 +64,7 @@ def join(engine: str, timeout: float, device: str, launch: Launch) -> Iterator[W
 
     Raises:
         RequestError: they cannot meet, or their number is not the launcher's.
+        UnavailableError: no NCCL.
     """
     if launch.size == 1 and engine == "local":
         yield World()
@@ -78,6 +79,11 @@ def join(engine: str, timeout: float, device: str, launch: Launch) -> Iterator[W
             raise RequestError(
                 f"environment: LOCAL_RANK={launch.local_rank} given, but this machine has "
                 f"{torch.cuda.device_count()} GPUs; start one process for each"
+            )
+        if not dist.is_nccl_available():
+            raise UnavailableError(
+                f"training.engine: {engine} exchanges tensors between GPUs by NCCL, which torch {torch.__version__} "
+                "was built without; install torch's CUDA build for Linux, or set engine: local"
             )
         torch.cuda.set_device(launch.local_rank)
     limit = timedelta(seconds=timeout)

@@ -70,3 +70,17 @@ def test_repeatable_sums_last_as_long_as_the_context(monkeypatch: pytest.MonkeyP
         assert flags() == (True, True, False)
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     assert flags() == before
+
+
+@pytest.mark.parametrize(
+    ("gpus", "message"),
+    [
+        (1, r"environment: LOCAL_RANK=1 given, but this machine has 1 GPUs; start one process for each"),
+        (2, r"training.engine: ddp exchanges tensors between GPUs by NCCL, which torch .* was built without; install"),
+    ],
+)
+def test_gpus_that_cannot_be_used_together(gpus: int, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: False)
+    with pytest.raises(RequestError, match=f"^{message}"), join("ddp", 5.0, "cuda", Launch(1, 2, 1)):
+        pass
