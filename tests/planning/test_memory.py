@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from flcompress.core.settings import EngineName, Precision, Training
@@ -58,6 +60,18 @@ def test_each_part_of_a_training_pass() -> None:
     }
     assert found.roles["generator"].gradients == 4 * 200
     assert found.activations == found.update == 8 * 100 + 50 + 8 * 1000 + 8 * 250
+
+
+def test_features_of_a_frozen_model_are_beside_the_activations() -> None:
+    """What every one of its blocks returned, for the samples that are in memory at once."""
+    cost = Cost(steps=1, batch=8, roles=(GENERATOR, REAL))
+    training = Training(micro_batch=2)
+    plain, beside = (
+        plan_memory(replace(cost, keeps_features=keeps), SAVED, training, SHARES, 200.0, processes=1, gpu=True)
+        for keeps in (False, True)
+    )
+    assert beside.update == plain.update + 2 * 80
+    assert beside.host == 0.0
     assert found.total == PROCESS + 3200 + 1200 + 200 + 10850
 
 
