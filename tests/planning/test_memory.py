@@ -60,6 +60,7 @@ def test_each_part_of_a_training_pass() -> None:
     }
     assert found.roles["generator"].gradients == 4 * 200
     assert found.activations == found.update == 8 * 100 + 50 + 8 * 1000 + 8 * 250
+    assert found.total == PROCESS + 3200 + 1200 + 200 + 10850
 
 
 def test_features_of_a_frozen_model_are_beside_the_activations() -> None:
@@ -72,7 +73,6 @@ def test_features_of_a_frozen_model_are_beside_the_activations() -> None:
     )
     assert beside.update == plain.update + 2 * 80
     assert beside.host == 0.0
-    assert found.total == PROCESS + 3200 + 1200 + 200 + 10850
 
 
 def test_gradients_take_most_where_activations_are_few() -> None:
