@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from flcompress.core.records import BreachLine, HealthFile, MetricsLine, RedrawsLine, StochasticDepthResult
+from flcompress.core.records import (
+    DRAWN_FILE,
+    BreachLine,
+    DrawnLine,
+    HealthFile,
+    MetricsLine,
+    RedrawsLine,
+    StochasticDepthResult,
+)
 from flcompress.core.settings import highest
 from flcompress.reporting.reading import Entry, RunRecord
 
@@ -18,6 +26,13 @@ Bounds = tuple[float | None, float | None]
 
 MOST_PANELS = 12
 """Plots a pass may have; a pass that logs more numbers still has them all in its metrics.jsonl."""
+
+DRAWN = (
+    ("flow", "Samples: motion, pixels at 256"),
+    ("saturation", "Samples: saturation"),
+    ("diversity", "Samples: diversity of prompts"),
+)
+"""What is plotted of the samples that are drawn, in addition."""
 
 MOST_STRIPS = 9
 """Evaluations whose samples are shown, the first and the last among them."""
@@ -126,7 +141,7 @@ def _training(entry: Entry, status: str) -> Training | None:
         status=status,
         step=int(max(record.step for record in records)),
         steps=int(entry.argument_values["steps"]) if isinstance(entry.argument_values.get("steps"), int) else None,
-        panels=_panels(fields, bounds),
+        panels=_panels(fields, bounds) + _drawn_panels(DrawnLine.read_lines(entry.folder / DRAWN_FILE)),
         figures=[
             Figure(
                 name=_words(name),
@@ -187,6 +202,22 @@ def _panels(fields: Mapping[str, Curve], bounds: Mapping[str, Bounds]) -> list[P
     return [
         Panel(title=title, lines=lines[title], bounds=limits.get(title, (None, None))) for title in order[:MOST_PANELS]
     ]
+
+
+def _drawn_panels(lines: Sequence[DrawnLine]) -> list[Panel]:
+    """Return motion, saturation and diversity of the drawn samples over the steps, next to the teacher's."""
+    steps = {line.step: line for line in lines if line.step is not None}  # of a step that was repeated, the latest
+    teacher = next((line for line in reversed(lines) if line.step is None), None)
+    panels = []
+    for name, title in DRAWN:
+        curve = [(float(step), value) for step in sorted(steps) if (value := getattr(steps[step], name)) is not None]
+        level = getattr(teacher, name, None)
+        drawn = {"student": curve}
+        if level is not None and curve:
+            drawn["teacher"] = [(curve[0][0], level), (curve[-1][0], level)]
+        if curve:
+            panels.append(Panel(title=title, lines=drawn))
+    return panels
 
 
 def _panel(field: str) -> tuple[str, str]:

@@ -6,18 +6,16 @@ from collections.abc import Callable
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from flcompress.clip_figures import Frames
 from flcompress.errors import RequestError
 
 if TYPE_CHECKING:
     from PIL import Image
-
-Frames = np.ndarray[Any, np.dtype[np.uint8]]
-"""[frames, height, width, 3], RGB, as players show them."""
 
 CRF = 12
 """Quality of an mp4 file that is made to be looked at."""

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 import flcompress
+from flcompress.clip_figures import Frames
 from flcompress.core.suites import SuiteRequest
 from flcompress.errors import RequestError
 from flcompress.evaluation.suites.fvd import FrechetVideoDistance
 from flcompress.models.parts import open_parts
 from flcompress.moving_digits.dataset import build_moving_digits
 from flcompress.progress import QuietDisplay
-from flcompress.runtime.clip_files import Frames
 from tests.evaluation.conftest import make_run
 from tests.fixtures.synthetic_clips import moving
 

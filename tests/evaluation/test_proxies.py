@@ -10,13 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flcompress.clip_figures import Frames
+from flcompress.clip_figures.drawn import clip_means, reduced
+from flcompress.clip_figures.features import relations
+from flcompress.clip_figures.motion import THRESHOLD, is_dynamic, motion, smoothness
+from flcompress.clip_figures.pixels import PEAK, flicker, noise, psnr, ssim
 from flcompress.evaluation.suites.clip_suite import ClipContext
-from flcompress.evaluation.suites.features import relations
-from flcompress.evaluation.suites.motion import THRESHOLD, is_dynamic, motion, smoothness
-from flcompress.evaluation.suites.pixels import PEAK, flicker, noise, psnr, ssim
 from flcompress.evaluation.suites.proxies import Proxies
 from flcompress.evaluation.suites.tables import Measurement
-from flcompress.runtime.clip_files import Frames
 from tests.fixtures.synthetic_clips import VARIANTS, frozen, moving, texture
 
 RATE = 8.0
@@ -171,3 +172,16 @@ def test_a_student_that_moves_little_or_saturates_is_reported() -> None:
     assert colours.startswith("warning: the student saturates more than teacher-50 (0.4 against 0.3")
     assert suite.warnings({"teacher-50": teacher, "student": {**teacher, "flow": 1.7}}, {"saturation": False}) == []
     assert suite.warnings({"teacher-50": teacher}, {}) == []
+
+
+def test_what_a_training_draws_is_seen_at_a_small_size() -> None:
+    large = [moving(2.0, frames=5, height=256, width=320, seed=seed) for seed in range(3)]
+    whole, small = clip_means(large), clip_means([reduced(clip) for clip in large])
+    assert reduced(large[0]).shape == (5, 128, 160, 3)
+    assert whole["flow"] == pytest.approx(2.0, rel=0.05)
+    assert small["flow"] == pytest.approx(2.0, rel=0.1)
+    assert small["saturation"] == pytest.approx(whole["saturation"], rel=0.05)
+    assert small["diversity"] == pytest.approx(whole["diversity"], rel=0.2)
+    assert clip_means(large[:1]).keys() == {"flow", "saturation"}
+    assert clip_means([clip[:1] for clip in large]).keys() == {"saturation", "diversity"}
+    assert clip_means([large[0]] * 2)["diversity"] == 0.0

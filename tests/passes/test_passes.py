@@ -145,6 +145,9 @@ def test_distillation_gives_a_few_step_contract_with_finite_weights(run: RunDire
     assert [one.keys() for one in looks] == 2 * [
         {"step", "sample_distance", "sample_deviation", "sample_saturation", "sample_motion", "critic_lag"}
     ]
+    drawn = lines(folder / "drawn.jsonl")
+    assert [line["step"] for line in drawn] == [None, 0, 2], "the teacher's, and those of every strip"
+    assert all(line["flow"] > 0 and line["saturation"] > 0 and line["diversity"] > 0 for line in drawn)
     names = sorted(path.name for path in (folder / "samples").iterdir())
     assert names == ["step-00000000.png", "step-00000002.png", "teacher.png"]
     with Image.open(folder / "samples" / "teacher.png") as strip:

@@ -137,3 +137,17 @@ def test_a_training_without_one_of_its_files_is_shown_all_the_same(missing: str,
     folder = begun(tmp_path)
     (folder / missing).rename(tmp_path / "gone")
     assert "Generator loss" in write_report(tmp_path).read_text(encoding="utf-8")
+
+
+def test_drawn_samples_are_plotted_next_to_the_teachers(tmp_path: Path) -> None:
+    folder = begun(tmp_path)
+    for step, flow in ((None, 2.0), (0, 1.0), (10, 1.2), (10, 1.5)):
+        append_line(folder / "drawn.jsonl", json.dumps({"step": step, "flow": flow, "saturation": 0.3}))
+    panels = {panel.title: panel.lines for panel in trainings(read_run(tmp_path))[0].panels}
+    assert panels["Samples: motion, pixels at 256"] == {
+        "student": [(0.0, 1.0), (10.0, 1.5)],
+        "teacher": [(0.0, 2.0), (10.0, 2.0)],
+    }
+    assert "Samples: saturation" in panels
+    assert "Samples: diversity of prompts" not in panels
+    assert "Samples: motion, pixels at 256" in write_report(tmp_path).read_text(encoding="utf-8")

@@ -28,10 +28,12 @@ from flcompress.core.records.measured import (
     WorkPart,
 )
 from flcompress.core.records.passes import (
+    DRAWN_FILE,
     RESULT_FILE,
     BlockScore,
     BreachLine,
     CandidateRow,
+    DrawnLine,
     HealthFile,
     ImportanceResult,
     LimitPart,
@@ -58,6 +60,7 @@ from flcompress.core.records.run import (
 from flcompress.core.records.sweep import CellResult, Front, SweepCell, SweepFile, TeacherResult
 
 __all__ = [
+    "DRAWN_FILE",
     "RESULT_FILE",
     "AnyRecord",
     "Attempt",
@@ -73,6 +76,7 @@ __all__ = [
     "ClipPart",
     "ContenderRow",
     "ContractPart",
+    "DrawnLine",
     "EngineManifest",
     "EntryFile",
     "EvalFile",

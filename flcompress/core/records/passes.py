@@ -165,6 +165,24 @@ class BreachLine(Record):
     best_step: int
 
 
+DRAWN_FILE = "drawn.jsonl"
+
+
+class DrawnLine(Record):
+    """A line of `drawn.jsonl`: how the samples look that a step's strip shows; without a step, the teacher's.
+
+    Attributes:
+        flow: mean optical flow from frame to frame, in pixels at a shorter side of 256; None of pictures.
+        saturation: mean of HSV's S.
+        diversity: mean distance between them in random features; None of one alone.
+    """
+
+    step: int | None
+    flow: FiniteFloat | None = None
+    saturation: FiniteFloat
+    diversity: FiniteFloat | None = None
+
+
 class RedrawsLine(Record):
     """One line of `redraws.jsonl`: the figures of a held-out evaluation on other draws."""
 

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from flcompress.clip_figures import Frames
 from flcompress.core.records import ClipLine
 from flcompress.errors import FlcompressError
 from flcompress.files import append_line, replacing, sha256
-from flcompress.runtime.clip_files import Frames, pixels_of, write_h264
+from flcompress.runtime.clip_files import pixels_of, write_h264
 
 CRF = 10
 """Quality of the h264 files, as VBench's protocol has it."""

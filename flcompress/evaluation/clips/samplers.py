@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
+from flcompress.clip_figures import Frames
 from flcompress.core.backend import Backend
 from flcompress.core.program import Program
 from flcompress.diffusion.network import Conditioning, reporting, select, to_device
@@ -24,7 +25,7 @@ from flcompress.models.configs import check_transformer_config
 from flcompress.models.parts import Parts
 from flcompress.models.stock_files import folder_digest
 from flcompress.progress import ProgressSink
-from flcompress.runtime.clip_files import Frames, read_picture
+from flcompress.runtime.clip_files import read_picture
 from flcompress.runtime.sizes import clip_of
 
 ENCODED = 8

@@ -13,6 +13,7 @@ import yaml
 from PIL import Image, ImageOps
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from flcompress.clip_figures import Frames
 from flcompress.data.pictures import open_picture
 from flcompress.errors import ModelError, RequestError
 from flcompress.evaluation.clips.files import Item
@@ -22,7 +23,6 @@ from flcompress.models.stock import no_progress_bars
 from flcompress.models.stock_files import folder_digest
 from flcompress.models.tensor_memory import free_gpu_memory
 from flcompress.progress import ProgressSink
-from flcompress.runtime.clip_files import Frames
 
 _LIBRARIES = ("diffusers", "transformers")
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from typing_extensions import override
 
+from flcompress.clip_figures import Frames
 from flcompress.core.records import ScoreLine
 from flcompress.core.suites import SuiteRequest
 from flcompress.errors import FlcompressError, RequestError, first_line
@@ -26,7 +27,6 @@ from flcompress.evaluation.suites.clip_suite import ClipContext, ClipSuite
 from flcompress.evaluation.suites.session import Rows, Session, Task
 from flcompress.evaluation.suites.tables import Figure, Measurement, Sets
 from flcompress.files import key_of, sha256
-from flcompress.runtime.clip_files import Frames
 from flcompress.runtime.onnx_providers import PROVIDERS, require_onnxruntime
 from flcompress.stats import frechet_distance
 

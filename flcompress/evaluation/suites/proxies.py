@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from typing_extensions import override
 
+from flcompress.clip_figures import Frames
+from flcompress.clip_figures.features import clip_features, latent_features, relations
+from flcompress.clip_figures.motion import motion, smoothness
+from flcompress.clip_figures.pixels import colour, flicker, imaging, psnr, ssim
 from flcompress.evaluation.suites.clip_suite import ClipContext, ClipSuite
-from flcompress.evaluation.suites.features import clip_features, latent_features, relations
-from flcompress.evaluation.suites.motion import motion, smoothness
-from flcompress.evaluation.suites.pixels import colour, flicker, imaging, psnr, ssim
 from flcompress.evaluation.suites.tables import Figure, Measurement
-from flcompress.runtime.clip_files import Frames
 from flcompress.stats import frechet_distance
 
 QUANTILES = (0.05, 0.95)

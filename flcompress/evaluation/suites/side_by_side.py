@@ -9,10 +9,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from flcompress.clip_figures import Frames
 from flcompress.core.records import ScoreLine
 from flcompress.evaluation.clips.files import ClipFolder, read_frames, write_frames
 from flcompress.evaluation.clips.studio import Take
-from flcompress.runtime.clip_files import Frames
 
 SPREAD, WORST = 4, 2
 """Prompts that are shown: evenly spread over the list, and those with the least of the teacher's motion."""

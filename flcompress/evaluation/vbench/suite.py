@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from typing_extensions import override
 
+from flcompress.clip_figures.motion import JUDGED_RATE, MIN_FRAMES
 from flcompress.core.records import ClipLine, ScoreLine
 from flcompress.core.suites import SuiteRequest
 from flcompress.distributed.launch import Launch
@@ -21,7 +22,6 @@ from flcompress.errors import DataError, RequestError
 from flcompress.evaluation.clips.files import Item
 from flcompress.evaluation.clips.prompts import Material, read_material
 from flcompress.evaluation.clips.studio import Take
-from flcompress.evaluation.suites.motion import JUDGED_RATE, MIN_FRAMES
 from flcompress.evaluation.suites.session import FileSuite, Rows, Session, Task
 from flcompress.evaluation.suites.tables import Figure, Measurement, Sets
 from flcompress.evaluation.vbench.processes import Interpreter, Job

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from flcompress.clip_figures.drawn import clip_means
 from flcompress.core.program import CHECKPOINTS, Program
+from flcompress.core.records import DRAWN_FILE, DrawnLine
 from flcompress.core.steps import PassContext
 from flcompress.data.dataset import LatentDataset
 from flcompress.diffusion.contract import SamplingContract
@@ -18,7 +21,7 @@ from flcompress.diffusion.process import expand_to
 from flcompress.diffusion.sampling import Walk, predict
 from flcompress.distributed.world import World
 from flcompress.draws import Draws
-from flcompress.files import replacing, write_text
+from flcompress.files import append_line, replacing, write_text
 from flcompress.training.watching.strips import draw_strip, reference_strip, strip_of
 
 SHOWN = 4
@@ -127,9 +130,7 @@ class Samples:
         """
         reference = self._reference = self._reference or self._teacher_moments()
         clean, _ = self._prompts.sample(student, contract)
-        if self._context.world.main:
-            draw_strip(self._context, self._program, clean[:SHOWN], strip_of(self._context.directory, step))
-            self._context.world.heartbeat()
+        self._draw(clean, strip_of(self._context.directory, step), step)
         return compare(clean, reference, self._context.world)
 
     def redraw_figures(self, draw: int, student: Network, contract: SamplingContract) -> dict[str, float]:
@@ -150,6 +151,21 @@ class Samples:
                 write_text(path, json.dumps(self._teacher_redraws) + "\n")
         return self._teacher_redraws
 
+    def _draw(self, clean: torch.Tensor, path: Path, step: int | None) -> None:
+        """Draw a few samples and note how they look; of a step, or of the teacher.
+
+        What is seen on the main process's few clips, in whole steps of colour, depends on how many processes there are,
+        so it is shown, and decides nothing.
+        """
+        if not self._context.world.main:
+            return
+        clips = draw_strip(self._context, self._program, clean[:SHOWN], path)
+        self._context.world.heartbeat()
+        if clips:
+            line = DrawnLine(step=step, **clip_means(clips)).line()
+            append_line(self._context.directory / DRAWN_FILE, line)
+            self._context.world.heartbeat()
+
     def _teacher_moments(self) -> Moments:
         """Return the teacher's moments: those stored by an earlier start of this training, or of samples made now."""
         path, world = self._context.directory / CHECKPOINTS / "teacher.safetensors", self._context.world
@@ -158,9 +174,8 @@ class Samples:
             return stored
         clean, _ = self._prompts.sample(self._teacher, self._contract)
         teacher_moments = moments(clean, world)
+        self._draw(clean, reference_strip(self._context.directory), None)
         if world.main:
-            draw_strip(self._context, self._program, clean[:SHOWN], reference_strip(self._context.directory))
-            world.heartbeat()
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as temporary:
                 save_file(dict(teacher_moments), str(temporary))

@@ -266,7 +266,7 @@ def test_other_draws_have_other_noises_and_the_same_on_any_number_of_processes(t
 def test_the_teachers_redraws_are_made_once_and_added_to_an_older_reference(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(samples, "draw_strip", lambda *given: None)
+    monkeypatch.setattr(samples, "draw_strip", lambda *given: [])
     contract = contract_of({"shift": 3.0}, num_inference_steps=3, guidance_scale=1.0, max_sequence_length=16)
     calls: list[float] = []
 

@@ -65,7 +65,7 @@ def test_a_picture_that_fails_is_reported_and_trained_on(
 
     monkeypatch.setattr(Drawn, "decode_latents", failing)
     monkeypatch.setattr(strips, "free_gpu_memory", lambda: freed.append(True))
-    draw_strip(work_in(tmp_path, said), OnlyParts(), LATENTS, strip_of(tmp_path, 40))
+    assert draw_strip(work_in(tmp_path, said), OnlyParts(), LATENTS, strip_of(tmp_path, 40)) == []
     (line,) = said
     assert line.startswith(f"warning: step-00000040.png: not drawn, the training continues: {told}")
     assert "\n" not in line
@@ -79,6 +79,7 @@ def test_pictures_are_decoded_in_half_precision_on_a_gpu_alone(
 ) -> None:
     said: list[str] = []
     monkeypatch.setattr(Drawn, "seen", [])
-    draw_strip(work_in(tmp_path, said, device), OnlyParts(), LATENTS, strip_of(tmp_path, 0))
+    clips = draw_strip(work_in(tmp_path, said, device), OnlyParts(), LATENTS, strip_of(tmp_path, 0))
+    assert [clip.shape for clip in clips] == [(9, 16, 16, 3)] * 2
     assert (Drawn.seen, said) == ([(device, dtype)], [])
     assert strip_of(tmp_path, 0).is_file()

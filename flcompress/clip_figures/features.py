@@ -15,8 +15,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from flcompress.clip_figures import Frames
 from flcompress.draws import generator
-from flcompress.runtime.clip_files import Frames
 
 VERSION = 1
 """Part of the generator's seed: other features are other distances."""

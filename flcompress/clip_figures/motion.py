@@ -13,7 +13,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from flcompress.runtime.clip_files import Frames
+from flcompress.clip_figures import Frames
 
 Flow = np.ndarray[Any, np.dtype[np.float32]]
 """[height, width, 2]: (x, y) in pixels from a frame to the next."""

@@ -11,7 +11,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from flcompress.runtime.clip_files import Frames
+from flcompress.clip_figures import Frames
 
 Grey = np.ndarray[Any, np.dtype[np.float64]]
 """[height, width], 0 to 255."""
