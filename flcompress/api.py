@@ -1,4 +1,4 @@
-"""The public interface for authors of passes, exporters, back ends and model families. See docs/writing-a-pass.md.
+"""The public interface for authors of passes, exporters, back ends, families and suites. See docs/writing-a-pass.md.
 
 Everything listed in `__all__` keeps its name and meaning between minor versions (docs/stability.md); other modules are
 laid out for the house's own sake and may move. Each name is imported when it is first used, so that the module of a
@@ -42,6 +42,10 @@ if TYPE_CHECKING:
     from flcompress.errors import RequestError as RequestError
     from flcompress.errors import TrainingError as TrainingError
     from flcompress.errors import UnavailableError as UnavailableError
+    from flcompress.evaluation.suites.clip_suite import ClipContext as ClipContext
+    from flcompress.evaluation.suites.clip_suite import ClipSuite as ClipSuite
+    from flcompress.evaluation.suites.tables import Figure as Figure
+    from flcompress.evaluation.suites.tables import Measurement as Measurement
     from flcompress.ir.block import Block as Block
     from flcompress.ir.graph import BlockGraph as BlockGraph
     from flcompress.models.families import family_of as family_of
@@ -114,6 +118,11 @@ _DOOR = {
     "ExportManifest": "flcompress.core.records",
     "OpenNetwork": "flcompress.core.backend",
     "TransformerFiles": "flcompress.core.backend",
+    # judging clips
+    "ClipContext": "flcompress.evaluation.suites.clip_suite",
+    "ClipSuite": "flcompress.evaluation.suites.clip_suite",
+    "Figure": "flcompress.evaluation.suites.tables",
+    "Measurement": "flcompress.evaluation.suites.tables",
     # errors
     "DataError": "flcompress.errors",
     "FlcompressError": "flcompress.errors",
@@ -130,7 +139,9 @@ __all__ = [
     "Backend",
     "Block",
     "BlockGraph",
+    "ClipContext",
     "ClipSize",
+    "ClipSuite",
     "Conditioning",
     "Cost",
     "DataError",
@@ -142,12 +153,14 @@ __all__ = [
     "Exporter",
     "Fact",
     "Family",
+    "Figure",
     "FlcompressError",
     "Health",
     "Hyper",
     "LatentDataset",
     "LatentShape",
     "Loss",
+    "Measurement",
     "ModelError",
     "NotRemovable",
     "OpenNetwork",

@@ -112,7 +112,7 @@ class Comparison:
 class Quality:
     """The table. `metrics` are the columns that at least one contender has; `floor` is one cell a column.
 
-    `warnings` are the suite's own; `source` says where its prompts come from.
+    `warnings` are the suite's own; `source` says where its prompts come from; `seconds` is part -> time.
     """
 
     benchmark: str
@@ -126,6 +126,7 @@ class Quality:
     comparisons: list[Comparison]
     warnings: list[str]
     source: str
+    seconds: Mapping[str, float]
 
 
 def quality(results: EvalFile) -> Quality:
@@ -161,6 +162,7 @@ def quality(results: EvalFile) -> Quality:
         comparisons=_comparisons(metrics, contenders, differences),
         warnings=results.warnings,
         source=results.source or "",
+        seconds=results.seconds,
     )
 
 

@@ -143,6 +143,9 @@ def _quality(quality: Quality, console: Console) -> None:
         table.add_row("real against real (floor)", *(_cell(quality.floor[n]) for n in shown))
     console.print(table)
     console.print("* best mean   ~ paired difference from the best may be 0: not known to be worse\n", highlight=False)
+    if quality.seconds:
+        parts = ", ".join(f"{part} {wording.duration(value)}" for part, value in quality.seconds.items())
+        console.print(f"Time over all clips and processes: {parts}\n", highlight=False)
     for warning in quality.warnings:
         console.print(warning, end="\n\n", markup=False, highlight=False)
     if quality.comparisons:

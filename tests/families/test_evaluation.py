@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from click.testing import CliRunner
 from PIL import Image
 
 import flcompress
+from flcompress.cli import main
 from flcompress.core.records import ClipLine, EvalFile, ScoreLine
 from flcompress.driver.rundir import RunDirectory
 from flcompress.errors import DataError, FlcompressError, RequestError
@@ -22,6 +24,7 @@ from flcompress.evaluation.clips.stock import StockFile
 from flcompress.progress import QuietDisplay
 from tests.families.pipelines import EXPERTS, EXPORTED
 from tests.families.test_bench import make_run
+from tests.training import processes
 
 pytestmark = pytest.mark.e2e
 
@@ -80,6 +83,10 @@ def test_every_contender_makes_every_clip_once(evaluated: Evaluated) -> None:
         assert read_frames(clips[0]).shape == (frames, height, width, 3)
         assert all(len(clip.name.encode()) < 100 and clip.name.isascii() for clip in clips)
     assert len(ScoreLine.read_lines(run.path / "eval" / "proxies" / "clips.jsonl")) == 16
+    assert list(results["seconds"]) == ["sampling", "decoding", "judging"]
+    assert all(value > 0.0 for value in results["seconds"].values())
+    told = CliRunner().invoke(main, ["report", str(run.path)])
+    assert "Time over all clips and processes: sampling " in told.output
 
 
 def test_contenders_are_paired_on_the_same_prompts(evaluated: Evaluated) -> None:
@@ -127,6 +134,24 @@ def test_a_killed_evaluation_resumes_clip_by_clip(
     assert sampled == 2
     assert "2 clips are missing or not as they were written" in display.lines[0]
     assert "1 files that no evaluation wrote are ignored (stranger.mp4)" in display.lines[1]
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_clips(evaluated: Evaluated, tmp_path: Path) -> None:
+    run, inputs, results = evaluated
+    shutil.copytree(run.path, tmp_path / "run", ignore=shutil.ignore_patterns("eval"))
+    size = ["--seeds", "2", "--clips-per-prompt", "1"]
+    arguments: list[str | Path] = ["eval", tmp_path / "run", "--prompts", inputs["prompts"], *size, "--quiet"]
+    processes.run(arguments, tmp_path / "output", processes=2)
+    folder = tmp_path / "run" / "eval" / "proxies"
+    shared = EvalFile.read(folder / "results.json").dump()
+    assert sorted(path.name for path in folder.glob("measured-*")) == ["measured-0.jsonl", "measured-1.jsonl"]
+    for row, alone in zip(shared["contenders"], results["contenders"], strict=True):
+        clips = [ClipLine.read_lines(tmp_path / "run" / row["folder"] / f"manifest-{rank}.jsonl") for rank in range(2)]
+        assert list(map(len, clips)) == [4, 4]
+        assert row["folder"] == alone["folder"]
+        for figure in ("saturation", "contrast"):  # processes with other threads round otherwise
+            assert row[figure]["mean"] == pytest.approx(alone[figure]["mean"], rel=0.01)
 
 
 def test_a_dry_run_counts_and_writes_nothing(evaluated: Evaluated, tmp_path: Path) -> None:

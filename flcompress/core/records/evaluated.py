@@ -16,6 +16,7 @@ class ClipLine(Record):
     Attributes:
         number: which of the clips of this prompt and seed.
         seconds: time that sampling and decoding took; None of a real clip.
+        decoding_seconds: the decoder's part of it; None where it is not known, as of a stock pipeline.
     """
 
     file: str
@@ -30,6 +31,7 @@ class ClipLine(Record):
     width: int
     frame_rate: Number
     seconds: FiniteFloat | None = None
+    decoding_seconds: FiniteFloat | None = None
 
 
 class MeasuredLine(Record):
@@ -39,11 +41,13 @@ class MeasuredLine(Record):
         key: hash of the suite's version and of the files that it read: the clip, its teacher's, its image.
         figures: figure -> value; one that is undefined on this clip is not there.
         features: name -> vector, for figures of sets of clips.
+        seconds: time that this took.
     """
 
     key: str
     figures: dict[str, FiniteFloat]
     features: dict[str, list[FiniteFloat]] = Field(default_factory=dict)
+    seconds: FiniteFloat | None = None
 
 
 class ScoreLine(Record):

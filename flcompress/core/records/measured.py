@@ -91,6 +91,7 @@ class EvalFile(Record):
         warnings: what a person should look at first, a line each.
         source: where the prompts come from.
         judge: what judged the clips; None where flcompress did.
+        seconds: "sampling", "decoding" and "judging" -> what it took over all clips and processes, whenever that was.
     """
 
     program: str | None = None
@@ -107,6 +108,7 @@ class EvalFile(Record):
     warnings: list[str] = Field(default_factory=list)
     source: str | None = None
     judge: JudgePart | None = None
+    seconds: dict[str, FiniteFloat] = Field(default_factory=dict)
 
 
 class Spread(Part):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -44,6 +45,7 @@ class Maker(Protocol):
         evaluations: network evaluations of one clip.
         parameters: parameters that take part in one.
         frame_rate: frames a second of its clips.
+        decoding_seconds: what decoding its last clip took; None where that is not known.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Maker(Protocol):
     evaluations: int
     parameters: int
     frame_rate: float
+    decoding_seconds: float | None
 
     @property
     def home(self) -> object:
@@ -142,6 +145,7 @@ class ProgramMaker:
         self.evaluations, self.frame_rate = contract.evaluations, home.frame_rate
         self.identity = {"network": contender.identity, "contract": contract.to_dict(), **home.identity}
         self._contender, self._home, self.home = contender, home, home
+        self.decoding_seconds: float | None = None
 
     def prepare(self, items: Sequence[Item]) -> None:
         """Encode prompts and first frames."""
@@ -163,7 +167,10 @@ class ProgramMaker:
                 f"{self.name}: its latents are not finite for {item.prompt[:60]!r} at seed {seed}; expected numbers. "
                 "Its training went wrong: look at the losses in the report and lower learning_rate"
             )
-        return parts.decode_latents(family.end(parts.config, latents, given))[0].float().cpu()
+        began = time.monotonic()
+        clip = parts.decode_latents(family.end(parts.config, latents, given))[0].float().cpu()
+        self.decoding_seconds = round(time.monotonic() - began, 3)
+        return clip
 
     def release(self) -> None:
         """Free the transformers and the autoencoder."""

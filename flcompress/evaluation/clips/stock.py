@@ -86,6 +86,7 @@ class StockMaker:
         self.guidance = float(self._argument("guidance_scale", self._argument("max_guidance_scale", 1.0)) or 1.0)
         self.frame_rate = float(stock.frame_rate or self._argument("fps", None) or home.frame_rate)
         self.parameters = 0
+        self.decoding_seconds: float | None = None
         self.identity = {
             "folder": folder_digest(stock.path),
             "call": {name: str(value) for name, value in sorted(self._arguments.items())},

@@ -113,6 +113,7 @@ class Studio:
                     seed=take.seed,
                     number=take.number,
                     seconds=round(time.monotonic() - began, 3),
+                    decoding_seconds=maker.decoding_seconds,
                 )
                 total.finish(maker.evaluations)
         if last is not None:

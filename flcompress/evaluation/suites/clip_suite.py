@@ -77,6 +77,7 @@ class ClipSuite(FileSuite):
 
     @override
     def key(self, task: Task, session: Session, judge: Mapping[str, Any]) -> str:
+        """Return a hash of the clip, its teacher's clip, its image and the autoencoder."""
         return key_of(
             suite=self.name,
             version=self.version,
@@ -89,6 +90,7 @@ class ClipSuite(FileSuite):
 
     @override
     def measurements(self, tasks: Mapping[str, Task], session: Session) -> Iterator[tuple[str, Measurement]]:
+        """Read and measure one clip after the other."""
         for key, task in tasks.items():
             session.world.heartbeat(f"measuring {task.path.name}")
             frames, image = read_frames(task.path), None
@@ -104,6 +106,7 @@ class ClipSuite(FileSuite):
 
     @override
     def tables(self, sets: Sets, rows: Rows, session: Session) -> tuple[dict[str, Any], list[ScoreLine]]:
+        """Return means with intervals over prompts, of sets over seeds, and paired differences."""
         return tables(self, sets, rows)
 
 

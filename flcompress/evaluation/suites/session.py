@@ -5,6 +5,7 @@ A suite says what is measured on a file and what the tables hold; see `FileSuite
 
 from __future__ import annotations
 
+import time
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -169,10 +170,11 @@ class _Evaluation:
         folders = {maker.name: studio.folder_of(maker) for maker in makers}
         tasks = {maker.name: self._tasks(studio, maker, makers[0]) for maker in makers}
         real = [Task(path=real_folder / line.file, line=line) for line in ClipFolder(real_folder).lines().values()]
-        clips, real_clips = self._measure(tasks, real)
+        clips, real_clips, judging = self._measure(tasks, real)
         lines = {name: [task.line for task in each] for name, each in tasks.items()}
         sets = Sets(takes=takes, clips=clips, real=real_clips, lines=lines)
-        results: dict[str, Any] = self._world.broadcast(lambda: self._results(makers, sets, folders))
+        seconds = {**_sampling_seconds([line for each in lines.values() for line in each]), "judging": judging}
+        results: dict[str, Any] = self._world.broadcast(lambda: self._results(makers, sets, folders, seconds))
         return results
 
     def _items(self) -> tuple[Item, ...]:
@@ -232,8 +234,12 @@ class _Evaluation:
 
     def _measure(
         self, clips: Mapping[str, Sequence[Task]], real: Sequence[Task]
-    ) -> tuple[dict[str, list[Measurement]], list[Measurement]]:
-        """Measure this process's share of what is not measured yet; return the contenders' and the real clips'."""
+    ) -> tuple[dict[str, list[Measurement]], list[Measurement], float]:
+        """Measure this process's share of what is not measured yet.
+
+        Returns:
+            The measurements of the contenders and of the real clips, and the seconds of all of them.
+        """
         keyed = {name: [self._keyed(task) for task in tasks] for name, tasks in clips.items()}
         keyed_real = [self._keyed(task) for task in real]
         work = {key: task for group in (*keyed.values(), keyed_real) for parts in group for key, task in parts.items()}
@@ -244,8 +250,10 @@ class _Evaluation:
             target.parent.mkdir(parents=True, exist_ok=True)
             with self._display.stage("measuring") as progress:
                 measurements = self._suite.measurements({key: work[key] for key in mine}, self._session)
+                began = time.monotonic()
                 for done, (key, measurement) in enumerate(measurements, start=1):
-                    append_line(target, _line(key, measurement).line())
+                    seconds, began = time.monotonic() - began, time.monotonic()
+                    append_line(target, _line(key, measurement, seconds).line())
                     progress(done, len(mine), {})
             self._home.parts.let_go()
         self._world.all_gather("measured")
@@ -256,7 +264,9 @@ class _Evaluation:
             features = {name: np.asarray(vector) for line in lines for name, vector in line.features.items()}
             return Measurement(figures={k: v for line in lines for k, v in line.figures.items()}, features=features)
 
-        return {name: [read(parts) for parts in group] for name, group in keyed.items()}, [*map(read, keyed_real)]
+        seconds = sum(stored[key].seconds or 0.0 for key in work)
+        contenders = {name: [read(parts) for parts in group] for name, group in keyed.items()}
+        return contenders, [read(parts) for parts in keyed_real], seconds
 
     def _keyed(self, task: Task) -> dict[str, Task]:
         """Return key -> task of all that is measured on a clip."""
@@ -270,7 +280,9 @@ class _Evaluation:
         files = sorted(self._session.folder.glob("measured-*.jsonl"))
         return {line.key: line for file in files for line in MeasuredLine.read_lines(file)}
 
-    def _results(self, makers: Sequence[Maker], sets: Sets, folders: Mapping[str, Path]) -> dict[str, Any]:
+    def _results(
+        self, makers: Sequence[Maker], sets: Sets, folders: Mapping[str, Path], seconds: Mapping[str, float]
+    ) -> dict[str, Any]:
         rows = {maker.name: _row(maker, folders[maker.name].relative_to(self._run.path)) for maker in makers}
         takes = sets.takes
         plain, scores = self._suite.tables(sets, rows, self._session)
@@ -284,6 +296,7 @@ class _Evaluation:
             **plain,
             "source": self._material.note if self._material else "",
             **({"judge": self._judge} if self._judge else {}),
+            "seconds": {name: round(value, 3) for name, value in seconds.items()},
         }
         file, folder = EvalFile(**results), self._session.folder
         file.write(folder / "results.json")
@@ -296,14 +309,21 @@ class _Evaluation:
         return file.dump()
 
 
+def _sampling_seconds(lines: Sequence[ClipLine]) -> dict[str, float]:
+    """Return the seconds of sampling and of decoding; decoding that is not known apart counts as sampling."""
+    decoding = sum(line.decoding_seconds or 0.0 for line in lines)
+    return {"sampling": sum(line.seconds or 0.0 for line in lines) - decoding, "decoding": decoding}
+
+
 def hash_of_image(line: ClipLine) -> str | None:
     """Return the SHA-256 of the first frame that a clip was made from."""
     return sha256(Path(line.image)) if line.image else None
 
 
-def _line(key: str, measurement: Measurement) -> MeasuredLine:
+def _line(key: str, measurement: Measurement, seconds: float) -> MeasuredLine:
     features = {name: vector.tolist() for name, vector in measurement.features.items()}
-    return MeasuredLine(key=key, figures=dict(measurement.figures), features=features)
+    figures = dict(measurement.figures)
+    return MeasuredLine(key=key, figures=figures, features=features, seconds=round(seconds, 3))
 
 
 def _row(maker: Maker, folder: Path) -> dict[str, Any]:
