@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from flcompress.core.records import EvalFile, Measured
+from flcompress.core.records import EvalFile, JudgePart, Measured
 from flcompress.errors import RecordError
 from flcompress.stats import Interval
 
@@ -112,7 +112,8 @@ class Comparison:
 class Quality:
     """The table. `metrics` are the columns that at least one contender has; `floor` is one cell a column.
 
-    `warnings` are the suite's own; `source` says where its prompts come from; `seconds` is part -> time.
+    `warnings` are the suite's own; `source` says where its prompts come from; `seconds` is part -> time; `judge` names
+    what judged the clips where flcompress did not.
     """
 
     benchmark: str
@@ -127,6 +128,7 @@ class Quality:
     warnings: list[str]
     source: str
     seconds: Mapping[str, float]
+    judge: str
 
 
 def quality(results: EvalFile) -> Quality:
@@ -163,7 +165,13 @@ def quality(results: EvalFile) -> Quality:
         warnings=results.warnings,
         source=results.source or "",
         seconds=results.seconds,
+        judge=_judge(results.judge) if results.judge is not None else "",
     )
+
+
+def _judge(judge: JudgePart) -> str:
+    commit = f", commit {judge.commit[:12]}" if judge.commit else ""
+    return f"{judge.name}{commit}; SHA-256 of {len(judge.weights)} weight files in results.json"
 
 
 def _known(results: EvalFile) -> tuple[Metric, ...]:

@@ -58,6 +58,7 @@ def test_an_evaluation_by_vbench(
     assert {frozenset(score.figures) for score in scores} == {frozenset(SUBJECT), frozenset(BACKGROUND)}
     page = flcompress.report(run).read_text(encoding="utf-8")
     assert "Average of 6" in page
+    assert "Judged by fake; SHA-256 of 0 weight files in results.json." in page
     assert "vbench-i2v" in page
     monkeypatch.setattr(Interpreter, "judge", None)
     assert evaluate(run, **suite) == results
