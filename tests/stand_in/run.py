@@ -30,6 +30,7 @@ passes:
   - prune: {{remove: 0.1}}
   - dmd: {{inter_cfg: [{guidance}, {guidance}], intra_cfg: [0.0, 0.5], student_steps: 2, steps: 1, critic_updates: 1,
       batch: 2}}
+  - consistency: {{levels: 2, guidance: {guidance}, student_steps: 2, steps: 1, batch: 2}}
 exports: [diffusers]
 """
 

@@ -20,8 +20,8 @@ pytestmark = [
 ]
 
 FAMILIES = ("wan", "hunyuan-video", "cogvideox")
-UPDATES = ("update of stochastic_depth", "update of fake_score", "update of generator")
-PHASES = ("encode", "importance", "stochastic-depth", "dmd", "evaluation", "generate", *UPDATES)
+UPDATES = ("update of stochastic_depth", "update of fake_score", "update of generator", "update of student")
+PHASES = ("encode", "importance", "stochastic-depth", "dmd", "consistency", "evaluation", "generate", *UPDATES)
 
 
 @pytest.fixture(scope="module")

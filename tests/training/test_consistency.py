@@ -134,9 +134,8 @@ def test_the_target_is_what_the_average_gives_after_one_step_of_the_teacher(
     calls: list[int] = []
     roles.student.model.register_forward_hook(lambda module, args, output: calls.append(len(output[0])))
     target = roles._target(
-        latents(white).float(), Clips(Normal(PROMPTED, COVARIANCE), CAPTION).given(len(start)), roles._grid[start],
-        roles._grid[start + skip],
-    ).flatten(1)  # fmt: skip
+        latents(white).float(), Clips(Normal(PROMPTED, COVARIANCE), CAPTION).given(len(start)), start
+    ).flatten(1)
     assert calls == [len(start) - 1]
     process = teacher_contract(kind).process
     for place in start.tolist():
@@ -171,12 +170,12 @@ def test_two_conventions_of_guidance(tmp_path: Path) -> None:
     scale = Sampling(guidance_scale=3.0, guidance_convention="conditional").scale
     contract = teacher_contract("flow", guidance=scale)
     x, conditioning = latents(torch.zeros(1, SIZE)), Clips(Normal(PROMPTED, COVARIANCE), CAPTION).given(1)
-    level, following = torch.tensor([0.9]), torch.tensor([0.0])
     mean = PROMPTED + 3.0 * (PROMPTED - UNPROMPTED)
-    expected = walk("flow", torch.tensor([0.9, 0.0]).double(), 0, torch.zeros(1, SIZE).double(), mean)
+    level = grid(8, 3.0)[[7, 8]].double()
+    expected = walk("flow", level, 0, torch.zeros(1, SIZE).double(), mean)
     for teacher, guidance in ((contract, None), (teacher_contract("flow"), 4.0)):
         roles, *_ = roles_of(tmp_path, "flow", teacher=teacher, guidance=guidance)
-        target = roles._target(x, conditioning, level, following).flatten(1)
+        target = roles._target(x, conditioning, torch.tensor([7])).flatten(1)
         torch.testing.assert_close(target.double(), expected, atol=1e-5, rtol=1e-5)
 
 

@@ -110,11 +110,10 @@ class ConsistencyRoles:
             low, high = self._settings.embedded_guidance
             conditioning = {**conditioning, GUIDANCE: low + (high - low) * draws.uniform()}
         noise, start = draws.normal(*x0.shape[1:]), self._draw_starts(draws)
-        level, following = self._grid[start], self._grid[start + self._settings.skip]
-        x0, noise, level, following = (t.to(device) for t in (x0, noise, level, following))
+        level = self._grid[start].to(device)
         conditioning = to_device(conditioning, device)
-        x = process.add_noise(x0, noise, level)
-        target = self._target(x, conditioning, level, following)
+        x = process.add_noise(x0.to(device), noise.to(device), level)
+        target = self._target(x, conditioning, start)
         prediction = self._network(x, process.timestep(level), conditioning)
         return huber(process.consistency(x, prediction.float(), level) - target)
 
@@ -124,24 +123,30 @@ class ConsistencyRoles:
         return (draw_levels(draws, 1.0) * (last + 1)).long().clamp(max=last)
 
     @torch.no_grad()
-    def _target(
-        self, x: torch.Tensor, conditioning: Conditioning, level: torch.Tensor, following: torch.Tensor
-    ) -> torch.Tensor:
+    def _target(self, x: torch.Tensor, conditioning: Conditioning, start: torch.Tensor) -> torch.Tensor:
         """Return f_ema(x_s', s'), with x_s' one step of the guided teacher's ODE from x_s; x_s' itself where s' = 0.
 
         Before the student's own forward: the average takes the place of the weights, which its backward needs.
+
+        Args:
+            x: x_s [n, channels, frames, height, width].
+            conditioning: its conditioning.
+            start: which levels of the grid s are, [n], in host memory.
         """
-        process, world = self._process, self._context.world
+        process, world, device = self._process, self._context.world, x.device
+        following = start + self._settings.skip
+        level, end = (self._grid[index].to(device) for index in (start, following))
         guided = self._guided(x, process.timestep(level), conditioning)
         world.heartbeat()
-        target = process.step(x, guided.float(), level, following)
+        target = process.step(x, guided.float(), level, end)
         # Several processes must make the same calls; f(x, 0) = x then discards those at the end of the path.
-        called = following > 0.0 if world.size == 1 else torch.ones_like(following, dtype=torch.bool)
+        called = following < self._settings.levels if world.size == 1 else torch.ones_like(following, dtype=torch.bool)
+        part = torch.arange(len(x))[called].to(device)
         with self.student.with_average():
-            if bool(called.any()):
-                here, s = target[called], following[called]
-                prediction = self._network(here, process.timestep(s), select(conditioning, called))
-                target[called] = process.consistency(here, prediction.float(), s)
+            if len(part):
+                here, s = target[part], end[part]
+                prediction = self._network(here, process.timestep(s), select(conditioning, part))
+                target[part] = process.consistency(here, prediction.float(), s)
         world.heartbeat()
         return target
 
