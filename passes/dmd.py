@@ -25,11 +25,13 @@ class DistributionMatching(Optimisation, Pass):
 
         x_real = u_full + b1 (c_full - u_full) + b2 (c_full - c_pruned)
 
-    with b1 and b2 drawn from ranges for every sample. A discriminator on the fake score's features is optional.
+    with b1 and b2 drawn from ranges for every sample. Optional is a discriminator: heads on features of the frozen real
+    score, three blocks deep, which tell real clips from the generator's (DMD2's adversarial term).
 
     The fake score can be a LoRA on the real score's frozen weights. The generator can be one too: on the same weights
     where the real score is the elastic model, with the prune set skipped; else on its own weights, frozen. The finished
-    one is merged into the pruned transformer. See docs/training-memory.md.
+    one is merged into the pruned transformer (docs/training-memory.md). Beside a LoRA as the fake score, the real score
+    can lean towards it (MagicDistillation's weak-to-strong matching).
 
     `- dmd: {student_steps: 4, inter_cfg: [3, 4], steps: 200}`
     """
@@ -69,16 +71,39 @@ class DistributionMatching(Optimisation, Pass):
         0.98, ge=0, lt=1, description="decay of the generator's moving average, which becomes the student"
     )
     betas: Betas = (0.0, 0.999)  # no momentum, since each role follows a moving target (Yin et al. 2024, DMD2)
-    gan_weight: float = Field(0.0, ge=0, description="weight of the adversarial term; 0 disables it")
+    real_lean: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of the fake score's LoRA that the real score computes with, which keeps the two near each "
+        "other; 0 is none (MagicDistillation's a_weak)",
+    )
+    gan_weight: float = Field(
+        0.0,
+        ge=0,
+        description="weight of the adversarial term on frozen features of the real score, which rises from 0 in the "
+        "first tenth of the steps; 0 disables it, published is 0.03",
+    )
+    gan_r1: float = Field(
+        100.0,
+        ge=0,
+        description="weight of the discriminator's gradient penalty, by a finite difference; 0 saves one of its three "
+        "forwards, for batches of 64 and more",
+    )
 
     @model_validator(mode="after")
-    def _adversary_has_its_model(self) -> DistributionMatching:
-        if self.gan_weight and self.fake_score == "lora":
+    def _leans_towards_a_lora(self) -> DistributionMatching:
+        if self.real_lean and self.fake_score != "lora":
             raise ValueError(
-                f"gan_weight: {self.gan_weight:g} given with fake_score: lora, expected 0: the term reads inside a "
-                "fake score of its own; set fake_score: full or gan_weight: 0"
+                f"real_lean: {self.real_lean:g} given with fake_score: {self.fake_score}, expected fake_score: lora: "
+                "the real score takes a share of its LoRA; set fake_score: lora or real_lean: 0"
             )
         return self
+
+    @property
+    def added(self) -> tuple[str, ...]:  # type: ignore[override]
+        """See `Optimisation.added`. The penalty tells this adversarial term from that of version 0.1."""
+        return (*Optimisation.added, "real_lean", *(() if self.gan_weight else ("gan_r1",)))
 
     @property
     def settings(self) -> DistillationSettings:
@@ -114,11 +139,6 @@ class DistributionMatching(Optimisation, Pass):
 
     def _reason_against(self, engine: EngineName) -> str | None:
         """Return why an engine cannot train these roles, or None if it can."""
-        if self.gan_weight and engine not in ("local", "ddp"):
-            return (
-                f"dmd.gan_weight: {self.gan_weight:g} given with training.engine {engine}, expected 0: the "
-                "term reads the fake score from outside its engine; use local or ddp"
-            )
         if self.settings.has_loras and engine == "zero3":
             return (
                 "training.engine: zero3 given with LoRA roles in dmd, expected local, ddp, zero1, zero2 or fsdp2: "
@@ -134,29 +154,40 @@ class DistributionMatching(Optimisation, Pass):
 
     @override
     def cost(self, parameters: float, blocks: int, original: float) -> Cost:
-        from flcompress.training.shared_base import lora_parameters
+        from flcompress.training.distillation.discriminator import head_parameters
+        from flcompress.training.shared_base import lora_parameters, width
 
         # The generator is pruned; the scores are as deep as the original. A LoRA's backward has no weights' gradients.
         pruned = parameters / original
         of_generator, of_fake = (2.0 if kind == "lora" else 3.0 for kind in (self.generator, self.fake_score))
         simulate = pruned * (self.student_steps - 1) / 2.0
-        intra = pruned if self.intra_cfg != NO_INTRA else 0.0
-        generator = simulate + pruned * of_generator + 1.0 + 2.0 + intra
+        guidance = (2.0 if self.guides else 1.0) + (pruned if self.intra_cfg != NO_INTRA else 0.0)
+        generator = simulate + pruned * of_generator + 1.0 + guidance
         critic = simulate + pruned + of_fake
+        if self.gan_weight:
+            # The backward through a forward of the guidance, or through one of its own where that leans; then features
+            # of samples, of clips and of clips nearby.
+            generator += 2.0 if self.real_lean else 1.0
+            critic += 3.0 if self.gan_r1 else 2.0
 
-        def role(name: str, kind: str, parameters: float, blocks: float, *, averaged: bool = False) -> Role:
+        def role(name: str, kind: str, parameters: float, blocks: float, runs: float, *, averaged: bool) -> Role:
             own = lora_parameters(parameters, blocks, self.lora_rank) if kind == "lora" else parameters
-            return Role(name, own, trained=True, moments=self.moments, averaged=averaged, runs=parameters)
+            return Role(name, own, trained=True, moments=self.moments, averaged=averaged, runs=runs)
+
+        heads = head_parameters(width(parameters, blocks))
+        # The adversarial gradient keeps the real score's activations next to the generator's.
+        both = parameters + original * bool(self.gan_weight)
 
         own_base = self.generator == "lora" and not self.settings.generator_shares
         return Cost(
             steps=self.steps,
             forwards=self.steps * self.batch * (generator + self.critic_updates * critic),
-            recomputed=self.steps * self.batch * (pruned + self.critic_updates),
+            recomputed=self.steps * self.batch * (both / original + self.critic_updates),
             batch=self.batch,
             roles=(
-                role("generator", self.generator, parameters, blocks, averaged=self.averages),
-                role("fake score", self.fake_score, original, blocks / pruned),
+                role("generator", self.generator, parameters, blocks, both, averaged=self.averages),
+                role("fake score", self.fake_score, original, blocks / pruned, original, averaged=False),
+                *((Role("discriminator", heads, trained=True, moments=self.moments),) if self.gan_weight else ()),
                 Role("shared base" if self.settings.shares else "real score", original),
                 *((Role("generator's base", parameters),) if own_base else ()),
             ),
@@ -208,7 +239,7 @@ class DistributionMatching(Optimisation, Pass):
                 self.name,
                 roles.health,
                 guidance="inter_cfg and intra_cfg",
-                limits=critic_limits(context),
+                limits=critic_limits(context, adversarial=self.gan_weight > 0),
             ),
         )
         weights = roles.generator.averaged_state()

@@ -84,6 +84,9 @@ class Health(Settings):
     min_normaliser: float | None = Field(
         1e-4, gt=0, description="smallest mean |x_g - x_real| of a sample, by which its gradient is divided"
     )
+    max_logit_gap: float | None = Field(
+        10.0, gt=0, description="mean logit of real clips less that of the generator's, in the adversarial term"
+    )
     max_grad_norm: float | None = Field(None, gt=0, description="largest gradient norm, before clipping")
 
 

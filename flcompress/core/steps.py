@@ -84,7 +84,7 @@ class Role:
         trained: whether it has gradients and optimiser moments.
         moments: what the optimiser keeps of a trained parameter: two numbers, one where beta1 is 0.
         averaged: whether a moving average of it is kept.
-        runs: parameters of the transformer that it computes with, a shared base's included; its own where None.
+        runs: parameters of all that its update keeps activations of, a shared base's included; its own where None.
     """
 
     name: str

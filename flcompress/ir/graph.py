@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 INPUT = "input"
 OUTPUT = "output"
+CLIP = "hidden_states"
 
 Edge = tuple[str, str]
 
@@ -89,6 +90,22 @@ class BlockGraph:
         nearest = get_close_matches(path, self._by_path, n=3, cutoff=0.0)
         raise RequestError(f"{self.model_class} has no block '{path}'; nearest: {', '.join(nearest) or 'none'}")
 
+    def clip_streams(self) -> dict[str, Stream]:
+        """Return the stream of the latents' tokens in every block that they pass on their way to the output, in order.
+
+        Blocks of text alone are not among them. Diffusers names this stream alike in all classes.
+        """
+        passed: list[tuple[str, Stream]] = []
+        path = self.blocks[-1].path
+        while path in self._by_path:
+            named = (stream for stream in self._by_path[path].streams if stream.input == CLIP)
+            if (stream := next(named, None)) is None:
+                break
+            passed.append((path, stream))
+            into = (edge[0] for edge, flows in self.flows.items() if edge[1] == path and _carry(flows, CLIP))
+            path = next(into, INPUT)
+        return dict(reversed(passed))
+
     def renamed(self, paths: Iterable[str]) -> dict[str, str]:
         """Where every kept block will live once `paths` are gone: {old path: new path}, in execution order."""
         gone = {self.block(path).path for path in paths}
@@ -155,6 +172,10 @@ class BlockGraph:
         problems = faults(self.blocks, self.graph, parameters=self.parameters, flops=self.flops)
         if problems:
             raise PostconditionError(f"block graph of {self.model_class}: {'; '.join(problems)}")
+
+
+def _carry(flows: Iterable[Flow], target: str) -> bool:
+    return any(flow.target == target for flow in flows)
 
 
 def _flow_order(flow: Flow) -> tuple[str, str, tuple[int, ...], str]:

@@ -261,8 +261,8 @@ def plan_memory(
             average=weights if role.averaged else 0.0,
             engine=update.lasting,
         )
-        depth = (role.runs or role.parameters) / original
-        alive = saved.training(samples, min(1.0, depth), training.gradient_checkpointing)
+        depth = min(1.0, role.parameters / original) if role.runs is None else role.runs / original
+        alive = saved.training(samples, depth, training.gradient_checkpointing)
         activations = max(activations, alive)
         updates.append((update, alive))
     # A frozen model runs while the activations of a trained one are saved.

@@ -70,7 +70,8 @@ class SharedBase:
 
     def _put(self, lora: LoRA | None) -> None:
         for key, module, attribute, plain in self._owners:
-            module._parameters[attribute] = plain if lora is None or key not in lora.own else lora.own[key]
+            parameter: Any = plain if lora is None else lora.parameter(key, plain)
+            module._parameters[attribute] = parameter
 
     def checkpoint(self, module: nn.Module, *args: Any) -> Any:
         """Checkpoint a block, for diffusers' `enable_gradient_checkpointing`.
@@ -129,7 +130,7 @@ class LoRA(nn.Module):
     ) -> None:
         super().__init__()
         vars(self)["inner"] = base.model  # past nn.Module's registration: the base's weights are not this role's
-        self._base, self._forward_context = base, forward_context
+        self._base, self._forward_context, self._share = base, forward_context, 1.0
         self.lora_A, self.lora_B, self.own = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
         draws = torch.Generator().manual_seed(seed_of(seed, "lora"))
         prefixes = tuple(f"{block}." for block in blocks)
@@ -151,12 +152,29 @@ class LoRA(nn.Module):
         with self._base.using(self), self._forward_context():
             return vars(self)["inner"](*args, **kwargs)
 
+    @contextmanager
+    def leaning(self, share: float) -> Iterator[None]:
+        """While active, it is the base with a share of the role: of c B A, and of the way to each own parameter."""
+        self._share = share
+        try:
+            yield
+        finally:
+            self._share = 1.0
+
     def adapt(self, name: str, x: Tensor, output: Tensor) -> Tensor:
         """Return the output [..., out] of the linear layer at `name` for x [..., in], plus c B (A x)."""
         key = _key(name)
         if key not in self.lora_A:
             return output
-        return output + F.linear(SCALE * F.linear(x, self.lora_A[key]), self.lora_B[key]).to(output.dtype)
+        scale = SCALE * self._share
+        return output + F.linear(scale * F.linear(x, self.lora_A[key]), self.lora_B[key]).to(output.dtype)
+
+    def parameter(self, key: str, plain: Tensor) -> Tensor:
+        """Return what replaces a parameter of the base: the role's own, if it has one."""
+        if key not in self.own:
+            return plain
+        own: Tensor = self.own[key]
+        return own if self._share == 1.0 else torch.lerp(plain.to(own.dtype), own, self._share)
 
 
 def merge(weights: Mapping[str, Tensor], lora: Mapping[str, Tensor], paths: Mapping[str, str]) -> dict[str, Tensor]:
@@ -211,11 +229,18 @@ def first_difference(transformer: Path, base: Path, paths: Mapping[str, str]) ->
 def lora_parameters(parameters: float, blocks: float, rank: int) -> float:
     """Estimate the number of parameters of a `LoRA` on a transformer, for the plan.
 
-    A block of width w is assumed to have 16 w^2 parameters, 4 w^2 in each of two attentions and 8 w^2 in the
-    feed-forward; the sides of its ten matrices add up to 26 w. A role's own copies are assumed to be 2 % of the
+    The sides of a block's ten matrices add up to 26 times its width. A role's own copies are assumed to be 2 % of the
     transformer.
     """
-    return blocks * rank * 26.0 * math.sqrt(parameters / blocks / 16.0) + OWN_SHARE * parameters
+    return blocks * rank * 26.0 * width(parameters, blocks) + OWN_SHARE * parameters
+
+
+def width(parameters: float, blocks: float) -> float:
+    """Estimate the width w of a transformer's tokens, for the plan.
+
+    A block is assumed to have 16 w^2 parameters, 4 w^2 in each of two attentions and 8 w^2 in the feed-forward.
+    """
+    return math.sqrt(parameters / blocks / 16.0)
 
 
 def _owner(model: Any, name: str) -> tuple[nn.Module, str]:

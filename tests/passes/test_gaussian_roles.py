@@ -138,10 +138,10 @@ def gradients(roles: Roles, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor
 @pytest.mark.parametrize("kind", ["flow", "v_prediction", "epsilon"])
 @pytest.mark.parametrize("gan", [0.0, 0.5])
 def test_the_generators_gradient(tmp_path: Path, kind: str, gan: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """g = (x_fake - x_real) / mean|x_g - x_real| back through x_g, and the adversarial term's through the critic."""
+    """g = (x_fake - x_real) / mean|x_g - x_real| back through x_g, and the adversarial term's through the teacher."""
     roles, *_ = roles_of(tmp_path, kind, ABOVE, gan_weight=gan, inter_cfg=(2.0, 2.0), intra_cfg=(0.5, 0.5))
-    critic: Any = roles.trained[1].model
-    fake = critic.score if gan else critic
+    roles.generator.updates = 10  # the tenth of the steps in which the term's weight rises is over
+    fake: Any = roles.trained[1].model
     with torch.no_grad():  # elsewhere than the teacher
         fake.factor.mul_(1.3)
         fake.blocks[0].by.add_(0.3)
@@ -168,9 +168,7 @@ def test_the_generators_gradient(tmp_path: Path, kind: str, gan: float, monkeypa
     loss = (x * ((x_fake - x_real) / scale).detach()).mean()
     if gan:
         added = (noised - a * x).detach() + a * x  # the noise is the same, whatever x
-        tokens = torch.stack([mean_of(fake).expand_as(added), added], dim=1)
-        logits = critic.head(tokens.float().mean(1)).squeeze(-1)
-        loss = loss + gan * F.softplus(-logits).mean()
+        loss = loss + gan * F.softplus(-logits_of(roles, added)).mean()
     loss.backward()  # type: ignore[no-untyped-call]
     assert weight.grad is not None
     assert bias.grad is not None
@@ -179,56 +177,96 @@ def test_the_generators_gradient(tmp_path: Path, kind: str, gan: float, monkeypa
     torch.testing.assert_close(found["layers.0.bias"].double(), bias.grad, rtol=2e-3, atol=2e-4)
 
 
+def logits_of(roles: Roles, noised: Tensor) -> Tensor:
+    """The discriminator's logits [n, 1] of noised samples [n, d]; its one feature is the output of the last block."""
+    tokens = torch.stack([TEACHER.expand_as(noised), noised], dim=2)
+    (logits,) = roles.trained[2].model([tokens.reshape(*tokens.shape, 1, 1)])
+    found: Tensor = logits
+    return found
+
+
 @pytest.mark.parametrize("gan", [0.0, 0.5])
-def test_the_generators_step_leaves_nothing_in_the_critic(tmp_path: Path, gan: float) -> None:
-    """No weight of its own is moved, and no gradient is left for its next update."""
+def test_the_generators_step_leaves_nothing_in_other_roles(tmp_path: Path, gan: float) -> None:
+    """No weight of theirs is moved, and no gradient is left for their next update."""
     roles, *_ = roles_of(tmp_path, "flow", BELOW, gan_weight=gan, critic_updates=1)
-    critic = roles.trained[1]
+    others = roles.trained[1:]
+    assert [role.name for role in others] == ["fake_score", *(["discriminator"] if gan else [])]
+    weights = [parameter for role in others for parameter in role.model.parameters()]
     roles.step(1, draws(1))
-    assert all(one.grad is None or not one.grad.any() for one in critic.model.parameters())
-    kept = [one.detach().clone() for one in critic.model.parameters()]
+    assert all(weight.grad is None or not weight.grad.any() for weight in weights)
+    kept = [weight.detach().clone() for weight in weights]
     roles.update_generator(draws(2))
-    assert all(one.grad is None or not one.grad.any() for one in critic.model.parameters())
-    assert all(torch.equal(one, other) for one, other in zip(kept, critic.model.parameters(), strict=True))
-    assert all(not one.requires_grad for one in roles.teacher.parameters())
+    assert all(weight.grad is None or not weight.grad.any() for weight in weights)
+    assert all(map(torch.equal, kept, weights))
+    assert all(not weight.requires_grad for weight in roles.teacher.parameters())
+
+
+def test_the_adversarial_term_begins_with_no_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a tenth of the steps it rises: at 0 the gradient is that without it, bit for bit, and half way it is half."""
+    found = []
+    for gan, update in ((0.0, 0), (0.5, 0), (0.5, 5), (0.25, 10)):
+        roles, *_ = roles_of(tmp_path, "flow", ABOVE, gan_weight=gan)
+        roles.generator.updates = update
+        kept = gradients(roles, monkeypatch)
+        roles.update_generator(draws())
+        found.append(torch.cat([gradient.flatten() for gradient in kept.values()]))
+    without, begun, half, whole = found
+    assert torch.equal(without, begun)
+    assert torch.equal(half, whole)
+    assert not torch.allclose(half, without)
 
 
 def test_the_discriminator_learns_to_tell_data_from_samples(tmp_path: Path) -> None:
-    """Logits are positive for data and negative for what the generator gives, which is elsewhere."""
-    roles, *_ = roles_of(tmp_path, "flow", (0.1, (-0.5, 0.5)), gan_weight=5.0, critic_learning_rate=0.02)
+    """Logits are positive for data and negative for what the generator gives, which is elsewhere; the gap is logged."""
+    roles, *_ = roles_of(tmp_path, "flow", (0.1, (-0.5, 0.5)), gan_weight=0.5, critic_learning_rate=0.02)
     data: Any = Clips(Normal(torch.tensor([3.0, -3.0]).double(), 0.01 * torch.eye(2).double()), CAPTION)
     roles._data = data
-    critic: Any = roles.trained[1].model
-    for number in range(40):
-        roles.update_critic(draws(number))
-    timestep = torch.full((BATCH,), 100.0)
-    given = data.given(BATCH)
-    logits = [
-        critic(torch.tensor(mean).reshape(1, 1, 2, 1, 1).expand(BATCH, 1, 2, 1, 1), timestep, given)[1].mean()
-        for mean in ((3.0, -3.0), (-0.5, 0.5))
-    ]
-    assert logits[0] > 0.3
-    assert logits[1] < -0.3
+    gaps = [roles.update_critic(draws(number))["logit_gap"] for number in range(40)]
+    assert gaps[-1] > gaps[0] + 1.0
+    real, generated = (float(logits_of(roles, torch.tensor([mean])).detach()) for mean in ((3.0, -3.0), (-0.5, 0.5)))
+    assert real > 0.3
+    assert generated < -0.3
 
 
-def test_the_critics_loss_with_the_adversarial_term(tmp_path: Path) -> None:
-    """Flow matching on samples, and softplus(-D(x)) + softplus(D(x_g)) of data and samples noised alike."""
-    roles, *_ = roles_of(tmp_path, "flow", (0.0, (0.5, -0.25)), gan_weight=0.7)
-    critic: Any = roles.trained[1].model
-    calls, losses = Calls(critic.score), spied(roles, 1)
-    logits: list[Tensor] = []
-    critic.register_forward_hook(lambda module, args, output: logits.append(output[1].detach().clone()))
-    roles.update_critic(draws())
-    (loss,) = losses
-    s = (calls.timesteps[0] / 1000.0).reshape(-1, 1, 1, 1, 1)
+@pytest.mark.parametrize("penalty", [0.0, 50.0])
+def test_the_discriminators_loss(tmp_path: Path, penalty: float) -> None:
+    """Softplus(-D(x)) + softplus(D(x_g)) of data and samples noised alike, and the difference to data nearby."""
+    roles, *_ = roles_of(tmp_path, "flow", (0.0, (0.5, -0.25)), gan_weight=0.7, gan_r1=penalty)
+    teacher, losses = Calls(roles.teacher), spied(roles, 2)
+    logged = roles.update_critic(draws())
+    met, real, *near = teacher.x
+    assert len(near) == (1 if penalty else 0)
+    roles, *_ = roles_of(tmp_path, "flow", (0.0, (0.5, -0.25)), gan_weight=0.7)  # the same heads, before their step
+    generated, logits, *others = (logits_of(roles, x.flatten(1)) for x in teacher.x)
+    expected = (F.softplus(generated) + F.softplus(-logits)).mean()
+    if penalty:
+        expected = expected + penalty * (others[0] - logits).square().mean()
+        nudge = (near[0] - real) / 0.01
+        assert float(nudge.mean()) == pytest.approx(0.0, abs=0.3)
+        assert float(nudge.std()) == pytest.approx(1.0, abs=0.2)
+    torch.testing.assert_close(losses[0], expected, rtol=1e-4, atol=1e-5)
+    assert logged["discriminator_loss"] == pytest.approx(float(expected), rel=1e-4)
+    assert logged["real_logit"] == pytest.approx(float(logits.mean()), rel=1e-4, abs=1e-5)
+    assert logged["logit_gap"] == pytest.approx(float(logits.mean() - generated.mean()), rel=1e-3, abs=1e-5)
+    # Samples are those that the fake score met, and data, too, are noised at levels of the score range.
+    s = (teacher.timesteps[0] / 1000.0).reshape(-1, 1, 1, 1, 1)
     constant = torch.tensor([0.5, -0.25]).reshape(1, 1, 2, 1, 1)
-    target = (calls.x[0] - (1.0 - s) * constant) / s - constant
-    matched = (calls.outputs[0] - target).square().mean()
-    torch.testing.assert_close(loss, matched + 0.7 * (F.softplus(logits[0]) + F.softplus(-logits[1])).mean())
-    # The data, too, are noised at levels of the score range.
-    level = calls.timesteps[1].double() / 1000.0
+    noise = (met - (1.0 - s) * constant) / s
+    torch.testing.assert_close(moments(noise)[1], torch.eye(2).double(), atol=0.6, rtol=0)
+    level = teacher.timesteps[1].double() / 1000.0
     unshifted = level / (3.0 - 2.0 * level)
     assert sorted(((unshifted - 0.02) / 0.96 * BATCH).floor().long().tolist()) == list(range(BATCH))
+
+
+def test_one_forward_of_the_teacher_serves_guidance_and_features(tmp_path: Path) -> None:
+    """The generator's step calls it as often with the adversarial term as without; the conditional call has a graph."""
+    graded = []
+    for gan in (0.0, 0.5):
+        roles, *_ = roles_of(tmp_path, "flow", ABOVE, gan_weight=gan, inter_cfg=(2.0, 2.0), intra_cfg=(0.5, 0.5))
+        teacher = Calls(roles.teacher)
+        roles.update_generator(draws())
+        graded.append(teacher.graded)
+    assert graded == [[False, False, False], [True, False, False]]
 
 
 def test_the_figures_of_a_step(tmp_path: Path) -> None:

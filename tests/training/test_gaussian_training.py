@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flcompress.core.optimisation import Optimisation
-from flcompress.diffusion.process import FLOW
 from flcompress.distributed.world import World
 from flcompress.draws import Draws
 from flcompress.models.network import as_network
-from flcompress.training.distillation.discriminator import Discriminator, critic_term, generator_term
 from flcompress.training.distillation.guided_teacher import GuidedTeacher
 from flcompress.training.engines import Hyper
 from flcompress.training.engines.replicated import Local
@@ -247,41 +243,6 @@ def test_gradients_are_scaled_down_to_the_norm_that_the_pass_names(tmp_path: Pat
     figures = role.update(draws(batch=1), lambda draws: 3.0 * role.module())
     assert figures["one_grad_norm"] == pytest.approx(3.0)
     assert float(role.checkpoint()["optimizer.exp_avg_sq.free"]) == pytest.approx(0.25, rel=1e-5)
-
-
-def test_the_two_adversarial_terms() -> None:
-    """The generator wants its logits up; the critic wants data's up and samples' down. Values and slopes."""
-    real, generated = (
-        torch.tensor(values, dtype=torch.float64, requires_grad=True) for values in ([1.0, -2.0], [0.5, 3.0])
-    )
-    term = generator_term(generated)
-    assert float(term.detach()) == pytest.approx(sum(math.log1p(math.exp(-d)) for d in (0.5, 3.0)) / 2)
-    (slope,) = torch.autograd.grad(term, generated)
-    torch.testing.assert_close(slope, -torch.sigmoid(-generated.detach()) / 2)
-    term = critic_term(real, generated)
-    assert float(term.detach()) == pytest.approx(
-        (sum(math.log1p(math.exp(-d)) for d in (1.0, -2.0)) + sum(math.log1p(math.exp(d)) for d in (0.5, 3.0))) / 2
-    )
-    of_real, of_generated = torch.autograd.grad(term, (real, generated))
-    torch.testing.assert_close(of_real, -torch.sigmoid(-real.detach()) / 2)
-    torch.testing.assert_close(of_generated, torch.sigmoid(generated.detach()) / 2)
-
-
-def test_the_discriminator_reads_the_means_of_a_blocks_tokens() -> None:
-    score = Exact("flow", COVARIANCE, SHIFTS)
-    network = as_network(score)
-    judge = Discriminator(score, network, "blocks.0", 2)
-    x, timestep = torch.randn(3, *LATENTS), torch.full((3,), 400.0)
-    given = {PROMPT: CAPTION.expand(3, 1, 2)}
-    prediction, logits = judge(x, timestep, given)
-    assert torch.equal(prediction, network(x, timestep, given))
-    features = (CAPTION[0, 0] + torch.tensor(SHIFTS[0]) + x.flatten(1)) / 2
-    norm, first, _, last = judge.head
-    assert isinstance(norm, nn.LayerNorm)
-    expected = last(F.silu(first(norm(features))))[:, 0]
-    torch.testing.assert_close(logits, expected)
-    assert {id(one) for one in score.parameters()} < {id(one) for one in judge.parameters()}
-    assert FLOW.timestep(torch.tensor([0.4])) == 400.0
 
 
 class Share(World):

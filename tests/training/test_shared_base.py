@@ -254,6 +254,30 @@ def test_a_lora_adds_five_times_its_product() -> None:
     assert torch.equal(made.adapt("blocks.9.ffn.net.2", x, output), output)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_a_lora_that_leans_is_the_base_with_a_share_of_it(share: float) -> None:
+    """W + a c B A and w + a (own - w), as in a model of these weights; nothing and all of it are exact."""
+    base = SharedBase(wan(), DEPTH)
+    plain = {name: value.clone() for name, value in base.model.state_dict().items()}
+    made = lora(base, 1)
+    with torch.no_grad():
+        before, whole = (call(**inputs(0), return_dict=False)[0] for call in (base.model, made))
+        with made.leaning(share):
+            found = made(**inputs(0), return_dict=False)[0]
+        after = made(**inputs(0), return_dict=False)[0]
+    part = {key: value * share if key.startswith("lora_B.") else value for key, value in made.state_dict().items()}
+    for key in made.own:
+        part[f"own.{key}"] = plain[key.replace("/", ".")].lerp(made.own[key].detach(), share)
+    model = wan()
+    model.load_state_dict(merge(plain, part, {path: path for path in DEPTH}))
+    with torch.no_grad():
+        expected = model(**inputs(0), return_dict=False)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(after, whole)
+    assert share not in (0.0, 1.0) or torch.equal(found, whole if share else before)
+    assert all(torch.equal(value, plain[name]) for name, value in base.model.state_dict().items())
+
+
 def test_what_a_role_has_a_copy_of_is_about_two_percent() -> None:
     with torch.device("meta"):
         sizes = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30}

@@ -147,6 +147,7 @@ class HealthFile(Record):
     max_saturation: FiniteFloat | None = None
     max_critic_lag: FiniteFloat | None = None
     min_normaliser: FiniteFloat | None = None
+    max_logit_gap: FiniteFloat | None = None
     max_grad_norm: FiniteFloat | None = None
 
 

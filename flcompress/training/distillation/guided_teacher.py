@@ -33,6 +33,7 @@ class GuidedTeacher:
         inter_cfg: range of b1, text guidance; 1 is none.
         intra_cfg: range of b2, guidance away from the pruned self; 0 is none.
         negative: conditioning of the negative prompt, [1, ...].
+        conditional: what predicts c_full, where it is more than `network`: it also keeps features.
     """
 
     def __init__(
@@ -46,8 +47,10 @@ class GuidedTeacher:
         inter_cfg: Range,
         intra_cfg: Range,
         negative: Conditioning,
+        conditional: Network | None = None,
     ) -> None:
         self._engine, self._model, self._network, self._graph = engine, model, network, graph
+        self._conditional = conditional or network
         self._prune_set, self._inter_cfg, self._intra_cfg = prune_set, inter_cfg, intra_cfg
         self._negative = negative
 
@@ -78,13 +81,13 @@ class GuidedTeacher:
         """Return predictions with all blocks and without the prune set; what comes before it is computed once."""
         model, graph, skipped = self._model, self._graph, self._prune_set
         if self._intra_cfg == NO_INTRA:
-            full = self._network(x, timestep, conditioning)
+            full = self._conditional(x, timestep, conditioning)
             return full, full
         if self._engine.splits_weights:
-            full = self._network(x, timestep, conditioning)
+            full = self._conditional(x, timestep, conditioning)
             with self._engine.skip(model, skipped, graph=graph):
                 return full, self._network(x, timestep, conditioning)
         with remember(model, graph, until=skipped[0]) as memory:
-            full = self._network(x, timestep, conditioning)
+            full = self._conditional(x, timestep, conditioning)
             with memory.skipping(*skipped, verify=False):  # the same call
                 return full, self._network(x, timestep, conditioning)

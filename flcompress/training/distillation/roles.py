@@ -13,11 +13,11 @@ from flcompress.core.program import Program
 from flcompress.data.dataset import LatentDataset
 from flcompress.diffusion import matching
 from flcompress.diffusion.contract import SamplingContract
-from flcompress.diffusion.network import Network, to_device
+from flcompress.diffusion.network import Conditioning, Network, to_device
 from flcompress.draws import Draws, seed_of
 from flcompress.models.loading import meta_transformer
 from flcompress.models.network import as_network
-from flcompress.training.distillation.discriminator import Discriminator, critic_term, generator_term
+from flcompress.training.distillation.discriminator import NEAR, Adversary, Grids, TeacherFeatures
 from flcompress.training.distillation.guided_teacher import GuidedTeacher
 from flcompress.training.distillation.settings import DistillationSettings
 from flcompress.training.distillation.simulation import Simulation
@@ -29,12 +29,12 @@ from flcompress.training.shared_base import LoRA, SharedBase, unadapted
 
 
 class Roles:
-    """Generator, fake score and guided teacher of one distillation.
+    """Generator, fake score, guided teacher and, with the adversarial term, discriminator of one distillation.
 
     Attributes:
         engine: trains them.
         generator: becomes the student.
-        trained: the generator and the fake score, with its discriminator if there is one.
+        trained: the generator, the fake score, and the discriminator if there is one.
         teacher: the real score's model.
         health: the held-out evaluations; None if the recipe wants no samples.
     """
@@ -56,22 +56,33 @@ class Roles:
         self._graph = engine.graph(real_score)
         base = self._build_base(real_score) if settings.shares else None
         self.teacher = base.model if base is not None else engine.load_frozen(real_score)
+        if settings.gan_weight and base is None:
+            engine.checkpoint_blocks(self.teacher)  # the generator's gradient runs through it
         real = as_network(engine.wrap_frozen(self.teacher), self._embedded)
+        student = self._build_student(program, base)
+        self.generator = TrainedRole.of(engine, "generator", student, settings.optimisation)
+        self._generator = as_network(self.generator.module, self._embedded)
+        self._critic = self._build_critic(program, base)
+        self._fake = as_network(self._critic.module, self._embedded)
+        self.trained: tuple[TrainedRole, ...] = (self.generator, self._critic)
+        self._adversary: Adversary | None = None
+        self._met: list[tuple[torch.Tensor, torch.Tensor, Conditioning]] = []
+        watched: Network | None = None
+        if settings.gan_weight:
+            self._adversary = Adversary(engine, settings, TeacherFeatures(self.teacher, real, self._graph))
+            self.trained += (self._adversary.role,)
+            watched = self._adversary.predict
         self._teacher = GuidedTeacher(
             engine,
             self.teacher,
-            real,
+            self._leaning if settings.real_lean else real,
             self._graph,
             program.prune_set,
             inter_cfg=settings.inter_cfg,
             intra_cfg=settings.intra_cfg,
             negative=negative,
+            conditional=None if settings.real_lean else watched,
         )
-        student = self._build_student(program, base)
-        self.generator = TrainedRole.of(engine, "generator", student, settings.optimisation)
-        self._generator = as_network(self.generator.module, self._embedded)
-        self._critic, self._fake = self._build_critic(program, base)
-        self.trained = (self.generator, self._critic)
 
         partner, sampled, guided = None, self._generator, real
         # A low-noise expert starts where its partner ends; what comes after a high-noise one matters to samples only.
@@ -125,35 +136,28 @@ class Roles:
 
         return LoRA(base, remaining, settings.lora_rank, seed=seed, forward_context=skipping)
 
-    def _critic_role(self, model: Any) -> TrainedRole:
-        settings = self._settings
-        return TrainedRole.of(
-            self.engine,
-            "fake_score",
-            model,
-            settings.optimisation,
-            learning_rate=settings.critic_learning_rate,
-            ema_decay=0.0,
-            updates=settings.critic_updates,
-        )
-
-    def _build_critic(self, program: Program, base: SharedBase | None) -> tuple[TrainedRole, Network]:
-        """Return the critic's role and the fake score as a network; the adversarial term puts it in a discriminator."""
+    def _build_critic(self, program: Program, base: SharedBase | None) -> TrainedRole:
+        """Load the fake score, or build it as a LoRA on the real score's weights."""
         settings = self._settings
         if settings.fake_score == "lora" and base is not None:
             seed = seed_of(self.engine.context.seed, "fake score")
             fake: Any = LoRA(base, base.blocks, settings.lora_rank, seed=seed)
         else:
             fake = self.engine.load_trained(program.components["elastic"])
-        if not settings.gan_weight:
-            critic = self._critic_role(fake)
-            return critic, as_network(critic.module, self._embedded)
-        middle = program.graph.blocks[len(program.graph.blocks) // 2]
-        width, network = middle.streams[0].spec.shape[-1], as_network(fake, self._embedded)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            judge = Discriminator(fake, network, middle.path, width).to(self._device)
-        return self._critic_role(judge), network
+        return TrainedRole.of(
+            self.engine,
+            "fake_score",
+            fake,
+            settings.optimisation,
+            learning_rate=settings.critic_learning_rate,
+            ema_decay=0.0,
+            updates=settings.critic_updates,
+        )
+
+    def _leaning(self, x: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        """Predict as the real score that leans towards the fake one (Shao et al. 2025, MagicDistillation)."""
+        with self._critic.model.leaning(self._settings.real_lean):
+            return self._fake(x, timestep, conditioning)
 
     def step(self, step: int, draws: Draws) -> Mapping[str, float]:
         """Take the critic's updates, then one of the generator's (two-time-scale rule)."""
@@ -163,15 +167,15 @@ class Roles:
         return values | self.update_generator(draws)
 
     def update_critic(self, draws: Draws) -> dict[str, float]:
-        """Take one step of the fake score, with its discriminator where there is one."""
-        return self._critic.update(draws, self._critic_loss)
+        """Take one step of the fake score, and one of the discriminator on the same samples."""
+        figures = self._critic.update(draws, self._critic_loss)
+        if self._adversary is None:
+            return figures
+        return figures | self._adversary.role.update(draws, self._discriminator_loss)
 
     def update_generator(self, draws: Draws) -> dict[str, float]:
         """Take one step of the generator."""
-        figures = self.generator.update(draws, self._generator_loss)
-        # The critic only lends its judgement: its own gradients of the adversarial term are thrown away.
-        self._critic.clear()
-        return figures
+        return self.generator.update(draws, self._generator_loss)
 
     def _add_noise(self, x: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return (x_s, s, noise) at levels drawn from the score range and shifted."""
@@ -183,32 +187,44 @@ class Roles:
     def _critic_loss(self, draws: Draws) -> torch.Tensor:
         x, conditioning = self._simulation.sample(self._generator, draws, grad=False)
         noised, level, noise = self._add_noise(x, draws)
-        if not self._settings.gan_weight:
-            return denoising_loss(self._fake, self._process, x, conditioning, level, noise)
-        prediction, generated = self._critic.module(noised, self._process.timestep(level), conditioning)
+        if self._adversary is not None:
+            self._met.append((noised, self._process.timestep(level), conditioning))
+        return denoising_loss(self._fake, self._process, x, conditioning, level, noise)
+
+    def _discriminator_loss(self, draws: Draws) -> Loss:
+        assert self._adversary is not None
+        generated = self._features(*self._met.pop(0))
+        clips, conditioning = self._data.batch(draws.batch, draws.shared, draws.mine)
+        noised, level, _ = self._add_noise(clips.to(self._device), draws)
+        timestep, conditioning = self._process.timestep(level), to_device(conditioning, self._device)
+        real, near = self._features(noised, timestep, conditioning), None
+        if self._settings.gan_r1:
+            nudge = NEAR * draws.normal(*noised.shape[1:]).to(self._device)
+            near = self._features(noised + nudge, timestep, conditioning)
+        loss, figures = self._adversary.critic_loss(generated, real, near)
+        return Loss(value=loss, figures=figures)
+
+    def _features(self, x: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning) -> Grids:
+        assert self._adversary is not None
         self._heartbeat()
-        x_real, real_conditioning = self._data.batch(draws.batch, draws.shared, draws.mine)
-        real, real_level, _ = self._add_noise(x_real.to(self._device), draws)
-        _, logits = self._critic.module(
-            real, self._process.timestep(real_level), to_device(real_conditioning, self._device)
-        )
-        loss: torch.Tensor = (prediction.float() - self._process.target(x, noise, level)).square().mean()
-        return loss + self._settings.gan_weight * critic_term(logits, generated)
+        return self._adversary.features(x, timestep, conditioning)
 
     def _generator_loss(self, draws: Draws) -> Loss:
         x, conditioning = self._simulation.sample(self._generator, draws, grad=True)
         noised, level, _ = self._add_noise(x, draws)
         timestep = self._process.timestep(level)
+        met = noised.detach().requires_grad_(self._adversary is not None)
         with torch.no_grad():
-            fake = self._process.tweedie(noised, self._fake(noised, timestep, conditioning), level)
+            fake = self._process.tweedie(met, self._fake(met, timestep, conditioning), level)
             self._heartbeat()
-            real = self._process.tweedie(noised, self._teacher(noised, timestep, conditioning, draws), level)
+            real = self._process.tweedie(met, self._teacher(met, timestep, conditioning, draws), level)
             self._heartbeat()
             g = matching.gradient(x, fake, real)
         loss = matching.loss(x, g)
-        if self._settings.gan_weight:
-            _, logits = self._critic.model(noised, timestep, conditioning)
-            loss = loss + self._settings.gan_weight * generator_term(logits)
+        if self._adversary is not None:
+            if self._settings.real_lean:  # then no forward of the guidance is the frozen teacher's
+                self._adversary.predict(met, timestep, conditioning)
+            loss = loss + self._adversary.generator_loss(noised, met, self.generator.updates)
         x = x.detach()
         figures = {"score_gap": (fake - real).abs().mean(), "generated_std": x.flatten(1).std(dim=1).mean()}
         if x.shape[2] > 1:  # an image has no motion: the mean of nothing is not a number

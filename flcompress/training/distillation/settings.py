@@ -27,7 +27,9 @@ class DistillationSettings:
     critic_updates: int
     critic_learning_rate: float
     score_range: Range
+    real_lean: float
     gan_weight: float
+    gan_r1: float
 
     @property
     def has_loras(self) -> bool:

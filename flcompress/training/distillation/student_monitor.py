@@ -131,9 +131,15 @@ def student_watch(
     )
 
 
-def critic_limits(context: PassContext) -> dict[str, Limit]:
-    """Return the limits of distribution matching on its critic and on its gradient's normaliser."""
+def critic_limits(context: PassContext, *, adversarial: bool) -> dict[str, Limit]:
+    """Return the limits of distribution matching on its critics and on its gradient's normaliser."""
     settings = context.health
+    gap = Limit(
+        setting="max_logit_gap",
+        high=settings.max_logit_gap,
+        fix="the discriminator tells all samples from clips, which teaches nothing: raise gan_r1, or lower "
+        "critic_learning_rate",
+    )
     return {
         "critic_lag": Limit(
             setting="max_critic_lag",
@@ -145,4 +151,5 @@ def critic_limits(context: PassContext) -> dict[str, Limit]:
             low=settings.min_normaliser,
             fix="a sample at the teacher has an exploding gradient: train for fewer steps, or lower inter_cfg",
         ),
+        **({"logit_gap": gap} if adversarial else {}),
     }

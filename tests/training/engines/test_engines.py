@@ -34,7 +34,7 @@ SHORT = (
     f"dmd: {{{MATCHING}, steps: 1}}",
 )
 SHORT_UPDATES = 4
-GAN = (f"dmd: {{{MATCHING}, steps: 2, gan_weight: 0.1}}",)
+GAN = (f"dmd: {{{MATCHING}, steps: 2, gan_weight: 0.5}}",)
 
 
 def compared(
@@ -70,8 +70,15 @@ def test_one_process_that_is_meant_equals_local(home: Home, reference: Path, eng
     compared(home, "plain", PASSES, reference, engine, "training.processes=1", processes=1).require(UPDATES)
 
 
-def test_the_adversarial_term_on_ddp(home: Home) -> None:
-    compared(home, "gan", GAN, applied(home, "gan", GAN, "local", 1), "ddp").require(UPDATES)
+@pytest.fixture(scope="module")
+def adversarial(home: Home) -> Path:
+    return applied(home, "gan", GAN, "local", 1)
+
+
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+def test_the_adversarial_term(home: Home, adversarial: Path, engine: str) -> None:
+    """On ddp it is in test_micro_batches.py."""
+    compared(home, "gan", GAN, adversarial, engine, "training.gradient_checkpointing=true").require(UPDATES)
 
 
 @pytest.fixture(scope="module")
