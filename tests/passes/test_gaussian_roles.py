@@ -237,7 +237,7 @@ def test_the_discriminators_loss(tmp_path: Path, penalty: float) -> None:
     met, real, *near = teacher.x
     assert len(near) == (1 if penalty else 0)
     roles, *_ = roles_of(tmp_path, "flow", (0.0, (0.5, -0.25)), gan_weight=0.7)  # the same heads, before their step
-    generated, logits, *others = (logits_of(roles, x.flatten(1)) for x in teacher.x)
+    generated, logits, *others = (logits_of(roles, x.flatten(1)).detach() for x in teacher.x)
     expected = (F.softplus(generated) + F.softplus(-logits)).mean()
     if penalty:
         expected = expected + penalty * (others[0] - logits).square().mean()

@@ -48,9 +48,9 @@ def test_three_depths_with_a_gradient_to_the_sample_alone() -> None:
     model.requires_grad_(False)
     network = as_network(model)
     features = TeacherFeatures(model, network, graph_of(model))
-    outputs = []
-    for block in (4, 6, 7):
-        model.get_submodule(f"blocks.{block}").register_forward_hook(lambda module, args, output: outputs.append(output))
+    outputs: list[torch.Tensor] = []
+    for path in ("blocks.4", "blocks.6", "blocks.7"):
+        model.get_submodule(path).register_forward_hook(lambda module, args, output: outputs.append(output))
     x = given["hidden_states"].requires_grad_()
     conditioning = {"encoder_hidden_states": given["encoder_hidden_states"]}
     timestep = torch.tensor([500.0])
