@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from flcompress.training.shared_base import width
 
 WIDTH = 128
 """Channels inside a head."""
@@ -71,9 +71,5 @@ def discriminator_term(teacher_logits: torch.Tensor, student_logits: torch.Tenso
 
 
 def discriminator_parameters(parameters: float, blocks: float) -> float:
-    """Estimate the size of a discriminator of a transformer's features, for the plan.
-
-    A block of width w is assumed to have 16 w^2 parameters, as in `lora_parameters`.
-    """
-    width = math.sqrt(parameters / blocks / 16.0)
-    return 2.0 * width * WIDTH + (9.0 + 3.0 + 2.0 * 2.0) * WIDTH**2
+    """Estimate the size of a discriminator of a transformer's features, for the plan."""
+    return 2.0 * width(parameters, blocks) * WIDTH + (9.0 + 3.0 + 2.0 * 2.0) * WIDTH**2
