@@ -200,8 +200,7 @@ def generate(
 
     Raises:
         UnavailableError: the backend cannot run on this machine.
-        RequestError: an export is missing, damaged or of another model; `out` cannot be written; an unknown backend or
-            option.
+        RequestError: a missing or damaged export, or another model's; an `out` that cannot be written; no such backend.
     """
     from flcompress.distributed.launch import use_free_cores
     from flcompress.progress import default_display
@@ -223,6 +222,7 @@ def evaluate(
     images: StrPath | None = None,
     against: Sequence[StrPath] = (),
     backends: Sequence[str] = (),
+    guidances: Sequence[tuple[float, float]] = (),
     options: Mapping[str, Any] | None = None,
     own: Mapping[str, Any] | None = None,
     dry_run: bool = False,
@@ -240,6 +240,7 @@ def evaluate(
         images: folder of first frames, for image-to-video models.
         against: runs, stock pipeline folders, or YAML files that name one, to compare with.
         backends: names of what else runs the student, as for `generate`; each is judged beside torch's.
+        guidances: (b1, b2) at which the teacher is judged too, with text guidance b1 and b2 away from its pruned self.
         options: of the backends, by name; each goes to every backend that has it.
         own: options of the suite alone: sample, vbench_python and vbench_repo of vbench-i2v, features of fvd.
         dry_run: count the network calls and the hours, and do nothing.
@@ -250,8 +251,7 @@ def evaluate(
         What the suite's `results.json` below `RUN/eval` holds; of a dry run, the counts.
 
     Raises:
-        RequestError: an unfinished run, another dataset, or too few seeds or clips; a backend that is not exported, an
-            unknown one or option.
+        RequestError: an unfinished run, another dataset, too few seeds or clips, a backend that is not exported.
         UnavailableError: a backend cannot run on this machine.
     """
     from flcompress.core.registry import find_suite
@@ -273,6 +273,7 @@ def evaluate(
         images=Path(images) if images is not None else None,
         against=tuple(map(Path, against)),
         backends=tuple(choose_backends(backends, options)),
+        guidances=tuple(guidances),
         dry_run=dry_run,
         own=own or {},
     )
@@ -307,8 +308,7 @@ def bench(
         What `RUN/bench/results.json` holds.
 
     Raises:
-        RequestError: an unfinished run, a size that the model does not take, a backend that is not exported or
-            not available, an unknown backend or option.
+        RequestError: an unfinished run, a size that the model does not take, a backend that cannot run it.
     """
     from flcompress.evaluation import bench as room
     from flcompress.progress import default_display

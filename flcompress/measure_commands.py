@@ -35,6 +35,14 @@ _OWN = ("sample", "vbench_python", "vbench_repo", "features")
     type=BackendName(),
     help="Judge the student behind this too, beside torch eager; repeatable.",
 )
+@click.option(
+    "--guidance",
+    "guidances",
+    multiple=True,
+    type=(float, float),
+    metavar="B1 B2",
+    help="Judge the teacher at text guidance B1, with B2 away from its pruned self, too; repeatable.",
+)
 @click.option("--sample", type=click.IntRange(min=1), help="This many of vbench-i2v's own prompts.  [default: all]")
 @click.option("--vbench-python", type=_FOLDER, help="For vbench-i2v: the Python of VBench's environment.")
 @click.option("--vbench-repo", type=_FOLDER, help="For vbench-i2v: a checkout of VBench.")

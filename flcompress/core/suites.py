@@ -26,6 +26,7 @@ class SuiteRequest:
         images: folder of first frames, for models that start from one.
         against: runs, stock pipeline folders, or files that name one, to compare with.
         backends: further ones that run the student, each judged beside torch's.
+        guidances: (b1, b2) of well-guided teachers that are judged too.
         dry_run: whether to count the work and do none.
         own: options of the suite's own, name -> value.
         display: where progress is shown.
@@ -40,6 +41,7 @@ class SuiteRequest:
     images: Path | None = None
     against: tuple[Path, ...] = ()
     backends: tuple[Backend, ...] = ()
+    guidances: tuple[tuple[float, float], ...] = ()
     dry_run: bool = False
     own: Mapping[str, Any] = field(default_factory=dict)
 

@@ -7,6 +7,7 @@ frame.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 
@@ -29,18 +30,25 @@ def to_device(conditioning: Conditioning, device: torch.device | str) -> dict[st
     return {name: tensor.to(device) for name, tensor in conditioning.items()}
 
 
-def reporting(network: Network, total: int, progress: ProgressSink) -> Network:
-    """Return the network; after each of the `total` calls that are expected of it, it reports how many were made."""
-    done = 0
+@dataclass
+class CallCounter:
+    """Reports how many of the expected calls of some networks were made, after each."""
 
-    def call(x: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        nonlocal done
-        prediction = network(x, timestep, conditioning)
-        done += 1
-        progress(done, total, {})
-        return prediction
+    progress: ProgressSink | None
+    total: int
+    done: int = 0
 
-    return call
+    def around(self, network: Network) -> Network:
+        """Return the network, its calls counted."""
+
+        def call(x: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+            prediction = network(x, timestep, conditioning)
+            self.done += 1
+            if self.progress is not None:
+                self.progress(self.done, self.total, {})
+            return prediction
+
+        return call
 
 
 def with_negative_prompt(conditioning: Conditioning, negative: Conditioning) -> dict[str, torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -15,6 +16,19 @@ def guide(unconditional: torch.Tensor, conditional: torch.Tensor, scale: float) 
     return unconditional + scale * (conditional - unconditional)
 
 
+@dataclass(frozen=True)
+class IntraGuidance:
+    """Guidance of a model away from a weaker one (Karras et al. 2024; FastLightGen's second term).
+
+    Attributes:
+        weak: the weaker model, with the same noise levels; FastLightGen's is the model without its prune set.
+        scale: b2 in u + b1 (c - u) + b2 (c - c_weak).
+    """
+
+    weak: Network
+    scale: float
+
+
 @torch.no_grad()
 def sample(
     network: Network,
@@ -23,6 +37,7 @@ def sample(
     conditioning: Conditioning,
     negative: Conditioning | None = None,
     generator: torch.Generator | None = None,
+    intra: IntraGuidance | None = None,
 ) -> torch.Tensor:
     """Walk the contract's noise levels from `noise` to clean latents.
 
@@ -33,6 +48,7 @@ def sample(
         conditioning: conditioning of the n samples.
         negative: conditioning of the negative prompt, [1, ...]; required if the contract guides.
         generator: source of the re-noising of a stochastic contract.
+        intra: guidance away from a weaker model, in addition to the contract's by text.
 
     Returns:
         Clean latents, shaped as `noise`.
@@ -45,7 +61,7 @@ def sample(
     if contract.guided and negative is None:
         raise ValueError("negative: None given, but the contract guides; pass the negative prompt's conditioning")
     for step in range(len(contract.timesteps)):
-        x = walk(x, predict(network, contract, step, x, conditioning, negative), step, draw_noise)
+        x = walk(x, predict(network, contract, step, x, conditioning, negative, intra), step, draw_noise)
     return x
 
 
@@ -56,14 +72,17 @@ def predict(
     x: torch.Tensor,
     conditioning: Conditioning,
     negative: Conditioning | None,
+    intra: IntraGuidance | None = None,
 ) -> torch.Tensor:
     """Return the network's prediction at call number `step` of the contract, guided if the contract guides there."""
     timestep = torch.full((len(x),), contract.timesteps[step], device=x.device)
-    prediction = network(x, timestep, conditioning)
+    guided = prediction = network(x, timestep, conditioning)
     scale = contract.guidance_at(step)
-    if scale == 1.0 or negative is None:
-        return prediction
-    return guide(network(x, timestep, with_negative_prompt(conditioning, negative)), prediction, scale)
+    if scale != 1.0 and negative is not None:
+        guided = guide(network(x, timestep, with_negative_prompt(conditioning, negative)), prediction, scale)
+    if intra is None:
+        return guided
+    return guided + intra.scale * (prediction - intra.weak(x, timestep, conditioning))
 
 
 class Walk:

@@ -18,11 +18,12 @@ from typing_extensions import override
 from flcompress.core.backend import Backend
 from flcompress.core.records import EvalFile
 from flcompress.core.suites import Suite, SuiteRequest
+from flcompress.diffusion.network import CallCounter
 from flcompress.driver.rundir import RunDirectory
 from flcompress.errors import RequestError
 from flcompress.evaluation.contenders import Contender, run_contenders
 from flcompress.evaluation.pictures import draw_animation, draw_strips
-from flcompress.evaluation.sampling import Counter, Studio, judge_real_clips, real_features
+from flcompress.evaluation.sampling import Studio, judge_real_clips, real_features
 from flcompress.models.parts import Parts
 from flcompress.moving_digits import digits
 from flcompress.moving_digits.classifier import classifier_record
@@ -59,7 +60,7 @@ class MovingDigits(Suite):
         size = run.recipe().evaluation
         clips, seeds = request.clips_per_prompt or size.clips_per_prompt, request.seeds or size.seeds
         with request.display.stage("evaluation") as progress:
-            return evaluate(run, clips, seeds, progress, backends=request.backends)
+            return evaluate(run, clips, seeds, progress, backends=request.backends, guidances=request.guidances)
 
 
 def evaluate(
@@ -69,6 +70,7 @@ def evaluate(
     progress: ProgressSink | None = None,
     contenders: Sequence[str] | None = None,
     backends: Sequence[Backend] = (),
+    guidances: Sequence[tuple[float, float]] = (),
 ) -> dict[str, Any]:
     """Compare the teacher, its shortcuts, the stages and the student of a finished moving-digits run.
 
@@ -82,6 +84,7 @@ def evaluate(
         progress: called after every network evaluation of a batch.
         contenders: names to compare; a partial comparison is returned, but not written.
         backends: further ones that run the student, each a contender by itself.
+        guidances: (b1, b2) of well-guided teachers, each a contender by itself.
 
     Raises:
         RequestError: an unfinished run, another dataset, unknown contenders, too few seeds or clips; a backend has no
@@ -96,7 +99,7 @@ def evaluate(
             "held-out prompts to evaluate with; give --suite proxies"
         )
     run.final().check()
-    known = {contender.name: contender for contender in run_contenders(run, backends=backends)}
+    known = {contender.name: contender for contender in run_contenders(run, backends=backends, guidances=guidances)}
     for name in contenders or ():
         if name not in known:
             raise RequestError(f"contender {name!r}: {run.path} has {', '.join(known)}")
@@ -153,7 +156,7 @@ def evaluate_contenders(
     studio = Studio(parts, captions, cache_folder)
     wanted = [(contender, seed) for contender in contenders for seed in range(seeds)]
     missing = [(c, seed) for c, seed in wanted if not studio.remembers(c, seed)]
-    counter = Counter(progress, sum(studio.batches * c.contract.evaluations for c, _ in missing))
+    counter = CallCounter(progress, sum(studio.batches * c.evaluations for c, _ in missing))
     judged = {(c.name, seed): studio.judged(c, seed, counter) for c, seed in wanted}
     real = _reference()
     rows: list[dict[str, Any]] = []
@@ -165,7 +168,7 @@ def evaluate_contenders(
                 "label": contender.label,
                 "steps": contender.contract.num_inference_steps,
                 "guidance": contender.contract.guidance_scale,
-                "evaluations": contender.contract.evaluations,
+                "evaluations": contender.evaluations,
                 "parameters": contender.parameters,
                 **{metric: {**asdict(interval(each)), "values": each} for metric, each in values.items()},
             }

@@ -13,6 +13,7 @@ from flcompress.core.backend import Backend
 from flcompress.core.program import Fact, Program
 from flcompress.diffusion.contract import SamplingContract, resample
 from flcompress.diffusion.network import Conditioning, Network, select, to_device
+from flcompress.diffusion.sampling import IntraGuidance
 from flcompress.driver.rundir import RunDirectory
 from flcompress.errors import RequestError
 from flcompress.evaluation.backends import Sampler, Samplers
@@ -26,6 +27,9 @@ from flcompress.tracing.skip import skipping_network
 SHORTCUT_STEPS = 4
 """Steps of the teacher's shortcut if the run has no few-step student."""
 
+Guidance = tuple[float, float]
+"""(b1, b2) in u + b1 (c - u) + b2 (c - c_pruned), FastLightGen's well-guided teacher."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
@@ -36,6 +40,7 @@ class Contender:
         label: name for readers.
         network: its velocity.
         contract: its sampling contract.
+        intra: guidance away from a weaker model, beside the contract's by text.
         parameters: parameters that take part in one network evaluation.
         identity: digest of everything that decides the output of `network`, so that its clips can be cached; "" if
             they must not be.
@@ -48,10 +53,18 @@ class Contender:
     contract: SamplingContract
     parameters: int
     identity: str = ""
+    intra: IntraGuidance | None = None
     release: Callable[[], None] = lambda: None
 
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations of one sample."""
+        return self.contract.evaluations + (len(self.contract.timesteps) if self.intra else 0)
 
-def run_contenders(run: RunDirectory, device: str = "cpu", backends: Sequence[Backend] = ()) -> list[Contender]:
+
+def run_contenders(
+    run: RunDirectory, device: str = "cpu", backends: Sequence[Backend] = (), guidances: Sequence[Guidance] = ()
+) -> list[Contender]:
     """Return the contenders of a finished run, in the order of the tables. Weights are loaded at first use.
 
     On a GPU they compute in bf16, as stock pipelines do there, and only the transformers of one are in memory.
@@ -60,9 +73,12 @@ def run_contenders(run: RunDirectory, device: str = "cpu", backends: Sequence[Ba
         run: the run.
         device: what torch computes on.
         backends: further ones that run the student, each a contender by itself.
+        guidances: (b1, b2) of well-guided teachers, each a contender by itself: the laws that distribution matching
+            converges to.
 
     Raises:
-        RequestError: the run has no student that a backend could run, no such export, or a damaged or earlier one.
+        RequestError: guidance away from the pruned teacher of a run that prunes nothing; a backend, and the run has no
+            student, no such export, or a damaged or earlier one.
         UnavailableError: a backend cannot run on this machine.
     """
     start, final = run.start(), run.final()
@@ -75,6 +91,7 @@ def run_contenders(run: RunDirectory, device: str = "cpu", backends: Sequence[Ba
         shortcut = resample(teacher, few, final.family.sigmas)
         contenders.append(parts.contender(f"teacher-{few}", f"teacher, {few} steps", "original", shortcut))
     cut = final.prune_set
+    contenders += [parts.well_guided(guidance, teacher, cut) for guidance in guidances]
     if cut:
         contenders.append(parts.contender("raw-pruned", f"raw-pruned, {guided}", "original", teacher, cut))
     if parts.digest("elastic") != parts.digest("original"):
@@ -183,3 +200,20 @@ class _Transformers:
             identity=" ".join(decisive),
             release=self.release,
         )
+
+    def well_guided(self, guidance: Guidance, teacher: SamplingContract, skipped: tuple[str, ...]) -> Contender:
+        """Return the teacher at other guidance: by text, and away from itself without the skipped blocks."""
+        by_text, intra = guidance
+        experts = teacher.experts and replace(teacher.experts, guidance_scale=by_text)
+        contract = replace(teacher, guidance_scale=by_text, experts=experts)
+        name, label = f"guided-{by_text:g}-{intra:g}", f"teacher, b1 = {by_text:g}, b2 = {intra:g}"
+        contender = self.contender(name, label, "original", contract)
+        if intra == 0.0:
+            return contender
+        if not skipped:
+            raise RequestError(
+                f"--guidance: {by_text:g} {intra:g} given, but the run prunes no block to guide away from; give b2 = 0"
+            )
+        weak = self.contender(name, label, "original", contract, skipped)
+        identity = f"{contender.identity} {weak.identity} {intra:g}"
+        return replace(contender, intra=IntraGuidance(weak.network, intra), identity=identity)

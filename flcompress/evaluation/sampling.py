@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from flcompress.diffusion.network import Conditioning, Network, select
+from flcompress.diffusion.network import CallCounter, Conditioning, select
 from flcompress.diffusion.sampling import sample
 from flcompress.draws import generator
 from flcompress.errors import FlcompressError
@@ -24,7 +24,6 @@ from flcompress.moving_digits.digits import Caption
 from flcompress.moving_digits.figures import identity, motion_smoothness, moves
 from flcompress.moving_digits.fixed_features import fixed_features
 from flcompress.moving_digits.frames import frame_digits
-from flcompress.progress import ProgressSink
 
 VERSION = 2
 """Part of the cache key, to be raised when the same weights would give other clips or judgements."""
@@ -33,27 +32,6 @@ BATCH = 96
 
 Judged = dict[str, torch.Tensor]
 """Input of `benchmark_figures`, one row per clip, and "shown": a few clips as bytes."""
-
-
-@dataclass
-class Counter:
-    """Reports the progress after every network evaluation."""
-
-    progress: ProgressSink | None
-    total: int
-    done: int = 0
-
-    def around(self, network: Network) -> Network:
-        """Return the network, counting its evaluations."""
-
-        def call(x: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-            v = network(x, timestep, conditioning)
-            self.done += 1
-            if self.progress is not None:
-                self.progress(self.done, self.total, {})
-            return v
-
-        return call
 
 
 class Studio:
@@ -77,7 +55,7 @@ class Studio:
         path = self._path(contender, seed)
         return path is not None and path.exists()
 
-    def judged(self, contender: Contender, seed: int, counter: Counter) -> Judged:
+    def judged(self, contender: Contender, seed: int, counter: CallCounter) -> Judged:
         """Return the judgement of a contender's clips, from the cache or newly sampled."""
         path = self._path(contender, seed)
         if path is not None and path.exists():
@@ -108,16 +86,18 @@ class Studio:
         return select(encoded, every), select(encoded, slice(-1, None)), self._parts.encode_clips(blank).shape[1:]
 
     @torch.no_grad()
-    def _clips(self, contender: Contender, seed: int, counter: Counter) -> torch.Tensor:
+    def _clips(self, contender: Contender, seed: int, counter: CallCounter) -> torch.Tensor:
         contract = contender.contract
         prompts, negative, shape = self._loaded(contract.max_sequence_length, contract.negative_prompt)
         noise = torch.randn(len(self._captions), *shape, generator=generator("evaluation", "noise", seed))
-        network = counter.around(contender.network)
+        network, intra = counter.around(contender.network), contender.intra
+        if intra is not None:
+            intra = replace(intra, weak=counter.around(intra.weak))
         clips = []
         for number, first in enumerate(range(0, len(noise), BATCH)):
             batch = slice(first, first + BATCH)
             fresh = generator("evaluation", "noise again", seed, number)
-            latents = sample(network, contract, noise[batch], select(prompts, batch), negative, fresh)
+            latents = sample(network, contract, noise[batch], select(prompts, batch), negative, fresh, intra)
             if not bool(torch.isfinite(latents).all()):
                 raise FlcompressError(
                     f"{contender.name}: its latents are not finite at seed {seed}; expected numbers. Its training went "

@@ -15,7 +15,7 @@ from flcompress.core.records import ContractPart, FactsFile
 from flcompress.data.captions import check_prompt
 from flcompress.diffusion.contract import SamplingContract
 from flcompress.diffusion.experts import COMPONENTS, OTHER
-from flcompress.diffusion.network import Conditioning, Network, reporting, select, to_device
+from flcompress.diffusion.network import CallCounter, Conditioning, Network, select, to_device
 from flcompress.diffusion.sampling import sample
 from flcompress.errors import RequestError
 from flcompress.models.configs import check_transformer_config, read_index
@@ -106,7 +106,7 @@ def denoise(
     conditioning = select(prompts, slice(0, 1)) | to_device(first_frame or {}, device)
     draw = torch.Generator().manual_seed(seed)
     start = parts.family.start(parts.family.noise(facts.latents, draw).to(device), conditioning)
-    shown = reporting(network, contract.evaluations, progress) if progress else network
+    shown = CallCounter(progress, contract.evaluations).around(network)
     latents = sample(shown, contract, start, conditioning, select(prompts, slice(1, 2)), draw)
     return parts.family.end(parts.config, latents, conditioning).cpu()
 

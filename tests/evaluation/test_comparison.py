@@ -174,3 +174,23 @@ def test_a_backend_needs_a_student_and_its_export(run: RunDirectory, model: Path
     bare = make_run(tmp_path, model, stages=False)
     with pytest.raises(RequestError, match=r"--backend: torch given, but .* has trained no student to run"):
         evaluate(bare, 1, 2, backends=choose_backends(["torch"]))
+
+
+def test_the_teacher_is_judged_at_other_guidance(run: RunDirectory, first: tuple[dict[str, Any], Count]) -> None:
+    """Text guidance of 1 is the contract's own here; b2 adds a call of the pruned teacher to every step."""
+    count = Count()
+    names = ["teacher-3", "guided-1-0", "guided-1-0.5", "guided-3-0.5"]
+    results = evaluate(run, 1, 2, count, names, guidances=[(1.0, 0.0), (1.0, 0.5), (3.0, 0.5)])
+    teacher, same, intra, both = results["contenders"]
+    assert [row["evaluations"] for row in results["contenders"]] == [6, 3, 6, 9]
+    assert both["label"] == "teacher, b1 = 3, b2 = 0.5"
+    assert count.calls[-1] == (2 * (3 + 6 + 9), 2 * (3 + 6 + 9))  # the teacher's own are in the cache
+    values = [row["frechet"]["values"] for row in (teacher, same, intra, both)]
+    assert len({tuple(each) for each in values}) == 4
+
+
+def test_guidance_away_from_the_pruned_teacher_needs_one(model: Path, tmp_path: Path) -> None:
+    bare = make_run(tmp_path, model, stages=False)
+    assert run_contenders(bare, guidances=[(2.0, 0.0)])[-1].name == "guided-2-0"
+    with pytest.raises(RequestError, match=r"--guidance: 2 0.5 given, but the run prunes no block to guide away from"):
+        run_contenders(bare, guidances=[(2.0, 0.5)])

@@ -14,7 +14,7 @@ import torch
 from flcompress.clip_figures import Frames
 from flcompress.core.backend import Backend
 from flcompress.core.program import Program
-from flcompress.diffusion.network import Conditioning, reporting, select, to_device
+from flcompress.diffusion.network import CallCounter, Conditioning, select, to_device
 from flcompress.diffusion.sampling import sample
 from flcompress.draws import seed_of
 from flcompress.driver.clips import data_frame_rate
@@ -142,7 +142,7 @@ class ProgramMaker:
         contract = contender.contract
         self.name, self.label, self.parameters = contender.name, contender.label, contender.parameters
         self.steps, self.guidance = contract.num_inference_steps, contract.guidance_scale
-        self.evaluations, self.frame_rate = contract.evaluations, home.frame_rate
+        self.evaluations, self.frame_rate = contender.evaluations, home.frame_rate
         self.identity = {"network": contender.identity, "contract": contract.to_dict(), **home.identity}
         self._contender, self._home, self.home = contender, home, home
         self.decoding_seconds: float | None = None
@@ -160,8 +160,11 @@ class ProgramMaker:
         given, negative = home.conditioning(item, contract.negative_prompt, contract.max_sequence_length)
         draw = torch.Generator().manual_seed(noise_seed(item, seed, number))
         start = family.start(family.noise(home.program.latents, draw), given)
-        network = reporting(self._contender.network, contract.evaluations, count)
-        latents = sample(network, contract, start, given, negative, draw)
+        counter = CallCounter(count, self.evaluations)
+        network, intra = counter.around(self._contender.network), self._contender.intra
+        if intra is not None:
+            intra = replace(intra, weak=counter.around(intra.weak))
+        latents = sample(network, contract, start, given, negative, draw, intra)
         if not bool(torch.isfinite(latents).all()):
             raise FlcompressError(
                 f"{self.name}: its latents are not finite for {item.prompt[:60]!r} at seed {seed}; expected numbers. "
@@ -178,9 +181,11 @@ class ProgramMaker:
         self._home.parts.let_go()
 
 
-def makers_of(run: RunDirectory, home: Home, backends: Sequence[Backend] = ()) -> list[Maker]:
+def makers_of(
+    run: RunDirectory, home: Home, backends: Sequence[Backend] = (), guidances: Sequence[tuple[float, float]] = ()
+) -> list[Maker]:
     """Return the contenders of a run, in the order of the tables."""
-    return [ProgramMaker(contender, home) for contender in run_contenders(run, home.device, backends)]
+    return [ProgramMaker(contender, home) for contender in run_contenders(run, home.device, backends, guidances)]
 
 
 def student_of(path: Path, home: Home, names: Sequence[str]) -> Maker:
