@@ -118,7 +118,7 @@ def gpu_machine(recipe: Recipe, gpu: str, count: int | None = None, memory: str 
             f"or --set training.processes={count}"
         )
     size = kind.memory if memory is None else _bytes(memory)
-    name = kind.name if memory is None else f"{kind.name.split()[0]} with {memory}"
+    name = kind.name if memory is None else f"{kind.name.rsplit(maxsplit=2)[0]} with {memory}"
     return Machine(
         name=name,
         count=count or wanted or 1,
