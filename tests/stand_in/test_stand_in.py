@@ -71,6 +71,7 @@ def test_frozen_networks_compute_without_autocast(counts: dict[str, Any], family
     plain = {(phase, dtypes) for phase, _, dtypes, autocast in rows if not autocast and phase != "encode"}
     assert {phase for phase, dtypes in plain if dtypes == "bf16/bf16/bf16"} == {
         "importance", "stochastic-depth", "evaluation", "generate", "update of stochastic_depth", "update of generator",
+        "update of student",
     }  # fmt: skip
     assert {phase for phase, dtypes in plain if dtypes != "bf16/bf16/bf16"} <= {"generate"}  # the text encoder
     under = {phase for phase, _, _, autocast in rows if autocast}
