@@ -57,7 +57,8 @@ class TrainAutoencoder(Optimisation, Pass):
         self.training.fit(vae, context)
         vae.to("cpu")
         mean, std = latent_statistics(vae, context.seed)
-        vae.register_to_config(latents_mean=mean, latents_std=std)
+        # A folder of this machine is no part of what is exported.
+        vae.register_to_config(latents_mean=mean, latents_std=std, _name_or_path="")
         target = context.directory / "vae"
         vae.save_pretrained(str(target))
         clips, _ = digits.sample(64, "heldout", generator(context.seed, self.name, "heldout"))

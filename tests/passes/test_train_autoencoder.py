@@ -6,10 +6,14 @@ from pathlib import Path
 
 import pytest
 
+import flcompress
 from flcompress.errors import RecipeError
 from flcompress.frontend.loading import load_recipe
+from flcompress.progress import QuietDisplay
 
 pytestmark = pytest.mark.e2e
+
+RECIPES = Path(__file__).parents[2] / "recipes"
 
 RECIPE = """\
 version: 1
@@ -43,3 +47,17 @@ def test_other_clips_are_refused_before_any_work(tmp_path: Path, data: str, kind
 def test_moving_digits_are_what_it_trains_on(tmp_path: Path) -> None:
     loaded = load_recipe(recipe(tmp_path, "{moving-digits: {clips: 4}}"))
     assert [step.name for step in loaded.passes] == ["train-autoencoder"]
+
+
+def test_what_it_writes_names_no_folder_of_this_machine(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(
+        f"version: 1\nmodel: {{path: {RECIPES / 'moving-digits/blank'}, weights: random}}\n"
+        "sampling: {max_sequence_length: 16}\ndata: {moving-digits: {clips: 4}}\n"
+        "passes:\n  - train-autoencoder: {steps: 1, batch: 1}\n",
+        encoding="utf-8",
+    )
+    run = flcompress.apply(path, run_dir=tmp_path / "run", display=QuietDisplay())
+    config = (run.final().components["vae"] / "config.json").read_text(encoding="utf-8")
+    assert str(tmp_path) not in config
+    assert str(RECIPES) not in config
