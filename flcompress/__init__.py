@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flcompress.commands import apply as apply
     from flcompress.commands import bench as bench
     from flcompress.commands import encode as encode
     from flcompress.commands import evaluate as evaluate
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from flcompress.commands import remap_lora as remap_lora
     from flcompress.commands import report as report
     from flcompress.commands import sweep as sweep
-    from flcompress.driver.manager import apply as apply
     from flcompress.errors import NotRemovable as NotRemovable
     from flcompress.frontend.loading import load_recipe as load_recipe
     from flcompress.tracing.removal.remove import remove as remove
@@ -34,7 +34,7 @@ __version__ = "0.1.0"
 
 _DOOR = {
     "NotRemovable": "flcompress.errors",
-    "apply": "flcompress.driver.manager",
+    "apply": "flcompress.commands",
     "bench": "flcompress.commands",
     "encode": "flcompress.commands",
     "evaluate": "flcompress.commands",

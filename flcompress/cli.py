@@ -72,9 +72,7 @@ def apply_command(
 
         click.echo(json.dumps(plan.to_dict(), indent=1) if as_json else plan_text(plan))
         return
-    from flcompress.driver.manager import apply
-
-    run = apply(loaded, run_dir, store=store, display=_display(quiet))
+    run = commands.apply(loaded, run_dir, store=store, display=_display(quiet))
     if as_json and os.environ.get("RANK", "0") == "0":
         passes = [{**entry.record.dump(), "folder": str(entry.folder)} for entry in run.entries()]
         print_json({"run": str(run.path), "passes": passes, "exports": [export.name for export in loaded.exports]})

@@ -112,8 +112,13 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{total % 60:02d}" if hours else f"{minutes}:{total % 60:02d}"
 
 
+SPEEDS = ("clips_per_second", "utilisation")
+
+
 def _few(values: Mapping[str, float]) -> list[str]:
-    """The losses, or else the first two values."""
-    losses = {name: value for name, value in values.items() if name.endswith("loss")}
-    chosen = losses or dict(list(values.items())[:2])
+    """The losses, or else the first two values; and the speed, where it is known."""
+    others = {name: value for name, value in values.items() if name not in SPEEDS}
+    losses = {name: value for name, value in others.items() if name.endswith("loss")}
+    chosen = losses or dict(list(others.items())[:2])
+    chosen |= {name: values[name] for name in SPEEDS if name in values}
     return [f"{name.replace('_', ' ')} {value:.4g}" for name, value in chosen.items()]

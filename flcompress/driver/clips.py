@@ -51,6 +51,11 @@ class Clips:
             self._loaded[key] = LatentDataset.load(self._folder_of(spec, program, request, self._folder / key))
         return self._loaded[key]
 
+    @property
+    def one_size(self) -> bool:
+        """Whether all clips that were read so far have one size."""
+        return all(len(data.sizes) <= 1 for data in self._loaded.values())
+
     def _folder_of(self, spec: dict[str, Any], program: Program, request: dict[str, Any], final: Path) -> Path:
         """Return the folder of the dataset; it is made in `final` if it does not exist yet."""
         from flcompress.models.tensor_memory import free_gpu_memory

@@ -21,6 +21,7 @@ from flcompress.driver import start
 from flcompress.driver.clips import Clips, fingerprint
 from flcompress.driver.data_checks import check_data
 from flcompress.driver.exporting import run_exports
+from flcompress.driver.figures import Planner, plan_run, showing_speed, speed_of
 from flcompress.driver.launch_check import check_attention, check_launch
 from flcompress.driver.rundir import RunDirectory
 from flcompress.driver.store import Entry, Store
@@ -40,6 +41,7 @@ def apply(
     store: Path | str | None = None,
     display: Display | None = None,
     device: str | None = None,
+    planner: Planner | None = None,
 ) -> RunDirectory:
     """Carry out a recipe; stored results of an earlier call are reused, and a killed call is resumed.
 
@@ -52,6 +54,7 @@ def apply(
         store: a folder in which several runs share pass results and encoded clips; default: the run's own.
         display: where progress is shown; default: bars on a terminal, else lines.
         device: "cpu" or "cuda"; default: cuda if there is one.
+        planner: plans the passes that will run, for the journal; default: no plan.
 
     Returns:
         The run directory.
@@ -79,7 +82,7 @@ def apply(
             if "wandb" in recipe.training.log_to:
                 check_wandb_login()
             with _lock_run(run, display):
-                _apply(recipe, source, run, shared, display, device, world)
+                _apply(recipe, source, run, shared, display, device, world, planner)
         else:
             _follow(recipe, shared, device, world)
     return run
@@ -171,13 +174,14 @@ def _apply(
     display: Display,
     device: str,
     world: World,
+    planner: Planner | None,
 ) -> None:
     threads = use_free_cores(run.threads)
     run.begin(recipe)
     run.note("start", recipe.name, threads=threads)
     store = Store(shared / "passes")
     clips = Clips(recipe, shared / "data", display, device)
-    current = recipe.name
+    current, plan = recipe.name, None
     try:
         entry, fresh = _entry_of_start(recipe, source, store)
         beginning = program = entry.program()
@@ -187,15 +191,19 @@ def _apply(
             current = step.name
             title = f"{index}/{len(recipe.passes)} {step.name}"
             key = pass_key(step, program, recipe)
-            stored = store.find(index, step.name, key)
+            stored, planned = store.find(index, step.name, key), None
             if stored is None:
                 world.main_only(title)
                 world.longest = (0.0, "")
+                plan = plan or plan_run(planner, recipe, device, world.size, display.line)
+                planned = plan[index - 1]
                 display.line(f"{title}: running")
                 building = os.path.relpath(store.work_folder(index, step.name, key), run.path)
-                run.note("begin", step.name, key=key, folder=building, arguments=arguments(step))
+                noted = {"planned": planned} if planned else {}
+                run.note("begin", step.name, key=key, folder=building, arguments=arguments(step), **noted)
                 with display.stage(title) as progress:
-                    shown = {"progress": progress, "say": display.line, "note": run.note}
+                    sink = showing_speed(progress, step, planned, lambda: clips.one_size)
+                    shown = {"progress": sink, "say": display.line, "note": run.note}
                     work = _work(recipe, step, clips, device, world, **shown)
                     build = _builder(step, program, entry.folder, work, index, key)
                     entry = store.make(index, step.name, key, arguments(step), build)
@@ -207,10 +215,10 @@ def _apply(
             program = _with_moved_parts(entry, beginning)
             entries.append(entry)
             run.record_entries(entries, finished=index == len(recipe.passes))
-            noted = ("seconds", *PEAKS, "attempts")
-            measured = {name: value for name, value in entry.record.dump().items() if name in noted}
+            kept = ("seconds", *PEAKS, "attempts")
+            measured = {name: value for name, value in entry.record.dump().items() if name in kept}
             if stored is None:
-                measured |= _rate(step, entry.record.seconds)
+                measured |= speed_of(step, planned, entry.folder, entry.record.seconds, one_size=clips.one_size)
             if stored is None and world.longest[0] > 0.0:
                 measured["longest_beat"] = dict(zip(("seconds", "at"), world.longest, strict=True))
             run.note("pass", step.name, status="cached" if stored else "ran", key=key, **measured)
@@ -224,12 +232,6 @@ def _apply(
     run.note("done", recipe.name, status="ran" if ran else "cached")
     _remove_leftovers(run.path / "passes")
     display.line(f"done: {run.path}" if ran else f"nothing to do: every pass and export is unchanged in {run.path}")
-
-
-def _rate(step: Pass, seconds: float) -> dict[str, float]:
-    """Return clips a second of a pass that trains, over its whole time, with held-out evaluations and checkpoints."""
-    cost = step.cost(1.0, 1, 1.0)
-    return {"clips_per_second": round(cost.steps * cost.batch / seconds, 3)} if cost.steps and seconds else {}
 
 
 def _entry_of_start(recipe: Recipe, source: start.Source, store: Store) -> tuple[Entry, bool]:

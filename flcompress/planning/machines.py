@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Callable
@@ -144,6 +145,20 @@ def gpu_here() -> tuple[str | None, str | None]:
     return None, None
 
 
+def running_machine(recipe: Recipe, processes: int) -> tuple[Machine, Gpu | None]:
+    """Return the GPUs that `processes` processes here compute on, and their model; None for one that `GPUS` lacks.
+
+    The speed of a machine of unknown GPUs is not a number.
+    """
+    import torch
+
+    key, memory = gpu_here()
+    if key is not None:
+        return gpu_machine(recipe, key, processes, memory), GPUS[key]
+    name, size = torch.cuda.get_device_name(), float(torch.cuda.mem_get_info()[1])
+    return Machine(name=name, count=processes, memory=size, half=math.nan, single=math.nan, gpu=True), None
+
+
 def _bytes(text: str) -> float:
     match = _SIZE.fullmatch(text)
     size = float(match["number"]) * _UNITS[match["unit"]] if match else 0.0
@@ -164,7 +179,7 @@ def measure_speed(
 
     batch = max(1, min(16, int(TIMED_FLOPS // max(graph.flops, 1))))
     if graph.flops > TIMED_FLOPS:
-        left, right = torch.randn(1024, 1024), torch.randn(1024, 1024)
+        left, right = torch.ones(1024, 1024), torch.ones(1024, 1024)
         flops = 2.0 * 1024**3
 
         def work() -> Any:
@@ -174,7 +189,7 @@ def measure_speed(
         from flcompress.models.loading import meta_transformer
 
         model = meta_transformer(transformer).to_empty(device="cpu")
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
             for parameter in model.parameters():
                 parameter.normal_(std=0.02)
         inputs = example_inputs(model, batch=batch, latent_shape=shape, tokens=tokens)

@@ -25,7 +25,7 @@ from flcompress.models.families import family_of
 from flcompress.models.loading import meta_transformer, transformer_class
 from flcompress.planning.activations import saved_activations
 from flcompress.planning.machines import Machine, gpu_here, gpu_machine, measure_speed, this_machine
-from flcompress.planning.memory import PlannedMemory
+from flcompress.planning.memory import PlannedMemory, compute_precision
 from flcompress.planning.settings import Advice, PlannedInput, PlannedSetting, Planner, Setting, advise, all_settings
 
 if TYPE_CHECKING:
@@ -45,6 +45,8 @@ class PlannedPass:
         steps: training steps; 0 for a pass that does not train.
         batch: samples of a training step, or those in memory at once.
         forwards: forwards of one sample through the full transformer, recomputed ones included.
+        recomputed: how many of these gradient checkpointing repeats.
+        precision: precision that the pass computes in.
         processes: processes that share the pass.
         seconds: duration of the pass.
         memory: memory of one process, under the recipe's own setting.
@@ -59,6 +61,8 @@ class PlannedPass:
     steps: int
     batch: int
     forwards: int
+    recomputed: int
+    precision: Precision
     processes: int
     seconds: float
     memory: PlannedMemory
@@ -165,13 +169,20 @@ def plan_recipe(
     return make_plan(recipe, machine=machine)
 
 
-def make_plan(recipe: Recipe, flops_per_second: float | None = None, machine: Machine | None = None) -> Plan:
+def make_plan(
+    recipe: Recipe,
+    flops_per_second: float | None = None,
+    machine: Machine | None = None,
+    *,
+    own_only: bool = False,
+) -> Plan:
     """Plan a recipe whose checks have passed; nothing is written.
 
     Args:
         recipe: the recipe.
         flops_per_second: speed of this machine; default: measured.
         machine: the machine to plan for instead; see `gpu_machine`.
+        own_only: whether to plan the recipe's own setting alone, without others and advice.
 
     Raises:
         RecipeError: a batch that the processes do not divide.
@@ -182,9 +193,14 @@ def make_plan(recipe: Recipe, flops_per_second: float | None = None, machine: Ma
     graph = source.graph if shape == source.latents[1:] else trace_folder(transformer, tokens, shape)
     if machine is None:
         machine = this_machine(recipe, flops_per_second or measure_speed(transformer, graph, tokens, shape))
-    precisions: tuple[Precision, ...] = ("fp32", "bf16")
-    planner = Planner(graph, {name: saved_activations(transformer, graph, tokens, shape, name) for name in precisions})
     own = Setting.of(recipe.training)
+    precisions: set[Precision] = {"fp32", "bf16"}
+    if own_only:  # counting takes most of a plan's time
+        costs = [
+            step.cost(float(graph.parameters), len(graph.blocks), float(graph.parameters)) for step in recipe.passes
+        ]
+        precisions = {compute_precision(cost, own.precision, gpu=machine.gpu) for cost in costs}
+    planner = Planner(graph, {name: saved_activations(transformer, graph, tokens, shape, name) for name in precisions})
     checkpointing = bool(transformer_class(transformer)._supports_gradient_checkpointing)
     rows: list[PlannedPass] = []
     inputs: list[PlannedInput] = []
@@ -197,7 +213,7 @@ def make_plan(recipe: Recipe, flops_per_second: float | None = None, machine: Ma
         _check_batch(recipe, index, planned, planner, own.processes(machine))
         cost, plan = planned.cost(graph), planner.plan(planned, own, machine)
         trains = any(role.trained for role in cost.roles)
-        choices = all_settings(checkpointing, own.micro_batch) if trains else []
+        choices = all_settings(checkpointing, own.micro_batch) if trains and not own_only else []
         choices = [setting for setting in choices if setting.engine in step.engines]
         rows.append(
             PlannedPass(
@@ -208,6 +224,8 @@ def make_plan(recipe: Recipe, flops_per_second: float | None = None, machine: Ma
                 steps=cost.steps,
                 batch=plan.batch,
                 forwards=round(cost.forwards + cost.recomputed * own.gradient_checkpointing),
+                recomputed=round(cost.recomputed * own.gradient_checkpointing),
+                precision=compute_precision(cost, own.precision, gpu=machine.gpu),
                 processes=plan.processes,
                 seconds=plan.seconds,
                 memory=plan.memory,
@@ -231,7 +249,7 @@ def make_plan(recipe: Recipe, flops_per_second: float | None = None, machine: Ma
         work_ratio=ratio,
         machine=machine,
         setting=own,
-        advice=None if fits else advise(planner, inputs, machine, checkpointing),
+        advice=None if fits or own_only else advise(planner, inputs, machine, checkpointing),
         expert=recipe.model.expert,
     )
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flcompress.core.records import PlannedFigures
 from flcompress.reporting.reading import RunRecord
-from flcompress.wording import elapsed, size
+from flcompress.wording import duration, elapsed, ratio, share, size
+
+AGAINST_PLAN = ("on", "planned memory", "measured", "ratio", "planned time", "measured", "ratio")
+"""Columns of the table of plan and measurement, behind the name of the pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +27,8 @@ class Step:
     peak_gpu_mb: float | None = None
     peak_gpu_reserved_mb: float | None = None
     clips_per_second: float | None = None
+    utilisation: float | None = None
+    planned: PlannedFigures | None = None
     attempts: int = 1
     arguments: str = ""  # of a failed step: the error
 
@@ -36,9 +42,25 @@ class Step:
 
     @property
     def time(self) -> str:
-        """The time of all attempts and, where it trains, clips a second."""
+        """The time of all attempts and, where it trains, clips a second and the model FLOP utilisation of its GPUs."""
         rate = "" if self.clips_per_second is None else f", {self.clips_per_second:.3g} clips/s"
+        rate += "" if self.utilisation is None else f", {share(self.utilisation)} of the stated FLOP/s"
         return "" if self.seconds is None else f"{elapsed(self.seconds, self.attempts)}{rate}"
+
+    def against_plan(self) -> list[str]:
+        """Cells of the table of plan and measurement, behind the name: memory and time, each with its ratio."""
+        plan = self.planned
+        if plan is None:
+            return []
+        peak = self.peak_gpu_mb if plan.gpu else self.peak_rss_mb
+        memory = _compared(plan.memory, None if peak is None else peak * 1e6, size)
+        return ["GPU" if plan.gpu else "CPU", *memory, *_compared(plan.seconds, self.seconds, duration)]
+
+
+def _compared(planned: float | None, measured: float | None, text: Callable[[float], str]) -> list[str]:
+    """Return planned, measured, and measured over planned; empty where there is none."""
+    ratio_of = "" if not planned or measured is None else ratio(measured / planned)
+    return ["" if value is None else text(value) for value in (planned, measured)] + [ratio_of]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +76,7 @@ class Export:
 def steps(run: RunRecord) -> list[Step]:
     """Passes and exports of the latest attempt in order; the stored entries where there is no journal."""
     arguments = {entry.key: entry.arguments for entry in run.entries}
+    plans = {event.key: event.planned for event in run.journal if event.planned is not None}
     rows = [
         Step(
             event=event.event,
@@ -64,6 +87,8 @@ def steps(run: RunRecord) -> list[Step]:
             peak_gpu_mb=event.peak_gpu_mb,
             peak_gpu_reserved_mb=event.peak_gpu_reserved_mb,
             clips_per_second=event.clips_per_second,
+            utilisation=event.utilisation,
+            planned=plans.get(event.key) if event.event == "pass" else None,
             attempts=event.attempts,
             arguments=arguments.get(event.key, "") or event.error,
         )

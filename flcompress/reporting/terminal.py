@@ -14,7 +14,7 @@ from flcompress.reporting.findings import Blocks, Headline, blocks, headline
 from flcompress.reporting.quality import Cell, Quality, quality
 from flcompress.reporting.reading import RunRecord, read_run
 from flcompress.reporting.speed import Speed, speed
-from flcompress.reporting.stages import Export, exports, steps
+from flcompress.reporting.stages import AGAINST_PLAN, Export, Step, exports, steps
 from flcompress.reporting.training import Training, trainings
 
 PARITY_WORDS = ("difference", "error", "parity", "tolerance")
@@ -62,6 +62,7 @@ def print_summary(run_dir: Path, console: Console) -> None:
                 step.memory,
             )
         console.print(table)
+    _plan(passes, console)
     _exports(exported, console)
     page = run_dir / "report.html"
     console.print(f"Report: {escape(str(page))}" if page.is_file() else "Report: not written yet", highlight=False)
@@ -212,6 +213,17 @@ def _trainings(trainings: list[Training], console: Console) -> None:
             )
     if any(training.breaches for training in watched):
         console.print()
+
+
+def _plan(passes: list[Step], console: Console) -> None:
+    rows = [step for step in passes if step.planned is not None]
+    if not rows:
+        return
+    memory, *others = AGAINST_PLAN
+    table = _table("Planned and measured", "pass", memory, *(f">{name}" for name in others))
+    for step in rows:
+        table.add_row(escape(step.name), *step.against_plan())
+    console.print(table)
 
 
 def _exports(exports: list[Export], console: Console) -> None:

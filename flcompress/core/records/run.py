@@ -57,6 +57,30 @@ class AttemptsFile(Record):
     attempts: list[Attempt]
 
 
+class PlannedFigures(Part):
+    """The plan of a pass on the machine that it ran on, made when the run started.
+
+    Attributes:
+        machine: name of the GPU; "process" where it runs on a CPU.
+        gpu: whether it runs on GPUs: the memory is then a GPU's, else the process's own.
+        processes: processes that share the pass.
+        memory: peak bytes of one process.
+        seconds: duration; None on a GPU whose speed is not known.
+        forwards: forwards of one sample, a backward counted as two, without those that checkpointing repeats.
+        flops: FLOPs of these forwards at the largest size of the data.
+        peak_flops: FLOP/s that the makers of all GPUs together state for the pass's precision; None where not known.
+    """
+
+    machine: str
+    gpu: bool
+    processes: int
+    memory: FiniteFloat
+    seconds: FiniteFloat | None = None
+    forwards: FiniteFloat
+    flops: FiniteFloat
+    peak_flops: FiniteFloat | None = None
+
+
 class Event(OpenRecord):
     """One line of `journal.jsonl`. Passes add keys of their own."""
 
@@ -74,6 +98,8 @@ class Event(OpenRecord):
     peak_gpu_mb: FiniteFloat | None = None
     peak_gpu_reserved_mb: FiniteFloat | None = None
     clips_per_second: FiniteFloat | None = None
+    utilisation: FiniteFloat | None = None
+    planned: PlannedFigures | None = None
     attempts: int = 1
     error: str = ""
     threads: int | None = None
