@@ -164,10 +164,10 @@ def _read(path: Path, axes: Sequence[str], seeds: int | None) -> Sweep:
     if parsed:
         located.data["axes"] = {**(located.data.get("axes") or {}), **parsed}
     sweep = validate(Sweep, located.data, located, ())
-    if not sweep.axes and not sweep.variants:
+    if not sweep.axes and not sweep.variants and "seeds" not in located.data:
         raise RequestError(
-            f"{path}: neither axes nor variants given; add --axis passes.dmd.student_steps=1,2,4, or write them in a "
-            "sweep file"
+            f"{path}: neither axes nor variants given; add --axis passes.dmd.student_steps=1,2,4, or --seeds 3 for this "
+            "recipe alone, or write them in a sweep file"
         )
     return sweep
 
@@ -188,7 +188,7 @@ def _unfold(sweep: Sweep, folder: Path) -> list[Cell]:
         passes = _passes_of(file)
         for values in itertools.product(*sweep.axes.values()):
             settings = dict(zip(sweep.axes, values, strict=True))
-            name = "-".join([*([variant.name] if sweep.variants else []), *map(_short, settings.items())])
+            name = "-".join([*([variant.name] if sweep.variants else []), *map(_short, settings.items())]) or file.stem
             overrides: list[str] = []
             without = set(variant.without)
             for key, value in {**variant.changes, **settings}.items():

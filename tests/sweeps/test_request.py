@@ -51,6 +51,12 @@ def test_a_recipe_with_axes_is_a_grid(recipe: Path) -> None:
     assert not last.exports
 
 
+def test_a_recipe_alone_is_trained_with_several_seeds(recipe: Path) -> None:
+    (cell,) = (request := read_request(recipe, [], 2)).cells
+    assert (request.seeds, cell.name) == (2, "base")
+    assert [(loaded.name, loaded.seed) for loaded in map(cell.load, range(2))] == [("base-0", 0), ("base-1", 1)]
+
+
 def test_a_star_is_every_pass_and_a_share_of_0_leaves_it_out(recipe: Path) -> None:
     none, half = read_request(recipe, ["*.remove=0,0.5"]).cells
     assert [step.name for step in none.load(0).passes] == ["importance", "dmd"]
