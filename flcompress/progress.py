@@ -53,16 +53,16 @@ class LineDisplay:
     @contextmanager
     def stage(self, title: str) -> Iterator[ProgressSink]:
         """Yield a sink that prints a line of progress every few seconds."""
-        started = shown = time.monotonic()
-        first: int | None = None
+        shown = time.monotonic()
+        first: tuple[int, float] | None = None
 
         def sink(done: int, total: int, values: Mapping[str, float]) -> None:
             nonlocal shown, first
             now = time.monotonic()
-            first = done - 1 if first is None else first  # a resumed work does not start at 0
+            first = first or (done, now)  # a resumed work does not start at 0, nor the work with what prepares it
             if now - shown >= PLAIN_SECONDS:
                 shown = now
-                rate = (done - first) / (now - started)
+                rate = (done - first[0]) / max(now - first[1], 1e-9)
                 left = f", {rate:.2g}/s, {clock((total - done) / rate)} left" if rate > 0 else ""
                 self.line(f"  {title}: {done}/{total}{left}{''.join(f', {item}' for item in _few(values))}")
 
