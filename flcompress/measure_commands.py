@@ -45,7 +45,7 @@ _OWN = ("sample", "vbench_python", "vbench_repo", "features")
 )
 @click.option("--sample", type=click.IntRange(min=1), help="This many of vbench-i2v's own prompts.  [default: all]")
 @click.option("--vbench-python", type=_FOLDER, help="For vbench-i2v: the Python of VBench's environment.")
-@click.option("--vbench-repo", type=_FOLDER, help="For vbench-i2v: a checkout of VBench.")
+@click.option("--vbench-repo", type=_FOLDER, help="For vbench-i2v: a checkout of VBench, or of FastVideo.")
 @click.option(
     "--features", type=_FOLDER, help="For fvd: a feature network, .onnx or TorchScript (a program: it is run)."
 )

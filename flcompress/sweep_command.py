@@ -36,8 +36,8 @@ def sweep_command(
 ) -> None:
     """Train a grid or a list of recipes and compare the students.
 
-    SWEEP is a sweep file, or a recipe with --axis or --seeds. Finished cells are not repeated, and passes that cells share run
-    once. Writes results.json and report.html. See docs/sweeps.md.
+    SWEEP is a sweep file, or a recipe with --axis or --seeds. Finished cells are not repeated, and passes that cells
+    share run once. Writes results.json and report.html. See docs/sweeps.md.
     """
     results = commands.sweep(source, out, axes=axes, seeds=seeds, processes=processes, many=yes, display=display(quiet))
     if as_json:

@@ -22,9 +22,9 @@ def test_the_time_left_follows_from_what_was_seen(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    now = 0.0
-    monkeypatch.setattr("time.monotonic", lambda: now)
+    clock = iter([0.0, *(now for now, _ in reports)])
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
     with LineDisplay().stage("scores") as sink:
-        for now, done in reports:
+        for _, done in reports:
             sink(done, 256, {})
     assert [line.removeprefix("  scores: ") for line in capsys.readouterr().err.splitlines()] == expected

@@ -166,8 +166,8 @@ def _read(path: Path, axes: Sequence[str], seeds: int | None) -> Sweep:
     sweep = validate(Sweep, located.data, located, ())
     if not sweep.axes and not sweep.variants and "seeds" not in located.data:
         raise RequestError(
-            f"{path}: neither axes nor variants given; add --axis passes.dmd.student_steps=1,2,4, or --seeds 3 for this "
-            "recipe alone, or write them in a sweep file"
+            f"{path}: neither axes nor variants given; add --axis passes.dmd.student_steps=1,2,4, or --seeds 3 for "
+            "this recipe alone, or write them in a sweep file"
         )
     return sweep
 

@@ -165,7 +165,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> list[Job]:
         for number in range(5):
             path = folder / f'a "quoted" prompt, 数-{number}.mp4'
             path.write_bytes(bytes([number]))
-            made.append(Job(key=f"{name} {number}", dimension=name, video=str(path), image=None))
+            made.append(Job(key=f"{name} {number}", dimension=name, video=str(path), image=None, frame_rate=8.0))
     return made
 
 
@@ -285,6 +285,89 @@ def test_missing_weights_are_named_and_those_that_are_there_are_hashed(
     assert described["name"] == "vbench"
     assert len(described["weights"]) == 13
     assert set(described["weights"].values()) == {hashlib.sha256(b"weights").hexdigest()}
+
+
+FASTVIDEO = """
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+def get_cache_dir():
+    return Path(os.environ["FASTVIDEO_EVAL_CACHE"])
+
+class Metric:
+    def __init__(self, name):
+        self.name = name
+    def to(self, device):
+        return self
+    def setup(self):
+        pass
+    def compute(self, sample):
+        skipped = {} if sample["fps"] else {"skipped": "missing 'fps'"}
+        return SimpleNamespace(score=None if skipped else len(sample["video"]) / sample["fps"], details=skipped)
+
+get_metric = Metric
+"""
+"""The names that the worker takes from FastVideo's evaluation."""
+
+
+@pytest.fixture
+def fastvideo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Interpreter:
+    """A checkout with FastVideo's layout, no weights, and a judge that counts bytes."""
+    files = {
+        "eval/__init__.py": FASTVIDEO,
+        "eval/io/video.py": "def load_video(path):\n    return open(path, 'rb').read()\n",
+        **{f"eval/metrics/vbench/{name}/metric.py": "" for name in DIMENSIONS if not name.startswith("i2v_")},
+    }
+    for name, content in files.items():
+        path = tmp_path / "FastVideo" / "fastvideo" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    monkeypatch.setenv("FASTVIDEO_EVAL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    return Interpreter(python=PYTHON, repo=tmp_path / "FastVideo")
+
+
+def test_fastvideos_weights_are_named_too(fastvideo: Interpreter, tmp_path: Path) -> None:
+    with pytest.raises(
+        UnavailableError,
+        match=r"^FastVideo's weights: 8 files are missing: .*/cache/models/amt-s\.pth, .*/torch/hub/pyiqa/musiq.*, "
+        r"raft-things\.pth of huggingface\.co/sbalani/raft-things; .* FASTVIDEO_EVAL_CACHE names another folder",
+    ) as caught:
+        fastvideo.describe()
+    *files, _ = str(caught.value).partition("missing: ")[2].partition(";")[0].split(", ")
+    raft = tmp_path / "hub" / "models--sbalani--raft-things"
+    files.append(str(raft / "snapshots" / ("0" * 40) / "raft-things.pth"))
+    for name in files:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_bytes(b"weights")
+    (raft / "refs").mkdir()
+    (raft / "refs" / "main").write_text("0" * 40)
+    described = fastvideo.describe()
+    assert described["name"] == "fastvideo"
+    assert len(described["weights"]) == 8
+    assert set(described["weights"].values()) == {hashlib.sha256(b"weights").hexdigest()}
+
+
+def test_fastvideo_judges_by_its_own_metrics(fastvideo: Interpreter, jobs: Sequence[Job], tmp_path: Path) -> None:
+    assert set(DIMENSIONS) - set(fastvideo.dimensions) == {"i2v_subject", "i2v_background"}
+    assert fastvideo.vbench == fastvideo.repo / "fastvideo" / "third_party" / "eval" / "vbench"
+    answers = fastvideo.judge(jobs, ["cpu"], tmp_path, lambda: None)
+    assert dict(answers) == {job.key: 1 / 8.0 for job in jobs}, "one byte at 8 a second"
+    answers = fastvideo.judge([replace(jobs[0], frame_rate=0.0)], ["cpu"], tmp_path, lambda: None)
+    with pytest.raises(FlcompressError, match="ValueError: missing 'fps'"):
+        list(answers)
+
+
+def test_a_fastvideo_that_lacks_a_package_is_one_line(fastvideo: Interpreter) -> None:
+    (fastvideo.repo / "fastvideo" / "eval" / "metrics" / "vbench" / "imaging_quality" / "metric.py").write_text(
+        "import pyiqa_of_old"
+    )
+    with pytest.raises(
+        UnavailableError, match=r"cannot import FastVideo \(imaging_quality: ModuleNotFoundError: No mod"
+    ):
+        fastvideo.describe()
 
 
 @pytest.mark.parametrize(

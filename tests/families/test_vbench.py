@@ -62,6 +62,17 @@ def test_an_evaluation_by_vbench(
     assert "vbench-i2v" in page
     monkeypatch.setattr(Interpreter, "judge", None)
     assert evaluate(run, **suite) == results
+    fastvideo = tmp_path / "FastVideo"
+    write_repo(fastvideo / "fastvideo/third_party/eval/vbench", ['a dog\'s day, "running"', "a cat"], ["a room"])
+    (fastvideo / "fastvideo" / "eval").mkdir()
+    (fastvideo / "fake-vbench.json").touch()
+    without = evaluate(run, suite="vbench-i2v", own={**own, "vbench_repo": fastvideo}, display=display)
+    assert any(line.startswith("note: judged by FastVideo's evaluation, which lacks I2V") for line in display.lines)
+    assert {figure["key"] for figure in results["figures"]} - {figure["key"] for figure in without["figures"]} == {
+        "average6", "total", "i2v_subject", "i2v_background"
+    }  # fmt: skip
+    for row, whole in zip(without["contenders"], results["contenders"], strict=True):
+        assert row["average4"] == whole["average4"]
     for picture in (repo / "vbench2_beta_i2v" / "data" / "crop" / "1-1").iterdir():
         picture.unlink()
     with pytest.raises(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from flcompress.errors import FlcompressError, RequestError, UnavailableError
+from flcompress.evaluation.vbench.scores import DIMENSIONS
 
 WORKER = Path(__file__).with_name("worker.py")
 DESCRIBE_SECONDS = 900.0
@@ -34,6 +35,7 @@ class Job:
     dimension: str
     video: str
     image: str | None
+    frame_rate: float
 
     def __str__(self) -> str:
         return f"{self.video}, {self.dimension}"
@@ -41,10 +43,29 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Interpreter:
-    """The Python of VBench's environment and a checkout of VBench."""
+    """The Python of the judge's environment and its checkout, VBench's own or FastVideo's."""
 
     python: Path
     repo: Path
+
+    @property
+    def name(self) -> str:
+        """Whose judge it is."""
+        return "FastVideo" if self._fastvideo else "VBench"
+
+    @property
+    def vbench(self) -> Path:
+        """The checkout of VBench, which is a submodule of FastVideo's."""
+        return self.repo / "fastvideo" / "third_party" / "eval" / "vbench" if self._fastvideo else self.repo
+
+    @property
+    def dimensions(self) -> Sequence[str]:
+        """What it judges: FastVideo's evaluation compares no clip with its first frame."""
+        return tuple(name for name in DIMENSIONS if not (self._fastvideo and name.startswith("i2v_")))
+
+    @property
+    def _fastvideo(self) -> bool:
+        return (self.repo / "fastvideo" / "eval").is_dir()
 
     def describe(self) -> dict[str, Any]:
         """Return name, commit, versions and weights of the judge.
@@ -59,27 +80,27 @@ class Interpreter:
         except OSError as error:
             raise RequestError(
                 f"--vbench-python: {self.python} cannot be run ({error.strerror}); expected the Python of the "
-                "environment that VBench is installed in, see docs/evaluation.md"
+                f"environment that {self.name} is installed in, see docs/evaluation.md"
             ) from error
         except subprocess.TimeoutExpired as error:
             raise UnavailableError(
-                f"--vbench-python: {self.python} imports VBench for over {DESCRIBE_SECONDS:g} seconds; run "
+                f"--vbench-python: {self.python} imports {self.name} for over {DESCRIBE_SECONDS:g} seconds; run "
                 f"{' '.join(command)} to see why"
             ) from error
         described = _json(told.stdout.strip().rpartition("\n")[2])
         if told.returncode or described is None or "missing" not in described:
             last = _last_line(told.stderr) or f"exit status {told.returncode}"
             raise UnavailableError(f"--vbench-python: {self.python}: {last}; see docs/evaluation.md, VBench-I2V")
-        faults, missing = described.pop("faults"), described.pop("missing")
+        faults, missing, folder = (described.pop(name) for name in ("faults", "missing", "folder"))
         if faults:
             raise UnavailableError(
-                f"--vbench-python: {self.python} cannot import VBench ({' '.join(faults[0].split())}); install it as "
-                "docs/evaluation.md says, VBench-I2V"
+                f"--vbench-python: {self.python} cannot import {self.name} ({' '.join(faults[0].split())}); install it "
+                "as docs/evaluation.md says, VBench-I2V"
             )
         if missing:
             raise UnavailableError(
-                f"VBench's weights: {len(missing)} files are missing: {', '.join(missing)}; nothing is downloaded: "
-                "docs/evaluation.md says where each is from. VBENCH_CACHE_DIR names another folder"
+                f"{self.name}'s weights: {len(missing)} files are missing: {', '.join(missing)}; nothing is "
+                f"downloaded: docs/evaluation.md says where each is from. {folder} names another folder"
             )
         return dict(described)
 

@@ -59,7 +59,7 @@ class VBenchI2V(FileSuite):
     )
 
     def __init__(self) -> None:
-        self._repo = Path()
+        self._judge = Interpreter(python=Path(), repo=Path())
 
     @override
     def evaluate(self, request: SuiteRequest) -> dict[str, Any]:
@@ -72,7 +72,7 @@ class VBenchI2V(FileSuite):
         sample = request.own.get("sample")
         if sample is not None and request.prompts is not None:
             raise RequestError(f"--sample: {sample} given with --prompts; it is for VBench's own prompts alone")
-        self._repo = Path(request.own["vbench_repo"])
+        self._judge = Interpreter(python=Path(request.own["vbench_python"]), repo=Path(request.own["vbench_repo"]))
         return super().evaluate(request)
 
     @override
@@ -85,7 +85,7 @@ class VBenchI2V(FileSuite):
                 "that make a clip from its first frame: give --suite proxies"
             )
         _check_frames(frames, session.home.frame_rate, f"clips of {frames} x {height} x {width}")
-        return self._interpreter(session).describe()
+        return self._judge.describe()
 
     @override
     def material(self, session: Session, frames: Path) -> Material:
@@ -95,13 +95,13 @@ class VBenchI2V(FileSuite):
             raise RequestError(f"--images: {session.request.images} given without --prompts; give both, or neither")
         _, height, width = session.home.size
         ratio = min(RATIOS, key=lambda name: abs(math.log(width / height / RATIOS[name])))
-        folder = self._repo / "vbench2_beta_i2v" / "data" / "crop" / ratio
+        folder = self._judge.vbench / "vbench2_beta_i2v" / "data" / "crop" / ratio
         entries = spread_over_kinds(list(self._entries.values()))[: session.request.own.get("sample")]
         missing = [entry["image_name"] for entry in entries if not (folder / entry["image_name"]).is_file()]
         if missing:
             raise DataError(
                 f"{folder}: {len(missing)} of {len(entries)} pictures are missing, such as {missing[0]!r}; get them "
-                f"with sh vbench2_beta_i2v/download_data.sh in {self._repo}"
+                f"with sh vbench2_beta_i2v/download_data.sh in {self._judge.vbench}"
             )
         items = tuple(Item(prompt=entry["prompt_en"], image=folder / entry["image_name"]) for entry in entries)
         return Material(items=items, note=f"VBench-I2V's prompts and pictures, {ratio}")
@@ -109,24 +109,22 @@ class VBenchI2V(FileSuite):
     @cached_property
     def _entries(self) -> dict[str, dict[str, Any]]:
         """Prompt -> what VBench says of it, but for prompts of camera motion."""
-        path = self._repo / "vbench2_beta_i2v" / "vbench2_i2v_full_info.json"
+        path = self._judge.vbench / "vbench2_beta_i2v" / "vbench2_i2v_full_info.json"
         try:
             listed = json.loads(path.read_text(encoding="utf-8"))
             return {entry["prompt_en"]: entry for entry in listed if entry["dimension"] != ["camera_motion"]}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RequestError(
                 f"--vbench-repo: {path}: cannot be read ({type(error).__name__}: {error}); expected a checkout of "
-                "https://github.com/Vchitect/VBench"
+                "https://github.com/Vchitect/VBench, or of https://github.com/hao-ai-lab/FastVideo with its submodules"
             ) from error
 
-    def _interpreter(self, session: Session) -> Interpreter:
-        return Interpreter(python=Path(session.request.own["vbench_python"]), repo=self._repo)
-
     def _dimensions(self, prompt: str, session: Session) -> Sequence[str]:
-        """Return what is judged of a prompt: of VBench's own as it says, of others everything."""
+        """Return what is judged of a prompt: of VBench's own as it says, of others everything that the judge can."""
         if session.request.prompts is not None:
-            return DIMENSIONS
-        return SUBJECT if "i2v_subject" in self._entries[prompt]["dimension"] else BACKGROUND
+            return self._judge.dimensions
+        kind = SUBJECT if "i2v_subject" in self._entries[prompt]["dimension"] else BACKGROUND
+        return tuple(name for name in kind if name in self._judge.dimensions)
 
     @override
     def parts(self, line: ClipLine, session: Session) -> Sequence[str]:
@@ -148,11 +146,12 @@ class VBenchI2V(FileSuite):
                 dimension=task.part,
                 video=str(self._protocol_file(task, session).absolute()),
                 image=str(Path(task.line.image).absolute()) if task.line.image else None,
+                frame_rate=task.line.frame_rate,
             )
             for key, task in sorted(tasks.items(), key=lambda each: (DIMENSIONS.index(each[1].part), each[1].path))
         ]
-        judging = self._interpreter(session)
-        for key, score in judging.judge(jobs, _devices(session), session.folder / "workers", session.world.heartbeat):
+        answers = self._judge.judge(jobs, _devices(session), session.folder / "workers", session.world.heartbeat)
+        for key, score in answers:
             yield key, Measurement(figures={tasks[key].part: score})
 
     def _protocol_file(self, task: Task, session: Session) -> Path:
@@ -194,7 +193,7 @@ class VBenchI2V(FileSuite):
             "floor": {},
             "contenders": contenders,
             "paired": paired,
-            "figures": [asdict(figure) for figure in self.figures],
+            "figures": [asdict(figure) for figure in self.figures if any(figure.key in row for row in contenders)],
             "warnings": [*self._departures(sets.takes, session), *_warnings(contenders)],
         }, scores
 
@@ -204,6 +203,10 @@ class VBenchI2V(FileSuite):
         each = len(takes) // prompts
         if session.request.prompts is not None:
             return ["note: prompts of a file, not VBench's: not comparable with published figures"]
+        if set(self._judge.dimensions) < set(DIMENSIONS):
+            return [
+                "note: judged by FastVideo's evaluation, which lacks I2V subject and background, so no average of 6"
+            ]
         if prompts == len(self._entries) and each == CLIPS:
             return []
         return [

@@ -1,12 +1,15 @@
-"""Judge clips by VBench-I2V. A program of its own: the Python of VBench's environment runs it, without flcompress.
+"""Judge clips by VBench. A program of its own: the Python of the judge's environment runs it, without flcompress.
 
     python worker.py --repo CHECKOUT --describe
     python worker.py --repo CHECKOUT --device cuda:0 --jobs JOBS.jsonl
 
 `--describe` prints one JSON object: {"name", "commit", "versions", "weights": {file: SHA-256}, "missing": [files],
-"faults": [what cannot be imported]}. Else a line of the jobs' file is {"key", "dimension", "video", "image"}, and each
-is answered, in their order, by a line {"key", "value"} or {"key", "error"} on standard output. Nothing is downloaded.
-Python 3.9 or newer.
+"folder": the variable that names where they are looked for, "faults": [what cannot be imported]}. Else a line of the
+jobs' file is {"key", "dimension", "video", "image", "frame_rate"}, and each is answered, in their order, by a line
+{"key", "value"} or {"key", "error"} on standard output. Nothing is downloaded. Python 3.9 or newer.
+
+A checkout with a folder `fastvideo/eval` is FastVideo's, whose evaluation has VBench's dimensions on current libraries,
+without those that compare with the first frame. Every other checkout is taken for VBench's own.
 
 A checkout that holds `fake-vbench.json` has its clips judged by a hash of their bytes, so that all around the judge can
 be tried where VBench is not installed.
@@ -30,11 +33,13 @@ FAKE = "fake-vbench.json"
 
 PACKAGES = (
     "vbench",
+    "fastvideo",
     "torch",
     "torchvision",
     "numpy",
     "opencv-python",
     "decord",
+    "av",
     "timm",
     "openai-clip",
     "pyiqa",
@@ -76,7 +81,15 @@ class Fake:
 
     def describe(self) -> dict[str, Any]:
         """Return what `--describe` prints."""
-        return {"name": "fake", "commit": None, "versions": {}, "weights": {}, "missing": [], "faults": []}
+        return {
+            "name": "fake",
+            "commit": None,
+            "versions": {},
+            "weights": {},
+            "missing": [],
+            "folder": "VBENCH_CACHE_DIR",
+            "faults": [],
+        }
 
     def dimension(self, name: str) -> Score:
         """Return job -> score: the dimension's name and the clip's bytes decide it."""
@@ -114,6 +127,7 @@ class VBench:
             "versions": {name: version for name in PACKAGES if (version := version_of(name))},
             "weights": {path: sha256(folder / path) for path in wanted} if not (missing or faults) else {},
             "missing": missing,
+            "folder": "VBENCH_CACHE_DIR",
             "faults": faults,
         }
 
@@ -181,6 +195,89 @@ class VBench:
         return network.eval()
 
 
+class FastVideo:
+    """FastVideo's evaluation, one dimension in memory at a time."""
+
+    DIMENSIONS = (
+        "motion_smoothness",
+        "dynamic_degree",
+        "aesthetic_quality",
+        "imaging_quality",
+        "subject_consistency",
+        "background_consistency",
+    )
+    RAFT = ("sbalani/raft-things", "raft-things.pth")
+
+    def __init__(self, repo: Path, device: str) -> None:
+        """Nothing is imported yet.
+
+        Args:
+            repo: the checkout, which is on the path of modules, with its submodules.
+            device: as torch names it.
+        """
+        self._repo, self._device = repo, device
+
+    def describe(self) -> dict[str, Any]:
+        """Return what `--describe` prints."""
+        faults = [fault for name in self.DIMENSIONS if (fault := self._fault(name))]
+        files = self._files() if not faults else {}
+        missing = [name if path is None else str(path) for name, path in files.items() if not (path and path.is_file())]
+        return {
+            "name": "fastvideo",
+            "commit": commit_of(self._repo),
+            "versions": {name: version for name in PACKAGES if (version := version_of(name))},
+            "weights": {name: sha256(path) for name, path in files.items() if path} if not missing else {},
+            "missing": missing,
+            "folder": "FASTVIDEO_EVAL_CACHE",
+            "faults": faults,
+        }
+
+    def _fault(self, name: str) -> str:
+        """Return why a dimension cannot be had; "" if it can. FastVideo itself leaves out silently what it lacks."""
+        try:
+            evaluation = importlib.import_module("fastvideo.eval")
+            importlib.import_module(f"fastvideo.eval.metrics.vbench.{name}.metric")
+            evaluation.get_metric(f"vbench.{name}")
+        except Exception as error:  # noqa: BLE001 (whatever another environment's code raises)
+            return f"{name}: {type(error).__name__}: {error}"
+        return ""
+
+    def _files(self) -> dict[str, Path | None]:
+        """Return where FastVideo looks for its weights; None for one that is not in Hugging Face's cache."""
+        import huggingface_hub
+        import torch
+        from fastvideo.eval import get_cache_dir
+
+        cache, hub = Path(get_cache_dir()), Path(torch.hub.get_dir())
+        raft = huggingface_hub.try_to_load_from_cache(*self.RAFT)
+        return {
+            "amt-s.pth": cache / "models" / "amt-s.pth",
+            "sa_0_4_vit_l_14_linear.pth": cache / "models" / "sa_0_4_vit_l_14_linear.pth",
+            "ViT-L-14.pt": cache / "clip" / "ViT-L-14.pt",
+            "ViT-B-32.pt": cache / "clip" / "ViT-B-32.pt",
+            "musiq_spaq_ckpt-358bb6af.pth": hub / "pyiqa" / "musiq_spaq_ckpt-358bb6af.pth",
+            "facebookresearch_dino_main/hubconf.py": hub / "facebookresearch_dino_main" / "hubconf.py",
+            "dino_vitbase16_pretrain.pth": hub / "checkpoints" / "dino_vitbase16_pretrain.pth",
+            f"{self.RAFT[1]} of huggingface.co/{self.RAFT[0]}": Path(raft) if isinstance(raft, str) else None,
+        }
+
+    def dimension(self, name: str) -> Score:
+        """Load a dimension's network; return job -> score, by FastVideo's own functions and settings."""
+        from fastvideo.eval import get_metric
+        from fastvideo.eval.io.video import load_video
+
+        metric = get_metric(f"vbench.{name}").to(self._device)
+        metric.setup()
+
+        def score(job: Job) -> float:
+            result = metric.compute({"video": load_video(job["video"]), "fps": job["frame_rate"]})
+            if result.score is None:
+                raise ValueError(result.details.get("skipped", "no score"))
+            return float(result.score)
+
+        return score
+
+
 def score_of(result: Any) -> float:
     """Return the score of the only video in a dimension's result."""
     return float(result[1][0]["video_results"])
@@ -246,7 +343,8 @@ def main() -> None:
     lines = Path(given.jobs).read_text(encoding="utf-8").splitlines() if given.jobs else []
     os.chdir(repo)  # VBench's images are relative to it
     sys.path.insert(0, str(repo))
-    judging = Fake() if (repo / FAKE).is_file() else VBench(repo, given.device)
+    named = FastVideo if (repo / "fastvideo" / "eval").is_dir() else VBench
+    judging = Fake() if (repo / FAKE).is_file() else named(repo, given.device)
     if given.describe:
         answer(judging.describe())
     else:
