@@ -289,8 +289,11 @@ def test_missing_weights_are_named_and_those_that_are_there_are_hashed(
 
 FASTVIDEO = """
 import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "third_party" / "eval" / "vbench"))
 
 def get_cache_dir():
     return Path(os.environ["FASTVIDEO_EVAL_CACHE"])
@@ -316,6 +319,7 @@ def fastvideo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Interpreter:
     """A checkout with FastVideo's layout, no weights, and a judge that counts bytes."""
     files = {
         "eval/__init__.py": FASTVIDEO,
+        "third_party/eval/vbench/vbench/utils.py": "",
         "eval/io/video.py": "def load_video(path):\n    return open(path, 'rb').read()\n",
         **{f"eval/metrics/vbench/{name}/metric.py": "" for name in DIMENSIONS if not name.startswith("i2v_")},
     }

@@ -235,20 +235,22 @@ class FastVideo:
     def _fault(self, name: str) -> str:
         """Return why a dimension cannot be had; "" if it can. FastVideo itself leaves out silently what it lacks."""
         try:
-            evaluation = importlib.import_module("fastvideo.eval")
-            importlib.import_module(f"fastvideo.eval.metrics.vbench.{name}.metric")
-            evaluation.get_metric(f"vbench.{name}")
+            self._module(f".metrics.vbench.{name}.metric")
+            self._module("").get_metric(f"vbench.{name}")
+            importlib.import_module("vbench.utils")  # what it imports at first use only
         except Exception as error:  # noqa: BLE001 (whatever another environment's code raises)
             return f"{name}: {type(error).__name__}: {error}"
         return ""
+
+    def _module(self, name: str) -> Any:
+        return importlib.import_module(f"fastvideo.eval{name}")
 
     def _files(self) -> dict[str, Path | None]:
         """Return where FastVideo looks for its weights; None for one that is not in Hugging Face's cache."""
         import huggingface_hub
         import torch
-        from fastvideo.eval import get_cache_dir
 
-        cache, hub = Path(get_cache_dir()), Path(torch.hub.get_dir())
+        cache, hub = Path(self._module("").get_cache_dir()), Path(torch.hub.get_dir())
         raft = huggingface_hub.try_to_load_from_cache(*self.RAFT)
         return {
             "amt-s.pth": cache / "models" / "amt-s.pth",
@@ -263,10 +265,8 @@ class FastVideo:
 
     def dimension(self, name: str) -> Score:
         """Load a dimension's network; return job -> score, by FastVideo's own functions and settings."""
-        from fastvideo.eval import get_metric
-        from fastvideo.eval.io.video import load_video
-
-        metric = get_metric(f"vbench.{name}").to(self._device)
+        load_video = self._module(".io.video").load_video
+        metric = self._module("").get_metric(f"vbench.{name}").to(self._device)
         metric.setup()
 
         def score(job: Job) -> float:
