@@ -156,14 +156,7 @@ class RunDirectory:
 
     def _results(self) -> list[Path]:
         """Folders of the stored results, the starting program's first."""
-        folders = [(self.path / text).resolve() for text in self._record().entries]
-        for folder in folders:
-            if not folder.is_dir():
-                raise RequestError(
-                    f"{folder}: no such folder; {self.path} keeps a result there, in the --store of flcompress apply; "
-                    f"put it back, or give flcompress apply {self._record().recipe_path} again"
-                )
-        return folders
+        return self._record().folders(self.path)
 
     def _program(self, folder: Path) -> Program:
         """Return a stored program; parts that it shares with the starting model are taken from where that is now."""

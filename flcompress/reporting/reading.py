@@ -146,7 +146,7 @@ def read_run(run_dir: Path) -> RunRecord:
         raise RequestError(f"{run_dir}: has no run.json, expected a run directory; flcompress apply RECIPE makes one")
     info = RunFile.read(run_dir / "run.json")
     # Results of earlier versions of a recipe stay next to these; a folder being there does not mean that it counts.
-    entries = [_entry(run_dir / folder, index) for index, folder in enumerate(info.entries)]
+    entries = [_entry(folder, index) for index, folder in enumerate(info.folders(run_dir))]
     evaluation = EvalFile.read_optional(run_dir / "eval" / "results.json")
     bench = BenchFile.read_optional(run_dir / "bench" / "results.json")
     # A result was measured on the last of the entries if it names the whole key of that.

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from flcompress.files import locked
 from flcompress.models import tensor_memory
 from flcompress.planning.plan import plan_recipe
 from flcompress.progress import QuietDisplay
+from flcompress.reporting.reading import read_run
 from tests.fixtures.fakes import CALLS, Reader
 from tests.fixtures.recipes import WriteRecipe
 
@@ -203,7 +205,7 @@ def test_a_model_that_moved_is_asked_for(write: WriteRecipe, tmp_path: Path, mod
 def test_a_store_that_moved_is_named(write: WriteRecipe, tmp_path: Path) -> None:
     run = apply(write("passes: [score]\n"), tmp_path / "run", store=tmp_path / "store", display=QuietDisplay())
     (tmp_path / "store").rename(tmp_path / "elsewhere")
-    for read in (run.start, run.final, run.entries):
+    for read in (run.start, run.final, run.entries, partial(read_run, run.path)):
         with pytest.raises(RequestError) as caught:
             read()
         assert str(caught.value).startswith(f"{tmp_path}/store/passes/00-model-")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from pydantic import ConfigDict, Field, FiniteFloat
 from typing_extensions import override
 
 from flcompress.core.records.base import Fields, OpenRecord, Part, Record
+from flcompress.errors import RequestError
 
 Number = int | FiniteFloat
 """Of a contract, whose digest tells an int from the float of the same value, so reading must not convert it."""
@@ -23,6 +25,24 @@ class RunFile(Record):
     created: str
     entries: list[str]
     finished: bool
+
+    def folders(self, run: Path) -> list[Path]:
+        """Return where the stored results are, the starting program's first.
+
+        Args:
+            run: the run directory.
+
+        Raises:
+            RequestError: one is gone.
+        """
+        folders = [(run / text).resolve() for text in self.entries]
+        for folder in folders:
+            if not folder.is_dir():
+                raise RequestError(
+                    f"{folder}: no such folder; {run} keeps a result there, in the --store of flcompress apply; "
+                    f"put it back, or give flcompress apply {self.recipe_path} again"
+                )
+        return folders
 
 
 class EntryFile(Record):
