@@ -70,6 +70,16 @@ class StoredTensor:
         """True if its numbers have a fraction."""
         return self.dtype in _FLOATS
 
+    @property
+    def count(self) -> int:
+        """How many numbers it has."""
+        return math.prod(self.shape)
+
+    def numbers(self, first: int, count: int) -> StoredTensor:
+        """Return numbers `first` to `first + count - 1` in row-major order: a tensor [count] within this one."""
+        width = _width(self)
+        return replace(self, shape=(count,), start=self.start + first * width, size=count * width)
+
     def rows(self, first: int, count: int) -> StoredTensor:
         """Return rows `first` to `first + count - 1` of its first axis: a tensor within this one."""
         row = self.size // max(self.shape[0], 1)

@@ -10,18 +10,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
-
-import torch
-from safetensors.torch import load_file
+from typing import Any, Literal
 
 from flcompress.core.program import CHECKPOINTS
 from flcompress.distributed.world import World
 from flcompress.errors import RequestError
 from flcompress.files import key_of, move_in_place, sha256, sync, write_text
-from flcompress.models.shards import LiveTensor, write_file
+from flcompress.training.parts import Part, StoredParts, write_parts
 
 MANIFEST = "checkpoint.json"
+FORMAT = 2
 WORK = ".work-"
 
 Kind = Literal["step", "best"]
@@ -33,27 +31,31 @@ KEPT: Mapping[Kind, int] = {"step": 2, "best": 1}
 class Checkpoints:
     """The checkpoints of one training: `checkpoints/step-00000050/`, the newest, and `best-00000050/`.
 
-    Every process writes what only it holds, the main one what all processes hold.
+    Every process writes what only it holds, the main one what all processes hold. Any number of processes, under any
+    engine, reads its own parts of them.
 
     Attributes:
         directory: the training's folder.
         world: the processes.
-        layout: how tensors are split over processes ("whole", or the engine's name and the number of processes): a
-            checkpoint of another layout cannot be loaded.
+        engine: the name of what divides the tensors among them.
         say: shows one line.
     """
 
     directory: Path
     world: World
-    layout: str
+    engine: str
     say: Callable[[str], None]
 
     @property
     def _folder(self) -> Path:
         return self.directory / CHECKPOINTS
 
-    def save(self, step: int, tensors: Mapping[str, torch.Tensor], kind: Kind = "step") -> None:
-        """Store this process's tensors; all processes together. An empty mapping writes no file.
+    @property
+    def _writers(self) -> str:
+        return f"{self.engine} on {self.world.size} process{'es' if self.world.size > 1 else ''}"
+
+    def save(self, step: int, parts: Mapping[str, Part], kind: Kind = "step") -> None:
+        """Store this process's parts; all processes together.
 
         If it fails, the earlier checkpoints are kept.
         """
@@ -62,7 +64,7 @@ class Checkpoints:
         work = self._folder / self.world.broadcast(lambda: self._prepare(step))
         path = work / f"rank-{self.world.rank}.safetensors"
         try:
-            digests, failure = self._write(path, tensors), None
+            digests, failure = self._write(path, parts), None
         except Exception as error:  # noqa: BLE001 (raised below, once no process writes any more)
             digests, failure = {}, error
         try:
@@ -80,12 +82,12 @@ class Checkpoints:
             path.unlink(missing_ok=True)
             raise
 
-    def _write(self, path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-        """Write this process's file; return its name and SHA-256, or nothing where there are no tensors."""
-        if not tensors:
-            return {}
+    def _write(self, path: Path, parts: Mapping[str, Part]) -> dict[str, str]:
+        """Write this process's file; return its name and SHA-256, or nothing if it holds nothing of its own."""
         # Hashed as it is written: reading it back takes as long again, and comes from the page cache, not the disk.
-        digest = write_file(path, {key: LiveTensor(value) for key, value in tensors.items()}, beat=self.world.heartbeat)
+        digest = write_parts(path, parts, main=self.world.main, beat=self.world.heartbeat)
+        if digest is None:
+            return {}
         sync(path)
         return {path.name: digest}
 
@@ -95,7 +97,7 @@ class Checkpoints:
         return work.name
 
     def _put_in_place(self, step: int, kind: Kind, work: Path, files: Mapping[str, str]) -> None:
-        record = {"step": step, "layout": self.layout, "files": dict(files)}
+        record = {"step": step, "format": FORMAT, "writers": self._writers, "files": dict(files)}
         final = self._folder / f"{kind}-{step:08d}"
         try:
             write_text(work / MANIFEST, json.dumps({**record, "checksum": key_of(**record)}, indent=1) + "\n")
@@ -108,13 +110,13 @@ class Checkpoints:
         for old in self._list(kind)[KEPT[kind] :]:
             _remove(old)
 
-    def load(self, kind: Kind = "step") -> tuple[int, dict[str, torch.Tensor]]:
-        """Load (step, tensors) of the newest intact checkpoint of a kind; (0, {}) if there is none.
+    def load(self, kind: Kind = "step") -> tuple[int, StoredParts | None]:
+        """Return (step, stored parts) of the newest intact checkpoint of a kind; (0, None) if there is none.
 
         Damaged checkpoints are reported and removed; so are the remains of killed commands.
 
         Raises:
-            RequestError: it was written with another layout.
+            RequestError: another release wrote it.
         """
         for name in self.world.broadcast(partial(self._tidy, kind)):
             folder = self._folder / name
@@ -123,14 +125,19 @@ class Checkpoints:
             if troubles:
                 self.world.broadcast(partial(self._pass_over, folder, kind, troubles[0]))
                 continue
-            if record["layout"] != self.layout:
+            if record.get("format") != FORMAT:
                 raise RequestError(
-                    f"{folder}: written with {record['layout']}, this is {self.layout}; "
-                    f"start as before, or remove {self._folder} to begin this pass again"
+                    f"{folder}: written by another release of flcompress; resume with that one, or remove "
+                    f"{self._folder} to begin this pass again"
                 )
-            path = folder / self._own_file()
-            return int(str(record["step"])), load_file(str(path)) if path.exists() else {}
-        return 0, {}
+            if self.world.main and record["writers"] != self._writers:
+                self.say(
+                    f"{folder}: written with {record['writers']}, resuming with {self._writers}: the same batches and "
+                    "noise, equal up to rounding"
+                )
+            files = [folder / file for file in sorted(record["files"])]
+            return int(record["step"]), StoredParts(folder, files, self.world.heartbeat)
+        return 0, None
 
     def _tidy(self, kind: Kind) -> list[str]:
         """Remove what killed commands left; return the names of the checkpoints, newest first."""
@@ -145,11 +152,8 @@ class Checkpoints:
         instead = f"resuming from {older[0].name}" if older else "no other one is left; beginning this pass again"
         self.say(f"{folder}: damaged checkpoint removed ({trouble}); {instead}")
 
-    def _own_file(self) -> str:
-        return "rank-0.safetensors" if self.layout == WHOLE else f"rank-{self.world.rank}.safetensors"
-
-    def _verify(self, folder: Path, kind: Kind) -> tuple[dict[str, object], str]:
-        """Return (the manifest, what is wrong with it or with the file that this process will read)."""
+    def _verify(self, folder: Path, kind: Kind) -> tuple[dict[str, Any], str]:
+        """Return (the manifest, what is wrong with it or with this process's share of the files)."""
         try:
             record = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
             checksum = record.pop("checksum")
@@ -158,8 +162,9 @@ class Checkpoints:
             return {}, f"{MANIFEST} cannot be read: {error}"
         if checksum != key_of(**record) or folder.name != f"{kind}-{record['step']:08d}":
             return {}, f"{MANIFEST} does not match its checksum"
-        name = self._own_file()
-        if name in files and record["layout"] == self.layout:
+        # What another release wrote is refused by whoever reads the manifest, not taken for damaged.
+        own = sorted(files)[self.world.rank :: self.world.size] if record.get("format") == FORMAT else ()
+        for name in own:
             path = folder / name
             if not path.is_file():
                 return record, f"{name} is missing"
@@ -169,9 +174,6 @@ class Checkpoints:
 
     def _list(self, kind: Kind) -> Sequence[Path]:
         return sorted(self._folder.glob(f"{kind}-*"), reverse=True)
-
-
-WHOLE = "whole"
 
 
 def _remove(folder: Path) -> None:

@@ -62,7 +62,7 @@ def train(
         The step whose weights the roles have: the last one, or the best evaluation's if the watch rolled back.
 
     Raises:
-        RequestError: the processes do not divide the batch, or the checkpoint was written by others.
+        RequestError: the processes do not divide the batch, or another release wrote the checkpoint.
         TrainingError: a loss was not finite or the watch said stop. The last checkpoint stays.
         Preempted: SIGTERM was received; a checkpoint was written.
     """
@@ -116,7 +116,7 @@ class _Run:
         self._context = context = engine.context
         self._world = context.world
         self._log, self._redraws = context.directory / METRICS_FILE, context.directory / REDRAWS_FILE
-        self._checkpoints = Checkpoints(context.directory, context.world, engine.layout, context.say)
+        self._checkpoints = Checkpoints(context.directory, context.world, context.engine, context.say)
         self._saved, self._save_seconds = time.monotonic(), 0.0
 
     def resume(self) -> tuple[int, list[dict[str, float]]]:
@@ -203,14 +203,14 @@ class _Run:
         return step
 
     def _save(self, step: int, kind: Kind) -> None:
-        tensors = {f"{role.name}/{key}": value for role in self._roles for key, value in role.checkpoint().items()}
-        self._checkpoints.save(step, tensors, kind)
+        parts = {name: part for role in self._roles for name, part in role.parts().items()}
+        self._checkpoints.save(step, parts, kind)
 
     def _restore(self, kind: Kind) -> int:
-        step, tensors = self._checkpoints.load(kind)
-        for role in self._roles if step else ():
-            prefix = f"{role.name}/"
-            role.restore({key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)})
+        step, stored = self._checkpoints.load(kind)
+        if stored is not None:
+            for role in self._roles:
+                role.restore(stored)
         return step
 
 

@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from flcompress.core.optimisation import Optimisation
 from flcompress.draws import Draws
 from flcompress.errors import TrainingError
 from flcompress.training.engines import Engine, Hyper, NotFinite
+from flcompress.training.parts import Part, StoredParts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +80,7 @@ class TrainedRole:
         self.updates = 0
         self._loss: torch.Tensor | float = 0.0
         shards = self._wrapped.shards()
-        self._ema = {name: shard.clone() for name, shard in shards.items()} if ema_decay is not None else None
+        self._ema = {name: part.tensor.clone() for name, part in shards.items()} if ema_decay is not None else None
 
     @classmethod
     def of(
@@ -200,7 +201,8 @@ class TrainedRole:
             # A short run must not stay near its start: the decay warms up with the number of averaged updates.
             averaged = self.updates - self._ema_start
             decay = min(self.ema_decay, (1.0 + averaged) / (10.0 + averaged)) if averaged > 0 else 0.0
-            torch._foreach_lerp_(list(self._ema.values()), list(self._wrapped.shards().values()), 1.0 - decay)
+            live = [part.tensor for part in self._wrapped.shards().values()]
+            torch._foreach_lerp_(list(self._ema.values()), live, 1.0 - decay)
         return {f"{self.name}_loss": value, f"{self.name}_grad_norm": norm}
 
     def _of_all(self, values: torch.Tensor) -> torch.Tensor:
@@ -231,9 +233,9 @@ class TrainedRole:
     @torch.no_grad()
     def _swap(self) -> None:
         assert self._ema is not None
-        for name, live in self._wrapped.shards().items():
-            trained = live.clone()
-            live.copy_(self._ema[name])
+        for name, part in self._wrapped.shards().items():
+            trained = part.tensor.clone()
+            part.tensor.copy_(self._ema[name])
             self._ema[name].copy_(trained)
         self._wrapped.shards_changed()
 
@@ -247,20 +249,24 @@ class TrainedRole:
         with self.with_average():
             return self.full_state()
 
-    def checkpoint(self) -> dict[str, torch.Tensor]:
-        """Return what this process stores to resume bit for bit: weights, moments, average, counters, all tensors."""
-        flat = self._wrapped.state()
-        if flat:
-            flat |= {f"ema.{name}": value for name, value in (self._ema or {}).items()}
-            flat["updates"] = torch.tensor(self.updates)
-        return flat
+    def parts(self) -> dict[str, Part]:
+        """Return what this process holds of all that resuming bit for bit takes: weights, moments, average, counter."""
+        parts = self._wrapped.parts()
+        if self._ema is not None:
+            parts |= {
+                f"ema.{name}": replace(part, tensor=self._ema[name]) for name, part in self._wrapped.shards().items()
+            }
+        parts["updates"] = Part(torch.tensor(self.updates))
+        return {f"{self.name}/{name}": part for name, part in parts.items()}
 
-    def restore(self, flat: Mapping[str, torch.Tensor]) -> None:
-        """Load what `checkpoint` returned."""
-        self._wrapped.restore(flat)
-        for name, value in (self._ema or {}).items():
-            value.copy_(flat[f"ema.{name}"])
-        self.updates = int(flat["updates"])
+    def restore(self, stored: StoredParts) -> None:
+        """Load what a checkpoint holds of `parts`, by whichever processes it was written."""
+        self.updates = stored.number(f"{self.name}/updates")
+        if self.updates:
+            self._wrapped.begin_moments()
+        for name, part in self.parts().items():
+            stored.fill(name, part)
+        self._wrapped.parts_changed()
 
     def _not_finite(self, what: str, value: float) -> TrainingError:
         return TrainingError(

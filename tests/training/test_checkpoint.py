@@ -13,20 +13,22 @@ import pytest
 import torch
 
 from flcompress.distributed.world import World
-from flcompress.files import sha256
-from flcompress.training.checkpoint import MANIFEST, WHOLE, Checkpoints
+from flcompress.errors import RequestError
+from flcompress.files import key_of, sha256
+from flcompress.training.checkpoint import MANIFEST, Checkpoints
+from flcompress.training.parts import Part
 
 TENSORS = "rank-0.safetensors"
 
 
 def checkpoints(folder: Path, said: list[str] | None = None) -> Checkpoints:
-    return Checkpoints(folder, World(), WHOLE, (said if said is not None else []).append)
+    return Checkpoints(folder, World(), "local", (said if said is not None else []).append)
 
 
 def saved(folder: Path, *steps: int) -> Checkpoints:
     made = checkpoints(folder)
     for step in steps:
-        made.save(step, {"weight": torch.full((64,), float(step))})
+        made.save(step, {"weight": Part(torch.full((64,), float(step)))})
     return made
 
 
@@ -85,11 +87,11 @@ def test_a_failure_takes_no_file_from_another_process(tmp_path: Path) -> None:
     """Whose error about it, with the status of a wrong request, could be the one that is reported."""
     world = FullDisk(rank=0, size=2)
     world.folder = tmp_path
-    two = Checkpoints(tmp_path, world, WHOLE, print)
+    two = Checkpoints(tmp_path, world, "ddp", print)
     with pytest.raises(OSError, match="No space left"):
-        two.save(1, {"weight": torch.zeros(4)})
+        two.save(1, {"weight": Part(torch.zeros(4))})
     assert [path.name for path in tmp_path.rglob("*.safetensors")] == ["rank-1.safetensors"]
-    assert checkpoints(tmp_path).load() == (0, {})
+    assert checkpoints(tmp_path).load() == (0, None)
     assert not list(tmp_path.rglob(".work-*"))
 
 
@@ -102,9 +104,11 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, damage: str) -> Non
     if damage == "renamed folder":
         newest = newest.with_name("step-00000030")
     said: list[str] = []
-    step, tensors = checkpoints(tmp_path, said).load()
+    step, stored = checkpoints(tmp_path, said).load()
     assert step == 10
-    assert torch.equal(tensors["weight"], torch.full((64,), 10.0))
+    assert stored is not None
+    stored.fill("weight", Part(weight := torch.empty(64)))
+    assert torch.equal(weight, torch.full((64,), 10.0))
     (line,) = said
     assert line.startswith(f"{newest}: damaged checkpoint removed ({trouble}")
     assert line.endswith("); resuming from step-00000010")
@@ -117,7 +121,7 @@ def test_where_both_are_damaged_it_begins_again_and_later_ones_are_kept(tmp_path
         flip(tmp_path / "checkpoints" / name / TENSORS)
     said: list[str] = []
     again = checkpoints(tmp_path, said)
-    assert again.load() == (0, {})
+    assert again.load() == (0, None)
     assert len(said) == 2
     assert said[1].endswith("; no other one is left; beginning this pass again")
     saved(tmp_path, 5)  # would go first if the damaged ones still counted as newer
@@ -140,11 +144,38 @@ def test_a_checkpoint_that_cannot_be_written_leaves_nothing(tmp_path: Path, monk
     def full(*given: object, **more: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("flcompress.training.checkpoint.write_file", full)
+    monkeypatch.setattr("flcompress.training.parts.write_file", full)
     with pytest.raises(OSError, match="No space left"):
         saved(tmp_path, 20)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000010"]
     assert checkpoints(tmp_path).load()[0] == 10
+
+
+def test_other_writers_are_said(tmp_path: Path) -> None:
+    saved(tmp_path, 10)
+    said: list[str] = []
+    assert Checkpoints(tmp_path, World(), "local", said.append).load()[0] == 10
+    assert said == []
+    assert Checkpoints(tmp_path, World(), "fsdp2", said.append).load()[0] == 10
+    assert said == [
+        f"{tmp_path}/checkpoints/step-00000010: written with local on 1 process, resuming with fsdp2 on 1 process: the "
+        "same batches and noise, equal up to rounding"
+    ]
+
+
+def test_a_checkpoint_of_another_release_is_refused_and_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints/step-00000010"
+    folder.mkdir(parents=True)
+    record = {"step": 10, "layout": "whole", "files": {TENSORS: "0" * 64}}
+    written(folder / MANIFEST, json.dumps({**record, "checksum": key_of(**record)}))
+    written(folder / TENSORS, "what that release wrote")
+    with pytest.raises(RequestError) as caught:
+        checkpoints(tmp_path).load()
+    assert str(caught.value) == (
+        f"{folder}: written by another release of flcompress; resume with that one, or remove {folder.parent} to begin "
+        "this pass again"
+    )
+    assert (folder / TENSORS).exists()
 
 
 def test_what_is_hashed_is_what_is_on_disk(tmp_path: Path) -> None:
@@ -157,11 +188,15 @@ def test_what_is_hashed_is_what_is_on_disk(tmp_path: Path) -> None:
         "empty": torch.zeros(0, 4),
     }
     store = checkpoints(tmp_path)
-    store.save(5, tensors)
-    step, loaded = store.load()
+    store.save(5, {name: Part(value) for name, value in tensors.items()})
+    step, stored = store.load()
     assert step == 5
-    assert {name: (value.dtype, value.tolist()) for name, value in loaded.items()} == {
-        name: (value.dtype, value.tolist()) for name, value in tensors.items()
-    }
+    assert stored is not None
+    for name, value in tensors.items():
+        # The strides, too, of a tensor that is filled.
+        stored.fill(name, Part(filled := torch.empty_like(value)))
+        assert filled.stride() == value.stride()
+        assert torch.equal(filled, value)
+    assert stored.number("updates") == 7
     manifest = json.loads((tmp_path / "checkpoints/step-00000005/checkpoint.json").read_text())
     assert manifest["files"] == {TENSORS: sha256(tmp_path / "checkpoints/step-00000005" / TENSORS)}

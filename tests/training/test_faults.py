@@ -7,11 +7,8 @@ import signal
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load
 
-from tests.fixtures.rounding import rounding
 from tests.training import toy
-from tests.training.comparing import Smooth
 from tests.training.faulty import AGAIN, command, lines, met, resumed, steps
 from tests.training.home import Home
 from tests.training.processes import PATIENCE, run, start
@@ -124,27 +121,3 @@ def test_a_clock_that_runs_backwards(home: Home, tmp_path: Path, whole: bytes) -
     assert toy.weights(folder) == whole
     events = [json.loads(line)["event"] for line in (folder / "journal.jsonl").read_text().splitlines()]
     assert events == ["start", "begin", "pass", "done"]
-
-
-def test_another_number_of_processes(home: Home, tmp_path: Path) -> None:
-    """Whole copies go on with any number, equal but for the order of sums; shards are refused by name."""
-    hooks = dict.fromkeys(range(2), Smooth())
-    unbroken, folder = home.begun(tmp_path / "unbroken/run"), home.begun(tmp_path / "one/run")
-    run(command(home, unbroken), tmp_path / "unbroken/output", processes=2, hooks=hooks)
-    fault = {toy.FAULT: "term:1:4"}
-    start(command(home, folder), tmp_path / "output", processes=2, hooks=hooks, environment=fault).wait()
-    run(command(home, folder, "local"), tmp_path / "again", hooks=hooks)
-    found, expected = load(toy.weights(folder)), load(toy.weights(unbroken))
-    for name, value in expected.items():
-        # Layers of 8 and 16 channels, forward and backward, and 4 samples, in each of two networks; six steps.
-        assert float((found[name] - value).norm() / value.norm()) < rounding(6 * 2 * 3 * (8 + 16 + 16 + 4)), name
-    for engine in ("zero2", "fsdp2"):
-        folder = home.begun(tmp_path / engine / "run")
-        met(home, folder, "term:1:4", engine)
-        ended = start(command(home, folder, engine, "toy: {steps: 6}", "training.processes=1"), tmp_path / "refused")
-        assert ended.wait() == [2], ended.errors()
-        checkpoints = next(folder.glob("passes/.work-*/checkpoints"))
-        assert lines(ended) == [
-            f"error: {checkpoints}/step-00000004: written with {engine} on 2 processes, this is {engine} on 1 "
-            f"processes; start as before, or remove {checkpoints} to begin this pass again"
-        ]

@@ -228,12 +228,10 @@ def test_a_role_of_a_passs_arguments(tmp_path: Path) -> None:
         # Without momentum every step on the same gradient is as long as the rate; decay comes first.
         assert free_of(role) == pytest.approx(before * (1.0 - 0.25 * rate) - rate, rel=1e-6)
     assert role.averaged_state()["free"] == role.full_state()["free"]
-    assert not any(key.startswith("ema.") for key in role.checkpoint())
+    assert not any("/ema." in key for key in role.parts())
     averaged = settings.model_copy(update={"ema_decay": 0.9})
-    assert "ema.free" in TrainedRole.of(Local(work_in(tmp_path)), "one", Two(), averaged).checkpoint()
-    assert (
-        "ema.free" not in TrainedRole.of(Local(work_in(tmp_path)), "one", Two(), averaged, ema_decay=0.0).checkpoint()
-    )
+    assert "one/ema.free" in TrainedRole.of(Local(work_in(tmp_path)), "one", Two(), averaged).parts()
+    assert "one/ema.free" not in TrainedRole.of(Local(work_in(tmp_path)), "one", Two(), averaged, ema_decay=0.0).parts()
 
 
 def test_gradients_are_scaled_down_to_the_norm_that_the_pass_names(tmp_path: Path) -> None:
@@ -242,7 +240,7 @@ def test_gradients_are_scaled_down_to_the_norm_that_the_pass_names(tmp_path: Pat
     role = TrainedRole.of(Local(work_in(tmp_path)), "one", Two(), settings)
     figures = role.update(draws(batch=1), lambda draws: 3.0 * role.module())
     assert figures["one_grad_norm"] == pytest.approx(3.0)
-    assert float(role.checkpoint()["optimizer.exp_avg_sq.free"]) == pytest.approx(0.25, rel=1e-5)
+    assert float(role.parts()["one/optimizer.exp_avg_sq.free"].tensor) == pytest.approx(0.25, rel=1e-5)
 
 
 class Share(World):

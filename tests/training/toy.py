@@ -25,7 +25,7 @@ from flcompress.core.program import Program
 from flcompress.core.settings import Health
 from flcompress.core.steps import Cost, Pass, PassContext
 from flcompress.draws import Draws
-from flcompress.training import checkpoint
+from flcompress.training import parts
 from flcompress.training.engines import engine_of
 from flcompress.training.loop import train
 from flcompress.training.role import TrainedRole
@@ -121,7 +121,7 @@ def fault(step: int, context: PassContext, data: Path) -> float:
     elif kind == "exit":
         os._exit(7)
     elif kind == "exit-in-checkpoint":  # while the main process waits for what this one has written
-        vars(checkpoint)["write_file"] = lambda *given, **more: os._exit(7)
+        vars(parts)["write_file"] = lambda *given, **more: os._exit(7)
     elif kind == "term":
         os.kill(os.getpid(), signal.SIGTERM)
     elif kind == "interrupt":

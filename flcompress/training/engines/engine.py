@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from flcompress.ir.graph import BlockGraph
 from flcompress.models.loading import load_transformer, meta_transformer
 from flcompress.models.network import choose_attention, compile_blocks, half_precision, missing_compiler
 from flcompress.tracing.skip import graph_of, mute, skip
+from flcompress.training.parts import Part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +75,8 @@ class WrappedModel(ABC):
         """Discard the gradients."""
 
     @abstractmethod
-    def shards(self) -> dict[str, torch.Tensor]:
-        """Return this process's part of the trained parameters: live storage, by parameter name."""
+    def shards(self) -> dict[str, Part]:
+        """Return this process's part of the trained parameters, by parameter name."""
 
     def shards_changed(self) -> None:
         """Invalidate copies that were gathered before this write to `shards`."""
@@ -86,25 +87,31 @@ class WrappedModel(ABC):
         """Return the whole state dict on the CPU in the main process, empty in the others; all processes together."""
 
     @abstractmethod
-    def state(self) -> dict[str, torch.Tensor]:
-        """Return all that this process must store to resume bit for bit; empty where the main process stores it."""
+    def parts(self) -> dict[str, Part]:
+        """Return this process's part of the weights, and of the moments if there are any: live storage.
+
+        The names are the same in every engine: `model.NAME` for the state dict, and `optimizer.MOMENT.NAME` with the
+        moments `step`, `exp_avg` and `exp_avg_sq` for the trained parameters.
+        """
 
     @abstractmethod
-    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Load what `state` returned."""
+    def begin_moments(self) -> None:
+        """Allocate the moments that the first step would, where there are none."""
+
+    def parts_changed(self) -> None:
+        """Take over what was written to `parts`."""
+        self.shards_changed()
 
 
 class Engine(ABC):
     """A way to distribute a training over processes, for one pass; see `engine_of`.
 
     Attributes:
-        layout: how checkpoints are split; see `Checkpoints`.
         skips: whether a skipped block may be left out of the computation; if not, it is computed and multiplied by
             zero.
         splits_weights: whether a process holds only its part of every weight, and gathers them block by block.
     """
 
-    layout: str
     skips: bool = True
     splits_weights: bool = False
     _graphs: ClassVar[dict[str, BlockGraph]] = {}
@@ -192,9 +199,9 @@ class Engine(ABC):
         processes = dist.get_world_size() if dist.is_initialized() else 1
         if processes != size:
             raise self._mismatch(f"{processes} processes share the model", f"{size}")
-        for key, shard in wrapped.shards().items():
-            if shard.dtype != torch.float32:
-                raise self._mismatch(f"{key} is held in {shard.dtype}", "torch.float32")
+        for key, part in wrapped.shards().items():
+            if part.tensor.dtype != torch.float32:
+                raise self._mismatch(f"{key} is held in {part.tensor.dtype}", "torch.float32")
         return wrapped
 
     def _mismatch(self, actual: str, expected: str) -> TrainingError:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from flcompress.errors import RequestError
 from flcompress.models.loading import empty_transformer
 from flcompress.training.engines.engine import Engine, Hyper, WrappedModel
 from flcompress.training.engines.replicated import Replica
+from flcompress.training.parts import Part
 
 
 class Shards(Replica):
@@ -30,10 +32,6 @@ class Shards(Replica):
     def _norm(self) -> float:
         norm: Any = nn.utils.clip_grad_norm_(self._named.values(), self._hyper.max_grad_norm)
         return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-
-    @override
-    def shards(self) -> dict[str, torch.Tensor]:
-        return {name: _local(parameter) for name, parameter in self._named.items()}
 
     @override
     def shards_changed(self) -> None:
@@ -49,18 +47,10 @@ class Shards(Replica):
         return state
 
     @override
-    def state(self) -> dict[str, torch.Tensor]:
-        flat = {f"model.{name}": _local(value) for name, value in self.model.state_dict().items()}
-        return flat | {key: _local(value) for key, value in self._moments(self._named).items()}
-
-    @override
-    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
-        for name, value in self.model.state_dict().items():
-            _local(value).copy_(state[f"model.{name}"])
-        self._restore_moments(state)
-
-    def _like_parameter(self, parameter: Any, value: torch.Tensor) -> torch.Tensor:
-        return DTensor.from_local(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+    def _part(self, value: torch.Tensor) -> Part:
+        if not isinstance(value, DTensor):
+            return super()._part(value)
+        return Part(_local(value), _first_row(value) * math.prod(value.shape[1:]), value.numel())
 
 
 class FullySharded(Engine):
@@ -69,7 +59,6 @@ class FullySharded(Engine):
     def __init__(self, context: PassContext) -> None:
         super().__init__(context)
         self.splits_weights = True
-        self.layout = f"fsdp2 on {context.world.size} processes"
         # A transformer's last reshape makes a view; nothing here writes into a model's output.
         warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
         self._device = torch.device(context.device)
@@ -84,10 +73,7 @@ class FullySharded(Engine):
         for name, value in model.state_dict().items():
             mine = stored[name]
             if isinstance(value, DTensor):
-                # As torch.chunk: equal parts, the last ones smaller or empty.
-                rows = len(value)
-                first = min(self._mesh.get_local_rank() * -(-rows // self._mesh.size()), rows)
-                mine = mine.rows(first, len(value.to_local()))
+                mine = mine.rows(_first_row(value), len(value.to_local()))
             mine.fill(_local(value))
         return model
 
@@ -108,6 +94,12 @@ class FullySharded(Engine):
         left = {name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)}
         if odd := left ^ set(unsharded):  # fully_shard is silent where it does nothing
             raise RequestError(f"training.engine: fsdp2 left {min(odd)} of {type(model).__name__} unshared; use ddp")
+
+
+def _first_row(value: DTensor) -> int:
+    """Return the first row of this process's part. As torch.chunk: equal parts, the last ones smaller or empty."""
+    rows, mesh = len(value), value.device_mesh
+    return min(mesh.get_local_rank() * -(-rows // mesh.size()), rows)
 
 
 def _local(value: torch.Tensor) -> torch.Tensor:

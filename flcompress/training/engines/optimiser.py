@@ -33,6 +33,19 @@ def optimiser(parameters: Sequence[torch.Tensor], hyper: Hyper) -> torch.optim.O
     )
 
 
+def begin_moments(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> None:
+    """Give a parameter the counter and the moments of zero that its first step begins with, unless it has some."""
+    if optimizer.state.get(parameter):
+        return
+    # The counter is on the CPU, unless the step is fused.
+    counter = parameter.device if optimizer.defaults.get("fused") else torch.device("cpu")
+    moments = ("exp_avg_sq",) if isinstance(optimizer, MomentumFreeAdamW) else ("exp_avg", "exp_avg_sq")
+    optimizer.state[parameter] = {
+        "step": torch.tensor(0.0, device=counter),
+        **{moment: torch.zeros_like(parameter) for moment in moments},
+    }
+
+
 class MomentumFreeAdamW(torch.optim.Optimizer):
     """AdamW with beta1 = 0, whose first moment is the gradient and need not be kept.
 
@@ -62,10 +75,8 @@ class MomentumFreeAdamW(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
+                begin_moments(self, parameter)
                 state = self.state[parameter]
-                if not state:
-                    state["step"] = torch.tensor(0.0)  # on the CPU, as AdamW's
-                    state["exp_avg_sq"] = torch.zeros_like(parameter)
                 state["step"] += 1
                 correction = (1.0 - beta2 ** float(state["step"])) ** 0.5
                 for p, g, v in _slices(parameter, parameter.grad, state["exp_avg_sq"]):

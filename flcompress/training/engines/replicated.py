@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -13,11 +12,9 @@ from torch import nn
 from typing_extensions import override
 
 from flcompress.core.steps import PassContext
-from flcompress.training.checkpoint import WHOLE
 from flcompress.training.engines.engine import Engine, Hyper, NotFinite, WrappedModel
-from flcompress.training.engines.optimiser import optimiser
-
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+from flcompress.training.engines.optimiser import begin_moments, optimiser
+from flcompress.training.parts import Part
 
 
 class Replica(WrappedModel):
@@ -56,8 +53,8 @@ class Replica(WrappedModel):
         self._optimizer.zero_grad(set_to_none=True)
 
     @override
-    def shards(self) -> dict[str, torch.Tensor]:
-        return {name: parameter.detach() for name, parameter in self._named.items()}
+    def shards(self) -> dict[str, Part]:
+        return {name: self._part(parameter) for name, parameter in self._named.items()}
 
     @override
     def full_state(self) -> dict[str, torch.Tensor]:
@@ -66,38 +63,22 @@ class Replica(WrappedModel):
         return {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
 
     @override
-    def state(self) -> dict[str, torch.Tensor]:
-        if not self.context.world.main:
-            return {}
-        flat = {f"model.{name}": value.detach() for name, value in self.model.state_dict().items()}
-        return flat | self._moments(self._named)
-
-    def _moments(self, named: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        return {
-            f"optimizer.{moment}.{name}": torch.as_tensor(value)
-            for name, parameter in named.items()
+    def parts(self) -> dict[str, Part]:
+        weights = {f"model.{name}": self._part(value) for name, value in self.model.state_dict().items()}
+        return weights | {
+            f"optimizer.{moment}.{name}": self._part(value)
+            for name, parameter in self._named.items()
             for moment, value in self._optimizer.state.get(parameter, {}).items()
         }
 
+    def _part(self, value: torch.Tensor) -> Part:
+        """Return this process's part of a weight or a moment."""
+        return Part(value.detach())
+
     @override
-    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
-        prefix = "model."
-        self.model.load_state_dict({k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)})
-        self._restore_moments(state)
-
-    def _restore_moments(self, state: Mapping[str, torch.Tensor]) -> None:
-        for name, parameter in self._named.items():
-            stored = {moment: state[key] for moment in MOMENTS if (key := f"optimizer.{moment}.{name}") in state}
-            if stored:
-                # AdamW counts steps on the CPU, unless it is fused.
-                counter = parameter.device if self._optimizer.defaults.get("fused") else torch.device("cpu")
-                self._optimizer.state[parameter] = {
-                    moment: value.to(counter) if moment == "step" else self._like_parameter(parameter, value)
-                    for moment, value in stored.items()
-                }
-
-    def _like_parameter(self, parameter: Any, value: torch.Tensor) -> torch.Tensor:
-        return value.to(parameter.device)
+    def begin_moments(self) -> None:
+        for parameter in self._named.values():
+            begin_moments(self._optimizer, parameter)
 
 
 class AveragedReplica(Replica):
@@ -115,8 +96,6 @@ class AveragedReplica(Replica):
 class Local(Engine):
     """The engine of a single process."""
 
-    layout = WHOLE
-
     @override
     def wrap_trained(self, model: nn.Module, hyper: Hyper, *, batch: int) -> WrappedModel:
         return self.verify_engine(Replica(self.context, model, model, hyper), nn.Module)
@@ -128,8 +107,6 @@ class Local(Engine):
 
 class Distributed(Engine):
     """torch's DistributedDataParallel."""
-
-    layout = WHOLE
 
     @override
     def wrap_trained(self, model: nn.Module, hyper: Hyper, *, batch: int) -> WrappedModel:

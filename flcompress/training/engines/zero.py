@@ -18,7 +18,8 @@ from flcompress.core.steps import PassContext
 from flcompress.errors import UnavailableError
 from flcompress.models.loading import empty_transformer, put
 from flcompress.training.engines.engine import Engine, Hyper, NotFinite, WrappedModel
-from flcompress.training.engines.optimiser import optimiser
+from flcompress.training.engines.optimiser import begin_moments, optimiser
+from flcompress.training.parts import Part
 
 
 class ZeroModel(WrappedModel):
@@ -71,10 +72,16 @@ class ZeroModel(WrappedModel):
         self.module.zero_grad()
 
     @override
-    def shards(self) -> dict[str, torch.Tensor]:
-        if self._stage == 3:
-            return {name: parameter.ds_tensor.data for name, parameter in self._named.items()}
-        return {name: parameter.detach() for name, parameter in self._named.items()}
+    def shards(self) -> dict[str, Part]:
+        if self._stage < 3:
+            return {name: Part(parameter.detach()) for name, parameter in self._named.items()}
+        return {name: self._own_range(parameter, parameter.ds_tensor.data) for name, parameter in self._named.items()}
+
+    def _own_range(self, parameter: Any, padded: torch.Tensor) -> Part:
+        """Return the part of ZeRO-3's parameter: every process has as many numbers, the last ones padding."""
+        total = parameter.ds_numel
+        first = min(self.context.world.rank * padded.numel(), total)
+        return Part(padded.view(-1)[: total - first], first, total)
 
     @override
     def full_state(self) -> dict[str, torch.Tensor]:
@@ -94,34 +101,51 @@ class ZeroModel(WrappedModel):
         return gathered
 
     @override
-    def state(self) -> dict[str, torch.Tensor]:
-        flat: dict[str, torch.Tensor] = {}
-        for index, partition in enumerate(self._partitions):
-            flat[f"partition.{index}"] = partition.detach()
-            for moment, value in self._optimizer.state.get(partition, {}).items():
-                flat[f"optimizer.{moment}.{index}"] = torch.as_tensor(value)
-        return flat
+    def parts(self) -> dict[str, Part]:
+        # Buffers: everything that is trained is in the partitions.
+        buffers = set(self.model.state_dict()) - set(dict(self.model.named_parameters()))
+        parts = {f"model.{name}": Part(self.model.get_buffer(name).detach()) for name in sorted(buffers)}
+        for name, parameter in self._named.items():
+            for kind, partition in self._flat_tensors(self._group_of(parameter)).items():
+                if kind == "optimizer.step":  # one for all parameters of a group
+                    parts[f"{kind}.{name}"] = Part(partition)
+                elif (part := self._part(parameter, partition)) is not None:
+                    parts[f"{kind}.{name}"] = part
+        return parts
+
+    def _flat_tensors(self, group: int) -> dict[str, torch.Tensor]:
+        """Return the weights and the moments of a group."""
+        partition = self._partitions[group]
+        moments = self._optimizer.state.get(partition, {})
+        return {"model": partition.detach(), **{f"optimizer.{moment}": value for moment, value in moments.items()}}
+
+    def _group_of(self, parameter: Any) -> int:
+        # The optimiser has one group, which ZeRO-3 splits.
+        return int(self._zero.grad_position[parameter.ds_id][0]) if self._stage == 3 else 0
+
+    def _part(self, parameter: Any, flat: torch.Tensor) -> Part | None:
+        """Return what a group's flat tensor has of a parameter; None if that is nothing."""
+        if self._stage == 3:
+            _, start, count = self._zero.grad_position[parameter.ds_id]
+            return self._own_range(parameter, flat[start : start + count])
+        place = parameter._hp_mapping
+        if place is None:
+            return None
+        here = place.hp_fragment_address
+        return Part(flat[here.start : here.start + here.numel], place.lp_fragment_address.start, parameter.numel())
 
     @override
-    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
-        for index, partition in enumerate(self._partitions):
-            partition.data.copy_(state[f"partition.{index}"])
-            moments = {key.split(".")[1]: key for key in state if key.startswith("optimizer.") and _index(key) == index}
-            if moments:
-                self._optimizer.state[partition] = {
-                    moment: state[key] if moment == "step" else state[key].to(partition.device)
-                    for moment, key in moments.items()
-                }
+    def begin_moments(self) -> None:
+        for partition in self._partitions:
+            begin_moments(self._optimizer, partition)
+
+    @override
+    def parts_changed(self) -> None:
         if self._stage < 3:
             self._zero.update_lp_params()
             return
         for partition, flat in zip(self._partitions, self._zero.fp16_partitioned_groups_flat, strict=True):
             flat.data.copy_(partition.data)
-
-
-def _index(key: str) -> int:
-    """Return the parameter group of a key of `ZeroModel.state`."""
-    return int(key.rsplit(".", 1)[1])
 
 
 class Zero(Engine):
@@ -145,7 +169,6 @@ class Zero(Engine):
         os.environ.setdefault("LOCAL_RANK", "0")  # one process without a launcher, where training.processes is 1
         deepspeed.init_distributed(dist_init_required=False)
         self._stage, self._kind = stage, deepspeed.DeepSpeedEngine
-        self.layout = f"zero{stage} on {context.world.size} processes"
         # ZeRO-3 would give a skipped block the gradient of its last step.
         self.skips = stage < 3
         self.splits_weights = stage == 3
