@@ -256,10 +256,14 @@ def export_command(
 
 @main.command("generate", cls=BackendCommand)
 @click.argument("run", type=_FOLDER)
-@click.option("--prompt", required=True, help="What the clip shows.")
+@click.option("--prompt", help="What the clip shows.")
+@click.option("--prompts", type=_FOLDER, help="Instead: a .txt file, one prompt a line, for a folder of clips.")
 @click.option("--backend", type=BackendName(), default="torch", show_default=True, help="Runs the denoiser.")
 @click.option(
-    "--out", type=_FOLDER, default=Path("clip.gif"), show_default=True, help=".gif, .mp4 or .png (frames in a row)."
+    "--out",
+    type=_FOLDER,
+    callback=lambda context, option, out: out or Path("clips" if context.params.get("prompts") else "clip.gif"),
+    help=".gif, .mp4 or .png (frames in a row); of --prompts a folder.  [default: clip.gif, or clips]",
 )
 @click.option(
     "--seed", type=int, default=0, show_default=True, help="Seed of all noise; the same seed gives the same clip."
@@ -274,7 +278,8 @@ def export_command(
 @quiet
 def generate_command(
     run: Path,
-    prompt: str,
+    prompt: str | None,
+    prompts: Path | None,
     backend: str,
     options: dict[str, Any],
     out: Path,
@@ -284,10 +289,14 @@ def generate_command(
     negative_prompt: str | None,
     quiet: bool,
 ) -> None:
-    """Generate one clip with the exported student of RUN."""
+    """Generate clips with the exported student of RUN.
+
+    With --prompts, the processes that torchrun started share the prompts, and an interrupted command resumes.
+    """
     written = commands.generate(
         run,
         prompt,
+        prompts=prompts,
         backend=backend,
         options=options,
         out=out,
@@ -297,7 +306,8 @@ def generate_command(
         negative_prompt=negative_prompt,
         display=_display(quiet),
     )
-    click.echo(str(written))
+    if os.environ.get("RANK", "0") == "0":
+        click.echo(str(written))
 
 
 @main.command("passes")

@@ -8,9 +8,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from flcompress.evaluation.clips.files import Frames
 from flcompress.evaluation.suites.clip_suite import ClipContext
 from flcompress.evaluation.suites.proxies import Proxies
+from flcompress.runtime.clip_folder import Frames
 from tests.fixtures.synthetic_clips import VARIANTS, moving
 
 FIGURES = (

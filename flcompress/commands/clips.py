@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flcompress.commands.recipes import StrPath, open_run
+from flcompress.errors import RequestError
 
 if TYPE_CHECKING:
     from flcompress.progress import Display
@@ -14,33 +15,37 @@ if TYPE_CHECKING:
 
 def generate(
     run: StrPath,
-    prompt: str,
+    prompt: str | None = None,
     *,
+    prompts: StrPath | None = None,
     backend: str = "torch",
     options: Mapping[str, Any] | None = None,
-    out: StrPath = "clip.gif",
+    out: StrPath | None = None,
     seed: int = 0,
     image: StrPath | None = None,
     fps: float | None = None,
     negative_prompt: str | None = None,
     display: Display | None = None,
 ) -> Path:
-    """Generate one clip with the exported student of a run.
+    """Generate one clip with the exported student of a run, or one for each prompt of a file.
 
     Args:
         run: the run directory; its diffusers export holds text encoder and autoencoder.
         prompt: what the clip shows.
+        prompts: instead, a `.txt` file with one prompt a line. Processes that a launcher started share them, and clips
+            that `out` holds already stay.
         backend: name of what runs the denoiser: "torch", "compile", "onnx", "tensorrt", or of another installed one.
         options: of the backend, by name, such as {"provider": "cuda"}.
-        out: `.gif`, `.mp4` or `.png` (frames in a row) to write.
-        seed: seed of all noise; the same seed gives the same clip.
+        out: `.gif`, `.mp4` or `.png` (frames in a row) to write, "clip.gif" by default; with `prompts` the folder of
+            their clips, "clips" by default.
+        seed: seed of all noise; the same seed gives the same clip, alone or of a file of prompts.
         image: first frame, for image-to-video models.
         fps: frames per second of the file; those of the run's data, or of the model's family, by default.
         negative_prompt: what guidance leads away from; the recipe's by default.
         display: where progress is shown; bars on a terminal, else lines.
 
     Returns:
-        The file that was written.
+        The file that was written, or the folder.
 
     Raises:
         UnavailableError: the backend cannot run on this machine.
@@ -49,11 +54,24 @@ def generate(
     from flcompress.distributed.launch import use_free_cores
     from flcompress.progress import default_display
     from flcompress.runtime.generate import generate
+    from flcompress.runtime.generate_all import generate_all
 
+    if (prompt is None) == (prompts is None):
+        given = "both" if prompt is not None else "neither"
+        raise RequestError(f"generate: {given} of --prompt and --prompts given, expected one of them")
     use_free_cores()
-    first = Path(image) if image is not None else None
-    with (display or default_display()).stage("generate") as progress:
-        return generate(Path(run), prompt, backend, Path(out), seed, first, progress, fps, negative_prompt, options)
+    display = display or default_display()
+    if prompts is not None:
+        if image is not None:
+            raise RequestError(
+                f"--image: {image} given with --prompts, whose clips start from text alone; leave it out"
+            )
+        where, file = Path(out or "clips"), Path(prompts)
+        return generate_all(Path(run), file, backend, where, seed, display, fps, negative_prompt, options)
+    assert prompt is not None
+    where, first = Path(out or "clip.gif"), Path(image) if image is not None else None
+    with display.stage("generate") as progress:
+        return generate(Path(run), prompt, backend, where, seed, first, progress, fps, negative_prompt, options)
 
 
 def evaluate(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,17 +73,48 @@ def generate(
     check_prompt("--negative-prompt", negative_prompt or "")
     check_target(out)
     runner.require()
+    student = open_student(run_dir, runner, negative_prompt)
+    parts = student.parts
+    first = _first_frame(parts, student.facts, prompt, image)
+    latents = denoise(student.network, parts, student.facts, prompt, seed, first, progress)
+    student.let_go()  # the transformer leaves before the autoencoder comes
+    return write_clip(parts.decode_latents(latents)[0].cpu(), out, fps or student.frame_rate)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Student:
+    """An exported student; each of its parts comes into memory when it is first needed.
+
+    Attributes:
+        parts: its text encoders and autoencoder.
+        network: its transformers, behind a back end.
+        facts: how its clips are sampled, with the negative prompt that was asked for.
+        frame_rate: frames a second of its clips.
+        let_go: frees its transformers; they are loaded again when they are next called.
+    """
+
+    parts: Parts
+    network: Network
+    facts: FactsFile
+    frame_rate: float
+    let_go: Callable[[], None]
+
+
+def open_student(run_dir: Path, backend: Backend, negative_prompt: str | None) -> Student:
+    """Check the exports of a run and return its student; see `generate`."""
     pipeline = run_dir / "exports" / "diffusers"
     if (pipeline / FACTS_FILE).is_file():
         check_parts(pipeline)
     facts = read_manifest(FactsFile, pipeline / FACTS_FILE, _make(run_dir, "diffusers"))
     asked = _with_negative(facts, negative_prompt)
-    denoiser = _denoiser(run_dir, runner, facts)
-    parts = open_parts(pipeline, best_device())
-    first = _first_frame(parts, facts, prompt, image)
-    latents = denoise(denoiser, parts, asked, prompt, seed, first, progress)
-    free_gpu_memory()  # the transformer leaves before the autoencoder comes
-    return write_clip(parts.decode_latents(latents)[0].cpu(), out, fps or _frame_rate(pipeline, facts))
+    turns = _InTurn()
+    return Student(
+        network=_denoiser(run_dir, backend, facts, turns),
+        parts=open_parts(pipeline, best_device()),
+        facts=asked,
+        frame_rate=_frame_rate(pipeline, facts),
+        let_go=turns.let_go,
+    )
 
 
 def denoise(
@@ -100,14 +131,34 @@ def denoise(
     Starting noise and every re-noising come from one generator in the order a stock pipeline draws them, on the CPU, so
     that they are the same everywhere; between the steps everything stays on the device of the network.
     """
-    contract, device = SamplingContract.from_dict(facts.contract.dump()), best_device()
-    prompts = to_device(parts.encode_prompts([prompt, contract.negative_prompt], contract.max_sequence_length), device)
+    contract = SamplingContract.from_dict(facts.contract.dump())
+    prompts = encode_prompt(parts, contract, prompt)
     parts.let_go()  # the text encoders leave before a transformer comes
+    return sample_clip(
+        CallCounter(progress, contract.evaluations).around(network), parts, facts, prompts, seed, first_frame
+    )
+
+
+def encode_prompt(parts: Parts, contract: SamplingContract, prompt: str) -> Conditioning:
+    """Return the conditioning [2, ...] of a prompt and of the negative prompt."""
+    return parts.encode_prompts([prompt, contract.negative_prompt], contract.max_sequence_length)
+
+
+def sample_clip(
+    network: Network,
+    parts: Parts,
+    facts: FactsFile,
+    prompts: Conditioning,
+    seed: int,
+    first_frame: Conditioning | None = None,
+) -> torch.Tensor:
+    """Return latents, as `denoise` does, for what `encode_prompt` gave."""
+    contract, device = SamplingContract.from_dict(facts.contract.dump()), best_device()
+    prompts = to_device(prompts, device)
     conditioning = select(prompts, slice(0, 1)) | to_device(first_frame or {}, device)
     draw = torch.Generator().manual_seed(seed)
     start = parts.family.start(parts.family.noise(facts.latents, draw).to(device), conditioning)
-    shown = CallCounter(progress, contract.evaluations).around(network)
-    latents = sample(shown, contract, start, conditioning, select(prompts, slice(1, 2)), draw)
+    latents = sample(network, contract, start, conditioning, select(prompts, slice(1, 2)), draw)
     return parts.family.end(parts.config, latents, conditioning).cpu()
 
 
@@ -147,9 +198,9 @@ def _first_frame(parts: Parts, facts: FactsFile, prompt: str, image: Path | None
     return to_device(parts.encode_images(clip, [prompt], call["max_sequence_length"]), "cpu")
 
 
-def _denoiser(run_dir: Path, backend: Backend, facts: FactsFile) -> Network:
+def _denoiser(run_dir: Path, backend: Backend, facts: FactsFile, turns: _InTurn | None = None) -> Network:
     """Return the network: the transformer, or both of two experts, of which only the one in use is in memory."""
-    contract, turns = SamplingContract.from_dict(facts.contract.dump()), _InTurn()
+    contract, turns = SamplingContract.from_dict(facts.contract.dump()), turns or _InTurn()
     if (experts := contract.experts) is None:
         return turns.network(_loading(run_dir, backend, "transformer", "", facts))
     compressed = turns.network(_loading(run_dir, backend, COMPONENTS[experts.compressed], "", facts))
@@ -171,12 +222,16 @@ class _InTurn:
 
         def call(x: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
             if self._loaded is None or self._loaded[0] is not load:
-                self._loaded = None
-                free_gpu_memory()
+                self.let_go()
                 self._loaded = load, load()
             return self._loaded[1](x, timestep, conditioning)
 
         return call
+
+    def let_go(self) -> None:
+        """Free the one that is in memory."""
+        self._loaded = None
+        free_gpu_memory()
 
 
 def _loading(run_dir: Path, backend: Backend, transformer: str, part: str, facts: FactsFile) -> Load:

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 import flcompress
 from flcompress.driver.rundir import RunDirectory
 from flcompress.errors import FlcompressError, RequestError
-from flcompress.evaluation.clips.files import ClipFolder, Item, clip_name, read_frames, write_frames
 from flcompress.evaluation.clips.prompts import held_out_clips
 from flcompress.frontend.loading import load_recipe
 from flcompress.models.parts import open_parts
 from flcompress.moving_digits.dataset import build_moving_digits
 from flcompress.progress import QuietDisplay
 from flcompress.runtime.clip_files import pixels_of
+from flcompress.runtime.clip_folder import ClipFolder, Item, clip_name, read_frames, write_frames
 from flcompress.stats import bootstrap
 from tests.evaluation.conftest import make_run
 

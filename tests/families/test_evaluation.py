@@ -18,10 +18,10 @@ from flcompress.cli import main
 from flcompress.core.records import ClipLine, EvalFile, ScoreLine
 from flcompress.driver.rundir import RunDirectory
 from flcompress.errors import DataError, FlcompressError, RequestError
-from flcompress.evaluation.clips.files import read_frames
 from flcompress.evaluation.clips.samplers import ProgramMaker
 from flcompress.evaluation.clips.stock import StockFile
 from flcompress.progress import QuietDisplay
+from flcompress.runtime.clip_folder import read_frames
 from tests.families.pipelines import EXPERTS, EXPORTED
 from tests.families.test_bench import make_run
 from tests.training import processes

@@ -6,7 +6,15 @@ are; the first incompatible change writes `"format": 2`, which this version refu
 """
 
 from flcompress.core.records.base import AnyRecord, Record
-from flcompress.core.records.evaluated import BlindFile, BlindPair, ClipLine, MeasuredLine, ScoreLine, VotesFile
+from flcompress.core.records.evaluated import (
+    BlindFile,
+    BlindPair,
+    ClipLine,
+    ClipsFile,
+    MeasuredLine,
+    ScoreLine,
+    VotesFile,
+)
 from flcompress.core.records.exports import (
     EngineManifest,
     ExportManifest,
@@ -75,6 +83,7 @@ __all__ = [
     "CellResult",
     "ClipLine",
     "ClipPart",
+    "ClipsFile",
     "ContenderRow",
     "ContractPart",
     "DrawnLine",

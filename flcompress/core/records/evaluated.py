@@ -1,8 +1,8 @@
-"""What the clip suites of `flcompress eval` leave next to their results: a line for each clip, and its figures."""
+"""What `flcompress eval` and `generate` leave next to clips: a line for each clip, what made it, and its figures."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, FiniteFloat
 
@@ -11,7 +11,7 @@ from flcompress.core.records.run import Number
 
 
 class ClipLine(Record):
-    """A line of `eval/clips/CONTENDER/manifest-RANK.jsonl`: one clip file, and all that it was made from.
+    """A line of `manifest-RANK.jsonl` in a folder of clips: one clip file, and all that it was made from.
 
     Attributes:
         number: which of the clips of this prompt and seed.
@@ -32,6 +32,25 @@ class ClipLine(Record):
     frame_rate: Number
     seconds: FiniteFloat | None = None
     decoding_seconds: FiniteFloat | None = None
+
+
+class ClipsFile(Record):
+    """`clips.json` of a folder that `flcompress generate --prompts` fills: what made its clips.
+
+    Attributes:
+        student: hash of the sampling facts of the diffusers export.
+        export: cache key of what the back end runs; None where that was not noted.
+        options: the back end's.
+    """
+
+    FIX = "choose another --out"
+
+    student: str
+    export: str | None
+    backend: str
+    options: dict[str, Any]
+    negative_prompt: str
+    frame_rate: Number
 
 
 class MeasuredLine(Record):

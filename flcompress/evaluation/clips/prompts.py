@@ -17,11 +17,11 @@ from flcompress.draws import generator
 from flcompress.driver.clips import Clips
 from flcompress.driver.rundir import RunDirectory
 from flcompress.errors import RequestError
-from flcompress.evaluation.clips.files import Item
 from flcompress.frontend.recipe import Recipe
 from flcompress.models.parts import Parts
 from flcompress.moving_digits import digits
 from flcompress.runtime.clip_files import pixels_of
+from flcompress.runtime.clip_folder import Item
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 

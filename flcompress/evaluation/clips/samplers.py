@@ -20,13 +20,13 @@ from flcompress.draws import seed_of
 from flcompress.driver.clips import data_frame_rate
 from flcompress.driver.rundir import RunDirectory
 from flcompress.errors import FlcompressError
-from flcompress.evaluation.clips.files import Item
 from flcompress.evaluation.contenders import Contender, run_contenders
 from flcompress.models.configs import check_transformer_config
 from flcompress.models.parts import Parts
 from flcompress.models.stock_files import folder_digest
 from flcompress.progress import ProgressSink
 from flcompress.runtime.clip_files import read_picture
+from flcompress.runtime.clip_folder import Item
 from flcompress.runtime.sizes import clip_of
 
 ENCODED = 8

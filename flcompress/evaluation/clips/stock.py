@@ -16,13 +16,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from flcompress.clip_figures import Frames
 from flcompress.data.pictures import open_picture
 from flcompress.errors import ModelError, RequestError
-from flcompress.evaluation.clips.files import Item
 from flcompress.evaluation.clips.samplers import Home, Maker, noise_seed, student_of
 from flcompress.models.configs import read_index
 from flcompress.models.stock import no_progress_bars
 from flcompress.models.stock_files import folder_digest
 from flcompress.models.tensor_memory import free_gpu_memory
 from flcompress.progress import ProgressSink
+from flcompress.runtime.clip_folder import Item
 
 _LIBRARIES = ("diffusers", "transformers")
 

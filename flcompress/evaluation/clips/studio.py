@@ -14,10 +14,10 @@ import torch
 from flcompress import wording
 from flcompress.core.records import BenchFile, ClipLine
 from flcompress.distributed.world import World
-from flcompress.evaluation.clips.files import ClipFolder, Item, clip_name
 from flcompress.evaluation.clips.samplers import Maker
 from flcompress.files import key_of
 from flcompress.progress import Display
+from flcompress.runtime.clip_folder import ClipFolder, Item, clip_name
 
 VERSION = 1
 """Part of the name of a contender's folder, to be raised when the same weights would give other clips."""

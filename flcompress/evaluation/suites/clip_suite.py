@@ -18,12 +18,12 @@ from typing_extensions import override
 
 from flcompress.clip_figures import Frames
 from flcompress.core.records import ScoreLine
-from flcompress.evaluation.clips.files import read_frames
 from flcompress.evaluation.clips.samplers import Home
 from flcompress.evaluation.suites.session import FileSuite, Rows, Session, Task, hash_of_image
 from flcompress.evaluation.suites.tables import Measurement, Sets, tables
 from flcompress.files import key_of
 from flcompress.runtime.clip_files import pixels_of, read_picture
+from flcompress.runtime.clip_folder import read_frames
 from flcompress.runtime.sizes import sizes_of
 
 Latents = Callable[[Frames], torch.Tensor]

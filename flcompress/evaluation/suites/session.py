@@ -21,7 +21,6 @@ from flcompress.distributed.launch import Launch, join
 from flcompress.distributed.world import World
 from flcompress.driver.rundir import RunDirectory
 from flcompress.errors import RequestError
-from flcompress.evaluation.clips.files import ClipFolder, Item, clip_name
 from flcompress.evaluation.clips.prompts import Material, read_material
 from flcompress.evaluation.clips.samplers import Home, Maker, makers_of
 from flcompress.evaluation.clips.stock import maker_against
@@ -30,6 +29,7 @@ from flcompress.evaluation.suites.side_by_side import write_side_by_side
 from flcompress.evaluation.suites.tables import Figure, Measurement, Sets
 from flcompress.files import append_line, key_of, sha256
 from flcompress.progress import Display, QuietDisplay
+from flcompress.runtime.clip_folder import ClipFolder, Item, clip_name
 from flcompress.runtime.torch_session import best_device
 
 Rows = Mapping[str, Mapping[str, Any]]

@@ -11,8 +11,8 @@ import numpy as np
 
 from flcompress.clip_figures import Frames
 from flcompress.core.records import ScoreLine
-from flcompress.evaluation.clips.files import ClipFolder, read_frames, write_frames
 from flcompress.evaluation.clips.studio import Take
+from flcompress.runtime.clip_folder import ClipFolder, read_frames, write_frames
 
 SPREAD, WORST = 4, 2
 """Prompts that are shown: evenly spread over the list, and those with the least of the teacher's motion."""

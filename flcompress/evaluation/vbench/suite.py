@@ -19,7 +19,6 @@ from flcompress.core.records import ClipLine, ScoreLine
 from flcompress.core.suites import SuiteRequest
 from flcompress.distributed.launch import Launch
 from flcompress.errors import DataError, RequestError
-from flcompress.evaluation.clips.files import Item
 from flcompress.evaluation.clips.prompts import Material, read_material
 from flcompress.evaluation.clips.studio import Take
 from flcompress.evaluation.suites.session import FileSuite, Rows, Session, Task
@@ -27,6 +26,7 @@ from flcompress.evaluation.suites.tables import Figure, Measurement, Sets
 from flcompress.evaluation.vbench.processes import Interpreter, Job
 from flcompress.evaluation.vbench.scores import BACKGROUND, DIMENSIONS, SUBJECT, ClipScores, Tally, score_tables
 from flcompress.files import key_of, replacing
+from flcompress.runtime.clip_folder import Item
 
 RATIOS = {"1-1": 1.0, "8-5": 1.6, "7-4": 1.75, "16-9": 16.0 / 9.0}
 """Folder of VBench's cropped pictures -> width over height."""

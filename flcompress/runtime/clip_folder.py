@@ -1,4 +1,4 @@
-"""Clip files of an evaluation: safe names, the manifest that makes a killed one resumable, reading and writing."""
+"""Folders of clip files: safe names, the manifest that makes a killed command resumable, reading and writing."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def read_frames(path: Path) -> Frames:
 
 
 class ClipFolder:
-    """The clips of one contender, and the manifest that names them.
+    """The clips of one model, and the manifest that names them.
 
     Every process adds to a manifest of its own, so no two write one file.
 
@@ -105,7 +105,7 @@ class ClipFolder:
         return {name: line for name, line in wanted.items() if self._unchanged(line)}
 
     def strangers(self, names: Iterable[str]) -> list[str]:
-        """Return the clip files that no evaluation wrote."""
+        """Return the clip files that no manifest and none of `names` names."""
         known = {*self.lines(), *names}
         return sorted(path.name for path in self.folder.glob("*.mp4") if path.name not in known)
 
