@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import override
@@ -170,11 +170,12 @@ class DistributionMatching(Optimisation, Pass):
             generator += 2.0 if self.real_lean else 1.0
             critic += 3.0 if self.gan_r1 else 2.0
 
-        def role(name: str, kind: str, parameters: float, blocks: float, runs: float, *, averaged: bool) -> Role:
+        def role(name: str, kind: str, parameters: float, blocks: float, runs: float, **more: Any) -> Role:
             own = lora_parameters(parameters, blocks, self.lora_rank) if kind == "lora" else parameters
-            return Role(name, own, trained=True, moments=self.moments, averaged=averaged, runs=runs)
+            return Role(name, own, trained=True, moments=self.moments, runs=runs, **more)
 
         heads = head_parameters(width(parameters, blocks))
+        discriminator = Role("discriminator", heads, trained=True, moments=self.moments, updates=self.critic_updates)
         # The adversarial gradient keeps the real score's activations next to the generator's.
         both = parameters + original * bool(self.gan_weight)
 
@@ -186,8 +187,8 @@ class DistributionMatching(Optimisation, Pass):
             batch=self.batch,
             roles=(
                 role("generator", self.generator, parameters, blocks, both, averaged=self.averages),
-                role("fake score", self.fake_score, original, blocks / pruned, original, averaged=False),
-                *((Role("discriminator", heads, trained=True, moments=self.moments),) if self.gan_weight else ()),
+                role("fake score", self.fake_score, original, blocks / pruned, original, updates=self.critic_updates),
+                *((discriminator,) if self.gan_weight else ()),
                 Role("shared base" if self.settings.shares else "real score", original),
                 *((Role("generator's base", parameters),) if own_base else ()),
             ),

@@ -15,6 +15,9 @@ Precision = Literal["fp32", "bf16"]
 EngineName = Literal["local", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
 AttentionName = Literal["native", "cudnn", "flash", "efficient", "math"]
 LogName = Literal["tensorboard", "wandb"]
+OffloadName = Literal["moments", "inputs"]
+OFFLOADING: tuple[EngineName, ...] = ("local", "ddp", "fsdp2")
+"""Engines that can offload: DeepSpeed steps all parameters as one flat tensor."""
 OnBreach = Literal["warn", "stop", "rollback"]
 Limits = Mapping[str, tuple[float | None, float | None]]
 """Figure -> (lowest, highest) value that is healthy; None where there is no limit on that side."""
@@ -202,6 +205,7 @@ _NOT_DECISIVE = {
     "timeout",
     "checkpoint_seconds",
     "micro_batch",
+    "offload",
     "attention",
     "deterministic",
     "health",
@@ -241,6 +245,12 @@ class Training(Settings):
         description="samples in memory at once in one process, at most; gradients of a larger batch are added up, with "
         "the same result and one optimiser step a batch. Default: its whole share",
     )
+    offload: tuple[OffloadName, ...] = Field(
+        (),
+        description="what waits in host memory, with the same result: moments (AdamW's, and moving averages; they come "
+        "to the GPU tensor by tensor to be updated) and inputs (of the blocks, until the backward; with "
+        "gradient_checkpointing); engines local, ddp and fsdp2",
+    )
     compile: bool = Field(
         False,
         description="run blocks through torch.compile; on a CPU it needs a C++ compiler and the first steps are slow",
@@ -261,6 +271,20 @@ class Training(Settings):
         description="where figures and sample strips go in addition to the report: tensorboard (skipped if it is not "
         "installed) and wandb (which has to be)",
     )
+
+    @model_validator(mode="after")
+    def _offloads_what_it_can(self) -> Training:
+        if self.offload and self.engine not in OFFLOADING:
+            raise ValueError(
+                f"offload: [{', '.join(self.offload)}] given with engine: {self.engine}, expected local, ddp or fsdp2: "
+                "DeepSpeed steps all parameters as one flat tensor; set engine: fsdp2, or offload: []"
+            )
+        if "inputs" in self.offload and not self.gradient_checkpointing:
+            raise ValueError(
+                "offload: inputs given without gradient_checkpointing, which is what keeps the inputs of blocks; set "
+                "gradient_checkpointing: true"
+            )
+        return self
 
     @property
     def decisive(self) -> dict[str, Any]:

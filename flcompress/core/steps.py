@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, get_args
 from pydantic import BaseModel, ConfigDict
 
 from flcompress.core.program import Fact, Program
-from flcompress.core.settings import AttentionName, EngineName, Health, LogName, Precision, Training
+from flcompress.core.settings import AttentionName, EngineName, Health, LogName, OffloadName, Precision, Training
 from flcompress.distributed.world import World
 from flcompress.errors import PreconditionError
 from flcompress.progress import ProgressSink
@@ -41,6 +41,7 @@ class PassContext:
         gradient_checkpointing: whether trained models recompute their blocks in the backward pass.
         compile: whether blocks run through torch.compile.
         attention: kernel of attention; see `training.attention`.
+        offload: what a training keeps in host memory; see `training.offload`.
         health: how its training is watched.
         log_to: destinations of its figures, in addition to the report.
         note: adds an event to the run's journal.
@@ -61,6 +62,7 @@ class PassContext:
     gradient_checkpointing: bool = False
     compile: bool = False
     attention: AttentionName = "native"
+    offload: tuple[OffloadName, ...] = ()
     health: Health = field(default_factory=Health)
     log_to: tuple[LogName, ...] = ()
     note: Callable[..., None] = lambda event, name, **values: None
@@ -84,6 +86,7 @@ class Role:
         trained: whether it has gradients and optimiser moments.
         moments: what the optimiser keeps of a trained parameter: two numbers, one where beta1 is 0.
         averaged: whether a moving average of it is kept.
+        updates: optimiser steps in each of the pass's steps.
         runs: parameters of all that its update keeps activations of, a shared base's included; its own where None.
     """
 
@@ -92,6 +95,7 @@ class Role:
     trained: bool = False
     moments: int = 2
     averaged: bool = False
+    updates: int = 1
     runs: float | None = None
 
 

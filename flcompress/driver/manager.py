@@ -268,6 +268,7 @@ def _work(recipe: Recipe, step: Pass, clips: Clips, device: str, world: World, *
         gradient_checkpointing=recipe.training.gradient_checkpointing,
         compile=recipe.training.compile,
         attention=recipe.training.attention,
+        offload=recipe.training.offload,
         health=recipe.training.health,
         log_to=recipe.training.log_to,
         checkpoint_seconds=recipe.training.checkpoint_seconds,

@@ -6,7 +6,7 @@ Every term is something that torch, AdamW or the engine allocates; none is a fit
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flcompress.core.settings import EngineName, Precision, Training
 from flcompress.core.steps import Cost
@@ -58,6 +58,7 @@ class PlannedMemory:
         update: the peak of one role's update in addition to what lasts: activations or gradients, with everything that
             the engine needs. Roles are updated one after the other, so only the largest counts.
         host: what a process with a GPU keeps in the machine's memory.
+        moved: what goes to the machine's memory and back in each step, both ways added.
     """
 
     process: float
@@ -65,6 +66,7 @@ class PlannedMemory:
     activations: float
     update: float
     host: float = 0.0
+    moved: float = 0.0
 
     @property
     def total(self) -> float:
@@ -227,7 +229,7 @@ def plan_memory(
     Args:
         cost: the models that the pass holds, its batch and its steps.
         saved: activations of the whole transformer, in the precision that the pass computes in.
-        training: engine, precision, gradient checkpointing and micro batch.
+        training: engine, precision, gradient checkpointing, micro batch and offload.
         shares: shares of the transformer's parameters.
         original: parameters of the transformer that `saved` was counted for.
         processes: number of processes that share the pass.
@@ -241,7 +243,9 @@ def plan_memory(
 
     roles: dict[str, RoleMemory] = {}
     updates: list[tuple[UpdateMemory, float]] = []
-    activations = others = 0.0
+    waiting = 0.0  # inputs of the blocks of one role, in host memory
+    activations = others = host = moved = 0.0
+    away = training.offload if gpu else ()  # on a CPU it is the same memory
     for role in cost.roles:
         size = role.parameters * (FP32 if role.trained else width)
         weights = placement.weights(size)
@@ -254,15 +258,23 @@ def plan_memory(
             others = max(others, gathered - lasting)
             continue
         update = update_memory(role.parameters, role.moments, gathered, placement, micro_batches=samples < own)
+        moments = moments_memory(role.moments * role.parameters, placement)
+        average = weights if role.averaged else 0.0
+        if "moments" in away:  # those of one tensor, at most of a block, are on the device at once
+            host += moments + average
+            moved += 2.0 * role.updates * (moments + average)
+            update = replace(update, step=update.step + moments * min(1.0, shares.block))
+            moments = average = 0.0
         roles[role.name] = RoleMemory(
-            weights=weights,
-            gradients=update.gradients,
-            moments=moments_memory(role.moments * role.parameters, placement),
-            average=weights if role.averaged else 0.0,
-            engine=update.lasting,
+            weights=weights, gradients=update.gradients, moments=moments, average=average, engine=update.lasting
         )
         depth = min(1.0, role.parameters / original) if role.runs is None else role.runs / original
         alive = saved.training(samples, depth, training.gradient_checkpointing)
+        if "inputs" in away:
+            inputs = saved.streams.of(samples) * depth
+            alive -= inputs
+            waiting = max(waiting, inputs)
+            moved += 2.0 * role.updates * saved.streams.of(own) * depth
         activations = max(activations, alive)
         updates.append((update, alive))
     # A frozen model runs while the activations of a trained one are saved.
@@ -278,5 +290,6 @@ def plan_memory(
         roles=roles,
         activations=activations,
         update=peak if gpu else peak + remembered,
-        host=remembered if gpu else 0.0,
+        host=host + waiting + (remembered if gpu else 0.0),
+        moved=moved,
     )

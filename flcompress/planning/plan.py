@@ -213,7 +213,7 @@ def make_plan(
         _check_batch(recipe, index, planned, planner, own.processes(machine))
         cost, plan = planned.cost(graph), planner.plan(planned, own, machine)
         trains = any(role.trained for role in cost.roles)
-        choices = all_settings(checkpointing, own.micro_batch) if trains and not own_only else []
+        choices = all_settings(checkpointing, own.micro_batch, own.offload) if trains and not own_only else []
         choices = [setting for setting in choices if setting.engine in step.engines]
         rows.append(
             PlannedPass(

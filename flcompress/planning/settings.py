@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import get_args
 
-from flcompress.core.settings import EngineName, Precision, Training
+from flcompress.core.settings import OFFLOADING, EngineName, OffloadName, Precision, Training
 from flcompress.core.steps import Cost, Pass, Role
 from flcompress.ir.graph import BlockGraph
 from flcompress.planning.activations import SavedActivations
@@ -17,6 +17,10 @@ from flcompress.planning.memory import PlannedMemory, compute_precision, paramet
 
 ENGINES: tuple[EngineName, ...] = ("local", "ddp", "zero1", "zero2", "fsdp2", "zero3")
 """The simplest first, which breaks ties between settings that take equally long; zero3 last: it cannot skip blocks."""
+OFFLOADS: tuple[tuple[OffloadName, ...], ...] = ((), ("moments",), ("moments", "inputs"))
+"""What the advice may move to host memory: nothing first."""
+HOST_LINK = 20e9
+"""Bytes a second between a GPU and host memory, one way at a time: an assumption, two thirds of PCIe 4.0 x16."""
 MAX_GPUS = 1024
 """Largest GPU count that the advice considers."""
 
@@ -29,26 +33,41 @@ class Setting:
     precision: Precision
     gradient_checkpointing: bool
     micro_batch: int | None = None
+    offload: tuple[OffloadName, ...] = ()
 
     @classmethod
     def of(cls, training: Training) -> Setting:
         """Return a recipe's own setting."""
-        return cls(training.engine, training.precision, training.gradient_checkpointing, training.micro_batch)
+        return cls(
+            training.engine,
+            training.precision,
+            training.gradient_checkpointing,
+            training.micro_batch,
+            training.offload,
+        )
+
+    def offloading(self, offload: tuple[OffloadName, ...]) -> Setting:
+        """Return this setting with as much of `offload` as it can have."""
+        able = tuple(name for name in offload if self.gradient_checkpointing or name != "inputs")
+        return replace(self, offload=able if self.engine in OFFLOADING else ())
 
     def processes(self, machine: Machine) -> int:
         """Return the number of processes that a distributed pass runs on."""
         return 1 if self.engine == "local" else machine.count
 
 
-def all_settings(checkpointing: bool, micro_batch: int | None = None) -> list[Setting]:
+def all_settings(
+    checkpointing: bool, micro_batch: int | None = None, offload: tuple[OffloadName, ...] = ()
+) -> list[Setting]:
     """Return every setting to compare at this micro batch.
 
     Args:
         checkpointing: whether the model's class supports gradient checkpointing.
         micro_batch: samples in one forward of a process; None for all of its share.
+        offload: what is in host memory, where a setting can have it so.
     """
     choices = product(ENGINES, get_args(Precision), (False, True) if checkpointing else (False,))
-    return [Setting(*choice, micro_batch) for choice in choices]
+    return [Setting(*choice, micro_batch).offloading(offload) for choice in choices]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +139,7 @@ class Planner:
             precision=setting.precision,
             gradient_checkpointing=setting.gradient_checkpointing,
             micro_batch=setting.micro_batch,
+            offload=setting.offload if planned.step.distributed else (),
         )
         precision = compute_precision(cost, setting.precision, gpu=machine.gpu)
         memory = plan_memory(
@@ -137,7 +157,8 @@ class Planner:
             processes=processes,
             batch=cost.batch,
             memory=memory,
-            seconds=forwards * self.graph.flops / machine.speed(precision) / processes,
+            seconds=forwards * self.graph.flops / machine.speed(precision) / processes
+            + cost.steps * memory.moved / HOST_LINK,
             fits=machine.holds(memory.total),
         )
 
@@ -164,6 +185,7 @@ class Advice:
         checkpointing = str(setting.gradient_checkpointing).lower()
         training = f"engine: {setting.engine}, precision: {setting.precision}, gradient_checkpointing: {checkpointing}"
         parts = f", micro_batch: {setting.micro_batch}" if setting.micro_batch else ""
+        parts += f", offload: [{', '.join(setting.offload)}]" if setting.offload else ""
         count = f", processes: {self.gpus}" if setting.engine != "local" else ""
         passes = [
             f"  - {name}: {{batch: {batch}}}  # in addition to its other arguments"
@@ -192,7 +214,8 @@ def _fitting(
     planner: Planner, passes: Sequence[PlannedInput], machine: Machine, checkpointing: bool
 ) -> Iterator[Advice]:
     """Yield every setting that fits, with the largest micro batch that does."""
-    for setting in all_settings(checkpointing):
+    choices = [setting for offload in OFFLOADS for setting in all_settings(checkpointing, None, offload)]
+    for setting in dict.fromkeys(choices):
         if any(setting.engine not in planned.step.engines for planned in passes):
             continue
         count = setting.processes(machine)

@@ -144,6 +144,8 @@ def _name(setting: Setting) -> str:
         parts.append("gradient checkpointing")
     if setting.micro_batch:
         parts.append(f"micro batch {setting.micro_batch}")
+    if setting.offload:
+        parts.append(f"{' and '.join(setting.offload)} in host memory")
     return ", ".join(parts)
 
 

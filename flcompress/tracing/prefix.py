@@ -124,16 +124,14 @@ class _Stored:
         plain = tensor.detach()
         self._device = plain.device
         # On one stream the copies keep their order, so neither waits for the GPU.
-        self._values = (
-            plain.clone() if plain.device.type == "cpu" else _host_like(plain).copy_(plain, non_blocking=True)
-        )
+        self._values = plain.clone() if plain.device.type == "cpu" else host_like(plain).copy_(plain, non_blocking=True)
 
     def copy(self) -> Tensor:
         """Return a new tensor on the original device."""
         return self._values.to(self._device, copy=True, non_blocking=True)
 
 
-def _host_like(tensor: Tensor) -> Tensor:
+def host_like(tensor: Tensor) -> Tensor:
     """Allocate host memory for a tensor's values, page-locked if possible, which copies several times faster."""
     try:
         return torch.empty_like(tensor, device="cpu", pin_memory=True)

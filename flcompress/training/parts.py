@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from flcompress.errors import TrainingError
 from flcompress.models.shards import LiveTensor, StoredTensor, file_metadata, file_tensors, write_file
@@ -31,6 +32,12 @@ class Part:
     tensor: torch.Tensor
     first: int = 0
     total: int | None = None
+
+
+def local(value: torch.Tensor) -> torch.Tensor:
+    """Return this process's part of a DTensor, or the tensor itself; live storage."""
+    part: torch.Tensor = value.to_local() if isinstance(value, DTensor) else value
+    return part.detach()
 
 
 def write_parts(path: Path, parts: Mapping[str, Part], *, main: bool, beat: Callable[[], None]) -> str | None:

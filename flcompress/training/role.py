@@ -15,6 +15,7 @@ from flcompress.core.optimisation import Optimisation
 from flcompress.draws import Draws
 from flcompress.errors import TrainingError
 from flcompress.training.engines import Engine, Hyper, NotFinite
+from flcompress.training.engines.offload import average, to_host
 from flcompress.training.parts import Part, StoredParts
 
 
@@ -80,7 +81,9 @@ class TrainedRole:
         self.updates = 0
         self._loss: torch.Tensor | float = 0.0
         shards = self._wrapped.shards()
-        self._ema = {name: part.tensor.clone() for name, part in shards.items()} if ema_decay is not None else None
+        self._averages_on_host = "moments" in engine.context.offload
+        clone = to_host if self._averages_on_host else torch.clone
+        self._ema = {name: clone(part.tensor) for name, part in shards.items()} if ema_decay is not None else None
 
     @classmethod
     def of(
@@ -202,7 +205,10 @@ class TrainedRole:
             averaged = self.updates - self._ema_start
             decay = min(self.ema_decay, (1.0 + averaged) / (10.0 + averaged)) if averaged > 0 else 0.0
             live = [part.tensor for part in self._wrapped.shards().values()]
-            torch._foreach_lerp_(list(self._ema.values()), live, 1.0 - decay)
+            if self._averages_on_host:
+                average(list(self._ema.values()), live, 1.0 - decay)
+            else:
+                torch._foreach_lerp_(list(self._ema.values()), live, 1.0 - decay)
         return {f"{self.name}_loss": value, f"{self.name}_grad_norm": norm}
 
     def _of_all(self, values: torch.Tensor) -> torch.Tensor:

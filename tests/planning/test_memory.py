@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from flcompress.core.settings import EngineName, Precision, Training
+from flcompress.core.settings import EngineName, OffloadName, Precision, Training
 from flcompress.core.steps import Cost, Role
 from flcompress.planning.activations import Bytes, SavedActivations
 from flcompress.planning.memory import (
@@ -44,8 +44,11 @@ def memory(
     batch: int = 8,
     steps: int = 1,
     micro_batch: int | None = None,
+    offload: tuple[OffloadName, ...] = (),
 ) -> PlannedMemory:
-    training = Training(engine=engine, precision=precision, gradient_checkpointing=again, micro_batch=micro_batch)
+    training = Training(
+        engine=engine, precision=precision, gradient_checkpointing=again, micro_batch=micro_batch, offload=offload
+    )
     cost = Cost(steps=steps, batch=batch, roles=roles)
     return plan_memory(cost, SAVED, training, SHARES, 200.0, processes=processes, gpu=gpu)
 
@@ -61,6 +64,27 @@ def test_each_part_of_a_training_pass() -> None:
     assert found.roles["generator"].gradients == 4 * 200
     assert found.activations == found.update == 8 * 100 + 50 + 8 * 1000 + 8 * 250
     assert found.total == PROCESS + 3200 + 1200 + 200 + 10850
+
+
+def test_what_waits_in_host_memory() -> None:
+    """Moments and averages of all roles, the inputs of one role's blocks; a step moves them there and back."""
+    critic = replace(FAKE, updates=5)
+    plain = memory(GENERATOR, critic, REAL, gpu=True, again=True, batch=8, micro_batch=2)
+    moments = memory(GENERATOR, critic, REAL, gpu=True, again=True, batch=8, micro_batch=2, offload=("moments",))
+    assert moments.host == 4 * (3 * 200 + 2 * 100)
+    assert moments.moved == 2 * 4 * (3 * 200 + 5 * 2 * 100)
+    assert plain.total - moments.total == moments.host  # here activations are the peak of an update
+    assert {name: role.lasting for name, role in moments.roles.items()} == {
+        "generator": 4 * 200, "fake": 4 * 100, "real": 4 * 50
+    }  # fmt: skip
+    both = memory(GENERATOR, critic, REAL, gpu=True, again=True, batch=8, micro_batch=2, offload=("moments", "inputs"))
+    assert both.host == moments.host + 2 * 80
+    assert both.moved == moments.moved + 2 * 8 * 80 * (1 + 5 * 0.5)  # every micro batch, and half the blocks
+    assert moments.total - both.total == 2 * 80
+    # A step has the moments of a block at once, at most; on a CPU it is all the same memory.
+    small = memory(GENERATOR, gpu=True, batch=0, offload=("moments",))
+    assert small.update == 4 * 200 + 0.1 * 2 * 4 * 200
+    assert memory(GENERATOR, offload=("moments",)) == memory(GENERATOR)
 
 
 def test_features_of_a_frozen_model_are_beside_the_activations() -> None:

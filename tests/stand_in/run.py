@@ -41,7 +41,7 @@ def main(out: Path, families: list[str]) -> None:
         from tests.stand_in.hooks import register
 
         register(Path(folder))  # before all that imports torch
-        results: dict[str, Any] = {"refused": _refused()}
+        results: dict[str, Any] = {"refused": _refused(), "offload": _offload(Path(folder) / "offload")}
         for family in families:
             try:
                 results[family] = _counts(family, Path(folder) / family)
@@ -70,6 +70,51 @@ def _refused() -> list[str]:
             "host index": lambda: here[torch.zeros(2, dtype=torch.long)],
         }
         return [name for name, call in {**mistakes, **allowed}.items() if _fails(call)]
+
+
+def _offload(folder: Path) -> Any:
+    """Train a transformer with and without offload; return what each has, where what waits is, and what moved."""
+    from dataclasses import replace
+
+    import torch
+
+    from flcompress.draws import Draws
+    from flcompress.models.inputs import example_inputs
+    from flcompress.training.engines import Hyper
+    from flcompress.training.engines.replicated import Local
+    from flcompress.training.role import TrainedRole
+    from tests.fixtures.gaussian import work_in
+    from tests.fixtures.tiny import tiny_pipeline
+    from tests.stand_in.device import StandIn
+
+    transformer = tiny_pipeline(folder / "model", layers=2) / "transformer"
+    rows: list[dict[str, Any]] = []
+    for offload in ((), ("moments", "inputs")):
+        device = StandIn()
+        with device:
+            work = replace(work_in(folder), device="cuda", gradient_checkpointing=True, offload=offload)
+            engine = Local(work)
+            model, hyper = engine.load_trained(transformer), Hyper(learning_rate=0.01)
+            role = TrainedRole(engine, "model", model, batch=1, hyper=hyper, ema_decay=0.9)
+            for step in range(2):
+                torch.manual_seed(step)
+                inputs = {
+                    name: value.to("cuda")
+                    for name, value in example_inputs(model, batch=1, latent_shape=(3, 8, 8), tokens=4).items()
+                }
+
+                def loss(draws: Draws, model: Any = role.module, inputs: Any = inputs) -> torch.Tensor:
+                    value: torch.Tensor = model(**inputs, return_dict=False)[0].square().mean()
+                    return value
+
+                with device.during("update"):
+                    role.update(Draws("offload", batch=1), loss)
+            parts = {name: part.tensor for name, part in role.parts().items()}
+            sums = {name: tensor.detach().cpu().double().flatten().tolist() for name, tensor in parts.items()}
+            where = {name: tensor.device.type for name, tensor in parts.items()}
+            lines = {line.split(":")[0] for _, line in device.uploads}
+            rows.append({"held": sums, "where": where, "uploads": sorted(lines)})
+    return rows
 
 
 def _fails(call: Callable[[], Any]) -> bool:

@@ -37,6 +37,17 @@ def test_the_device_refuses_what_cuda_refuses(counts: dict[str, Any]) -> None:
     assert counts["refused"] == ["mixture", "weight", "index", "generator", "numpy"]
 
 
+def test_what_waits_in_host_memory_changes_no_bit(counts: dict[str, Any]) -> None:
+    plain, away = counts["offload"]
+    assert away["held"] == plain["held"]
+    assert {device for name, device in plain["where"].items() if "updates" not in name} == {"cuda"}
+    kinds = ("model/model.", "model/ema.", "exp_avg.", "exp_avg_sq.", "step.")
+    where = {kind: {device for name, device in away["where"].items() if kind in name} for kind in kinds}
+    assert list(where.values()) == [{"cuda"}, {"cpu"}, {"cpu"}, {"cpu"}, {"cuda"}]
+    assert "offload.py" in away["uploads"]
+    assert "offload.py" not in plain["uploads"]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_devices_are_mixed(counts: dict[str, Any], family: str) -> None:
     """Encoding, every stage with its held-out evaluations, export and generation, of which each uses the device."""

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,9 +49,18 @@ class StoreAgain:
         vars(loop)["_Run"].resume = resume_and_store
 
 
-def apply(home: Home, folder: Path, engine: str, processes: int, outputs: Path, end: int | None = None) -> list[str]:
+def apply(
+    home: Home,
+    folder: Path,
+    engine: str,
+    processes: int,
+    outputs: Path,
+    end: int | None = None,
+    offload: Sequence[str] = (),
+) -> list[str]:
     """The lines of a command that goes on to a step, or to the end."""
-    settings = "training.checkpoint_seconds=1e9", *(("training.processes=1",) if processes == 1 else ())
+    settings = ["training.checkpoint_seconds=1e9", f"training.offload=[{','.join(offload)}]"]
+    settings += ["training.processes=1"] if processes == 1 else []
     started = start(
         command(home, folder, engine, TOY, *settings),
         outputs,
@@ -83,21 +93,21 @@ def unbroken(home: Home) -> Path:
 @pytest.mark.parametrize(
     "chain",
     [
-        [("local", 1), ("ddp", 2), ("ddp", 3)],
-        [("fsdp2", 1), ("fsdp2", 2), ("fsdp2", 3)],
+        [("local", 1), ("ddp", 2), ("ddp", 3, "moments")],
+        [("fsdp2", 1), ("fsdp2", 2, "moments"), ("fsdp2", 3)],
         [("fsdp2", 2), ("zero1", 1), ("zero3", 3), ("zero2", 2)],
     ],
     ids=["copies", "rows", "ranges"],
 )
 def test_others_take_up_a_training(
-    home: Home, tmp_path: Path, unbroken: Path, chain: Sequence[tuple[str, int]]
+    home: Home, tmp_path: Path, unbroken: Path, chain: Sequence[tuple[Any, ...]]
 ) -> None:
     folder = home.begun(tmp_path / "run/run")
-    for number, (engine, processes) in enumerate(chain, start=1):
+    for number, (engine, processes, *offload) in enumerate(chain, start=1):
         end = 2 * number if number < len(chain) else None
         outputs = tmp_path / str(number)
         before = {} if number == 1 else whole(next(folder.glob("passes/.work-*-toy-*")))
-        assert len(apply(home, folder, engine, processes, outputs, end)) == (1 if end else 0)
+        assert len(apply(home, folder, engine, processes, outputs, end, offload)) == (1 if end else 0)
         if number > 1:
             held = whole(outputs)
             assert held == before  # bit for bit

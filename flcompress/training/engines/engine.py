@@ -6,12 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from flcompress.core.steps import PassContext
 from flcompress.errors import RequestError, TrainingError, UnavailableError
@@ -19,6 +21,7 @@ from flcompress.ir.graph import BlockGraph
 from flcompress.models.loading import load_transformer, meta_transformer
 from flcompress.models.network import choose_attention, compile_blocks, half_precision, missing_compiler
 from flcompress.tracing.skip import graph_of, mute, skip
+from flcompress.training.engines.offload import inputs_on_host
 from flcompress.training.parts import Part
 
 
@@ -159,6 +162,8 @@ class Engine(ABC):
             raise RequestError(
                 f"training.gradient_checkpointing: {type(model).__name__} has none in this diffusers; set it to false"
             )
+        if "inputs" in self.context.offload:
+            function = inputs_on_host(function or partial(checkpoint, use_reentrant=False))
         model.enable_gradient_checkpointing(function)
 
     def _choose_kernels(self, model: Any, folder: Path) -> Any:

@@ -20,7 +20,7 @@ from flcompress.errors import RequestError
 from flcompress.models.loading import empty_transformer
 from flcompress.training.engines.engine import Engine, Hyper, WrappedModel
 from flcompress.training.engines.replicated import Replica
-from flcompress.training.parts import Part
+from flcompress.training.parts import Part, local
 
 
 class Shards(Replica):
@@ -47,10 +47,10 @@ class Shards(Replica):
         return state
 
     @override
-    def _part(self, value: torch.Tensor) -> Part:
-        if not isinstance(value, DTensor):
-            return super()._part(value)
-        return Part(_local(value), _first_row(value) * math.prod(value.shape[1:]), value.numel())
+    def _part(self, weight: torch.Tensor, value: torch.Tensor) -> Part:
+        if not isinstance(weight, DTensor):
+            return super()._part(weight, value)
+        return Part(local(value), _first_row(weight) * math.prod(weight.shape[1:]), weight.numel())
 
 
 class FullySharded(Engine):
@@ -74,7 +74,7 @@ class FullySharded(Engine):
             mine = stored[name]
             if isinstance(value, DTensor):
                 mine = mine.rows(_first_row(value), len(value.to_local()))
-            mine.fill(_local(value))
+            mine.fill(local(value))
         return model
 
     @override
@@ -100,8 +100,3 @@ def _first_row(value: DTensor) -> int:
     """Return the first row of this process's part. As torch.chunk: equal parts, the last ones smaller or empty."""
     rows, mesh = len(value), value.device_mesh
     return min(mesh.get_local_rank() * -(-rows // mesh.size()), rows)
-
-
-def _local(value: torch.Tensor) -> torch.Tensor:
-    part: torch.Tensor = value.to_local() if isinstance(value, DTensor) else value
-    return part.detach()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
+from flcompress.tracing.prefix import host_like
 from flcompress.training.engines.engine import Hyper
+from flcompress.training.engines.offload import settle
+from flcompress.training.parts import local
 
 SLICE = 1 << 24
 """Numbers that are stepped at once (64 MiB), the size of the one temporary tensor."""
@@ -85,9 +88,68 @@ class MomentumFreeAdamW(torch.optim.Optimizer):
                     p.addcdiv_(g, v.sqrt().div_(correction).add_(eps), value=-group["lr"])
 
 
+class MomentsOnHost:
+    """An optimiser whose moments are in host memory: each parameter's come to its device for its step, and go back.
+
+    Args:
+        optimizer: AdamW, or `MomentumFreeAdamW`; it then steps one parameter at a time.
+
+    Attributes:
+        state: parameter -> its counter and, in host memory, this process's part of its moments.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        self.state: defaultdict[torch.Tensor, dict[str, torch.Tensor]] = defaultdict(dict)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The optimiser's."""
+        return self._optimizer.param_groups
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Discard the gradients."""
+        self._optimizer.zero_grad(set_to_none)
+
+    def begin_moments(self, parameter: torch.Tensor) -> None:
+        """Allocate moments of zero in host memory, unless the parameter has some."""
+        if not self.state[parameter]:
+            begin_moments(self._optimizer, parameter)
+            made = self._optimizer.state.pop(parameter)
+            self.state[parameter] = {
+                name: value if name == "step" else host_like(local(value)).zero_() for name, value in made.items()
+            }
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Step every parameter that has a gradient."""
+        for group in self.param_groups:
+            parameters = group["params"]
+            try:
+                for parameter in parameters:
+                    if parameter.grad is not None:
+                        group["params"] = [parameter]
+                        self._step(parameter)
+            finally:
+                group["params"] = parameters
+        settle(self.param_groups[0]["params"][0])
+
+    def _step(self, parameter: torch.Tensor) -> None:
+        self.begin_moments(parameter)
+        held = self.state[parameter]
+        here = {name: value if name == "step" else torch.empty_like(parameter) for name, value in held.items()}
+        moments = [name for name in held if name != "step"]
+        for name in moments:
+            local(here[name]).copy_(held[name], non_blocking=True)
+        self._optimizer.state[parameter] = here
+        self._optimizer.step()
+        for name in moments:
+            held[name].copy_(local(here[name]), non_blocking=True)  # on one stream: in order
+        del self._optimizer.state[parameter]
+
+
 def _slices(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
     """Iterate over the same rows of tensors of one shape, about `SLICE` numbers at a time."""
-    local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
-    local = [tensor if tensor.ndim else tensor.reshape(1) for tensor in local]
-    rows = max(1, SLICE // max(1, local[0][:1].numel()))
-    return zip(*(torch.split(tensor, rows) for tensor in local), strict=True)
+    parts = [part if part.ndim else part.reshape(1) for part in map(local, tensors)]
+    rows = max(1, SLICE // max(1, parts[0][:1].numel()))
+    return zip(*(torch.split(part, rows) for part in parts), strict=True)

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from flcompress.core.steps import PassContext
 from flcompress.training.engines.engine import Engine, Hyper, NotFinite, WrappedModel
-from flcompress.training.engines.optimiser import begin_moments, optimiser
+from flcompress.training.engines.optimiser import MomentsOnHost, begin_moments, optimiser
 from flcompress.training.parts import Part
 
 
@@ -23,7 +23,9 @@ class Replica(WrappedModel):
     def __init__(self, context: PassContext, model: Any, module: Any, hyper: Hyper) -> None:
         self.context, self.model, self.module, self._hyper = context, model, module, hyper
         self._named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        self._optimizer = optimiser(list(self._named.values()), hyper)
+        self._optimizer: torch.optim.Optimizer | MomentsOnHost = optimiser(list(self._named.values()), hyper)
+        if "moments" in context.offload:
+            self._optimizer = MomentsOnHost(self._optimizer)
 
     @override
     def backward(self, loss: torch.Tensor) -> None:
@@ -54,7 +56,7 @@ class Replica(WrappedModel):
 
     @override
     def shards(self) -> dict[str, Part]:
-        return {name: self._part(parameter) for name, parameter in self._named.items()}
+        return {name: self._part(parameter, parameter) for name, parameter in self._named.items()}
 
     @override
     def full_state(self) -> dict[str, torch.Tensor]:
@@ -64,21 +66,24 @@ class Replica(WrappedModel):
 
     @override
     def parts(self) -> dict[str, Part]:
-        weights = {f"model.{name}": self._part(value) for name, value in self.model.state_dict().items()}
-        return weights | {
-            f"optimizer.{moment}.{name}": self._part(value)
-            for name, parameter in self._named.items()
-            for moment, value in self._optimizer.state.get(parameter, {}).items()
-        }
+        parts = {f"model.{name}": self._part(value, value) for name, value in self.model.state_dict().items()}
+        for name, parameter in self._named.items():
+            for moment, value in self._optimizer.state.get(parameter, {}).items():
+                part = Part(value) if moment == "step" else self._part(parameter, value)
+                parts[f"optimizer.{moment}.{name}"] = part
+        return parts
 
-    def _part(self, value: torch.Tensor) -> Part:
-        """Return this process's part of a weight or a moment."""
+    def _part(self, weight: torch.Tensor, value: torch.Tensor) -> Part:
+        """Return this process's part of a weight, or of what is kept for each of its numbers."""
         return Part(value.detach())
 
     @override
     def begin_moments(self) -> None:
         for parameter in self._named.values():
-            begin_moments(self._optimizer, parameter)
+            if isinstance(self._optimizer, MomentsOnHost):
+                self._optimizer.begin_moments(parameter)
+            else:
+                begin_moments(self._optimizer, parameter)
 
 
 class AveragedReplica(Replica):
