@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from flcompress.data.compact import rows_of, stored_row
 from flcompress.data.index import EMPTY, LATENTS, PER_CLIP, Index, check_sizes
 from flcompress.data.sizes import Size
 from flcompress.errors import DataError
@@ -28,6 +29,7 @@ class _ShardReader:
         self._folder, self._index = folder, index
         self._ends = list(accumulate(shard.prompts for shard in index.prompt_shards))
         self._shard = lru_cache(_OPEN_SHARDS)(self._open)
+        self._keys = lru_cache(_OPEN_SHARDS)(lambda file: frozenset(self._shard(file).keys()))
 
     def prompts(self, numbers: Sequence[int]) -> dict[str, torch.Tensor]:
         """Return the conditioning of prompts, [prompts, ...] each."""
@@ -40,7 +42,7 @@ class _ShardReader:
 
     def latents(self, rows: Sequence[tuple[int, int]]) -> torch.Tensor:
         """Return the latents at (shard, row) pairs, [clips, ...] in fp32."""
-        return self._rows(self._with_files(rows), [LATENTS])[LATENTS].float()
+        return self._rows(self._with_files(rows), [LATENTS])[LATENTS]
 
     def clip_conditioning(self, rows: Sequence[tuple[int, int]]) -> dict[str, torch.Tensor]:
         """Return the clips' own conditioning, such as first frames, [clips, ...] each; empty for most models."""
@@ -53,15 +55,17 @@ class _ShardReader:
         return tuple(file.get_slice(LATENTS).get_shape()[1:])
 
     def _names(self, file: str) -> list[str]:
-        return list(self._shard(file).keys())
+        keys = self._keys(file)
+        return sorted(keys - {rows_of(name) for name in keys})
 
     def _with_files(self, rows: Sequence[tuple[int, int]]) -> list[tuple[str, int]]:
         return [(self._index.clip_shards[shard].file, row) for shard, row in rows]
 
     def _rows(self, rows: Sequence[tuple[str, int]], names: Sequence[str]) -> dict[str, torch.Tensor]:
-        return {
-            name: torch.cat([self._shard(file).get_slice(name)[row : row + 1] for file, row in rows]) for name in names
-        }
+        return {name: torch.cat([self._row(file, name, row) for file, row in rows]) for name in names}
+
+    def _row(self, file: str, name: str, row: int) -> torch.Tensor:
+        return stored_row(self._shard(file), name, row, compacted=rows_of(name) in self._keys(file))
 
     def _open(self, file: str) -> Any:
         try:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from flcompress.data.compact import compact
 from flcompress.data.index import LATENTS, PER_CLIP, ClipRecord, ClipShard, PromptShard, write_shard
 from flcompress.data.sizes import Size
 from flcompress.data.video_frames import BrokenVideo
 from flcompress.data.videos import read_clip, video_size
+from flcompress.models.families.family import Family
 from flcompress.models.parts import Parts
 from flcompress.models.tensor_memory import free_gpu_memory
+
+Layout = Callable[[Family, Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
+"""Conditioning [n, ...] of a family -> the tensors that are stored."""
 
 PROMPTS_AT_ONCE = 8
 PIXELS_AT_ONCE = 1 << 19
@@ -96,13 +101,22 @@ class Encoder:
 
     def make(self, task: PromptTask | ClipTask) -> ShardResult:
         """Encode one shard; its bytes depend neither on the process nor on the order of tasks."""
+        return self._make(task, compact)
+
+    def make_as_version_1(self, task: PromptTask | ClipTask) -> ShardResult:
+        """Encode one shard as version 1 of the format stores it: padded, in fp32."""
+        return self._make(task, lambda family, tensors: dict(tensors))
+
+    def _make(self, task: PromptTask | ClipTask, layout: Layout) -> ShardResult:
         if self._open is None or self._open[0] is not type(task):
             # Free the text encoder before clips are encoded: it can fill a GPU.
             self._open = None
             free_gpu_memory()
             self._open = (type(task), Parts(self.index, self.components, self.device))
         parts = self._open[1]
-        return self._prompts(task, parts) if isinstance(task, PromptTask) else self._clips(task, parts)
+        if isinstance(task, PromptTask):
+            return self._prompts(task, parts, layout)
+        return self._clips(task, parts, layout)
 
     def measure(self, files: Sequence[str]) -> dict[str, Size | Skipped]:
         """Return each video's own size, or the reason why it has none."""
@@ -114,13 +128,13 @@ class Encoder:
                 sizes[file] = Skipped(file, str(error))
         return sizes
 
-    def _prompts(self, task: PromptTask, parts: Parts) -> ShardResult:
+    def _prompts(self, task: PromptTask, parts: Parts, layout: Layout) -> ShardResult:
         groups = [task.texts[n : n + PROMPTS_AT_ONCE] for n in range(0, len(task.texts), PROMPTS_AT_ONCE)]
         tensors = concatenate([parts.encode_prompts(group, self.max_sequence_length) for group in groups])
-        digest, size = write_shard(self.out / task.file, tensors)
+        digest, size = write_shard(self.out / task.file, layout(parts.family, tensors))
         return ShardResult(task.file, PromptShard(file=task.file, sha256=digest, bytes=size, prompts=len(task.texts)))
 
-    def _clips(self, task: ClipTask, parts: Parts) -> ShardResult:
+    def _clips(self, task: ClipTask, parts: Parts, layout: Layout) -> ShardResult:
         frames, height, width = task.bucket
         batch = max(1, PIXELS_AT_ONCE // (frames * height * width))
         usable: list[ClipRecord] = []
@@ -153,13 +167,21 @@ class Encoder:
             tensors = {name: value[finite] for name, value in tensors.items()}
         if not usable:
             return ShardResult(task.file, None, tuple(skipped))
-        digest, size = write_shard(self.out / task.file, tensors)
+        digest, size = write_shard(self.out / task.file, clip_shard(tensors, parts.family, layout))
         shard = ClipShard(file=task.file, sha256=digest, bytes=size, size=task.bucket, clips=tuple(usable))
         return ShardResult(task.file, shard, tuple(skipped))
 
     def _encode(self, batch: Sequence[tuple[torch.Tensor, str]], parts: Parts) -> dict[str, torch.Tensor]:
         clips = torch.stack([clip for clip, _ in batch])
         return clip_tensors(parts, clips, [text for _, text in batch], self.max_sequence_length)
+
+
+def clip_shard(
+    tensors: Mapping[str, torch.Tensor], family: Family, layout: Layout = compact
+) -> dict[str, torch.Tensor]:
+    """Return what a shard stores of `clip_tensors`: latents as they are, the clips' own conditioning compacted."""
+    own = {name.removeprefix(PER_CLIP): value for name, value in tensors.items() if name.startswith(PER_CLIP)}
+    return {LATENTS: tensors[LATENTS], **{PER_CLIP + name: value for name, value in layout(family, own).items()}}
 
 
 def clip_tensors(parts: Parts, clips: torch.Tensor, texts: Sequence[str], length: int) -> dict[str, torch.Tensor]:

@@ -52,7 +52,7 @@ class Shard(_Part):
 
 
 class PromptShard(Shard):
-    """A shard of `prompts` prompts; every tensor is [prompts, ...]."""
+    """A shard of `prompts` prompts; every tensor is [prompts, ...], or compacted, see `flcompress.data.compact`."""
 
     prompts: int
 
@@ -60,7 +60,7 @@ class PromptShard(Shard):
 class ClipShard(Shard):
     """A shard of clips of one size (frames, height, width in pixels).
 
-    Its tensor `latents` is [clips, channels, latent frames, latent height, latent width].
+    Its tensor `latents` is [clips, channels, latent frames, latent height, latent width]; see `compact` for others.
     """
 
     size: Size
@@ -71,6 +71,7 @@ class Index(_Part):
     """`index.json`.
 
     Attributes:
+        version: 1 where all conditioning is padded and in fp32; shards of both kinds are read.
         request: source and settings of the dataset; another request is another dataset.
         prompts: distinct texts; the first is empty, the second the negative prompt if there is one.
         prompt_shards: shards of the prompts, in order.
@@ -78,7 +79,7 @@ class Index(_Part):
     """
 
     format: Literal["flcompress-latents"] = "flcompress-latents"
-    version: Literal[1] = 1
+    version: Literal[1, 2] = 2
     request: dict[str, Any] = Field(default_factory=dict)
     prompts: tuple[str, ...]
     prompt_shards: tuple[PromptShard, ...]

@@ -124,7 +124,9 @@ def remake_damaged(out: Path, run: Runner, display: Display) -> int:
     remaining = [task for task in tasks if task.file in broken]
     remade: dict[str, PromptShard | ClipShard] = {}
     with display.stage("encoding damaged shards again") as progress:
-        for result in run(Encoder.make, remaining):
+        # In the layout of the dataset, so that its bytes, and with them the index, stay as they were.
+        again = Encoder.make if index.version > 1 else Encoder.make_as_version_1
+        for result in run(again, remaining):
             if result.skipped or result.shard is None:
                 video = result.skipped[0]
                 raise DataError(

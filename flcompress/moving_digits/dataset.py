@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from flcompress.data.encoder import clip_tensors, concatenate
+from flcompress.data.compact import compact
+from flcompress.data.encoder import clip_shard, clip_tensors, concatenate
 from flcompress.data.index import NEGATIVE, ClipRecord, ClipShard, Index, PromptShard, leading_prompts, write_shard
 from flcompress.draws import generator
 from flcompress.models.parts import Parts
@@ -42,12 +43,12 @@ def build_moving_digits(
         batch = slice(start, start + _BATCH)
         encoded.append(clip_tensors(parts, rendered[batch], texts[batch], length))
         progress(min(start + _BATCH, clips), clips, {})
-    digest, size = write_shard(folder / "clips-00000.safetensors", concatenate(encoded))
+    digest, size = write_shard(folder / "clips-00000.safetensors", clip_shard(concatenate(encoded), parts.family))
     shown = tuple(ClipRecord(file=f"{number}", prompt=prompt_index[caption]) for number, caption in enumerate(wanted))
     bucket = (digits.FRAMES, digits.HEIGHT, digits.WIDTH)
     clips_shard = ClipShard(file="clips-00000.safetensors", sha256=digest, bytes=size, size=bucket, clips=shown)
-    embeds = parts.encode_prompts(prompts, length)
-    digest, size = write_shard(folder / "prompts-00000.safetensors", embeds)
+    embeds = concatenate([parts.encode_prompts(prompts, length)])
+    digest, size = write_shard(folder / "prompts-00000.safetensors", compact(parts.family, embeds))
     prompt_shard = PromptShard(file="prompts-00000.safetensors", sha256=digest, bytes=size, prompts=len(prompts))
     Index(request=dict(request), prompts=prompts, prompt_shards=(prompt_shard,), clip_shards=(clips_shard,)).write(
         folder

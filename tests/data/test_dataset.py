@@ -189,6 +189,6 @@ def test_what_is_no_dataset_is_refused(tmp_path: Path) -> None:
     (tmp_path / "d" / INDEX_FILE).write_text(json.dumps({**index, "prompts": ["", "one"]}))
     with pytest.raises(DataError, match=r"index\.json: its prompts and shards do not fit together"):
         LatentDataset.load(tmp_path / "d")
-    (tmp_path / "d" / INDEX_FILE).write_text(json.dumps({**index, "version": 2}))
-    with pytest.raises(DataError, match=r"index\.json: version: Input should be 1; encode again"):
+    (tmp_path / "d" / INDEX_FILE).write_text(json.dumps({**index, "version": 3}))
+    with pytest.raises(DataError, match=r"index\.json: version: Input should be 1 or 2; encode again"):
         LatentDataset.load(tmp_path / "d")

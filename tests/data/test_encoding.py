@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from flcompress.cli import main
+from flcompress.data.dataset import LatentDataset
 from flcompress.data.index import Index
 from flcompress.data.videos import read_clip
 from flcompress.models.parts import open_parts
@@ -60,9 +61,14 @@ def test_the_numbers_are_those_of_the_pipelines_own_parts(
     assert [(clip.file, clip.prompt) for clip in first.clips] == [("0.mp4", 1), ("1.mp4", 2), ("2.mp4", 2)]
     assert [(clip.file, clip.prompt) for clip in wide.clips] == [("deep/wide.mkv", 1)]
     parts = open_parts(model)
-    prompts = load_file(out / "prompts-00000.safetensors")
-    expected = parts.encode_prompts(["a two"], 16)
-    torch.testing.assert_close(prompts["encoder_hidden_states"][2:], expected["encoder_hidden_states"])
+    _, prompts = LatentDataset.load(out).conditions(1, torch.Generator(), (1, 1, 1, 1))
+    stored = load_file(out / "prompts-00000.safetensors")
+    expected = [parts.encode_prompts([text], 16)["encoder_hidden_states"] for text in ("a one", "a two")]
+    own = prompts["encoder_hidden_states"]
+    assert min(float((own - value).abs().max()) for value in expected) < 1e-5
+    used = [int(value[0].any(dim=1).sum()) for value in expected]
+    assert max(used) < own.shape[1] == 16, "the pipeline pads with zeros"
+    assert len(stored["encoder_hidden_states"]) - sum(used) in range(16), "each at its own length, the empty one too"
     for shard in (first, wide):
         latents = load_file(out / shard.file)["latents"]
         for row, clip in enumerate(shard.clips):

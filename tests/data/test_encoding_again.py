@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from flcompress.data import encoder
 from flcompress.data.dataset import LatentDataset
 from flcompress.data.encoder import ClipTask, Encoder, PromptTask, ShardResult
 from flcompress.data.index import Index
@@ -46,6 +47,22 @@ def test_only_a_damaged_shard_is_made_again(
     (out / "prompts-00000.safetensors").unlink()
     mended = encode(model, videos, out, "--json", "--quiet")
     assert json.loads(mended.stdout)["made"] == 2
+    assert contents(out) == before
+
+
+def test_a_damaged_shard_of_version_1_is_made_again_in_its_layout(
+    model: Path, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So the index, whose hash is part of the keys of all results on this dataset, stays as it was."""
+    out = tmp_path / "out"
+    with monkeypatch.context() as earlier:
+        earlier.setattr(encoder, "compact", lambda family, tensors: dict(tensors))
+        assert encode(model, videos, out, "--quiet").exit_code == 0
+    index = out / "index.json"
+    index.write_text(index.read_text().replace('"version": 2', '"version": 1'))
+    before = contents(out)
+    (out / "prompts-00000.safetensors").unlink()
+    assert json.loads(encode(model, videos, out, "--json", "--quiet").stdout)["made"] == 1
     assert contents(out) == before
 
 

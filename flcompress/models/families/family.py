@@ -58,6 +58,7 @@ class Family(ABC):
         from_image: those of them that make a clip from its first frame.
         transformers: transformer classes.
         masks_attention: whether its attention is given masks.
+        ignores_padding: whether no result depends on the embeddings after the last token that the prompt's mask shows.
         prompt_names: entries of the conditioning that the prompt decides; others come from a first frame.
         embedded_guidance: the usual scale of a guidance-distilled network; None where the family has none.
         image: whether its latents always have one frame.
@@ -74,6 +75,7 @@ class Family(ABC):
     from_image: ClassVar[tuple[str, ...]] = ()
     transformers: ClassVar[tuple[str, ...]]
     masks_attention: ClassVar[bool] = False
+    ignores_padding: ClassVar[bool] = False
     prompt_names: ClassVar[tuple[str, ...]] = ("encoder_hidden_states",)
     embedded_guidance: ClassVar[float | None] = None
     image: ClassVar[bool] = False

@@ -70,6 +70,7 @@ class HunyuanVideo(TrueGuidance):
     transformers: ClassVar[tuple[str, ...]] = ("HunyuanVideoTransformer3DModel",)
     original: ClassVar[OriginalNames] = ORIGINAL
     masks_attention: ClassVar[bool] = True
+    ignores_padding: ClassVar[bool] = True
     prompt_names: ClassVar[tuple[str, ...]] = (*MASKED, "pooled_projections")
     embedded_guidance: ClassVar[float | None] = 6.0
     text_stacks: ClassVar[tuple[str, ...]] = ("context_embedder.token_refiner.refiner_blocks",)

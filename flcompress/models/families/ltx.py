@@ -34,6 +34,7 @@ class LTX(Family):
     transformers: ClassVar[tuple[str, ...]] = ("LTXVideoTransformer3DModel",)
     original: ClassVar[OriginalNames] = ORIGINAL
     masks_attention: ClassVar[bool] = True
+    ignores_padding: ClassVar[bool] = True
     prompt_names: ClassVar[tuple[str, ...]] = (*MASKED, "rope_interpolation_scale")
     attends_to_text: ClassVar[bool] = False
     fp32_arguments: ClassVar[tuple[str, ...]] = ("timestep", "guidance", "video_coords")

@@ -47,6 +47,7 @@ class Mochi(Family):
     transformers: ClassVar[tuple[str, ...]] = ("MochiTransformer3DModel",)
     original: ClassVar[OriginalNames] = ORIGINAL
     masks_attention: ClassVar[bool] = True
+    ignores_padding: ClassVar[bool] = True
     prompt_names: ClassVar[tuple[str, ...]] = MASKED
 
     THRESHOLD_NOISE = 0.025
