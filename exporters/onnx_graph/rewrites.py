@@ -4,6 +4,8 @@ They match operations alone, never at the model's class:
 - a tensor filled every second channel in place (rotary positions), or from some index on, would become ScatterND with
   index tensors: a third more nodes, and no fused kernel. It becomes a stack, or a concatenation;
 - a split into parts of varying size would become a sequence, which TensorRT cannot read; it becomes slices;
+- what is summed in another type is cast before the sum, as torch does: the translations sum first, and bf16, that of a
+  mask, has no 257;
 - booleans filled by a mask become a logical operation: ONNX Runtime has no Where for booleans;
 - complex numbers become pairs of real ones: ONNX and TensorRT have no complex numbers.
 """
@@ -31,6 +33,8 @@ def rewrite(program: torch.export.ExportedProgram) -> torch.export.ExportedProgr
             graph.erase_node(node)
         elif node.target in (aten.split_with_sizes.default, aten.split.sizes):
             _slices(graph, node)
+        elif node.target in (aten.sum.default, aten.sum.dim_IntList):
+            _cast_before_sum(graph, node)
     for node in list(graph.nodes):
         if node.target in (aten.empty_like.default, aten.empty.memory_format):
             _stack_interleaved(graph, node)
@@ -94,6 +98,13 @@ def _concatenate(graph: fx.Graph, copy: Any) -> None:
     base.replace_all_uses_with(joined, delete_user_cb=lambda user: user not in before and user is not head)
     graph.erase_node(copy)
     graph.erase_node(part)
+
+
+def _cast_before_sum(graph: fx.Graph, node: Any) -> None:
+    dtype = node.kwargs.get("dtype")
+    if dtype not in (None, _dtype(node.args[0])):
+        with graph.inserting_before(node):
+            node.update_arg(0, graph.call_function(aten.to.dtype, (node.args[0], dtype)))
 
 
 def _combine_masks(graph: fx.Graph, node: Any) -> None:

@@ -58,6 +58,14 @@ class MaskFilled(nn.Module):
         return mask.masked_fill(x > 1, False).float() + mask.masked_fill(x < -1, True).float()
 
 
+class Counted(nn.Module):
+    """As HunyuanVideo finds the end of the prompt in its mask."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        ones = torch.ones_like(x)
+        return ones.sum(dim=1, dtype=torch.int).float() + ones.sum(dtype=torch.float32) + ones.sum(dim=1)
+
+
 class ComplexRotation(nn.Module):
     """As QwenImage turns queries by a table of cos and sin."""
 
@@ -74,7 +82,7 @@ def traced(module: nn.Module, x: Tensor) -> torch.export.ExportedProgram:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", [Interleaved, TailFilled, AliasFilled, Split, MaskFilled])
+@pytest.mark.parametrize("kind", [Interleaved, TailFilled, AliasFilled, Split, MaskFilled, Counted])
 def test_no_number_changes(kind: type[nn.Module], dtype: torch.dtype) -> None:
     x = torch.randn(2, 5, 6, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
     expected = kind()(x)
@@ -92,6 +100,13 @@ def test_copies_in_place_are_gone_where_that_is_safe(kind: type[nn.Module], left
 def test_no_split_of_varying_size_is_left() -> None:
     program = rewrite(traced(Split(), torch.randn(2, 5, 6, 4)))
     assert not any("split" in str(node.target) for node in program.graph.nodes)
+
+
+def test_what_is_summed_in_another_type_is_cast_before_the_sum() -> None:
+    graph = rewrite(traced(Counted(), torch.ones(2, 257, dtype=torch.bfloat16))).graph
+    sums = [node for node in graph.nodes if node.target in (aten.sum.default, aten.sum.dim_IntList)]
+    assert [node.args[0].target for node in sums] == [aten.to.dtype, aten.to.dtype, aten.ones_like.default]
+    assert [node.args[0].args[1] for node in sums[:2]] == [torch.int32, torch.float32]
 
 
 def test_complex_products_become_real_ones() -> None:
