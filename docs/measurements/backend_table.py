@@ -7,7 +7,7 @@ any family has a result of it.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ PRECISIONS = ("fp32", "fp16", "bf16")
 BACKENDS = {
     "onnx": "ONNX Runtime, CPU",
     "tensorrt": "TensorRT engine",
-    "torch-tensorrt": "Torch-TensorRT engine",
+    "torch-tensorrt": "Torch-TensorRT, an engine a block",
 }
 """Key of a result -> head of its column."""
 
@@ -36,7 +36,20 @@ def table() -> str:
     for (name, kind), result in results.items():
         cells = [name, families[name]["class"], kind, *(_cell(key, result) for key in shown)]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    runs = _runs(results.values())
+    return "\n".join([*lines, *([""] if runs else []), *runs]) + "\n"
+
+
+def _runs(results: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return a line for each day, machine and version that results name."""
+    found = [(head, run) for result in results for key, head in BACKENDS.items() if (run := result.get(f"{key} run"))]
+    lines = {
+        f"{head}: {run['day']}, {run['cores']} cores of {run['cpu']}, {run['gpu'] or 'no GPU'}; "
+        + ", ".join(f"{what} {version}" for what, version in run["versions"].items())
+        + "."
+        for head, run in found
+    }
+    return sorted(lines)
 
 
 def _cell(key: str, result: Mapping[str, Any]) -> str:
@@ -45,6 +58,9 @@ def _cell(key: str, result: Mapping[str, Any]) -> str:
         return "not tried"
     if result[key] != "ok":
         return str(result[key])
+    if graph := result.get(f"{key} graph"):
+        left = f"{len(graph['in_torch'])} of {graph['operators']} operators in torch"
+        return f"{graph['engines']} engines built, {left}; graph {graph['difference']:.1e}"
     difference = result.get("difference" if key == "onnx" else f"{key} difference")
     return "built, not executed" if difference is None else f"{difference:.1e}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,8 @@ def lower(
         )
         exported = pre_export_lowering(rewrite(exported), settings)
         exported = exported.run_decompositions(get_decompositions(settings.enable_experimental_decompositions))
-        graph: fx.GraphModule = post_lowering(spread_copies(exported.module()), settings)
+        plain = count_from_start(spread_copies(exported.module()))
+        graph: fx.GraphModule = post_lowering(plain, settings)
     require_converters(graph, settings)
     return graph
 
@@ -78,6 +80,26 @@ def spread_copies(graph: fx.GraphModule) -> fx.GraphModule:
                 for axis, length in enumerate(shape)
             ]
             node.update_arg(1, _call(graph.graph, aten.expand.default, (source, lengths), node))
+    graph.recompile()
+    return graph
+
+
+def count_from_start(graph: fx.GraphModule) -> fx.GraphModule:
+    """Write `x[:, -16:]` of a varying axis, in place, as `x[:, n - 16:]`.
+
+    Torch-TensorRT 2.14.0 computes such a start as length minus count for every axis. Where another axis varies, such as
+    the batch, it takes -1 for that one's count, and starts behind its end.
+    """
+    aten = torch.ops.aten
+    for node in list(graph.graph.nodes):
+        if node.target is not aten.slice.Tensor or len(node.args) < 3:
+            continue
+        source, axis, start, *_ = node.args
+        if not isinstance(start, int) or start >= 0 or isinstance(source.meta["val"].shape[axis], int):
+            continue
+        with graph.graph.inserting_before(node):
+            length = _call(graph.graph, aten.sym_size.int, (source, axis), node)
+            node.update_arg(2, _call(graph.graph, operator.add, (length, start), node))
     graph.recompile()
     return graph
 

@@ -17,7 +17,7 @@ from flcompress.exporters import torch_tensorrt_engines
 from flcompress.exporters.onnx_graph.write import quiet
 from flcompress.exporters.tensorrt_build.profiles import Profile
 from flcompress.exporters.torch_tensorrt_build.build import shapes_of
-from flcompress.exporters.torch_tensorrt_build.lowering import spread_copies
+from flcompress.exporters.torch_tensorrt_build.lowering import count_from_start, spread_copies
 from flcompress.exporters.torch_tensorrt_build.parts import cut
 from flcompress.exporters.torch_tensorrt_engines import TorchTensorRTExporter
 from flcompress.runtime import torch_tensorrt_api, torch_tensorrt_session
@@ -237,3 +237,23 @@ def test_what_is_copied_into_a_larger_tensor_is_expanded() -> None:
         assert target == source
     for given in (x, x[:3, :2]):
         assert torch.equal(graph(given), Masked()(given))
+
+
+class Text(nn.Module):
+    """The text's tokens, which stand last, and the clip's."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return x[:, -2:], x[:, :-2], x[:, :, -2:]
+
+
+def test_a_slice_of_a_varying_axis_is_counted_from_its_start() -> None:
+    x, auto = torch.randn(4, 5, 3, generator=torch.Generator().manual_seed(0)), torch.export.Dim.AUTO
+    with quiet():
+        program = torch.export.export(Text(), (x,), dynamic_shapes=({0: auto, 1: auto},), strict=False)
+        graph = count_from_start(program.run_decompositions().module())
+    slices = [node.args[1:3] for node in graph.graph.nodes if node.target is torch.ops.aten.slice.Tensor]
+    starts = {axis: [start for at, start in slices if at == axis and start != 0] for axis in (1, 2)}
+    assert [type(start).__name__ for start in starts[1]] == ["Node"]
+    assert starts[2] == [-2]
+    for given in (x, x[:3, :4]):
+        assert all(map(torch.equal, graph(given), Text()(given)))

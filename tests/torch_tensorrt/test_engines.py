@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from flcompress.errors import FlcompressError, UnavailableError
+from flcompress.exporters.shared import TOLERANCES
 from flcompress.exporters.tensorrt_build.profiles import Profile
 from flcompress.exporters.torch_tensorrt_build.lowering import require_converters
 from flcompress.exporters.torch_tensorrt_engines import TorchTensorRTExporter
@@ -19,6 +20,7 @@ from flcompress.runtime.tensorrt_api import card_here
 from flcompress.runtime.torch_tensorrt_api import RTX, installed_package, load_torch_tensorrt, stand_in
 from flcompress.runtime.torch_tensorrt_session import TorchTensorRTSession, require_chain
 from tests.families.exports import exportable
+from tests.torch_tensorrt.parts_in_torch import watched
 
 pytestmark = pytest.mark.e2e
 
@@ -65,19 +67,16 @@ def types(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Any, Any]]:
     return different
 
 
-# Torch-TensorRT 2.14.0 converts a slice from a varying start to one of negative length.
-VARYING_START = pytest.param("hunyuan-video", marks=pytest.mark.xfail(raises=FlcompressError, strict=True))
-
-
-@pytest.mark.parametrize("name", ["wan", VARYING_START, "cogvideox", "ltx", "flux"])
+@pytest.mark.parametrize(("name", "precision"), [*((name, "bf16") for name in FAMILIES), ("wan", "fp16")])
 def test_a_whole_transformer_becomes_one_engine_of_varying_sizes(
-    name: str, tmp_path: Path, types: dict[str, tuple[Any, Any]]
+    name: str, precision: Any, tmp_path: Path, types: dict[str, tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program = exportable(name, tmp_path)
     sides = {} if name == "flux" else {"height": (32, 32, 64)}
     profiles = (Profile(batch=(1, 1, 2)), Profile(batch=(1, 1, 1), **sides))
-    exporter = TorchTensorRTExporter(precision="bf16", targets=("sm89", "sm120"), profiles=profiles)
+    exporter = TorchTensorRTExporter(precision=precision, targets=("sm89", "sm120"), profiles=profiles)
     exporter.check()
+    parts = watched(program, precision, monkeypatch)
     folder = tmp_path / "export"
     folder.mkdir()
     summary = exporter.export(program, folder, tmp_path, silent)
@@ -94,11 +93,18 @@ def test_a_whole_transformer_becomes_one_engine_of_varying_sizes(
     assert manifest["contract"] == json.loads(json.dumps(program.contract.to_dict()))
     assert {tensor["dtype"] for tensor in manifest["inputs"]} <= {"float32", "int64", "int32", "bool"}
     assert types == {}
+    assert parts.difference() <= TOLERANCES[precision]
 
 
-@pytest.mark.parametrize(("name", "precision"), [(name, "fp16" if name == "wan" else "fp32") for name in FAMILIES])
-def test_a_block_becomes_an_engine(name: str, precision: Any, tmp_path: Path, types: dict[str, Any]) -> None:
+BLOCKS = [("wan", "fp16"), ("wan", "bf16"), *((name, "fp32") for name in FAMILIES[1:])]
+
+
+@pytest.mark.parametrize(("name", "precision"), BLOCKS)
+def test_a_block_becomes_an_engine(
+    name: str, precision: Any, tmp_path: Path, types: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     program = exportable(name, tmp_path)
+    parts = watched(program, precision, monkeypatch)
     folder = tmp_path / "export"
     folder.mkdir()
     exporter = TorchTensorRTExporter(precision=precision, engine="block", targets=("sm89",))
@@ -110,7 +116,8 @@ def test_a_block_becomes_an_engine(name: str, precision: Any, tmp_path: Path, ty
     assert all(len(engine["blocks"]) <= 1 for engine in manifest["engines"])
     assert summary["engines"] == len(manifest["engines"]) in (len(blocks), len(blocks) + 1)
     assert sorted(manifest["sha256"]) == sorted(path.name for path in folder.glob("*.engine"))
-    assert types == {}
+    assert (types, summary["in_torch"]) == ({}, [])
+    assert parts.difference() <= TOLERANCES[precision]
 
 
 class Unknown(nn.Module):
