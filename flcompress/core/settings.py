@@ -204,6 +204,7 @@ _NOT_DECISIVE = {
     "processes",
     "timeout",
     "checkpoint_seconds",
+    "background_checkpoints",
     "micro_batch",
     "offload",
     "attention",
@@ -230,6 +231,11 @@ class Training(Settings):
         ge=0,
         description="between two checkpoints: the most work that a killed run loses, whatever a step takes; 20 times "
         "as long as the last one took where that is more; 0 writes one after every step",
+    )
+    background_checkpoints: bool = Field(
+        False,
+        description="copy a checkpoint to host memory and write it while the training goes on; the copy takes as much "
+        "host memory as each process stores",
     )
     precision: Precision = Field(
         "fp32",

@@ -46,6 +46,7 @@ class PassContext:
         log_to: destinations of its figures, in addition to the report.
         note: adds an event to the run's journal.
         checkpoint_seconds: between two checkpoints of a training; 0 writes one after every step.
+        background_checkpoints: whether they are written while the training goes on.
         micro_batch: samples that are in memory at once in one process, at most; see `at_once`.
         earlier_seconds: what attempts that were ended before took; for the main process, which writes what a pass took.
     """
@@ -67,6 +68,7 @@ class PassContext:
     log_to: tuple[LogName, ...] = ()
     note: Callable[..., None] = lambda event, name, **values: None
     checkpoint_seconds: float = 60.0
+    background_checkpoints: bool = False
     micro_batch: int | None = None
     earlier_seconds: float = 0.0
 

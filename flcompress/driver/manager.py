@@ -272,6 +272,7 @@ def _work(recipe: Recipe, step: Pass, clips: Clips, device: str, world: World, *
         health=recipe.training.health,
         log_to=recipe.training.log_to,
         checkpoint_seconds=recipe.training.checkpoint_seconds,
+        background_checkpoints=recipe.training.background_checkpoints,
         micro_batch=recipe.training.micro_batch,
         world=world if step.distributed else World(),
         engine=recipe.training.engine if step.distributed else "local",

@@ -28,6 +28,14 @@ KEPT: Mapping[Kind, int] = {"step": 2, "best": 1}
 
 
 @dataclass(frozen=True)
+class Attempt:
+    """The end of a process's writing: {file name: SHA-256}, empty without a file of its own, or why it failed."""
+
+    digests: Mapping[str, str]
+    failure: Exception | None = None
+
+
+@dataclass(frozen=True)
 class Checkpoints:
     """The checkpoints of one training: `checkpoints/step-00000050/`, the newest, and `best-00000050/`.
 
@@ -59,16 +67,33 @@ class Checkpoints:
 
         If it fails, the earlier checkpoints are kept.
         """
+        path = self.begin(step)
+        self.complete(step, kind, path, self.attempt(path, parts, self.world.heartbeat))
+
+    def begin(self, step: int) -> Path:
+        """Make the folder that a checkpoint is written to; return this process's file in it. All processes together."""
         self.world.heartbeat(f"checkpoint of step {step}")
         # A name of its own: a process that outlives a killed command cannot write into what the next one writes.
-        work = self._folder / self.world.broadcast(lambda: self._prepare(step))
-        path = work / f"rank-{self.world.rank}.safetensors"
+        work: Path = self._folder / self.world.broadcast(lambda: self._prepare(step))
+        return work / f"rank-{self.world.rank}.safetensors"
+
+    def attempt(self, path: Path, parts: Mapping[str, Part], beat: Callable[[], None]) -> Attempt:
+        """Write this process's file, if it holds anything of its own."""
         try:
-            digests, failure = self._write(path, parts), None
-        except Exception as error:  # noqa: BLE001 (raised below, once no process writes any more)
-            digests, failure = {}, error
+            # Hashed as it is written: reading it back takes as long again, and comes from the page cache, not the disk.
+            digest = write_parts(path, parts, main=self.world.main, beat=beat)
+            if digest is None:
+                return Attempt({})
+            sync(path)
+            return Attempt({path.name: digest})
+        except Exception as error:  # noqa: BLE001 (raised by `complete`, once no process writes any more)
+            return Attempt({}, error)
+
+    def complete(self, step: int, kind: Kind, path: Path, attempt: Attempt) -> None:
+        """Put a checkpoint in place that every process has written, or raise the failure of one; all together."""
+        work, failure = path.parent, attempt.failure
         try:
-            written = self.world.all_gather({"files": digests, "failed": failure is not None})
+            written = self.world.all_gather({"files": attempt.digests, "failed": failure is not None})
             if any(part["failed"] for part in written):
                 if self.world.main:
                     shutil.rmtree(work, ignore_errors=True)  # frees a full disk at once
@@ -81,15 +106,6 @@ class Checkpoints:
             # Others may still be writing: theirs is left to the next command, which removes the folder.
             path.unlink(missing_ok=True)
             raise
-
-    def _write(self, path: Path, parts: Mapping[str, Part]) -> dict[str, str]:
-        """Write this process's file; return its name and SHA-256, or nothing if it holds nothing of its own."""
-        # Hashed as it is written: reading it back takes as long again, and comes from the page cache, not the disk.
-        digest = write_parts(path, parts, main=self.world.main, beat=self.world.heartbeat)
-        if digest is None:
-            return {}
-        sync(path)
-        return {path.name: digest}
 
     def _prepare(self, step: int) -> str:
         work = self._folder / f"{WORK}{step:08d}-{os.getpid()}-{time.monotonic_ns()}"

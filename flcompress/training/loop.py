@@ -18,8 +18,10 @@ from flcompress.distributed.world import World
 from flcompress.draws import Draws, seed_of
 from flcompress.errors import Preempted, RequestError, TrainingError
 from flcompress.files import append_line, lines_of, sync, write_text
+from flcompress.training.background import Background
 from flcompress.training.checkpoint import Checkpoints, Kind
 from flcompress.training.engines import Engine
+from flcompress.training.parts import Part
 from flcompress.training.role import TrainedRole
 from flcompress.training.watching.monitor import BREACHES_FILE, REDRAWS_FILE, Watch
 from flcompress.training.watching.strips import STRIPS, strip_of
@@ -82,7 +84,7 @@ def train(
             if run.judge(step, figures, last=step == steps):
                 return run.roll_back()
             if step == steps or due or end:
-                run.save(step)
+                run.save(step, wait=step == steps or end)
             if end:
                 raise Preempted(
                     f"{name}: ended by SIGTERM after step {step} of {steps}; a checkpoint was written, "
@@ -117,6 +119,7 @@ class _Run:
         self._world = context.world
         self._log, self._redraws = context.directory / METRICS_FILE, context.directory / REDRAWS_FILE
         self._checkpoints = Checkpoints(context.directory, context.world, context.engine, context.say)
+        self._background = Background(self._checkpoints) if context.background_checkpoints else None
         self._saved, self._save_seconds = time.monotonic(), 0.0
 
     def resume(self) -> tuple[int, list[dict[str, float]]]:
@@ -142,8 +145,13 @@ class _Run:
         with self._engine.forward_mode(), world.exchanging():
             values = dict(self._train_step(step, draws))
         due = time.monotonic() - self._saved >= self.checkpoint_interval
-        agreed = world.all_mean({**values, _SAVE: float(due and world.main), _END: float(preempted.is_set())})
-        save, end = agreed.pop(_SAVE) > 0, agreed.pop(_END) > 0
+        written = self._background is not None and self._background.written
+        agreed = world.all_mean(
+            {**values, _SAVE: float(due and world.main), _END: float(preempted.is_set()), _WRITTEN: float(written)}
+        )
+        save, end, everywhere = agreed.pop(_SAVE) > 0, agreed.pop(_END) > 0, agreed.pop(_WRITTEN) == 1.0
+        if everywhere:
+            self._finish()
         return agreed, save, end
 
     @property
@@ -184,18 +192,33 @@ class _Run:
             self._save(step, "best")
         return back
 
-    def save(self, step: int) -> None:
-        """Write the checkpoint of a step."""
-        if self._world.main:
-            for file in filter(Path.exists, (self._log, self._redraws)):
-                sync(file)  # what was logged before a checkpoint must not be lost where that is kept
+    def save(self, step: int, *, wait: bool) -> None:
+        """Write the checkpoint of a step, or begin to if the training writes in the background and need not wait."""
         began = time.monotonic()
-        self._save(step, "step")
+        self._finish()
+        if self._background is not None and not wait:
+            self._background.begin(step, self._parts())
+        else:
+            self._sync_logs()
+            self._save(step, "step")
         self._saved = time.monotonic()
         self._save_seconds = self._saved - began
 
+    def _finish(self) -> None:
+        """Put a checkpoint in place that is being written in the background, if any."""
+        if self._background is not None:
+            self._sync_logs()
+            self._background.finish()
+
+    def _sync_logs(self) -> None:
+        """Make what was logged last: it must not be lost where a later checkpoint is kept."""
+        if self._world.main:
+            for file in filter(Path.exists, (self._log, self._redraws)):
+                sync(file)
+
     def roll_back(self) -> int:
         """Take up the best evaluation's checkpoint; return its step."""
+        self._finish()
         step = self._restore("best")
         if step == 0:
             folder = self._checkpoints.directory
@@ -203,8 +226,10 @@ class _Run:
         return step
 
     def _save(self, step: int, kind: Kind) -> None:
-        parts = {name: part for role in self._roles for name, part in role.parts().items()}
-        self._checkpoints.save(step, parts, kind)
+        self._checkpoints.save(step, self._parts(), kind)
+
+    def _parts(self) -> dict[str, Part]:
+        return {name: part for role in self._roles for name, part in role.parts().items()}
 
     def _restore(self, kind: Kind) -> int:
         step, stored = self._checkpoints.load(kind)
@@ -214,7 +239,7 @@ class _Run:
         return step
 
 
-_SAVE, _END = "save", "end"
+_SAVE, _END, _WRITTEN = "save", "end", "written"
 
 
 @contextmanager

@@ -40,6 +40,11 @@ def local(value: torch.Tensor) -> torch.Tensor:
     return part.detach()
 
 
+def own_parts(parts: Mapping[str, Part], *, main: bool) -> dict[str, Part]:
+    """Return what this process writes of its parts: what only it holds, and the main one what every process holds."""
+    return {name: part for name, part in parts.items() if (main if part.total is None else part.tensor.numel() > 0)}
+
+
 def write_parts(path: Path, parts: Mapping[str, Part], *, main: bool, beat: Callable[[], None]) -> str | None:
     """Write a process's parts into one file; return its SHA-256, or None if there is nothing to write.
 
@@ -49,7 +54,7 @@ def write_parts(path: Path, parts: Mapping[str, Part], *, main: bool, beat: Call
         main: whether this is the main process, which writes what every process holds.
         beat: called after each piece.
     """
-    own = {name: part for name, part in parts.items() if (main if part.total is None else part.tensor.numel() > 0)}
+    own = own_parts(parts, main=main)
     if not own:
         return None
     ranges = {name: [part.first, part.total] for name, part in own.items() if part.total is not None}

@@ -212,5 +212,5 @@ def test_checkpoints_take_a_twentieth_of_the_time_at_most(
     monkeypatch.setattr(time, "monotonic", lambda: now)
     bookkeeping = loop._Run(lambda step, draws: {}, [], engine(tmp_path, setting), "test", 8, None)
     assert bookkeeping.checkpoint_interval == setting
-    bookkeeping.save(1)
+    bookkeeping.save(1, wait=True)
     assert bookkeeping.checkpoint_interval == interval
