@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,6 +26,9 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _SUFFIXES = (".safetensors", *PICKLES, ".gguf", ".msgpack", ".h5", ".ot", ".onnx")
 _INDEX = re.compile(r".+\.index(\.[^.]+)?\.json")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}")
+
+HASHED_AT_ONCE = 8
+"""Files of a folder, such as the shards of a large model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,12 +175,17 @@ def _with_variant(file: str, variant: str | None) -> str:
 
 def folder_digest(folder: Path) -> str:
     """Return the SHA-256 of the names and contents of a folder's files, except those that stock loading never opens."""
-    digest = hashlib.sha256()
-    for path in files_of(folder):
-        stat = path.stat()
-        digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
-        digest.update(_file_digest(path, stat.st_mtime_ns, stat.st_size).encode())
+    digest, files = hashlib.sha256(), files_of(folder)
+    with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:  # hashing lets other threads run
+        for path, own in zip(files, pool.map(_digest_of, files), strict=True):
+            digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
+            digest.update(own.encode())
     return digest.hexdigest()
+
+
+def _digest_of(path: Path) -> str:
+    stat = path.stat()
+    return _file_digest(path, stat.st_mtime_ns, stat.st_size)
 
 
 @lru_cache(maxsize=4096)

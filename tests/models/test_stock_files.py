@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -159,6 +161,20 @@ def test_a_digest_is_what_it_was_for_a_folder_without_leftovers(tmp_path: Path) 
     (tmp_path / "README.md").write_text("words")
     expected = "35ab87ffbac0a269e8128d29c313aea87295ac23f1d504ba3b154be15e174059"
     assert folder_digest(tmp_path) == expected
+
+
+def test_files_are_hashed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of two waits until the other is being hashed too."""
+    both = threading.Barrier(2)
+
+    def waiting(path: Path) -> str:
+        both.wait(timeout=60)
+        return path.name
+
+    monkeypatch.setattr("flcompress.models.stock_files.sha256", waiting)
+    for name in ("a.json", "b.json"):
+        (tmp_path / name).write_text(name)
+    assert folder_digest(tmp_path) == hashlib.sha256(b"a.json\0a.jsonb.json\0b.json").hexdigest()
 
 
 def rename_index(folder: Path) -> None:
