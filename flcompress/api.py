@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from flcompress.models.families.family import Family as Family
     from flcompress.models.families.family import LatentShape as LatentShape
     from flcompress.models.families.family import OriginalNames as OriginalNames
+    from flcompress.models.families.family import TokenAxes as TokenAxes
     from flcompress.models.loading import load_transformer as load_transformer
     from flcompress.models.loading import save_transformer as save_transformer
     from flcompress.models.network import as_network as as_network
@@ -96,6 +97,7 @@ _DOOR = {
     "Family": "flcompress.models.families.family",
     "LatentShape": "flcompress.models.families.family",
     "OriginalNames": "flcompress.models.families.family",
+    "TokenAxes": "flcompress.models.families.family",
     "as_network": "flcompress.models.network",
     "encode_clips": "flcompress.models.video",
     "family_of": "flcompress.models.families",
@@ -176,6 +178,7 @@ __all__ = [
     "RequestError",
     "Role",
     "SamplingContract",
+    "TokenAxes",
     "TrainedRole",
     "Training",
     "TrainingError",

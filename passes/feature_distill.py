@@ -32,6 +32,7 @@ class FeatureDistill(Optimisation, Pass):
 
     name: ClassVar[str] = "feature-distill"
     needs_data: ClassVar[bool] = True
+    whole_clips: ClassVar[bool] = True
     distributed: ClassVar[bool] = True
 
     content_weight: float = Field(0.1, ge=0, description="weight of the features of single frames, L_icd")

@@ -207,6 +207,7 @@ _NOT_DECISIVE = {
     "background_checkpoints",
     "micro_batch",
     "offload",
+    "sequence_parallel",
     "attention",
     "deterministic",
     "health",
@@ -256,6 +257,12 @@ class Training(Settings):
         description="what waits in host memory, with the same result: moments (AdamW's, and moving averages; they come "
         "to the GPU tensor by tensor to be updated) and inputs (of the blocks, until the backward; with "
         "gradient_checkpointing); engines local, ddp and fsdp2",
+    )
+    sequence_parallel: int = Field(
+        1,
+        ge=1,
+        description="processes that compute one clip together, each a part of its tokens and in attention of its "
+        "heads: for clips whose activations fit no GPU. It divides the processes and the heads; see docs/training.md",
     )
     compile: bool = Field(
         False,

@@ -74,7 +74,7 @@ class PassContext:
 
     def at_once(self, batch: int) -> int:
         """Samples in one forward of a process, of a batch over all of them."""
-        own = max(1, batch // self.world.size)
+        own = max(1, batch // self.world.data_size)
         return min(own, self.micro_batch or own)
 
 
@@ -145,6 +145,8 @@ class Pass(BaseModel, ABC):
     """The kind of `data:` whose clips it draws itself: a recipe with any other kind is then refused before any work."""
     added: ClassVar[tuple[str, ...]] = ()
     """Arguments that an earlier release did not have: no part of a cache key while they have their default."""
+    whole_clips: ClassVar[bool] = False
+    """Whether it needs whole clips in each process: `training.sequence_parallel` is then refused."""
     distributed: ClassVar[bool] = False
     """Whether all processes apply it together (see `PassContext.world`); else the main one does and the others wait.
 

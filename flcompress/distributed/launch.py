@@ -53,7 +53,7 @@ class Launch:
 
 
 @contextmanager
-def join(engine: str, timeout: float, device: str, launch: Launch) -> Iterator[World]:
+def join(engine: str, timeout: float, device: str, launch: Launch, *, sequence_parallel: int = 1) -> Iterator[World]:
     """Join the processes that a launcher started, and leave them at the end of the context.
 
     Args:
@@ -61,6 +61,7 @@ def join(engine: str, timeout: float, device: str, launch: Launch) -> Iterator[W
         timeout: seconds without progress after which a process ends all of them.
         device: "cpu" or "cuda".
         launch: this process's place among them.
+        sequence_parallel: how many of them compute a clip together.
 
     Raises:
         RequestError: they cannot meet, or their number is not the launcher's.
@@ -101,6 +102,8 @@ def join(engine: str, timeout: float, device: str, launch: Launch) -> Iterator[W
         )
         if launch.size > 1:
             world.join(store, timeout)
+        if sequence_parallel > 1:
+            world.share_clips(sequence_parallel, timeout)
     except (dist.DistStoreError, dist.DistNetworkError, dist.DistBackendError) as error:
         raise RequestError(
             f"the {launch.size} processes (WORLD_SIZE) did not meet within {timeout:g} s (training.timeout): "

@@ -15,6 +15,8 @@ from flcompress.errors import INTERRUPTED, FlcompressError, TrainingError, first
 if TYPE_CHECKING:
     import torch.distributed as dist
 
+    from flcompress.distributed.sequence import SequenceGroup
+
 LONGEST_WAIT = 0.2
 """Seconds between two polls for a value of another process, at most."""
 LEAVE_SECONDS = 10.0
@@ -29,12 +31,14 @@ class World:
     Attributes:
         rank: rank of this process; 0 is the main one, which writes files and prints.
         size: number of processes.
+        sequence: those of them that compute one clip together with this one; None if each computes clips of its own.
         longest: (seconds, activity) of the longest time between two heartbeats while this process worked with the
             others; `training.timeout` must be longer than that.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0) -> None:
         self.rank, self.size = rank, size
+        self.sequence: SequenceGroup | None = None
         self._local_rank = local_rank
         self._pulse = Pulse()
         self._store: Any = None  # of strings, shared by all processes
@@ -48,6 +52,16 @@ class World:
     def main(self) -> bool:
         """Whether this is the main process."""
         return self.rank == 0
+
+    @property
+    def data_size(self) -> int:
+        """Number of shares that a batch is divided into: one a process, or one a group that computes clips together."""
+        return self.size if self.sequence is None else self.size // self.sequence.size
+
+    @property
+    def data_rank(self) -> int:
+        """Which of these shares is this process's."""
+        return self.rank if self.sequence is None else self.rank // self.sequence.size
 
     def all_mean(self, values: Mapping[str, float]) -> dict[str, float]:
         """Return the mean of each value over the processes; all must pass the same names."""
@@ -242,6 +256,21 @@ class World:
         self._watch.start()
         self._control = dist.new_group(backend="gloo", timeout=timedelta(seconds=2 * timeout))
 
+    def share_clips(self, processes: int, timeout: float) -> None:
+        """Form groups of neighbours, each of which computes its clips together; all processes together.
+
+        Args:
+            processes: the size of a group; it divides their number.
+            timeout: seconds without progress after which a process ends all of them.
+        """
+        import torch.distributed as dist
+
+        from flcompress.distributed.sequence import SequenceGroup
+
+        wait = timedelta(seconds=2 * timeout)
+        group, _ = dist.new_subgroups(processes, timeout=wait)  # type: ignore[no-untyped-call]
+        self.sequence = SequenceGroup(self.rank % processes, processes, group)
+
     def leave(self) -> None:
         """Leave the group; the main process leaves last, since it may keep the store that holds reported failures."""
         import torch.distributed as dist
@@ -252,5 +281,5 @@ class World:
             end = time.monotonic() + LEAVE_SECONDS
             while self.main and time.monotonic() < end and any(life != LEFT for life, _ in self._watch.lives()):
                 time.sleep(0.02)
-        self._control = None
+        self._control = self.sequence = None
         dist.destroy_process_group()

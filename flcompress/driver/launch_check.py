@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flcompress.core.settings import Training
 from flcompress.core.steps import Pass
 from flcompress.distributed.launch import Launch
 from flcompress.errors import RequestError
+
+if TYPE_CHECKING:
+    from flcompress.models.families.family import LatentShape
 
 _ACCELERATE = {"ACCELERATE_USE_DEEPSPEED": ("zero1", "zero2", "zero3"), "ACCELERATE_USE_FSDP": ("fsdp2",)}
 
@@ -34,14 +39,62 @@ def check_launch(training: Training, launch: Launch, passes: Iterable[Pass] = ()
             f"`accelerate launch --cpu` always starts one); start with {how}, "
             "or set training.processes: 1 if one is meant"
         )
+    together = training.sequence_parallel
+    if launch.size % together:
+        raise RequestError(
+            f"training.sequence_parallel: {together} given, expected a divisor of the {launch.size} processes that the "
+            "launcher started (WORLD_SIZE)"
+        )
     _check_accelerate(training)
     for step in passes:
         cost = step.cost(1.0, 1, 1.0)
-        if step.distributed and cost.steps and cost.batch % launch.size:
+        if step.distributed and cost.steps and cost.batch % (launch.size // together):
+            groups = f"{launch.size // together} groups of {together}" if together > 1 else launch.size
             raise RequestError(
-                f"{step.name}: batch {cost.batch} given, expected a multiple of the {launch.size} processes; "
-                "change either"
+                f"{step.name}: batch {cost.batch} given, expected a multiple of the {groups} processes; change either"
             )
+
+
+def check_sequence(training: Training, passes: Iterable[Pass], transformer: Path, latents: LatentShape) -> None:
+    """Raise RequestError unless the model's tokens and heads can be split over processes as the training asks.
+
+    Args:
+        training: the settings.
+        passes: the recipe's.
+        transformer: the folder of the model's transformer.
+        latents: (frames, height, width) of the clips that the recipe samples.
+    """
+    from flcompress.models.families import family_of
+    from flcompress.models.loading import meta_transformer
+    from flcompress.models.network import stock_name
+
+    if training.sequence_parallel == 1:
+        return
+    given = f"training.sequence_parallel: {training.sequence_parallel} given"
+    if training.engine == "local":
+        raise RequestError(f"{given} with engine: local, which is one process; set it to ddp or fsdp2")
+    if training.compile:
+        raise RequestError(f"{given} with compile: true, which do not combine; leave out either")
+    for step in passes:
+        if step.whole_clips:
+            raise RequestError(f"{given} with {step.name}, which needs whole clips in each process; set it to 1")
+    model = meta_transformer(transformer)
+    name, config = stock_name(model), model.config
+    family = family_of(name)
+    axes = family.token_axes(config)
+    if axes is None:
+        raise RequestError(
+            f"{given}, but the tokens of {name}, as {transformer / 'config.json'} configures it, cannot be split over "
+            "processes (docs/training.md names the classes); set it to 1"
+        )
+    tokens = math.prod(family.token_grid(config, latents))
+    if axes.heads % training.sequence_parallel:
+        raise RequestError(f"{given}, expected a divisor of the {axes.heads} attention heads of {name}")
+    if tokens < training.sequence_parallel:
+        raise RequestError(
+            f"{given}, but a clip of latents {' x '.join(map(str, latents))} has {tokens} tokens; expected at least "
+            "one for each process"
+        )
 
 
 def check_attention(training: Training, pipeline: str, transformer: Path, device: str) -> None:

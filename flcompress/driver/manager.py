@@ -22,7 +22,7 @@ from flcompress.driver.clips import Clips, fingerprint
 from flcompress.driver.data_checks import check_data
 from flcompress.driver.exporting import run_exports
 from flcompress.driver.figures import Planner, plan_run, showing_speed, speed_of
-from flcompress.driver.launch_check import check_attention, check_launch
+from flcompress.driver.launch_check import check_attention, check_launch, check_sequence
 from flcompress.driver.rundir import RunDirectory
 from flcompress.driver.store import Entry, Store
 from flcompress.errors import FlcompressError, PostconditionError
@@ -70,11 +70,12 @@ def apply(
     source = check(recipe, run)
     shared = Path(store).resolve() if store else run.path
     launch = Launch.from_environment()
-    check_launch(recipe.training, launch, recipe.passes)
-    check_attention(recipe.training, source.index["_class_name"], source.transformer, device)
+    training = recipe.training
+    check_launch(training, launch, recipe.passes)
+    check_attention(training, source.index["_class_name"], source.transformer, device)
     with (
-        repeatable(enabled=recipe.training.deterministic),
-        join(recipe.training.engine, recipe.training.timeout, device, launch) as world,
+        repeatable(enabled=training.deterministic),
+        join(training.engine, training.timeout, device, launch, sequence_parallel=training.sequence_parallel) as world,
         world.propagating_failures(),
         system_errors_in_one_line(run.path),
     ):
@@ -148,6 +149,7 @@ def check(recipe: Recipe, run: RunDirectory, *, plan: bool = False) -> start.Sou
     check_pipeline(recipe.model_folder(), weights=trained and not bare, parts=not bare)
     source = start.read_source(recipe)
     start.check_sampling(recipe, source)
+    check_sequence(recipe.training, recipe.passes, source.transformer, source.latents[1:])
     if not bare:
         check_data(recipe, source.index)
     return source

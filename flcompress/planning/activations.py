@@ -41,6 +41,7 @@ class SavedActivations:
         blocks: saved in all blocks together.
         block: saved in the block that saves most.
         streams: the blocks' inputs, which gradient checkpointing saves in place of `blocks`.
+        stream: the input of one block, on average.
         inference: the most that is alive at once in a forward without gradients, its weights loaded in the precision.
     """
 
@@ -48,6 +49,7 @@ class SavedActivations:
     blocks: Bytes
     block: Bytes
     streams: Bytes
+    stream: Bytes
     inference: Bytes
 
     def training(self, samples: float, share: float, checkpointed: bool) -> float:
@@ -81,6 +83,7 @@ def saved_activations(
         blocks=affine(sum(single.blocks), sum(double.blocks)),
         block=affine(max(single.blocks), max(double.blocks)),
         streams=affine(single.streams, double.streams),
+        stream=affine(single.streams / len(single.blocks), double.streams / len(double.blocks)),
         inference=Bytes(fixed=0.0, sample=inference),
     )
 

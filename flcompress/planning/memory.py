@@ -15,6 +15,9 @@ from flcompress.planning.activations import SavedActivations
 
 FP32, BF16 = 4, 2
 """Bytes of a number. Trained weights, gradients and moments are fp32; frozen weights are in the pass's precision."""
+EXCHANGED = 6
+"""Tensors as large as a block's input that an attention adds where a clip is split over processes: queries, keys and
+values, as they are sent and as they are received; their gradients in the backward."""
 BUCKET = 500_000_000
 """Numbers in the buffer from which DeepSpeed reduces gradients (`reduce_bucket_size`, its default)."""
 LIVE = 1_000_000_000
@@ -223,22 +226,25 @@ def plan_memory(
     *,
     processes: int,
     gpu: bool,
+    part: float = 1.0,
 ) -> PlannedMemory:
     """Return the memory of a pass on one of its processes.
 
     Args:
         cost: the models that the pass holds, its batch and its steps.
         saved: activations of the whole transformer, in the precision that the pass computes in.
-        training: engine, precision, gradient checkpointing, micro batch and offload.
+        training: engine, precision, gradient checkpointing, micro batch, offload and sequence parallelism.
         shares: shares of the transformer's parameters.
         original: parameters of the transformer that `saved` was counted for.
         processes: number of processes that share the pass.
         gpu: whether each of them has a GPU.
+        part: share of a clip's activations that each process has of those that compute it together.
     """
     # A pass that does not train has the whole model in every process, and a batch of its own.
     placement = Placement(training.engine if cost.steps else "local", processes, gpu)
     width = BF16 if compute_precision(cost, training.precision, gpu=gpu) == "bf16" else FP32
-    own = cost.batch / processes if cost.steps else float(cost.batch)
+    together = training.sequence_parallel
+    own = cost.batch * together / processes if cost.steps else float(cost.batch)
     samples = min(own, training.micro_batch or own) if cost.steps else own
 
     roles: dict[str, RoleMemory] = {}
@@ -269,12 +275,13 @@ def plan_memory(
             weights=weights, gradients=update.gradients, moments=moments, average=average, engine=update.lasting
         )
         depth = min(1.0, role.parameters / original) if role.runs is None else role.runs / original
-        alive = saved.training(samples, depth, training.gradient_checkpointing)
+        alive = saved.training(part * samples, depth, training.gradient_checkpointing)
+        alive += EXCHANGED * saved.stream.of(part * samples) * (together > 1)
         if "inputs" in away:
-            inputs = saved.streams.of(samples) * depth
+            inputs = saved.streams.of(part * samples) * depth
             alive -= inputs
             waiting = max(waiting, inputs)
-            moved += 2.0 * role.updates * saved.streams.of(own) * depth
+            moved += 2.0 * role.updates * saved.streams.of(part * own) * depth
         activations = max(activations, alive)
         updates.append((update, alive))
     # A frozen model runs while the activations of a trained one are saved.

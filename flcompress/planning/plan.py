@@ -5,28 +5,34 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flcompress.core.program import Fact
 from flcompress.core.settings import Precision
-from flcompress.core.steps import Pass, Role
-from flcompress.diffusion.contract import SamplingContract
-from flcompress.diffusion.student import student_contract
 from flcompress.driver.manager import check, default_run_dir
 from flcompress.driver.rundir import RunDirectory
-from flcompress.driver.start import Source, read_source, trace_folder, transformer_folders
+from flcompress.driver.start import read_source, trace_folder
 from flcompress.errors import RecipeError
 from flcompress.frontend.loading import load_recipe
 from flcompress.frontend.recipe import Recipe
 from flcompress.ir.graph import BlockGraph
 from flcompress.models.families import family_of
 from flcompress.models.loading import meta_transformer, transformer_class
+from flcompress.models.network import stock_name
 from flcompress.planning.activations import saved_activations
+from flcompress.planning.experts import PlannedExperts
 from flcompress.planning.machines import Machine, gpu_here, gpu_machine, measure_speed, this_machine
 from flcompress.planning.memory import PlannedMemory, compute_precision
-from flcompress.planning.settings import Advice, PlannedInput, PlannedSetting, Planner, Setting, advise, all_settings
+from flcompress.planning.settings import (
+    Advice,
+    PlannedInput,
+    PlannedSetting,
+    Planner,
+    Setting,
+    SplitClip,
+    advise,
+    all_settings,
+)
 
 if TYPE_CHECKING:
     from flcompress.data.sizes import Size
@@ -194,13 +200,15 @@ def make_plan(
     if machine is None:
         machine = this_machine(recipe, flops_per_second or measure_speed(transformer, graph, tokens, shape))
     own = Setting.of(recipe.training)
+    _check_together(recipe, own.processes(machine))
     precisions: set[Precision] = {"fp32", "bf16"}
     if own_only:  # counting takes most of a plan's time
         costs = [
             step.cost(float(graph.parameters), len(graph.blocks), float(graph.parameters)) for step in recipe.passes
         ]
         precisions = {compute_precision(cost, own.precision, gpu=machine.gpu) for cost in costs}
-    planner = Planner(graph, {name: saved_activations(transformer, graph, tokens, shape, name) for name in precisions})
+    saved = {name: saved_activations(transformer, graph, tokens, shape, name) for name in precisions}
+    planner = Planner(graph, saved, _split_clip(transformer, tokens, shape))
     checkpointing = bool(transformer_class(transformer)._supports_gradient_checkpointing)
     rows: list[PlannedPass] = []
     inputs: list[PlannedInput] = []
@@ -213,7 +221,9 @@ def make_plan(
         _check_batch(recipe, index, planned, planner, own.processes(machine))
         cost, plan = planned.cost(graph), planner.plan(planned, own, machine)
         trains = any(role.trained for role in cost.roles)
-        choices = all_settings(checkpointing, own.micro_batch, own.offload) if trains and not own_only else []
+        compared = trains and not own_only
+        asked = own.micro_batch, own.offload, own.sequence_parallel
+        choices = all_settings(checkpointing, *asked) if compared else []
         choices = [setting for setting in choices if setting.engine in step.engines]
         rows.append(
             PlannedPass(
@@ -254,13 +264,35 @@ def make_plan(
     )
 
 
+def _split_clip(transformer: Path, text: int, shape: LatentShape) -> SplitClip | None:
+    """Return what of a clip of latents (frames, height, width) processes can share; None if its tokens stay whole."""
+    model = meta_transformer(transformer)
+    family, config = family_of(stock_name(model)), model.config
+    axes = family.token_axes(config)
+    if axes is None:
+        return None
+    tokens = math.prod(family.token_grid(config, shape))
+    return SplitClip(tokens=tokens, text=text, heads=axes.heads)
+
+
+def _check_together(recipe: Recipe, processes: int) -> None:
+    together = recipe.training.sequence_parallel
+    if processes % together:
+        raise RecipeError(
+            f"{recipe.where('training')}.sequence_parallel: {together} given, expected a divisor of the {processes} "
+            "processes"
+        )
+
+
 def _check_batch(recipe: Recipe, index: int, planned: PlannedInput, planner: Planner, processes: int) -> None:
-    cost, step = planned.cost(planner.graph), planned.step
-    if step.distributed and cost.steps and cost.batch % processes:
-        divisible = -(-cost.batch // processes) * processes
+    cost, step, together = planned.cost(planner.graph), planned.step, recipe.training.sequence_parallel
+    shares = processes // together
+    if step.distributed and cost.steps and cost.batch % shares:
+        divisible = -(-cost.batch // shares) * shares
+        groups = f"{shares} groups of {together}" if together > 1 else processes
         raise RecipeError(
             f"{recipe.where(f'passes[{index}]')}.{step.name}.batch: {cost.batch} given, expected a multiple of the "
-            f"{processes} processes; --set passes.{step.name}.batch={divisible}"
+            f"{groups} processes; --set passes.{step.name}.batch={divisible}"
         )
 
 
@@ -333,61 +365,3 @@ def _first_video_size(recipe: Recipe, videos: dict[str, Any]) -> Size | None:
         if bucket := target.bucket(size, grid):
             return bucket
     return None
-
-
-class PlannedExperts:
-    """The part of two experts in a plan: the partner held in memory, and whose evaluations are counted.
-
-    For a single transformer nothing changes.
-
-    Args:
-        recipe: the recipe.
-        source: the model that it starts from.
-    """
-
-    def __init__(self, recipe: Recipe, source: Source) -> None:
-        self._source = source
-        self._sampled = recipe.training.health.samples > 0
-        self._folders = transformer_folders(recipe, source.folder, source.contract.experts)
-
-    @cached_property
-    def _partners(self) -> tuple[int, int]:
-        """Parameters of the teacher's partner, and of the student's."""
-        return _parameters(self._folders["original_partner"]), _parameters(self._folders["partner"])
-
-    def extra_roles(self, step: Pass) -> tuple[Role, ...]:
-        """Return the partners that a student needs to take the steps before a low-noise one, and to finish samples."""
-        experts = self._source.contract.experts
-        if experts is None or Fact.FEW_STEP not in step.gives:
-            return ()
-        roles = []
-        if experts.compressed == "low" or self._sampled:
-            roles.append(Role("partner", self._partners[1]))
-        if self._sampled and self._folders["partner"] != self._folders["original_partner"]:
-            roles.append(Role("teacher's partner", self._partners[0]))
-        return tuple(roles)
-
-    def work_ratio(self, parameters: float, evaluations: int) -> tuple[int, float]:
-        """Return the final evaluations of a sample, and evaluations times parameters, before over after.
-
-        Args:
-            parameters: parameters of the compressed transformer after the last pass.
-            evaluations: steps of its student, or the model's own evaluations without one.
-        """
-        before = self._source.contract
-        original = float(self._source.graph.parameters)
-        if before.experts is None:
-            return evaluations, before.evaluations / evaluations * original / parameters
-        after = before
-        if evaluations != before.evaluations:
-            after = student_contract(before, evaluations, family_of(self._source.index["_class_name"]).sigmas)
-        teacher, student = self._partners
-        return after.evaluations, _work(before, original, teacher) / _work(after, parameters, student)
-
-
-def _work(contract: SamplingContract, own: float, partner: float) -> float:
-    return contract.own_evaluations * own + (contract.evaluations - contract.own_evaluations) * partner
-
-
-def _parameters(folder: Path) -> int:
-    return sum(parameter.numel() for parameter in meta_transformer(folder).parameters())

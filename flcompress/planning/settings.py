@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import get_args
@@ -21,6 +21,8 @@ OFFLOADS: tuple[tuple[OffloadName, ...], ...] = ((), ("moments",), ("moments", "
 """What the advice may move to host memory: nothing first."""
 HOST_LINK = 20e9
 """Bytes a second between a GPU and host memory, one way at a time: an assumption, two thirds of PCIe 4.0 x16."""
+MAX_TOGETHER = 8
+"""Most GPUs that the advice lets compute one clip together: those of one machine, which exchange at every attention."""
 MAX_GPUS = 1024
 """Largest GPU count that the advice considers."""
 
@@ -34,6 +36,7 @@ class Setting:
     gradient_checkpointing: bool
     micro_batch: int | None = None
     offload: tuple[OffloadName, ...] = ()
+    sequence_parallel: int = 1
 
     @classmethod
     def of(cls, training: Training) -> Setting:
@@ -44,6 +47,7 @@ class Setting:
             training.gradient_checkpointing,
             training.micro_batch,
             training.offload,
+            training.sequence_parallel,
         )
 
     def offloading(self, offload: tuple[OffloadName, ...]) -> Setting:
@@ -57,7 +61,10 @@ class Setting:
 
 
 def all_settings(
-    checkpointing: bool, micro_batch: int | None = None, offload: tuple[OffloadName, ...] = ()
+    checkpointing: bool,
+    micro_batch: int | None = None,
+    offload: tuple[OffloadName, ...] = (),
+    sequence_parallel: int = 1,
 ) -> list[Setting]:
     """Return every setting to compare at this micro batch.
 
@@ -65,9 +72,16 @@ def all_settings(
         checkpointing: whether the model's class supports gradient checkpointing.
         micro_batch: samples in one forward of a process; None for all of its share.
         offload: what is in host memory, where a setting can have it so.
+        sequence_parallel: processes that compute one clip together, in every engine that has several.
     """
     choices = product(ENGINES, get_args(Precision), (False, True) if checkpointing else (False,))
-    return [Setting(*choice, micro_batch).offloading(offload) for choice in choices]
+    return [
+        replace(
+            Setting(*choice, micro_batch).offloading(offload),
+            sequence_parallel=1 if choice[0] == "local" else sequence_parallel,
+        )
+        for choice in choices
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +130,29 @@ class PlannedInput:
         return cost if batch is None else replace(cost, batch=batch)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitClip:
+    """A clip whose tokens processes can compute together.
+
+    Attributes:
+        tokens: the clip's.
+        text: its prompt's, which every process has whole.
+        heads: attention heads of the transformer, which the processes divide.
+    """
+
+    tokens: int
+    text: int
+    heads: int
+
+    def part(self, together: int) -> float:
+        """Return the largest share of a sample's activations that one of so many processes has."""
+        return (-(-self.tokens // together) + self.text) / (self.tokens + self.text)
+
+    def degrees(self) -> list[int]:
+        """Return the numbers of processes that the advice considers."""
+        return [n for n in (1, 2, 4, MAX_TOGETHER) if self.heads % n == 0 and n <= self.tokens]
+
+
 @dataclass(frozen=True)
 class Planner:
     """Plans passes of one model under any setting.
@@ -123,23 +160,28 @@ class Planner:
     Attributes:
         graph: block graph of the whole transformer.
         saved: activations of its forward, by precision.
+        clip: what of a clip can be split over processes; None if nothing can.
     """
 
     graph: BlockGraph
     saved: Mapping[Precision, SavedActivations]
+    clip: SplitClip | None = None
 
     def plan(self, planned: PlannedInput, setting: Setting, machine: Machine) -> PlannedSetting:
         """Plan one pass under one setting, at its own batch or the next that the processes divide."""
         cost = planned.cost(self.graph)
         processes = setting.processes(machine) if planned.step.distributed else 1
+        together = setting.sequence_parallel if planned.step.distributed and cost.steps else 1
         if cost.steps:
-            cost = planned.cost(self.graph, -(-cost.batch // processes) * processes)
+            shares = processes // together
+            cost = planned.cost(self.graph, -(-cost.batch // shares) * shares)
         training = Training(
             engine=setting.engine if planned.step.distributed else "local",
             precision=setting.precision,
             gradient_checkpointing=setting.gradient_checkpointing,
             micro_batch=setting.micro_batch,
             offload=setting.offload if planned.step.distributed else (),
+            sequence_parallel=together,
         )
         precision = compute_precision(cost, setting.precision, gpu=machine.gpu)
         memory = plan_memory(
@@ -150,6 +192,7 @@ class Planner:
             float(self.graph.parameters),
             processes=processes,
             gpu=machine.gpu,
+            part=self.clip.part(together) if self.clip is not None else 1.0,
         )
         forwards = cost.forwards + cost.recomputed * setting.gradient_checkpointing
         return PlannedSetting(
@@ -186,6 +229,7 @@ class Advice:
         training = f"engine: {setting.engine}, precision: {setting.precision}, gradient_checkpointing: {checkpointing}"
         parts = f", micro_batch: {setting.micro_batch}" if setting.micro_batch else ""
         parts += f", offload: [{', '.join(setting.offload)}]" if setting.offload else ""
+        parts += f", sequence_parallel: {setting.sequence_parallel}" if setting.sequence_parallel > 1 else ""
         count = f", processes: {self.gpus}" if setting.engine != "local" else ""
         passes = [
             f"  - {name}: {{batch: {batch}}}  # in addition to its other arguments"
@@ -197,12 +241,18 @@ class Advice:
 def advise(planner: Planner, passes: Sequence[PlannedInput], machine: Machine, checkpointing: bool) -> Advice | None:
     """Return the cheapest setting that fits this machine, or a larger one with the same GPUs; None if nothing fits.
 
-    Batches are kept, or rounded up to what the GPUs divide. Of the settings that fit the shortest time wins, then the
-    largest micro batch, then the fewest GPUs, then the simplest engine.
+    Batches are kept, or rounded up to what the GPUs divide. A clip is computed by as few GPUs together as possible,
+    since the time of their exchanges is not known, and nothing waits in host memory if that is enough. Of the settings
+    that fit the shortest time wins, then the largest micro batch, then the fewest GPUs, then the simplest engine.
     """
     counts = [machine.count, *(2**power for power in range(11) if machine.count < 2**power <= MAX_GPUS)]
-    for count in counts:
-        fitting = list(_fitting(planner, passes, replace(machine, count=count), checkpointing))
+    whole = planner.clip is None or any(planned.step.whole_clips for planned in passes)
+    degrees = [1] if whole or planner.clip is None else planner.clip.degrees()
+    for count, offload, together in product(counts, OFFLOADS, degrees):
+        if count % together:
+            continue
+        settings = all_settings(checkpointing, None, offload, together)
+        fitting = list(_fitting(planner, passes, replace(machine, count=count), settings))
         if fitting:
             return min(
                 fitting, key=lambda advice: (advice.seconds, -(advice.setting.micro_batch or math.inf), advice.gpus)
@@ -211,16 +261,16 @@ def advise(planner: Planner, passes: Sequence[PlannedInput], machine: Machine, c
 
 
 def _fitting(
-    planner: Planner, passes: Sequence[PlannedInput], machine: Machine, checkpointing: bool
+    planner: Planner, passes: Sequence[PlannedInput], machine: Machine, settings: Iterable[Setting]
 ) -> Iterator[Advice]:
-    """Yield every setting that fits, with the largest micro batch that does."""
-    choices = [setting for offload in OFFLOADS for setting in all_settings(checkpointing, None, offload)]
-    for setting in dict.fromkeys(choices):
+    """Yield every one of the settings that fits, with the largest micro batch that does."""
+    for setting in settings:
         if any(setting.engine not in planned.step.engines for planned in passes):
             continue
         count = setting.processes(machine)
         costs = [planned.cost(planner.graph) for planned in passes]
-        own = -(-max((cost.batch for cost in costs if cost.steps), default=1) // count)
+        shares = count // setting.sequence_parallel
+        own = -(-max((cost.batch for cost in costs if cost.steps), default=1) // shares)
         for micro_batch in (None, *_halves(own)):
             smaller = replace(setting, micro_batch=micro_batch)
             plans = [planner.plan(planned, smaller, machine) for planned in passes]

@@ -146,6 +146,8 @@ def _name(setting: Setting) -> str:
         parts.append(f"micro batch {setting.micro_batch}")
     if setting.offload:
         parts.append(f"{' and '.join(setting.offload)} in host memory")
+    if setting.sequence_parallel > 1:
+        parts.append(f"{setting.sequence_parallel} GPUs a clip")
     return ", ".join(parts)
 
 

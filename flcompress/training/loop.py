@@ -70,8 +70,8 @@ def train(
     """
     context = engine.context
     world = context.world
-    if batch % world.size:
-        raise RequestError(f"{name}: batch {batch} given, expected a multiple of the {world.size} processes")
+    if batch % world.data_size:
+        raise RequestError(f"{name}: batch {batch} given, expected a multiple of its {world.data_size} shares")
     run = _Run(train_step, roles, engine, name, batch, watch)
     start, logged = run.resume()
     with _termination(name, world) as preempted, trackers(context, name, start, logged) as run.trackers:
@@ -140,7 +140,8 @@ class _Run:
         """Train one step; return its figures, and whether to checkpoint and to end after it, as all processes agree."""
         context, world = self._context, self._world
         world.heartbeat(f"step {step}")
-        draws = Draws(context.seed, self._name, step, batch=self._batch, rank=world.rank, processes=world.size)
+        share = {"rank": world.data_rank, "processes": world.data_size}
+        draws = Draws(context.seed, self._name, step, batch=self._batch, **share)
         torch.manual_seed(seed_of(context.seed, self._name, step, "model", world.rank))  # for a model's dropout
         with self._engine.forward_mode(), world.exchanging():
             values = dict(self._train_step(step, draws))

@@ -217,7 +217,7 @@ class TrainedRole:
         Args:
             values: [batch], zero for the samples of other processes.
         """
-        sums = self._world.all_mean({str(n): value * self._world.size for n, value in enumerate(values.tolist())})
+        sums = self._world.all_mean({str(n): value * self._world.data_size for n, value in enumerate(values.tolist())})
         return torch.tensor(list(sums.values()))
 
     def clear(self) -> None:

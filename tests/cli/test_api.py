@@ -71,6 +71,7 @@ def test_what_it_opens() -> None:
         "RequestError",
         "Role",
         "SamplingContract",
+        "TokenAxes",
         "TrainedRole",
         "Training",
         "TrainingError",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any
 import pytest
 
 from flcompress.core.settings import Training
+from flcompress.core.steps import Pass
 from flcompress.distributed.launch import Launch
-from flcompress.driver.launch_check import check_attention, check_launch
+from flcompress.driver.launch_check import check_attention, check_launch, check_sequence
 from flcompress.errors import RequestError
+from flcompress.passes.feature_distill import FeatureDistill
 from tests.training.toy import Toy
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -112,6 +115,11 @@ def test_an_environment_that_is_half_set(
             "training.precision: fp32 given, but accelerate was configured for fp16 (ACCELERATE_MIXED_PRECISION); "
             "set one like the other",
         ),
+        (
+            {"engine": "ddp", "sequence_parallel": 4}, 2, {},
+            "training.sequence_parallel: 4 given, expected a divisor of the 2 processes that the launcher started "
+            "(WORLD_SIZE)",
+        ),
     ],
 )  # fmt: skip
 def test_a_recipe_and_a_launcher_that_disagree(
@@ -127,11 +135,19 @@ def test_a_batch_that_the_processes_do_not_divide() -> None:
     message = "toy: batch 3 given, expected a multiple of the 2 processes; change either"
     with pytest.raises(RequestError, match=f"^{message}$"):
         check_launch(Training(engine="ddp"), Launch(0, 2, 0), [Toy(steps=1, batch=3)])
+    message = "toy: batch 3 given, expected a multiple of the 2 groups of 2 processes; change either"
+    with pytest.raises(RequestError, match=f"^{message}$"):
+        check_launch(Training(engine="ddp", sequence_parallel=2), Launch(0, 4, 0), [Toy(steps=1, batch=3)])
 
 
 @pytest.mark.parametrize(
     ("training", "size"),
-    [({"engine": "local"}, 1), ({"engine": "ddp", "processes": 2}, 2), ({"engine": "fsdp2", "processes": 1}, 1)],
+    [
+        ({"engine": "local"}, 1),
+        ({"engine": "ddp", "processes": 2}, 2),
+        ({"engine": "fsdp2", "processes": 1}, 1),
+        ({"engine": "zero2", "sequence_parallel": 2}, 8),
+    ],
 )
 def test_a_recipe_and_a_launcher_that_agree(training: Any, size: int) -> None:
     check_launch(Training(**training), Launch(0, size, 0), [Toy(steps=1, batch=4)])
@@ -179,3 +195,59 @@ def test_a_kernel_of_attention_that_cannot_run(
 
 def test_kernels_and_repeatability_are_no_part_of_a_key() -> None:
     assert Training(attention="math", deterministic=True).decisive == Training().decisive
+
+
+@pytest.mark.parametrize(
+    ("settings", "passes", "model", "latents", "message"),
+    [
+        (
+            {"engine": "local"}, [], "wan2.1-t2v-14b", (21, 90, 160),
+            "training.sequence_parallel: 8 given with engine: local, which is one process; set it to ddp or fsdp2",
+        ),
+        (
+            {"compile": True}, [], "wan2.1-t2v-14b", (21, 90, 160),
+            "training.sequence_parallel: 8 given with compile: true, which do not combine; leave out either",
+        ),
+        (
+            {}, [FeatureDistill(steps=1)], "wan2.1-t2v-14b", (21, 90, 160),
+            "training.sequence_parallel: 8 given with feature-distill, which needs whole clips in each process; set it "
+            "to 1",
+        ),
+        (
+            {}, [], "wan2.1-t2v-1.3b", (21, 60, 104),
+            "training.sequence_parallel: 8 given, expected a divisor of the 12 attention heads of "
+            "WanTransformer3DModel",
+        ),
+        (
+            {}, [], "hunyuanvideo", (1, 2, 14),
+            "training.sequence_parallel: 8 given, but a clip of latents 1 x 2 x 14 has 7 tokens; expected at least one "
+            "for each process",
+        ),
+        ({}, [], "hunyuanvideo", (1, 2, 18), None),
+        ({}, [], "cogvideox-5b", (13, 60, 90), None),
+    ],
+)  # fmt: skip
+def test_clips_that_processes_cannot_compute_together(
+    settings: dict[str, Any], passes: list[Pass], model: str, latents: tuple[int, int, int], message: str | None
+) -> None:
+    folder = Path(__file__).parents[2] / "recipes" / "configs" / model / "transformer"
+    training = Training(**{"engine": "fsdp2", "sequence_parallel": 8, **settings})
+    if message is None:
+        check_sequence(training, passes, folder, latents)
+        return
+    with pytest.raises(RequestError, match=f"^{re.escape(message)}$"):
+        check_sequence(training, passes, folder, latents)
+
+
+def test_a_class_whose_tokens_cannot_be_split(tmp_path: Path) -> None:
+    """Blocks of this configuration count the tokens of the first frame."""
+    source = Path(__file__).parents[2] / "recipes" / "configs" / "hunyuanvideo" / "transformer" / "config.json"
+    config = json.loads(source.read_text()) | {"image_condition_type": "token_replace"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    message = (
+        "training.sequence_parallel: 2 given, but the tokens of HunyuanVideoTransformer3DModel, as "
+        f"{tmp_path / 'config.json'} configures it, cannot be split over processes (docs/training.md names the "
+        "classes); set it to 1"
+    )
+    with pytest.raises(RequestError, match=f"^{re.escape(message)}$"):
+        check_sequence(Training(engine="ddp", sequence_parallel=2), [], tmp_path, (4, 8, 8))

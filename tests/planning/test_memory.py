@@ -27,6 +27,7 @@ SAVED = SavedActivations(
     blocks=Bytes(fixed=50, sample=1000),
     block=per_sample(250),
     streams=per_sample(80),
+    stream=per_sample(8),
     inference=per_sample(30),
 )
 GENERATOR = Role("generator", 200, trained=True, averaged=True)
@@ -45,12 +46,19 @@ def memory(
     steps: int = 1,
     micro_batch: int | None = None,
     offload: tuple[OffloadName, ...] = (),
+    together: int = 1,
+    part: float = 1.0,
 ) -> PlannedMemory:
     training = Training(
-        engine=engine, precision=precision, gradient_checkpointing=again, micro_batch=micro_batch, offload=offload
+        engine=engine,
+        precision=precision,
+        gradient_checkpointing=again,
+        micro_batch=micro_batch,
+        offload=offload,
+        sequence_parallel=together,
     )
     cost = Cost(steps=steps, batch=batch, roles=roles)
-    return plan_memory(cost, SAVED, training, SHARES, 200.0, processes=processes, gpu=gpu)
+    return plan_memory(cost, SAVED, training, SHARES, 200.0, processes=processes, gpu=gpu, part=part)
 
 
 def test_each_part_of_a_training_pass() -> None:
@@ -118,6 +126,17 @@ def test_half_precision_and_checkpointing_save_what_they_can() -> None:
     assert found.roles["generator"].weights == 4 * 200
     assert found.roles["real"].weights == 2 * 50
     assert found.activations == 8 * (100 + 80 + 250 + 250)
+
+
+def test_processes_that_compute_a_clip_together_share_its_activations() -> None:
+    """Two groups of four, each with half of the batch; what their attention exchanges is added."""
+    whole = memory(GENERATOR, engine="fsdp2", processes=8, batch=2 * 8)
+    split = memory(GENERATOR, engine="fsdp2", processes=8, batch=4, together=4, part=0.3)
+    assert split.roles == whole.roles
+    assert whole.activations == 2 * (100 + 1000 + 250) + 50
+    assert split.activations == pytest.approx(2 * 0.3 * (100 + 1000 + 250 + 6 * 8) + 50)
+    score = memory(REAL, processes=8, batch=1, steps=0, together=4, part=0.3)
+    assert score.update == 30  # a pass that does not train has whole clips
 
 
 def test_without_a_backward_what_is_alive_counts() -> None:

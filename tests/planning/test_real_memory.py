@@ -30,7 +30,13 @@ pytestmark = pytest.mark.e2e
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 FEW_BLOCKS = {"num_layers": 2, "num_single_layers": 2}
 TOKENS = 256
-ALONE = ["training.engine=local", "training.processes=1", "passes.stochastic-depth.batch=1", "passes.dmd.batch=1"]
+ALONE = [
+    "training.engine=local",
+    "training.processes=1",
+    "training.sequence_parallel=1",
+    "passes.stochastic-depth.batch=1",
+    "passes.dmd.batch=1",
+]
 
 
 def planned(home: Path) -> tuple[Path, Plan]:

@@ -9,6 +9,8 @@ import torch
 
 from flcompress.errors import RequestError
 from flcompress.frontend.loading import load_recipe
+from flcompress.planning import plan as planning
+from flcompress.planning.activations import Bytes, SavedActivations
 from flcompress.planning.machines import RESERVE, Machine, gpu_here, gpu_machine
 from flcompress.planning.plan import Plan, make_plan
 from flcompress.planning.text import plan_text
@@ -68,6 +70,32 @@ def test_what_does_not_fit_at_once_is_advised_in_micro_batches(write: WriteRecip
     assert mended.fits
     assert mended.passes[1].batch == found.passes[1].batch
     assert "with local, bf16, gradient checkpointing, micro batch 1, batch 2" in plan_text(mended, settings=True)
+
+
+def test_a_clip_that_fits_no_gpu_is_advised_on_several(write: WriteRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing else fits. The batch stays: one group computes its clips in turn."""
+    sizes = {"outside": 1e9, "blocks": 40e9, "block": 1e9, "streams": 4e9, "stream": 1e8, "inference": 1e8}
+    large = SavedActivations(**{name: Bytes(fixed=0.0, sample=size) for name, size in sizes.items()})
+    monkeypatch.setattr(planning, "saved_activations", lambda *arguments: large)
+    found = plan(write, replace(GPU, memory=6e9), "{engine: fsdp2, processes: 2}")
+    assert min(totals(found).values()) > 7e9
+    assert found.advice is not None
+    (line,) = found.advice.lines()
+    assert line == (
+        "training: {engine: ddp, precision: bf16, gradient_checkpointing: true, micro_batch: 1, "
+        "sequence_parallel: 2, processes: 2}"
+    )
+    mended = plan(write, replace(GPU, memory=6e9), line.removeprefix("training: "))
+    assert mended.fits
+    told = plan_text(mended, settings=True)
+    assert "with ddp, bf16, gradient checkpointing, micro batch 1, 2 GPUs a clip, batch 2" in told
+
+
+def test_a_group_that_the_gpus_do_not_divide(write: WriteRecipe) -> None:
+    recipe = load_recipe(write(f"training: {{engine: fsdp2, sequence_parallel: 2}}\n{PASSES}"))
+    message = r"tiny\.yaml:\d+: training\.sequence_parallel: 2 given, expected a divisor of the 3 processes"
+    with pytest.raises(RequestError, match=message):
+        make_plan(recipe, machine=replace(GPU, count=3))
 
 
 def test_nothing_fits(write: WriteRecipe) -> None:

@@ -13,7 +13,15 @@ from typing_extensions import override
 
 from flcompress.diffusion.network import Conditioning
 from flcompress.models.families.conversions import normal
-from flcompress.models.families.family import ClipSize, Compression, Config, Family, LatentShape, OriginalNames
+from flcompress.models.families.family import (
+    ClipSize,
+    Compression,
+    Config,
+    Family,
+    LatentShape,
+    OriginalNames,
+    TokenAxes,
+)
 from flcompress.models.video import encode_clips
 
 ORIGINAL = OriginalNames(
@@ -131,6 +139,11 @@ class CogVideoX(Family):
     @override
     def usual(self, config: Config) -> tuple[Compression, ClipSize]:
         return (4, 8), ClipSize(height=480, width=720, frames=49, tokens=226)
+
+    @override
+    def token_axes(self, config: Config) -> TokenAxes:
+        heads = int(config["num_attention_heads"])
+        return TokenAxes(heads=heads, arguments={"image_rotary_emb": 0}, joined="patch_embed")
 
     @override
     def channels(self, config: Config) -> int:

@@ -46,6 +46,27 @@ class OriginalNames:
     modules: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, kw_only=True)
+class TokenAxes:
+    """Where a transformer's forward has the clip's tokens, so that processes can share them.
+
+    Attributes:
+        heads: heads of its attention, which the processes divide.
+        arguments: argument of the forward -> axis of the tokens in its tensors; those with fewer axes have no tokens.
+        outputs: module -> axis of the tokens in the tensors that it returns.
+        grid: module that returns [n, channels, frames, rows, columns], which the forward flattens to tokens.
+        joined: module that returns the text's tokens, as many as its first argument has, and then the clip's.
+        last: module that returns the last tokens, [n, tokens, channels].
+    """
+
+    heads: int
+    arguments: Mapping[str, int] = field(default_factory=dict)
+    outputs: Mapping[str, int] = field(default_factory=dict)
+    grid: str | None = None
+    joined: str | None = None
+    last: str = "proj_out"
+
+
 class Family(ABC):
     """A model family, stateless. Latents are [n, channels, frames, height, width] everywhere; an image has one frame.
 
@@ -124,6 +145,10 @@ class Family(ABC):
         """Return (frames, rows, columns) of the tokens of latents, which the transformer has in this order."""
         over_time, over_space = self.patch(config)
         return shape[0] // over_time, shape[1] // over_space, shape[2] // over_space
+
+    def token_axes(self, config: Config) -> TokenAxes | None:
+        """Return where the tokens of a clip can be split over processes; None if this transformer's cannot."""
+        return None
 
     def channels(self, config: Config) -> int:
         """Return the channels of the latents."""

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from flcompress.diffusion.network import Conditioning
 from flcompress.models.families.conversions import normal, pad_tokens, picture_of, velocity_to, with_first
-from flcompress.models.families.family import ClipSize, Compression, Config, LatentShape, OriginalNames
+from flcompress.models.families.family import ClipSize, Compression, Config, LatentShape, OriginalNames, TokenAxes
 from flcompress.models.families.shared import (
     DOUBLE_STREAM_MODULES,
     DOUBLE_STREAM_STACKS,
@@ -207,6 +207,13 @@ class HunyuanVideo(TrueGuidance):
     @override
     def cut_frames(self, config: Config) -> int:
         return 4 if self.image_condition(config) == "latent_concat" else 0
+
+    @override
+    def token_axes(self, config: Config) -> TokenAxes | None:
+        if self._replaces(config):  # its blocks count the tokens of the first frame
+            return None
+        heads = int(config["num_attention_heads"])
+        return TokenAxes(heads=heads, outputs={"x_embedder": 1, "rope": 0})
 
     @override
     def channels(self, config: Config) -> int:

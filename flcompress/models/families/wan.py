@@ -11,7 +11,15 @@ from typing_extensions import override
 from flcompress.diffusion.network import Conditioning
 from flcompress.errors import RequestError
 from flcompress.models.families.conversions import normal, picture_of, velocity_to, with_first
-from flcompress.models.families.family import ClipSize, Compression, Config, Family, LatentShape, OriginalNames
+from flcompress.models.families.family import (
+    ClipSize,
+    Compression,
+    Config,
+    Family,
+    LatentShape,
+    OriginalNames,
+    TokenAxes,
+)
 from flcompress.models.video import encode_clips
 
 ORIGINAL = OriginalNames(
@@ -91,6 +99,11 @@ class Wan(Family):
         if "first_frame" not in conditioning:
             return output
         return velocity_to(conditioning["first_frame"], output, x, timestep)
+
+    @override
+    def token_axes(self, config: Config) -> TokenAxes:
+        heads = int(config["num_attention_heads"])
+        return TokenAxes(heads=heads, arguments={"timestep": 1}, outputs={"rope": 1}, grid="patch_embedding")
 
     @override
     def channels(self, config: Config) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 from typing_extensions import override
 
 from flcompress.diffusion.network import Conditioning, Network
+from flcompress.distributed.sequence import SequenceGroup
 from flcompress.draws import seed_of
 from flcompress.ir.graph import BlockGraph
 from flcompress.models.families import family_of
@@ -37,13 +39,14 @@ class TeacherFeatures:
         model: the stock transformer inside of `network`.
         network: the same model under its engine, as a network.
         graph: the model's.
+        sequence: the processes that compute its forwards together, if there are several.
 
     Attributes:
         channels: width of the tokens, one for each of the blocks.
     """
 
-    def __init__(self, model: Any, network: Network, graph: BlockGraph) -> None:
-        self._network, self._config = network, stock_model(model).config
+    def __init__(self, model: Any, network: Network, graph: BlockGraph, sequence: SequenceGroup | None = None) -> None:
+        self._network, self._config, self._sequence = network, stock_model(model).config, sequence
         self._family = family_of(stock_name(stock_model(model)))
         streams = graph.clip_streams()
         depths = (len(streams) // 2, 3 * len(streams) // 4, len(streams) - 1)
@@ -74,6 +77,8 @@ class TeacherFeatures:
                 prediction = self._network(x, timestep, conditioning)
             finally:
                 self._kept = None  # other forwards, and blocks that a backward recomputes, are not the discriminator's
+            if self._sequence is not None:
+                tokens = [self._sequence.gather(part, 1, math.prod(grid)) for part in tokens]
             return prediction.detach(), [part.transpose(1, 2).reshape(len(x), -1, *grid) for part in tokens]
 
 

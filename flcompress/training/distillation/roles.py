@@ -69,7 +69,8 @@ class Roles:
         self._met: list[tuple[torch.Tensor, torch.Tensor, Conditioning]] = []
         watched: Network | None = None
         if settings.gan_weight:
-            self._adversary = Adversary(engine, settings, TeacherFeatures(self.teacher, real, self._graph))
+            features = TeacherFeatures(self.teacher, real, self._graph, context.world.sequence)
+            self._adversary = Adversary(engine, settings, features)
             self.trained += (self._adversary.role,)
             watched = self._adversary.predict
         self._teacher = GuidedTeacher(

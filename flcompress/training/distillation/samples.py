@@ -63,7 +63,7 @@ class Prompts:
     @classmethod
     def choose(cls, context: PassContext, program: Program, data: LatentDataset, at_once: int) -> Prompts:
         """Choose `context.health.samples` prompts of a dataset, rounded up to a multiple of the processes."""
-        size = context.world.size
+        size = context.world.data_size
         total = -(-context.health.samples // size) * size
         draws = _draws(context, total)
         shape, conditioning = data.conditions(total, draws.shared, program.latents, draws.mine)
@@ -246,4 +246,4 @@ def _in_order(noises: Sequence[torch.Tensor]) -> Callable[[torch.Tensor], torch.
 
 def _draws(context: PassContext, total: int, draw: int = 0) -> Draws:
     parts = (context.seed, "health", "samples", *([draw] if draw else []))
-    return Draws(*parts, batch=total, rank=context.world.rank, processes=context.world.size)
+    return Draws(*parts, batch=total, rank=context.world.data_rank, processes=context.world.data_size)

@@ -83,7 +83,7 @@ class StudentEvaluation:
         _, fresh = self._prompts.sample(self._student, self._contract, draw)
         total, world = self._prompts.total, self._context.world
         parts = (self._context.seed, "health", "critic lag", *([draw] if draw else []))
-        draws = Draws(*parts, batch=total, rank=world.rank, processes=world.size)
+        draws = Draws(*parts, batch=total, rank=world.data_rank, processes=world.data_size)
         low, high = self._range
         # Levels are shuffled: a sample's level must not depend on which of the student's steps predicted it.
         u = (torch.randperm(total, generator=draws.shared)[draws.mine] + 0.5) / total

@@ -22,6 +22,7 @@ from flcompress.models.loading import load_transformer, meta_transformer
 from flcompress.models.network import choose_attention, compile_blocks, half_precision, missing_compiler
 from flcompress.tracing.skip import graph_of, mute, skip
 from flcompress.training.engines.offload import inputs_on_host
+from flcompress.training.engines.sequence import split_tokens
 from flcompress.training.parts import Part
 
 
@@ -167,12 +168,14 @@ class Engine(ABC):
         model.enable_gradient_checkpointing(function)
 
     def _choose_kernels(self, model: Any, folder: Path) -> Any:
-        """Set the kernel of attention, and compile the blocks, as the training asks."""
+        """Set the kernel of attention, compile the blocks, and split the tokens, as the training asks."""
         choose_attention(model, self.context.attention)
         if self.context.compile:
             if self.context.device == "cpu" and (missing := missing_compiler()):
                 raise UnavailableError(f"training.compile: {missing}, or set it to false")
             compile_blocks(model, self.graph(folder))
+        if (group := self.context.world.sequence) is not None:
+            split_tokens(model, self.graph(folder), group)
         return model
 
     def graph(self, folder: Path) -> BlockGraph:

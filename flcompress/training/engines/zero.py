@@ -189,7 +189,7 @@ class Zero(Engine):
                     stored[name].fill(weight)
                     put(model, name, weight)
             deepspeed.zero.Init(
-                module=model.get_submodule(part), config_dict_or_path=self._config(self.context.world.size)
+                module=model.get_submodule(part), config_dict_or_path=self._config(self.context.world.data_size)
             )
         for name, _ in model.named_buffers():
             if name in stored:
@@ -212,12 +212,12 @@ class Zero(Engine):
             return model
         import deepspeed
 
-        return deepspeed.initialize(model=model, config=self._config(self.context.world.size, frozen=True))[0]
+        return deepspeed.initialize(model=model, config=self._config(self.context.world.data_size, frozen=True))[0]
 
     def _config(self, batch: int, *, frozen: bool = False) -> dict[str, Any]:
         half = self.context.precision == "bf16" and not frozen
         return {
-            "train_micro_batch_size_per_gpu": batch // self.context.world.size,
+            "train_micro_batch_size_per_gpu": batch // self.context.world.data_size,
             "gradient_accumulation_steps": 1,  # it would divide the loss; see `micro_batch`
             "steps_per_print": 1 << 62,
             # Small parameters are split like all others, so that a process holds its share of everything.

@@ -71,8 +71,8 @@ class HeldOutELBO:
             level = low + (high - low) * (torch.arange(clips) + 0.5) / clips
             noisy = process.add_noise(x0, noise, level)
             # Every process must make the same number of forwards: the last ones repeat a draw, which does not count.
-            own = -(-clips // world.size)
-            mine = torch.arange(world.rank * own, (world.rank + 1) * own)
+            own = -(-clips // world.data_size)
+            mine = torch.arange(world.data_rank * own, (world.data_rank + 1) * own)
             counts = torch.split((mine < clips).double(), at_once)
             for part, count in zip(torch.split(mine.clamp(max=clips - 1), at_once), counts, strict=True):
                 self._groups.append(part % GROUPS)
