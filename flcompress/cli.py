@@ -191,7 +191,8 @@ def encode_command(
 ) -> None:
     """Encode videos and captions, or prompts, into a dataset.
 
-    A recipe reads it with `data: {latents: OUT}`. An interrupted command resumes. See docs/data.md.
+    A recipe reads it with `data: {latents: OUT}`. An interrupted command resumes. Started by torchrun, the processes
+    share the videos. See docs/data.md.
     """
     from flcompress.data.encoding import summary_text
 
@@ -210,6 +211,8 @@ def encode_command(
         workers=workers,
         display=_display(quiet),
     )
+    if os.environ.get("RANK", "0") != "0":
+        return
     if as_json:
         print_json(summary)
     else:

@@ -69,11 +69,12 @@ def encode(
         fps: frames per second to take; every frame of a video by default.
         max_sequence_length: tokens that a prompt is padded to; the recipe's `sampling` has the same.
         negative_prompt: what guidance leads away from, as in the recipe's `sampling`.
-        workers: number of processes; one per GPU.
+        workers: number of processes, one per GPU; processes that a launcher started share the work instead.
         display: where progress is shown; bars on a terminal, else lines.
 
     Returns:
-        A summary of the dataset: clips, prompts, skipped videos, buckets, shards, bytes.
+        A summary of the dataset: clips, prompts, skipped videos, buckets, shards, bytes. Nothing in the processes that
+        are not a launcher's first.
 
     Raises:
         DataError: captions, videos or sizes that do not fit; a folder that holds something else.
@@ -94,7 +95,7 @@ def encode(
         fps,
         negative_prompt,
     )
-    return encoding.encode(request, display or default_display())
+    return encoding.encode_launched(request, display or default_display())
 
 
 def remap_lora(lora: StrPath, pruned: StrPath, out: StrPath, *, model: StrPath | None = None) -> dict[str, Any]:

@@ -15,11 +15,14 @@ import torch
 from flcompress.data.captions import check_prompt, name_remarks, read_captions, read_prompts, videos_without_caption
 from flcompress.data.encoder import Encoder, Skipped
 from flcompress.data.index import INDEX_FILE, NEGATIVE, SKIPPED_FILE, WORK, Index
+from flcompress.data.launched import follow, leading
 from flcompress.data.making import clean, make, remake_damaged, store_plan, stored_plan, stored_request
 from flcompress.data.planning import plan_clips, plan_prompts
 from flcompress.data.sizes import OWN_SIZE, Size, Target
 from flcompress.data.workers import Runner, workers
-from flcompress.errors import DataError
+from flcompress.distributed.launch import Launch, join
+from flcompress.distributed.world import World
+from flcompress.errors import DataError, RequestError
 from flcompress.files import lines_of, locked, sha256, working_alone
 from flcompress.models.configs import check_transformer_config
 from flcompress.models.families import family_of
@@ -31,6 +34,8 @@ from flcompress.progress import Display
 
 _REPORTED_IN_FULL = ("max_sequence_length", "fps", NEGATIVE)
 """Keys of a request whose two values an error shows; other differences are only named."""
+TIMEOUT_SECONDS = 1800.0
+"""How long a process may take for one shard, or for measuring a few videos, before all are ended as hung."""
 _VIDEOS_AT_ONCE = 32
 """Videos that a worker measures per task."""
 
@@ -141,13 +146,37 @@ def folder_request(
     )
 
 
-def encode(request: Request, display: Display, *, wait: bool = False) -> dict[str, Any]:
+def encode_launched(request: Request, display: Display) -> dict[str, Any]:
+    """Encode the dataset with all processes that a launcher started, or as `encode` does if there is one.
+
+    Returns:
+        See `encode`; nothing in the processes that are not the main one.
+
+    Raises:
+        RequestError: several workers in each of several processes, or the processes cannot meet.
+        DataError, FlcompressError, OSError: see `encode`.
+    """
+    launch = Launch.from_environment()
+    if launch.size > 1 and request.processes > 1:
+        raise RequestError(
+            f"--workers: {request.processes} given, but the launcher started {launch.size} processes, which share the "
+            "work; leave it out"
+        )
+    with join("local", TIMEOUT_SECONDS, request.device, launch) as world, world.propagating_failures():
+        if world.main:
+            return encode(request, display, world=world)
+        follow(_encoder(request), world)
+        return {}
+
+
+def encode(request: Request, display: Display, *, wait: bool = False, world: World | None = None) -> dict[str, Any]:
     """Encode the dataset, or its missing shards.
 
     Args:
         request: what to encode.
         display: shows the progress.
         wait: wait for another process that works on the same folder, instead of raising RequestError.
+        world: the processes that share the work, of which this is the main one; the others `follow`.
 
     Returns:
         A summary: clips, prompts, buckets, skipped videos, shards, bytes, and how many shards this call encoded.
@@ -187,19 +216,11 @@ def encode(request: Request, display: Display, *, wait: bool = False) -> dict[st
             display.line(f"{request.captions}: {remark}")
     identity = request.identity([*(clip.file for clip in captioned), *uncaptioned])
     _check_out(request.out, identity)
-    encoder = Encoder(
-        index=request.index,
-        components=request.components,
-        device=request.device,
-        max_sequence_length=request.max_sequence_length,
-        out=request.out,
-        videos=request.videos or Path(),
-        resize=target.height is not None,
-        fps=request.fps,
-        frames=target.frames,
-    )
+    encoder = _encoder(request)
     request.out.mkdir(parents=True, exist_ok=True)
-    with _exclusive(request.out, wait, display), workers(encoder, request.processes) as run:
+    shared = world is not None and world.size > 1
+    running = leading(encoder, world) if world is not None and shared else workers(encoder, request.processes)
+    with _exclusive(request.out, wait, display), running as run:
         if (request.out / INDEX_FILE).exists():
             shards = remake_damaged(request.out, run, display)
         else:
@@ -214,6 +235,24 @@ def encode(request: Request, display: Display, *, wait: bool = False) -> dict[st
             shards = make(request.out, plan, identity, run, display)
     clean(request.out)
     return summary(request.out, shards)
+
+
+def _encoder(request: Request) -> Encoder:
+    """Return the encoder of a request, whose target may be one that the model does not take: that is found before."""
+    target = request.target
+    if request.videos is not None:
+        target = target.fixed_to(folder_grid(request.components["transformer"], request.components["vae"]))
+    return Encoder(
+        index=request.index,
+        components=request.components,
+        device=request.device,
+        max_sequence_length=request.max_sequence_length,
+        out=request.out,
+        videos=request.videos or Path(),
+        resize=target.height is not None,
+        fps=request.fps,
+        frames=target.frames,
+    )
 
 
 def summary(out: Path, made: int) -> dict[str, Any]:

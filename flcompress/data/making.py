@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from flcompress.data.encoder import ClipTask, Encoder, PromptTask, ShardResult, Skipped
 from flcompress.data.index import INDEX_FILE, SKIPPED_FILE, WORK, ClipShard, Index, PromptShard, damaged_shards
+from flcompress.data.launched import DONE_FILES, RESULT
 from flcompress.data.planning import DatasetPlan
 from flcompress.data.workers import Runner
 from flcompress.errors import DataError
@@ -20,7 +21,7 @@ from flcompress.files import TEMPORARY, lines_of, write_text
 from flcompress.progress import Display
 
 _PLAN_FILE, _DONE_FILE = "plan.json", "done.jsonl"
-_PLAN, _RESULT = TypeAdapter(DatasetPlan), TypeAdapter(ShardResult)
+_PLAN = TypeAdapter(DatasetPlan)
 
 
 def store_plan(out: Path, plan: DatasetPlan, identity: Mapping[str, Any]) -> None:
@@ -48,14 +49,14 @@ def stored_plan(out: Path) -> DatasetPlan | None:
 
 def _finished_shards(out: Path) -> dict[str, ShardResult]:
     """Return the results so far, by task, without those of damaged shards."""
-    path = out / WORK / _DONE_FILE
     results = {}
-    for line in lines_of(path.read_text(encoding="utf-8")) if path.exists() else ():
-        try:
-            result = _RESULT.validate_json(line)
-        except ValidationError:
-            continue  # a killed attempt can leave half a line
-        results[result.task] = result
+    for path in sorted((out / WORK).glob(DONE_FILES)):
+        for line in lines_of(path.read_text(encoding="utf-8")):
+            try:
+                result = RESULT.validate_json(line)
+            except ValidationError:
+                continue  # a killed attempt can leave half a line
+            results[result.task] = result
     for shard in damaged_shards(out, [result.shard for result in results.values() if result.shard is not None]):
         del results[shard.file]
     return results
@@ -73,7 +74,7 @@ def make(out: Path, plan: DatasetPlan, identity: Mapping[str, Any], run: Runner,
         file.write("\n")  # a killed attempt can leave half a line
         for result in run(Encoder.make, remaining):
             done[result.task] = result
-            file.write(_RESULT.dump_json(result).decode() + "\n")
+            file.write(RESULT.dump_json(result).decode() + "\n")
             file.flush()
             finished, skipped = finished + sizes[result.task], skipped + len(result.skipped)
             progress(finished, total, {"skipped": skipped})

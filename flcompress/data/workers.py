@@ -40,7 +40,7 @@ def workers(encoder: Encoder, processes: int) -> Iterator[Runner]:
     On a CPU every process computes with one thread: the rounding of sums depends on the number of threads.
     """
     if processes == 1:
-        with _one_thread(encoder.device):
+        with one_thread(encoder.device):
             yield lambda do, items: (do(encoder, item) for item in items)
         return
     context = multiprocessing.get_context("spawn")
@@ -97,7 +97,8 @@ def _work(do: Callable[[Encoder, _Item], _Result], item: _Item) -> _Result:
 
 
 @contextmanager
-def _one_thread(device: str) -> Iterator[None]:
+def one_thread(device: str) -> Iterator[None]:
+    """Compute with one thread on a CPU, so that results do not depend on the number of processes."""
     threads = torch.get_num_threads()
     if device == "cpu":
         torch.set_num_threads(1)

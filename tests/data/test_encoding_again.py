@@ -22,6 +22,7 @@ from flcompress.data.workers import workers
 from flcompress.errors import DataError, FlcompressError
 from tests.fixtures.encode_command import arguments, contents, encode
 from tests.fixtures.video_files import write_video
+from tests.training import processes
 
 pytestmark = pytest.mark.e2e
 
@@ -94,14 +95,47 @@ def test_an_interrupted_command_goes_on(
 
     monkeypatch.undo()
     # What a power cut can leave beside: half a line, a shard that never reached the disk, a file half written.
-    with (out / ".encoding" / "done.jsonl").open("a") as file:
+    done_file = out / ".encoding" / "done.jsonl"
+    with done_file.open("a") as file:
         file.write('{"task": "clips-0000')
+    done_file.rename(done_file.with_name("done-1.jsonl"))  # as the second process of a launcher leaves it
     (out / made[0]).unlink()
     (out / ".clips-00001.safetensors.tmp").write_bytes(b"half")
     done = encode(model, videos, out, "--json", "--quiet")
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["made"] == 2
     assert contents(out) == contents(encoded[0])
+
+
+@pytest.mark.slow
+def test_the_processes_of_a_launcher_write_the_bytes_of_one(
+    encoded: tuple[Path, dict[str, Any]], model: Path, videos: Path, tmp_path: Path
+) -> None:
+    """Each encodes its share, the broken videos too, and the main one writes the index and prints."""
+    out = tmp_path / "out"
+    command = processes.run(arguments(model, videos, out, "--json", "--quiet"), tmp_path / "output", processes=2)
+    first, second = (Path(f"{output}.out").read_text() for output in command.outputs)
+    assert (json.loads(first), second) == ({**encoded[1], "out": str(out)}, "")
+    assert contents(out) == contents(encoded[0])
+    for damaged in ("prompts-00000.safetensors", "clips-00000.safetensors"):
+        (out / damaged).write_bytes(b"damaged")
+    command = processes.run(arguments(model, videos, out, "--json", "--quiet"), tmp_path / "output", processes=2)
+    assert json.loads(Path(f"{command.outputs[0]}.out").read_text())["made"] == 2
+    assert contents(out) == contents(encoded[0])
+
+
+def test_workers_and_a_launcher_exclude_each_other(
+    model: Path, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launcher = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    refused = encode(model, videos, tmp_path / "out", "--workers", 3)
+    assert (refused.exit_code, refused.stderr) == (
+        2,
+        "error: --workers: 3 given, but the launcher started 2 processes, which share the work; leave it out\n",
+    )
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
