@@ -19,7 +19,7 @@ from scipy.stats import spearmanr  # type: ignore[import-untyped]
 from flcompress.core.records import EvalFile, Measured, SweepFile
 from flcompress.evaluation.suites.proxies import Proxies
 
-JUDGED = {"frechet_distance": -1, "frechet_fixed": -1, "prompt_accuracy": 1, "identity": 1, "average": 1}
+JUDGED = {"frechet": -1, "frechet_fixed": -1, "prompt_accuracy": 1, "identity": 1, "average": 1}
 """Figure of the embedded judge -> 1 where higher is better, -1 where lower is."""
 
 
