@@ -2,7 +2,7 @@
 
 `python -m docs.measurements.agreement SWEEP`, where SWEEP is the folder of a finished sweep on moving digits whose
 base's first run, RUN, has been evaluated twice: `flcompress eval RUN`, and `flcompress eval RUN --suite proxies` with
-the other cells' first runs beside it (`--against SWEEP/cells/NAME/seed-0/run`, once for each).
+the other cells' first runs next to it (`--against SWEEP/cells/NAME/seed-0/run`, once for each).
 
 Prints Spearman's rank correlation over all contenders, of every figure with every judged one, each so signed that
 higher is better; a figure that is good where it is real is compared by its distance from the real clips'.

@@ -235,8 +235,8 @@ class Training(Settings):
     )
     background_checkpoints: bool = Field(
         False,
-        description="copy a checkpoint to host memory and write it while the training goes on; the copy takes as much "
-        "host memory as each process stores",
+        description="copy a checkpoint to host memory and write it while the training continues; the copy takes as "
+        "much host memory as each process stores",
     )
     precision: Precision = Field(
         "fp32",

@@ -46,7 +46,7 @@ class PassContext:
         log_to: destinations of its figures, in addition to the report.
         note: adds an event to the run's journal.
         checkpoint_seconds: between two checkpoints of a training; 0 writes one after every step.
-        background_checkpoints: whether they are written while the training goes on.
+        background_checkpoints: whether they are written while the training continues.
         micro_batch: samples that are in memory at once in one process, at most; see `at_once`.
         earlier_seconds: what attempts that were ended before took; for the main process, which writes what a pass took.
     """

@@ -145,7 +145,7 @@ class SplitClip:
     heads: int
 
     def part(self, together: int) -> float:
-        """Return the largest share of a sample's activations that one of so many processes has."""
+        """Return the largest share of a sample's activations that one of `together` processes has."""
         return (-(-self.tokens // together) + self.text) / (self.tokens + self.text)
 
     def degrees(self) -> list[int]:

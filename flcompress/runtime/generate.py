@@ -100,6 +100,11 @@ class Student:
     let_go: Callable[[], None]
 
 
+def exported_contract(facts: FactsFile) -> SamplingContract:
+    """Return the sampling contract of an export."""
+    return SamplingContract.from_dict(facts.contract.dump())
+
+
 def open_student(run_dir: Path, backend: Backend, negative_prompt: str | None) -> Student:
     """Check the exports of a run and return its student; see `generate`."""
     pipeline = run_dir / "exports" / "diffusers"
@@ -131,7 +136,7 @@ def denoise(
     Starting noise and every re-noising come from one generator in the order a stock pipeline draws them, on the CPU, so
     that they are the same everywhere; between the steps everything stays on the device of the network.
     """
-    contract = SamplingContract.from_dict(facts.contract.dump())
+    contract = exported_contract(facts)
     prompts = encode_prompt(parts, contract, prompt)
     parts.let_go()  # the text encoders leave before a transformer comes
     return sample_clip(
@@ -153,7 +158,7 @@ def sample_clip(
     first_frame: Conditioning | None = None,
 ) -> torch.Tensor:
     """Return latents, as `denoise` does, for what `encode_prompt` gave."""
-    contract, device = SamplingContract.from_dict(facts.contract.dump()), best_device()
+    contract, device = exported_contract(facts), best_device()
     prompts = to_device(prompts, device)
     conditioning = select(prompts, slice(0, 1)) | to_device(first_frame or {}, device)
     draw = torch.Generator().manual_seed(seed)
@@ -174,7 +179,7 @@ def _with_negative(facts: FactsFile, negative_prompt: str | None) -> FactsFile:
     """The facts with another negative prompt; RequestError where nothing is guided, so that it would do nothing."""
     if negative_prompt is None:
         return facts
-    contract = SamplingContract.from_dict(facts.contract.dump())
+    contract = exported_contract(facts)
     if not contract.guided:
         raise RequestError(
             f"--negative-prompt: {negative_prompt!r} given, but this model is sampled without text guidance, so it has "
@@ -200,7 +205,7 @@ def _first_frame(parts: Parts, facts: FactsFile, prompt: str, image: Path | None
 
 def _denoiser(run_dir: Path, backend: Backend, facts: FactsFile, turns: _InTurn | None = None) -> Network:
     """Return the network: the transformer, or both of two experts, of which only the one in use is in memory."""
-    contract, turns = SamplingContract.from_dict(facts.contract.dump()), turns or _InTurn()
+    contract, turns = exported_contract(facts), turns or _InTurn()
     if (experts := contract.experts) is None:
         return turns.network(_loading(run_dir, backend, "transformer", "", facts))
     compressed = turns.network(_loading(run_dir, backend, COMPONENTS[experts.compressed], "", facts))
@@ -248,7 +253,7 @@ def _loading(run_dir: Path, backend: Backend, transformer: str, part: str, facts
     files = TransformerFiles(
         stock=exports / "diffusers" / transformer,
         export=exports / backend.export / part,
-        guidance=SamplingContract.from_dict(facts.contract.dump()).embedded_guidance,
+        guidance=exported_contract(facts).embedded_guidance,
         make_it=_make(run_dir, backend.export),
     )
     manifest = backend.manifest(files)

@@ -13,7 +13,6 @@ from flcompress.core.program import FACTS_FILE
 from flcompress.core.records import ClipsFile, ExportFile
 from flcompress.core.settings import Training
 from flcompress.data.captions import check_prompt, read_prompts
-from flcompress.diffusion.contract import SamplingContract
 from flcompress.diffusion.network import CallCounter, Conditioning
 from flcompress.distributed.launch import Launch, join
 from flcompress.distributed.world import World
@@ -22,7 +21,7 @@ from flcompress.files import TEMPORARY, sha256, working_alone
 from flcompress.progress import Display, QuietDisplay
 from flcompress.runtime.backends.options import choose_backend
 from flcompress.runtime.clip_folder import ClipFolder, Item, clip_name
-from flcompress.runtime.generate import Student, encode_prompt, open_student, sample_clip
+from flcompress.runtime.generate import Student, encode_prompt, exported_contract, open_student, sample_clip
 from flcompress.runtime.torch_session import best_device
 
 FOLDER_FILE = "clips.json"
@@ -89,7 +88,7 @@ def generate_all(
                 progress(done, total, values)
                 world.heartbeat()
 
-            contract = SamplingContract.from_dict(student.facts.contract.dump())
+            contract = exported_contract(student.facts)
             calls = CallCounter(show, contract.evaluations * len(mine))
             folder = ClipFolder(out, world.rank)
             for start in range(0, len(mine), GROUP):
@@ -109,7 +108,7 @@ def _generate(
     world: World,
 ) -> None:
     """Encode the prompts, then sample and decode clip by clip."""
-    parts, contract = student.parts, SamplingContract.from_dict(student.facts.contract.dump())
+    parts, contract = student.parts, exported_contract(student.facts)
     student.let_go()
     encoded: dict[str, Conditioning] = {}
     for name, item in items.items():

@@ -1,4 +1,4 @@
-"""Checkpoints that are written while the training goes on: those of their step, whole or not there, one at a time."""
+"""Checkpoints that are written while the training continues: those of their step, whole or not there, one at a time."""
 
 from __future__ import annotations
 

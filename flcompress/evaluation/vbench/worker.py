@@ -120,16 +120,7 @@ class VBench:
         wanted = sorted({path for paths in FILES.values() for path in paths})
         lora = [f"{LORA}/{file.name}" for file in sorted((folder / LORA).glob("adapter_model.*"))]  # safetensors or bin
         wanted += lora or [f"{LORA}/adapter_model.safetensors"]
-        missing = [str(folder / path) for path in wanted if not (folder / path).is_file()]
-        return {
-            "name": "vbench",
-            "commit": commit_of(self._repo),
-            "versions": {name: version for name in PACKAGES if (version := version_of(name))},
-            "weights": {path: sha256(folder / path) for path in wanted} if not (missing or faults) else {},
-            "missing": missing,
-            "folder": "VBENCH_CACHE_DIR",
-            "faults": faults,
-        }
+        return description("vbench", self._repo, "VBENCH_CACHE_DIR", {path: folder / path for path in wanted}, faults)
 
     def _fault(self, name: str) -> str:
         """Return why a dimension's code cannot be imported; "" if it can."""
@@ -220,17 +211,7 @@ class FastVideo:
     def describe(self) -> dict[str, Any]:
         """Return what `--describe` prints."""
         faults = [fault for name in self.DIMENSIONS if (fault := self._fault(name))]
-        files = self._files() if not faults else {}
-        missing = [name if path is None else str(path) for name, path in files.items() if not (path and path.is_file())]
-        return {
-            "name": "fastvideo",
-            "commit": commit_of(self._repo),
-            "versions": {name: version for name in PACKAGES if (version := version_of(name))},
-            "weights": {name: sha256(path) for name, path in files.items() if path} if not missing else {},
-            "missing": missing,
-            "folder": "FASTVIDEO_EVAL_CACHE",
-            "faults": faults,
-        }
+        return description("fastvideo", self._repo, "FASTVIDEO_EVAL_CACHE", {} if faults else self._files(), faults)
 
     def _fault(self, name: str) -> str:
         """Return why a dimension cannot be had; "" if it can. FastVideo itself leaves out silently what it lacks."""
@@ -276,6 +257,31 @@ class FastVideo:
             return float(result.score)
 
         return score
+
+
+def description(
+    name: str, repo: Path, variable: str, files: dict[str, Path | None], faults: list[str]
+) -> dict[str, Any]:
+    """Return what `--describe` prints of a judge.
+
+    Args:
+        name: the judge's.
+        repo: its checkout.
+        variable: of the environment, which names the folder of its weights.
+        files: weight -> where it is looked for; None where there is no such place yet.
+        faults: what cannot be imported.
+    """
+    missing = [label if path is None else str(path) for label, path in files.items() if not (path and path.is_file())]
+    whole = not (missing or faults)
+    return {
+        "name": name,
+        "commit": commit_of(repo),
+        "versions": {package: version for package in PACKAGES if (version := version_of(package))},
+        "weights": {label: sha256(path) for label, path in files.items() if path} if whole else {},
+        "missing": missing,
+        "folder": variable,
+        "faults": faults,
+    }
 
 
 def score_of(result: Any) -> float:
