@@ -18,7 +18,7 @@ from flcompress.reporting.findings import Blocks, blocks, headline
 from flcompress.reporting.quality import Quality, quality
 from flcompress.reporting.reading import RunRecord, read_run
 from flcompress.reporting.speed import speed
-from flcompress.reporting.stages import AGAINST_PLAN, exports, flatten, steps
+from flcompress.reporting.stages import AGAINST_PLAN, AGAINST_PLAN_NOTE, exports, flatten, steps
 from flcompress.reporting.suites import suite_part
 from flcompress.reporting.training import Training, trainings
 
@@ -79,6 +79,7 @@ def render(run: RunRecord) -> str:
         speed=speed(run.bench) if run.bench is not None else None,
         steps=steps(run),
         against_plan=AGAINST_PLAN,
+        against_plan_note=AGAINST_PLAN_NOTE,
         exports=exports(run),
         certificate=_certificate(fates),
         journal=run.journal[-LONGEST_JOURNAL:],

@@ -14,6 +14,12 @@ from flcompress.wording import duration, elapsed, ratio, share, size
 AGAINST_PLAN = ("on", "planned memory", "measured", "ratio", "planned time", "measured", "ratio")
 """Columns of the table of plan and measurement, behind the name of the pass."""
 
+AGAINST_PLAN_NOTE = (
+    "Memory: on a GPU the peak of its tensors; on a CPU that of the whole process, with what earlier passes left in "
+    "it, which decides for small models. Planned time: of the counted FLOPs alone; measured: with loading, held-out "
+    "evaluations, checkpoints and all attempts."
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Step:

@@ -14,7 +14,7 @@ from flcompress.reporting.findings import Blocks, Headline, blocks, headline
 from flcompress.reporting.quality import Cell, Quality, quality
 from flcompress.reporting.reading import RunRecord, read_run
 from flcompress.reporting.speed import Speed, speed
-from flcompress.reporting.stages import AGAINST_PLAN, Export, Step, exports, steps
+from flcompress.reporting.stages import AGAINST_PLAN, AGAINST_PLAN_NOTE, Export, Step, exports, steps
 from flcompress.reporting.training import Training, trainings
 
 PARITY_WORDS = ("difference", "error", "parity", "tolerance")
@@ -224,6 +224,7 @@ def _plan(passes: list[Step], console: Console) -> None:
     for step in rows:
         table.add_row(escape(step.name), *step.against_plan())
     console.print(table)
+    console.print(f"{AGAINST_PLAN_NOTE}\n", highlight=False)
 
 
 def _exports(exports: list[Export], console: Console) -> None:
