@@ -118,7 +118,9 @@ class Distributed(Engine):
         from torch.nn.parallel import DistributedDataParallel
 
         devices = [torch.cuda.current_device()] if self.context.device == "cuda" else None
-        # A skipped block has no gradient; it is skipped in every process alike.
+        # A skipped block has no gradient; it is skipped in every process alike. Where nothing is skipped, torch
+        # without this search orders its buckets anew after the first step: three processes and more then sum in an
+        # order that a resumed training does not begin with.
         module = DistributedDataParallel(
             model, device_ids=devices, find_unused_parameters=True, gradient_as_bucket_view=True
         )
