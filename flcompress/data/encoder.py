@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from flcompress.ahead import ahead
 from flcompress.data.compact import compact
 from flcompress.data.index import LATENTS, PER_CLIP, ClipRecord, ClipShard, PromptShard, write_shard
+from flcompress.data.pictures import without_warnings
 from flcompress.data.sizes import Size
 from flcompress.data.video_frames import BrokenVideo
 from flcompress.data.videos import read_clip, video_size
@@ -71,6 +73,20 @@ class ShardResult:
     skipped: tuple[Skipped, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Clips that are encoded at once: pixels [n, 3, frames, height, width] in [-1, 1]; and videos skipped before."""
+
+    clips: tuple[ClipRecord, ...]
+    texts: tuple[str, ...]
+    pixels: torch.Tensor
+    skipped: tuple[Skipped, ...]
+
+
+def _unwatched() -> None:
+    """Signal nothing: nobody waits for this process."""
+
+
 @dataclass(eq=False)
 class Encoder:
     """Encodes with the parts of one pipeline on one device; they are loaded when first needed.
@@ -85,6 +101,7 @@ class Encoder:
         resize: scale clips to cover their bucket before cropping.
         fps: sampling rate in frames per second; None keeps every frame.
         frames: most frames read from a video; None reads all.
+        heartbeat: called before each video that is measured, and each batch that is encoded.
     """
 
     index: Mapping[str, Any]
@@ -96,6 +113,7 @@ class Encoder:
     resize: bool
     fps: float | None
     frames: int | None = None
+    heartbeat: Callable[[], None] = _unwatched
 
     _open: tuple[type, Parts] | None = field(default=None, init=False)
 
@@ -122,6 +140,7 @@ class Encoder:
         """Return each video's own size, or the reason why it has none."""
         sizes: dict[str, Size | Skipped] = {}
         for file in files:
+            self.heartbeat()
             try:
                 sizes[file] = video_size(self.videos / file, self.fps, self.frames)
             except BrokenVideo as error:
@@ -130,30 +149,26 @@ class Encoder:
 
     def _prompts(self, task: PromptTask, parts: Parts, layout: Layout) -> ShardResult:
         groups = [task.texts[n : n + PROMPTS_AT_ONCE] for n in range(0, len(task.texts), PROMPTS_AT_ONCE)]
-        tensors = concatenate([parts.encode_prompts(group, self.max_sequence_length) for group in groups])
+        encoded = []
+        for group in groups:
+            self.heartbeat()
+            encoded.append(parts.encode_prompts(group, self.max_sequence_length))
+        tensors = concatenate(encoded)
         digest, size = write_shard(self.out / task.file, layout(parts.family, tensors))
         return ShardResult(task.file, PromptShard(file=task.file, sha256=digest, bytes=size, prompts=len(task.texts)))
 
     def _clips(self, task: ClipTask, parts: Parts, layout: Layout) -> ShardResult:
-        frames, height, width = task.bucket
-        batch = max(1, PIXELS_AT_ONCE // (frames * height * width))
         usable: list[ClipRecord] = []
         skipped: list[Skipped] = []
         encoded: list[dict[str, torch.Tensor]] = []
-        waiting: list[tuple[torch.Tensor, str]] = []
-        for clip, text in zip(task.clips, task.texts, strict=True):
-            try:
-                pixels = read_clip(self.videos / clip.file, task.bucket, resize=self.resize, fps=self.fps)
-            except BrokenVideo as error:
-                skipped.append(Skipped(clip.file, str(error)))
-                continue
-            usable.append(clip)
-            waiting.append((pixels, text))
-            if len(waiting) == batch:
-                encoded.append(self._encode(waiting, parts))
-                waiting.clear()
-        if waiting:
-            encoded.append(self._encode(waiting, parts))
+        # A thread decodes the next videos while these are encoded: a GPU does not wait for the processor.
+        with without_warnings(), ahead(self._batches(task)) as batches:
+            for batch in batches:
+                skipped += batch.skipped
+                if batch.clips:
+                    self.heartbeat()
+                    usable += batch.clips
+                    encoded.append(clip_tensors(parts, batch.pixels, batch.texts, self.max_sequence_length))
         tensors = concatenate(encoded) if usable else {LATENTS: torch.zeros(0, 1)}
         finite = tensors[LATENTS].flatten(1).isfinite().all(dim=1)
         if not bool(finite.all()):
@@ -171,9 +186,33 @@ class Encoder:
         shard = ClipShard(file=task.file, sha256=digest, bytes=size, size=task.bucket, clips=tuple(usable))
         return ShardResult(task.file, shard, tuple(skipped))
 
-    def _encode(self, batch: Sequence[tuple[torch.Tensor, str]], parts: Parts) -> dict[str, torch.Tensor]:
-        clips = torch.stack([clip for clip, _ in batch])
-        return clip_tensors(parts, clips, [text for _, text in batch], self.max_sequence_length)
+    def _batches(self, task: ClipTask) -> Iterator[_Batch]:
+        """Read the videos of a task, and yield them in batches to encode at once; the last may be empty."""
+        frames, height, width = task.bucket
+        size = max(1, PIXELS_AT_ONCE // (frames * height * width))
+        clips: list[ClipRecord] = []
+        texts: list[str] = []
+        pixels: list[torch.Tensor] = []
+        skipped: list[Skipped] = []
+
+        def batch() -> _Batch:
+            stacked = torch.stack(pixels) if pixels else torch.empty(0)
+            read = _Batch(tuple(clips), tuple(texts), stacked, tuple(skipped))
+            for collected in (clips, texts, pixels, skipped):
+                collected.clear()
+            return read
+
+        for clip, text in zip(task.clips, task.texts, strict=True):
+            try:
+                pixels.append(read_clip(self.videos / clip.file, task.bucket, resize=self.resize, fps=self.fps))
+            except BrokenVideo as error:
+                skipped.append(Skipped(clip.file, str(error)))
+                continue
+            clips.append(clip)
+            texts.append(text)
+            if len(clips) == size:
+                yield batch()
+        yield batch()
 
 
 def clip_shard(

@@ -163,10 +163,7 @@ def encode_launched(request: Request, display: Display) -> dict[str, Any]:
             "work; leave it out"
         )
     with join("local", TIMEOUT_SECONDS, request.device, launch) as world, world.propagating_failures():
-        if world.main:
-            return encode(request, display, world=world)
-        follow(_encoder(request), world)
-        return {}
+        return encode(request, display, world=world)
 
 
 def encode(request: Request, display: Display, *, wait: bool = False, world: World | None = None) -> dict[str, Any]:
@@ -175,11 +172,12 @@ def encode(request: Request, display: Display, *, wait: bool = False, world: Wor
     Args:
         request: what to encode.
         display: shows the progress.
-        wait: wait for another process that works on the same folder, instead of raising RequestError.
-        world: the processes that share the work, of which this is the main one; the others `follow`.
+        wait: wait for another command that works on the same folder, instead of raising RequestError.
+        world: the processes that share the work; all of them call this. Default: this one alone.
 
     Returns:
         A summary: clips, prompts, buckets, skipped videos, shards, bytes, and how many shards this call encoded.
+        Nothing in processes that are not the main one.
 
     Raises:
         DataError: unusable captions, videos or sizes; a folder that holds something else.
@@ -187,6 +185,15 @@ def encode(request: Request, display: Display, *, wait: bool = False, world: Wor
         RequestError: a negative prompt that is no Unicode text.
         OSError: the disk is full, or `out` cannot be written.
     """
+    world = world or World()
+    if world.main:
+        return _encode(request, display, world, wait=wait)
+    follow(_encoder(request), world)
+    return {}
+
+
+def _encode(request: Request, display: Display, world: World, *, wait: bool) -> dict[str, Any]:
+    """Plan the dataset, and encode it with all processes, of which this is the main one."""
     check_prompt("--negative-prompt", request.negative_prompt)
     target = request.target
     if request.videos is None:
@@ -218,8 +225,7 @@ def encode(request: Request, display: Display, *, wait: bool = False, world: Wor
     _check_out(request.out, identity)
     encoder = _encoder(request)
     request.out.mkdir(parents=True, exist_ok=True)
-    shared = world is not None and world.size > 1
-    running = leading(encoder, world) if world is not None and shared else workers(encoder, request.processes)
+    running = leading(encoder, world) if world.size > 1 else workers(encoder, request.processes)
     with _exclusive(request.out, wait, display), running as run:
         if (request.out / INDEX_FILE).exists():
             shards = remake_damaged(request.out, run, display)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -42,6 +42,7 @@ _WORKS = {
 @contextmanager
 def leading(encoder: Encoder, world: World) -> Iterator[Runner]:
     """Yield, in the main process, what runs items on all of them; afterwards the others return from `follow`."""
+    encoder = replace(encoder, heartbeat=world.heartbeat)
 
     def run(do: Callable[[Encoder, Any], Any], items: Iterable[Any]) -> Iterator[Any]:
         name, work = next((name, work) for name, work in _WORKS.items() if work.do is do)
@@ -60,6 +61,7 @@ def leading(encoder: Encoder, world: World) -> Iterator[Runner]:
 
 def follow(encoder: Encoder, world: World) -> None:
     """Do this process's share of what the main one runs, until that is done."""
+    encoder = replace(encoder, heartbeat=world.heartbeat)
     with one_thread(encoder.device):
         while (call := world.broadcast(dict)) is not None:
             work, results = _WORKS[call["work"]], []

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import struct
+import threading
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +55,28 @@ class BrokenPicture(FlcompressError):  # noqa: N818 (what it is, not what went w
     """A file that cannot be shown; the message is the reason alone."""
 
 
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """Ignore what Pillow warns of.
+
+    Python's filters belong to the whole process, so a thread other than the main one leaves them alone: what starts it
+    enters this around it.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        yield
+
+
 def is_still(path: Path) -> bool:
     """Return whether a file is one picture; phones append a depth map or a second exposure, which viewers ignore."""
     Image.init()
     known = [name for name in _STILLS if name in Image.OPEN]
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(path, formats=known) as file:
-                return file.format in ("JPEG", "MPO", "TIFF") or getattr(file, "n_frames", 1) == 1
+        with without_warnings(), Image.open(path, formats=known) as file:
+            return file.format in ("JPEG", "MPO", "TIFF") or getattr(file, "n_frames", 1) == 1
     except Image.DecompressionBombError:
         return True
     except _UNREADABLE:
@@ -74,14 +90,12 @@ def open_picture(path: Path) -> Image.Image:
         BrokenPicture: the file is unreadable, partly transparent, or has 32 bits per colour.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(path) as file:
-                file.load()
-                if file.format == "AVIF":
-                    _check_range(path)
-                turn = _UPRIGHT.get(_orientation(file))
-                shown = _to_srgb(_to_eight_bits(_without_alpha(file)), file.info.get("icc_profile"))
+        with without_warnings(), Image.open(path) as file:
+            file.load()
+            if file.format == "AVIF":
+                _check_range(path)
+            turn = _UPRIGHT.get(_orientation(file))
+            shown = _to_srgb(_to_eight_bits(_without_alpha(file)), file.info.get("icc_profile"))
     except Image.DecompressionBombError as error:
         raise BrokenPicture("more than 178 million pixels; make it smaller") from error
     except UnidentifiedImageError as error:

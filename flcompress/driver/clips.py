@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from flcompress.core.program import Program
 from flcompress.data.index import INDEX_FILE, NEGATIVE
+from flcompress.distributed.world import World
 from flcompress.errors import DataError, RequestError
 from flcompress.files import key_of, locked, move_in_place, sha256
 from flcompress.frontend.recipe import Recipe
@@ -33,6 +34,49 @@ class Clips:
     def __call__(self, program: Program) -> LatentDataset:
         """Return the recipe's clips as latents of `program`'s autoencoder, encoded on first use."""
         from flcompress.data.dataset import LatentDataset
+
+        spec, request, final = self._located(program)
+        if final.name not in self._loaded:
+            self._loaded[final.name] = LatentDataset.load(self._folder_of(spec, program, request, final))
+        return self._loaded[final.name]
+
+    def to_encode(self, program: Program) -> bool:
+        """Return whether the recipe's clips are videos of which `program` has no latents yet."""
+        spec, _, final = self._located(program)
+        return "videos" in spec and not (final / INDEX_FILE).exists()
+
+    def encode(self, program: Program, world: World) -> None:
+        """Encode the recipe's videos with `program`'s own parts; all processes together, each its share."""
+        spec, _, final = self._located(program)
+        self._encode(spec["videos"], program, final, world)
+
+    def _encode(self, source: dict[str, str], program: Program, final: Path, world: World) -> None:
+        from flcompress.data.encoding import Request, encode, summary_text
+        from flcompress.models.tensor_memory import free_gpu_memory
+
+        request = Request(
+            index=program.index,
+            components=program.components,
+            captions=Path(source["captions"]),
+            out=final,
+            videos=Path(source["folder"]),
+            target=target_of(self._recipe),
+            max_sequence_length=program.contract.max_sequence_length,
+            negative_prompt=program.teacher_contract.negative_prompt,
+            device=self._device,
+        )
+        summary = encode(request, self._display, wait=True, world=world)
+        if world.main:
+            self._display.line(summary_text(summary))
+        free_gpu_memory()
+
+    @property
+    def one_size(self) -> bool:
+        """Whether all clips that were read so far have one size."""
+        return all(len(data.sizes) <= 1 for data in self._loaded.values())
+
+    def _located(self, program: Program) -> tuple[dict[str, Any], dict[str, Any], Path]:
+        """Return (the recipe's `data:`, what else identifies its latents, the folder for them)."""
         from flcompress.data.encoding import parts_digests
 
         spec = self._recipe.data_spec()
@@ -47,14 +91,7 @@ class Clips:
             request[NEGATIVE] = negative
         size = self._recipe.sampling.size if "videos" in spec else None
         key = key_of(data=fingerprint(spec), seed=self._recipe.seed, size=size, **request)
-        if key not in self._loaded:
-            self._loaded[key] = LatentDataset.load(self._folder_of(spec, program, request, self._folder / key))
-        return self._loaded[key]
-
-    @property
-    def one_size(self) -> bool:
-        """Whether all clips that were read so far have one size."""
-        return all(len(data.sizes) <= 1 for data in self._loaded.values())
+        return spec, request, self._folder / key
 
     def _folder_of(self, spec: dict[str, Any], program: Program, request: dict[str, Any], final: Path) -> Path:
         """Return the folder of the dataset; it is made in `final` if it does not exist yet."""
@@ -63,30 +100,12 @@ class Clips:
         ((kind, source),) = spec.items()
         if kind == "latents":
             return Path(source)
-        if kind == "videos":
-            self._encode(source, program, final)
-        else:
+        if kind == "moving-digits":
             self._render(source["clips"], program, request, final)
-        free_gpu_memory()
+            free_gpu_memory()
+        elif not (final / INDEX_FILE).exists():
+            self._encode(source, program, final, World())
         return final
-
-    def _encode(self, source: dict[str, str], program: Program, final: Path) -> None:
-        from flcompress.data.encoding import Request, encode, summary_text
-
-        if (final / INDEX_FILE).exists():
-            return
-        request = Request(
-            index=program.index,
-            components=program.components,
-            captions=Path(source["captions"]),
-            out=final,
-            videos=Path(source["folder"]),
-            target=target_of(self._recipe),
-            max_sequence_length=program.contract.max_sequence_length,
-            negative_prompt=program.teacher_contract.negative_prompt,
-            device=self._device,
-        )
-        self._display.line(summary_text(encode(request, self._display, wait=True)))
 
     def _render(self, clips: int, program: Program, request: dict[str, Any], final: Path) -> None:
         from flcompress.moving_digits.dataset import build_moving_digits

@@ -207,7 +207,7 @@ def _apply(
                     sink = showing_speed(progress, step, planned, lambda: clips.one_size)
                     shown = {"progress": sink, "say": display.line, "note": run.note}
                     work = _work(recipe, step, clips, device, world, **shown)
-                    build = _builder(step, program, entry.folder, work, index, key)
+                    build = _builder(step, program, entry.folder, work, index, key, clips, world)
                     entry = store.make(index, step.name, key, arguments(step), build)
                 display.line(f"{title}: {describe(entry.record.dump())}")
                 ran += 1
@@ -283,32 +283,48 @@ def _work(recipe: Recipe, step: Pass, clips: Clips, device: str, world: World, *
 
 
 def _follow(recipe: Recipe, shared: Path, device: str, world: World) -> None:
-    """Apply the passes that the main process calls for, as every other process does, each with its share."""
+    """Encode and apply the passes that the main process calls for, as every other process does, each with its share."""
     clips = Clips(recipe, shared / "data", QuietDisplay(), device)
     while (call := world.broadcast(dict)) is not None:
-        program, step = Program.load(Path(call["program"])), recipe.passes[call["index"] - 1]
+        program = Program.load(Path(call["program"]))
+        if call["index"] is None:
+            clips.encode(program, world)
+            continue
+        step = recipe.passes[call["index"] - 1]
         work = _work(recipe, step, clips, device, world, progress=lambda done, total, values: None)
         step(program, replace(work, directory=Path(call["directory"])))
 
 
 def _builder(
-    step: Pass, program: Program, stored: Path, work: PassContext, index: int, key: str
+    step: Pass,
+    program: Program,
+    stored: Path,
+    work: PassContext,
+    index: int,
+    key: str,
+    clips: Clips,
+    world: World,
 ) -> Callable[[Path], Program]:
     """Return a function that applies one pass in the folder of the store, and verifies the result.
 
     Args:
         step: the pass.
         program: the program that it is applied to.
-        stored: folder of that program, for the other processes of a distributed pass.
+        stored: folder of that program, for the other processes.
         work: the pass's context, but for the folder.
         index: the pass's position in the recipe, from 1.
         key: cache key of the result.
+        clips: the recipe's clips.
+        world: all processes, which encode together also for a pass that one of them applies.
     """
 
     def build(folder: Path) -> Program:
         if step.needs_data:
-            # Encoding needs the whole GPU, so it comes before the pass loads a model; and it may take long, so it comes
-            # here, where the other processes wait without a timeout.
+            # Encoding needs the whole GPU, so it comes before the pass loads a model. The main process alone looks what
+            # there is, so that all agree. All else may take long, too: the other processes wait without a timeout.
+            if clips.to_encode(program):
+                world.broadcast(lambda: {"index": None, "program": str(stored)})
+                clips.encode(program, world)
             work.data(program)
         before = seconds_so_far(folder / ATTEMPTS_FILE, key)
         if step.distributed:

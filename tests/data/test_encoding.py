@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,13 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from flcompress.cli import main
+from flcompress.data import encoder
 from flcompress.data.dataset import LatentDataset
-from flcompress.data.index import Index
+from flcompress.data.encoder import ClipTask, Encoder, clip_tensors
+from flcompress.data.index import ClipRecord, Index
 from flcompress.data.videos import read_clip
-from flcompress.models.parts import open_parts
+from flcompress.models.folder import check_pipeline
+from flcompress.models.parts import Parts, open_parts, part_names
 from tests.fixtures.encode_command import contents, encode
 from tests.fixtures.mp4_boxes import turn
 from tests.fixtures.video_files import Tags, cut, write_colour, write_video
@@ -129,6 +134,44 @@ def test_the_size_in_the_plan_is_that_which_is_shown(model: Path, tmp_path: Path
     index = Index.read(tmp_path / "out")
     assert [clip.file for shard in index.clip_shards for clip in shard.clips] == ["wide.mp4", "cut.mp4", "turned.mp4"]
     assert index.prompts == ("", "a\u2028wide.mp4", "a\u2028CUT.mp4", "a\u2028./turned.mp4")
+
+
+def test_the_next_video_is_read_while_one_is_encoded(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And where encoding fails, nothing goes on reading."""
+    for number in range(3):
+        write_video(tmp_path / f"{number}.mp4", seed=number)
+    read = {f"{number}.mp4": threading.Event() for number in range(3)}
+    beats: list[str] = []
+
+    def reading(path: Path, *given: Any, **named: Any) -> torch.Tensor:
+        read[path.name].set()
+        return read_clip(path, *given, **named)
+
+    def encoding(parts: Parts, clips: torch.Tensor, texts: Sequence[str], length: int) -> dict[str, torch.Tensor]:
+        beats.append("encoded")
+        number = int(texts[0])
+        assert number == 2 or read[f"{number + 1}.mp4"].wait(300.0)
+        assert number > 0 or not read["2.mp4"].is_set()
+        if number == 2:
+            raise MemoryError("of the GPU")
+        return clip_tensors(parts, clips, texts, length)
+
+    monkeypatch.setattr(encoder, "PIXELS_AT_ONCE", 1)
+    monkeypatch.setattr(encoder, "read_clip", reading)
+    monkeypatch.setattr(encoder, "clip_tensors", encoding)
+    index = check_pipeline(model)
+    components = {name: model / name for name in ("transformer", *part_names(index))}
+    ours = Encoder(
+        index, components, "cpu", 16, tmp_path, tmp_path, resize=False, fps=None, heartbeat=lambda: beats.append("beat")
+    )
+    clips = tuple(ClipRecord(file=f"{number}.mp4", prompt=0) for number in range(3))
+    with pytest.raises(MemoryError, match="of the GPU"):
+        ours.make(ClipTask("shard.safetensors", (9, 32, 32), clips, ("0", "1", "2")))
+    assert beats == ["beat", "encoded"] * 3
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]
+    assert not (tmp_path / "shard.safetensors").exists()
 
 
 def test_prompts_only(model: Path, tmp_path: Path) -> None:

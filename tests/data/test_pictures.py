@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from PIL import Image, ImageCms, ImageOps
 
+from flcompress.data import pictures
 from flcompress.data.pictures import BrokenPicture, open_picture
 from flcompress.data.video_frames import BrokenVideo
 from flcompress.data.videos import read_clip, video_size
@@ -186,3 +188,19 @@ def test_a_picture_in_hdr_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "a.avif").write_bytes(data[:place] + bytes([0, 9, 0, 16, 0, 9]) + data[place + 6 :])
     with pytest.raises(BrokenPicture, match=r"^HDR \(PQ\)"):
         open_picture(tmp_path / "a.avif")
+
+
+def test_a_thread_leaves_the_filters_of_warnings_alone(tmp_path: Path) -> None:
+    """They belong to the whole process, whose main thread may be changing them."""
+    LYING.save(tmp_path / "a.jpg")
+    before, now = warnings.filters, []  # a context of warnings replaces the list
+    with ThreadPoolExecutor(1) as thread, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pictures, "_orientation", lambda file: now.append(warnings.filters))
+        thread.submit(open_picture, tmp_path / "a.jpg").result()
+        assert now == [before]
+        assert now.pop() is before
+        with pictures.without_warnings():
+            silent = warnings.filters
+            thread.submit(open_picture, tmp_path / "a.jpg").result()
+            assert now.pop() is silent
+    assert warnings.filters is before
