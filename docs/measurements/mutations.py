@@ -65,7 +65,7 @@ AREAS: dict[str, Owners] = {
         f"{PASSES}/pretrain.py": ("tests/passes/test_gaussian_depth.py",),
     },
     "roles": {f"{TRAINING}/{name}.py": ROLES for name in ("role", "watching/held_out")}
-    | {f"{TRAINING}/objectives.py": (*ROLES, "tests/diffusion/test_experts.py")}
+    | {f"{TRAINING}/objectives.py": (*ROLES, "tests/diffusion/test_experts.py", "tests/passes/test_gaussian_depth.py")}
     | {
         f"{TRAINING}/distillation/{name}.py": ROLES
         for name in ("critic_lag", "guided_teacher", "simulation", "discriminator")

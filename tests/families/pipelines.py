@@ -50,7 +50,7 @@ def _hunyuan_transformer(**more: Any) -> Any:
         "in_channels": 4,
         "out_channels": 4,
         "num_attention_heads": 2,
-        "attention_head_dim": 10,
+        "attention_head_dim": 16,
         "num_layers": 2,
         "num_single_layers": 2,
         "num_refiner_layers": 1,
@@ -59,7 +59,7 @@ def _hunyuan_transformer(**more: Any) -> Any:
         "guidance_embeds": True,
         "text_embed_dim": WIDTH,
         "pooled_projection_dim": WIDTH,
-        "rope_axes_dim": (2, 4, 4),
+        "rope_axes_dim": (4, 6, 6),
     }
     return HunyuanVideoTransformer3DModel(**(settings | more)).eval()
 

@@ -267,7 +267,8 @@ def test_the_held_out_elbo(kind: str) -> None:
         seen.append((x.flatten(1), timestep))
         return torch.zeros_like(x)
 
-    found = HeldOutELBO(clips, contract, 9, 3, "cpu", 4, World())(nothing).loss
+    scored = HeldOutELBO(clips, contract, 9, 3, "cpu", 4, World())(nothing)
+    found = scored.loss
     assert [len(x) for x, _ in seen] == [4, 4, 1]
     x0 = clips.batch(9, torch.Generator().manual_seed(3))[0].flatten(1)
     x, timestep = (torch.cat(parts) for parts in zip(*seen, strict=True))
@@ -280,6 +281,7 @@ def test_the_held_out_elbo(kind: str) -> None:
     x0_hat = x if kind == "flow" else a * x
     expected = contract.process.elbo_weight(level) * (x0 - x0_hat).square().mean(1)
     assert found == pytest.approx(float(expected.mean()), rel=1e-5)
+    assert scored.groups == pytest.approx([float(expected[group::8].mean()) for group in range(8)], rel=1e-5)
     # Two processes have as many draws each; the one too many is not counted.
     worlds = Share(0), Share(1)
     seen.clear()
