@@ -66,10 +66,8 @@ AREAS: dict[str, Owners] = {
     },
     "roles": {f"{TRAINING}/{name}.py": ROLES for name in ("role", "watching/held_out")}
     | {f"{TRAINING}/objectives.py": (*ROLES, "tests/diffusion/test_experts.py", "tests/passes/test_gaussian_depth.py")}
-    | {
-        f"{TRAINING}/distillation/{name}.py": ROLES
-        for name in ("critic_lag", "guided_teacher", "simulation", "discriminator")
-    }
+    | {f"{TRAINING}/distillation/{name}.py": ROLES for name in ("critic_lag", "guided_teacher", "simulation")}
+    | {f"{TRAINING}/distillation/discriminator.py": (*ROLES, "tests/training/distillation/test_discriminator.py")}
     | {f"{TRAINING}/distillation/samples.py": (*ROLES, "tests/training/watching/test_redraws.py")}
     | {f"{TRAINING}/engines/{name}.py": ROLES for name in ("optimiser", "replicated")},
     "lora": {

@@ -147,7 +147,7 @@ def test_the_generators_gradient(tmp_path: Path, kind: str, gan: float, monkeypa
         fake.blocks[0].by.add_(0.3)
     generated, met = Calls(roles.generator.model), Calls(fake)
     found = gradients(roles, monkeypatch)
-    roles.update_generator(draws())
+    logged = roles.update_generator(draws())
     # What the student's one level gave: x0 = A e + c of the noise that it met.
     noise = generated.x[0].flatten(1).double()
     weight, bias = (one.detach().double().requires_grad_() for one in before(ABOVE))
@@ -165,10 +165,13 @@ def test_the_generators_gradient(tmp_path: Path, kind: str, gan: float, monkeypa
     )
     x_real = unprompted + 2.0 * (full - unprompted) + 0.5 * (full - pruned)
     scale = (x - x_real).abs().mean(1, keepdim=True).detach()
-    loss = (x * ((x_fake - x_real) / scale).detach()).mean()
+    gap = ((x_fake - x_real) / scale).detach()
+    loss, value = (x * gap).mean(), 0.5 * gap.square().mean()
     if gan:
         added = (noised - a * x).detach() + a * x  # the noise is the same, whatever x
-        loss = loss + gan * F.softplus(-logits_of(roles, added)).mean()
+        adversarial = gan * F.softplus(-logits_of(roles, added)).mean()
+        loss, value = loss + adversarial, value + adversarial.detach()
+    assert logged["generator_loss"] == pytest.approx(float(value), rel=2e-3)
     loss.backward()  # type: ignore[no-untyped-call]
     assert weight.grad is not None
     assert bias.grad is not None

@@ -42,6 +42,12 @@ def test_a_latent_is_where_its_token_is(name: str) -> None:
     assert [grid.shape[1] for grid in before] == features.channels
 
 
+def test_every_token_has_a_logit_of_its_own() -> None:
+    """Convolutions keep the grid, so that the border counts as what lies inside it does."""
+    (head,) = Heads([8]).heads
+    assert head(torch.zeros(2, 8, 3, 4, 5)).shape == (2, 1, 3, 4, 5)
+
+
 def test_three_depths_with_a_gradient_to_the_sample_alone() -> None:
     """Half, three quarters and all of the way; a prediction is what it is without them."""
     model, given = models.wan(num_layers=8)
