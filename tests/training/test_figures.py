@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flcompress.core.program import Program
+from flcompress.core.settings import Health
 from flcompress.core.steps import PassContext
 from flcompress.data.dataset import LatentDataset
 from flcompress.diffusion import matching
@@ -19,9 +22,11 @@ from flcompress.diffusion.experts import Experts
 from flcompress.diffusion.network import Conditioning, Network
 from flcompress.diffusion.process import FLOW
 from flcompress.diffusion.sampling import sample
+from flcompress.diffusion.student import student_contract
 from flcompress.distributed.world import World
 from flcompress.training.distillation.critic_lag import critic_lag
 from flcompress.training.distillation.samples import Prompts, compare, moments
+from tests.fixtures.gaussian import LATENTS, SIZE, Clips, Normal
 
 ALONE = World()
 
@@ -116,6 +121,32 @@ def test_the_fixed_samples_are_guided_as_the_sampler_guides(tmp_path: Path) -> N
     expected = sample(network, teacher, torch.zeros(3, 2, 2, 4, 4), given, negative)
     torch.testing.assert_close(clean, expected, rtol=0, atol=0)
     assert len({teacher.guidance_at(place) for place in range(8)}) == 2
+
+
+def test_the_fixed_samples_of_a_student_get_fresh_noise_at_every_step(tmp_path: Path) -> None:
+    """x0 = (1 - s w) x for v = w x, then x' = (1 - s') x0 + s' n: the variance of each step follows from the last's."""
+    teacher = contract_of({"shift": 3.0}, num_inference_steps=8, guidance_scale=1.0, max_sequence_length=16)
+    student, w = student_contract(teacher, 3), 0.4
+    assert student.stochastic
+    work = PassContext(directory=tmp_path, seed=0, data=_no_data, progress=lambda *told: None)
+    prompts = Prompts(work, {}, {}, (60, 2, 2, 8, 8), 60, 60, lambda noise, given: noise)
+    clean, seen = prompts.sample(linear(w), student)
+    variance, of_level = 1.0, []
+    for level in student.sigmas:
+        variance = (1.0 - level) ** 2 * of_level[-1] + level**2 if of_level else variance
+        of_level.append((1.0 - level * w) ** 2 * variance)
+    assert float(clean.var()) == pytest.approx(of_level[-1], rel=0.05)
+    # Sample i shows what was predicted at level i modulo 3.
+    assert [float(seen[at::3].var()) for at in range(3)] == pytest.approx(of_level, rel=0.05)
+
+
+def test_the_fixed_samples_have_the_prompts_of_the_dataset(tmp_path: Path) -> None:
+    clips: Any = Clips(Normal(torch.zeros(SIZE).double(), torch.eye(SIZE).double()), torch.tensor([[[0.5, -0.5]]]))
+    work = PassContext(directory=tmp_path, seed=0, data=_no_data, progress=lambda *told: None, health=Health(samples=6))
+    program: Any = SimpleNamespace(latents=LATENTS, family=SimpleNamespace(start=None))
+    prompts = Prompts.choose(work, program, clips, 4)
+    assert (prompts.shape, prompts.total, prompts.at_once) == ((6, *LATENTS), 6, 4)
+    torch.testing.assert_close(prompts.conditioning, clips.given(6))
 
 
 def _no_data(program: Program) -> LatentDataset:
