@@ -131,7 +131,8 @@ def test_the_fixed_samples_of_a_student_get_fresh_noise_at_every_step(tmp_path: 
     work = PassContext(directory=tmp_path, seed=0, data=_no_data, progress=lambda *told: None)
     prompts = Prompts(work, {}, {}, (60, 2, 2, 8, 8), 60, 60, lambda noise, given: noise)
     clean, seen = prompts.sample(linear(w), student)
-    variance, of_level = 1.0, []
+    variance = 1.0
+    of_level: list[float] = []
     for level in student.sigmas:
         variance = (1.0 - level) ** 2 * of_level[-1] + level**2 if of_level else variance
         of_level.append((1.0 - level * w) ** 2 * variance)
