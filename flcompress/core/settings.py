@@ -208,6 +208,7 @@ _NOT_DECISIVE = {
     "micro_batch",
     "offload",
     "sequence_parallel",
+    "shard_size",
     "attention",
     "deterministic",
     "health",
@@ -264,6 +265,13 @@ class Training(Settings):
         description="processes that compute one clip together, each a part of its tokens and in attention of its "
         "heads: for clips whose activations fit no GPU. It divides the processes and the heads; see docs/training.md",
     )
+    shard_size: int | None = Field(
+        None,
+        ge=2,
+        description="processes that fsdp2 splits weights, gradients and moments over. Each group holds a copy, and "
+        "only gradients go from one to the other (hybrid sharding, HSDP): the GPUs of a machine, where links between "
+        "machines are slow. It divides the processes. Default: all of them",
+    )
     compile: bool = Field(
         False,
         description="run blocks through torch.compile; on a CPU it needs a C++ compiler and the first steps are slow",
@@ -286,6 +294,15 @@ class Training(Settings):
     )
 
     @model_validator(mode="after")
+    def _splits_by_fsdp2(self) -> Training:
+        if self.shard_size is not None and self.engine != "fsdp2":
+            raise ValueError(
+                f"shard_size: {self.shard_size} given with engine: {self.engine}, expected fsdp2; leave it out, or set "
+                "engine: fsdp2"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _offloads_what_it_can(self) -> Training:
         if self.offload and self.engine not in OFFLOADING:
             raise ValueError(
@@ -298,6 +315,11 @@ class Training(Settings):
                 "gradient_checkpointing: true"
             )
         return self
+
+    @property
+    def fewest_processes(self) -> int:
+        """The processes that must run, or the fewest that form the groups asked for."""
+        return self.processes or math.lcm(self.sequence_parallel, self.shard_size or 1)
 
     @property
     def decisive(self) -> dict[str, Any]:

@@ -53,7 +53,15 @@ class Launch:
 
 
 @contextmanager
-def join(engine: str, timeout: float, device: str, launch: Launch, *, sequence_parallel: int = 1) -> Iterator[World]:
+def join(
+    engine: str,
+    timeout: float,
+    device: str,
+    launch: Launch,
+    *,
+    sequence_parallel: int = 1,
+    shard_size: int | None = None,
+) -> Iterator[World]:
     """Join the processes that a launcher started, and leave them at the end of the context.
 
     Args:
@@ -62,6 +70,7 @@ def join(engine: str, timeout: float, device: str, launch: Launch, *, sequence_p
         device: "cpu" or "cuda".
         launch: this process's place among them.
         sequence_parallel: how many of them compute a clip together.
+        shard_size: how many of them split a training's weights, where that is not all.
 
     Raises:
         RequestError: they cannot meet, or their number is not the launcher's.
@@ -104,6 +113,8 @@ def join(engine: str, timeout: float, device: str, launch: Launch, *, sequence_p
             world.join(store, timeout)
         if sequence_parallel > 1:
             world.share_clips(sequence_parallel, timeout)
+        if shard_size not in (None, launch.size):
+            world.share_weights(shard_size, timeout, device)
     except (dist.DistStoreError, dist.DistNetworkError, dist.DistBackendError) as error:
         raise RequestError(
             f"the {launch.size} processes (WORLD_SIZE) did not meet within {timeout:g} s (training.timeout): "

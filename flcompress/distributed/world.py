@@ -14,6 +14,7 @@ from flcompress.errors import INTERRUPTED, FlcompressError, TrainingError, first
 
 if TYPE_CHECKING:
     import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
 
     from flcompress.distributed.sequence import SequenceGroup
 
@@ -32,6 +33,8 @@ class World:
         rank: rank of this process; 0 is the main one, which writes files and prints.
         size: number of processes.
         sequence: those of them that compute one clip together with this one; None if each computes clips of its own.
+        mesh: [groups, processes of a group] where the processes of a group split a training's weights and the groups
+            hold copies; None if all split them.
         longest: (seconds, activity) of the longest time between two heartbeats while this process worked with the
             others; `training.timeout` must be longer than that.
     """
@@ -39,6 +42,7 @@ class World:
     def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0) -> None:
         self.rank, self.size = rank, size
         self.sequence: SequenceGroup | None = None
+        self.mesh: DeviceMesh | None = None
         self._local_rank = local_rank
         self._pulse = Pulse()
         self._store: Any = None  # of strings, shared by all processes
@@ -271,6 +275,27 @@ class World:
         group, _ = dist.new_subgroups(processes, timeout=wait)  # type: ignore[no-untyped-call]
         self.sequence = SequenceGroup(self.rank % processes, processes, group)
 
+    def share_weights(self, processes: int, timeout: float, device: str) -> None:
+        """Form groups of neighbours, each of which holds a copy of a training's weights; all processes together.
+
+        Args:
+            processes: the size of a group; it divides their number.
+            timeout: seconds without progress after which a process ends all of them.
+            device: "cpu" or "cuda".
+        """
+        import torch
+        import torch.distributed as dist
+        from torch.distributed.device_mesh import DeviceMesh
+
+        # Torch's own `init_device_mesh` would give these groups its default timeout, which may be shorter.
+        wait = timedelta(seconds=2 * timeout)
+        ranks = torch.arange(self.size).view(-1, processes)
+        groups = [
+            dist.new_subgroups_by_enumeration(split.tolist(), timeout=wait)[0]  # type: ignore[no-untyped-call]
+            for split in (ranks.T, ranks)
+        ]
+        self.mesh = DeviceMesh.from_group(groups, device, mesh=ranks, mesh_dim_names=("copies", "parts"))
+
     def leave(self) -> None:
         """Leave the group; the main process leaves last, since it may keep the store that holds reported failures."""
         import torch.distributed as dist
@@ -281,5 +306,5 @@ class World:
             end = time.monotonic() + LEAVE_SECONDS
             while self.main and time.monotonic() < end and any(life != LEFT for life, _ in self._watch.lives()):
                 time.sleep(0.02)
-        self._control = self.sequence = None
+        self._control = self.sequence = self.mesh = None
         dist.destroy_process_group()

@@ -45,6 +45,11 @@ def check_launch(training: Training, launch: Launch, passes: Iterable[Pass] = ()
             f"training.sequence_parallel: {together} given, expected a divisor of the {launch.size} processes that the "
             "launcher started (WORLD_SIZE)"
         )
+    if training.shard_size is not None and launch.size % training.shard_size:
+        raise RequestError(
+            f"training.shard_size: {training.shard_size} given, expected a divisor of the {launch.size} processes that "
+            "the launcher started (WORLD_SIZE)"
+        )
     _check_accelerate(training)
     for step in passes:
         cost = step.cost(1.0, 1, 1.0)

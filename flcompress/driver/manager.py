@@ -75,7 +75,14 @@ def apply(
     check_attention(training, source.index["_class_name"], source.transformer, device)
     with (
         repeatable(enabled=training.deterministic),
-        join(training.engine, training.timeout, device, launch, sequence_parallel=training.sequence_parallel) as world,
+        join(
+            training.engine,
+            training.timeout,
+            device,
+            launch,
+            sequence_parallel=training.sequence_parallel,
+            shard_size=training.shard_size,
+        ) as world,
         world.propagating_failures(),
         system_errors_in_one_line(run.path),
     ):

@@ -90,7 +90,7 @@ def this_machine(recipe: Recipe, flops_per_second: float) -> Machine:
     """Return the machine that this runs on, at a measured speed."""
     return Machine(
         name="process",
-        count=recipe.training.processes or recipe.training.sequence_parallel,
+        count=recipe.training.fewest_processes,
         memory=None,
         half=flops_per_second,
         single=flops_per_second,
@@ -122,7 +122,7 @@ def gpu_machine(recipe: Recipe, gpu: str, count: int | None = None, memory: str 
     name = kind.name if memory is None else f"{kind.name.rsplit(maxsplit=2)[0]} with {memory}"
     return Machine(
         name=name,
-        count=count or wanted or recipe.training.sequence_parallel,
+        count=count or recipe.training.fewest_processes,
         memory=size,
         half=UTILISATION * kind.half,
         single=UTILISATION * kind.single,

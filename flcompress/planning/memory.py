@@ -90,7 +90,7 @@ class Placement:
 
     Attributes:
         engine: how the processes share the training.
-        processes: number of processes.
+        processes: number of processes that split what the engine splits.
         gpu: whether they run on GPUs. There DeepSpeed's buffers take their whole size; on a CPU they take only the
             pages that are written to.
     """
@@ -233,7 +233,7 @@ def plan_memory(
     Args:
         cost: the models that the pass holds, its batch and its steps.
         saved: activations of the whole transformer, in the precision that the pass computes in.
-        training: engine, precision, gradient checkpointing, micro batch, offload and sequence parallelism.
+        training: engine, precision, gradient checkpointing, micro batch, offload, sequence parallelism and shard size.
         shares: shares of the transformer's parameters.
         original: parameters of the transformer that `saved` was counted for.
         processes: number of processes that share the pass.
@@ -241,7 +241,7 @@ def plan_memory(
         part: share of a clip's activations that each process has of those that compute it together.
     """
     # A pass that does not train has the whole model in every process, and a batch of its own.
-    placement = Placement(training.engine if cost.steps else "local", processes, gpu)
+    placement = Placement(training.engine if cost.steps else "local", training.shard_size or processes, gpu)
     width = BF16 if compute_precision(cost, training.precision, gpu=gpu) == "bf16" else FP32
     together = training.sequence_parallel
     own = cost.batch * together / processes if cost.steps else float(cost.batch)

@@ -200,7 +200,7 @@ def make_plan(
     if machine is None:
         machine = this_machine(recipe, flops_per_second or measure_speed(transformer, graph, tokens, shape))
     own = Setting.of(recipe.training)
-    _check_together(recipe, own.processes(machine))
+    _check_groups(recipe, own.processes(machine))
     precisions: set[Precision] = {"fp32", "bf16"}
     if own_only:  # counting takes most of a plan's time
         costs = [
@@ -222,7 +222,7 @@ def make_plan(
         cost, plan = planned.cost(graph), planner.plan(planned, own, machine)
         trains = any(role.trained for role in cost.roles)
         compared = trains and not own_only
-        asked = own.micro_batch, own.offload, own.sequence_parallel
+        asked = own.micro_batch, own.offload, own.sequence_parallel, own.shard_size
         choices = all_settings(checkpointing, *asked) if compared else []
         choices = [setting for setting in choices if setting.engine in step.engines]
         rows.append(
@@ -275,13 +275,13 @@ def _split_clip(transformer: Path, text: int, shape: LatentShape) -> SplitClip |
     return SplitClip(tokens=tokens, text=text, heads=axes.heads)
 
 
-def _check_together(recipe: Recipe, processes: int) -> None:
-    together = recipe.training.sequence_parallel
-    if processes % together:
-        raise RecipeError(
-            f"{recipe.where('training')}.sequence_parallel: {together} given, expected a divisor of the {processes} "
-            "processes"
-        )
+def _check_groups(recipe: Recipe, processes: int) -> None:
+    for key in ("sequence_parallel", "shard_size"):
+        size = getattr(recipe.training, key)
+        if size is not None and processes % size:
+            raise RecipeError(
+                f"{recipe.where('training')}.{key}: {size} given, expected a divisor of the {processes} processes"
+            )
 
 
 def _check_batch(recipe: Recipe, index: int, planned: PlannedInput, planner: Planner, processes: int) -> None:

@@ -37,6 +37,7 @@ class Setting:
     micro_batch: int | None = None
     offload: tuple[OffloadName, ...] = ()
     sequence_parallel: int = 1
+    shard_size: int | None = None
 
     @classmethod
     def of(cls, training: Training) -> Setting:
@@ -48,6 +49,7 @@ class Setting:
             training.micro_batch,
             training.offload,
             training.sequence_parallel,
+            training.shard_size,
         )
 
     def offloading(self, offload: tuple[OffloadName, ...]) -> Setting:
@@ -65,6 +67,7 @@ def all_settings(
     micro_batch: int | None = None,
     offload: tuple[OffloadName, ...] = (),
     sequence_parallel: int = 1,
+    shard_size: int | None = None,
 ) -> list[Setting]:
     """Return every setting to compare at this micro batch.
 
@@ -73,12 +76,14 @@ def all_settings(
         micro_batch: samples in one forward of a process; None for all of its share.
         offload: what is in host memory, where a setting can have it so.
         sequence_parallel: processes that compute one clip together, in every engine that has several.
+        shard_size: processes that fsdp2 splits weights over.
     """
     choices = product(ENGINES, get_args(Precision), (False, True) if checkpointing else (False,))
     return [
         replace(
             Setting(*choice, micro_batch).offloading(offload),
             sequence_parallel=1 if choice[0] == "local" else sequence_parallel,
+            shard_size=shard_size if choice[0] == "fsdp2" else None,
         )
         for choice in choices
     ]
@@ -182,6 +187,7 @@ class Planner:
             micro_batch=setting.micro_batch,
             offload=setting.offload if planned.step.distributed else (),
             sequence_parallel=together,
+            shard_size=setting.shard_size if planned.step.distributed else None,
         )
         precision = compute_precision(cost, setting.precision, gpu=machine.gpu)
         memory = plan_memory(

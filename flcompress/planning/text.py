@@ -148,6 +148,8 @@ def _name(setting: Setting) -> str:
         parts.append(f"{' and '.join(setting.offload)} in host memory")
     if setting.sequence_parallel > 1:
         parts.append(f"{setting.sequence_parallel} GPUs a clip")
+    if setting.shard_size:
+        parts.append(f"weights split over {setting.shard_size}")
     return ", ".join(parts)
 
 

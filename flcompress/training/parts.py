@@ -27,11 +27,13 @@ class Part:
         tensor: the numbers, in live storage.
         first: index of the first one in the whole tensor.
         total: numbers of the whole tensor; None if every process holds all of them.
+        copy: whether another process holds the same numbers, and writes them.
     """
 
     tensor: torch.Tensor
     first: int = 0
     total: int | None = None
+    copy: bool = False
 
 
 def local(value: torch.Tensor) -> torch.Tensor:
@@ -42,7 +44,11 @@ def local(value: torch.Tensor) -> torch.Tensor:
 
 def own_parts(parts: Mapping[str, Part], *, main: bool) -> dict[str, Part]:
     """Return what this process writes of its parts: what only it holds, and the main one what every process holds."""
-    return {name: part for name, part in parts.items() if (main if part.total is None else part.tensor.numel() > 0)}
+    return {
+        name: part
+        for name, part in parts.items()
+        if (main if part.total is None else part.tensor.numel() > 0 and not part.copy)
+    }
 
 
 def write_parts(path: Path, parts: Mapping[str, Part], *, main: bool, beat: Callable[[], None]) -> str | None:

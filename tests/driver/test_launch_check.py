@@ -120,6 +120,11 @@ def test_an_environment_that_is_half_set(
             "training.sequence_parallel: 4 given, expected a divisor of the 2 processes that the launcher started "
             "(WORLD_SIZE)",
         ),
+        (
+            {"engine": "fsdp2", "shard_size": 8}, 12, {},
+            "training.shard_size: 8 given, expected a divisor of the 12 processes that the launcher started "
+            "(WORLD_SIZE)",
+        ),
     ],
 )  # fmt: skip
 def test_a_recipe_and_a_launcher_that_disagree(
@@ -147,6 +152,7 @@ def test_a_batch_that_the_processes_do_not_divide() -> None:
         ({"engine": "ddp", "processes": 2}, 2),
         ({"engine": "fsdp2", "processes": 1}, 1),
         ({"engine": "zero2", "sequence_parallel": 2}, 8),
+        ({"engine": "fsdp2", "shard_size": 2}, 4),
     ],
 )
 def test_a_recipe_and_a_launcher_that_agree(training: Any, size: int) -> None:

@@ -48,6 +48,7 @@ def memory(
     offload: tuple[OffloadName, ...] = (),
     together: int = 1,
     part: float = 1.0,
+    shard_size: int | None = None,
 ) -> PlannedMemory:
     training = Training(
         engine=engine,
@@ -56,6 +57,7 @@ def memory(
         micro_batch=micro_batch,
         offload=offload,
         sequence_parallel=together,
+        shard_size=shard_size,
     )
     cost = Cost(steps=steps, batch=batch, roles=roles)
     return plan_memory(cost, SAVED, training, SHARES, 200.0, processes=processes, gpu=gpu, part=part)
@@ -93,6 +95,14 @@ def test_what_waits_in_host_memory() -> None:
     small = memory(GENERATOR, gpu=True, batch=0, offload=("moments",))
     assert small.update == 4 * 200 + 0.1 * 2 * 4 * 200
     assert memory(GENERATOR, offload=("moments",)) == memory(GENERATOR)
+
+
+def test_weights_that_some_of_the_processes_split() -> None:
+    """Models are those of as many processes as a copy is split over, activations those of all."""
+    every, some = (memory(GENERATOR, REAL, engine="fsdp2", processes=8, shard_size=size) for size in (None, 2))
+    two = memory(GENERATOR, REAL, engine="fsdp2", processes=2)
+    assert some.roles == two.roles != every.roles
+    assert some.activations == every.activations != two.activations
 
 
 def test_features_of_a_frozen_model_are_beside_the_activations() -> None:

@@ -91,11 +91,21 @@ def test_a_clip_that_fits_no_gpu_is_advised_on_several(write: WriteRecipe, monke
     assert "with ddp, bf16, gradient checkpointing, micro batch 1, 2 GPUs a clip, batch 2" in told
 
 
-def test_a_group_that_the_gpus_do_not_divide(write: WriteRecipe) -> None:
-    recipe = load_recipe(write(f"training: {{engine: fsdp2, sequence_parallel: 2}}\n{PASSES}"))
-    message = r"tiny\.yaml:\d+: training\.sequence_parallel: 2 given, expected a divisor of the 3 processes"
+@pytest.mark.parametrize("key", ["sequence_parallel", "shard_size"])
+def test_a_group_that_the_gpus_do_not_divide(write: WriteRecipe, key: str) -> None:
+    recipe = load_recipe(write(f"training: {{engine: fsdp2, {key}: 2}}\n{PASSES}"))
+    message = rf"tiny\.yaml:\d+: training\.{key}: 2 given, expected a divisor of the 3 processes"
     with pytest.raises(RequestError, match=message):
         make_plan(recipe, machine=replace(GPU, count=3))
+
+
+def test_weights_that_some_of_the_gpus_split(write: WriteRecipe) -> None:
+    """It is a setting of fsdp2 alone: what the table has of the other engines stays."""
+    machine = replace(GPU, memory=1e12)
+    plain, split = (plan(write, machine, f"{{engine: fsdp2, {more}}}") for more in ("processes: 2", "shard_size: 2"))
+    assert totals(plain) == totals(split)
+    assert "with fsdp2, fp32, weights split over 2, batch 2" in plan_text(split, settings=True)
+    assert gpu_machine(load_recipe(write(f"training: {{engine: fsdp2, shard_size: 2}}\n{PASSES}")), "h100").count == 2
 
 
 def test_nothing_fits(write: WriteRecipe) -> None:

@@ -27,6 +27,7 @@ pytestmark = pytest.mark.slow
 WIDTH, BATCH = 7, 12
 """Rows of 8 and of 7: neither two nor three processes divide both."""
 STEPS = 8
+MOMENTS, COPIES = "offload=[moments]", "shard_size=2"
 TOY = f"toy: {{steps: {STEPS}, batch: {BATCH}, width: {WIDTH}}}"
 
 
@@ -56,10 +57,10 @@ def apply(
     processes: int,
     outputs: Path,
     end: int | None = None,
-    offload: Sequence[str] = (),
+    more: Sequence[str] = (),
 ) -> list[str]:
     """The lines of a command that goes on to a step, or to the end."""
-    settings = ["training.checkpoint_seconds=1e9", f"training.offload=[{','.join(offload)}]"]
+    settings = ["training.checkpoint_seconds=1e9", *(f"training.{setting}" for setting in more)]
     settings += ["training.processes=1"] if processes == 1 else []
     started = start(
         command(home, folder, engine, TOY, *settings),
@@ -72,11 +73,15 @@ def apply(
     return lines(started)
 
 
+def files(folder: Path) -> list[Path]:
+    """The files of the newest checkpoint in a folder."""
+    checkpoint = max(folder.glob("checkpoints/step-*"))
+    return [checkpoint / name for name in json.loads((checkpoint / MANIFEST).read_text())["files"]]
+
+
 def whole(folder: Path) -> dict[str, list[float]]:
     """Every tensor of the newest checkpoint in a folder."""
-    checkpoint = max(folder.glob("checkpoints/step-*"))
-    files = json.loads((checkpoint / MANIFEST).read_text())["files"]
-    stored = StoredParts(checkpoint, [checkpoint / name for name in files])
+    stored = StoredParts(folder, files(folder))
     tensors = {name: torch.empty(total, dtype=torch.float64) for name, total in stored._totals.items()}
     for name, tensor in tensors.items():
         stored.fill(name, Part(tensor))
@@ -93,8 +98,8 @@ def unbroken(home: Home) -> Path:
 @pytest.mark.parametrize(
     "chain",
     [
-        [("local", 1), ("ddp", 2), ("ddp", 3, "moments")],
-        [("fsdp2", 1), ("fsdp2", 2, "moments"), ("fsdp2", 3)],
+        [("local", 1), ("ddp", 2), ("ddp", 3, MOMENTS)],
+        [("fsdp2", 1), ("fsdp2", 2, MOMENTS), ("fsdp2", 4, COPIES), ("fsdp2", 3)],
         [("fsdp2", 2), ("zero1", 1), ("zero3", 3), ("zero2", 2)],
     ],
     ids=["copies", "rows", "ranges"],
@@ -103,11 +108,13 @@ def test_others_take_up_a_training(
     home: Home, tmp_path: Path, unbroken: Path, chain: Sequence[tuple[Any, ...]]
 ) -> None:
     folder = home.begun(tmp_path / "run/run")
-    for number, (engine, processes, *offload) in enumerate(chain, start=1):
+    for number, (engine, processes, *more) in enumerate(chain, start=1):
         end = 2 * number if number < len(chain) else None
         outputs = tmp_path / str(number)
         before = {} if number == 1 else whole(next(folder.glob("passes/.work-*-toy-*")))
-        assert len(apply(home, folder, engine, processes, outputs, end, offload)) == (1 if end else 0)
+        assert len(apply(home, folder, engine, processes, outputs, end, more)) == (1 if end else 0)
+        if COPIES in more:  # one of the two copies is stored
+            assert {file.name for file in files(outputs)} == {"rank-0.safetensors", "rank-1.safetensors"}
         if number > 1:
             held = whole(outputs)
             assert held == before  # bit for bit

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Collection, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,13 @@ class Shards(Replica):
     """A model whose parameters are DTensors; this process holds its part of each.
 
     Gradients are exchanged after every micro batch: held back until the last one, they would be whole in every process.
+    Where groups hold copies, that is within a group; between groups their parts are exchanged once a step.
     """
+
+    @override
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
+        self.model.set_requires_all_reduce(last)
+        return nullcontext()
 
     def _norm(self) -> float:
         norm: Any = nn.utils.clip_grad_norm_(self._named.values(), self._hyper.max_grad_norm)
@@ -50,11 +57,13 @@ class Shards(Replica):
     def _part(self, weight: torch.Tensor, value: torch.Tensor) -> Part:
         if not isinstance(weight, DTensor):
             return super()._part(weight, value)
-        return Part(local(value), _first_row(weight) * math.prod(weight.shape[1:]), weight.numel())
+        mesh = weight.device_mesh
+        first = _first_row(weight) * math.prod(weight.shape[1:])
+        return Part(local(value), first, weight.numel(), copy=mesh.ndim > 1 and mesh.get_local_rank(0) > 0)
 
 
 class FullySharded(Engine):
-    """FSDP2 over all processes."""
+    """FSDP2 over all processes, or over those of a group, with a copy in each (`training.shard_size`)."""
 
     def __init__(self, context: PassContext) -> None:
         super().__init__(context)
@@ -62,7 +71,7 @@ class FullySharded(Engine):
         # A transformer's last reshape makes a view; nothing here writes into a model's output.
         warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
         self._device = torch.device(context.device)
-        self._mesh = init_device_mesh(self._device.type, (context.world.size,))
+        self._mesh = context.world.mesh or init_device_mesh(self._device.type, (context.world.size,))
 
     def _load(self, folder: Path, dtype: torch.dtype | None, *, trained: bool, unsharded: Collection[str] = ()) -> Any:
         model, stored = empty_transformer(folder, self.context.device, dtype)
@@ -99,4 +108,5 @@ class FullySharded(Engine):
 def _first_row(value: DTensor) -> int:
     """Return the first row of this process's part. As torch.chunk: equal parts, the last ones smaller or empty."""
     rows, mesh = len(value), value.device_mesh
-    return min(mesh.get_local_rank() * -(-rows // mesh.size()), rows)
+    axis = mesh.ndim - 1
+    return min(mesh.get_local_rank(axis) * -(-rows // mesh.size(axis)), rows)
