@@ -16,18 +16,31 @@ from flcompress.progress import ProgressSink
 Conditioning = Mapping[str, torch.Tensor]
 """Named tensors, the batch axis first: "encoder_hidden_states" [n, tokens, channels], masks, a first frame, ..."""
 
+PROMPT_MASK = "encoder_attention_mask"
+"""Which tokens of the prompt are not padding, [n, tokens], in the conditioning of networks that are told."""
+
 Network = Callable[[torch.Tensor, torch.Tensor, Conditioning], torch.Tensor]
 """(latents [n, channels, frames, height, width], timestep [n], conditioning) -> prediction, shaped as the latents."""
 
 
 def select(conditioning: Conditioning, index: torch.Tensor | slice) -> dict[str, torch.Tensor]:
-    """Return the conditioning of some of the samples."""
-    return {name: tensor[index] for name, tensor in conditioning.items()}
+    """Return the conditioning of some of the samples; an index [m] is in host memory."""
+    if isinstance(index, slice):
+        return {name: tensor[index] for name, tensor in conditioning.items()}
+    return {name: tensor[index.to(tensor.device, non_blocking=True)] for name, tensor in conditioning.items()}
 
 
 def to_device(conditioning: Conditioning, device: torch.device | str) -> dict[str, torch.Tensor]:
-    """Return the conditioning on a device."""
-    return {name: tensor.to(device) for name, tensor in conditioning.items()}
+    """Return the conditioning on a device, but for the prompt's mask, which stays in host memory.
+
+    There a network reads how long prompts are without waiting for the device.
+    """
+    return {name: tensor.to("cpu" if name == PROMPT_MASK else device) for name, tensor in conditioning.items()}
+
+
+def beside(x: torch.Tensor, conditioning: Conditioning) -> dict[str, torch.Tensor]:
+    """Return the conditioning, with all that is in host memory, on the device of x; the host does not wait for it."""
+    return {name: tensor.to(x.device, non_blocking=True) for name, tensor in conditioning.items()}
 
 
 @dataclass

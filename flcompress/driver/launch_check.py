@@ -121,11 +121,22 @@ def check_attention(training: Training, pipeline: str, transformer: Path, device
             f"training.attention: {name} given, which computes in half precision only; set training.precision: bf16, "
             "or attention: native"
         )
-    if name == "flash" and family_of(pipeline).masks_attention:
-        raise RequestError(
-            f"training.attention: flash given, but {pipeline} masks its attention, which flash attention cannot; set "
-            "it to efficient, cudnn or native"
-        )
+    if name == "flash" and (family := family_of(pipeline)).masks_attention:
+        if family.mask_switch(meta_transformer(transformer)) is None:
+            raise RequestError(
+                f"training.attention: flash given, but {pipeline} masks its attention, which flash attention cannot; "
+                "set it to efficient, cudnn or native"
+            )
+        if training.compile:
+            raise RequestError(
+                f"training.attention: flash given with compile: true, which keeps the masks of {pipeline}; leave out "
+                "either"
+            )
+        if training.micro_batch != 1:
+            raise RequestError(
+                f"training.attention: flash given, but {pipeline} masks prompts of different lengths in one forward, "
+                "which flash attention cannot; set training.micro_batch: 1, or attention to efficient, cudnn or native"
+            )
     if name in ("cudnn", "efficient") and device == "cpu":
         raise RequestError(
             f"training.attention: {name} given, a kernel of GPUs, but this machine has none that torch can use; set it "

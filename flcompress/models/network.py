@@ -7,7 +7,7 @@ import shutil
 import sysconfig
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from flcompress.diffusion.network import Conditioning, Network
+from flcompress.diffusion.network import Conditioning, Network, beside
 from flcompress.errors import RequestError
 from flcompress.ir.graph import BlockGraph
 from flcompress.models.families import family_of, find_family
+from flcompress.models.families.unmasked import MaskSwitch
 
 
 def as_network(transformer: Any, guidance: float | None = None) -> Network:
@@ -26,7 +27,7 @@ def as_network(transformer: Any, guidance: float | None = None) -> Network:
 
     Weights that are held in half precision compute in it, without autocast, as stock pipelines run them; noise levels
     and rotary tables stay in fp32, and so does what a class keeps so. Weights in fp32 compute in the precision around
-    the call.
+    the call. Where the family can leave out attention's mask, prompts of one length are cut to it, without a mask.
 
     Args:
         transformer: of a class that a family knows, or what an engine wrapped around one.
@@ -34,17 +35,21 @@ def as_network(transformer: Any, guidance: float | None = None) -> Network:
     """
     inner = stock_model(transformer)
     family, config, half = family_of(stock_name(inner)), inner.config, _half_dtype(transformer)
+    switch = family.mask_switch(inner)
 
     def call(x: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        if half is None:
-            arguments = family.arguments(config, x, timestep, conditioning, guidance)
-            output = transformer(**arguments, return_dict=False)[0]
-        else:
-            cast = {name: t.to(half) if t.is_floating_point() else t for name, t in conditioning.items()}
-            with half_precision(x.device.type, enabled=False):
-                arguments = family.arguments(config, x.to(half), timestep, cast, guidance)
-                output = transformer(**arguments, return_dict=False)[0].to(x.dtype)
-        return family.prediction(config, output, x, timestep, conditioning)
+        given, absent = (conditioning, False) if switch is None else switch.cut(conditioning)
+        given = beside(x, given)
+        with nullcontext() if switch is None else switch.without_mask(absent=absent):
+            if half is None:
+                arguments = family.arguments(config, x, timestep, given, guidance)
+                output = transformer(**arguments, return_dict=False)[0]
+            else:
+                cast = {name: t.to(half) if t.is_floating_point() else t for name, t in given.items()}
+                with half_precision(x.device.type, enabled=False):
+                    arguments = family.arguments(config, x.to(half), timestep, cast, guidance)
+                    output = transformer(**arguments, return_dict=False)[0].to(x.dtype)
+        return family.prediction(config, output, x, timestep, given)
 
     return call
 
@@ -71,6 +76,12 @@ def stock_name(model: Any) -> str:
     bases = type(model).__mro__
     known = (base for base in bases if find_family(base.__name__) or base.__module__.startswith("diffusers."))
     return next((base.__name__ for base in known), "")
+
+
+def mask_switch(model: Any) -> MaskSwitch | None:
+    """Return what lets the attention of a stock model leave out its mask, by its family; None if nothing does."""
+    family = find_family(stock_name(model))
+    return None if family is None else family.mask_switch(model)
 
 
 @contextmanager
@@ -129,7 +140,10 @@ def compile_blocks(model: nn.Module, graph: BlockGraph) -> None:
     """Compile the forward of every block of `model`, in place.
 
     Not the modules themselves: their hooks, and the forwards that `skip` puts in place of theirs, must keep working.
+    Masks of attention stay: without them every length of a prompt would be compiled anew.
     """
+    if (switch := mask_switch(model)) is not None:
+        switch.kept = True
     forwards: dict[type[nn.Module], Any] = {}
     for block in graph.blocks:
         module = model.get_submodule(block.path)

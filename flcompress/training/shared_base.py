@@ -73,15 +73,13 @@ class SharedBase:
             parameter: Any = plain if lora is None else lora.parameter(key, plain)
             module._parameters[attribute] = parameter
 
-    def checkpoint(self, module: nn.Module, *args: Any) -> Any:
+    def checkpoint(self, block: Callable[..., Any], *args: Any) -> Any:
         """Checkpoint a block, for diffusers' `enable_gradient_checkpointing`.
 
         The backward recomputes a block with the LoRA of its forward, whichever role has computed since.
         """
         lora = self._active
-        return checkpoint(
-            module.__call__, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), self.using(lora))
-        )
+        return checkpoint(block, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), self.using(lora)))
 
     def _lora_hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor], Tensor], Tensor | None]:
         def hook(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor | None:

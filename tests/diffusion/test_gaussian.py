@@ -13,7 +13,14 @@ from torch import Tensor
 from flcompress.diffusion import matching
 from flcompress.diffusion.contract import SamplingContract
 from flcompress.diffusion.matching import well_guided
-from flcompress.diffusion.network import drop_captions, select, to_device, with_negative_prompt
+from flcompress.diffusion.network import (
+    PROMPT_MASK,
+    beside,
+    drop_captions,
+    select,
+    to_device,
+    with_negative_prompt,
+)
 from flcompress.diffusion.process import shift
 from flcompress.diffusion.sampling import guide, sample
 from flcompress.diffusion.student import student_contract
@@ -237,3 +244,7 @@ def test_conditioning_is_taken_dropped_and_replaced_sample_by_sample() -> None:
     assert torch.equal(select(given, torch.tensor([2, 0]))["first_frame"], torch.tensor([[2.0], [0.0]]))
     assert to_device(given, "meta")[PROMPT].device.type == "meta"
     assert to_device(given, "cpu").keys() == given.keys()
+    # A network reads lengths of prompts from the mask without waiting for the device.
+    masked = to_device(given | {PROMPT_MASK: torch.ones(3, 2)}, "meta")
+    assert masked[PROMPT_MASK].device.type == "cpu"
+    assert beside(torch.empty(0, device="meta"), masked)[PROMPT_MASK].device.type == "meta"

@@ -168,10 +168,23 @@ def test_a_recipe_and_a_launcher_that_agree(training: Any, size: int) -> None:
             "attention: native",
         ),
         (
-            {"attention": "flash", "precision": "bf16"}, "HunyuanVideoPipeline", "cuda",
-            "training.attention: flash given, but HunyuanVideoPipeline masks its attention, which flash attention "
-            "cannot; set it to efficient, cudnn or native",
+            {"attention": "flash", "precision": "bf16"}, "LTXPipeline", "cuda",
+            "training.attention: flash given, but LTXPipeline masks its attention, which flash attention cannot; set "
+            "it to efficient, cudnn or native",
         ),
+        (
+            {"attention": "flash", "precision": "bf16"}, "HunyuanVideoPipeline", "cuda",
+            "training.attention: flash given, but HunyuanVideoPipeline masks prompts of different lengths in one "
+            "forward, which flash attention cannot; set training.micro_batch: 1, or attention to efficient, cudnn or "
+            "native",
+        ),
+        (
+            {"attention": "flash", "precision": "bf16", "micro_batch": 1, "compile": True}, "HunyuanVideoPipeline",
+            "cuda",
+            "training.attention: flash given with compile: true, which keeps the masks of HunyuanVideoPipeline; leave "
+            "out either",
+        ),
+        ({"attention": "flash", "precision": "bf16", "micro_batch": 1}, "HunyuanVideoPipeline", "cuda", None),
         (
             {"attention": "cudnn", "precision": "bf16"}, "WanPipeline", "cpu",
             "training.attention: cudnn given, a kernel of GPUs, but this machine has none that torch can use; set it "

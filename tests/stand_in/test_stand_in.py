@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -87,3 +88,16 @@ def test_frozen_networks_compute_without_autocast(counts: dict[str, Any], family
     assert {phase for phase, dtypes in plain if dtypes != "bf16/bf16/bf16"} <= {"generate"}  # the text encoder
     under = {phase for phase, _, _, autocast in rows if autocast}
     assert under == {"evaluation", *UPDATES}  # those of trained networks
+
+
+def test_prompts_of_one_length_reach_flash_attention(counts: dict[str, Any]) -> None:
+    """In HunyuanVideo, whose class masks every token; the refiner of the text, one block, keeps its mask.
+
+    Of the four others the student has two at least.
+    """
+    calls: Counter[tuple[str, str]] = Counter()
+    for phase, kernel, *_, number in counts["hunyuan-video"]["attention"]:
+        calls[phase, kernel.split()[0]] += number
+    for phase in ("importance", *UPDATES):
+        assert calls[phase, "flash"] >= 2 * calls[phase, "memory-efficient"], phase
+    assert calls["generate", "flash"] > 0  # text encoders mask

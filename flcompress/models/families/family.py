@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from flcompress.diffusion.network import Conditioning
+from flcompress.models.families.unmasked import MaskSwitch
 
 Config = Mapping[str, Any]
 """The configuration of a transformer, an autoencoder, a scheduler or a pipeline."""
@@ -133,6 +134,13 @@ class Family(ABC):
     ) -> torch.Tensor:
         """Return the forward's output as the process predicts it (velocity e - x0 for flow models), shaped as x."""
         return output
+
+    def mask_switch(self, transformer: Any) -> MaskSwitch | None:
+        """Return what lets a transformer's attention leave out its mask; None if it has none or cannot.
+
+        The same object at every call; the first may change the transformer, in place, without changing its results.
+        """
+        return None
 
     def patch(self, config: Config) -> tuple[int, int]:
         """Return (frames, rows or columns) of latents that one token stands for."""

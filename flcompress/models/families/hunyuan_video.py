@@ -23,6 +23,7 @@ from flcompress.models.families.shared import (
     MASKED,
     TrueGuidance,
 )
+from flcompress.models.families.unmasked import MaskSwitch
 from flcompress.models.video import encode_clips
 
 ORIGINAL = OriginalNames(
@@ -111,6 +112,12 @@ class HunyuanVideo(TrueGuidance):
     ) -> torch.Tensor:
         replaces = "first_frame" in conditioning and self._replaces(config)
         return velocity_to(conditioning["first_frame"], output, x, timestep) if replaces else output
+
+    @override
+    def mask_switch(self, transformer: Any) -> MaskSwitch | None:
+        from flcompress.models.families.hunyuan_attention import mask_switch
+
+        return mask_switch(transformer)
 
     @override
     def example_conditioning(

@@ -8,12 +8,13 @@ from typing import Any, ClassVar
 import torch
 from typing_extensions import override
 
-from flcompress.diffusion.network import Conditioning
+from flcompress.diffusion.network import PROMPT_MASK, Conditioning
 from flcompress.models.families.conversions import even_sigmas, normal, unpack
 from flcompress.models.families.family import Config, Family, LatentShape
+from flcompress.models.families.unmasked import PROMPT
 
 POOLED = ("encoder_hidden_states", "pooled_projections")
-MASKED = ("encoder_hidden_states", "encoder_attention_mask")
+MASKED = (PROMPT, PROMPT_MASK)
 
 GUIDANCE = "guidance"
 """Entry of the conditioning that gives each sample an embedded guidance scale of its own, [n]."""

@@ -75,13 +75,14 @@ def exported_network(session: Session, config: Mapping[str, Any], guidance: floa
         config: the transformer's.
         guidance: embedded guidance scale, where the network takes one; the family's usual one where None.
     """
+    from flcompress.diffusion.network import beside
     from flcompress.models.families import family_of
     from flcompress.runtime.inputs import tensors_of
 
     family = family_of(config["_class_name"])
 
     def call(x: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        arguments = family.arguments(config, x, timestep, conditioning, guidance)
+        arguments = family.arguments(config, x, timestep, beside(x, conditioning), guidance)
         output = session(tensors_of(family.export_arguments(config, arguments)))
         return family.prediction(config, output.to(x.device), x, timestep, conditioning)
 

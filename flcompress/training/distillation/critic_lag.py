@@ -43,9 +43,10 @@ def critic_lag(
         world: the processes, each with its share of the samples.
     """
     gram = torch.zeros(5, 5, dtype=torch.float64)
-    for part in torch.split(torch.arange(len(x0)), at_once):
-        clean, e, s = (tensor[part.to(tensor.device)] for tensor in (x0, noise, level))
-        part_conditioning = select(conditioning, part.to(x0.device))
+    for first in range(0, len(x0), at_once):
+        part = slice(first, first + at_once)
+        clean, e, s = (tensor[part] for tensor in (x0, noise, level))
+        part_conditioning = select(conditioning, part)
         x, timestep = process.add_noise(clean, e, s), process.timestep(s)
         columns = [fake(x, timestep, part_conditioning), other(x, timestep, part_conditioning), x, torch.ones_like(x)]
         flat = torch.stack([column.double().flatten() for column in (*columns, process.target(clean, e, s))])

@@ -89,8 +89,9 @@ class Prompts:
         noises = [draws.normal(*self.shape[1:]) for _ in range(1 + len(levels) * contract.stochastic)]
         level_of = torch.arange(self.total)[draws.mine] % len(levels)
         clean, intermediate = [], []
-        for part in torch.split(torch.arange(len(draws)), self.at_once):
-            conditioning = select(self.conditioning, part.to(self.context.device))
+        for first in range(0, len(draws), self.at_once):
+            part = slice(first, first + self.at_once)
+            conditioning = select(self.conditioning, part)
             draw_noise = _in_order([noise[part] for noise in noises])
             x = self.start(draw_noise(noises[0]).to(self.context.device), conditioning)
             seen, walk = torch.zeros_like(x), Walk(contract)

@@ -19,7 +19,7 @@ from flcompress.core.steps import PassContext
 from flcompress.errors import RequestError, TrainingError, UnavailableError
 from flcompress.ir.graph import BlockGraph
 from flcompress.models.loading import load_transformer, meta_transformer
-from flcompress.models.network import choose_attention, compile_blocks, half_precision, missing_compiler
+from flcompress.models.network import choose_attention, compile_blocks, half_precision, mask_switch, missing_compiler
 from flcompress.tracing.skip import graph_of, mute, skip
 from flcompress.training.engines.offload import inputs_on_host
 from flcompress.training.engines.sequence import split_tokens
@@ -152,7 +152,7 @@ class Engine(ABC):
 
         Args:
             model: a diffusers transformer.
-            function: recomputes a block; diffusers' own by default.
+            function: recomputes a block; torch's own by default.
 
         Raises:
             RequestError: the model's class has no gradient checkpointing.
@@ -163,8 +163,11 @@ class Engine(ABC):
             raise RequestError(
                 f"training.gradient_checkpointing: {type(model).__name__} has none in this diffusers; set it to false"
             )
+        function = function or partial(checkpoint, use_reentrant=False)
+        if (switch := mask_switch(model)) is not None:
+            function = switch.recomputing(function)
         if "inputs" in self.context.offload:
-            function = inputs_on_host(function or partial(checkpoint, use_reentrant=False))
+            function = inputs_on_host(function)
         model.enable_gradient_checkpointing(function)
 
     def _choose_kernels(self, model: Any, folder: Path) -> Any:

@@ -141,11 +141,12 @@ class ConsistencyRoles:
         target = process.step(x, guided.float(), level, end)
         # Several processes must make the same calls; f(x, 0) = x then discards those at the end of the path.
         called = following < self._settings.levels if world.size == 1 else torch.ones_like(following, dtype=torch.bool)
-        part = torch.arange(len(x))[called].to(device)
+        chosen = torch.arange(len(x))[called]
+        part = chosen.to(device)
         with self.student.with_average():
             if len(part):
                 here, s = target[part], end[part]
-                prediction = self._network(here, process.timestep(s), select(conditioning, part))
+                prediction = self._network(here, process.timestep(s), select(conditioning, chosen))
                 target[part] = process.consistency(here, prediction.float(), s)
         world.heartbeat()
         return target
