@@ -21,6 +21,7 @@ from flcompress.errors import RequestError
 from flcompress.models.loading import empty_transformer
 from flcompress.training.engines.engine import Engine, Hyper, WrappedModel
 from flcompress.training.engines.replicated import Replica
+from flcompress.training.engines.rounded import gather_rounded
 from flcompress.training.parts import Part, local
 
 
@@ -84,6 +85,9 @@ class FullySharded(Engine):
             if isinstance(value, DTensor):
                 mine = mine.rows(_first_row(value), len(value.to_local()))
             mine.fill(local(value))
+        # Not where blocks are compiled: a compiled forward takes plain parameters.
+        if trained and self.context.precision == "bf16" and not self.context.compile:
+            gather_rounded(model)
         return model
 
     @override

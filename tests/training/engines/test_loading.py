@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,12 +17,14 @@ from torch.distributed.tensor import DTensor
 
 from flcompress.core.steps import PassContext
 from flcompress.distributed.world import World
-from flcompress.errors import ModelError
+from flcompress.errors import ModelError, TrainingError
 from flcompress.ir.serial import from_json, to_json
+from flcompress.models.inputs import example_inputs
 from flcompress.models.loading import empty_transformer, load_transformer, meta_transformer
+from flcompress.models.network import half_precision
 from flcompress.models.tensor_memory import Alive
 from flcompress.tracing.skip import graph_of
-from flcompress.training.engines import Engine, engine_of
+from flcompress.training.engines import Engine, engine_of, fsdp, rounded
 from tests.families.pipelines import EXPORTED
 from tests.fixtures.tiny import tiny_pipeline
 from tests.training import processes
@@ -118,6 +121,57 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, str]:
 @pytest.mark.parametrize(("engine", "size"), [("fsdp2", 3), ("zero3", 2)])
 def test_the_parts_are_what_stock_loading_gives(engine: str, size: int, folders: dict[Path, str]) -> None:
     in_processes(compare, engine, size, folders)
+
+
+def compare_gathers(engine: Engine, folders: Mapping[Path, str]) -> None:
+    for folder, graph in folders.items():
+        engine._graphs[(folder / "config.json").read_text()] = from_json(graph)
+        found, seen = updates(engine, folder)
+        assert seen
+        with mock.patch.object(fsdp, "gather_rounded"):
+            expected, exact = updates(engine, folder)
+        assert not exact
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True)), folder.name
+
+
+def updates(engine: Engine, folder: Path) -> tuple[list[Tensor], bool]:
+    """Take two steps of gradient descent; return outputs, gradients and weights, and whether weights were rounded."""
+    model, results, seen = engine.load_trained(folder), list[Tensor](), False
+
+    def note(module: nn.Module, args: Any) -> None:
+        nonlocal seen
+        seen |= any(isinstance(weight, rounded.Rounded) for weight in module.parameters())
+
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(note)
+    named = dict(model.named_parameters())
+    inputs = example_inputs(load_transformer(folder))
+    for _ in range(2):
+        with engine.forward_mode():
+            output = model(**inputs, return_dict=False)[0]
+            output.float().square().mean().backward()
+        results.append(output.detach())
+        for parameter in named.values():
+            if parameter.grad is not None:  # a text branch that no output depends on has none
+                results.append(part(parameter.grad).clone())
+                part(parameter.detach()).sub_(results[-1], alpha=0.01)
+                parameter.grad = None
+    return results + [part(parameter).detach() for parameter in named.values()], seen
+
+
+@pytest.mark.slow
+def test_weights_gathered_in_half_precision_change_no_bit(folders: dict[Path, str]) -> None:
+    """Of any family's outputs, gradients and weights: autocast rounds what is gathered in fp32 to the same numbers."""
+    in_processes(compare_gathers, "fsdp2", 2, folders)
+
+
+def test_a_rounded_weight_is_read_by_autocast_alone() -> None:
+    weight, x = rounded._wrapped(torch.ones(2, 3, dtype=torch.bfloat16)), torch.ones(1, 3)
+    with half_precision("cpu", enabled=True):
+        assert nn.functional.linear(x, weight).tolist() == [[3.0, 3.0]]
+    with pytest.raises(TrainingError, match=r"^training\.engine: fsdp2 gathers .* reads one outside of autocast; set"):
+        nn.functional.linear(x, weight)
 
 
 def count(engine: Engine, folder: Path, out: Path) -> None:
