@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from flcompress.training.engines import Engine as Engine
     from flcompress.training.engines import Hyper as Hyper
     from flcompress.training.engines import engine_of as engine_of
+    from flcompress.training.feed import Feed as Feed
     from flcompress.training.loop import train as train
     from flcompress.training.role import Loss as Loss
     from flcompress.training.role import TrainedRole as TrainedRole
@@ -107,6 +108,7 @@ _DOOR = {
     # training
     "Draws": "flcompress.draws",
     "Engine": "flcompress.training.engines",
+    "Feed": "flcompress.training.feed",
     "Hyper": "flcompress.training.engines",
     "Loss": "flcompress.training.role",
     "TrainedRole": "flcompress.training.role",
@@ -155,6 +157,7 @@ __all__ = [
     "Exporter",
     "Fact",
     "Family",
+    "Feed",
     "Figure",
     "FlcompressError",
     "Health",

@@ -242,6 +242,7 @@ class DistributionMatching(Optimisation, Pass):
                 guidance="inter_cfg and intra_cfg",
                 limits=critic_limits(context, adversarial=self.gan_weight > 0),
             ),
+            feed=roles.feed,
         )
         weights = roles.generator.averaged_state()
         target = context.directory / "transformer"

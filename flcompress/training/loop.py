@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from flcompress.files import append_line, lines_of, sync, write_text
 from flcompress.training.background import Background
 from flcompress.training.checkpoint import Checkpoints, Kind
 from flcompress.training.engines import Engine
+from flcompress.training.feed import Feed
 from flcompress.training.parts import Part
 from flcompress.training.role import TrainedRole
 from flcompress.training.watching.monitor import BREACHES_FILE, REDRAWS_FILE, Watch
@@ -44,6 +45,7 @@ def train(
     steps: int,
     batch: int,
     watch: Watch | None = None,
+    feed: Feed | None = None,
 ) -> int:
     """Run `train_step` for `steps` steps; resume from the last checkpoint in the context's directory if there is one.
 
@@ -59,6 +61,7 @@ def train(
         batch: samples of a step, over all processes.
         watch: makes held-out evaluations before the first step, at its interval and after the last step, and judges
             their figures and those of every step.
+        feed: prepares the inputs that the updates take.
 
     Returns:
         The step whose weights the roles have: the last one, or the best evaluation's if the watch rolled back.
@@ -74,7 +77,12 @@ def train(
         raise RequestError(f"{name}: batch {batch} given, expected a multiple of its {world.data_size} shares")
     run = _Run(train_step, roles, engine, name, batch, watch)
     start, logged = run.resume()
-    with _termination(name, world) as preempted, trackers(context, name, start, logged) as run.trackers:
+    remaining = (run.draws(step) for step in range(start + 1, steps + 1))
+    with (
+        _termination(name, world) as preempted,
+        trackers(context, name, start, logged) as run.trackers,
+        feed.preparing(remaining) if feed is not None else nullcontext(),
+    ):
         if start == 0:
             run.evaluate(0)
         for step in range(start + 1, steps + 1):
@@ -136,15 +144,18 @@ class _Run:
         self._saved = time.monotonic()
         return start, logged
 
+    def draws(self, step: int) -> Draws:
+        """Return this process's draws of a step."""
+        share = {"rank": self._world.data_rank, "processes": self._world.data_size}
+        return Draws(self._context.seed, self._name, step, batch=self._batch, **share)
+
     def step(self, step: int, preempted: threading.Event) -> tuple[dict[str, float], bool, bool]:
         """Train one step; return its figures, and whether to checkpoint and to end after it, as all processes agree."""
         context, world = self._context, self._world
         world.heartbeat(f"step {step}")
-        share = {"rank": world.data_rank, "processes": world.data_size}
-        draws = Draws(context.seed, self._name, step, batch=self._batch, **share)
         torch.manual_seed(seed_of(context.seed, self._name, step, "model", world.rank))  # for a model's dropout
         with self._engine.forward_mode(), world.exchanging():
-            values = dict(self._train_step(step, draws))
+            values = dict(self._train_step(step, self.draws(step)))
         due = time.monotonic() - self._saved >= self.checkpoint_interval
         written = self._background is not None and self._background.written
         agreed = world.all_mean(

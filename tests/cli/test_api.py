@@ -48,6 +48,7 @@ def test_what_it_opens() -> None:
         "Exporter",
         "Fact",
         "Family",
+        "Feed",
         "Figure",
         "FlcompressError",
         "Health",

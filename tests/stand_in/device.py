@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 aten = torch.ops.aten
 CUDA = torch.device("cuda:0")
 NAME = "NVIDIA H100 80GB HBM3"
+PAGE_LOCKED = "page_locked"
 HALF = (torch.float16, torch.bfloat16)
 
 _CPU_INDICES = {  # CUDA takes indices from the CPU, of any shape
@@ -141,6 +142,18 @@ def _tensors(parts: Iterable[Any]) -> Iterator[torch.Tensor]:
             yield from _tensors(part)
 
 
+def _page_locking(stock: Any) -> Callable[..., torch.Tensor]:
+    """Return `empty_like` that marks what is to be page-locked, for which a CPU build has no memory."""
+
+    def empty_like(*args: Any, pin_memory: bool = False, **kwargs: Any) -> torch.Tensor:
+        empty: torch.Tensor = stock(*args, **kwargs)
+        if pin_memory:
+            setattr(empty, PAGE_LOCKED, True)
+        return empty
+
+    return empty_like
+
+
 @lru_cache(None)
 def _aliases(function: Any) -> bool:
     """Whether results of an operation share memory with its arguments."""
@@ -165,7 +178,7 @@ class StandIn(TorchDispatchMode):
         phase: what the program does; counts are kept apart by it.
         operations: phase -> operations on the device.
         waits: (phase, operation, line) -> how often the host waited for the device.
-        uploads: (phase, line) -> copies from the host.
+        uploads: (phase, line, "page-locked" or "pageable") -> copies from the host, without tensors of one number.
         products: (phase, dtype) -> FLOPs of matrix products and convolutions, after autocast.
         attention: (phase, kernel, dtypes of query, key and value as they came, whether under autocast) -> calls.
     """
@@ -175,7 +188,7 @@ class StandIn(TorchDispatchMode):
         self.phase = ""
         self.operations: Counter[str] = Counter()
         self.waits: Counter[tuple[str, str, str]] = Counter()
-        self.uploads: Counter[tuple[str, str]] = Counter()
+        self.uploads: Counter[tuple[str, str, str]] = Counter()
         self.products: Counter[tuple[str, str]] = Counter()
         self.attention: Counter[tuple[str, str, str, bool]] = Counter()
         self._stack = ExitStack()
@@ -237,6 +250,7 @@ class StandIn(TorchDispatchMode):
             torch.nn.functional,
             scaled_dot_product_attention=self._attend(torch.nn.functional.scaled_dot_product_attention),
         )
+        patch(torch, empty_like=_page_locking(torch.empty_like))
         self._patch_addresses(patch)
         super().__enter__()
         return self
@@ -302,7 +316,7 @@ class StandIn(TorchDispatchMode):
         if func is aten._to_copy.default:
             source, wanted = args[0], kwargs.get("device")
             here, there = isinstance(source, OnCuda), isinstance(source, OnCuda) if wanted is None else _is_cuda(wanted)
-            self._note_copy(source, here, there)
+            self._note_copy(source, here, there, waits=not kwargs.get("non_blocking"))
             inner = {**kwargs, "non_blocking": False}
             if wanted is not None:
                 inner["device"] = torch.device("cpu") if there else wanted
@@ -314,11 +328,12 @@ class StandIn(TorchDispatchMode):
         func(_plain(target), _plain(source), *_plain(rest), **kwargs)
         return target
 
-    def _note_copy(self, source: torch.Tensor, here: bool, there: bool) -> None:
+    def _note_copy(self, source: torch.Tensor, here: bool, there: bool, *, waits: bool = True) -> None:
         if here and not there:
             self.waits[self.phase, "copy to the host", _line()] += 1
         elif there and not here and source.device.type == "cpu" and source.ndim:
-            self.uploads[self.phase, _line()] += 1
+            kind = "page-locked" if hasattr(source, PAGE_LOCKED) and not waits else "pageable"
+            self.uploads[self.phase, _line(), kind] += 1
 
     def _count(self, func: Any, args: Any) -> None:
         if func in (aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default):

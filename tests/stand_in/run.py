@@ -112,7 +112,7 @@ def _offload(folder: Path) -> Any:
             parts = {name: part.tensor for name, part in role.parts().items()}
             sums = {name: tensor.detach().cpu().double().flatten().tolist() for name, tensor in parts.items()}
             where = {name: tensor.device.type for name, tensor in parts.items()}
-            lines = {line.split(":")[0] for _, line in device.uploads}
+            lines = {line.split(":")[0] for _, line, _ in device.uploads}
             rows.append({"held": sums, "where": where, "uploads": sorted(lines)})
     return rows
 

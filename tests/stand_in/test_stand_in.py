@@ -77,6 +77,16 @@ def test_an_update_waits_for_the_device_twice(counts: dict[str, Any], family: st
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_the_inputs_of_an_update_are_copied_from_page_locked_memory(counts: dict[str, Any], family: str) -> None:
+    """None holds up the host but, in `consistency`, the grid's levels and the positions that it computes from them."""
+    for phase in UPDATES:
+        uploads = [(line, kind, number) for name, line, kind, number in counts[family]["uploads"] if name == phase]
+        assert "feed.py" in {line.split(":")[0] for line, kind, _ in uploads if kind == "page-locked"}
+        pageable = sum(number for _, kind, number in uploads if kind == "pageable")
+        assert pageable <= (3 if phase == "update of student" else 0), uploads
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_frozen_networks_compute_without_autocast(counts: dict[str, Any], family: str) -> None:
     """Under CUDA's autocast queries and keys would leave their norms in fp32, which flash attention 3 does not take."""
     rows = [tuple(row[:4]) for row in counts[family]["attention"]]

@@ -56,7 +56,8 @@ def test_the_guided_teacher_is_its_formula(tmp_path: Path, kind: str, splits: bo
     n = 64
     x = torch.randn(n, *LATENTS, generator=torch.Generator().manual_seed(0))
     timestep = torch.linspace(50, 950, n).round()
-    found = teacher(x, timestep, {PROMPT: CAPTION.expand(n, 1, 2)}, draws(batch=n)).flatten(1).double()
+    scales = teacher.draw(draws(batch=n))
+    found = teacher(x, timestep, {PROMPT: CAPTION.expand(n, 1, 2)}, scales).flatten(1).double()
     a, b = coefficients(kind, timestep)
     flat = x.flatten(1).double()
     full = torch.tensor(SHIFTS).sum(0)
@@ -92,7 +93,7 @@ def test_a_teacher_without_guidance_is_called_once(tmp_path: Path) -> None:
             Stand(work_in(tmp_path), {}), model, counted, graph_of(model), ["blocks.1"], inter_cfg=inter,
             intra_cfg=intra, negative={PROMPT: torch.zeros(1, 1, 2)},
         )  # fmt: skip
-        found = teacher(x, timestep, given, draws(batch=4))
+        found = teacher(x, timestep, given, teacher.draw(draws(batch=4)))
         assert len(calls) == count
         assert not found.requires_grad
         if count == 1:

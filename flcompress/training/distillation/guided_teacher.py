@@ -16,6 +16,9 @@ from flcompress.tracing.prefix import remember
 from flcompress.training.distillation.settings import NO_INTER, NO_INTRA
 from flcompress.training.engines import Engine
 
+Scales = tuple[torch.Tensor, torch.Tensor]
+"""(b1, b2) of each sample, [n] each."""
+
 
 class GuidedTeacher:
     """FastLightGen's well-guided teacher.
@@ -56,24 +59,23 @@ class GuidedTeacher:
 
     @torch.no_grad()
     def __call__(
-        self, x: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning, draws: Draws
+        self, x: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning, scales: Scales
     ) -> torch.Tensor:
-        """Return the guided prediction, shaped as x [n, channels, frames, height, width].
+        """Return the guided prediction, shaped as x [n, channels, frames, height, width]; `scales` are on its device.
 
         Tweedie's formula is affine in the prediction and guidance weights sum to one: guiding either is the same.
         """
-        inter, intra = (self._draw(limits, x, draws) for limits in (self._inter_cfg, self._intra_cfg))
+        inter, intra = (scale.reshape(-1, *([1] * (x.ndim - 1))) for scale in scales)
         conditional, pruned = self._full_and_pruned(x, timestep, conditioning)
         unconditional = conditional
         if self._inter_cfg != NO_INTER:
             unconditional = self._network(x, timestep, with_negative_prompt(conditioning, self._negative))
         return well_guided(unconditional, conditional, pruned, inter, intra)
 
-    @staticmethod
-    def _draw(limits: Range, x: torch.Tensor, draws: Draws) -> torch.Tensor:
-        low, high = limits
-        weights = low + (high - low) * draws.uniform()
-        return weights.reshape(-1, *([1] * (x.ndim - 1))).to(x.device)
+    def draw(self, draws: Draws) -> Scales:
+        """Draw the scales of guidance, evenly from their ranges."""
+        inter, intra = (low + (high - low) * draws.uniform() for low, high in (self._inter_cfg, self._intra_cfg))
+        return inter, intra
 
     def _full_and_pruned(
         self, x: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning

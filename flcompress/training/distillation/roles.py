@@ -18,11 +18,12 @@ from flcompress.draws import Draws, seed_of
 from flcompress.models.loading import meta_transformer
 from flcompress.models.network import as_network
 from flcompress.training.distillation.discriminator import NEAR, Adversary, Grids, TeacherFeatures
-from flcompress.training.distillation.guided_teacher import GuidedTeacher
+from flcompress.training.distillation.guided_teacher import GuidedTeacher, Scales
 from flcompress.training.distillation.settings import DistillationSettings
-from flcompress.training.distillation.simulation import Simulation
+from flcompress.training.distillation.simulation import Simulation, Start
 from flcompress.training.distillation.student_monitor import StudentEvaluation
 from flcompress.training.engines import Engine
+from flcompress.training.feed import Feed
 from flcompress.training.objectives import denoising_loss, draw_levels, level_range
 from flcompress.training.role import Loss, TrainedRole
 from flcompress.training.shared_base import LoRA, SharedBase, unadapted
@@ -37,6 +38,7 @@ class Roles:
         trained: the generator, the fake score, and the discriminator if there is one.
         teacher: the real score's model.
         health: the held-out evaluations; None if the recipe wants no samples.
+        feed: the inputs of all updates.
     """
 
     def __init__(
@@ -93,6 +95,8 @@ class Roles:
                 teacher_partner = self._load_partner(parts["original_partner"])
             sampled, guided = experts.combine(sampled, partner), experts.combine(guided, teacher_partner)
         self._simulation = Simulation(program, contract, self._data, negative, context.device, partner, self._heartbeat)
+        critic = [self._read_samples, *([self._read_clips] if self._adversary is not None else [])]
+        self.feed = Feed(context, *(critic * settings.critic_updates), self._read_guided)
         self.health: StudentEvaluation | None = None
         if fixed is not None:
             self.health = StudentEvaluation(
@@ -178,29 +182,40 @@ class Roles:
         """Take one step of the generator."""
         return self.generator.update(draws, self._generator_loss)
 
-    def _add_noise(self, x: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return (x_s, s, noise) at levels drawn from the score range and shifted."""
+    def _draw_noise(self, x: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (s, noise shaped as x) at levels drawn from the score range and shifted."""
         low, high = self._score_range
-        level = draw_levels(draws, self._shift, low=low, high=high).to(self._device)
-        noise = draws.normal(*x.shape[1:]).to(self._device)
-        return self._process.add_noise(x, noise, level), level, noise
+        return draw_levels(draws, self._shift, low=low, high=high), draws.normal(*x.shape[1:])
+
+    def _read_samples(self, draws: Draws) -> tuple[Start, torch.Tensor, torch.Tensor]:
+        """Return (the start of the samples, the levels to judge them at, noise)."""
+        start = self._simulation.draw(draws)
+        return start, *self._draw_noise(start.noise, draws)
 
     def _critic_loss(self, draws: Draws) -> torch.Tensor:
-        x, conditioning = self._simulation.sample(self._generator, draws, grad=False)
-        noised, level, noise = self._add_noise(x, draws)
+        start, level, noise = self.feed.take(self._read_samples, draws)
+        x, conditioning = self._simulation.sample(self._generator, start, grad=False), start.conditioning
         if self._adversary is not None:
+            noised = self._process.add_noise(x, noise, level)
             self._met.append((noised, self._process.timestep(level), conditioning))
         return denoising_loss(self._fake, self._process, x, conditioning, level, noise)
 
+    def _read_clips(
+        self, draws: Draws
+    ) -> tuple[torch.Tensor, Conditioning, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Return (real clips, their conditioning, levels, noise, noise that leads to near clips if they are needed)."""
+        clips, conditioning = self._data.batch(draws.batch, draws.shared, draws.mine)
+        level, noise = self._draw_noise(clips, draws)
+        nudge = NEAR * draws.normal(*clips.shape[1:]) if self._settings.gan_r1 else None
+        return clips, conditioning, level, noise, nudge
+
     def _discriminator_loss(self, draws: Draws) -> Loss:
         assert self._adversary is not None
+        clips, conditioning, level, noise, nudge = self.feed.take(self._read_clips, draws)
         generated = self._features(*self._met.pop(0))
-        clips, conditioning = self._data.batch(draws.batch, draws.shared, draws.mine)
-        noised, level, _ = self._add_noise(clips.to(self._device), draws)
-        timestep, conditioning = self._process.timestep(level), to_device(conditioning, self._device)
+        noised, timestep = self._process.add_noise(clips, noise, level), self._process.timestep(level)
         real, near = self._features(noised, timestep, conditioning), None
-        if self._settings.gan_r1:
-            nudge = NEAR * draws.normal(*noised.shape[1:]).to(self._device)
+        if nudge is not None:
             near = self._features(noised + nudge, timestep, conditioning)
         loss, figures = self._adversary.critic_loss(generated, real, near)
         return Loss(value=loss, figures=figures)
@@ -210,15 +225,19 @@ class Roles:
         self._heartbeat()
         return self._adversary.features(x, timestep, conditioning)
 
+    def _read_guided(self, draws: Draws) -> tuple[Start, torch.Tensor, torch.Tensor, Scales]:
+        """Return (the start of the samples, the levels to judge them at, noise, the teacher's scales of guidance)."""
+        return *self._read_samples(draws), self._teacher.draw(draws)
+
     def _generator_loss(self, draws: Draws) -> Loss:
-        x, conditioning = self._simulation.sample(self._generator, draws, grad=True)
-        noised, level, _ = self._add_noise(x, draws)
-        timestep = self._process.timestep(level)
+        start, level, noise, scales = self.feed.take(self._read_guided, draws)
+        x, conditioning = self._simulation.sample(self._generator, start, grad=True), start.conditioning
+        noised, timestep = self._process.add_noise(x, noise, level), self._process.timestep(level)
         met = noised.detach().requires_grad_(self._adversary is not None)
         with torch.no_grad():
             fake = self._process.tweedie(met, self._fake(met, timestep, conditioning), level)
             self._heartbeat()
-            real = self._process.tweedie(met, self._teacher(met, timestep, conditioning, draws), level)
+            real = self._process.tweedie(met, self._teacher(met, timestep, conditioning, scales), level)
             self._heartbeat()
             g = matching.gradient(x, fake, real)
         loss = matching.loss(x, g)

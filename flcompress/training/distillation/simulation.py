@@ -4,15 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from flcompress.core.program import Program
 from flcompress.data.dataset import LatentDataset
 from flcompress.diffusion.contract import SamplingContract
-from flcompress.diffusion.network import Conditioning, Network, to_device
+from flcompress.diffusion.network import Conditioning, Network
 from flcompress.diffusion.sampling import advance, predict
 from flcompress.draws import Draws
+
+
+class Start(NamedTuple):
+    """What the samples of a micro batch are drawn from.
+
+    Attributes:
+        conditioning: their conditioning, [n, ...] each.
+        last: index of the level at which x0 is predicted.
+        noise: standard normal noise [n, channels, frames, height, width].
+        renoise: more of it, for each of a stochastic contract's steps before the last.
+    """
+
+    conditioning: Conditioning
+    last: int
+    noise: torch.Tensor
+    renoise: list[torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -37,26 +54,29 @@ class Simulation:
     partner: Network | None = None
     heartbeat: Callable[[], None] = lambda: None
 
-    def sample(self, generator: Network, draws: Draws, *, grad: bool) -> tuple[torch.Tensor, Conditioning]:
-        """Reach a random one of the student's levels by its own steps, then predict x0 there.
+    def draw(self, draws: Draws) -> Start:
+        """Draw conditioning, one of the student's levels, and noise, in host memory."""
+        steps = self.contract.own_steps
+        shape, conditioning = self.data.conditions(draws.batch, draws.shared, self.program.latents, draws.mine)
+        # The same level in all processes: otherwise they would wait for the one with most steps, or hang if weights are
+        # split.
+        last = steps[int(torch.randint(len(steps), (), generator=draws.shared))]
+        noise = draws.normal(*shape[1:])
+        again = last if self.contract.stochastic else 0
+        return Start(conditioning, last, noise, [draws.normal(*shape[1:]) for _ in range(again)])
+
+    def sample(self, generator: Network, start: Start, *, grad: bool) -> torch.Tensor:
+        """Reach the drawn one of the student's levels by its own steps, then predict x0 there.
 
         Only the last prediction carries gradient, and only with `grad`. With two experts, the levels are those of the
         one that is compressed; its partner takes the steps before.
 
         Returns:
-            x0 [n, channels, frames, height, width] and its conditioning.
+            x0 [n, channels, frames, height, width].
         """
         contract, steps = self.contract, self.contract.own_steps
-        shape, conditioning = self.data.conditions(draws.batch, draws.shared, self.program.latents, draws.mine)
-        conditioning = to_device(conditioning, self.device)
-        # The same level in all processes: otherwise they would wait for the one with most steps, or hang if weights are
-        # split.
-        last = steps[int(torch.randint(len(steps), (), generator=draws.shared))]
-        x = self.program.family.start(draws.normal(*shape[1:]).to(self.device), conditioning)
-
-        def draw_noise(x: torch.Tensor) -> torch.Tensor:
-            return draws.normal(*x.shape[1:])
-
+        conditioning, last, noise, renoise = start
+        x, fresh = self.program.family.start(noise, conditioning), iter(renoise)
         for step in range(last + 1):
             with torch.set_grad_enabled(grad and step == last):
                 if self.partner is None or step in steps:
@@ -66,6 +86,6 @@ class Simulation:
                     prediction = predict(self.partner, contract, step, x, conditioning, self.negative)
             self.heartbeat()
             if step < last:
-                x = advance(contract, x, prediction, step, draw_noise)
+                x = advance(contract, x, prediction, step, lambda x: next(fresh))
         level = torch.full((len(x),), contract.sigmas[last], device=self.device)
-        return contract.process.tweedie(x, prediction, level), conditioning
+        return contract.process.tweedie(x, prediction, level)

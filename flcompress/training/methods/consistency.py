@@ -19,6 +19,7 @@ from flcompress.models.network import as_network
 from flcompress.training.distillation.roles import held_out_of
 from flcompress.training.distillation.student_monitor import StudentEvaluation, student_watch
 from flcompress.training.engines import Engine
+from flcompress.training.feed import Feed
 from flcompress.training.loop import train
 from flcompress.training.objectives import draw_levels
 from flcompress.training.role import TrainedRole
@@ -57,6 +58,7 @@ class ConsistencyTraining:
             steps=self.optimisation.steps,
             batch=self.optimisation.batch,
             watch=student_watch(engine.context, self.name, roles.health, guidance="guidance"),
+            feed=roles.feed,
         )
         return steps, roles.student.averaged_state()
 
@@ -66,6 +68,7 @@ class ConsistencyRoles:
 
     Attributes:
         student: the trained transformer; the average of its weights is the target.
+        feed: the inputs of its updates.
         health: the held-out evaluations; None if the recipe wants no samples.
     """
 
@@ -85,6 +88,7 @@ class ConsistencyRoles:
         model = engine.load_trained(program.components["transformer"])
         self.student = TrainedRole.of(engine, "student", model, settings.optimisation)
         self._network = as_network(self.student.module, embedded)
+        self.feed = Feed(context, self._read)
         self.health: StudentEvaluation | None = None
         if fixed is not None:
             self.health = StudentEvaluation(
@@ -102,18 +106,21 @@ class ConsistencyRoles:
         """Take one optimiser step."""
         return self.student.update(draws, self._loss)
 
-    def _loss(self, draws: Draws) -> torch.Tensor:
-        """L = huber(f(x_s, s) - f_ema(x_s', s'))."""
-        process, device = self._process, self._context.device
+    def _read(self, draws: Draws) -> tuple[torch.Tensor, Conditioning, torch.Tensor, torch.Tensor, list[int]]:
+        """Return (clips, conditioning, noise, levels s [n], which of the grid these are)."""
         x0, conditioning = self._data.batch(draws.batch, draws.shared, draws.mine)
         if self._settings.embedded_guidance is not None:
             low, high = self._settings.embedded_guidance
             conditioning = {**conditioning, GUIDANCE: low + (high - low) * draws.uniform()}
         noise, start = draws.normal(*x0.shape[1:]), self._draw_starts(draws)
-        level = self._grid[start].to(device)
-        conditioning = to_device(conditioning, device)
-        x = process.add_noise(x0.to(device), noise.to(device), level)
-        target = self._target(x, conditioning, start)
+        return x0, conditioning, noise, self._grid[start], start.tolist()
+
+    def _loss(self, draws: Draws) -> torch.Tensor:
+        """L = huber(f(x_s, s) - f_ema(x_s', s'))."""
+        process = self._process
+        x0, conditioning, noise, level, start = self.feed.take(self._read, draws)
+        x = process.add_noise(x0, noise, level)
+        target = self._target(x, conditioning, torch.tensor(start))
         prediction = self._network(x, process.timestep(level), conditioning)
         return huber(process.consistency(x, prediction.float(), level) - target)
 

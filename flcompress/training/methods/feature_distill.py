@@ -9,12 +9,13 @@ import torch
 
 from flcompress.core.optimisation import Optimisation
 from flcompress.core.program import Program
-from flcompress.diffusion.network import drop_captions, to_device
+from flcompress.diffusion.network import Conditioning, drop_captions
 from flcompress.draws import Draws, seed_of
 from flcompress.errors import ModelError
 from flcompress.models.network import as_network
 from flcompress.tracing.boundaries import clip_blocks, clip_features
 from flcompress.training.engines import Engine
+from flcompress.training.feed import Feed
 from flcompress.training.loop import train
 from flcompress.training.methods.feature_discriminator import (
     FeatureDiscriminator,
@@ -53,6 +54,7 @@ class FeatureDistillTraining:
             steps=self.optimisation.steps,
             batch=self.optimisation.batch,
             watch=roles.watch(),
+            feed=roles.feed,
         )
         student = roles.student
         return steps, student.averaged_state() if self.optimisation.averages else student.full_state()
@@ -65,6 +67,7 @@ class FeatureRoles:
         student: the trained transformer.
         discriminator: tells its features from the teacher's; None if the recipe gives it no weight.
         trained: both.
+        feed: the inputs of the student's updates; the discriminator's are its features.
     """
 
     def __init__(self, settings: FeatureDistillTraining, program: Program, engine: Engine) -> None:
@@ -74,6 +77,7 @@ class FeatureRoles:
         data = context.data(program)
         self._training, self._held_out = data.split(held_out_of(len(data)))
         self._low, self._high = level_range(contract, contract.shift, key=settings.name)
+        self.feed = Feed(context, self._read)
         self._teacher_model = engine.load_frozen(source)
         self._teacher = as_network(engine.wrap_frozen(self._teacher_model), contract.embedded_guidance)
         model = engine.load_trained(program.components["transformer"])
@@ -113,15 +117,20 @@ class FeatureRoles:
             figures |= self.discriminator.update(draws, self._discriminator_loss)
         return figures
 
-    def _loss(self, draws: Draws) -> Loss:
-        """L = L_task + l_icd L_icd + l_mca (-D(student))."""
-        settings, process, device = self._settings, self._process, self._context.device
+    def _read(self, draws: Draws) -> tuple[torch.Tensor, Conditioning, torch.Tensor, torch.Tensor]:
+        """Return (clips, conditioning, noise, levels [n])."""
         x0, conditioning = self._training.batch(draws.batch, draws.shared, draws.mine)
-        conditioning = drop_captions(conditioning, self._training.negative, draws.uniform() < settings.caption_dropout)
+        conditioning = drop_captions(
+            conditioning, self._training.negative, draws.uniform() < self._settings.caption_dropout
+        )
         noise = draws.normal(*x0.shape[1:])
         level = draw_levels(draws, self._contract.shift, low=self._low, high=self._high)
-        x0, noise, level = (t.to(device) for t in (x0, noise, level))
-        conditioning = to_device(conditioning, device)
+        return x0, conditioning, noise, level
+
+    def _loss(self, draws: Draws) -> Loss:
+        """L = L_task + l_icd L_icd + l_mca (-D(student))."""
+        settings, process = self._settings, self._process
+        x0, conditioning, noise, level = self.feed.take(self._read, draws)
         x, timestep = process.add_noise(x0, noise, level), process.timestep(level)
         wanted = dict.fromkeys([*self._kept.values(), self._teacher_last])
         with torch.no_grad(), clip_features(self._teacher_model, self._teacher_graph, wanted) as target:

@@ -8,10 +8,11 @@ import torch
 
 from flcompress.core.optimisation import Optimisation
 from flcompress.core.program import Program
-from flcompress.diffusion.network import drop_captions, to_device
+from flcompress.diffusion.network import Conditioning, drop_captions
 from flcompress.draws import Draws
 from flcompress.models.network import as_network
 from flcompress.training.engines import Engine
+from flcompress.training.feed import Feed
 from flcompress.training.loop import train
 from flcompress.training.objectives import denoising_loss, draw_levels, level_range
 from flcompress.training.role import TrainedRole
@@ -47,12 +48,17 @@ class Pretraining:
 
         low, high = level_range(contract, self.shift, key=self.name)
 
-        def loss(draws: Draws) -> torch.Tensor:
+        def read(draws: Draws) -> tuple[torch.Tensor, Conditioning, torch.Tensor, torch.Tensor]:
             x0, conditioning = training.batch(draws.batch, draws.shared, draws.mine)
             conditioning = drop_captions(conditioning, data.empty, draws.uniform() < self.caption_dropout)
             noise, level = draws.normal(*x0.shape[1:]), draw_levels(draws, self.shift, low=low, high=high)
-            x0, noise, level = (t.to(context.device) for t in (x0, noise, level))
-            return denoising_loss(network, process, x0, to_device(conditioning, context.device), level, noise)
+            return x0, conditioning, noise, level
+
+        feed = Feed(context, read)
+
+        def loss(draws: Draws) -> torch.Tensor:
+            x0, conditioning, noise, level = feed.take(read, draws)
+            return denoising_loss(network, process, x0, conditioning, level, noise)
 
         at_once = context.at_once(self.optimisation.batch)
         elbo = HeldOutELBO(heldout, contract, len(heldout), context.seed, context.device, at_once, context.world)
@@ -66,5 +72,6 @@ class Pretraining:
             steps=self.optimisation.steps,
             batch=self.optimisation.batch,
             watch=watch,
+            feed=feed,
         )
         return role.averaged_state()

@@ -10,12 +10,13 @@ import torch
 
 from flcompress.core.optimisation import Optimisation
 from flcompress.core.program import Program
-from flcompress.diffusion.network import Conditioning, drop_captions, to_device
+from flcompress.diffusion.network import Conditioning, drop_captions
 from flcompress.draws import Draws
 from flcompress.models.network import as_network
 from flcompress.tracing.prefix import remember
 from flcompress.tracing.skip import skipping_network
 from flcompress.training.engines import Engine
+from flcompress.training.feed import Feed
 from flcompress.training.loop import train
 from flcompress.training.objectives import draw_levels, level_range
 from flcompress.training.role import Loss, TrainedRole
@@ -54,6 +55,7 @@ class StochasticDepthTraining:
             steps=self.optimisation.steps,
             batch=self.optimisation.batch,
             watch=roles.watch(),
+            feed=roles.feed,
         )
         return roles.role.averaged_state() if self.optimisation.averages else roles.role.full_state()
 
@@ -63,6 +65,7 @@ class DepthRoles:
 
     Attributes:
         role: the trained transformer.
+        feed: the inputs of its updates.
     """
 
     def __init__(self, settings: StochasticDepthTraining, program: Program, engine: Engine) -> None:
@@ -83,24 +86,31 @@ class DepthRoles:
         self._network = as_network(self.role.module, guidance)
         self._original = as_network(engine.wrap_frozen(engine.load_frozen(source)), guidance)
         self._low, self._high = level_range(contract, contract.shift, key=settings.name)
+        self.feed = Feed(context, self._read)
 
     def step(self, step: int, draws: Draws) -> Mapping[str, float]:
         """Take one optimiser step."""
         return self.role.update(draws, self._loss)
 
-    def _loss(self, draws: Draws) -> Loss:
-        """L_II = alpha |f_pruned - target|^2 + (1 - alpha) |f_pruned - v|^2."""
-        settings, process, device = self._settings, self._process, self._context.device
+    def _read(self, draws: Draws) -> tuple[torch.Tensor, Conditioning, torch.Tensor, torch.Tensor, list[str]]:
+        """Return (clips, conditioning, noise, levels [n], paths of the skipped blocks)."""
         x0, conditioning = self._training.batch(draws.batch, draws.shared, draws.mine)
-        conditioning = drop_captions(conditioning, self._training.negative, draws.uniform() < settings.caption_dropout)
+        conditioning = drop_captions(
+            conditioning, self._training.negative, draws.uniform() < self._settings.caption_dropout
+        )
         noise = draws.normal(*x0.shape[1:])
         level = draw_levels(draws, self._contract.shift, low=self._low, high=self._high)
         # One mask for all processes: sharded engines hang, or go wrong, on masks that differ.
-        mask = torch.rand(len(self._prune_set), generator=draws.shared) < settings.skip_probability
+        mask = torch.rand(len(self._prune_set), generator=draws.shared) < self._settings.skip_probability
         skipped = [path for path, gone in zip(self._prune_set, mask.tolist(), strict=True) if gone]
-        x0, noise, level = (t.to(device) for t in (x0, noise, level))
+        return x0, conditioning, noise, level, skipped
+
+    def _loss(self, draws: Draws) -> Loss:
+        """L_II = alpha |f_pruned - target|^2 + (1 - alpha) |f_pruned - v|^2."""
+        settings, process = self._settings, self._process
+        x0, conditioning, noise, level, skipped = self.feed.take(self._read, draws)
         x = process.add_noise(x0, noise, level)
-        pruned, full = self._both_paths(x, process.timestep(level), to_device(conditioning, device), skipped)
+        pruned, full = self._both_paths(x, process.timestep(level), conditioning, skipped)
         loss = settings.alpha * (pruned - full).square().mean()
         if settings.alpha < 1.0:
             loss = loss + (1.0 - settings.alpha) * (pruned - process.target(x0, noise, level)).square().mean()

@@ -63,7 +63,8 @@ def test_backward_simulation_reaches_each_level_from_the_last_one(kind: str) -> 
     reached: dict[int, int] = {}
     for number in range(24):
         student = Steps(kind)
-        x0, given = simulation.sample(student, draws(number), grad=True)
+        start = simulation.draw(draws(number))
+        x0, given = simulation.sample(student, start, grad=True), start.conditioning
         last = len(student.calls) - 1
         reached[last] = reached.get(last, 0) + 1
         assert [float(timestep[0]) for _, timestep, _ in student.calls] == list(contract.timesteps[: last + 1])
@@ -108,7 +109,7 @@ def test_the_distribution_at_each_of_the_students_levels() -> None:
     seen = set()
     for number in range(12):
         student = Steps("flow")
-        x0, _ = simulation.sample(student, draws(number, batch=1500), grad=False)
+        x0 = simulation.sample(student, simulation.draw(draws(number, batch=1500)), grad=False)
         assert not x0.requires_grad
         level = len(student.calls) - 1
         found = moments(x0)
@@ -133,7 +134,7 @@ def test_of_two_experts_each_makes_its_own_steps(compressed: Any) -> None:
     for number in range(16):
         student = Steps("flow")
         partner.calls.clear()
-        simulation.sample(student, draws(number, batch=2), grad=False)
+        simulation.sample(student, simulation.draw(draws(number, batch=2)), grad=False)
         lengths.add(len(student.calls))
         first = boundary if compressed == "low" else 0
         assert len(partner.calls) == first

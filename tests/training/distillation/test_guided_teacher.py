@@ -44,5 +44,5 @@ def test_its_pruned_self_may_lack_the_first_block(
     teacher = GuidedTeacher(
         engine_of(work), model, network, graph, gone, inter_cfg=NO_INTER, intra_cfg=(0.5, 0.5), negative={}
     )
-    guided = teacher(x, timestep, given, Draws(0, "test", batch=1))
+    guided = teacher(x, timestep, given, teacher.draw(Draws(0, "test", batch=1)))
     torch.testing.assert_close(guided, full + 0.5 * (full - pruned), rtol=0.0, atol=1e-5)
