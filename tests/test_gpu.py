@@ -96,7 +96,8 @@ def arguments(model: Any, device: str, dtype: torch.dtype) -> dict[str, Any]:
 
 def test_a_frozen_forward_takes_the_planned_memory(tmp_path: Path) -> None:
     folder = real_size(tmp_path)
-    planned = saved_activations(folder, trace_folder(folder, TOKENS, SHAPE), TOKENS, SHAPE, "bf16").inference.of(1)
+    graph = trace_folder(folder, TOKENS, SHAPE)
+    planned = saved_activations(folder, graph, TOKENS, SHAPE, "bf16", gpu=True).inference.of(1)
     model = random_model(folder, "cuda", torch.bfloat16)
     inputs = arguments(model, "cuda", torch.bfloat16)
     with torch.no_grad():
@@ -106,7 +107,7 @@ def test_a_frozen_forward_takes_the_planned_memory(tmp_path: Path) -> None:
 
 def test_an_update_takes_the_planned_memory(tmp_path: Path) -> None:
     folder = real_size(tmp_path)
-    saved = saved_activations(folder, trace_folder(folder, TOKENS, SHAPE), TOKENS, SHAPE, "bf16")
+    saved = saved_activations(folder, trace_folder(folder, TOKENS, SHAPE), TOKENS, SHAPE, "bf16", gpu=True)
     model = random_model(folder, "cuda", torch.float32).train()
     model.enable_gradient_checkpointing()
     inputs = arguments(model, "cuda", torch.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,7 @@ class SavedActivations:
         outside: saved outside of all blocks.
         blocks: saved in all blocks together.
         block: saved in the block that saves most.
+        backward: the most that computing a block and its backward take at once, gradients of its weights apart.
         streams: the blocks' inputs, which gradient checkpointing saves in place of `blocks`.
         stream: the input of one block, on average.
         inference: the most that is alive at once in a forward without gradients, its weights loaded in the precision.
@@ -48,15 +50,15 @@ class SavedActivations:
     outside: Bytes
     blocks: Bytes
     block: Bytes
+    backward: Bytes
     streams: Bytes
     stream: Bytes
     inference: Bytes
 
     def training(self, samples: float, share: float, checkpointed: bool) -> float:
-        """Return the bytes at the turn from the forward to the backward.
+        """Return the most bytes while all that the forward saved is there, at the turn to the backward.
 
-        One block's worth is added as working memory: a backward holds the gradients of what a block saved, a frozen
-        model's forward its own intermediate tensors.
+        Next to it the last block's backward works, or before that a frozen model's forward.
 
         Args:
             samples: samples in memory at once.
@@ -64,15 +66,17 @@ class SavedActivations:
             checkpointed: whether blocks are recomputed in the backward.
         """
         inside = self.streams.of(samples) * share if checkpointed else self.blocks.of(samples) * share
-        recomputed = self.block.of(samples) if checkpointed else 0.0
-        return self.outside.of(samples) + inside + recomputed + self.block.of(samples)
+        backward = self.backward.of(samples) - (0.0 if checkpointed else self.block.of(samples))
+        return self.outside.of(samples) + inside + max(backward, self.inference.of(samples))
 
 
 def saved_activations(
-    transformer: Path, graph: BlockGraph, tokens: int, shape: LatentShape, precision: Precision
+    transformer: Path, graph: BlockGraph, tokens: int, shape: LatentShape, precision: Precision, *, gpu: bool
 ) -> SavedActivations:
     """Count the activations of a forward at latents [batch, channels, *shape], at a batch of one and of two."""
-    single, double = (count_activations(transformer, tokens, shape, precision, graph, batch=batch) for batch in (1, 2))
+    single, double = (
+        count_activations(transformer, tokens, shape, precision, graph, batch=batch, gpu=gpu) for batch in (1, 2)
+    )
     inference = count_activations(transformer, tokens, shape, precision, graph, gradients=False).alive
 
     def affine(first: float, second: float) -> Bytes:
@@ -82,6 +86,7 @@ def saved_activations(
         outside=affine(single.total - sum(single.blocks), double.total - sum(double.blocks)),
         blocks=affine(sum(single.blocks), sum(double.blocks)),
         block=affine(max(single.blocks), max(double.blocks)),
+        backward=affine(single.backward, double.backward),
         streams=affine(single.streams, double.streams),
         stream=affine(single.streams / len(single.blocks), double.streams / len(double.blocks)),
         inference=Bytes(fixed=0.0, sample=inference),
@@ -96,12 +101,14 @@ class ActivationBytes:
         alive: the most that is alive at once.
         total: all that autograd saves.
         blocks: what each block adds to `total`.
+        backward: the most that a block and its backward take at once, gradients of its weights apart.
         streams: the inputs of all blocks.
     """
 
     alive: int
     total: int
     blocks: tuple[int, ...]
+    backward: int
     streams: int
 
 
@@ -114,6 +121,7 @@ def count_activations(
     *,
     batch: int = 1,
     gradients: bool = True,
+    gpu: bool = False,
 ) -> ActivationBytes:
     """Count the activations of a forward at latents [batch, channels, *shape]: each tensor once, weights not at all.
 
@@ -128,17 +136,19 @@ def count_activations(
         graph: the transformer's block graph.
         batch: samples in the batch.
         gradients: whether autograd records the forward.
+        gpu: whether autocast has the rules of CUDA instead of the CPU's.
     """
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.autograd.graph import saved_tensors_hooks
-    from torch.utils._pytree import tree_map_only
+    from torch.utils._pytree import tree_leaves, tree_map_only
 
     from flcompress.models.families import family_of
     from flcompress.models.inputs import example_inputs
     from flcompress.models.loading import meta_transformer
     from flcompress.models.network import half_precision
     from flcompress.models.tensor_memory import Alive
+    from flcompress.planning.autocast import CudaAutocast
     from flcompress.tracing.call import Call, arguments_by_name, blank
     from flcompress.tracing.replay import signature
     from flcompress.tracing.running import AllTrueMasks
@@ -163,14 +173,27 @@ def count_activations(
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
+        if not alone and storage._cdata not in weights:
             saved[storage._cdata] = storage
         return tensor
 
     def saved_bytes() -> int:
         return sum(storage.nbytes() for storage in saved.values())
 
-    streams = 0
+    def backward_alone(module: Callable[..., Any], args: Any, kwargs: Any) -> int:
+        """Return the most that is alive in a block and its backward, next to what it is called with."""
+        nonlocal alone
+        alone = True
+        own = tree_map_only(torch.Tensor, lambda one: one.detach().requires_grad_(one.requires_grad), (args, kwargs))
+        with Alive() as working:
+            ends = [end for end in tree_leaves(module(*own[0], **own[1])) if isinstance(end, torch.Tensor)]
+            ends = [end for end in ends if end.requires_grad]
+            torch.autograd.backward(ends, [torch.empty_like(end) for end in ends])
+        alone = False
+        return working.most
+
+    alone = False
+    streams = backward = 0
     added: list[int] = []
     run_blocks: dict[str, list[tuple[Any, int]]] = {}
 
@@ -179,12 +202,14 @@ def count_activations(
         stock, plain = module.forward, signature(module, Call((), {}, None, 0))
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            nonlocal streams
+            nonlocal streams, backward
             arguments = arguments_by_name(module, args, kwargs)
             tensors = [arguments[stream.input] for stream in block.streams]
             streams += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
             runs = run_blocks.setdefault(repr((plain, blank(args), sorted(blank(kwargs).items()))), [])
             if len(runs) < 2:
+                if gradients:
+                    backward = max(backward, backward_alone(stock, args, kwargs))
                 before = saved_bytes()
                 output = stock(*args, **kwargs)
                 runs.append((tree_map_only(torch.Tensor, _shape, output), saved_bytes() - before))
@@ -200,6 +225,9 @@ def count_activations(
     with FakeTensorMode(allow_non_fake_inputs=True), AllTrueMasks(), replaced_forwards(model, forwards):
         state = {name: weight(name, value) for name, value in model.named_parameters()}
         state |= {name: fake(value) for name, value in model.named_buffers()}
+        for value in state.values():
+            if value.requires_grad:  # gradients of weights are counted by engine
+                value.register_post_accumulate_grad_hook(lambda weight: setattr(weight, "grad", None))
         weights = {value.untyped_storage()._cdata: value.untyped_storage() for value in state.values()}
         inputs = tree_map_only(torch.Tensor, fake, inputs)
         if loaded == torch.bfloat16:  # latents and prompts, as `as_network` gives them
@@ -208,11 +236,18 @@ def count_activations(
             cast = {name: value for name, value in plain.items() if value.is_floating_point() and name not in exact}
             inputs |= {name: value.to(loaded) for name, value in cast.items()}
         autocast = half_precision("cpu", enabled=precision == "bf16" and gradients)
-        alive = Alive()
-        with autocast, torch.set_grad_enabled(gradients), saved_tensors_hooks(note, lambda tensor: tensor), alive:
+        rules: AbstractContextManager[Any] = CudaAutocast() if gpu else nullcontext()
+        alive, hooks = Alive(), saved_tensors_hooks(note, lambda tensor: tensor)
+        with rules, autocast, torch.set_grad_enabled(gradients), hooks, alive:
             torch.func.functional_call(model, state, (), inputs)
     stood_for = sum(added) - sum(size for runs in run_blocks.values() for _, size in runs)
-    return ActivationBytes(alive=alive.most, total=saved_bytes() + stood_for, blocks=tuple(added), streams=streams)
+    return ActivationBytes(
+        alive=alive.most,
+        total=saved_bytes() + stood_for,
+        blocks=tuple(added),
+        backward=backward,
+        streams=streams,
+    )
 
 
 def _shape(tensor: Any) -> Any:

@@ -249,6 +249,7 @@ def plan_memory(
 
     roles: dict[str, RoleMemory] = {}
     updates: list[tuple[UpdateMemory, float]] = []
+    last = saved.backward.of(part * samples)  # the first block's backward, when most gradients are there
     waiting = 0.0  # inputs of the blocks of one role, in host memory
     activations = others = host = moved = 0.0
     away = training.offload if gpu else ()  # on a CPU it is the same memory
@@ -285,7 +286,7 @@ def plan_memory(
         activations = max(activations, alive)
         updates.append((update, alive))
     # A frozen model runs while the activations of a trained one are saved.
-    peaks = (max(update.forward + others + alive, update.backward, update.step) for update, alive in updates)
+    peaks = (max(update.forward + others + alive, update.backward + last, update.step) for update, alive in updates)
     peak = max(peaks, default=0.0)
     if not updates:
         activations = peak = saved.inference.of(samples)

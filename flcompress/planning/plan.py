@@ -207,7 +207,7 @@ def make_plan(
             step.cost(float(graph.parameters), len(graph.blocks), float(graph.parameters)) for step in recipe.passes
         ]
         precisions = {compute_precision(cost, own.precision, gpu=machine.gpu) for cost in costs}
-    saved = {name: saved_activations(transformer, graph, tokens, shape, name) for name in precisions}
+    saved = {name: saved_activations(transformer, graph, tokens, shape, name, gpu=machine.gpu) for name in precisions}
     planner = Planner(graph, saved, _split_clip(transformer, tokens, shape))
     checkpointing = bool(transformer_class(transformer)._supports_gradient_checkpointing)
     rows: list[PlannedPass] = []

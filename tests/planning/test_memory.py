@@ -26,6 +26,7 @@ SAVED = SavedActivations(
     outside=per_sample(100),
     blocks=Bytes(fixed=50, sample=1000),
     block=per_sample(250),
+    backward=per_sample(400),
     streams=per_sample(80),
     stream=per_sample(8),
     inference=per_sample(30),
@@ -72,8 +73,8 @@ def test_each_part_of_a_training_pass() -> None:
         "real": 4 * 50,
     }
     assert found.roles["generator"].gradients == 4 * 200
-    assert found.activations == found.update == 8 * 100 + 50 + 8 * 1000 + 8 * 250
-    assert found.total == PROCESS + 3200 + 1200 + 200 + 10850
+    assert found.activations == found.update == 8 * 100 + 50 + 8 * 1000 + 8 * (400 - 250)
+    assert found.total == PROCESS + 3200 + 1200 + 200 + 10050
 
 
 def test_what_waits_in_host_memory() -> None:
@@ -123,6 +124,24 @@ def test_gradients_take_most_where_activations_are_few() -> None:
     assert memory(GENERATOR, batch=0, engine="ddp", processes=4).update == 50  # in the buckets, which stay
 
 
+def test_the_backward_of_the_first_block_is_next_to_nearly_all_gradients() -> None:
+    """Checkpointed blocks are recomputed there too, one after the other."""
+    large = Role("generator", 4000, trained=True)
+    cost, training = Cost(steps=1, batch=8, roles=(large,)), Training(gradient_checkpointing=True)
+    found = plan_memory(cost, SAVED, training, SHARES, 4000.0, processes=1, gpu=True)
+    assert found.activations == 8 * (100 + 80 + 400)
+    assert found.update == 4 * 4000 + 8 * 400
+
+
+def test_a_frozen_forward_may_take_more_than_a_backward() -> None:
+    """It runs while what the trained one saved is there."""
+    saved = replace(SAVED, inference=per_sample(700))
+    found = plan_memory(
+        Cost(steps=1, batch=8, roles=(GENERATOR, REAL)), saved, Training(), SHARES, 200.0, processes=1, gpu=True
+    )
+    assert found.activations == 8 * (100 + 1000 + 700) + 50
+
+
 def test_one_moment_takes_half_of_two() -> None:
     one = Role("generator", 200, trained=True, moments=1)
     assert memory(one).roles["generator"].moments == 4 * 200
@@ -135,7 +154,7 @@ def test_half_precision_and_checkpointing_save_what_they_can() -> None:
     found = memory(GENERATOR, REAL, precision="bf16", again=True)
     assert found.roles["generator"].weights == 4 * 200
     assert found.roles["real"].weights == 2 * 50
-    assert found.activations == 8 * (100 + 80 + 250 + 250)
+    assert found.activations == 8 * (100 + 80 + 400)
 
 
 def test_processes_that_compute_a_clip_together_share_its_activations() -> None:
@@ -143,8 +162,8 @@ def test_processes_that_compute_a_clip_together_share_its_activations() -> None:
     whole = memory(GENERATOR, engine="fsdp2", processes=8, batch=2 * 8)
     split = memory(GENERATOR, engine="fsdp2", processes=8, batch=4, together=4, part=0.3)
     assert split.roles == whole.roles
-    assert whole.activations == 2 * (100 + 1000 + 250) + 50
-    assert split.activations == pytest.approx(2 * 0.3 * (100 + 1000 + 250 + 6 * 8) + 50)
+    assert whole.activations == 2 * (100 + 1000 + 150) + 50
+    assert split.activations == pytest.approx(2 * 0.3 * (100 + 1000 + 150 + 6 * 8) + 50)
     score = memory(REAL, processes=8, batch=1, steps=0, together=4, part=0.3)
     assert score.update == 30  # a pass that does not train has whole clips
 
@@ -156,7 +175,7 @@ def test_without_a_backward_what_is_alive_counts() -> None:
 
 def test_a_shallow_role_keeps_fewer_activations() -> None:
     """Half as deep; a LoRA runs as deep as its base, however small it is."""
-    assert memory(FAKE).activations == 8 * 100 + (50 + 8 * 1000) / 2 + 8 * 250
+    assert memory(FAKE).activations == 8 * 100 + (50 + 8 * 1000) / 2 + 8 * 150
     lora = Role("LoRA", 2, trained=True, runs=100)
     assert memory(lora).activations == memory(FAKE).activations
     assert memory(lora, REAL).roles["LoRA"].moments == 2 * 4 * 2
@@ -186,7 +205,7 @@ def test_frozen_weights_are_split_where_all_are(engine: EngineName, weights: flo
 
 
 def test_activations_are_those_of_a_process_own_samples() -> None:
-    assert memory(GENERATOR, engine="ddp", processes=4).activations == 2 * (100 + 1000 + 250) + 50
+    assert memory(GENERATOR, engine="ddp", processes=4).activations == 2 * (100 + 1000 + 150) + 50
 
 
 def test_a_gpu_reserves_deepspeeds_bucket_whole_and_has_no_interpreter() -> None:

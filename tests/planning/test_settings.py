@@ -74,9 +74,10 @@ def test_what_does_not_fit_at_once_is_advised_in_micro_batches(write: WriteRecip
 
 def test_a_clip_that_fits_no_gpu_is_advised_on_several(write: WriteRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nothing else fits. The batch stays: one group computes its clips in turn."""
-    sizes = {"outside": 1e9, "blocks": 40e9, "block": 1e9, "streams": 4e9, "stream": 1e8, "inference": 1e8}
+    sizes = {"outside": 1e9, "blocks": 40e9, "block": 1e9, "backward": 2e9, "streams": 4e9}
+    sizes |= {"stream": 1e8, "inference": 1e8}
     large = SavedActivations(**{name: Bytes(fixed=0.0, sample=size) for name, size in sizes.items()})
-    monkeypatch.setattr(planning, "saved_activations", lambda *arguments: large)
+    monkeypatch.setattr(planning, "saved_activations", lambda *arguments, **more: large)
     found = plan(write, replace(GPU, memory=6e9), "{engine: fsdp2, processes: 2}")
     assert min(totals(found).values()) > 7e9
     assert found.advice is not None

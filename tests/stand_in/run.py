@@ -41,7 +41,11 @@ def main(out: Path, families: list[str]) -> None:
         from tests.stand_in.hooks import register
 
         register(Path(folder))  # before all that imports torch
-        results: dict[str, Any] = {"refused": _refused(), "offload": _offload(Path(folder) / "offload")}
+        results: dict[str, Any] = {
+            "refused": _refused(),
+            "autocast": _autocast(),
+            "offload": _offload(Path(folder) / "offload"),
+        }
         for family in families:
             try:
                 results[family] = _counts(family, Path(folder) / family)
@@ -70,6 +74,41 @@ def _refused() -> list[str]:
             "host index": lambda: here[torch.zeros(2, dtype=torch.long)],
         }
         return [name for name, call in {**mistakes, **allowed}.items() if _fails(call)]
+
+
+def _autocast() -> dict[str, list[str]]:
+    """Return function -> the dtype of its result in autocast of CUDA, of the plan's copy of it, and of the CPU."""
+    from contextlib import nullcontext
+
+    import torch
+    import torch.nn.functional as F
+
+    from flcompress.models.network import half_precision
+    from flcompress.planning.autocast import CudaAutocast
+    from tests.stand_in.device import StandIn
+
+    calls: dict[str, Callable[[Any], Any]] = {
+        "rms_norm": lambda x: F.rms_norm(x, (4,)),
+        "layer_norm": lambda x: F.layer_norm(x, (4,)),
+        "group_norm": lambda x: F.group_norm(x, 2),
+        "softmax": lambda x: x.softmax(-1),
+        "pow": lambda x: x.pow(2),
+        "power": lambda x: x**2,
+        "rsqrt": torch.rsqrt,
+        "exp": torch.exp,
+        "linear": lambda x: F.linear(x, x),
+        "matmul": lambda x: x @ x,
+        "silu": F.silu,
+        "gelu": F.gelu,
+        "product": lambda x: x * x.float(),
+    }
+    dtypes: dict[str, list[str]] = {name: [] for name in calls}
+    for device, rules in (("cuda", StandIn()), ("cpu", CudaAutocast()), ("cpu", nullcontext())):
+        with rules, half_precision(device, enabled=True):  # type: ignore[attr-defined]
+            x = torch.ones(4, 4, dtype=torch.bfloat16, device=device)
+            for name, call in calls.items():
+                dtypes[name].append(str(call(x).dtype))
+    return dtypes
 
 
 def _offload(folder: Path) -> Any:

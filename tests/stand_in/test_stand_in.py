@@ -38,6 +38,14 @@ def test_the_device_refuses_what_cuda_refuses(counts: dict[str, Any]) -> None:
     assert counts["refused"] == ["mixture", "weight", "index", "generator", "numpy"]
 
 
+def test_the_plan_has_the_autocast_of_the_device(counts: dict[str, Any]) -> None:
+    """What a GPU computes in fp32 takes twice the memory that a CPU's rules give it."""
+    dtypes = counts["autocast"]
+    assert {name: plan for name, (_, plan, _) in dtypes.items()} == {name: cuda for name, (cuda, *_) in dtypes.items()}
+    differ = {name for name, (cuda, _, cpu) in dtypes.items() if cuda != cpu}
+    assert {"rms_norm", "layer_norm", "softmax", "pow"} <= differ
+
+
 def test_what_waits_in_host_memory_changes_no_bit(counts: dict[str, Any]) -> None:
     plain, away = counts["offload"]
     assert away["held"] == plain["held"]
