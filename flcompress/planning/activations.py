@@ -146,9 +146,8 @@ def count_activations(
     from flcompress.models.families import family_of
     from flcompress.models.inputs import example_inputs
     from flcompress.models.loading import meta_transformer
-    from flcompress.models.network import half_precision
+    from flcompress.models.network import CudaAutocast, half_precision
     from flcompress.models.tensor_memory import Alive
-    from flcompress.planning.autocast import CudaAutocast
     from flcompress.tracing.call import Call, arguments_by_name, blank
     from flcompress.tracing.replay import signature
     from flcompress.tracing.running import AllTrueMasks
@@ -170,6 +169,7 @@ def count_activations(
     # Holds the storages themselves: the address of a freed one could name another later.
     saved: dict[int, torch.UntypedStorage] = {}
     weights: dict[int, torch.UntypedStorage] = {}
+    alone = False  # whether a block runs to have its backward counted; then nothing of it is noted
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -190,9 +190,9 @@ def count_activations(
             ends = [end for end in ends if end.requires_grad]
             torch.autograd.backward(ends, [torch.empty_like(end) for end in ends])
         alone = False
-        return working.most
+        most: int = working.most
+        return most
 
-    alone = False
     streams = backward = 0
     added: list[int] = []
     run_blocks: dict[str, list[tuple[Any, int]]] = {}
@@ -227,7 +227,8 @@ def count_activations(
         state |= {name: fake(value) for name, value in model.named_buffers()}
         for value in state.values():
             if value.requires_grad:  # gradients of weights are counted by engine
-                value.register_post_accumulate_grad_hook(lambda weight: setattr(weight, "grad", None))
+                hook = value.register_post_accumulate_grad_hook
+                hook(lambda weight: setattr(weight, "grad", None))  # type: ignore[no-untyped-call]
         weights = {value.untyped_storage()._cdata: value.untyped_storage() for value in state.values()}
         inputs = tree_map_only(torch.Tensor, fake, inputs)
         if loaded == torch.bfloat16:  # latents and prompts, as `as_network` gives them

@@ -28,11 +28,11 @@ from flcompress.frontend.loading import load_recipe
 from flcompress.frontend.recipe import Recipe
 from flcompress.models.families import family_of
 from flcompress.models.loading import meta_transformer
+from flcompress.models.network import CudaAutocast
 from flcompress.models.tensor_memory import Alive
 from flcompress.passes.dmd import DistributionMatching
 from flcompress.passes.stochastic_depth import StochasticDepth
 from flcompress.planning.activations import saved_activations
-from flcompress.planning.autocast import CudaAutocast
 from flcompress.planning.machines import gpu_machine
 from flcompress.planning.settings import PlannedInput, Planner, Setting
 from flcompress.tracing.running import AllTrueMasks
@@ -158,8 +158,9 @@ class RealSize:
         tokens = contract.max_sequence_length
         prompt = family.example_conditioning(config, 1, source.latents[1:], tokens, draw)
         student = student_contract(contract, self.step(DistributionMatching).student_steps, family.sigmas)
-        assert contract.process == student.process  # made here: it is kept, with tensors that are to have storage
-        with FakeTensorMode(allow_non_fake_inputs=True), AllTrueMasks(), CudaAutocast(), Alive() as alive, Values():
+        processes = contract.process, student.process  # made here: they are kept, and their tensors need storage
+        values = Values()  # type: ignore[no-untyped-call]
+        with FakeTensorMode(allow_non_fake_inputs=True), AllTrueMasks(), CudaAutocast(), Alive() as alive, values:
             given = {name: torch.empty(value.shape, dtype=value.dtype) for name, value in prompt.items()}
             context = PassContext(
                 directory=pruned,
@@ -182,9 +183,10 @@ class RealSize:
                 role._wrapped.begin_moments()
             with engine.forward_mode():
                 roles.step(1, Draws(0, "memory", 1, batch=1))
-        del roles, trained, engine
+        del roles, trained, engine, processes
         gc.collect()  # tensors of the mode that only cycles hold
-        return alive.most
+        most: int = alive.most
+        return most
 
     def _without(self, removed: Sequence[str]) -> Path:
         """Return the folder of the transformer's configuration without some blocks."""

@@ -83,8 +83,7 @@ def _autocast() -> dict[str, list[str]]:
     import torch
     import torch.nn.functional as F
 
-    from flcompress.models.network import half_precision
-    from flcompress.planning.autocast import CudaAutocast
+    from flcompress.models.network import CudaAutocast, half_precision
     from tests.stand_in.device import StandIn
 
     calls: dict[str, Callable[[Any], Any]] = {
@@ -104,7 +103,7 @@ def _autocast() -> dict[str, list[str]]:
     }
     dtypes: dict[str, list[str]] = {name: [] for name in calls}
     for device, rules in (("cuda", StandIn()), ("cpu", CudaAutocast()), ("cpu", nullcontext())):
-        with rules, half_precision(device, enabled=True):  # type: ignore[attr-defined]
+        with rules, half_precision(device, enabled=True):
             x = torch.ones(4, 4, dtype=torch.bfloat16, device=device)
             for name, call in calls.items():
                 dtypes[name].append(str(call(x).dtype))
