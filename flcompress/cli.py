@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -36,6 +37,9 @@ def main(debug: bool) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # torch.distributed warns about every wait.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # Where torchao is installed, the libraries below import it and log which of its parts this machine cannot use.
+    for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @main.command("apply")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from importlib.metadata import version
 
 from flcompress.core.program import Program
+from flcompress.core.records import FactsFile
 from flcompress.diffusion.contract import SamplingContract
-from flcompress.exporters.shared.parity import Parity
 
 CARD = """---
 library_name: diffusers
@@ -21,7 +21,7 @@ evaluations a sample (it was made from one sampled with {teacher_evaluations}).{
 import torch
 from {library} import {pipeline_class}
 {imports}
-pipe = {pipeline_class}.from_pretrained(".")
+pipe = {pipeline_class}.from_pretrained("."{kept})
 torch.manual_seed(0)
 made = pipe(
     prompt="{prompt}",
@@ -64,25 +64,34 @@ ROUNDING = """
 The weights of the {transformers} are stored in bf16, but for what diffusers keeps in fp32. Computed in bf16, the output
 differs from that of the original weights in fp32 by {difference:.2g} at most, of values up to {magnitude:.2g}."""
 
+QUANTIZED = """
 
-def model_card(
-    program: Program, call: Mapping[str, int | float | str], frame_rate: float, rounding: Parity | None = None
-) -> str:
+Linear layers of the {transformers} are quantised by torchao {torchao}, which diffusers needs to load them: {kinds}.
+{layers}
+Whatever else they hold is in bf16, but for what diffusers keeps in fp32. The weights take {size:,} bytes. The output
+differs from that of the original weights in fp32 by {difference:.2g} at most, of values up to {magnitude:.2g}."""
+
+KINDS = {
+    "fp8": "weights and\nactivations in fp8 (e4m3), with a scale for each output channel and each token, which\n"
+    "GPUs multiply from sm89 on",
+    "int8": "weights in\nint8, with a scale for each output channel; activations stay in bf16",
+}
+
+
+def model_card(program: Program, facts: FactsFile) -> str:
     """Return Markdown with the snippet that runs the exported folder.
 
     Args:
         program: what was exported.
-        call: the arguments of the stock pipeline's call in addition to the prompt.
-        frame_rate: frames a second.
-        rounding: what storing the transformers in bf16 changed; None where they are as they were.
+        facts: how it is called, and what was changed of its weights.
     """
     contract, family = program.contract, program.family
     if family.image:
         task, imports, write = "text-to-image", "", 'made.images[0].save("picture.png")'
     else:
-        task, write = "text-to-video", f'export_to_video(made.frames[0], "clip.mp4", fps={frame_rate:g})'
+        task, write = "text-to-video", f'export_to_video(made.frames[0], "clip.mp4", fps={facts.frame_rate:g})'
         imports = "from diffusers.utils import export_to_video\n"
-    lines = [f"    {name}={value!r}," for name, value in call.items()]
+    lines = [f"    {name}={value!r}," for name, value in facts.call.items()]
     if program.pipeline_class in family.from_image:
         task, imports = "image-to-video", "from diffusers.utils import export_to_video, load_image\n"
         lines.insert(0, '    image=load_image("first_frame.png"),')
@@ -92,13 +101,8 @@ def model_card(
         write=write,
         transformer=program.own_name,
         experts=_experts(contract),
-        rounding=""
-        if rounding is None
-        else ROUNDING.format(
-            transformers=" and ".join(program.transformers),
-            difference=rounding.difference,
-            magnitude=rounding.magnitude,
-        ),
+        rounding=_rounding(program, facts),
+        kept="" if facts.quantize is None else ", dtype=torch.bfloat16",
         blocks=len(program.graph.blocks),
         steps=contract.num_inference_steps,
         library=family.module_of(program.pipeline_class),
@@ -112,6 +116,28 @@ def model_card(
         sigmas=", ".join(f"{sigma:.4g}" for sigma in contract.sigmas),
         shift=contract.shift,
         solver=REPLACED.format(scheduler=contract.scheduler_class) if contract.replaces_steps else "",
+    )
+
+
+def _rounding(program: Program, facts: FactsFile) -> str:
+    if facts.precision is None:
+        return ""
+    transformers = " and ".join(program.transformers)
+    if facts.quantize is None:
+        return ROUNDING.format(transformers=transformers, difference=facts.difference, magnitude=facts.magnitude)
+    layers = [
+        f"- {what} in `{name}`: {', '.join(f'`{layer}`' for layer in names)}"
+        for what, by_transformer in (("quantised", facts.quantized), ("not", facts.unquantized))
+        for name, names in (by_transformer or {}).items()
+    ]
+    return QUANTIZED.format(
+        transformers=transformers,
+        torchao=version("torchao"),
+        kinds=KINDS[facts.quantize],
+        layers="\n" + "\n".join(layers) + "\n",
+        size=facts.transformer_bytes,
+        difference=facts.difference,
+        magnitude=facts.magnitude,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,25 +14,32 @@ from flcompress.core.program import FACTS_FILE, Program
 from flcompress.core.records import ContractPart, FactsFile
 from flcompress.diffusion.contract import SamplingContract, levels_of, scheduler_of, set_levels
 from flcompress.errors import ModelError, PostconditionError
-from flcompress.exporters.shared import ExportPrecision
+from flcompress.exporters.shared import ExportPrecision, Quantization
 from flcompress.exporters.shared.model_card import model_card
-from flcompress.exporters.shared.parity import TIMESTEPS, Parity, cases, comparable_size, compare, reference
-from flcompress.exporters.shared.weights import store_in
-from flcompress.models.configs import check_transformer_config
+from flcompress.exporters.shared.parity import TIMESTEPS, Parity, cases, comparable_size, compare, outputs, reference
+from flcompress.exporters.shared.quantization import flat_state, layers_of, quantize_in
+from flcompress.exporters.shared.weights import DTYPES, store_in
+from flcompress.models.configs import check_transformer_config, read_json
 from flcompress.models.families import family_of
 from flcompress.models.families.family import Family
 from flcompress.models.folder import check_weights
-from flcompress.models.part_check import matching_tensors
+from flcompress.models.part_check import check_quantized, is_quantized, matching_tensors
 from flcompress.models.parts import part_names
+from flcompress.models.shards import folder_tensors
 from flcompress.models.stock import WITH_WEIGHTS, no_progress_bars
 from flcompress.progress import ProgressSink
-from flcompress.runtime.inputs import arguments_of, constants_of
+from flcompress.runtime.inputs import Denoiser, arguments_of, constants_of
 from flcompress.runtime.manifest import KEPT_FILE, copy_component, partner_of, write_json
 from flcompress.runtime.sizes import clip_of
+from flcompress.runtime.torch_session import load_quantized
 
 
 def write_pipeline(
-    program: Program, folder: Path, progress: ProgressSink, precision: ExportPrecision | None = None
+    program: Program,
+    folder: Path,
+    progress: ProgressSink,
+    precision: ExportPrecision | None = None,
+    quantize: Quantization | None = None,
 ) -> dict[str, Any]:
     """Write a pipeline folder and load it back by stock diffusers.
 
@@ -40,18 +48,24 @@ def write_pipeline(
         folder: empty folder to write to.
         progress: called after each component, and after the check.
         precision: what the transformers' weights are stored in; as they are where None.
+        quantize: what their blocks' linear layers are quantised to, the rest being in bf16; none where None.
 
     Returns:
         A summary for the terminal and the report.
 
     Raises:
+        RequestError: no layer can be quantised.
         PostconditionError: stock diffusers loads something else than was written.
     """
+    programs = _by_transformer(program)
+    layers = {} if quantize is None else {name: layers_of(one, quantize) for name, one in programs.items()}
     parts = program.transformers | {name: program.components[name] for name in part_names(program.index)}
     for done, (name, source) in enumerate(parts.items()):
         copy_component(source, folder / name)
         if precision is not None and name in program.transformers:
             store_in(folder / name, precision)
+        if quantize is not None and name in layers:
+            quantize_in(folder / name, quantize, layers[name])
         if name.startswith(WITH_WEIGHTS):
             check_weights(folder / name)
         progress(done + 1, len(parts) + 1, {})
@@ -78,36 +92,52 @@ def write_pipeline(
         frame_rate=frame_rate,
         pipeline_class=program.pipeline_class,
     )
-    rounding = None if precision is None else _rounding(program, folder, precision)
-    if rounding is not None:
-        facts = facts.model_copy(
-            update={"precision": precision, "difference": rounding.difference, "magnitude": rounding.magnitude}
-        )
+    changed: dict[str, Any] = {}
+    if precision is not None:
+        rounding = _rounding(programs, folder, precision)
+        changed = {"precision": precision, "difference": rounding.difference, "magnitude": rounding.magnitude}
+    if quantize is not None:
+        changed |= {
+            "quantize": quantize,
+            "quantized": {name: each.quantized for name, each in layers.items()},
+            "unquantized": {name: each.others for name, each in layers.items()},
+            "transformer_bytes": sum(t.size for name in layers for t in folder_tensors(folder / name).values()),
+        }
+    facts = facts.model_copy(update=changed)
     facts.write(folder / FACTS_FILE)
-    card = model_card(program, call, frame_rate, rounding)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / "README.md").write_text(model_card(program, facts), encoding="utf-8")
     check_folder(folder, program.pipeline_class, program.contract)
     progress(len(parts) + 1, len(parts) + 1, {})
     return {
         "bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
         "parameters": program.graph.parameters,
         "call": call,
-        **({} if rounding is None else {"precision": precision, "difference": rounding.difference}),
+        **{key: changed[key] for key in ("precision", "quantize", "difference", "transformer_bytes") if key in changed},
     }
 
 
-def _rounding(program: Program, folder: Path, precision: ExportPrecision) -> Parity:
-    """Compare the written transformers, at a precision, with the stored ones in fp32; the largest of two experts."""
-    pairs = [(program, folder / program.own_name)]
+def _by_transformer(program: Program) -> dict[str, Program]:
+    """Return name -> the program of that transformer; two of experts."""
+    programs = {program.own_name: program}
     if (other := partner_of(program)) is not None:
-        pairs += [(other, folder / name) for name in program.transformers if name != program.own_name]
+        programs |= {name: other for name in program.transformers if name != program.own_name}
+    return programs
+
+
+def _rounding(programs: Mapping[str, Program], folder: Path, precision: ExportPrecision) -> Parity:
+    """Compare the written transformers, at a precision, with the stored ones in fp32; the largest of two experts."""
     parities = []
-    for one, written in pairs:
+    for name, one in programs.items():
         make, size = arguments_of(one), comparable_size(one)
         constants = constants_of(make(size, [0.0], 0))
         inputs = [case for step in one.contract.timesteps[:TIMESTEPS] for case in cases(make, [step], [size])]
         exact = reference(one.components["transformer"], constants, "fp32", inputs)
-        parities.append(compare(exact, reference(written, constants, precision, inputs), math.inf))
+        if _is_quantized(folder / name):
+            denoiser = Denoiser(load_quantized(folder / name), constants, DTYPES[precision]).eval()
+            written = outputs(denoiser, inputs)
+        else:
+            written = reference(folder / name, constants, precision, inputs)
+        parities.append(compare(exact, written, math.inf))
     return max(parities, key=lambda parity: parity.difference)
 
 
@@ -147,7 +177,9 @@ def check_folder(folder: Path, pipeline_class: str, contract: SamplingContract) 
     """
     factory = family_of(pipeline_class).model_class(pipeline_class)
     with no_progress_bars():
-        pipeline = factory.from_pretrained(str(folder), use_safetensors=True)
+        quantized = _is_quantized(folder / "transformer")
+        kept = {"dtype": torch.bfloat16} if quantized else {}  # which quantised weights compute in
+        pipeline = factory.from_pretrained(str(folder), use_safetensors=True, **kept)
     for name in ("transformer", "vae", *(("transformer_2",) if contract.experts else ())):
         _same_tensors(getattr(pipeline, name), folder / name)
     set_levels(pipeline.scheduler, contract)
@@ -163,15 +195,24 @@ def check_folder(folder: Path, pipeline_class: str, contract: SamplingContract) 
 
 def _same_tensors(module: Any, folder: Path) -> None:
     """Raise PostconditionError unless what stock diffusers loaded is what the files hold, in its own dtype."""
+    state = module.state_dict()
     try:
-        stored = matching_tensors(folder, module)
+        if _is_quantized(folder):
+            check_quantized(folder, module)
+            state, stored = flat_state(state), folder_tensors(folder)
+        else:
+            stored = matching_tensors(folder, module)
     except ModelError as error:
         raise PostconditionError(str(error)) from error
-    for name, loaded in module.state_dict().items():
+    for name, loaded in state.items():
         written = torch.empty(loaded.shape, dtype=loaded.dtype)
         stored[name].fill(written)
-        if not torch.equal(loaded, written):
+        if not torch.equal(loaded.float(), written.float()):
             raise PostconditionError(f"{stored[name].file}: stock diffusers reads another value for tensor {name}")
+
+
+def _is_quantized(folder: Path) -> bool:
+    return is_quantized(read_json(folder / "config.json", "a diffusers model folder has one"))
 
 
 def _few(numbers: tuple[float, ...]) -> str:

@@ -53,14 +53,21 @@ def check_pipeline(folder: Path, *, weights: bool = True, parts: bool = True) ->
     return index
 
 
-def check_parts(folder: Path, *, weights: bool = True) -> None:
+def check_parts(folder: Path, *, weights: bool = True, quantized: bool = False) -> None:
     """Check, from headers alone, that every component of a pipeline folder loads completely; see `check_part`.
 
-    `weights`: also those that have weights; False for a folder of configurations.
+    Args:
+        folder: the pipeline folder.
+        weights: also those that have weights; False for a folder of configurations.
+        quantized: whether its transformers may be quantised, as an export is.
+
+    Raises:
+        ModelError: as `check_part`.
     """
     for component, kind in read_index(folder).items():
         if isinstance(kind, list) and len(kind) == 2 and kind[0] is not None and component != "scheduler":
-            check_part(folder / component, kind, weights=weights)
+            is_transformer = component.startswith("transformer")
+            check_part(folder / component, kind, weights=weights, quantized=quantized and is_transformer)
 
 
 def _transformers(folder: Path, index: Mapping[str, Any]) -> tuple[str, ...]:

@@ -19,7 +19,15 @@ from accelerate import init_empty_weights
 from flcompress.errors import ModelError
 from flcompress.models.configs import BUILD_ERRORS, build_error, check_config, read_json, settings
 from flcompress.models.shards import StoredTensor, folder_tensors
-from flcompress.models.stock import WITH_WEIGHTS, Fit, diffusers_fit, quiet_loading, stock_class, transformers_fit
+from flcompress.models.stock import (
+    WITH_WEIGHTS,
+    Fit,
+    diffusers_fit,
+    quiet_loading,
+    state_shapes,
+    stock_class,
+    transformers_fit,
+)
 from flcompress.models.stock_files import stock_files
 
 _SCALES = re.compile(
@@ -28,17 +36,21 @@ _SCALES = re.compile(
 )
 """Names that quantisers store next to a weight."""
 
+_NUMBERS = re.compile(r"(.+)\._weight_(qdata|scale|zero_point)")
+"""Names by which torchao stores the numbers of a weight and what scales them."""
+
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "tekken.json", "tiktoken.model")
 """Files that every tokenizer of transformers reads, whatever its class names."""
 
 
-def check_part(folder: Path, kind: Sequence[str], *, weights: bool = True) -> None:
+def check_part(folder: Path, kind: Sequence[str], *, weights: bool = True, quantized: bool = False) -> None:
     """Check that a component's configuration, weights and class belong together; only headers of weights are read.
 
     Args:
         folder: the component's.
         kind: (library, class name), as `model_index.json` has it.
         weights: False where a class with weights has none yet, only a configuration.
+        quantized: whether a model of diffusers may be quantised by torchao.
 
     Raises:
         ModelError: names the file, and the tensor or the key.
@@ -57,7 +69,9 @@ def check_part(folder: Path, kind: Sequence[str], *, weights: bool = True) -> No
     if not weights:
         return
     config = read_json(folder / "config.json", f"the weights of a {factory.__name__} need it")
-    _check_not_quantised(config, folder / "config.json")
+    by_torchao = quantized and is_quantized(config)
+    if not by_torchao:
+        _check_not_quantised(config, folder / "config.json")
     if kind[0] == "transformers":
         _check_of_transformers(folder, factory, config)
         return
@@ -66,7 +80,43 @@ def check_part(folder: Path, kind: Sequence[str], *, weights: bool = True) -> No
             f"{folder / 'config.json'}: _class_name is {name!r}, but model_index.json says {factory.__name__}; "
             "expected the same, copy both again"
         )
-    matching_tensors(folder, _empty(factory, config, folder / "config.json"))
+    model = _empty(factory, config, folder / "config.json")
+    if by_torchao:
+        check_quantized(folder, model)
+    else:
+        matching_tensors(folder, model)
+
+
+def is_quantized(config: Mapping[str, Any]) -> bool:
+    """Tell whether a configuration is of a model of diffusers that torchao quantised."""
+    quantisation = config.get("quantization_config")
+    return isinstance(quantisation, dict) and quantisation.get("quant_method") == "torchao"
+
+
+def check_quantized(folder: Path, model: Any) -> None:
+    """Check that a folder holds all of a model that torchao quantised.
+
+    Raises:
+        ModelError: no weights, or weights that do not belong to the configuration.
+    """
+    whole: dict[str, StoredTensor] = {}
+    scaled: set[str] = set()
+    stored = folder_tensors(folder)
+    for name, tensor in stored.items():
+        match = _NUMBERS.fullmatch(name)
+        if match is None:
+            whole[name] = tensor
+        elif match[2] == "qdata":
+            whole[f"{match[1]}.weight"] = tensor
+        elif match[2] == "scale":
+            scaled.add(f"{match[1]}.weight")
+    _check_fit(folder, Fit.between({name: tensor.shape for name, tensor in whole.items()}, state_shapes(model)), whole)
+    eight_bit = {name for name in whole if name not in stored}
+    for name in sorted(eight_bit ^ scaled):
+        raise ModelError(
+            f"{folder}: {name} has numbers without a scale, or a scale without numbers; the weights do not belong to "
+            "this config.json"
+        )
 
 
 def matching_tensors(folder: Path, model: Any) -> dict[str, StoredTensor]:

@@ -109,7 +109,7 @@ def open_student(run_dir: Path, backend: Backend, negative_prompt: str | None) -
     """Check the exports of a run and return its student; see `generate`."""
     pipeline = run_dir / "exports" / "diffusers"
     if (pipeline / FACTS_FILE).is_file():
-        check_parts(pipeline)
+        check_parts(pipeline, quantized=True)
     facts = read_manifest(FactsFile, pipeline / FACTS_FILE, _make(run_dir, "diffusers"))
     asked = _with_negative(facts, negative_prompt)
     turns = _InTurn()

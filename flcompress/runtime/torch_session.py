@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import copy
+import importlib.metadata
+import importlib.util
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from flcompress.diffusion.network import Conditioning, to_device
-from flcompress.errors import UnavailableError
-from flcompress.models.loading import load_transformer
+from flcompress.errors import RequestError, UnavailableError
+from flcompress.models.configs import read_json
+from flcompress.models.loading import frozen, load_transformer, meta_transformer, transformer_class
 from flcompress.models.network import as_network, compile_blocks, missing_compiler
+from flcompress.models.part_check import check_loaded, check_quantized, is_quantized
+from flcompress.models.shards import folder_tensors
+from flcompress.models.stock import no_progress_bars
 from flcompress.tracing.counting import listed_blocks
+
+TORCHAO = 0, 18
+"""The lowest version of torchao whose quantised weights stock diffusers loads from safetensors here."""
 
 
 def best_device() -> str:
@@ -33,6 +43,59 @@ def require_precision(precision: TorchPrecision, device: str) -> None:
             f"--precision: bf16 given, but {torch.cuda.get_device_name()} (sm{major}{minor}) has none; use --precision "
             "fp16 or fp32"
         )
+
+
+def require_torchao(what: str) -> None:
+    """Raise UnavailableError where torchao is missing or too old, which quantised weights need.
+
+    Args:
+        what: needs it, for the message.
+    """
+    if importlib.util.find_spec("torchao") is None:
+        state = "is not installed"
+    elif tuple(map(int, (here := importlib.metadata.version("torchao")).split(".")[:2])) < TORCHAO:
+        state = f"{here} is installed, expected {'.'.join(map(str, TORCHAO))} or newer"
+    else:
+        return
+    raise UnavailableError(
+        f"{what}: torchao, which quantised weights need, {state}; pip install 'flcompress[quantize]'"
+    )
+
+
+def require_quantized(folder: Path, device: str, precision: TorchPrecision | None) -> None:
+    """Raise RequestError where a transformer of quantised weights cannot run as asked; nothing if it has none.
+
+    Args:
+        folder: the transformer's.
+        device: what is to run it.
+        precision: what it is to compute in, where that was asked for.
+    """
+    if not is_quantized(read_json(folder / "config.json", "a diffusers model folder has one")):
+        return
+    require_torchao(str(folder))
+    if precision not in (None, "bf16"):
+        raise RequestError(
+            f"--precision: {precision} given, but the weights of {folder} are quantised and compute in bf16; leave it "
+            "out"
+        )
+    fp8 = any(tensor.dtype == "F8_E4M3" for tensor in folder_tensors(folder).values())
+    if fp8 and device == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        major, minor = torch.cuda.get_device_capability()
+        raise UnavailableError(
+            f"{folder}: the weights are fp8, which {torch.cuda.get_device_name()} (sm{major}{minor}) cannot multiply; "
+            "run it on a GPU from sm89 on, or export with diffusers.quantize: int8"
+        )
+
+
+@no_progress_bars()
+def load_quantized(folder: Path, device: str = "cpu") -> Any:
+    """Return a transformer of quantised weights as stock diffusers loads it, in bf16, without gradients."""
+    check_quantized(folder, meta_transformer(folder))
+    model, info = transformer_class(folder).from_pretrained(
+        str(folder), use_safetensors=True, torch_dtype=torch.bfloat16, output_loading_info=True
+    )
+    check_loaded(folder, info)
+    return frozen(model).to(device)
 
 
 def require_compiler(device: str) -> None:
@@ -62,10 +125,16 @@ class TorchSession:
             device: what runs it.
             guidance: embedded guidance scale, where the network takes one; the family's usual one where None.
             precision: what it computes in; bf16 and fp16 hold the weights so too, but for what the class keeps in fp32.
+                Quantised weights compute in bf16.
         """
-        self.device, self.precision = device, precision or ("bf16" if device == "cuda" else "fp32")
+        quantized = is_quantized(read_json(folder / "config.json", "a diffusers model folder has one"))
+        half = quantized or device == "cuda"
+        self.device, self.precision = device, precision or ("bf16" if half else "fp32")
         self._guidance = guidance
-        self._set(load_transformer(folder, device, DTYPES[self.precision] if self._half else None))
+        if quantized:
+            self._set(load_quantized(folder, device))
+        else:
+            self._set(load_transformer(folder, device, DTYPES[self.precision] if self._half else None))
 
     def __call__(self, x: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """Predict; the answer is on the device of `x` [n, channels, frames, height, width], in its dtype."""
@@ -80,7 +149,7 @@ class TorchSession:
     def nbytes(self) -> int:
         """Bytes of the weights and buffers."""
         tensors = (*self.transformer.parameters(), *self.transformer.buffers())
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return sum(part.nbytes for tensor in tensors for part in _parts(tensor))
 
     def compiled(self) -> TorchSession:
         """Return a session of the same weights, in memory once, whose blocks are compiled."""
@@ -92,3 +161,10 @@ class TorchSession:
 
     def _set(self, transformer: Any) -> None:
         self.transformer, self._network = transformer, as_network(transformer, self._guidance)
+
+
+def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors that a quantised weight is made of; of any other, itself."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]

@@ -15,7 +15,8 @@ class FactsFile(Record):
 
     Folders of before `frame_rate` was noted have their family's. Where the weights were stored in another `precision`,
     `difference` is the largest absolute one of an output at it from the stored weights' in fp32, of values up to
-    `magnitude`.
+    `magnitude`. Of transformers that are quantised, `quantized` and `unquantized` name each one's linear layers that
+    are and that are not (`*` is a block's index), and `transformer_bytes` is the size of all their weights.
     """
 
     contract: ContractPart
@@ -26,6 +27,10 @@ class FactsFile(Record):
     frame_rate: Number | None = None
     pipeline_class: str
     precision: Literal["bf16"] | None = None
+    quantize: Literal["fp8", "int8"] | None = None
+    quantized: dict[str, list[str]] | None = None
+    unquantized: dict[str, list[str]] | None = None
+    transformer_bytes: int | None = None
     difference: FiniteFloat | None = None
     magnitude: FiniteFloat | None = None
 

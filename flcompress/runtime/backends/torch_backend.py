@@ -36,6 +36,13 @@ class TorchBackend(Backend):
             require_precision(self.precision, best_device())
 
     @override
+    def verify(self, files: TransformerFiles) -> None:
+        """Require what quantised weights need."""
+        from flcompress.runtime.torch_session import best_device, require_quantized
+
+        require_quantized(files.stock, best_device(), self.precision)
+
+    @override
     def open(self, files: TransformerFiles) -> OpenNetwork:
         return _opened(self._session(files))
 
