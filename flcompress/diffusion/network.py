@@ -27,7 +27,9 @@ def select(conditioning: Conditioning, index: torch.Tensor | slice) -> dict[str,
     """Return the conditioning of some of the samples; an index [m] is in host memory."""
     if isinstance(index, slice):
         return {name: tensor[index] for name, tensor in conditioning.items()}
-    return {name: tensor[index.to(tensor.device, non_blocking=True)] for name, tensor in conditioning.items()}
+    devices = {tensor.device for tensor in conditioning.values()}
+    on = {device: index.to(device, non_blocking=True) for device in devices}
+    return {name: tensor[on[tensor.device]] for name, tensor in conditioning.items()}
 
 
 def to_device(conditioning: Conditioning, device: torch.device | str) -> dict[str, torch.Tensor]:

@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import KeyPath, MappingKey, tree_map_only, tree_map_with_path
 
 from flcompress.ahead import ahead
 from flcompress.core.steps import PassContext
+from flcompress.diffusion.network import PROMPT_MASK
 from flcompress.draws import Draws
 from flcompress.tracing.prefix import host_like
 
@@ -60,7 +61,7 @@ class Feed:
                 self._prepared = None
 
     def take(self, read: Callable[[Draws], _Inputs], draws: Draws) -> _Inputs:
-        """Return `read(draws)` with its tensors on the training's device.
+        """Return `read(draws)` with its tensors on the training's device, but for prompts' masks, as of `to_device`.
 
         Raises:
             DataError, OSError: a shard cannot be read, in the step that needs it.
@@ -70,9 +71,14 @@ class Feed:
         else:
             prepared, mine, inputs = next(self._prepared)
             assert (prepared, mine) == (read, draws.mine), "a step takes its inputs in the order of the feed's reads"
-        device = self._context.device
-        moved: _Inputs = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device, non_blocking=True), inputs)
-        return moved
+
+        def moved(path: KeyPath, value: Any) -> Any:
+            if not isinstance(value, torch.Tensor) or MappingKey(PROMPT_MASK) in path:
+                return value
+            return value.to(self._context.device, non_blocking=True)
+
+        placed: _Inputs = tree_map_with_path(moved, inputs)
+        return placed
 
     def _prepare(self, steps: Iterable[Draws], card: int | None) -> Iterator[tuple[Read, slice, Any]]:
         if card is not None:

@@ -134,7 +134,10 @@ def test_the_target_is_what_the_average_gives_after_one_step_of_the_teacher(
     calls: list[int] = []
     roles.student.model.register_forward_hook(lambda module, args, output: calls.append(len(output[0])))
     target = roles._target(
-        latents(white).float(), Clips(Normal(PROMPTED, COVARIANCE), CAPTION).given(len(start)), start
+        latents(white).float(),
+        Clips(Normal(PROMPTED, COVARIANCE), CAPTION).given(len(start)),
+        roles._grid[start],
+        start,
     ).flatten(1)
     assert calls == [len(start) - 1]
     process = teacher_contract(kind).process
@@ -175,7 +178,7 @@ def test_two_conventions_of_guidance(tmp_path: Path) -> None:
     expected = walk("flow", level, 0, torch.zeros(1, SIZE).double(), mean)
     for teacher, guidance in ((contract, None), (teacher_contract("flow"), 4.0)):
         roles, *_ = roles_of(tmp_path, "flow", teacher=teacher, guidance=guidance)
-        target = roles._target(x, conditioning, torch.tensor([7])).flatten(1)
+        target = roles._target(x, conditioning, roles._grid[[7]], torch.tensor([7])).flatten(1)
         torch.testing.assert_close(target.double(), expected, atol=1e-5, rtol=1e-5)
 
 

@@ -120,7 +120,7 @@ class ConsistencyRoles:
         process = self._process
         x0, conditioning, noise, level, start = self.feed.take(self._read, draws)
         x = process.add_noise(x0, noise, level)
-        target = self._target(x, conditioning, torch.tensor(start))
+        target = self._target(x, conditioning, level, torch.tensor(start))
         prediction = self._network(x, process.timestep(level), conditioning)
         return huber(process.consistency(x, prediction.float(), level) - target)
 
@@ -130,7 +130,9 @@ class ConsistencyRoles:
         return (draw_levels(draws, 1.0) * (last + 1)).long().clamp(max=last)
 
     @torch.no_grad()
-    def _target(self, x: torch.Tensor, conditioning: Conditioning, start: torch.Tensor) -> torch.Tensor:
+    def _target(
+        self, x: torch.Tensor, conditioning: Conditioning, level: torch.Tensor, start: torch.Tensor
+    ) -> torch.Tensor:
         """Return f_ema(x_s', s'), with x_s' one step of the guided teacher's ODE from x_s; x_s' itself where s' = 0.
 
         Before the student's own forward: the average takes the place of the weights, which its backward needs.
@@ -138,11 +140,12 @@ class ConsistencyRoles:
         Args:
             x: x_s [n, channels, frames, height, width].
             conditioning: its conditioning.
-            start: which levels of the grid s are, [n], in host memory.
+            level: s [n].
+            start: which levels of the grid these are, [n], in host memory.
         """
         process, world, device = self._process, self._context.world, x.device
         following = start + self._settings.skip
-        level, end = (self._grid[index].to(device) for index in (start, following))
+        end = self._grid[following].to(device)
         guided = self._guided(x, process.timestep(level), conditioning)
         world.heartbeat()
         target = process.step(x, guided.float(), level, end)
