@@ -25,7 +25,7 @@ TENSOR_ELEMENTS = 2**31
 
 ONNX_MEMORY = (1.2e9, 1.3)
 TENSORRT_MEMORY = (1.0e9, 3.2)
-TORCH_TENSORRT_MEMORY = (3.0e9, 4.2)
+TORCH_TENSORRT_MEMORY = {"whole": (1.3e9, 4.6), "block": (1.4e9, 1.2)}
 """Peak memory in bytes: a constant, and a multiple of the weights' bytes. See docs/benchmarks/exports.md."""
 
 

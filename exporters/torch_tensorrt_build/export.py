@@ -171,7 +171,7 @@ class TorchTensorRTExport:
             tokens, what = preflight.attention_tokens(config, largest, text), preflight.describe_size(largest)
             preflight.check_keys(self.precision, tokens, what, "torch-tensorrt.precision")
         weights = preflight.weight_bytes(transformer, self.precision)
-        memory = preflight.peak_memory(weights, preflight.TORCH_TENSORRT_MEMORY)
+        memory = preflight.peak_memory(weights, preflight.TORCH_TENSORRT_MEMORY[self.engine])
         preflight.check_room("torch-tensorrt", folder, weights, memory, "torch-tensorrt.precision")
 
 
