@@ -45,15 +45,27 @@ def recipe_schema() -> dict[str, Any]:
     }
     for key, kinds in steps.items():
         properties[key] = _steps(Recipe.model_fields[key].description or "", kinds, definitions)
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "flcompress recipe",
-        "type": "object",
-        "additionalProperties": False,
-        "required": ["version", "model"],
-        "properties": properties,
-        "$defs": definitions,
-    }
+    schema: dict[str, Any] = _whole_numbers(
+        {
+            "$schema": "https://json-schema.org/draft/2020-12/schema",
+            "title": "flcompress recipe",
+            "type": "object",
+            "additionalProperties": False,
+            "required": ["version", "model"],
+            "properties": properties,
+            "$defs": definitions,
+        }
+    )
+    return schema
+
+
+def _whole_numbers(value: Any) -> Any:
+    """Write 1.0 as 1, which is the same number in JSON: versions of pydantic differ in which of the two they give."""
+    if isinstance(value, dict):
+        return {key: _whole_numbers(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_whole_numbers(inner) for inner in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def reference_markdown() -> str:
