@@ -69,7 +69,10 @@ AREAS: dict[str, Owners] = {
     | {f"{TRAINING}/distillation/{name}.py": ROLES for name in ("critic_lag", "guided_teacher", "simulation")}
     | {f"{TRAINING}/distillation/discriminator.py": (*ROLES, "tests/training/distillation/test_discriminator.py")}
     | {f"{TRAINING}/distillation/samples.py": (*ROLES, "tests/training/watching/test_redraws.py")}
-    | {f"{TRAINING}/engines/{name}.py": ROLES for name in ("optimiser", "replicated")},
+    | {
+        f"{TRAINING}/engines/{name}.py": (*ROLES, "tests/training/engines/test_offload.py")
+        for name in ("optimiser", "replicated")
+    },
     "lora": {
         f"{TRAINING}/shared_base.py": ("tests/training/test_shared_base.py",),
         **{f"flcompress/loras/{name}.py": ("tests/loras/test_keys.py",) for name in ("keys", "names", "peft_settings")},

@@ -180,6 +180,19 @@ def test_the_generators_gradient(tmp_path: Path, kind: str, gan: float, monkeypa
     torch.testing.assert_close(found["layers.0.bias"].double(), bias.grad, rtol=2e-3, atol=2e-4)
 
 
+def test_the_adversarial_terms_value_is_its_formula(tmp_path: Path) -> None:
+    """Softplus(-D), also where the logits' gradient is not at right angles to the sample, as behind a norm it is."""
+    roles, *_ = roles_of(tmp_path, "flow", ABOVE, gan_weight=0.5)
+    adversary = roles._adversary
+    assert adversary is not None
+    met = torch.randn(3, SIZE, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    adversary._grids = [torch.stack([met + 2.0, met - 1.0], dim=2).reshape(3, SIZE, 2, 1, 1)]
+    (logits,) = roles.trained[2].model(adversary._grids)
+    noised = met.detach() * torch.ones((), requires_grad=True)
+    loss = adversary.generator_loss(noised, met, 10)
+    assert float(loss.detach()) == pytest.approx(0.5 * float(F.softplus(-logits.detach()).mean()), rel=1e-5)
+
+
 def logits_of(roles: Roles, noised: Tensor) -> Tensor:
     """The discriminator's logits [n, 1] of noised samples [n, d]; its one feature is the output of the last block."""
     tokens = torch.stack([TEACHER.expand_as(noised), noised], dim=2)
