@@ -145,7 +145,7 @@ def test_a_builder_needs_a_gpu_for_weights_that_can_be_replaced(tmp_path: Path) 
         pytest.skip("this machine has a GPU")
     shapes = [{"hidden_states": [n, 4]} for n in (1, 2, 4)]
     model = tiny_model(tmp_path / "model.onnx")
-    with pytest.raises(FlcompressError, match=r"built no engine for sm89: .*CUDA_SUCCESS"):
+    with pytest.raises(FlcompressError, match=r"built no engine for sm89: .*(CUDA_SUCCESS|Cuda Runtime)"):
         build_engine(trt, model, targets=("sm89",), profiles=[shapes], refit=True)
 
 
