@@ -107,7 +107,7 @@ def test_a_build_that_fails_gives_its_reason(run: Path) -> None:
     trt = builder()
     without_gpu()
     shapes = {"hidden_states": [1, 16, 3, 8, 8], "timestep": [1], "encoder_hidden_states": [1, 16, 64]}
-    with pytest.raises(FlcompressError, match=r"built no engine for current: .*CUDA") as caught:
+    with pytest.raises(FlcompressError, match=r"built no engine for current: .*(CUDA|Cuda Runtime)") as caught:
         build_engine(trt, run / "exports" / "onnx" / "model.onnx", targets=("current",), profiles=[[shapes] * 3])
     assert "\n" not in str(caught.value)
 
