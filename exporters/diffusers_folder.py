@@ -10,8 +10,8 @@ from pydantic import Field, model_validator
 from typing_extensions import override
 
 from flcompress.core.program import Program
+from flcompress.core.records import Quantization
 from flcompress.core.steps import Exporter
-from flcompress.exporters.shared import Quantization
 from flcompress.progress import ProgressSink
 
 

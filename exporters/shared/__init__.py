@@ -4,9 +4,6 @@ from typing import Literal
 
 ExportPrecision = Literal["fp32", "fp16", "bf16"]
 
-Quantization = Literal["fp8", "int8"]
-"""Weights and activations in fp8, or weights in int8; one scale a row."""
-
 Attention = Literal["plain", "fused"]
 """Attention in an ONNX graph: products and a softmax, or the one operator."""
 

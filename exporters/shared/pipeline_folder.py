@@ -11,15 +11,15 @@ from typing import Any
 import torch
 
 from flcompress.core.program import FACTS_FILE, Program
-from flcompress.core.records import ContractPart, FactsFile
+from flcompress.core.records import ContractPart, FactsFile, Quantization
 from flcompress.diffusion.contract import SamplingContract, levels_of, scheduler_of, set_levels
 from flcompress.errors import ModelError, PostconditionError
-from flcompress.exporters.shared import ExportPrecision, Quantization
+from flcompress.exporters.shared import ExportPrecision
 from flcompress.exporters.shared.model_card import model_card
 from flcompress.exporters.shared.parity import TIMESTEPS, Parity, cases, comparable_size, compare, outputs, reference
 from flcompress.exporters.shared.quantization import flat_state, layers_of, quantize_in
 from flcompress.exporters.shared.weights import DTYPES, store_in
-from flcompress.models.configs import check_transformer_config, read_json
+from flcompress.models.configs import check_transformer_config
 from flcompress.models.families import family_of
 from flcompress.models.families.family import Family
 from flcompress.models.folder import check_weights
@@ -132,7 +132,7 @@ def _rounding(programs: Mapping[str, Program], folder: Path, precision: ExportPr
         constants = constants_of(make(size, [0.0], 0))
         inputs = [case for step in one.contract.timesteps[:TIMESTEPS] for case in cases(make, [step], [size])]
         exact = reference(one.components["transformer"], constants, "fp32", inputs)
-        if _is_quantized(folder / name):
+        if is_quantized(folder / name):
             denoiser = Denoiser(load_quantized(folder / name), constants, DTYPES[precision]).eval()
             written = outputs(denoiser, inputs)
         else:
@@ -177,7 +177,7 @@ def check_folder(folder: Path, pipeline_class: str, contract: SamplingContract) 
     """
     factory = family_of(pipeline_class).model_class(pipeline_class)
     with no_progress_bars():
-        quantized = _is_quantized(folder / "transformer")
+        quantized = is_quantized(folder / "transformer")
         kept = {"dtype": torch.bfloat16} if quantized else {}  # which quantised weights compute in
         pipeline = factory.from_pretrained(str(folder), use_safetensors=True, **kept)
     for name in ("transformer", "vae", *(("transformer_2",) if contract.experts else ())):
@@ -197,7 +197,7 @@ def _same_tensors(module: Any, folder: Path) -> None:
     """Raise PostconditionError unless what stock diffusers loaded is what the files hold, in its own dtype."""
     state = module.state_dict()
     try:
-        if _is_quantized(folder):
+        if is_quantized(folder):
             check_quantized(folder, module)
             state, stored = flat_state(state), folder_tensors(folder)
         else:
@@ -209,10 +209,6 @@ def _same_tensors(module: Any, folder: Path) -> None:
         stored[name].fill(written)
         if not torch.equal(loaded.float(), written.float()):
             raise PostconditionError(f"{stored[name].file}: stock diffusers reads another value for tensor {name}")
-
-
-def _is_quantized(folder: Path) -> bool:
-    return is_quantized(read_json(folder / "config.json", "a diffusers model folder has one"))
 
 
 def _few(numbers: tuple[float, ...]) -> str:

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from flcompress.core.program import Program
+from flcompress.core.records import Quantization
 from flcompress.errors import RequestError
-from flcompress.exporters.shared import Quantization
 from flcompress.files import replacing, write_text
 from flcompress.models.configs import read_json
 from flcompress.models.inputs import example_inputs

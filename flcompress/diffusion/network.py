@@ -17,7 +17,7 @@ Conditioning = Mapping[str, torch.Tensor]
 """Named tensors, the batch axis first: "encoder_hidden_states" [n, tokens, channels], masks, a first frame, ..."""
 
 PROMPT_MASK = "encoder_attention_mask"
-"""Which tokens of the prompt are not padding, [n, tokens], in the conditioning of networks that are told."""
+"""Which tokens of the prompt are not padding, [n, tokens], in the conditioning of networks that take a mask."""
 
 Network = Callable[[torch.Tensor, torch.Tensor, Conditioning], torch.Tensor]
 """(latents [n, channels, frames, height, width], timestep [n], conditioning) -> prediction, shaped as the latents."""
@@ -32,12 +32,22 @@ def select(conditioning: Conditioning, index: torch.Tensor | slice) -> dict[str,
     return {name: tensor[on[tensor.device]] for name, tensor in conditioning.items()}
 
 
-def to_device(conditioning: Conditioning, device: torch.device | str) -> dict[str, torch.Tensor]:
+def to_device(
+    conditioning: Conditioning, device: torch.device | str, *, non_blocking: bool = False
+) -> dict[str, torch.Tensor]:
     """Return the conditioning on a device, but for the prompt's mask, which stays in host memory.
 
     There a network reads how long prompts are without waiting for the device.
+
+    Args:
+        conditioning: of any networks.
+        device: where they compute.
+        non_blocking: whether the host does not wait for copies from its own memory, where the conditioning is then.
     """
-    return {name: tensor.to("cpu" if name == PROMPT_MASK else device) for name, tensor in conditioning.items()}
+    return {
+        name: tensor.cpu() if name == PROMPT_MASK else tensor.to(device, non_blocking=non_blocking)
+        for name, tensor in conditioning.items()
+    }
 
 
 def beside(x: torch.Tensor, conditioning: Conditioning) -> dict[str, torch.Tensor]:

@@ -69,7 +69,7 @@ def check_part(folder: Path, kind: Sequence[str], *, weights: bool = True, quant
     if not weights:
         return
     config = read_json(folder / "config.json", f"the weights of a {factory.__name__} need it")
-    by_torchao = quantized and is_quantized(config)
+    by_torchao = quantized and _by_torchao(config)
     if not by_torchao:
         _check_not_quantised(config, folder / "config.json")
     if kind[0] == "transformers":
@@ -87,8 +87,12 @@ def check_part(folder: Path, kind: Sequence[str], *, weights: bool = True, quant
         matching_tensors(folder, model)
 
 
-def is_quantized(config: Mapping[str, Any]) -> bool:
-    """Tell whether a configuration is of a model of diffusers that torchao quantised."""
+def is_quantized(folder: Path) -> bool:
+    """Return whether a model folder of diffusers is quantised by torchao."""
+    return _by_torchao(read_json(folder / "config.json", "a diffusers model folder has one"))
+
+
+def _by_torchao(config: Mapping[str, Any]) -> bool:
     quantisation = config.get("quantization_config")
     return isinstance(quantisation, dict) and quantisation.get("quant_method") == "torchao"
 

@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from flcompress.diffusion.network import Conditioning, to_device
 from flcompress.errors import RequestError, UnavailableError
-from flcompress.models.configs import read_json
 from flcompress.models.loading import frozen, load_transformer, meta_transformer, transformer_class
 from flcompress.models.network import as_network, compile_blocks, missing_compiler
 from flcompress.models.part_check import check_loaded, check_quantized, is_quantized
@@ -70,7 +69,7 @@ def require_quantized(folder: Path, device: str, precision: TorchPrecision | Non
         device: what is to run it.
         precision: what it is to compute in, where that was asked for.
     """
-    if not is_quantized(read_json(folder / "config.json", "a diffusers model folder has one")):
+    if not is_quantized(folder):
         return
     require_torchao(str(folder))
     if precision not in (None, "bf16"):
@@ -127,7 +126,7 @@ class TorchSession:
             precision: what it computes in; bf16 and fp16 hold the weights so too, but for what the class keeps in fp32.
                 Quantised weights compute in bf16.
         """
-        quantized = is_quantized(read_json(folder / "config.json", "a diffusers model folder has one"))
+        quantized = is_quantized(folder)
         half = quantized or device == "cuda"
         self.device, self.precision = device, precision or ("bf16" if half else "fp32")
         self._guidance = guidance

@@ -7,18 +7,18 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-from torch.utils._pytree import KeyPath, MappingKey, tree_map_only, tree_map_with_path
+from torch.utils._pytree import tree_map, tree_map_only
 
 from flcompress.ahead import ahead
 from flcompress.core.steps import PassContext
-from flcompress.diffusion.network import PROMPT_MASK
+from flcompress.diffusion.network import to_device
 from flcompress.draws import Draws
 from flcompress.tracing.prefix import host_like
 
 _Inputs = TypeVar("_Inputs")
 
 Read = Callable[[Draws], Any]
-"""Draws of a micro batch -> tensors on the host, in tuples and dictionaries."""
+"""Draws of a micro batch -> tensors on the host, in tuples; a dictionary is conditioning."""
 
 THREADED = ("cuda",)
 """Kinds of device for which a thread prepares."""
@@ -61,7 +61,7 @@ class Feed:
                 self._prepared = None
 
     def take(self, read: Callable[[Draws], _Inputs], draws: Draws) -> _Inputs:
-        """Return `read(draws)` with its tensors on the training's device, but for prompts' masks, as of `to_device`.
+        """Return `read(draws)` on the training's device; of conditioning, what `to_device` puts there.
 
         Raises:
             DataError, OSError: a shard cannot be read, in the step that needs it.
@@ -72,12 +72,14 @@ class Feed:
             prepared, mine, inputs = next(self._prepared)
             assert (prepared, mine) == (read, draws.mine), "a step takes its inputs in the order of the feed's reads"
 
-        def moved(path: KeyPath, value: Any) -> Any:
-            if not isinstance(value, torch.Tensor) or MappingKey(PROMPT_MASK) in path:
-                return value
-            return value.to(self._context.device, non_blocking=True)
+        device = self._context.device
 
-        placed: _Inputs = tree_map_with_path(moved, inputs)
+        def moved(value: Any) -> Any:
+            if isinstance(value, dict):
+                return to_device(value, device, non_blocking=True)
+            return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+
+        placed: _Inputs = tree_map(moved, inputs, is_leaf=lambda value: isinstance(value, dict))
         return placed
 
     def _prepare(self, steps: Iterable[Draws], card: int | None) -> Iterator[tuple[Read, slice, Any]]:

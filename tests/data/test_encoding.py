@@ -139,7 +139,7 @@ def test_the_size_in_the_plan_is_that_which_is_shown(model: Path, tmp_path: Path
 def test_the_next_video_is_read_while_one_is_encoded(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And where encoding fails, nothing goes on reading."""
+    """And where encoding fails, reading ends."""
     for number in range(3):
         write_video(tmp_path / f"{number}.mp4", seed=number)
     read = {f"{number}.mp4": threading.Event() for number in range(3)}

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 @dataclass(frozen=True)
 class Hook:
-    """Know the pass `reader`; note which shards this process encodes, and fail at the first if told to."""
+    """Know the pass `reader`; note which shards this process encodes, and fail at the first where `fails`."""
 
     file: Path
     fails: bool = False

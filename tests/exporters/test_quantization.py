@@ -19,10 +19,9 @@ from click.testing import CliRunner
 
 from flcompress.cli import main
 from flcompress.core.program import Program
-from flcompress.core.records import FactsFile
+from flcompress.core.records import FactsFile, Quantization
 from flcompress.errors import ModelError, PostconditionError, RequestError, UnavailableError
 from flcompress.exporters.diffusers_folder import DiffusersExporter
-from flcompress.exporters.shared import Quantization
 from flcompress.exporters.shared.pipeline_folder import check_folder
 from flcompress.exporters.shared.quantization import layers_of, quantize_in
 from flcompress.exporters.shared.weights import store_in
@@ -106,7 +105,7 @@ def test_the_weights_are_those_of_torchao(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_it_changes_is_stated(kind: Quantization, runs: dict[str, tuple[Path, dict[str, Any]]]) -> None:
-    run, told = runs[kind]
+    run, summary = runs[kind]
     folder = run / "exports" / "diffusers"
     facts = FactsFile.read(folder / "flcompress.json")
     size = sum(tensor.size for tensor in folder_tensors(folder / "transformer").values())
@@ -119,7 +118,7 @@ def test_what_it_changes_is_stated(kind: Quantization, runs: dict[str, tuple[Pat
     assert facts.magnitude is not None
     assert 0.0 < facts.difference < 0.1 * facts.magnitude
     stated = {"precision": "bf16", "quantize": kind, "difference": facts.difference, "transformer_bytes": size}
-    assert stated.items() <= told.items()
+    assert stated.items() <= summary.items()
     card_text = " ".join((folder / "README.md").read_text().split())
     version = importlib.metadata.version("torchao")
     assert f"Linear layers of the transformer are quantised by torchao {version}" in card_text
@@ -145,14 +144,14 @@ def test_the_snippet_of_the_model_card_runs(
 def test_generate_runs_it(
     kind: Quantization, runs: dict[str, tuple[Path, dict[str, Any]]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    run, told = runs[kind]
+    run, summary = runs[kind]
     first = generate(run, PROMPT, "torch", tmp_path / "a.png", seed=3)
     assert capfd.readouterr() == ("", "")
     assert first.stat().st_size > 0
     session = TorchSession(run / "exports" / "diffusers" / "transformer", "cpu")
     assert session.precision == "bf16"
     tables = sum(buffer.nbytes for buffer in session.transformer.buffers())  # of positions, which are in no file
-    assert session.nbytes - tables == told["transformer_bytes"]
+    assert session.nbytes - tables == summary["transformer_bytes"]
 
 
 def test_shards_are_quantised_as_one_file_is(program: Program, tmp_path: Path) -> None:
@@ -247,10 +246,10 @@ def test_a_recipe_that_asks_for_what_does_not_fit(tmp_path: Path) -> None:
     for value, message in given.items():
         recipe = tmp_path / "recipe.yaml"
         recipe.write_text(f"model: {{path: model}}\npasses: [importance]\nexports:\n  - diffusers: {value}\n")
-        told = CliRunner().invoke(main, ["apply", str(recipe)])
-        assert told.exit_code == 2
-        assert told.stderr.count("\n") == 1
-        assert message in told.stderr
+        result = CliRunner().invoke(main, ["apply", str(recipe)])
+        assert result.exit_code == 2
+        assert result.stderr.count("\n") == 1
+        assert message in result.stderr
     assert arguments(DiffusersExporter(precision="bf16", quantize="fp8")) == {"precision": "bf16", "quantize": "fp8"}
     assert arguments(DiffusersExporter(precision="bf16")) == {"precision": "bf16"}
 

@@ -20,6 +20,7 @@ from flcompress.core.records.exports import (
     ExportManifest,
     FactsFile,
     OnnxManifest,
+    Quantization,
     TorchTensorRTManifest,
 )
 from flcompress.core.records.measured import (
@@ -108,6 +109,7 @@ __all__ = [
     "PlannedFigures",
     "ProgramFile",
     "PruneResult",
+    "Quantization",
     "Record",
     "RedrawsLine",
     "ResultFile",

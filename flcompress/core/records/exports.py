@@ -9,6 +9,9 @@ from pydantic import FiniteFloat
 from flcompress.core.records.base import Record
 from flcompress.core.records.run import ContractPart, Number
 
+Quantization = Literal["fp8", "int8"]
+"""Weights and activations in fp8, or weights in int8; one scale a row."""
+
 
 class FactsFile(Record):
     """`flcompress.json` of a pipeline folder: how its clips are sampled, and what was cut.
@@ -27,7 +30,7 @@ class FactsFile(Record):
     frame_rate: Number | None = None
     pipeline_class: str
     precision: Literal["bf16"] | None = None
-    quantize: Literal["fp8", "int8"] | None = None
+    quantize: Quantization | None = None
     quantized: dict[str, list[str]] | None = None
     unquantized: dict[str, list[str]] | None = None
     transformer_bytes: int | None = None
