@@ -48,21 +48,48 @@ ROLES: tuple[str, ...] = (
 TRAINING, MODELS, PASSES = "flcompress/training", "flcompress/models", "flcompress/passes"
 LORAS = "flcompress/loras"
 
+IMPORTANCE = tuple(f"tests/passes/test_{name}.py" for name in ("importance", "certainty", "passes"))
+DEPTH = tuple(f"tests/passes/test_{name}.py" for name in ("gaussian_depth", "passes"))
+JOINT = tuple(f"tests/passes/test_{name}.py" for name in ("joint_selection", "select"))
+CONSISTENCY = ("tests/training/test_consistency.py",)
+FEATURES = ("tests/passes/test_feature_distill.py",)
+ATTENTION = ("tests/passes/test_temporal_attention.py",)
+AUTOENCODER = ("tests/passes/test_train_autoencoder.py",)
+
+PASS_TESTS: dict[str, tuple[str, ...]] = {
+    "dmd": ("tests/passes/test_gaussian_roles.py", "tests/passes/test_passes.py"),
+    "stochastic_depth": DEPTH,
+    "importance": IMPORTANCE,
+    "select": JOINT,
+    "prune": ("tests/passes/test_certificates.py", "tests/passes/test_passes.py"),
+    "pretrain": DEPTH,
+    "consistency": CONSISTENCY,
+    "feature_distill": FEATURES,
+    "temporal_attention": ATTENTION,
+    "train_autoencoder": AUTOENCODER,
+}
+METHOD_TESTS: dict[str, tuple[str, ...]] = {
+    "stochastic_depth": DEPTH,
+    "pretraining": DEPTH,
+    "block_importance": IMPORTANCE,
+    "skipped_loss": (*IMPORTANCE, *JOINT),
+    "stratified_draws": IMPORTANCE,
+    "joint_selection": JOINT,
+    "consistency": CONSISTENCY,
+    "feature_distill": FEATURES,
+    "feature_discriminator": FEATURES,
+    "temporal_attention": ATTENTION,
+    "autoencoder": AUTOENCODER,
+}
+
 Owners = dict[str, tuple[str, ...]]
 
 AREAS: dict[str, Owners] = {
     "diffusion": {"flcompress/diffusion": ("tests/diffusion",)},
     "passes": {
-        f"{TRAINING}/distillation/roles.py": (*HEART, "tests/passes/test_lora_roles.py"),
-        f"{PASSES}/dmd.py": ("tests/passes/test_gaussian_roles.py", "tests/passes/test_passes.py"),
-        f"{PASSES}/stochastic_depth.py": ("tests/passes/test_passes.py",),
-        f"{PASSES}/importance.py": ("tests/passes/test_passes.py",),
-        **{
-            f"{TRAINING}/methods/{name}.py": ("tests/passes/test_gaussian_depth.py", "tests/passes/test_passes.py")
-            for name in ("stochastic_depth", "block_importance", "pretraining")
-        },
-        f"{PASSES}/prune.py": ("tests/passes/test_passes.py",),
-        f"{PASSES}/pretrain.py": ("tests/passes/test_gaussian_depth.py",),
+        f"{TRAINING}/distillation/roles.py": (*HEART, *(f"tests/passes/test_{n}.py" for n in ("lora_roles", "leaning"))),
+        **{f"{PASSES}/{name}.py": tests for name, tests in PASS_TESTS.items()},
+        **{f"{TRAINING}/methods/{name}.py": tests for name, tests in METHOD_TESTS.items()},
     },
     "roles": {f"{TRAINING}/{name}.py": ROLES for name in ("role", "watching/held_out")}
     | {f"{TRAINING}/objectives.py": (*ROLES, "tests/diffusion/test_experts.py", "tests/passes/test_gaussian_depth.py")}
