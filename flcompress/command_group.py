@@ -70,18 +70,6 @@ def print_json(plain: Any) -> None:
     click.echo(json.dumps(plain, indent=1))
 
 
-def print_results(results: dict[str, Any], as_json: bool, run: Path) -> None:
-    """Print what was measured: as JSON, or as the run's summary."""
-    if as_json:
-        print_json(results)
-        return
-    from rich.console import Console
-
-    from flcompress.reporting.terminal import print_summary
-
-    print_summary(run, Console())
-
-
 def _not_first() -> bool:
     """Return whether a launcher started this process next to others on the same machine, the first of which prints."""
     return os.environ.get("LOCAL_RANK", "0") != "0" and "RANK" in os.environ and "WORLD_SIZE" in os.environ

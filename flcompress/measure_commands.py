@@ -11,7 +11,7 @@ import click
 
 from flcompress import commands
 from flcompress.backend_flags import BackendCommand, BackendName
-from flcompress.command_group import as_json, display, moved_model, print_results, quiet
+from flcompress.command_group import as_json, display, moved_model, print_json, quiet
 
 _FOLDER = click.Path(path_type=Path)
 _OWN = ("sample", "vbench_python", "vbench_repo", "features")
@@ -62,8 +62,16 @@ def eval_command(run: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     results = commands.evaluate(run, **options, own=own, display=display(quiet))
     if options["dry_run"] and not as_json:
         click.echo(results["text"])
-    elif os.environ.get("RANK", "0") == "0":
-        print_results(results, as_json, run)
+    elif os.environ.get("RANK", "0") != "0":
+        return
+    elif as_json:
+        print_json(results)
+    else:
+        from rich.console import Console
+
+        from flcompress.reporting.terminal import print_quality
+
+        print_quality(run, Console())
 
 
 @click.command("bench", cls=BackendCommand)
@@ -108,4 +116,11 @@ def bench_command(
         model=model,
         display=display(quiet),
     )
-    print_results(results, as_json, run)
+    if as_json:
+        print_json(results)
+        return
+    from rich.console import Console
+
+    from flcompress.reporting.terminal import print_speed
+
+    print_speed(run, Console())

@@ -1,8 +1,9 @@
-"""The summary that `flcompress report RUN` prints."""
+"""What `flcompress report RUN`, `eval` and `bench` print of a run."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from rich import box
 from rich.console import Console
@@ -20,6 +21,9 @@ from flcompress.reporting.training import Training, trainings
 PARITY_WORDS = ("difference", "error", "parity", "tolerance")
 """What an exporter's summary calls the numbers that say how close the export is to the model."""
 
+NAMES = ("pass", "block", "step", "export")
+"""Columns of names, which are copied into recipes and commands."""
+
 MARKS = {"best": "*", "tied": "~", "": ""}
 
 
@@ -34,9 +38,8 @@ def print_summary(run_dir: Path, console: Console) -> None:
     fates, passes = blocks(run), steps(run)
     # Everything is read before the first line is printed: an error does not follow half a summary.
     top, exported, trained = headline(run), exports(run), trainings(run)
-    measured = [quality(results) for results in (run.evaluation, *run.suites.values()) if results is not None]
-    times = speed(run.bench) if run.bench is not None else None
-    console.print(f"[bold]{escape(run.info.name or run_dir.name)}[/bold]  {escape(str(run_dir))}")
+    measured, times = _measured_quality(run), _measured_speed(run)
+    _name(run, console)
     if top is None:
         console.print("Nothing is stored yet; run flcompress apply RECIPE", highlight=False)
     else:
@@ -64,15 +67,51 @@ def print_summary(run_dir: Path, console: Console) -> None:
         console.print(table)
     _plan(passes, console)
     _exports(exported, console)
-    page = run_dir / "report.html"
-    console.print(f"Report: {escape(str(page))}" if page.is_file() else "Report: not written yet", highlight=False)
+
+
+def print_quality(run_dir: Path, console: Console) -> None:
+    """Print what `flcompress eval` measured, by every suite; errors are those of `print_summary`."""
+    run = read_run(run_dir)
+    measured = _measured_quality(run)
+    _name(run, console)
+    for suite in measured:
+        _quality(suite, console)
+    _where_the_rest_is(run, console)
+
+
+def print_speed(run_dir: Path, console: Console) -> None:
+    """Print what `flcompress bench` measured; errors are those of `print_summary`."""
+    run = read_run(run_dir)
+    times = _measured_speed(run)
+    _name(run, console)
+    if times is not None:
+        _speed(times, console)
+    _where_the_rest_is(run, console)
+
+
+def _measured_quality(run: RunRecord) -> list[Quality]:
+    return [quality(results) for results in (run.evaluation, *run.suites.values()) if results is not None]
+
+
+def _measured_speed(run: RunRecord) -> Speed | None:
+    return speed(run.bench) if run.bench is not None else None
+
+
+def _name(run: RunRecord, console: Console) -> None:
+    console.print(f"[bold]{escape(run.info.name or run.path.name)}[/bold]  {escape(str(run.path))}")
+
+
+def _where_the_rest_is(run: RunRecord, console: Console) -> None:
+    console.print(f"The whole run, and its page: flcompress report {escape(str(run.path))}", highlight=False)
 
 
 def _table(title: str, *columns: str) -> Table:
-    """A plain table; a column that starts with ">" is set to the right."""
+    """A plain table; a column that starts with ">" is set to the right, one of names is never broken."""
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.padding = (0, 1, 0, 0)  # the widest table then fits 80 columns
     for column in columns:
-        table.add_column(column.lstrip(">"), justify="right" if column.startswith(">") else "left", overflow="fold")
+        side: Literal["left", "right"] = "right" if column.startswith(">") else "left"
+        table.add_column(column.lstrip(">"), justify=side, overflow="fold", no_wrap=column in NAMES)
     return table
 
 

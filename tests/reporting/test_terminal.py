@@ -1,19 +1,20 @@
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from flcompress.reporting.terminal import print_summary
+from flcompress.reporting.terminal import print_quality, print_speed, print_summary
 from tests.reporting.synthetic import write_run
 
 GOLDEN = Path(__file__).parent / "golden"
 
 
-def summary(run: Path) -> str:
+def summary(run: Path, show: Callable[[Path, Console], None] = print_summary, width: int = 100) -> str:
     out = io.StringIO()
-    print_summary(run, Console(file=out, width=100, color_system=None))
+    show(run, Console(file=out, width=width, color_system=None))
     return "".join(line.rstrip() + "\n" for line in out.getvalue().splitlines())
 
 
@@ -26,6 +27,27 @@ def test_the_summary_reads_as_agreed(
     monkeypatch.chdir(tmp_path)
     write_run(Path("run"), passes=passes, measured=measured)
     assert summary(Path("run")) == (GOLDEN / f"{name}.txt").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("show", "shown", "other"),
+    [(print_quality, "Quality, with", "Speed: clips"), (print_speed, "Speed: clips", "Quality, with")],
+)
+def test_a_measuring_command_prints_what_it_measured(
+    show: Callable[[Path, Console], None], shown: str, other: str, tmp_path: Path
+) -> None:
+    text = summary(write_run(tmp_path), show)
+    assert shown in text
+    assert all(absent not in text for absent in (other, "Removed blocks", "Passes and exports"))
+    tables, _, pointer = text.partition("The whole run, and its page: ")
+    assert set(tables.splitlines()) <= set(summary(tmp_path).splitlines())
+    assert pointer.replace("\n", "") == f"flcompress report{tmp_path}"
+
+
+def test_names_are_not_broken_on_a_narrow_terminal(tmp_path: Path) -> None:
+    text = summary(write_run(tmp_path), width=40)
+    rows = text[text.index("Passes and exports") :].splitlines()
+    assert [row for row in rows if row.startswith(" stochastic-depth ")]
 
 
 def test_it_says_which_command_measures_what_is_missing(tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def test_the_terminal_tells_status_figures_and_breaches(tmp_path: Path) -> None:
     print_summary(tmp_path, console)
     console.file.close()
     text = console.export_text()
-    assert "34 of 200   sample distance   0.500   0.100 at 20    0.300" in text
+    assert "34 of 200  sample distance  0.500  0.100 at 20   0.300" in text
     assert "warn: dmd: step 30: critic lag 2.50, expected at most 1.00" in text
 
 
