@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +105,7 @@ def test_the_finished_generator_is_the_trained_one_in_its_own_weights(
 
 
 def test_gradient_checkpointing_and_precision(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks computed again change no loss; bf16, with the base held in it, stays near."""
+    """Blocks computed again change no loss, and offload no bit; bf16, with the base held in it, stays near."""
     monkeypatch.setattr(replicated, "optimiser", smooth)
     checkpointing = "training.gradient_checkpointing=true"
     plain, again, half = (
@@ -111,6 +113,8 @@ def test_gradient_checkpointing_and_precision(folder: Path, monkeypatch: pytest.
         for more in ((), (checkpointing,), (checkpointing, "training.precision=bf16"))
     )
     assert apart(plain, again) < rounding(4 * STEP)
+    offload = "training.offload=[moments,inputs]"  # no part of a cache key
+    assert logged(applied(folder, "smooth-away", LORA, checkpointing, offload, store="store-away")) == again
     for one, third in zip(plain, half, strict=True):
         assert third["fake_score_loss"] == pytest.approx(one["fake_score_loss"], rel=0.05)
     assert plain != half
@@ -228,23 +232,60 @@ def test_the_plan_counts_the_base_once_and_what_is_trained() -> None:
     assert step.cost(7e8, 21, 1e9).forwards < full.forwards
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("engine", "name", "settings"),
-    [("ddp", "plain", LORA), ("zero2", "apart", APART), ("fsdp2", "magic", MAGIC), ("fsdp2", "apart", APART)],
-)
-def test_two_processes_agree_with_one(folder: Path, engine: str, name: str, settings: str) -> None:
-    applied(folder, name, settings)
+RECOMPUTED = "gradient_checkpointing=true"
+"""Part of a cache key, so both sides have it."""
+SPLIT = (RECOMPUTED, "sequence_parallel=2")
+"""One clip on both processes."""
+AWAY = (*SPLIT, "offload=[moments,inputs]")
+"""In addition, moments and the inputs of blocks in host memory."""
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> Callable[[str, str, bool], Path]:
+    """What trains roles on one process, once for each; returns the run directory."""
+
+    @cache
+    def train(name: str, settings: str, recomputed: bool) -> Path:
+        options = (RECOMPUTED,) if recomputed else ()
+        applied(folder, name, settings, *(f"training.{option}" for option in options))
+        return smoothly(folder, name, settings, "local", 1, options)
+
+    return train
+
+
+def smoothly(folder: Path, name: str, settings: str, engine: str, processes: int, options: Sequence[str]) -> Path:
+    """Train roles smoothly; the passes before are those of the store. Returns the run directory."""
     recipe = folder / f"smooth-{name}.yaml"
     recipe.write_text(RECIPE.format(dmd=f"{settings}, critic_learning_rate: 0.1", rate=0.1))
-    runs = []
-    for one, processes in (("local", 1), (engine, 2)):
-        place = folder / f"{engine}-{name}-{processes}"
-        store = shutil.copytree(folder / "store", folder / f"store-{place.name}", ignore=IGNORE)
-        options = "--run-dir", place, "--store", store, "--quiet", "--set", f"training.engine={one}"
-        hooks = dict.fromkeys(range(processes), Smooth())
-        run(["apply", recipe, *options], folder / f"output-{place.name}", processes=processes, hooks=hooks)
-        runs.append(place)
-    found = difference(folder / "model", *runs)
+    place = folder / f"{engine}-{name}-{processes}-{len(options)}"
+    store = shutil.copytree(folder / "store", folder / f"store-{place.name}", ignore=IGNORE)
+    sets = [word for option in (f"engine={engine}", *options) for word in ("--set", f"training.{option}")]
+    command: list[str | Path] = ["apply", recipe, "--run-dir", place, "--store", store, "--quiet", *sets]
+    hooks = dict.fromkeys(range(processes), Smooth())
+    run(command, folder / f"output-{place.name}", processes=processes, hooks=hooks)
+    return place
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("engine", "name", "settings", "options"),
+    [
+        ("ddp", "plain", LORA, ()),
+        ("zero2", "apart", APART, ()),
+        ("fsdp2", "magic", MAGIC, ()),
+        ("fsdp2", "apart", APART, AWAY),
+        ("zero1", "magic", MAGIC, SPLIT),
+    ],
+)
+def test_two_processes_agree_with_one(
+    folder: Path,
+    alone: Callable[[str, str, bool], Path],
+    engine: str,
+    name: str,
+    settings: str,
+    options: Sequence[str],
+) -> None:
+    one = alone(name, settings, RECOMPUTED in options)
+    found = difference(folder / "model", one, smoothly(folder, name, settings, engine, 2, options))
     print(f"{engine}, {name}: {found}")
-    found.require(updates=4)  # two of each role; the passes before are those of the store
+    found.require(updates=4)  # two of each role

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
@@ -21,16 +22,22 @@ PASSES = (
 UPDATES = 4
 
 
+@pytest.fixture(scope="module")
+def one(home: Home) -> Path:
+    return applied(home, "hybrid", PASSES, "local", 1)
+
+
 @pytest.mark.parametrize(
     "options",
-    [(), ("sequence_parallel=2", "micro_batch=1", "gradient_checkpointing=true")],
-    ids=["plain", "clips-split-too"],
+    [
+        (),
+        ("sequence_parallel=2", "micro_batch=1", "gradient_checkpointing=true", "offload=[moments,inputs]"),
+    ],
+    ids=["plain", "clips-split-and-offload-too"],
 )
-def test_two_copies_of_two_parts_equal_one_process(home: Home, options: Sequence[str]) -> None:
-    name = f"hybrid-{len(options)}"
-    one = applied(home, name, PASSES, "local", 1)
+def test_two_copies_of_two_parts_equal_one_process(home: Home, one: Path, options: Sequence[str]) -> None:
     settings = [f"training.{option}" for option in ("shard_size=2", *options)]
-    compared(home, name, PASSES, one, "fsdp2", *settings, processes=4).require(UPDATES)
+    compared(home, f"hybrid-{len(options)}", PASSES, one, "fsdp2", *settings, processes=4).require(UPDATES)
 
 
 def test_other_engines_split_over_all() -> None:

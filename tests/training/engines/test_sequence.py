@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flcompress.core.settings import EngineName
+from flcompress.core.settings import EngineName, OffloadName
 from flcompress.core.steps import PassContext
 from flcompress.distributed.launch import Launch, join
 from flcompress.distributed.sequence import SequenceGroup
@@ -39,9 +39,10 @@ PASSES = (
     f"stochastic-depth: {{{DEPTH}, steps: 1, target: self, skip_probability: 1.0}}",
     "prune: {remove: 0.3, by: middle}",
     f"dmd: {{{MATCHING}, steps: 2, intra_cfg: [0.2, 0.3], gan_weight: 0.5}}",  # its weight is 0 in the first step
+    "consistency: {student_steps: 2, levels: 4, batch: 4, steps: 2, learning_rate: 0.1}",
 )
-UPDATES = 9
-"""Three; two each of a critic, a discriminator and a generator."""
+UPDATES = 11
+"""Three; two each of a critic, a discriminator, a generator, and of consistency."""
 
 
 def test_two_processes_on_one_clip_equal_one(home: Home) -> None:
@@ -76,12 +77,29 @@ MODELS: Mapping[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }  # fmt: skip
-TRAININGS: tuple[tuple[str, EngineName], ...] = (
-    ("wan", "ddp"),
-    ("wan", "zero2"),
-    ("wan", "zero3"),
-    ("cogvideox", "ddp"),
-    ("hunyuan-video", "fsdp2"),
+
+
+class Training(NamedTuple):
+    """A training on three processes: of a model, by an engine, with what waits in host memory."""
+
+    model: str
+    engine: EngineName
+    offload: tuple[OffloadName, ...] = ()
+
+    @property
+    def file(self) -> str:
+        """Name of the file with its weights."""
+        return f"{'-'.join((self.model, self.engine, *self.offload))}.safetensors"
+
+
+TRAININGS = (
+    Training("wan", "ddp"),
+    Training("wan", "ddp", ("moments", "inputs")),
+    Training("wan", "zero2"),
+    Training("wan", "zero3"),
+    Training("cogvideox", "zero1"),
+    Training("hunyuan-video", "fsdp2"),
+    Training("hunyuan-video", "fsdp2", ("moments", "inputs")),
 )
 
 
@@ -107,14 +125,16 @@ class Trainings:
         Smooth()()
         launch = Launch.from_environment()
         with join("ddp", 600.0, "cpu", launch, sequence_parallel=launch.size) as world:
-            for name, engine in TRAININGS:
-                result = train(self.folder / name, engine, world)
+            for training in TRAININGS:
+                result = train(self.folder / training.model, training.engine, world, training.offload)
                 if world.main:
-                    save_file(result, self.folder / f"{name}-{engine}.safetensors")
+                    save_file(result, self.folder / training.file)
         raise SystemExit(0)
 
 
-def train(folder: Path, name: EngineName, world: World) -> dict[str, torch.Tensor]:
+def train(
+    folder: Path, name: EngineName, world: World, offload: tuple[OffloadName, ...] = ()
+) -> dict[str, torch.Tensor]:
     """Train a model for two updates without its first block; return its weights, and "losses", in the main process."""
     needless: Any = None
     context = PassContext(
@@ -125,6 +145,7 @@ def train(folder: Path, name: EngineName, world: World) -> dict[str, torch.Tenso
         world=world,
         engine=name,
         gradient_checkpointing=True,
+        offload=offload,
     )
     engine = engine_of(context)
     role = TrainedRole(engine, "role", engine.load_trained(folder), batch=BATCH, hyper=Hyper(learning_rate=0.1))
@@ -158,16 +179,22 @@ def train(folder: Path, name: EngineName, world: World) -> dict[str, torch.Tenso
 
 
 def test_three_processes_with_parts_of_unequal_lengths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every family and engine; text that is joined with the clip, masks of each clip, levels of each token."""
+    """Every family and engine; text that is joined with the clip, masks of each clip, levels of each token; and the
+    same bits with moments and inputs of blocks in host memory.
+    """
     for name in MODELS:
         small(name).save_pretrained(tmp_path / name)
     run([], tmp_path / "output", processes=3, hooks=dict.fromkeys(range(3), Trainings(tmp_path)))
     monkeypatch.setattr(replicated, "optimiser", smooth)
     single = {name: train(tmp_path / name, "local", World()) for name in MODELS}
-    for name, engine in TRAININGS:
+    for training in TRAININGS:
+        name, engine, offload = training
         before, one = weights_in(tmp_path / name), single[name]
-        found = load_file(tmp_path / f"{name}-{engine}.safetensors")
+        found = load_file(tmp_path / training.file)
         assert found.keys() == one.keys()
+        if offload:
+            plain = load_file(tmp_path / Training(name, engine).file)
+            assert all(torch.equal(value, plain[key]) for key, value in found.items())
         losses = apart(*([{"loss": value} for value in part.pop("losses").tolist()] for part in (dict(one), found)))
         way = moved(before, {key: value.double() for key, value in one.items() if key in before})
         off = max(rms(found[key].double() - one[key].double()) for key in found) / way
