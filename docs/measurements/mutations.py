@@ -57,7 +57,7 @@ ATTENTION = ("tests/passes/test_temporal_attention.py",)
 AUTOENCODER = ("tests/passes/test_train_autoencoder.py",)
 
 PASS_TESTS: dict[str, tuple[str, ...]] = {
-    "dmd": ("tests/passes/test_gaussian_roles.py", "tests/passes/test_passes.py"),
+    "dmd": tuple(f"tests/passes/test_{name}.py" for name in ("gaussian_roles", "passes", "lora_roles")),
     "stochastic_depth": DEPTH,
     "importance": IMPORTANCE,
     "select": JOINT,
@@ -87,7 +87,7 @@ Owners = dict[str, tuple[str, ...]]
 AREAS: dict[str, Owners] = {
     "diffusion": {"flcompress/diffusion": ("tests/diffusion",)},
     "passes": {
-        f"{TRAINING}/distillation/roles.py": (*HEART, *(f"tests/passes/test_{n}.py" for n in ("lora_roles", "leaning"))),
+        f"{TRAINING}/distillation/roles.py": (*HEART, *(f"tests/passes/test_{n}.py" for n in ("leaning", "passes", "lora_roles"))),
         **{f"{PASSES}/{name}.py": tests for name, tests in PASS_TESTS.items()},
         **{f"{TRAINING}/methods/{name}.py": tests for name, tests in METHOD_TESTS.items()},
     },

@@ -14,6 +14,8 @@ from diffusers import WanTransformer3DModel
 from PIL import Image
 
 from flcompress.core.program import Fact, Program
+from flcompress.core.registry import find_pass
+from flcompress.core.settings import Training
 from flcompress.driver.manager import apply
 from flcompress.driver.rundir import RunDirectory
 from flcompress.errors import PreconditionError, TrainingError
@@ -110,6 +112,9 @@ def test_stochastic_depth_trains_and_logs_both_paths(run: RunDirectory) -> None:
     assert Fact.ELASTIC in program.facts
     assert [record["step"] for record in result["monitor"]] == [0, 2, 3]
     assert result["prune_set"] == list(program.prune_set)
+    removed = sum(program.graph.block(path).parameters for path in program.prune_set)
+    assert result["removed_share"] == pytest.approx(removed / program.graph.parameters)
+    assert 0.2 <= result["removed_share"] < 1.0
     assert not (folder / "checkpoints").exists()
 
 
@@ -238,6 +243,29 @@ def test_without_samples_a_distillation_is_watched_by_its_steps_alone(folder: Pa
     passes = [*PASSES[:3], {"dmd": {"steps": 2, "batch": 2, "critic_updates": 1}}]
     with pytest.raises(TrainingError, match=r"dmd: step 1: fake_score_grad_norm .* expected at most 1e-12"):
         apply(recipe(folder, passes, "blind", samples=0, max_grad_norm=1e-12), folder / "b", store=folder / "run")
+
+
+def test_a_discriminator_that_wins_is_stopped(folder: Path, run: RunDirectory) -> None:
+    passes = [*PASSES[:3], {"dmd": {"steps": 4, "batch": 2, "critic_updates": 1, "gan_weight": 0.01}}]
+    with pytest.raises(TrainingError, match=r"dmd: step \d+: logit_gap .* \(training.health.max_logit_gap\)"):
+        apply(recipe(folder, passes, "wins", samples=0, max_logit_gap=1e-9), folder / "wins", store=folder / "run")
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "held_out"),
+    [
+        ("pretrain", {"steps": 1}, {2: 0, 100: 25, 4000: 256}),
+        ("stochastic-depth", {"remove": 0.3, "steps": 1}, {2: 1, 100: 25, 4000: 128}),
+        ("feature-distill", {"steps": 1}, {2: 1, 100: 25, 4000: 128}),
+        ("dmd", {"steps": 1}, {2: 1, 20: 5, 4000: 8}),
+        ("consistency", {"steps": 1}, {2: 1, 20: 5, 4000: 8}),
+        ("importance", {}, {100: 100}),
+        ("temporal-attention", {}, {100: 100}),
+    ],
+)
+def test_how_many_clips_a_pass_holds_out(name: str, arguments: dict[str, Any], held_out: dict[int, int]) -> None:
+    step = find_pass(name)(**arguments)
+    assert {clips: step.held_out(clips, Training()) for clips in held_out} == held_out
 
 
 def test_what_a_pass_needs_is_checked_before_any_work(folder: Path) -> None:
