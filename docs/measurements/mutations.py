@@ -87,7 +87,10 @@ Owners = dict[str, tuple[str, ...]]
 AREAS: dict[str, Owners] = {
     "diffusion": {"flcompress/diffusion": ("tests/diffusion",)},
     "passes": {
-        f"{TRAINING}/distillation/roles.py": (*HEART, *(f"tests/passes/test_{n}.py" for n in ("leaning", "passes", "lora_roles"))),
+        f"{TRAINING}/distillation/roles.py": (
+            *HEART,
+            *(f"tests/passes/test_{n}.py" for n in ("leaning", "passes", "lora_roles")),
+        ),
         **{f"{PASSES}/{name}.py": tests for name, tests in PASS_TESTS.items()},
         **{f"{TRAINING}/methods/{name}.py": tests for name, tests in METHOD_TESTS.items()},
     },
