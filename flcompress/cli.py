@@ -282,6 +282,12 @@ def export_command(
     help="Frames per second of the file.  [default: those of the run's data, or of the model's family]",
 )
 @click.option("--negative-prompt", help="What guidance leads away from.  [default: the recipe's]")
+@click.option(
+    "--frame-local",
+    type=float,
+    metavar="SHARE",
+    help="Let this share of the model attend within latent frames, by the run's temporal-attention; torch only.",
+)
 @quiet
 def generate_command(
     run: Path,
@@ -294,6 +300,7 @@ def generate_command(
     image: Path | None,
     fps: float | None,
     negative_prompt: str | None,
+    frame_local: float | None,
     quiet: bool,
 ) -> None:
     """Generate clips with the exported student of RUN.
@@ -311,6 +318,7 @@ def generate_command(
         image=image,
         fps=fps,
         negative_prompt=negative_prompt,
+        frame_local=frame_local,
         display=_display(quiet),
     )
     if os.environ.get("RANK", "0") == "0":

@@ -43,6 +43,12 @@ _OWN = ("sample", "vbench_python", "vbench_repo", "features")
     metavar="B1 B2",
     help="Judge the teacher at text guidance B1, with B2 away from its pruned self, too; repeatable.",
 )
+@click.option(
+    "--frame-local",
+    type=float,
+    metavar="SHARE",
+    help="Judge the run's result with this share of it attending within latent frames, too, by temporal-attention.",
+)
 @click.option("--sample", type=click.IntRange(min=1), help="This many of vbench-i2v's own prompts.  [default: all]")
 @click.option("--vbench-python", type=_FOLDER, help="For vbench-i2v: the Python of VBench's environment.")
 @click.option("--vbench-repo", type=_FOLDER, help="For vbench-i2v: a checkout of VBench, or of FastVideo.")

@@ -25,6 +25,7 @@ def generate(
     image: StrPath | None = None,
     fps: float | None = None,
     negative_prompt: str | None = None,
+    frame_local: float | None = None,
     display: Display | None = None,
 ) -> Path:
     """Generate one clip with the exported student of a run, or one for each prompt of a file.
@@ -42,6 +43,8 @@ def generate(
         image: first frame, for image-to-video models.
         fps: frames per second of the file; those of the run's data, or of the model's family, by default.
         negative_prompt: what guidance leads away from; the recipe's by default.
+        frame_local: share of the parameters whose blocks attend within latent frames, with the backend "torch": those
+            that the run's temporal-attention pass found to attend least to other frames.
         display: where progress is shown; bars on a terminal, else lines.
 
     Returns:
@@ -49,7 +52,8 @@ def generate(
 
     Raises:
         UnavailableError: the backend cannot run on this machine.
-        RequestError: a missing or damaged export, or another model's; an `out` that cannot be written; no such backend.
+        RequestError: a missing or damaged export, or another model's; an `out` that cannot be written; no such backend;
+            `frame_local` with another backend, or of a run without that pass.
     """
     from flcompress.distributed.launch import use_free_cores
     from flcompress.progress import default_display
@@ -67,11 +71,13 @@ def generate(
                 f"--image: {image} given with --prompts, whose clips start from text alone; leave it out"
             )
         where, file = Path(out or "clips"), Path(prompts)
-        return generate_all(Path(run), file, backend, where, seed, display, fps, negative_prompt, options)
+        return generate_all(Path(run), file, backend, where, seed, display, fps, negative_prompt, options, frame_local)
     assert prompt is not None
     where, first = Path(out or "clip.gif"), Path(image) if image is not None else None
     with display.stage("generate") as progress:
-        return generate(Path(run), prompt, backend, where, seed, first, progress, fps, negative_prompt, options)
+        return generate(
+            Path(run), prompt, backend, where, seed, first, progress, fps, negative_prompt, options, frame_local
+        )
 
 
 def evaluate(
@@ -85,6 +91,7 @@ def evaluate(
     against: Sequence[StrPath] = (),
     backends: Sequence[str] = (),
     guidances: Sequence[tuple[float, float]] = (),
+    frame_local: float | None = None,
     options: Mapping[str, Any] | None = None,
     own: Mapping[str, Any] | None = None,
     dry_run: bool = False,
@@ -103,6 +110,8 @@ def evaluate(
         against: runs, stock pipeline folders, or YAML files that name one, to compare with.
         backends: names of what else runs the student, as for `generate`; each is judged beside torch's.
         guidances: (b1, b2) at which the teacher is judged too, with text guidance b1 and b2 away from its pruned self.
+        frame_local: share of the parameters: one more contender is the run's result with attention within latent frames
+            in the blocks that its temporal-attention pass found to attend least to other frames.
         options: of the backends, by name; each goes to every backend that has it.
         own: options of the suite alone: sample, vbench_python and vbench_repo of vbench-i2v, features of fvd.
         dry_run: count the network calls and the hours, and do nothing.
@@ -136,6 +145,7 @@ def evaluate(
         against=tuple(map(Path, against)),
         backends=tuple(choose_backends(backends, options)),
         guidances=tuple(guidances),
+        frame_local=frame_local,
         dry_run=dry_run,
         own=own or {},
     )

@@ -27,6 +27,7 @@ class SuiteRequest:
         against: runs, stock pipeline folders, or files that name one, to compare with.
         backends: further ones that run the student, each judged beside torch's.
         guidances: (b1, b2) of well-guided teachers that are judged too.
+        frame_local: share of the parameters whose blocks attend within latent frames in one more contender.
         dry_run: whether to count the work and do none.
         own: options of the suite's own, name -> value.
         display: where progress is shown.
@@ -42,6 +43,7 @@ class SuiteRequest:
     against: tuple[Path, ...] = ()
     backends: tuple[Backend, ...] = ()
     guidances: tuple[tuple[float, float], ...] = ()
+    frame_local: float | None = None
     dry_run: bool = False
     own: Mapping[str, Any] = field(default_factory=dict)
 

@@ -60,7 +60,15 @@ class MovingDigits(Suite):
         size = run.recipe().evaluation
         clips, seeds = request.clips_per_prompt or size.clips_per_prompt, request.seeds or size.seeds
         with request.display.stage("evaluation") as progress:
-            return evaluate(run, clips, seeds, progress, backends=request.backends, guidances=request.guidances)
+            return evaluate(
+                run,
+                clips,
+                seeds,
+                progress,
+                backends=request.backends,
+                guidances=request.guidances,
+                frame_local=request.frame_local,
+            )
 
 
 def evaluate(
@@ -71,6 +79,7 @@ def evaluate(
     contenders: Sequence[str] | None = None,
     backends: Sequence[Backend] = (),
     guidances: Sequence[tuple[float, float]] = (),
+    frame_local: float | None = None,
 ) -> dict[str, Any]:
     """Compare the teacher, its shortcuts, the stages and the student of a finished moving-digits run.
 
@@ -85,10 +94,11 @@ def evaluate(
         contenders: names to compare; a partial comparison is returned, but not written.
         backends: further ones that run the student, each a contender by itself.
         guidances: (b1, b2) of well-guided teachers, each a contender by itself.
+        frame_local: share of the parameters whose blocks attend within latent frames in one more contender.
 
     Raises:
         RequestError: an unfinished run, another dataset, unknown contenders, too few seeds or clips; a backend has no
-            export here.
+            export here; a run without scores of temporal attention, for `frame_local`.
         UnavailableError: a backend cannot run on this machine.
     """
     recipe = run.recipe()
@@ -99,7 +109,8 @@ def evaluate(
             "held-out prompts to evaluate with; give --suite proxies"
         )
     run.final().check()
-    known = {contender.name: contender for contender in run_contenders(run, backends=backends, guidances=guidances)}
+    every = run_contenders(run, backends=backends, guidances=guidances, frame_local=frame_local)
+    known = {contender.name: contender for contender in every}
     for name in contenders or ():
         if name not in known:
             raise RequestError(f"contender {name!r}: {run.path} has {', '.join(known)}")

@@ -22,6 +22,7 @@ from flcompress.models.loading import load_transformer, meta_transformer
 from flcompress.models.network import as_network
 from flcompress.models.stock_files import folder_digest
 from flcompress.models.tensor_memory import free_gpu_memory
+from flcompress.tracing.self_attention import frame_local_blocks, frame_local_network
 from flcompress.tracing.skip import skipping_network
 
 SHORTCUT_STEPS = 4
@@ -63,7 +64,11 @@ class Contender:
 
 
 def run_contenders(
-    run: RunDirectory, device: str = "cpu", backends: Sequence[Backend] = (), guidances: Sequence[Guidance] = ()
+    run: RunDirectory,
+    device: str = "cpu",
+    backends: Sequence[Backend] = (),
+    guidances: Sequence[Guidance] = (),
+    frame_local: float | None = None,
 ) -> list[Contender]:
     """Return the contenders of a finished run, in the order of the tables. Weights are loaded at first use.
 
@@ -75,10 +80,12 @@ def run_contenders(
         backends: further ones that run the student, each a contender by itself.
         guidances: (b1, b2) of well-guided teachers, each a contender by itself: the laws that distribution matching
             converges to.
+        frame_local: share of the run's result, in parameters, whose blocks attend within latent frames in one more
+            contender: those of the least attention on other frames.
 
     Raises:
         RequestError: guidance away from the pruned teacher of a run that prunes nothing; a backend, and the run has no
-            student, no such export, or a damaged or earlier one.
+            student, no such export, or a damaged or earlier one; see `frame_local_blocks`.
         UnavailableError: a backend cannot run on this machine.
     """
     start, final = run.start(), run.final()
@@ -101,12 +108,19 @@ def run_contenders(
         if cut:
             label = f"Stage II, pruned, {guided}"
             contenders.append(parts.contender("stochastic-depth-pruned", label, "elastic", teacher, cut))
+    result = contenders[0]
     if parts.digest("transformer") != parts.digest("original") or final.contract != teacher:
         label = f"student, {final.contract.num_inference_steps} steps"
-        contenders.append(parts.contender("student", label, "transformer", final.contract))
-        contenders += [_behind(backend, contenders[-1], Samplers(run, final, backend), parts) for backend in backends]
+        result = parts.contender("student", label, "transformer", final.contract)
+        contenders.append(result)
+        contenders += [_behind(backend, result, Samplers(run, final, backend), parts) for backend in backends]
     elif backends:
         raise RequestError(f"--backend: {backends[0].name} given, but {run.path} has trained no student to run")
+    if frame_local is not None:
+        blocks = frame_local_blocks(final.graph, frame_local, run.path)
+        label = f"{result.label}, {len(blocks)} of {len(final.graph.blocks)} blocks frame-local"
+        name = f"frame-local-{frame_local:g}"
+        contenders.append(parts.contender(name, label, "transformer", final.contract, local=blocks))
     return contenders
 
 
@@ -170,8 +184,15 @@ class _Transformers:
         return folder_digest(self._components[component])
 
     def contender(
-        self, name: str, label: str, component: str, contract: SamplingContract, skipped: tuple[str, ...] = ()
+        self,
+        name: str,
+        label: str,
+        component: str,
+        contract: SamplingContract,
+        skipped: tuple[str, ...] = (),
+        local: tuple[str, ...] = (),
     ) -> Contender:
+        """Return a transformer without the skipped blocks, or one whose local blocks attend within latent frames."""
         folder = self._components[component]
         shape = meta_transformer(folder)
         skipped_parameters = {id(p) for path in skipped for p in shape.get_submodule(path).parameters()}
@@ -180,7 +201,10 @@ class _Transformers:
 
         def own(x: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
             model = self._load(folder)
-            run = skipping_network(model, skipped, self._unpruned, guidance) if skipped else as_network(model, guidance)
+            if skipped:
+                run = skipping_network(model, skipped, self._unpruned, guidance)
+            else:
+                run = frame_local_network(model, local, guidance) if local else as_network(model, guidance)
             return self._run(run, x, timestep, conditioning)
 
         def partner(x: torch.Tensor, timestep: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
@@ -190,7 +214,8 @@ class _Transformers:
         # A few-step student has the partner that its recipe names; teachers have the model's own.
         partner_component = "partner" if component == "transformer" else "original_partner"
         network = own if experts is None else experts.combine(own, partner)
-        decisive = (self.digest(component), *skipped, *((self.digest(partner_component),) if experts else ()))
+        changed = (*skipped, *(("frame-local", *local) if local else ()))
+        decisive = (self.digest(component), *changed, *((self.digest(partner_component),) if experts else ()))
         return Contender(
             name=name,
             label=label,

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from flcompress.core.backend import Backend, TransformerFiles
-from flcompress.core.program import FACTS_FILE
+from flcompress.core.backend import Backend, OpenNetwork, TransformerFiles
+from flcompress.core.program import FACTS_FILE, Program
 from flcompress.core.records import ContractPart, FactsFile
 from flcompress.data.captions import check_prompt
 from flcompress.diffusion.contract import SamplingContract
 from flcompress.diffusion.experts import COMPONENTS, OTHER
 from flcompress.diffusion.network import CallCounter, Conditioning, Network, select, to_device
 from flcompress.diffusion.sampling import sample
+from flcompress.driver.rundir import RunDirectory
 from flcompress.errors import RequestError
 from flcompress.models.configs import check_transformer_config, read_index
 from flcompress.models.families import family_of
@@ -25,9 +26,11 @@ from flcompress.models.parts import Parts, open_parts
 from flcompress.models.tensor_memory import free_gpu_memory
 from flcompress.progress import ProgressSink
 from flcompress.runtime.backends.options import choose_backend
+from flcompress.runtime.backends.torch_backend import TorchBackend
 from flcompress.runtime.clip_files import check_target, read_picture, write_clip
 from flcompress.runtime.manifest import MANIFEST_FILE, PARTNER_FOLDER, read_manifest
-from flcompress.runtime.torch_session import best_device
+from flcompress.runtime.torch_session import TorchSession, best_device
+from flcompress.tracing.self_attention import frame_local_blocks
 
 Load = Callable[[], Network]
 """Brings a network into memory."""
@@ -44,6 +47,7 @@ def generate(
     fps: float | None = None,
     negative_prompt: str | None = None,
     options: Mapping[str, Any] | None = None,
+    frame_local: float | None = None,
 ) -> Path:
     """Run the whole pipeline of `run_dir/exports` and write the clip.
 
@@ -59,6 +63,8 @@ def generate(
         fps: frames a second of the file; the export's own rate by default.
         negative_prompt: what guidance leads away from; the recipe's by default.
         options: of the backend, by name.
+        frame_local: share of the parameters whose blocks attend within latent frames: those that the run found to
+            attend least to other frames.
 
     Returns:
         `out`.
@@ -66,14 +72,15 @@ def generate(
     Raises:
         UnavailableError: the backend cannot run on this machine.
         RequestError: an export is missing, damaged or of another model; `out` cannot be written; a prompt that is no
-            Unicode text; an unknown backend or option.
+            Unicode text; an unknown backend or option; `frame_local` with another backend than torch, or of a run that
+            has not measured it.
     """
     runner = choose_backend(backend, options)
     check_prompt("--prompt", prompt)
     check_prompt("--negative-prompt", negative_prompt or "")
     check_target(out)
     runner.require()
-    student = open_student(run_dir, runner, negative_prompt)
+    student = open_student(run_dir, runner, negative_prompt, frame_local)
     parts = student.parts
     first = _first_frame(parts, student.facts, prompt, image)
     latents = denoise(student.network, parts, student.facts, prompt, seed, first, progress)
@@ -105,16 +112,19 @@ def exported_contract(facts: FactsFile) -> SamplingContract:
     return SamplingContract.from_dict(facts.contract.dump())
 
 
-def open_student(run_dir: Path, backend: Backend, negative_prompt: str | None) -> Student:
+def open_student(
+    run_dir: Path, backend: Backend, negative_prompt: str | None, frame_local: float | None = None
+) -> Student:
     """Check the exports of a run and return its student; see `generate`."""
     pipeline = run_dir / "exports" / "diffusers"
     if (pipeline / FACTS_FILE).is_file():
         check_parts(pipeline, quantized=True)
     facts = read_manifest(FactsFile, pipeline / FACTS_FILE, _make(run_dir, "diffusers"))
     asked = _with_negative(facts, negative_prompt)
+    blocks = () if frame_local is None else _frame_local_blocks(run_dir, backend, facts, frame_local)
     turns = _InTurn()
     return Student(
-        network=_denoiser(run_dir, backend, facts, turns),
+        network=_denoiser(run_dir, backend, facts, turns, blocks),
         parts=open_parts(pipeline, best_device()),
         facts=asked,
         frame_rate=_frame_rate(pipeline, facts),
@@ -203,12 +213,34 @@ def _first_frame(parts: Parts, facts: FactsFile, prompt: str, image: Path | None
     return to_device(parts.encode_images(clip, [prompt], call["max_sequence_length"]), "cpu")
 
 
-def _denoiser(run_dir: Path, backend: Backend, facts: FactsFile, turns: _InTurn | None = None) -> Network:
-    """Return the network: the transformer, or both of two experts, of which only the one in use is in memory."""
+def _frame_local_blocks(run_dir: Path, backend: Backend, facts: FactsFile, share: float) -> tuple[str, ...]:
+    """Return the blocks of the exported transformer that `--frame-local` means."""
+    if type(backend) is not TorchBackend:
+        raise RequestError(
+            f"--frame-local: {share:g} given with --backend {backend.name}, expected torch, the only one that computes "
+            "attention so: no export holds it"
+        )
+    program = Program.load(RunDirectory(run_dir).final_folder)
+    if facts.kept != program.kept or exported_contract(facts) != program.contract:
+        raise RequestError(
+            f"{run_dir / 'exports' / 'diffusers'}: an export of an earlier student; make it again with: "
+            f"{_make(run_dir, 'diffusers')}"
+        )
+    return frame_local_blocks(program.graph, share, run_dir)
+
+
+def _denoiser(
+    run_dir: Path, backend: Backend, facts: FactsFile, turns: _InTurn | None = None, local: Sequence[str] = ()
+) -> Network:
+    """Return the network: the transformer, or both of two experts, of which only the one in use is in memory.
+
+    The blocks of the compressed one at the paths `local` attend within latent frames.
+    """
     contract, turns = exported_contract(facts), turns or _InTurn()
+    name = "transformer" if contract.experts is None else COMPONENTS[contract.experts.compressed]
+    compressed = turns.network(_local(_loading(run_dir, backend, name, "", facts), local))
     if (experts := contract.experts) is None:
-        return turns.network(_loading(run_dir, backend, "transformer", "", facts))
-    compressed = turns.network(_loading(run_dir, backend, COMPONENTS[experts.compressed], "", facts))
+        return compressed
     partner = _loading(run_dir, backend, COMPONENTS[OTHER[experts.compressed]], PARTNER_FOLDER, facts)
     return experts.combine(compressed, turns.network(partner))
 
@@ -264,6 +296,20 @@ def _loading(run_dir: Path, backend: Backend, transformer: str, part: str, facts
         )
     backend.verify(files)
     return lambda: backend.open(files)
+
+
+def _local(load: Load, paths: Sequence[str]) -> Load:
+    """Return what loads torch's network with attention within latent frames in the blocks at the paths."""
+    if not paths:
+        return load
+
+    def load_local() -> Network:
+        opened = load()
+        assert isinstance(opened, OpenNetwork)
+        assert isinstance(opened.network, TorchSession)
+        return opened.network.frame_local(paths)
+
+    return load_local
 
 
 def _make(run_dir: Path, export: str) -> str:

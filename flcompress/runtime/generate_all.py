@@ -39,6 +39,7 @@ def generate_all(
     fps: float | None = None,
     negative_prompt: str | None = None,
     options: Mapping[str, Any] | None = None,
+    frame_local: float | None = None,
 ) -> Path:
     """Generate the clips of all prompts of a file that `out` does not hold yet; the processes share them.
 
@@ -54,6 +55,7 @@ def generate_all(
         fps: see `generate`.
         negative_prompt: see `generate`.
         options: see `generate`.
+        frame_local: see `generate`.
 
     Returns:
         `out`.
@@ -68,13 +70,13 @@ def generate_all(
     items = {clip_name(text, Item(prompt=text).key, seed, 0): Item(prompt=text) for text in read_prompts(prompts)}
     check_prompt("--negative-prompt", negative_prompt or "")
     runner.require()
-    student = open_student(run_dir, runner, negative_prompt)
+    student = open_student(run_dir, runner, negative_prompt, frame_local)
     if student.parts.from_image:
         raise RequestError(
             f"--prompts: {prompts} given, but a {student.facts.pipeline_class} makes a clip from its first frame; give "
             "--prompt and --image, clip by clip"
         )
-    made_by = _made_by(run_dir, runner, student, fps or student.frame_rate)
+    made_by = _made_by(run_dir, runner, student, fps or student.frame_rate, frame_local)
     with (
         join("local", Training().timeout, best_device(), Launch.from_environment()) as world,
         world.propagating_failures(),
@@ -126,7 +128,9 @@ def _generate(
         folder.add(clip, frame_rate, file=name, item=item.key, prompt=item.prompt, seed=seed, number=0, seconds=seconds)
 
 
-def _made_by(run_dir: Path, backend: Backend, student: Student, frame_rate: float) -> ClipsFile:
+def _made_by(
+    run_dir: Path, backend: Backend, student: Student, frame_rate: float, frame_local: float | None
+) -> ClipsFile:
     exports = run_dir / "exports"
     record = ExportFile.read_optional(exports / f"{backend.export}.json")
     return ClipsFile(
@@ -136,6 +140,7 @@ def _made_by(run_dir: Path, backend: Backend, student: Student, frame_rate: floa
         options=backend.model_dump(mode="json"),
         negative_prompt=student.facts.contract.negative_prompt,
         frame_rate=frame_rate,
+        **({} if frame_local is None else {"frame_local": frame_local}),
     )
 
 
@@ -166,10 +171,11 @@ def _missing(out: Path, made_by: ClipsFile, names: Sequence[str], display: Displ
                 f"{out}: not empty, and not of flcompress generate (no {FOLDER_FILE}); choose another --out"
             )
         made_by.write(file)
-    there, asked = ClipsFile.read(file).dump(), made_by.dump()
-    for key in asked:
-        if there[key] != asked[key]:
-            values = "" if key in ("student", "export") else f": {there[key]!r} there, {asked[key]!r} given"
+    there = ClipsFile.read(file)
+    for key in ClipsFile.model_fields:
+        before, asked = getattr(there, key), getattr(made_by, key)
+        if before != asked:
+            values = "" if key in ("student", "export") else f": {before!r} there, {asked!r} given"
             raise RequestError(f"{out}: holds clips of another {key.replace('_', ' ')}{values}; choose another --out")
     folder = ClipFolder(out)
     intact, known = folder.intact(names), folder.lines()

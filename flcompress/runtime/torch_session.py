@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.metadata
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from flcompress.models.part_check import check_loaded, check_quantized, is_quant
 from flcompress.models.shards import folder_tensors
 from flcompress.models.stock import no_progress_bars
 from flcompress.tracing.counting import listed_blocks
+from flcompress.tracing.self_attention import frame_local_network
 
 TORCHAO = 0, 18
 """The lowest version of torchao whose quantised weights stock diffusers loads from safetensors here."""
@@ -156,6 +158,12 @@ class TorchSession:
         session = copy.copy(self)
         session._set(copy.deepcopy(self.transformer, {id(tensor): tensor for tensor in shared}))
         compile_blocks(session.transformer, listed_blocks(session.transformer))
+        return session
+
+    def frame_local(self, paths: Sequence[str]) -> TorchSession:
+        """Return a session of the same model in which the blocks at `paths` attend within latent frames."""
+        session = copy.copy(self)
+        session._network = frame_local_network(self.transformer, paths, self._guidance)
         return session
 
     def _set(self, transformer: Any) -> None:

@@ -41,6 +41,7 @@ class ClipsFile(Record):
         student: hash of the sampling facts of the diffusers export.
         export: cache key of what the back end runs; None where that was not noted.
         options: the back end's.
+        frame_local: share whose blocks attend within latent frames; None where all attend to all.
     """
 
     FIX = "choose another --out"
@@ -51,6 +52,7 @@ class ClipsFile(Record):
     options: dict[str, Any]
     negative_prompt: str
     frame_rate: Number
+    frame_local: Number | None = None
 
 
 class MeasuredLine(Record):

@@ -182,10 +182,15 @@ class ProgramMaker:
 
 
 def makers_of(
-    run: RunDirectory, home: Home, backends: Sequence[Backend] = (), guidances: Sequence[tuple[float, float]] = ()
+    run: RunDirectory,
+    home: Home,
+    backends: Sequence[Backend] = (),
+    guidances: Sequence[tuple[float, float]] = (),
+    frame_local: float | None = None,
 ) -> list[Maker]:
     """Return the contenders of a run, in the order of the tables."""
-    return [ProgramMaker(contender, home) for contender in run_contenders(run, home.device, backends, guidances)]
+    contenders = run_contenders(run, home.device, backends, guidances, frame_local)
+    return [ProgramMaker(contender, home) for contender in contenders]
 
 
 def student_of(path: Path, home: Home, names: Sequence[str]) -> Maker:

@@ -160,7 +160,8 @@ class _Evaluation:
             for number in range(self._each)
         ]
         studio = Studio(self._clips, takes, self._world, self._display)
-        makers = makers_of(self._run, self._home, self._request.backends, self._request.guidances)
+        request = self._request
+        makers = makers_of(self._run, self._home, request.backends, request.guidances, request.frame_local)
         for path in self._request.against:
             makers.append(maker_against(path, self._home, [maker.name for maker in makers]))
         if self._request.dry_run:

@@ -1,36 +1,30 @@
 """Score blocks by how much their tokens attend to other latent frames (after F3-Pruning, Su et al., AAAI 2024).
 
-The queries and keys are those that a block's own attention computes with, after its norms and rotary positions. They
-are read where every family hands them over, in the call of torch's `scaled_dot_product_attention`, by a torch function
-mode that is active inside the block's self-attention alone: a replaced processor would have to repeat each class's way
-to its queries and keys, and a hook on the module sees neither. A mode around the module, not around the block, leaves
-cross-attention out, whose text may happen to be as long as the clip.
+The queries and keys are those that a block's own attention computes with, after its norms and rotary positions.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
 from flcompress.data.dataset import LatentDataset
 from flcompress.diffusion.contract import SamplingContract
 from flcompress.diffusion.network import Conditioning, to_device
 from flcompress.distributed.world import World
-from flcompress.errors import RequestError
 from flcompress.ir.block import Estimate
 from flcompress.ir.graph import BlockGraph
 from flcompress.models.families import family_of
 from flcompress.models.network import as_network, stock_name
 from flcompress.progress import ProgressSink
 from flcompress.tracing.boundaries import clip_blocks
-from flcompress.tracing.skip import replaced_forwards
+from flcompress.tracing.self_attention import SelfAttention
 from flcompress.training.methods.stratified_draws import StratifiedDraws
 
 QUERIES = 64
@@ -58,8 +52,7 @@ class TemporalAttentionScores(StratifiedDraws):
         A_l = E over (x0, e, s), heads and queries of the attention's mass on other latent frames, among the clip's
         tokens: text keys are left out. One forward a draw.
         """
-        family = family_of(stock_name(model))
-        paths = clip_blocks(family, graph)
+        paths = clip_blocks(family_of(stock_name(model)), graph)
         network, process = as_network(model, contract.embedded_guidance), contract.process
         device = next(model.parameters()).device
         uniform = draws = 0.0
@@ -70,81 +63,41 @@ class TemporalAttentionScores(StratifiedDraws):
         ) -> torch.Tensor:
             nonlocal uniform, draws
             x0, noise, level = (tensor.to(device) for tensor in (x0, noise, level))
-            _, _, *size = x0.shape
-            frames, rows, columns = family.token_grid(model.config, (size[0], size[1], size[2]))
-            probe = AttentionProbe(frames, rows * columns, text_first=family.text_first)
-            with probe.inside(model, {path: f"{path}.{family.self_attention}" for path in paths}):
+            probe = AttentionProbe(model, x0.shape[2:])
+            with probe.inside(paths):
                 network(process.add_noise(x0, noise, level), process.timestep(level), to_device(conditioning, device))
-            uniform, draws = uniform + len(x0) * (1.0 - 1.0 / frames), draws + len(x0)
-            return torch.stack([probe.mass(path, len(x0)) for path in paths])
+            uniform, draws = uniform + len(x0) * (1.0 - 1.0 / probe.frames), draws + len(x0)
+            return torch.stack([probe.mass(path) for path in paths])
 
         measured = self.measure(masses, len(paths), contract, data, seed, progress, world)
         means = world.all_mean({"uniform": uniform, "draws": draws})
         return {path: measured.estimate(column) for column, path in enumerate(paths)}, means["uniform"] / means["draws"]
 
 
-class AttentionProbe(TorchFunctionMode):
-    """Measures the attention on other frames in every call of scaled_dot_product_attention while it is active.
+class AttentionProbe(SelfAttention):
+    """Measures the attention on other frames in every self-attention in which it is active."""
 
-    Args:
-        frames: latent frames of the clip, in tokens.
-        per_frame: tokens of each.
-        text_first: whether the text's tokens, where the attention runs over them too, come before the clip's.
-    """
-
-    def __init__(self, frames: int, per_frame: int, *, text_first: bool) -> None:
-        super().__init__()
-        self._frames, self._tokens, self._text_first = frames, frames * per_frame, text_first
-        self._path = ""
+    def __init__(self, model: Any, latents: Sequence[int]) -> None:
+        super().__init__(model, latents)
         self._masses: dict[str, list[torch.Tensor]] = {}
 
-    def inside(self, model: Any, modules: dict[str, str]) -> Any:
-        """Return a context in which it is active during the forwards of modules: block -> its attention's path."""
-        forwards: dict[str, Callable[..., Any]] = {}
-        for path, name in modules.items():
-            try:
-                module = model.get_submodule(name)
-            except AttributeError as error:
-                raise RequestError(
-                    f"temporal-attention: {stock_name(model)} has no module '{name}'; its family's self_attention "
-                    "names the module in which the clip's tokens attend to one another"
-                ) from error
-            forwards[name] = self._active(path, module.forward)
-        return replaced_forwards(model, forwards)
-
-    def _active(self, path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def probed(*args: Any, **kwargs: Any) -> Any:
-            self._path = path
-            with self:
-                return forward(*args, **kwargs)
-
-        return probed
-
     @override
-    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
-            self._measure(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-    def _measure(self, query: torch.Tensor, key: torch.Tensor, *_: Any, scale: float | None = None, **__: Any) -> None:
-        first = key.shape[2] - self._tokens if self._text_first else 0
-        clip = slice(first, first + self._tokens)
-        mass = mass_on_other_frames(query[:, :, clip], key[:, :, clip], self._frames, scale)
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        **options: Any,
+    ) -> torch.Tensor:
+        clip = self._clip(key.shape[2])
+        mass = mass_on_other_frames(query[:, :, clip], key[:, :, clip], self.frames, options.get("scale"))
         self._masses.setdefault(self._path, []).append(mass)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, **options)
 
-    def mass(self, path: str, samples: int) -> torch.Tensor:
-        """Return the mass [samples] of the last forward in a block, in float64 on the CPU.
-
-        Raises:
-            RequestError: not every sample's attention was seen.
-        """
-        masses = self._masses.get(path, [])
-        if sum(map(len, masses)) != samples:  # some classes call it sample by sample
-            raise RequestError(
-                f"temporal-attention: the attention of '{path}' does not run through torch's "
-                "scaled_dot_product_attention; unset DIFFUSERS_ATTN_BACKEND"
-            )
-        return torch.cat(masses).double().cpu()
+    def mass(self, path: str) -> torch.Tensor:
+        """Return the mass [samples] of the forward in a block, in float64 on the CPU."""
+        return torch.cat(self._masses[path]).double().cpu()  # some classes call it sample by sample
 
 
 def mass_on_other_frames(
