@@ -48,7 +48,7 @@ ROLES: tuple[str, ...] = (
 TRAINING, MODELS, PASSES = "flcompress/training", "flcompress/models", "flcompress/passes"
 LORAS = "flcompress/loras"
 
-IMPORTANCE = tuple(f"tests/passes/test_{name}.py" for name in ("importance", "certainty", "passes"))
+IMPORTANCE = tuple(f"tests/passes/test_{name}.py" for name in ("importance", "certainty"))
 DEPTH = tuple(f"tests/passes/test_{name}.py" for name in ("gaussian_depth", "passes"))
 JOINT = tuple(f"tests/passes/test_{name}.py" for name in ("joint_selection", "select"))
 CONSISTENCY = ("tests/training/test_consistency.py",)
