@@ -112,8 +112,8 @@ class Consistency(Optimisation, Pass):
             recomputed=self.steps * self.batch * student,
             batch=self.batch,
             roles=(
-                Role("student", parameters, trained=True, moments=self.moments, averaged=self.averages),
-                Role("teacher", original),
+                Role("student", parameters, trained=True, moments=self.moments, averaged=self.averages, forwards=1.0),
+                Role("teacher", original, forwards=teacher),
             ),
         )
 

@@ -160,7 +160,8 @@ class DistributionMatching(Optimisation, Pass):
         # The generator is pruned; the scores are as deep as the original. A LoRA's backward has no weights' gradients.
         pruned = parameters / original
         of_generator, of_fake = (2.0 if kind == "lora" else 3.0 for kind in (self.generator, self.fake_score))
-        simulate = pruned * (self.student_steps - 1) / 2.0
+        earlier = (self.student_steps - 1) / 2.0
+        simulate = pruned * earlier
         guidance = (2.0 if self.guides else 1.0) + (pruned if self.intra_cfg != NO_INTRA else 0.0)
         generator = simulate + pruned * of_generator + 1.0 + guidance
         critic = simulate + pruned + of_fake
@@ -170,15 +171,23 @@ class DistributionMatching(Optimisation, Pass):
             generator += 2.0 if self.real_lean else 1.0
             critic += 3.0 if self.gan_r1 else 2.0
 
+        generated = self.critic_updates * (earlier + 1.0) + earlier  # and one more, with a backward
+        real_forwards, real_backwards = self._real_runs(guidance, pruned, generated)
+
         def role(name: str, kind: str, parameters: float, blocks: float, runs: float, **more: Any) -> Role:
-            own = lora_parameters(parameters, blocks, self.lora_rank) if kind == "lora" else parameters
-            return Role(name, own, trained=True, moments=self.moments, runs=runs, **more)
+            lora = kind == "lora"
+            own = lora_parameters(parameters, blocks, self.lora_rank) if lora else parameters
+            return Role(name, own, trained=True, moments=self.moments, runs=runs, blockless=lora, **more)
 
         heads = head_parameters(width(parameters, blocks))
-        discriminator = Role("discriminator", heads, trained=True, moments=self.moments, updates=self.critic_updates)
+        updates = self.critic_updates
+        discriminator = Role(
+            "discriminator", heads, trained=True, moments=self.moments, updates=updates, blockless=True
+        )
         # The adversarial gradient keeps the real score's activations next to the generator's.
         both = parameters + original * bool(self.gan_weight)
 
+        real = "shared base" if self.settings.shares else "real score"
         own_base = self.generator == "lora" and not self.settings.generator_shares
         return Cost(
             steps=self.steps,
@@ -186,13 +195,32 @@ class DistributionMatching(Optimisation, Pass):
             recomputed=self.steps * self.batch * (both / original + self.critic_updates),
             batch=self.batch,
             roles=(
-                role("generator", self.generator, parameters, blocks, both, averaged=self.averages),
-                role("fake score", self.fake_score, original, blocks / pruned, original, updates=self.critic_updates),
+                role("generator", self.generator, parameters, blocks, both, averaged=self.averages, forwards=generated),
+                role("fake score", self.fake_score, original, blocks / pruned, original, updates=updates, forwards=1.0),
                 *((discriminator,) if self.gan_weight else ()),
-                Role("shared base" if self.settings.shares else "real score", original),
-                *((Role("generator's base", parameters),) if own_base else ()),
+                Role(real, original, forwards=real_forwards, backwards=real_backwards),
+                *((Role("generator's base", parameters, forwards=generated, backwards=1.0),) if own_base else ()),
             ),
         )
+
+    def _real_runs(self, guidance: float, pruned: float, generated: float) -> tuple[float, float]:
+        """Return a step's forwards of the real score, with those of LoRAs on it: without a backward, and with one.
+
+        Args:
+            guidance: forwards of the guidance.
+            pruned: share of the model that the generator has.
+            generated: forwards of the generator without a backward.
+        """
+        forwards, backwards = guidance, 0.0
+        if self.gan_weight:
+            # A forward of the guidance has a backward, or one of its own where that leans; see `cost`.
+            forwards += self.critic_updates * (3.0 if self.gan_r1 else 2.0) - (0.0 if self.real_lean else 1.0)
+            backwards += 1.0
+        if self.fake_score == "lora":
+            forwards, backwards = forwards + 1.0, backwards + self.critic_updates
+        if self.settings.generator_shares:
+            forwards, backwards = forwards + pruned * generated, backwards + pruned
+        return forwards, backwards
 
     @override
     def check(self, training: Training) -> None:

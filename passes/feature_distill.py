@@ -81,11 +81,11 @@ class FeatureDistill(Optimisation, Pass):
         student = parameters / original
         roles = [
             Role("student", parameters, trained=True, moments=self.moments, averaged=self.averages),
-            Role("original", original),
+            Role("original", original, forwards=1.0),
         ]
         if self.motion_weight:
             heads = discriminator_parameters(parameters, blocks)
-            roles.append(Role("discriminator", heads, trained=True, moments=self.moments))
+            roles.append(Role("discriminator", heads, trained=True, moments=self.moments, blockless=True))
         return Cost(
             steps=self.steps,
             forwards=self.steps * self.batch * (1.0 + 3.0 * student),

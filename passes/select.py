@@ -73,7 +73,7 @@ class Select(Pass):
         searched = 0.5 * 0.75 * sets * self.draws
         trained = 4.0 * self.recover * self.recover_batch * self.candidates if self.recover else 0.0
         alone = (Role("transformer", parameters),)
-        both = (Role("model", parameters, trained=True), Role("original", parameters))
+        both = (Role("model", parameters, trained=True), Role("original", parameters, forwards=1.0))
         return Cost(
             steps=self.recover * self.candidates,
             forwards=searched + trained,

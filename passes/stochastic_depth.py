@@ -71,16 +71,15 @@ class StochasticDepth(Optimisation, Pass):
     @override
     def cost(self, parameters: float, blocks: int, original: float) -> Cost:
         averaged = self.averages or self.target == "ema"
-        roles = [
-            Role("model", parameters, trained=True, moments=self.moments, averaged=averaged),
-            Role("original", parameters),
-        ]
+        left, frozen = 1.0 - self.remove * self.skip_probability, float(self.target == "frozen")
+        model = Role("model", parameters, trained=True, moments=self.moments, averaged=averaged)
+        roles = [replace(model, forwards=1.0 - frozen, backwards=left), Role("original", parameters, forwards=frozen)]
         if self.target == "ema":
             roles.append(Role("averaged target", parameters))
         return Cost(
             steps=self.steps,
-            forwards=self.steps * self.batch * (1.0 + 3.0 * (1.0 - self.remove * self.skip_probability)),
-            recomputed=self.steps * self.batch * (1.0 - self.remove * self.skip_probability),
+            forwards=self.steps * self.batch * (1.0 + 3.0 * left),
+            recomputed=self.steps * self.batch * left,
             batch=self.batch,
             roles=tuple(roles),
         )

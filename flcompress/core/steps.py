@@ -90,6 +90,9 @@ class Role:
         averaged: whether a moving average of it is kept.
         updates: optimiser steps in each of the pass's steps.
         runs: parameters of all that its update keeps activations of, a shared base's included; its own where None.
+        forwards: forwards in each of the pass's steps that no backward follows, in forwards of all its blocks.
+        backwards: those that a backward follows; its updates where None, and none if it is not trained.
+        blockless: whether it is no transformer with blocks: a LoRA, a discriminator.
     """
 
     name: str
@@ -99,6 +102,9 @@ class Role:
     averaged: bool = False
     updates: int = 1
     runs: float | None = None
+    forwards: float = 0.0
+    backwards: float | None = None
+    blockless: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 UTILISATION = 0.4
 """Share of the stated speed that training of large transformers usually reaches: an assumption, printed as such."""
 
+LINK_UTILISATION = 0.7
+"""Share of a link's stated speed that an exchange of large tensors usually reaches: an assumption, printed as such."""
+
+MACHINE = 8
+"""GPUs in a machine: an assumption."""
+
 RESERVE = 0.1
 """Share of a GPU's memory that a plan leaves for what it does not count: CUDA, NCCL, and gaps between tensors."""
 
@@ -40,20 +46,25 @@ class Gpu:
         memory: bytes.
         half: dense FLOP/s in bf16.
         single: dense FLOP/s in fp32, without TF32, which PyTorch leaves off.
+        link: bytes/s, one way, to the other GPUs of its machine: NVLink of SXM cards, PCIe 4.0 x16 of the others.
+        network: bytes/s, one way, to other machines: the assumption is 400 Gb/s for each data-centre card, if its PCIe
+            does that, and 100 Gb/s for all others of a machine together.
     """
 
     name: str
     memory: float
     half: float
     single: float
+    link: float
+    network: float
 
 
 GPUS = {
-    "a100": Gpu("A100 80 GB", 80e9, 312e12, 19.5e12),
-    "h100": Gpu("H100 80 GB", 80e9, 989e12, 67e12),
-    "h200": Gpu("H200 141 GB", 141e9, 989e12, 67e12),
-    "l40s": Gpu("L40S 48 GB", 48e9, 362e12, 91.6e12),
-    "rtx4090": Gpu("RTX 4090 24 GB", 24e9, 165e12, 82.6e12),
+    "a100": Gpu("A100 80 GB", 80e9, 312e12, 19.5e12, 300e9, 50e9),
+    "h100": Gpu("H100 80 GB", 80e9, 989e12, 67e12, 450e9, 50e9),
+    "h200": Gpu("H200 141 GB", 141e9, 989e12, 67e12, 450e9, 50e9),
+    "l40s": Gpu("L40S 48 GB", 48e9, 362e12, 91.6e12, 32e9, 32e9),
+    "rtx4090": Gpu("RTX 4090 24 GB", 24e9, 165e12, 82.6e12, 32e9, 12.5e9 / MACHINE),
 }
 
 
@@ -68,6 +79,8 @@ class Machine:
         half: FLOP/s to plan with in bf16.
         single: FLOP/s to plan with in fp32.
         gpu: whether it has GPUs.
+        link: bytes/s to plan with between GPUs of a machine; None where exchanges are taken to need no time.
+        network: the same between machines.
     """
 
     name: str
@@ -76,10 +89,18 @@ class Machine:
     half: float
     single: float
     gpu: bool
+    link: float | None = None
+    network: float | None = None
 
     def speed(self, precision: Precision) -> float:
         """Return the FLOP/s of one GPU or process."""
         return self.half if precision == "bf16" else self.single
+
+    def exchange_seconds(self, within: float, between: float) -> float:
+        """Return how long a GPU sends bytes within its machine and, at the same time, to other machines."""
+        if self.link is None or self.network is None:
+            return 0.0
+        return max(within / self.link, between / self.network)
 
     def holds(self, size: float) -> bool:
         """Return whether `size` bytes fit one GPU, with `RESERVE` left for what is not counted."""
@@ -127,6 +148,8 @@ def gpu_machine(recipe: Recipe, gpu: str, count: int | None = None, memory: str 
         half=UTILISATION * kind.half,
         single=UTILISATION * kind.single,
         gpu=True,
+        link=LINK_UTILISATION * kind.link,
+        network=LINK_UTILISATION * kind.network,
     )
 
 

@@ -148,15 +148,22 @@ def moments_memory(numbers: float, placement: Placement) -> float:
 
 
 def update_memory(
-    trained: float, moments: int, gathered: float, placement: Placement, *, micro_batches: bool = False
+    trained: float,
+    moments: int,
+    gathered: float,
+    placement: Placement,
+    *,
+    rounded: float = 1.0,
+    micro_batches: bool = False,
 ) -> UpdateMemory:
     """Return what an update takes on one process.
 
     Args:
         trained: number of trained parameters.
         moments: optimiser moments of each of them.
-        gathered: bytes of weights that are gathered at once.
+        gathered: bytes of weights that are gathered at once, in fp32.
         placement: how the training is split.
+        rounded: share of these bytes that fsdp2 gathers, which rounds some of them.
         micro_batches: whether gradients accumulate over several micro batches.
     """
     total = FP32 * trained
@@ -173,7 +180,12 @@ def update_memory(
         case "ddp":  # gradients are in its buckets, which stay; until the last micro batch they are outside
             return UpdateMemory(gradients=0.0, lasting=total, forward=waiting, backward=0.0, step=0.0)
         case "fsdp2":  # gathered weights, their gradients, and a copy of those that is being sent
-            return UpdateMemory(gradients=part, forward=waiting + gathered, backward=part + 3.0 * gathered, step=part)
+            return UpdateMemory(
+                gradients=part,
+                forward=waiting + rounded * gathered,
+                backward=part + (rounded + 2.0) * gathered,
+                step=part,
+            )
         case "zero3":  # its part of the gradients, the bucket and gathered weights stay; a step flattens the part
             return UpdateMemory(
                 gradients=part,
@@ -200,16 +212,27 @@ class ParameterShares:
     Attributes:
         outside: the share outside of all blocks.
         block: the share of the largest block.
+        linear: the share in weights of linear layers.
     """
 
     outside: float
     block: float
+    linear: float
 
 
-def parameter_shares(graph: BlockGraph) -> ParameterShares:
-    """Return the shares of a traced transformer's parameters."""
+def parameter_shares(graph: BlockGraph, linear: float) -> ParameterShares:
+    """Return the shares of a traced transformer's parameters, of which `linear` are weights of linear layers."""
     inside = [block.parameters for block in graph.blocks]
-    return ParameterShares(outside=1.0 - sum(inside) / graph.parameters, block=max(inside) / graph.parameters)
+    outside, block = 1.0 - sum(inside) / graph.parameters, max(inside) / graph.parameters
+    return ParameterShares(outside=outside, block=block, linear=linear)
+
+
+def gathered_widths(training: Training, precision: Precision) -> tuple[int, int]:
+    """Return the bytes of a number that fsdp2 gathers of a trained role: of linear layers' weights, and of all others.
+
+    Under autocast the former are rounded before they are gathered, unless blocks are compiled.
+    """
+    return BF16 if precision == "bf16" and not training.compile else FP32, FP32
 
 
 def compute_precision(cost: Cost, precision: Precision, *, gpu: bool) -> Precision:
@@ -242,7 +265,8 @@ def plan_memory(
     """
     # A pass that does not train has the whole model in every process, and a batch of its own.
     placement = Placement(training.engine if cost.steps else "local", training.shard_size or processes, gpu)
-    width = BF16 if compute_precision(cost, training.precision, gpu=gpu) == "bf16" else FP32
+    precision = compute_precision(cost, training.precision, gpu=gpu)
+    width = BF16 if precision == "bf16" else FP32
     together = training.sequence_parallel
     own = cost.batch * together / processes if cost.steps else float(cost.batch)
     samples = min(own, training.micro_batch or own) if cost.steps else own
@@ -264,7 +288,11 @@ def plan_memory(
             roles[role.name] = RoleMemory(weights=weights, engine=lasting)
             others = max(others, gathered - lasting)
             continue
-        update = update_memory(role.parameters, role.moments, gathered, placement, micro_batches=samples < own)
+        linear, other = (FP32, FP32) if role.blockless else gathered_widths(training, precision)
+        rounded = (shares.linear * linear + (1.0 - shares.linear) * other) / FP32
+        update = update_memory(
+            role.parameters, role.moments, gathered, placement, rounded=rounded, micro_batches=samples < own
+        )
         moments = moments_memory(role.moments * role.parameters, placement)
         average = weights if role.averaged else 0.0
         if "moments" in away:  # those of one tensor, at most of a block, are on the device at once

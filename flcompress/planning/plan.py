@@ -20,6 +20,7 @@ from flcompress.models.families import family_of
 from flcompress.models.loading import meta_transformer, transformer_class
 from flcompress.models.network import stock_name
 from flcompress.planning.activations import saved_activations
+from flcompress.planning.exchanges import PlannedExchanges, SplitClip, TransformerShapes
 from flcompress.planning.experts import PlannedExperts
 from flcompress.planning.machines import Machine, gpu_here, gpu_machine, measure_speed, this_machine
 from flcompress.planning.memory import PlannedMemory, compute_precision
@@ -29,7 +30,6 @@ from flcompress.planning.settings import (
     PlannedSetting,
     Planner,
     Setting,
-    SplitClip,
     advise,
     all_settings,
 )
@@ -54,6 +54,9 @@ class PlannedPass:
         recomputed: how many of these gradient checkpointing repeats.
         precision: precision that the pass computes in.
         processes: processes that share the pass.
+        exchanges: what a process sends to others in a step.
+        computing: duration of the pass's computations in seconds.
+        exchanging: duration of its exchanges, those included that computations hide.
         seconds: duration of the pass.
         memory: memory of one process, under the recipe's own setting.
         fits: whether that memory fits the machine.
@@ -70,6 +73,9 @@ class PlannedPass:
     recomputed: int
     precision: Precision
     processes: int
+    exchanges: PlannedExchanges
+    computing: float
+    exchanging: float
     seconds: float
     memory: PlannedMemory
     fits: bool
@@ -128,6 +134,16 @@ class Plan:
         return sum(row.seconds for row in self.passes)
 
     @property
+    def computing(self) -> float:
+        """Time of all computations in seconds."""
+        return sum(row.computing for row in self.passes)
+
+    @property
+    def exchanging(self) -> float:
+        """Time of all exchanges between GPUs in seconds, those included that computations hide."""
+        return sum(row.exchanging for row in self.passes)
+
+    @property
     def gpus(self) -> int:
         """GPUs that the recipe's own setting occupies."""
         return self.setting.processes(self.machine)
@@ -135,7 +151,9 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain JSON values, with totals and hours."""
         plain = asdict(self)
-        plain |= {"fits": self.fits, "hours": self.seconds / 3600, "gpu_hours": self.gpus * self.seconds / 3600}
+        hours = {"hours": self.seconds, "computing_hours": self.computing, "exchanging_hours": self.exchanging}
+        plain |= {name: seconds / 3600 for name, seconds in hours.items()}
+        plain |= {"fits": self.fits, "gpu_hours": self.gpus * self.seconds / 3600}
         plain["advice"] = plain["advice"] and plain["advice"] | {"recipe": self.advice.lines() if self.advice else []}
         for row, planned in zip(plain["passes"], self.passes, strict=True):
             row["memory"]["total"] = planned.memory.total
@@ -208,7 +226,9 @@ def make_plan(
         ]
         precisions = {compute_precision(cost, own.precision, gpu=machine.gpu) for cost in costs}
     saved = {name: saved_activations(transformer, graph, tokens, shape, name, gpu=machine.gpu) for name in precisions}
-    planner = Planner(graph, saved, _split_clip(transformer, tokens, shape))
+    model = meta_transformer(transformer)
+    shapes, clip = TransformerShapes.of(model, graph), split_clip(model, graph, tokens, shape)
+    planner = Planner(graph, saved, shapes, clip, recipe.training.compile)
     checkpointing = bool(transformer_class(transformer)._supports_gradient_checkpointing)
     rows: list[PlannedPass] = []
     inputs: list[PlannedInput] = []
@@ -237,6 +257,9 @@ def make_plan(
                 recomputed=round(cost.recomputed * own.gradient_checkpointing),
                 precision=compute_precision(cost, own.precision, gpu=machine.gpu),
                 processes=plan.processes,
+                exchanges=plan.exchanges,
+                computing=plan.computing,
+                exchanging=plan.exchanging,
                 seconds=plan.seconds,
                 memory=plan.memory,
                 fits=plan.fits,
@@ -264,15 +287,21 @@ def make_plan(
     )
 
 
-def _split_clip(transformer: Path, text: int, shape: LatentShape) -> SplitClip | None:
+def split_clip(model: Any, graph: BlockGraph, text: int, shape: LatentShape) -> SplitClip | None:
     """Return what of a clip of latents (frames, height, width) processes can share; None if its tokens stay whole."""
-    model = meta_transformer(transformer)
     family, config = family_of(stock_name(model)), model.config
     axes = family.token_axes(config)
     if axes is None:
         return None
-    tokens = math.prod(family.token_grid(config, shape))
-    return SplitClip(tokens=tokens, text=text, heads=axes.heads)
+    streams = list(graph.clip_streams().values())
+    return SplitClip(
+        tokens=math.prod(family.token_grid(config, shape)),
+        text=text,
+        heads=axes.heads,
+        width=streams[0].spec.shape[-1],
+        blocks=len(streams),
+        joined=family.attends_to_text,
+    )
 
 
 def _check_groups(recipe: Recipe, processes: int) -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import chain, product
 from typing import get_args
 
 from flcompress.core.settings import OFFLOADING, EngineName, OffloadName, Precision, Training
 from flcompress.core.steps import Cost, Pass, Role
 from flcompress.ir.graph import BlockGraph
 from flcompress.planning.activations import SavedActivations
-from flcompress.planning.machines import Machine
+from flcompress.planning.exchanges import PlannedExchanges, SplitClip, TransformerShapes, plan_exchanges
+from flcompress.planning.machines import MACHINE, Machine
 from flcompress.planning.memory import PlannedMemory, compute_precision, parameter_shares, plan_memory
 
 ENGINES: tuple[EngineName, ...] = ("local", "ddp", "zero1", "zero2", "fsdp2", "zero3")
@@ -21,8 +22,6 @@ OFFLOADS: tuple[tuple[OffloadName, ...], ...] = ((), ("moments",), ("moments", "
 """What the advice may move to host memory: nothing first."""
 HOST_LINK = 20e9
 """Bytes a second between a GPU and host memory, one way at a time: an assumption, two thirds of PCIe 4.0 x16."""
-MAX_TOGETHER = 8
-"""Most GPUs that the advice lets compute one clip together: those of one machine, which exchange at every attention."""
 MAX_GPUS = 1024
 """Largest GPU count that the advice considers."""
 
@@ -98,6 +97,9 @@ class PlannedSetting:
         processes: processes that share the pass.
         batch: samples of a step over all processes: the recipe's batch, or the next that the processes divide.
         memory: memory of one process.
+        exchanges: what it sends to others in a step.
+        computing: duration of the pass's computations in seconds.
+        exchanging: duration of its exchanges, those included that computations hide.
         seconds: duration of the pass.
         fits: whether a GPU has the memory, with `RESERVE` left.
     """
@@ -106,6 +108,9 @@ class PlannedSetting:
     processes: int
     batch: int
     memory: PlannedMemory
+    exchanges: PlannedExchanges
+    computing: float
+    exchanging: float
     seconds: float
     fits: bool
 
@@ -135,29 +140,6 @@ class PlannedInput:
         return cost if batch is None else replace(cost, batch=batch)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SplitClip:
-    """A clip whose tokens processes can compute together.
-
-    Attributes:
-        tokens: the clip's.
-        text: its prompt's, which every process has whole.
-        heads: attention heads of the transformer, which the processes divide.
-    """
-
-    tokens: int
-    text: int
-    heads: int
-
-    def part(self, together: int) -> float:
-        """Return the largest share of a sample's activations that one of `together` processes has."""
-        return (-(-self.tokens // together) + self.text) / (self.tokens + self.text)
-
-    def degrees(self) -> list[int]:
-        """Return the numbers of processes that the advice considers."""
-        return [n for n in (1, 2, 4, MAX_TOGETHER) if self.heads % n == 0 and n <= self.tokens]
-
-
 @dataclass(frozen=True)
 class Planner:
     """Plans passes of one model under any setting.
@@ -165,12 +147,16 @@ class Planner:
     Attributes:
         graph: block graph of the whole transformer.
         saved: activations of its forward, by precision.
+        shapes: its parameters.
         clip: what of a clip can be split over processes; None if nothing can.
+        compile: whether blocks are compiled.
     """
 
     graph: BlockGraph
     saved: Mapping[Precision, SavedActivations]
+    shapes: TransformerShapes
     clip: SplitClip | None = None
+    compile: bool = False
 
     def plan(self, planned: PlannedInput, setting: Setting, machine: Machine) -> PlannedSetting:
         """Plan one pass under one setting, at its own batch or the next that the processes divide."""
@@ -188,26 +174,35 @@ class Planner:
             offload=setting.offload if planned.step.distributed else (),
             sequence_parallel=together,
             shard_size=setting.shard_size if planned.step.distributed else None,
+            compile=self.compile,
         )
         precision = compute_precision(cost, setting.precision, gpu=machine.gpu)
         memory = plan_memory(
             cost,
             self.saved[precision],
             training,
-            parameter_shares(self.graph),
+            parameter_shares(self.graph, self.shapes.linear),
             float(self.graph.parameters),
             processes=processes,
             gpu=machine.gpu,
             part=self.clip.part(together) if self.clip is not None else 1.0,
         )
+        exchanges = plan_exchanges(cost, training, self.shapes, self.clip, processes=processes, precision=precision)
+        hidden, waiting = (
+            cost.steps * machine.exchange_seconds(sent.within, sent.between)
+            for sent in (exchanges.hidden, exchanges.waiting)
+        )
         forwards = cost.forwards + cost.recomputed * setting.gradient_checkpointing
+        computing = forwards * self.graph.flops / machine.speed(precision) / processes
         return PlannedSetting(
             setting=setting,
             processes=processes,
             batch=cost.batch,
             memory=memory,
-            seconds=forwards * self.graph.flops / machine.speed(precision) / processes
-            + cost.steps * memory.moved / HOST_LINK,
+            exchanges=exchanges,
+            computing=computing,
+            exchanging=hidden + waiting,
+            seconds=max(computing, hidden) + waiting + cost.steps * memory.moved / HOST_LINK,
             fits=machine.holds(memory.total),
         )
 
@@ -235,6 +230,7 @@ class Advice:
         training = f"engine: {setting.engine}, precision: {setting.precision}, gradient_checkpointing: {checkpointing}"
         parts = f", micro_batch: {setting.micro_batch}" if setting.micro_batch else ""
         parts += f", offload: [{', '.join(setting.offload)}]" if setting.offload else ""
+        parts += f", shard_size: {setting.shard_size}" if setting.shard_size else ""
         parts += f", sequence_parallel: {setting.sequence_parallel}" if setting.sequence_parallel > 1 else ""
         count = f", processes: {self.gpus}" if setting.engine != "local" else ""
         passes = [
@@ -248,8 +244,9 @@ def advise(planner: Planner, passes: Sequence[PlannedInput], machine: Machine, c
     """Return the cheapest setting that fits this machine, or a larger one with the same GPUs; None if nothing fits.
 
     Batches are kept, or rounded up to what the GPUs divide. A clip is computed by as few GPUs together as possible,
-    since the time of their exchanges is not known, and nothing waits in host memory if that is enough. Of the settings
-    that fit the shortest time wins, then the largest micro batch, then the fewest GPUs, then the simplest engine.
+    since they wait for its exchanges, and nothing waits in host memory if that is enough. Of the settings that fit the
+    shortest time wins, then the largest micro batch, then the fewest GPUs, then the simplest engine. Weights are split
+    within machines only if that is quicker.
     """
     counts = [machine.count, *(2**power for power in range(11) if machine.count < 2**power <= MAX_GPUS)]
     whole = planner.clip is None or any(planned.step.whole_clips for planned in passes)
@@ -257,7 +254,9 @@ def advise(planner: Planner, passes: Sequence[PlannedInput], machine: Machine, c
     for count, offload, together in product(counts, OFFLOADS, degrees):
         if count % together:
             continue
-        settings = all_settings(checkpointing, None, offload, together)
+        sizes = (None, MACHINE) if count > MACHINE and count % MACHINE == 0 else (None,)
+        choices = (all_settings(checkpointing, None, offload, together, size) for size in sizes)
+        settings = dict.fromkeys(chain.from_iterable(choices))
         fitting = list(_fitting(planner, passes, replace(machine, count=count), settings))
         if fitting:
             return min(

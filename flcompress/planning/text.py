@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from flcompress import wording
-from flcompress.planning.machines import RESERVE, UTILISATION
+from flcompress.planning.machines import LINK_UTILISATION, RESERVE, UTILISATION
 from flcompress.planning.plan import Plan, PlannedPass
 from flcompress.planning.settings import ENGINES, Setting
 
@@ -17,7 +17,8 @@ def plan_text(plan: Plan, *, settings: bool = False) -> str:
         plan: the plan.
         settings: whether to add the memory of every role, and of every setting of `training:`.
     """
-    head = ("pass", "parameters", "FLOPs/forward", "steps", "forwards", "time", "memory")
+    apart = ("computing", "exchanges") if plan.exchanging else ()
+    head = ("pass", "parameters", "FLOPs/forward", "steps", "forwards", *apart, "time", "memory")
     rows = [
         (
             row.name,
@@ -25,6 +26,7 @@ def plan_text(plan: Plan, *, settings: bool = False) -> str:
             wording.flops(row.flops),
             f"{row.steps:,}",
             f"{row.forwards:,}",
+            *((wording.duration(row.computing), wording.duration(row.exchanging)) if apart else ()),
             wording.duration(row.seconds),
             wording.size(row.memory.total),
         )
@@ -56,7 +58,11 @@ def _time(plan: Plan) -> str:
         return f"{wording.duration(plan.seconds)} at a measured {wording.flops(machine.single)}FLOP/s"
     hours = plan.seconds / 3600
     total = f"{hours * plan.gpus:,.1f} GPU-hours, {hours:,.1f} hours on {plan.gpus} x {machine.name}"
-    return f"{total} at {wording.share(UTILISATION, 0)} of the stated speed"
+    speed = f"{total} at {wording.share(UTILISATION, 0)} of the stated speed"
+    if not plan.exchanging:
+        return speed
+    apart = f"{plan.computing / 3600:,.1f} hours of computing, {plan.exchanging / 3600:,.1f} hours of exchanges"
+    return f"{speed} ({apart} at {wording.share(LINK_UTILISATION, 0)} of the links')"
 
 
 def _memory_lines(plan: Plan) -> Iterator[str]:

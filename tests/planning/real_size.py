@@ -33,6 +33,7 @@ from flcompress.models.tensor_memory import Alive
 from flcompress.passes.dmd import DistributionMatching
 from flcompress.passes.stochastic_depth import StochasticDepth
 from flcompress.planning.activations import saved_activations
+from flcompress.planning.exchanges import TransformerShapes
 from flcompress.planning.machines import gpu_machine
 from flcompress.planning.settings import PlannedInput, Planner, Setting
 from flcompress.tracing.running import AllTrueMasks
@@ -137,7 +138,9 @@ class RealSize:
         saved = saved_activations(self.source.transformer, graph, tokens, shape, training.precision, gpu=True)
         left = graph.parameters - sum(graph.block(path).parameters for path in removed)
         planned = PlannedInput(self.step(kind), float(left), len(graph.blocks) - len(removed))
-        return Planner(graph, {training.precision: saved}).plan(planned, Setting.of(training), machine).memory.total
+        shapes = TransformerShapes.of(meta_transformer(self.source.transformer), graph)
+        planner = Planner(graph, {training.precision: saved}, shapes)
+        return planner.plan(planned, Setting.of(training), machine).memory.total
 
     def counted(self, kind: type[Pass], removed: Sequence[str] = ()) -> int:
         """Return the most bytes that are alive in a whole update of every role of a pass, by CUDA's autocast."""

@@ -33,7 +33,8 @@ SAVED = SavedActivations(
 )
 GENERATOR = Role("generator", 200, trained=True, averaged=True)
 FAKE, REAL = Role("fake", 100, trained=True), Role("real", 50)
-SHARES = ParameterShares(outside=0.1, block=0.1)
+PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
+SHARES = ParameterShares(outside=0.1, block=0.1, linear=0.9)
 
 
 def memory(
@@ -197,6 +198,17 @@ def test_what_a_process_of_four_holds(
     role = memory(GENERATOR, engine=engine, processes=4).roles["generator"]
     found = (role.weights, role.gradients, role.moments, role.average, role.engine)
     assert found == (weights, gradients, moments, average, kept)
+
+
+def test_fsdp2_gathers_weights_of_linear_layers_in_half_precision() -> None:
+    """Nine tenths of them here; the gradients of a gathered block, and the copy that is sent, are whole."""
+    gathered = 4 * 200 * (0.1 + 2 * 0.1)
+    exact, rounded = (update_memory(200, 2, gathered, Placement("fsdp2", 4, gpu=True), rounded=x) for x in (1.0, 0.55))
+    assert (exact.forward, exact.backward) == (gathered, 200 + 3 * gathered)
+    assert rounded.forward == 0.55 * gathered
+    assert rounded.backward == pytest.approx(200 + 2.55 * gathered)
+    whole, half = (memory(GENERATOR, engine="fsdp2", processes=4, precision=name, batch=8) for name in PRECISIONS)
+    assert whole.update - half.update == pytest.approx(0.45 * gathered)
 
 
 @pytest.mark.parametrize(("engine", "weights"), [("ddp", 200), ("zero2", 200), ("zero3", 50), ("fsdp2", 50)])

@@ -109,6 +109,55 @@ def test_weights_that_some_of_the_gpus_split(write: WriteRecipe) -> None:
     assert gpu_machine(load_recipe(write(f"training: {{engine: fsdp2, shard_size: 2}}\n{PASSES}")), "h100").count == 2
 
 
+def test_a_gpu_computes_while_it_exchanges_what_can_wait(write: WriteRecipe) -> None:
+    """DeepSpeed's ZeRO-1 and 2 compute nothing meanwhile. On links of no known speed exchanges take no time."""
+    settings = {
+        name: {one.setting.engine: one for one in plan(write, machine).passes[1].settings}
+        for name, machine in (
+            ("none", GPU),
+            ("quick", replace(GPU, link=1e12, network=1.0)),
+            ("slow", replace(GPU, link=1e3, network=1.0)),
+        )
+    }
+    sent = settings["slow"]["ddp"].exchanges.hidden
+    assert sent.between == 0.0 < sent.within
+    for engine in ("ddp", "fsdp2", "zero3", "zero2"):
+        none, quick, slow = (settings[name][engine] for name in ("none", "quick", "slow"))
+        assert (none.exchanging, none.seconds) == (0.0, none.computing)
+        assert quick.exchanging == pytest.approx(slow.exchanging / 1e9)
+        waits = engine == "zero2"
+        assert quick.seconds == quick.computing + waits * quick.exchanging
+        assert slow.seconds == slow.exchanging + waits * slow.computing
+    assert settings["slow"]["ddp"].exchanging == pytest.approx(10 * sent.within / 1e3)
+    assert settings["slow"]["local"].seconds == settings["none"]["local"].seconds
+
+
+@pytest.mark.parametrize(("network", "size"), [(1e12, None), (1e6, 8)], ids=["quick", "slow"])
+def test_weights_are_split_within_machines_where_links_between_them_are_slow(
+    write: WriteRecipe, network: float, size: int | None
+) -> None:
+    """And where that fits: a machine's part is twice that of two machines."""
+    two = replace(GPU, count=16, link=1e12, network=network)
+    leanest = min(totals(plan(write, two)).values())
+    found = plan(write, replace(two, memory=1.5 * leanest / (1 - RESERVE))).advice
+    assert found is not None
+    assert (found.setting.engine, found.setting.shard_size) == ("fsdp2", size)
+    assert ("shard_size: 8" in found.lines()[0]) == (size == 8)
+    tight = plan(write, replace(two, memory=1.01 * leanest / (1 - RESERVE))).advice
+    assert tight is not None
+    assert tight.setting.shard_size is None
+
+
+def test_times_apart(write: WriteRecipe) -> None:
+    found = plan(write, replace(GPU, link=1e3, network=1e3), "{engine: fsdp2, processes: 2}")
+    text = plan_text(found)
+    assert "forwards computing exchanges time memory" in " ".join(text.split())
+    hours = found.exchanging / 3600
+    assert f"({found.computing / 3600:,.1f} hours of computing, {hours:,.1f} hours of exchanges at 70 % of the" in text
+    assert found.to_dict()["exchanging_hours"] == hours > 0.1
+    assert "exchanges" not in plan_text(plan(write))
+
+
 def test_nothing_fits(write: WriteRecipe) -> None:
     found = plan(write, replace(GPU, memory=1.0))
     assert found.advice is None
