@@ -165,7 +165,8 @@ class TransformerShapes:
             (inside, matrix): Counter() for inside in (False, True) for matrix in (False, True)
         }
         for name, parameter in model.named_parameters():
-            counts[name.startswith(blocks), name in linear][len(parameter)] += parameter.numel()
+            rows = parameter.shape[0] if parameter.ndim else 1
+            counts[name.startswith(blocks), name in linear][rows] += parameter.numel()
         outside, inside = (Shapes(linear=counts[part, True], others=counts[part, False]) for part in (False, True))
         return cls(inside=inside, outside=outside)
 
