@@ -254,8 +254,9 @@ def _of_fsdp2(
     """Return what fsdp2 sends of a role: everything while other blocks compute.
 
     A block is gathered for every forward, and once for its backward, which recomputes it if it is checkpointed. What is
-    outside of the blocks stays gathered until a backward ends. Gradients are scattered after every micro batch, and
-    between copies their parts are reduced once for every update.
+    outside of the blocks stays gathered until a backward ends; not counted are that it is gathered anew after an
+    average took the place of the weights, and never of a LoRA's base. Gradients are scattered after every micro batch,
+    and between copies their parts are reduced once for every update.
     """
     group, backwards = Group.neighbours(parts), backwards_of(role)
     ends = role.updates if role.trained else backwards
