@@ -28,6 +28,7 @@ from docs.measurements.mutants import Mutant, mutants
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+OUTPUT = "output.txt"
 RESULTS, EQUIVALENT = HERE / "mutations.json", HERE / "mutations_equivalent.json"
 
 HEART: tuple[str, ...] = (
@@ -142,11 +143,14 @@ def digest(tests: tuple[str, ...], tree: Path) -> str:
 
 
 def run(tree: Path, tests: tuple[str, ...], limit: float, *, compile_files: bool = False) -> str:
-    """ "survived", "killed" or "timeout": the tests in a child of this process, which has imported what takes long."""
+    """ "survived", "killed" or "timeout": the tests in a child of this process, which has imported what takes long.
+
+    What they print is in a file next to the tree, `OUTPUT`.
+    """
     child = os.fork()
     if child == 0:
         os.setsid()
-        quiet = os.open(os.devnull, os.O_WRONLY)
+        quiet = os.open(tree.parent / OUTPUT, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(quiet, 1)
         os.dup2(quiet, 2)
         os.chdir(tree)
@@ -208,6 +212,7 @@ def measure(tree: Path, areas: list[str], per_file: int) -> None:
                 if tests not in base:
                     started = time.monotonic()
                     if run(tree, tests, 1200.0, compile_files=True) != "survived":
+                        print((tree.parent / OUTPUT).read_text(encoding="utf-8")[-4000:])
                         raise SystemExit(f"{', '.join(tests)}: fail without any mutant")
                     base[tests] = time.monotonic() - started
                 for stale in copied.parent.glob(f"__pycache__/{copied.stem}.*"):
