@@ -23,7 +23,7 @@ UNTOUCHED_CALLS = {
     "lru_cache",
 }
 """Limits of recipe fields, and what is only shown."""
-UNTOUCHED_FUNCTIONS = {"cost", "check", "lora_parameters", "__repr__", "__hash__"}
+UNTOUCHED_FUNCTIONS = {"cost", "_real_runs", "check", "lora_parameters", "__repr__", "__hash__"}
 """The plan's estimates and refusals, which have tests of their own."""
 
 ALIASES = {"Callable", "Mapping", "Literal", "tuple", "dict"}

@@ -64,6 +64,12 @@ def test_two_processes_give_the_scores_of_one_to_the_last_bit(model: Path, tmp_p
     found = [json.loads(result.read_text()) | {"seconds": 0} for result in results]
     assert found[0]["blocks"][0]["standard_error"] > 0
     assert found[0] == found[1]
+    count = len(found[0]["blocks"])
+    assert len(found[0]["sureness"]) == len(found[0]["membership"]) == count - 1
+    # A resampling that chooses the whole set chooses each of its blocks, and none of the others.
+    for sure, members in zip(found[0]["sureness"], found[0]["membership"], strict=True):
+        assert all(share >= sure - 1e-3 or share <= 1.0 - sure + 1e-3 for share in members.values())
+    assert found[0]["forwards_equivalent"] == (count + 3) / 2
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,6 @@ from diffusers import WanTransformer3DModel
 from PIL import Image
 
 from flcompress.core.program import Fact, Program
-from flcompress.core.registry import find_pass
-from flcompress.core.settings import Training
 from flcompress.driver.manager import apply
 from flcompress.driver.rundir import RunDirectory
 from flcompress.errors import PreconditionError, TrainingError
@@ -249,23 +247,6 @@ def test_a_discriminator_that_wins_is_stopped(folder: Path, run: RunDirectory) -
     passes = [*PASSES[:3], {"dmd": {"steps": 4, "batch": 2, "critic_updates": 1, "gan_weight": 0.01}}]
     with pytest.raises(TrainingError, match=r"dmd: step \d+: logit_gap .* \(training.health.max_logit_gap\)"):
         apply(recipe(folder, passes, "wins", samples=0, max_logit_gap=1e-9), folder / "wins", store=folder / "run")
-
-
-@pytest.mark.parametrize(
-    ("name", "arguments", "held_out"),
-    [
-        ("pretrain", {"steps": 1}, {2: 0, 100: 25, 4000: 256}),
-        ("stochastic-depth", {"remove": 0.3, "steps": 1}, {2: 1, 100: 25, 4000: 128}),
-        ("feature-distill", {"steps": 1}, {2: 1, 100: 25, 4000: 128}),
-        ("dmd", {"steps": 1}, {2: 1, 20: 5, 4000: 8}),
-        ("consistency", {"steps": 1}, {2: 1, 20: 5, 4000: 8}),
-        ("importance", {}, {100: 100}),
-        ("temporal-attention", {}, {100: 100}),
-    ],
-)
-def test_how_many_clips_a_pass_holds_out(name: str, arguments: dict[str, Any], held_out: dict[int, int]) -> None:
-    step = find_pass(name)(**arguments)
-    assert {clips: step.held_out(clips, Training()) for clips in held_out} == held_out
 
 
 def test_what_a_pass_needs_is_checked_before_any_work(folder: Path) -> None:
