@@ -27,6 +27,9 @@ from flcompress.models.families import family_of
 from flcompress.models.network import as_network, stock_model, stock_name
 from flcompress.tracing.skip import replaced_forwards
 
+POSITIONAL = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+"""Parameters of scaled_dot_product_attention that a caller may give by place."""
+
 
 class SelfAttention(TorchFunctionMode):
     """Takes every call of scaled_dot_product_attention inside the self-attention of blocks.
@@ -87,7 +90,7 @@ class SelfAttention(TorchFunctionMode):
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         self._calls += 1
-        return self.attend(*args, **(kwargs or {}))
+        return self.attend(**dict(zip(POSITIONAL, args, strict=False)), **(kwargs or {}))
 
     @abstractmethod
     def attend(

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -33,6 +34,30 @@ passes:
   - consistency: {{levels: 2, guidance: {guidance}, student_steps: 2, steps: 1, batch: 2}}
 exports: [diffusers]
 """
+FIRST = """
+  - importance: {draws: 8, noise_levels: 1, batch: 8}
+  - stochastic-depth: {remove: 0.1, steps: 1, batch: 2}
+  - prune: {remove: 0.1}
+"""
+DMD = "inter_cfg: [2, 2], student_steps: 2, steps: 1, critic_updates: 1, batch: 2"
+OTHER_PASSES = {
+    "adversarial term": FIRST + f"  - dmd: {{{DMD}, gan_weight: 0.03}}",
+    "both roles as LoRAs": FIRST
+    + f"  - dmd: {{{DMD}, gan_weight: 0.03, fake_score: lora, generator: lora, lora_rank: 2, real_lean: 0.2}}",
+    "one base for all roles": FIRST
+    + f"  - dmd: {{{DMD}, real_score: elastic, fake_score: lora, generator: lora, lora_rank: 2}}",
+    "recovery by features": """
+  - temporal-attention: {draws: 8, noise_levels: 1}
+  - prune: {remove: 0.1, by: temporal-attention}
+  - feature-distill: {steps: 1, batch: 2}
+""",
+    "joint selection": """
+  - select: {remove: 0.1, draws: 16, candidates: 2, recover: 1, recover_batch: 2, batch: 2}
+  - prune: {remove: 0.1, by: joint}
+""",
+    "pretraining": "  - pretrain: {steps: 1, batch: 2}",
+}
+"""What a recipe may do otherwise, for one family: passes by what they are for."""
 
 
 def main(out: Path, families: list[str]) -> None:
@@ -51,6 +76,7 @@ def main(out: Path, families: list[str]) -> None:
                 results[family] = _counts(family, Path(folder) / family)
             except Exception:  # noqa: BLE001 (the test prints it)
                 results[family] = {"error": traceback.format_exc()}
+        results["other passes"] = _errors_of_other_passes(Path(folder) / families[0])
     out.write_text(json.dumps(results))
 
 
@@ -211,6 +237,36 @@ def _counts(family: str, home: Path) -> Any:
         with device.during("generate"):
             generate(run.path, "a three drifting up", "torch", home / "out.gif", seed=0)
     return device.counts()
+
+
+def _errors_of_other_passes(home: Path) -> dict[str, str]:
+    """Return what failed, by what it was for, with the family whose data and first run are in `home`."""
+    from flcompress import commands
+    from flcompress.driver.manager import apply
+    from flcompress.progress import QuietDisplay
+    from tests.stand_in.device import StandIn
+
+    start = (home / "recipe.yaml").read_text().partition("passes:")[0]
+    errors: dict[str, str] = {}
+
+    def attempt(name: str, call: Callable[[], Any]) -> None:
+        try:
+            call()
+        except Exception:  # noqa: BLE001 (the test prints it)
+            errors[name] = traceback.format_exc()
+
+    with StandIn():
+        for number, (name, passes) in enumerate(OTHER_PASSES.items()):
+            recipe = home / f"other-{number}.yaml"
+            recipe.write_text(f"{start}passes:\n{passes}\nexports: [diffusers]\n")
+            place = home / f"other-{number}"
+            attempt(name, partial(apply, recipe, place, store=home / "run", display=QuietDisplay()))
+        attempt("frame-local attention", lambda: commands.generate(home / "other-3", "a", frame_local=0.3))
+        attempt(
+            "evaluation by proxies", lambda: commands.evaluate(home / "run", suite="proxies", display=QuietDisplay())
+        )
+        attempt("timing", lambda: commands.bench(home / "run", rounds=1, display=QuietDisplay()))
+    return errors
 
 
 if __name__ == "__main__":

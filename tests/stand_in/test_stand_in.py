@@ -66,6 +66,11 @@ def test_no_devices_are_mixed(counts: dict[str, Any], family: str) -> None:
     assert set(PHASES) <= {phase for phase, number in counts[family]["operations"] if number > 100}
 
 
+def test_no_devices_are_mixed_in_other_passes(counts: dict[str, Any]) -> None:
+    """Adversarial term, LoRA roles, joint selection, recovery, pretraining; frame-local attention, eval, bench."""
+    assert counts["other passes"] == {}
+
+
 @pytest.mark.parametrize("family", PLACED)
 def test_all_work_of_the_transformer_is_in_half_precision(counts: dict[str, Any], family: str) -> None:
     for phase in ("importance", "evaluation", *UPDATES):
