@@ -95,7 +95,8 @@ def touched(node: ast.AST) -> Iterator[ast.AST]:
     """Nodes that may be changed: no annotations, messages, docstrings, or what is only shown."""
     if isinstance(node, ast.Raise | ast.JoinedStr | ast.Import | ast.ImportFrom | ast.Assert):
         return
-    if isinstance(node, ast.Call) and name_of(node.func) in UNTOUCHED_CALLS:
+    call = node.value if isinstance(node, ast.Expr) else node
+    if isinstance(call, ast.Call) and name_of(call.func) in UNTOUCHED_CALLS:
         return
     if isinstance(node, ast.FunctionDef) and node.name in UNTOUCHED_FUNCTIONS:
         return

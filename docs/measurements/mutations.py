@@ -65,9 +65,9 @@ PASS_TESTS: dict[str, tuple[str, ...]] = {
     "select": JOINT,
     "prune": ("tests/passes/test_certificates.py", "tests/passes/test_passes.py"),
     "pretrain": DEPTH,
-    "consistency": CONSISTENCY,
-    "feature_distill": FEATURES,
-    "temporal_attention": ATTENTION,
+    "consistency": (*CONSISTENCY, "tests/families/test_consistency.py"),
+    "feature_distill": (*FEATURES, *ATTENTION),
+    "temporal_attention": (*ATTENTION, "tests/passes/test_importance.py"),
     "train_autoencoder": AUTOENCODER,
 }
 METHOD_TESTS: dict[str, tuple[str, ...]] = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,8 +53,10 @@ def test_a_family_becomes_a_student_that_its_stock_pipeline_samples(
     recipe.write_text(
         RECIPE.format(model=pipeline_folder(name), data=data, size=tiny.size, guidance=tiny.guidance, passes=passes)
     )
+    started = time.monotonic()
     run = apply(recipe, tmp_path / "run", display=QuietDisplay(), device="cpu")
-    final = run.final()
+    took, final = time.monotonic() - started, run.final()
+    assert 0.0 < json.loads((run.entries()[-1].folder / "result.json").read_text())["seconds"] < took
     assert Fact.FEW_STEP in final.facts
     assert final.contract.evaluations == (2 if name == "cogvideox" else 4)
     assert final.contract.embedded_guidance == tiny.embedded

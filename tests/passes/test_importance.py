@@ -17,11 +17,13 @@ from flcompress.driver.manager import apply
 from flcompress.driver.start import read_source
 from flcompress.frontend.loading import load_recipe
 from flcompress.ir.block import Estimate
+from flcompress.models.families import family_of
 from flcompress.models.inputs import example_inputs
 from flcompress.models.loading import load_transformer, meta_transformer
 from flcompress.models.network import half_precision
 from flcompress.models.tensor_memory import Alive
 from flcompress.passes.importance import Importance
+from flcompress.passes.temporal_attention import TemporalAttention
 from flcompress.planning.machines import gpu_machine
 from flcompress.planning.plan import make_plan
 from flcompress.planning.text import plan_text
@@ -79,21 +81,25 @@ def test_two_processes_give_the_scores_of_one_to_the_last_bit(model: Path, tmp_p
 def test_a_gpu_computes_in_the_precision_of_the_training(
     device: str, precision: str, dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A CPU's scores are fp32, whatever a training's precision."""
+    """A CPU's scores are fp32, whatever a training's precision; those of attention too."""
 
     class Asked(Exception):  # noqa: N818
         pass
 
-    program: Any = SimpleNamespace(components={"transformer": Path("transformer")})
+    source = RECIPES / "moving-digits" / "teacher" / "transformer"
+    program: Any = SimpleNamespace(
+        components={"transformer": source}, family=family_of("WanPipeline"), latents=(16, 3, 8, 8)
+    )
     work: Any = SimpleNamespace(data=lambda program: None, device=device, precision=precision)
 
     def loading(*given: Any) -> None:
         raise Asked(*given)
 
     monkeypatch.setattr("flcompress.models.loading.load_transformer", loading)
-    with pytest.raises(Asked) as asked:
-        Importance().apply(program, work)
-    assert asked.value.args == (Path("transformer"), device, dtype)
+    for step in (Importance(), TemporalAttention()):
+        with pytest.raises(Asked) as asked:
+            step.apply(program, work)
+        assert asked.value.args == (source, device, dtype)
 
 
 def test_half_precision_ranks_the_blocks_alike(model: Path, tmp_path: Path) -> None:

@@ -120,6 +120,7 @@ def test_the_cut_model_is_the_elastic_one_with_blocks_skipped(run: RunDirectory)
     program, result, _ = at(run, "prune")
     assert result["certificate"]["max_abs_difference"] == 0.0
     assert result["share"] <= 0.8
+    assert all(reason.endswith(" from the least important") for reason in result["reasons"].values())
     elastic = load_transformer(program.components["elastic"])
     small = load_transformer(program.components["transformer"])
     for value in (*elastic.parameters(), *small.parameters()):
@@ -131,6 +132,32 @@ def test_the_cut_model_is_the_elastic_one_with_blocks_skipped(run: RunDirectory)
         assert torch.equal(small(**inputs, return_dict=False)[0], expected)
     assert set(program.kept) == {block.path for block in program.graph.blocks}
     assert not set(program.kept.values()) & set(program.prune_set)
+
+
+def test_only_blocks_that_stage_two_trained_to_be_skipped_are_cut(folder: Path, run: RunDirectory) -> None:
+    """Even where others matter less: the first and the last block are trained here."""
+    scored = at(run, "importance")[0].graph
+    least = choose(scored, 0.2, "importance")
+    passes = [
+        PASSES[0],
+        {"stochastic-depth": {**PASSES[1]["stochastic-depth"], "remove": 0.4, "by": "random"}},
+        PASSES[2],
+    ]
+    cut = apply(recipe(folder, passes, "among"), folder / "among", overrides=["seed=1"], store=folder / "run")
+    trained, removed = (
+        set(at(cut, name)[1][key]) for name, key in (("stochastic-depth", "prune_set"), ("prune", "removed"))
+    )
+    assert removed < trained
+    assert removed != set(least)
+
+
+def test_a_pretraining_becomes_the_model_that_later_passes_start_from(folder: Path, run: RunDirectory) -> None:
+    done = apply(recipe(folder, [{"pretrain": {"steps": 2, "batch": 2}}], "pretrained"), folder / "pretrained")
+    program, result, place = at(done, "pretrain")
+    assert result == {"steps": 2}
+    assert {program.components[name] for name in ("transformer", "original", "elastic")} == {place / "transformer"}
+    before, after = (load_transformer(f / "transformer").state_dict() for f in (folder / "model", place))
+    assert any(not torch.equal(value, after[name]) for name, value in before.items())
 
 
 def test_distillation_gives_a_few_step_contract_with_finite_weights(run: RunDirectory) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,7 +205,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_lowest_blocks_are_trained_cut_recovered_and_reported(model: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE.format(model=model) + STEPS)
+    started = time.monotonic()
     run = apply(recipe, tmp_path / "run", display=QuietDisplay(), device="cpu")
+    took = time.monotonic() - started
     folders = {entry.name: entry.folder for entry in run.entries()}
     results = {
         name: json.loads((folder / "result.json").read_text())
@@ -212,6 +215,7 @@ def test_the_lowest_blocks_are_trained_cut_recovered_and_reported(model: Path, t
         if (folder / "result.json").exists()
     }
     graph: BlockGraph = next(entry for entry in run.entries() if entry.name == "temporal-attention").program().graph
+    assert 0.0 < results["temporal-attention"]["seconds"] < took
     masses = {block["path"]: block["mean"] for block in results["temporal-attention"]["blocks"]}
     assert [block.path for block in graph.blocks] == list(masses)
     lowest = sorted(masses, key=lambda path: masses[path])[:2]

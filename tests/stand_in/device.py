@@ -350,9 +350,9 @@ class StandIn(TorchDispatchMode):
             query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False,
             scale: float | None = None, enable_gqa: bool = False,
         ) -> Any:  # fmt: skip
-            if torch.overrides._is_torch_function_mode_enabled():  # a mode meets it, as it meets the stock function
+            if torch._C._is_torch_function_mode_enabled():  # a mode meets it, as it meets the stock function
                 given = (query, key, value, attn_mask, dropout_p, is_causal)
-                options = {"scale": scale, "enable_gqa": enable_gqa}
+                options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
                 return torch.overrides.handle_torch_function(attention, (query, key, value), *given, **options)
             if query.device.type != "cuda":
                 return stock(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)

@@ -78,10 +78,10 @@ def test_it_is_the_masked_softmax(model: Any, mask: str | None) -> None:
 
 def test_arguments_of_attention_may_be_given_by_place(model: Any) -> None:
     mode, draw = FrameLocal(model, SHAPE), torch.Generator().manual_seed(0)
-    given = [torch.randn(1, 2, mode.frames * mode.per_frame, 4, generator=draw) for _ in range(3)]
+    query, key, value = (torch.randn(1, 2, mode.frames * mode.per_frame, 4, generator=draw) for _ in range(3))
     with mode:
-        by_place = F.scaled_dot_product_attention(*given, None, 0.0, False)
-    assert torch.equal(by_place, mode.attend(*given))
+        by_place = F.scaled_dot_product_attention(query, key, value, None, 0.0, False)
+    assert torch.equal(by_place, mode.attend(query, key, value))
 
 
 def test_no_attention_is_left_on_other_frames(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

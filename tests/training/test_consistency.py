@@ -153,6 +153,11 @@ def test_the_target_is_what_the_average_gives_after_one_step_of_the_teacher(
         torch.testing.assert_close(target[place].double(), after[0].double(), atol=1e-4, rtol=1e-4)
 
 
+def test_guidance_of_one_needs_no_negative_prompt() -> None:
+    guides = {scale: Consistency(steps=1, guidance=scale).guides for scale in (None, 0.0, 1.0, 2.0)}
+    assert guides == {None: False, 0.0: True, 1.0: False, 2.0: True}
+
+
 def test_a_path_of_one_step_calls_the_student_once(tmp_path: Path) -> None:
     roles, *_ = roles_of(tmp_path, "flow", levels=1)
     graded: list[bool] = []
