@@ -49,7 +49,7 @@ ROLES: tuple[str, ...] = (
 TRAINING, MODELS, PASSES = "flcompress/training", "flcompress/models", "flcompress/passes"
 LORAS = "flcompress/loras"
 
-HELD_OUT = "tests/passes/test_held_out.py"
+EVERY_PASS = ("tests/passes/test_held_out.py", "tests/frontend/test_reference.py")
 IMPORTANCE = tuple(f"tests/passes/test_{name}.py" for name in ("importance", "certainty"))
 DEPTH = tuple(f"tests/passes/test_{name}.py" for name in ("gaussian_depth", "passes"))
 JOINT = tuple(f"tests/passes/test_{name}.py" for name in ("joint_selection", "select"))
@@ -93,7 +93,7 @@ AREAS: dict[str, Owners] = {
             *HEART,
             *(f"tests/passes/test_{n}.py" for n in ("leaning", "passes", "lora_roles")),
         ),
-        **{f"{PASSES}/{name}.py": (HELD_OUT, *tests) for name, tests in PASS_TESTS.items()},
+        **{f"{PASSES}/{name}.py": (*EVERY_PASS, *tests) for name, tests in PASS_TESTS.items()},
         **{f"{TRAINING}/methods/{name}.py": tests for name, tests in METHOD_TESTS.items()},
     },
     "roles": {f"{TRAINING}/{name}.py": ROLES for name in ("role", "watching/held_out")}
