@@ -116,6 +116,31 @@ def test_the_loss_and_its_gradient(
             torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
+def test_the_average_is_kept_where_it_is_asked_for_and_not_as_a_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ended(steps: int, **settings: Any) -> dict[str, Tensor]:
+        constant = {"learning_rate": 0.3, "schedule": "constant", "warmup": 0}
+        return trained(tmp_path / str(steps), "flow", steps=steps, **constant, **settings)
+
+    kept = Kept(monkeypatch)
+    ended(4, target="ema")
+    live = kept.rows[3]["weights"]
+    assert {name: one.tolist() for name, one in ended(3, target="ema").items() if name in live} == {
+        name: one.tolist() for name, one in live.items()
+    }
+    kept.rows.clear()
+    ended(5, ema_decay=0.2)
+    average = kept.rows[0]["weights"]
+    for number in (1, 2):
+        decay = min(0.2, (1.0 + number) / (10.0 + number))
+        average = {n: decay * one + (1.0 - decay) * kept.rows[number]["weights"][n] for n, one in average.items()}
+    found = ended(2, ema_decay=0.2)
+    for name, one in average.items():
+        torch.testing.assert_close(found[name], one)
+    assert not torch.equal(found["blocks.0.by"], kept.rows[2]["weights"]["blocks.0.by"])
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 def test_stage_two_lands_between_the_data_and_the_full_model(tmp_path: Path, alpha: float) -> None:
     """The pruned path ends at alpha m_full + (1 - alpha) m_data, the optimum of the two terms' sum."""
