@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -68,16 +68,8 @@ def eval_command(run: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     results = commands.evaluate(run, **options, own=own, display=display(quiet))
     if options["dry_run"] and not as_json:
         click.echo(results["text"])
-    elif os.environ.get("RANK", "0") != "0":
-        return
-    elif as_json:
-        print_json(results)
-    else:
-        from rich.console import Console
-
-        from flcompress.reporting.terminal import print_quality
-
-        print_quality(run, Console())
+    elif os.environ.get("RANK", "0") == "0":
+        _print(results, as_json, run, "eval")
 
 
 @click.command("bench", cls=BackendCommand)
@@ -122,11 +114,16 @@ def bench_command(
         model=model,
         display=display(quiet),
     )
+    _print(results, as_json, run, "bench")
+
+
+def _print(results: dict[str, Any], as_json: bool, run: Path, command: Literal["eval", "bench"]) -> None:
+    """Print what was measured: as JSON, or as tables."""
     if as_json:
         print_json(results)
         return
     from rich.console import Console
 
-    from flcompress.reporting.terminal import print_speed
+    from flcompress.reporting.terminal import print_measured
 
-    print_speed(run, Console())
+    print_measured(run, Console(), command)

@@ -38,7 +38,7 @@ def print_summary(run_dir: Path, console: Console) -> None:
     fates, passes = blocks(run), steps(run)
     # Everything is read before the first line is printed: an error does not follow half a summary.
     top, exported, trained = headline(run), exports(run), trainings(run)
-    measured, times = _measured_quality(run), _measured_speed(run)
+    measured, times = _measured_quality(run), speed(run.bench) if run.bench is not None else None
     _name(run, console)
     if top is None:
         console.print("Nothing is stored yet; run flcompress apply RECIPE", highlight=False)
@@ -69,40 +69,25 @@ def print_summary(run_dir: Path, console: Console) -> None:
     _exports(exported, console)
 
 
-def print_quality(run_dir: Path, console: Console) -> None:
-    """Print what `flcompress eval` measured, by every suite; errors are those of `print_summary`."""
+def print_measured(run_dir: Path, console: Console, command: Literal["eval", "bench"]) -> None:
+    """Print what `flcompress eval`, by every suite, or `flcompress bench` measured; errors: see `print_summary`."""
     run = read_run(run_dir)
-    measured = _measured_quality(run)
+    measured = _measured_quality(run) if command == "eval" else []
+    times = speed(run.bench) if command == "bench" and run.bench is not None else None
     _name(run, console)
     for suite in measured:
         _quality(suite, console)
-    _where_the_rest_is(run, console)
-
-
-def print_speed(run_dir: Path, console: Console) -> None:
-    """Print what `flcompress bench` measured; errors are those of `print_summary`."""
-    run = read_run(run_dir)
-    times = _measured_speed(run)
-    _name(run, console)
     if times is not None:
         _speed(times, console)
-    _where_the_rest_is(run, console)
+    console.print(f"The whole run, and its page: flcompress report {escape(str(run.path))}", highlight=False)
 
 
 def _measured_quality(run: RunRecord) -> list[Quality]:
     return [quality(results) for results in (run.evaluation, *run.suites.values()) if results is not None]
 
 
-def _measured_speed(run: RunRecord) -> Speed | None:
-    return speed(run.bench) if run.bench is not None else None
-
-
 def _name(run: RunRecord, console: Console) -> None:
     console.print(f"[bold]{escape(run.info.name or run.path.name)}[/bold]  {escape(str(run.path))}")
-
-
-def _where_the_rest_is(run: RunRecord, console: Console) -> None:
-    console.print(f"The whole run, and its page: flcompress report {escape(str(run.path))}", highlight=False)
 
 
 def _table(title: str, *columns: str) -> Table:

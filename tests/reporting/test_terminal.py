@@ -1,12 +1,14 @@
 import io
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from rich.console import Console
 
-from flcompress.reporting.terminal import print_quality, print_speed, print_summary
+from flcompress.reporting.terminal import print_measured, print_summary
 from tests.reporting.synthetic import write_run
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -30,13 +32,13 @@ def test_the_summary_reads_as_agreed(
 
 
 @pytest.mark.parametrize(
-    ("show", "shown", "other"),
-    [(print_quality, "Quality, with", "Speed: clips"), (print_speed, "Speed: clips", "Quality, with")],
+    ("command", "shown", "other"),
+    [("eval", "Quality, with", "Speed: clips"), ("bench", "Speed: clips", "Quality, with")],
 )
 def test_a_measuring_command_prints_what_it_measured(
-    show: Callable[[Path, Console], None], shown: str, other: str, tmp_path: Path
+    command: Literal["eval", "bench"], shown: str, other: str, tmp_path: Path
 ) -> None:
-    text = summary(write_run(tmp_path), show)
+    text = summary(write_run(tmp_path), partial(print_measured, command=command))
     assert shown in text
     assert all(absent not in text for absent in (other, "Removed blocks", "Passes and exports"))
     tables, _, pointer = text.partition("The whole run, and its page: ")

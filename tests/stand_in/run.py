@@ -256,12 +256,14 @@ def _errors_of_other_passes(home: Path) -> dict[str, str]:
             errors[name] = traceback.format_exc()
 
     with StandIn():
-        for number, (name, passes) in enumerate(OTHER_PASSES.items()):
-            recipe = home / f"other-{number}.yaml"
+        for name, passes in OTHER_PASSES.items():
+            recipe = home / f"{name}.yaml"
             recipe.write_text(f"{start}passes:\n{passes}\nexports: [diffusers]\n")
-            place = home / f"other-{number}"
-            attempt(name, partial(apply, recipe, place, store=home / "run", display=QuietDisplay()))
-        attempt("frame-local attention", lambda: commands.generate(home / "other-3", "a", frame_local=0.3))
+            attempt(name, partial(apply, recipe, home / name, store=home / "run", display=QuietDisplay()))
+        attempt(
+            "frame-local attention",
+            lambda: commands.generate(home / "recovery by features", "a", out=home / "local.gif", frame_local=0.3),
+        )
         attempt(
             "evaluation by proxies", lambda: commands.evaluate(home / "run", suite="proxies", display=QuietDisplay())
         )
