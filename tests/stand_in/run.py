@@ -41,17 +41,17 @@ FIRST = """
 """
 DMD = "inter_cfg: [2, 2], student_steps: 2, steps: 1, critic_updates: 1, batch: 2"
 OTHER_PASSES = {
-    "adversarial term": FIRST + f"  - dmd: {{{DMD}, gan_weight: 0.03}}",
-    "both roles as LoRAs": FIRST
+    "adversarial-term": FIRST + f"  - dmd: {{{DMD}, gan_weight: 0.03}}",
+    "both-roles-as-loras": FIRST
     + f"  - dmd: {{{DMD}, gan_weight: 0.03, fake_score: lora, generator: lora, lora_rank: 2, real_lean: 0.2}}",
-    "one base for all roles": FIRST
+    "one-base-for-all-roles": FIRST
     + f"  - dmd: {{{DMD}, real_score: elastic, fake_score: lora, generator: lora, lora_rank: 2}}",
-    "recovery by features": """
+    "recovery-by-features": """
   - temporal-attention: {draws: 8, noise_levels: 1}
   - prune: {remove: 0.1, by: temporal-attention}
   - feature-distill: {steps: 1, batch: 2}
 """,
-    "joint selection": """
+    "joint-selection": """
   - select: {remove: 0.1, draws: 16, candidates: 2, recover: 1, recover_batch: 2, batch: 2}
   - prune: {remove: 0.1, by: joint}
 """,
@@ -262,7 +262,7 @@ def _errors_of_other_passes(home: Path) -> dict[str, str]:
             attempt(name, partial(apply, recipe, home / name, store=home / "run", display=QuietDisplay()))
         attempt(
             "frame-local attention",
-            lambda: commands.generate(home / "recovery by features", "a", out=home / "local.gif", frame_local=0.3),
+            lambda: commands.generate(home / "recovery-by-features", "a", out=home / "local.gif", frame_local=0.3),
         )
         attempt(
             "evaluation by proxies", lambda: commands.evaluate(home / "run", suite="proxies", display=QuietDisplay())
