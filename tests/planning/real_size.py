@@ -21,13 +21,14 @@ from torch.utils.checkpoint import checkpoint
 from flcompress.core.program import Program
 from flcompress.core.settings import Health
 from flcompress.core.steps import Pass, PassContext
+from flcompress.diffusion.contract import SamplingContract
 from flcompress.diffusion.student import student_contract
 from flcompress.draws import Draws
 from flcompress.driver.start import Source, read_source
 from flcompress.frontend.loading import load_recipe
 from flcompress.frontend.recipe import Recipe
 from flcompress.models.families import family_of
-from flcompress.models.loading import meta_transformer
+from flcompress.models.loading import meta_transformer, transformer_class
 from flcompress.models.network import CudaAutocast
 from flcompress.models.tensor_memory import Alive
 from flcompress.passes.dmd import DistributionMatching
@@ -40,6 +41,7 @@ from flcompress.tracing.running import AllTrueMasks
 from flcompress.training.distillation.roles import Roles
 from flcompress.training.engines.replicated import Local
 from flcompress.training.methods.stochastic_depth import DepthRoles
+from flcompress.training.role import TrainedRole
 
 P = TypeVar("P", bound=Pass)
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -86,7 +88,7 @@ class Weightless(Local):
 
 @dataclass(frozen=True)
 class Clips:
-    """A dataset of clips of one size, which hold nothing."""
+    """A dataset of clips of one size, which are noise."""
 
     latents: tuple[int, int, int, int]
     negative: dict[str, Tensor]
@@ -96,7 +98,7 @@ class Clips:
         return 64
 
     def batch(self, n: int, generator: torch.Generator, mine: slice) -> tuple[Tensor, dict[str, Tensor]]:
-        return torch.empty(n, *self.latents), self.negative
+        return torch.randn(n, *self.latents), self.negative
 
     def conditions(self, n: int, generator: torch.Generator, latents: Any, mine: slice) -> Any:
         return (n, *latents), self.negative
@@ -144,44 +146,16 @@ class RealSize:
 
     def counted(self, kind: type[Pass], removed: Sequence[str] = ()) -> int:
         """Return the most bytes that are alive in a whole update of every role of a pass, by CUDA's autocast."""
-        source, training, contract = self.source, self.recipe.training, self.source.contract
-        family = family_of(source.index["_class_name"])
-        pruned = self._without(removed)
-        folders = {"original": source.transformer, "elastic": source.transformer, "transformer": pruned}
-        program = Program(
-            graph=source.graph,
-            index=source.index,
-            latents=source.latents,
-            components=folders,
-            contract=contract,
-            teacher_contract=contract,
-            prune_set=tuple(removed),
-        )
-        config, draw = meta_transformer(source.transformer).config, torch.Generator().manual_seed(0)
-        tokens = contract.max_sequence_length
-        prompt = family.example_conditioning(config, 1, source.latents[1:], tokens, draw)
-        student = student_contract(contract, self.step(DistributionMatching).student_steps, family.sigmas)
-        processes = contract.process, student.process  # made here: they are kept, and their tensors need storage
+        program, student, prompt = self._program(removed), self._student(), self._prompt()
+        processes = (
+            program.contract.process,
+            student.process,
+        )  # kept from here on: their tensors need storage
         values = Values()  # type: ignore[no-untyped-call]
         with FakeTensorMode(allow_non_fake_inputs=True), AllTrueMasks(), CudaAutocast(), Alive() as alive, values:
             given = {name: torch.empty(value.shape, dtype=value.dtype) for name, value in prompt.items()}
-            context = PassContext(
-                directory=pruned,
-                seed=0,
-                data=lambda _: Clips(source.latents, given),  # type: ignore[arg-type,return-value]
-                progress=lambda *_: None,
-                precision=training.precision,
-                gradient_checkpointing=training.gradient_checkpointing,
-                health=Health(samples=0),
-            )
-            engine = Weightless(context)
-            roles: Roles | DepthRoles
-            if kind is DistributionMatching:
-                roles = Roles(self.step(DistributionMatching).settings, program, student, engine)
-                trained = roles.trained
-            else:
-                roles = DepthRoles(self.step(StochasticDepth).training, program, engine)
-                trained = (roles.role,)
+            engine = Weightless(self._context(program, "cpu", given))
+            roles, trained = self._roles(kind, program, student, engine)
             for role in trained:
                 role._wrapped.begin_moments()
             with engine.forward_mode():
@@ -190,6 +164,64 @@ class RealSize:
         gc.collect()  # tensors of the mode that only cycles hold
         most: int = alive.most
         return most
+
+    def measured(self, kind: type[Pass], removed: Sequence[str] = ()) -> int:
+        """Return the most bytes that a GPU's tensors take in an update of every role of a pass, with random weights."""
+        for folder in {self.source.transformer, self._without(removed)}:
+            stock = transformer_class(folder)
+            stock.from_config(stock.load_config(folder)).save_pretrained(folder)
+        program = self._program(removed)
+        engine = Local(self._context(program, "cuda", self._prompt()))
+        roles, _ = self._roles(kind, program, self._student(), engine)
+        with engine.forward_mode():
+            roles.step(1, Draws(0, "memory", 1, batch=1))  # the first moments, and the libraries' workspaces
+            torch.cuda.reset_peak_memory_stats()
+            roles.step(2, Draws(0, "memory", 2, batch=1))
+        return torch.cuda.max_memory_allocated()
+
+    def _student(self) -> SamplingContract:
+        family = family_of(self.source.index["_class_name"])
+        return student_contract(self.source.contract, self.step(DistributionMatching).student_steps, family.sigmas)
+
+    def _program(self, removed: Sequence[str]) -> Program:
+        source, pruned = self.source, self._without(removed)
+        return Program(
+            graph=source.graph,
+            index=source.index,
+            latents=source.latents,
+            components={"original": source.transformer, "elastic": source.transformer, "transformer": pruned},
+            contract=source.contract,
+            teacher_contract=source.contract,
+            prune_set=tuple(removed),
+        )
+
+    def _prompt(self) -> dict[str, Tensor]:
+        source, draw = self.source, torch.Generator().manual_seed(0)
+        config, tokens = meta_transformer(source.transformer).config, source.contract.max_sequence_length
+        family = family_of(source.index["_class_name"])
+        return family.example_conditioning(config, 1, source.latents[1:], tokens, draw)
+
+    def _context(self, program: Program, device: str, prompt: dict[str, Tensor]) -> PassContext:
+        source, training = self.source, self.recipe.training
+        return PassContext(
+            directory=program.components["transformer"],
+            seed=0,
+            data=lambda _: Clips(source.latents, prompt),  # type: ignore[arg-type,return-value]
+            progress=lambda *_: None,
+            device=device,
+            precision=training.precision,
+            gradient_checkpointing=training.gradient_checkpointing,
+            health=Health(samples=0),
+        )
+
+    def _roles(
+        self, kind: type[Pass], program: Program, student: SamplingContract, engine: Local
+    ) -> tuple[Roles | DepthRoles, Sequence[TrainedRole]]:
+        if kind is DistributionMatching:
+            roles = Roles(self.step(DistributionMatching).settings, program, student, engine)
+            return roles, roles.trained
+        depth = DepthRoles(self.step(StochasticDepth).training, program, engine)
+        return depth, (depth.role,)
 
     def _without(self, removed: Sequence[str]) -> Path:
         """Return the folder of the transformer's configuration without some blocks."""
@@ -200,6 +232,6 @@ class RealSize:
         for path in removed:
             config[graph.config_keys[graph.block(path).stack]] -= 1
         folder = whole.parent / f"without {len(removed)}"
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         (folder / "config.json").write_text(json.dumps(config))
         return folder

@@ -11,53 +11,9 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
-
-CLIPS = 5
-RECIPE = """
-version: 1
-model: {{path: {model}}}
-sampling:
-  {{num_inference_steps: 2, guidance_scale: {guidance}, max_sequence_length: 16, num_frames: {size[0]},
-   height: {size[1]}, width: {size[2]}}}
-data: {{latents: {data}}}
-training: {{precision: bf16, health: {{on_breach: warn, samples: 1}}, log_to: []}}
-passes:
-  - importance: {{draws: 8, noise_levels: 1, batch: 8}}
-  - stochastic-depth: {{remove: 0.1, steps: 1, batch: 2}}
-  - prune: {{remove: 0.1}}
-  - dmd: {{inter_cfg: [{guidance}, {guidance}], intra_cfg: [0.0, 0.5], student_steps: 2, steps: 1, critic_updates: 1,
-      batch: 2}}
-  - consistency: {{levels: 2, guidance: {guidance}, student_steps: 2, steps: 1, batch: 2}}
-exports: [diffusers]
-"""
-FIRST = """
-  - importance: {draws: 8, noise_levels: 1, batch: 8}
-  - stochastic-depth: {remove: 0.1, steps: 1, batch: 2}
-  - prune: {remove: 0.1}
-"""
-DMD = "inter_cfg: [2, 2], student_steps: 2, steps: 1, critic_updates: 1, batch: 2"
-OTHER_PASSES = {
-    "adversarial-term": FIRST + f"  - dmd: {{{DMD}, gan_weight: 0.03}}",
-    "both-roles-as-loras": FIRST
-    + f"  - dmd: {{{DMD}, gan_weight: 0.03, fake_score: lora, generator: lora, lora_rank: 2, real_lean: 0.2}}",
-    "one-base-for-all-roles": FIRST
-    + f"  - dmd: {{{DMD}, real_score: elastic, fake_score: lora, generator: lora, lora_rank: 2}}",
-    "recovery-by-features": """
-  - temporal-attention: {draws: 8, noise_levels: 1}
-  - prune: {remove: 0.1, by: temporal-attention}
-  - feature-distill: {steps: 1, batch: 2}
-""",
-    "joint-selection": """
-  - select: {remove: 0.1, draws: 16, candidates: 2, recover: 1, recover_batch: 2, batch: 2}
-  - prune: {remove: 0.1, by: joint}
-""",
-    "pretraining": "  - pretrain: {steps: 1, batch: 2}",
-}
-"""What a recipe may do otherwise, for one family: passes by what they are for."""
 
 
 def main(out: Path, families: list[str]) -> None:
@@ -76,7 +32,7 @@ def main(out: Path, families: list[str]) -> None:
                 results[family] = _counts(family, Path(folder) / family)
             except Exception:  # noqa: BLE001 (the test prints it)
                 results[family] = {"error": traceback.format_exc()}
-        results["other passes"] = _errors_of_other_passes(Path(folder) / families[0])
+        results["other passes"] = _errors_of_other_passes(families[0], Path(folder) / families[0])
     out.write_text(json.dumps(results))
 
 
@@ -191,26 +147,14 @@ def _fails(call: Callable[[], Any]) -> bool:
 
 def _counts(family: str, home: Path) -> Any:
     from flcompress.core.steps import Pass
-    from flcompress.data.encoding import encode, folder_request
-    from flcompress.driver.manager import apply
-    from flcompress.progress import QuietDisplay
-    from flcompress.runtime.generate import generate
     from flcompress.training.distillation import samples, student_monitor
     from flcompress.training.loop import _Run
     from flcompress.training.role import TrainedRole
-    from tests.families.pipelines import TINY, save
-    from tests.fixtures.video_files import write_video
+    from tests.families.whole_way import WholeWay
     from tests.stand_in.device import StandIn
 
-    tiny, model = TINY[family], save(family, home / "model")
-    frames, height, width = tiny.size
-    for number in range(CLIPS):
-        write_video(home / "videos" / f"{number}.mp4", frames=frames, height=height, width=width, seed=number)
-    rows = [{"file": f"{number}.mp4", "caption": "a three drifting up"} for number in range(CLIPS)]
-    (home / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    recipe = home / "recipe.yaml"
-    recipe.write_text(RECIPE.format(model=model, data=home / "data", size=tiny.size, guidance=tiny.guidance))
-    device = StandIn()
+    way, device = WholeWay(family, home), StandIn()
+    way.prepare()
 
     def phased(function: Callable[..., Any], name: Callable[[Any], str]) -> Callable[..., Any]:
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -229,45 +173,25 @@ def _counts(family: str, home: Path) -> Any:
         mock.patch.object(_Run, "evaluate", phased(_Run.evaluate, lambda run: "evaluation")),
     ):
         with device.during("encode"):
-            request = folder_request(
-                model, home / "captions.jsonl", home / "data", home / "videos", max_sequence_length=16
-            )
-            encode(request, QuietDisplay())
-        run = apply(recipe, home / "run", display=QuietDisplay())
+            way.encode()
+        way.apply()
         with device.during("generate"):
-            generate(run.path, "a three drifting up", "torch", home / "out.gif", seed=0)
+            way.generate()
     return device.counts()
 
 
-def _errors_of_other_passes(home: Path) -> dict[str, str]:
+def _errors_of_other_passes(family: str, home: Path) -> dict[str, str]:
     """Return what failed, by what it was for, with the family whose data and first run are in `home`."""
-    from flcompress import commands
-    from flcompress.driver.manager import apply
-    from flcompress.progress import QuietDisplay
+    from tests.families.whole_way import WholeWay
     from tests.stand_in.device import StandIn
 
-    start = (home / "recipe.yaml").read_text().partition("passes:")[0]
     errors: dict[str, str] = {}
-
-    def attempt(name: str, call: Callable[[], Any]) -> None:
-        try:
-            call()
-        except Exception:  # noqa: BLE001 (the test prints it)
-            errors[name] = traceback.format_exc()
-
     with StandIn():
-        for name, passes in OTHER_PASSES.items():
-            recipe = home / f"{name}.yaml"
-            recipe.write_text(f"{start}passes:\n{passes}\nexports: [diffusers]\n")
-            attempt(name, partial(apply, recipe, home / name, store=home / "run", display=QuietDisplay()))
-        attempt(
-            "frame-local attention",
-            lambda: commands.generate(home / "recovery-by-features", "a", out=home / "local.gif", frame_local=0.3),
-        )
-        attempt(
-            "evaluation by proxies", lambda: commands.evaluate(home / "run", suite="proxies", display=QuietDisplay())
-        )
-        attempt("timing", lambda: commands.bench(home / "run", rounds=1, display=QuietDisplay()))
+        for name, call in WholeWay(family, home).others().items():
+            try:
+                call()
+            except Exception:  # noqa: BLE001 (the test prints it)
+                errors[name] = traceback.format_exc()
     return errors
 
 
