@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from flcompress import commands
 from flcompress.data.encoding import encode, folder_request
 from flcompress.driver.manager import apply
@@ -102,8 +104,13 @@ class WholeWay:
         return apply(self.recipe, self.home / "run", display=QuietDisplay())
 
     def generate(self) -> Path:
-        """Make a clip with the student."""
-        return generate(self.home / "run", PROMPT, "torch", self.home / "out.gif", seed=0)
+        """Make a clip with the student, from a first frame if its pipeline starts from one."""
+        index = json.loads((self.home / "model" / "model_index.json").read_text())
+        picture = None
+        if "ImageToVideo" in index["_class_name"]:
+            picture = self.home / "first.png"
+            Image.new("RGB", TINY[self.family].size[:0:-1], (90, 10, 200)).save(picture)
+        return generate(self.home / "run", PROMPT, "torch", self.home / "out.gif", seed=0, image=picture)
 
     def others(self) -> dict[str, Callable[[], Any]]:
         """Return what may be done otherwise or afterwards; each by its name, in this order."""

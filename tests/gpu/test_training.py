@@ -42,10 +42,7 @@ def one(home: Home) -> Path:
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3", "fsdp2"])
-def test_an_engine_on_one_card_equals_local(
-    home: Home, one: Path, engine: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+def test_an_engine_on_one_card_equals_local(home: Home, one: Path, engine: str) -> None:
     compared(home, "gpu", SHORT, one, engine, "training.processes=1", processes=1).require(SHORT_UPDATES)
 
 

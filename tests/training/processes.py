@@ -1,7 +1,8 @@
 """Commands of several processes as a launcher starts them, without the seconds that each takes to import torch.
 
 A fork server imports once; every process is forked from it, gets a launcher's environment variables and its own output
-files, and runs the real command line. Tests that need the real launchers start those.
+files, and runs the real command line. Where there is a GPU every process imports on its own: what the server imports
+opens the card, which no fork can use then. Tests that need the real launchers start those.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,13 @@ _WRITES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "shu
 
 
 def _context() -> Any:
+    import torch
+
     # What the fork server and all that it starts inherit: as in a run by hand, where the command line sets both.
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if torch.cuda.is_available():
+        return multiprocessing.get_context("spawn")
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.training.warm"])
     return context
@@ -113,7 +118,7 @@ class Command:
         outputs: prefix of the files with what each wrote.
     """
 
-    processes: list[ForkServerProcess]
+    processes: list[BaseProcess]
     outputs: list[Path] = field(default_factory=list)
 
     @property

@@ -145,14 +145,14 @@ class ConsistencyRoles:
         """
         process, world, device = self._process, self._context.world, x.device
         following = start + self._settings.skip
-        end = self._grid[following].to(device)
+        end = self._grid[following].to(device, non_blocking=True)
         guided = self._guided(x, process.timestep(level), conditioning)
         world.heartbeat()
         target = process.step(x, guided.float(), level, end)
         # Several processes must make the same calls; f(x, 0) = x then discards those at the end of the path.
         called = following < self._settings.levels if world.size == 1 else torch.ones_like(following, dtype=torch.bool)
         chosen = torch.arange(len(x))[called]
-        part = chosen.to(device)
+        part = chosen.to(device, non_blocking=True)
         with self.student.with_average():
             if len(part):
                 here, s = target[part], end[part]
