@@ -11,7 +11,7 @@ from pydantic import Field
 from typing_extensions import override
 
 from flcompress.core.program import CHOICE_NEEDS, Fact, Program
-from flcompress.core.steps import Cost, Pass, PassContext, Role
+from flcompress.core.steps import Pass, PassContext
 from flcompress.errors import PreconditionError
 from flcompress.ir.graph import BlockGraph
 from flcompress.ir.selection import By, choose, score_of
@@ -47,12 +47,6 @@ class Prune(Pass):
     @override
     def remaining(self, parameters: float) -> float:
         return parameters * (1.0 - self.remove)
-
-    @override
-    def cost(self, parameters: float, blocks: int, original: float) -> Cost:
-        from flcompress.tracing.removal.on_disk import OWN_WEIGHTS
-
-        return Cost(forwards=6.0, roles=(Role("certificate's copies", 4.0 * min(parameters, OWN_WEIGHTS)),))
 
     @override
     def apply(self, program: Program, context: PassContext) -> Program:

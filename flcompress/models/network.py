@@ -150,6 +150,24 @@ def choose_attention(model: Any, name: str) -> None:
             modeling_utils.logger.setLevel(level)
 
 
+@contextmanager
+def attention_with_gradients(name: str) -> Iterator[None]:
+    """Keep cuDNN's attention out of torch's own choice of kernels while active: its backward can be wrong.
+
+    On an H200 with torch 2.11 it gave gradients of 1e36 and NaN to a transformer of 17 tokens, whose forward was right;
+    torch 2.13 chooses it on Hopper, too. The choice holds for recomputed forwards, too, so for the whole process.
+
+    Args:
+        name: a `training.attention`; only "native" leaves torch a choice.
+    """
+    before: bool = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+    torch.backends.cuda.enable_cudnn_sdp(before and name != "native")
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
 def missing_compiler() -> str:
     """Return what torch.compile lacks on this machine's CPU, and the fix; empty if nothing."""
     compiler = os.environ.get("CXX", "g++")

@@ -317,7 +317,7 @@ def plan_memory(
     peaks = (max(update.forward + others + alive, update.backward + last, update.step) for update, alive in updates)
     peak = max(peaks, default=0.0)
     if not updates:
-        activations = peak = saved.inference.of(samples)
+        activations = peak = saved.inference.of(samples) if cost.roles or cost.forwards else 0.0
     peak += saved.streams.of(samples) * cost.keeps_features
     remembered = saved.streams.of(samples) * cost.keeps_activations
     # Models are loaded one after the other, and part by part where an engine splits them: loading is never the peak.

@@ -18,6 +18,7 @@ from flcompress.distributed.world import World
 from flcompress.draws import Draws, seed_of
 from flcompress.errors import Preempted, RequestError, TrainingError
 from flcompress.files import append_line, lines_of, sync, write_text
+from flcompress.models.network import attention_with_gradients
 from flcompress.training.background import Background
 from flcompress.training.checkpoint import Checkpoints, Kind
 from flcompress.training.engines import Engine
@@ -80,6 +81,7 @@ def train(
     remaining = (run.draws(step) for step in range(start + 1, steps + 1))
     with (
         _termination(name, world) as preempted,
+        attention_with_gradients(context.attention),
         trackers(context, name, start, logged) as run.trackers,
         feed.preparing(remaining) if feed is not None else nullcontext(),
     ):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
 from flcompress.core.steps import Pass
 from flcompress.models.inputs import example_inputs
@@ -46,10 +47,10 @@ def test_a_frozen_forward_takes_the_planned_memory(name: str, tmp_path: Path) ->
     stock = transformer_class(source.transformer)
     stock.from_config(stock.load_config(source.transformer)).save_pretrained(source.transformer)
     model = load_transformer(source.transformer, "cuda", torch.bfloat16)
-    inputs = {
-        name: value.to("cuda", torch.bfloat16 if value.ndim > 2 else None)
-        for name, value in example_inputs(model, latent_shape=shape, tokens=tokens).items()
-    }
+    inputs = tree_map(
+        lambda value: value.to("cuda", torch.bfloat16 if value.ndim > 2 else None),
+        example_inputs(model, latent_shape=shape, tokens=tokens),
+    )
     with torch.no_grad():
         model(**inputs)  # cuBLAS and cuDNN take their workspaces
         taken = most_allocated(lambda: model(**inputs))

@@ -6,6 +6,7 @@ import pytest
 
 from flcompress.core.settings import EngineName, OffloadName, Precision, Training
 from flcompress.core.steps import Cost, Role
+from flcompress.passes.prune import Prune
 from flcompress.planning.activations import Bytes, SavedActivations
 from flcompress.planning.memory import (
     BUCKET,
@@ -172,6 +173,12 @@ def test_processes_that_compute_a_clip_together_share_its_activations() -> None:
 def test_without_a_backward_what_is_alive_counts() -> None:
     found = memory(REAL, precision="bf16", steps=0)
     assert (found.roles["real"].weights, found.update) == (4 * 50, 8 * 30)
+
+
+def test_a_pass_without_a_model_in_memory_takes_none() -> None:
+    """Pruning: weights are copied on disk, and what it tries is a small model on the CPU."""
+    assert memory(gpu=True, steps=0).total == 0
+    assert Prune(remove=0.3).cost(1e9, 30, 1e9) == Cost()
 
 
 def test_a_shallow_role_keeps_fewer_activations() -> None:

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from flcompress.core.program import Program
-from flcompress.core.settings import Health
+from flcompress.core.settings import AttentionName, Health
 from flcompress.core.steps import PassContext
 from flcompress.data.dataset import LatentDataset
 from flcompress.draws import Draws
@@ -162,6 +163,26 @@ def test_what_was_looked_at_before_the_first_checkpoint_is_logged_once(tmp_path:
         run(role(), tmp_path, 4, fail_at=3, seconds=1e9)
     run(role(), tmp_path, 4)
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()].count(0) == 1
+
+
+@pytest.mark.parametrize(("attention", "allowed"), [("native", False), ("cudnn", True)])
+def test_no_gradient_comes_from_the_attention_of_cudnn_unasked(
+    tmp_path: Path, attention: AttentionName, *, allowed: bool
+) -> None:
+    """In torch's own choice; its backward can be wrong on Hopper (docs/decisions/0019-first-day-on-a-gpu.md)."""
+    sharing = engine(tmp_path)
+    sharing.context = replace(sharing.context, attention=attention)
+    seen: list[bool] = []
+
+    def train_step(step: int, draws: Draws) -> Mapping[str, float]:
+        seen.append(chosen())
+        return {}
+
+    chosen: Callable[[], bool] = torch.backends.cuda.cudnn_sdp_enabled
+    assert chosen()
+    loop.train(train_step, [], engine=sharing, name="t", steps=2, batch=1)
+    assert seen == [allowed, allowed]
+    assert chosen()
 
 
 def test_checkpoints_come_as_often_as_asked(tmp_path: Path) -> None:

@@ -74,14 +74,14 @@ class Toy(Optimisation, Pass):
                 data.batch(draws.batch, draws.shared, draws.mine)
 
             def critic_loss(draws: Draws) -> torch.Tensor:
-                x = draws.normal(8)
+                x = draws.normal(8).to(context.device)
                 with torch.no_grad():
                     target = student.module(x).cos()
                 loss: torch.Tensor = (critic.module(x) - target).square().mean() * broken
                 return loss
 
             def student_loss(draws: Draws) -> torch.Tensor:
-                x = draws.normal(8)
+                x = draws.normal(8).to(context.device)
                 with torch.no_grad():
                     target = critic.module(x).sin() + x
                 loss: torch.Tensor = (student.module(x) - target).square().mean()
