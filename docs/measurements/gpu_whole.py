@@ -1,10 +1,10 @@
 """A model of real size from clips to a student on one GPU, each pass beside its plan.
 
-`python -m docs.measurements.gpu_whole OUT` makes the pipeline of Wan 2.1 1.3B from the shipped configuration with random
-weights (but for the text encoder, which is small and of its width) and five clips of 81 frames at 480p, and gives the
-commands that a user gives: encode, apply with a few steps of each stage, generate, bench. Seconds of each command, what
-they print and the report's table of plan and measurement go to standard output. About seven minutes on an H200; on a
-machine without a GPU give a small `--size` and `--layers`.
+`python -m docs.measurements.gpu_whole OUT` makes the pipeline of Wan 2.1 1.3B from the shipped configuration with
+random weights (but for the text encoder, which is small and of its width) and five clips of 81 frames at 480p, and
+gives the commands that a user gives: encode, apply with a few steps of each stage, report, generate and, at a size of
+its own, bench. Seconds of each command, what they print and the report's table of plan and measurement go to standard
+output. Ten minutes of an H200 are not too many; on a machine without a GPU give a small `--size` and `--layers`.
 """
 
 from __future__ import annotations

@@ -279,8 +279,9 @@ class Training(Settings):
 
     attention: AttentionName = Field(
         "native",
-        description="kernel of attention, through diffusers' switch: native is torch's own choice; the others are that "
-        "kernel or an error. flash and cudnn compute in half precision on a GPU, flash without masks",
+        description="kernel of attention, through diffusers' switch: native is torch's own choice, without "
+        "cuDNN's where there are gradients; the others are that kernel or an error. flash and cudnn compute in half "
+        "precision on a GPU, flash without masks",
     )
     deterministic: bool = Field(
         False,
