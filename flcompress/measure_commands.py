@@ -44,6 +44,11 @@ _OWN = ("sample", "vbench_python", "vbench_repo", "features")
     help="Judge the teacher at text guidance B1, with B2 away from its pruned self, too; repeatable.",
 )
 @click.option(
+    "--stages/--no-stages",
+    default=None,
+    help="Judge the pruned model without training and Stage II's, too.  [default: the recipe's]",
+)
+@click.option(
     "--frame-local",
     type=float,
     metavar="SHARE",

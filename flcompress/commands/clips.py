@@ -91,6 +91,7 @@ def evaluate(
     against: Sequence[StrPath] = (),
     backends: Sequence[str] = (),
     guidances: Sequence[tuple[float, float]] = (),
+    stages: bool | None = None,
     frame_local: float | None = None,
     options: Mapping[str, Any] | None = None,
     own: Mapping[str, Any] | None = None,
@@ -110,6 +111,8 @@ def evaluate(
         against: runs, stock pipeline folders, or YAML files that name one, to compare with.
         backends: names of what else runs the student, as for `generate`; each is judged beside torch's.
         guidances: (b1, b2) at which the teacher is judged too, with text guidance b1 and b2 away from its pruned self.
+        stages: whether the pruned model without training and Stage II's are judged, each at all of the teacher's steps;
+            the recipe's `evaluation.stages` by default.
         frame_local: share of the parameters: one more contender is the run's result with attention within latent frames
             in the blocks that its temporal-attention pass found to attend least to other frames.
         options: of the backends, by name; each goes to every backend that has it.
@@ -145,6 +148,7 @@ def evaluate(
         against=tuple(map(Path, against)),
         backends=tuple(choose_backends(backends, options)),
         guidances=tuple(guidances),
+        stages=stages,
         frame_local=frame_local,
         dry_run=dry_run,
         own=own or {},

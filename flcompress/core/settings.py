@@ -197,6 +197,11 @@ class Evaluation(Settings):
 
     clips_per_prompt: int = Field(3, ge=1, description="clips sampled for each held-out prompt and seed")
     seeds: int = Field(4, ge=2, description="independent repetitions; the confidence intervals come from them")
+    stages: bool = Field(
+        True,
+        description="whether the pruned model without training and what Stage II trained are judged, too, each "
+        "at all of the teacher's steps",
+    )
 
 
 _NOT_DECISIVE = {

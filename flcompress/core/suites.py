@@ -27,6 +27,7 @@ class SuiteRequest:
         against: runs, stock pipeline folders, or files that name one, to compare with.
         backends: further ones that run the student, each judged beside torch's.
         guidances: (b1, b2) of well-guided teachers that are judged too.
+        stages: whether the pruned model without training and Stage II's are judged; as the recipe has it by default.
         frame_local: share of the parameters whose blocks attend within latent frames in one more contender.
         dry_run: whether to count the work and do none.
         own: options of the suite's own, name -> value.
@@ -43,6 +44,7 @@ class SuiteRequest:
     against: tuple[Path, ...] = ()
     backends: tuple[Backend, ...] = ()
     guidances: tuple[tuple[float, float], ...] = ()
+    stages: bool | None = None
     frame_local: float | None = None
     dry_run: bool = False
     own: Mapping[str, Any] = field(default_factory=dict)

@@ -68,6 +68,7 @@ class MovingDigits(Suite):
                 backends=request.backends,
                 guidances=request.guidances,
                 frame_local=request.frame_local,
+                stages=size.stages if request.stages is None else request.stages,
             )
 
 
@@ -80,6 +81,8 @@ def evaluate(
     backends: Sequence[Backend] = (),
     guidances: Sequence[tuple[float, float]] = (),
     frame_local: float | None = None,
+    *,
+    stages: bool = True,
 ) -> dict[str, Any]:
     """Compare the teacher, its shortcuts, the stages and the student of a finished moving-digits run.
 
@@ -95,6 +98,7 @@ def evaluate(
         backends: further ones that run the student, each a contender by itself.
         guidances: (b1, b2) of well-guided teachers, each a contender by itself.
         frame_local: share of the parameters whose blocks attend within latent frames in one more contender.
+        stages: whether the pruned model without training and Stage II's are compared, too.
 
     Raises:
         RequestError: an unfinished run, another dataset, unknown contenders, too few seeds or clips; a backend has no
@@ -109,7 +113,7 @@ def evaluate(
             "held-out prompts to evaluate with; give --suite proxies"
         )
     run.final().check()
-    every = run_contenders(run, backends=backends, guidances=guidances, frame_local=frame_local)
+    every = run_contenders(run, backends=backends, guidances=guidances, frame_local=frame_local, stages=stages)
     known = {contender.name: contender for contender in every}
     for name in contenders or ():
         if name not in known:

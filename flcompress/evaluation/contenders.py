@@ -69,6 +69,8 @@ def run_contenders(
     backends: Sequence[Backend] = (),
     guidances: Sequence[Guidance] = (),
     frame_local: float | None = None,
+    *,
+    stages: bool = True,
 ) -> list[Contender]:
     """Return the contenders of a finished run, in the order of the tables. Weights are loaded at first use.
 
@@ -82,6 +84,8 @@ def run_contenders(
             converges to.
         frame_local: share of the run's result, in parameters, whose blocks attend within latent frames in one more
             contender: those of the least attention on other frames.
+        stages: whether what lies between teacher and student is a contender: the pruned model without training, and
+            Stage II's.
 
     Raises:
         RequestError: guidance away from the pruned teacher of a run that prunes nothing; a backend, and the run has no
@@ -99,9 +103,9 @@ def run_contenders(
         contenders.append(parts.contender(f"teacher-{few}", f"teacher, {few} steps", "original", shortcut))
     cut = final.prune_set
     contenders += [parts.well_guided(guidance, teacher, cut) for guidance in guidances]
-    if cut:
+    if cut and stages:
         contenders.append(parts.contender("raw-pruned", f"raw-pruned, {guided}", "original", teacher, cut))
-    if parts.digest("elastic") != parts.digest("original"):
+    if stages and parts.digest("elastic") != parts.digest("original"):
         contenders.append(
             parts.contender("stochastic-depth-full", f"Stage II, full depth, {guided}", "elastic", teacher)
         )

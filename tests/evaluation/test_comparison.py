@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import flcompress
+from flcompress import commands
 from flcompress.diffusion.student import student_contract
 from flcompress.driver.rundir import RunDirectory
 from flcompress.errors import FlcompressError, RequestError
@@ -52,6 +53,24 @@ def test_a_run_gives_its_contenders_in_order(first: tuple[dict[str, Any], Count]
         assert set(row) >= METRICS
         assert len(row["frechet"]["values"]) == 2
         assert row["frechet"]["low"] <= row["frechet"]["mean"] <= row["frechet"]["high"]
+
+
+@pytest.mark.usefixtures("first")
+def test_what_lies_between_teacher_and_student_is_compared_as_asked(run: RunDirectory) -> None:
+    """By the command, or by the recipe, which the command overrides; the picture has who was compared."""
+    outer = ["teacher-3", "teacher-2", "student"]
+    size: dict[str, Any] = {"clips_per_prompt": 1, "seeds": 2, "display": QuietDisplay()}
+    without = commands.evaluate(run.path, stages=False, **size)
+    assert [row["name"] for row in without["contenders"]] == outer
+    recipe = run.path / "recipe.yaml"
+    text = recipe.read_text()
+    try:
+        assert "stages: true" in text
+        recipe.write_text(text.replace("stages: true", "stages: false"))
+        assert [row["name"] for row in commands.evaluate(run.path, **size)["contenders"]] == outer
+        assert [row["name"] for row in commands.evaluate(run.path, stages=True, **size)["contenders"]] == NAMES
+    finally:
+        recipe.write_text(text)
 
 
 def test_reality_is_the_floor(first: tuple[dict[str, Any], Count]) -> None:

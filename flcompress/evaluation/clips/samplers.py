@@ -187,9 +187,11 @@ def makers_of(
     backends: Sequence[Backend] = (),
     guidances: Sequence[tuple[float, float]] = (),
     frame_local: float | None = None,
+    *,
+    stages: bool = True,
 ) -> list[Maker]:
     """Return the contenders of a run, in the order of the tables."""
-    contenders = run_contenders(run, home.device, backends, guidances, frame_local)
+    contenders = run_contenders(run, home.device, backends, guidances, frame_local, stages=stages)
     return [ProgramMaker(contender, home) for contender in contenders]
 
 

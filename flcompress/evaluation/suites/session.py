@@ -141,6 +141,7 @@ class _Evaluation:
         each, seeds = suite.size or (size.clips_per_prompt, size.seeds)
         self._seeds = self._request.seeds or seeds
         self._each = self._request.clips_per_prompt or each
+        self._stages = size.stages if self._request.stages is None else self._request.stages
         self._clips = self._run.path / "eval" / "clips"
         self._material: Material | None = None
         self._judge: dict[str, Any] = {}
@@ -161,7 +162,9 @@ class _Evaluation:
         ]
         studio = Studio(self._clips, takes, self._world, self._display)
         request = self._request
-        makers = makers_of(self._run, self._home, request.backends, request.guidances, request.frame_local)
+        makers = makers_of(
+            self._run, self._home, request.backends, request.guidances, request.frame_local, stages=self._stages
+        )
         for path in self._request.against:
             makers.append(maker_against(path, self._home, [maker.name for maker in makers]))
         if self._request.dry_run:
