@@ -31,9 +31,10 @@ check: lint
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
 
-# On a machine with a GPU, whose torch is built with CUDA: parity with the CPU, memory against the plan, engines. Elsewhere they skip.
+# On a machine with a GPU, whose torch is built with CUDA: parity with the CPU, memory against the plan, every family the whole
+# way, engines. Elsewhere they skip. Files run next to each other, those of real size in one process.
 test-gpu: .venv/.test
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest -n 4 --dist loadfile -m gpu
 
 # The same tests with the lowest versions that pyproject.toml allows.
 test-lowest: $(LOWEST)/.test
