@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from flcompress.core.optimisation import Optimisation
 from flcompress.core.program import Fact, Program
-from flcompress.core.settings import Range, Training
+from flcompress.core.settings import Health, Range, Training
 from flcompress.core.steps import Cost, Pass, PassContext, Role
 from flcompress.errors import RequestError
 
@@ -100,6 +100,13 @@ class Consistency(Optimisation, Pass):
                 f"consistency.embedded_guidance: [{low:g}, {high:g}] given, but this transformer takes no guidance as "
                 "an input, so its student could not tell one scale from another; give one number as guidance"
             )
+
+    @override
+    def evaluation_forwards(self, parameters: float, original: float, teacher: int, health: Health) -> float:
+        from flcompress.training.distillation.student_monitor import evaluation_forwards
+
+        student = self.student_steps * parameters / original
+        return evaluation_forwards(health, self.steps, student, teacher, critic=False)
 
     @override
     def cost(self, parameters: float, blocks: int, original: float) -> Cost:

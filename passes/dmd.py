@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from flcompress.core.optimisation import Betas, Optimisation
 from flcompress.core.program import Fact, Program
-from flcompress.core.settings import EngineName, Range, Training
+from flcompress.core.settings import EngineName, Health, Range, Training
 from flcompress.core.steps import Cost, Pass, PassContext, Role
 from flcompress.errors import RequestError
 from flcompress.training.distillation.settings import NO_INTER, NO_INTRA, DistillationSettings
@@ -151,6 +151,13 @@ class DistributionMatching(Optimisation, Pass):
         from flcompress.training.distillation.roles import held_out_of
 
         return held_out_of(clips, training.health.samples)
+
+    @override
+    def evaluation_forwards(self, parameters: float, original: float, teacher: int, health: Health) -> float:
+        from flcompress.training.distillation.student_monitor import evaluation_forwards
+
+        student = self.student_steps * parameters / original
+        return evaluation_forwards(health, self.steps, student, teacher, critic=True)
 
     @override
     def cost(self, parameters: float, blocks: int, original: float) -> Cost:

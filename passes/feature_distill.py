@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from flcompress.core.optimisation import Optimisation
 from flcompress.core.program import Fact, Program
-from flcompress.core.settings import Training
+from flcompress.core.settings import Health, Training
 from flcompress.core.steps import Cost, Pass, PassContext, Role
 from flcompress.errors import PreconditionError
 
@@ -94,6 +94,12 @@ class FeatureDistill(Optimisation, Pass):
             roles=tuple(roles),
             keeps_features=True,
         )
+
+    @override
+    def evaluation_forwards(self, parameters: float, original: float, teacher: int, health: Health) -> float:
+        from flcompress.training.methods.stochastic_depth import HELD_OUT_CLIPS
+
+        return HELD_OUT_CLIPS * (health.evaluations(self.steps) * parameters / original + 1.0)  # the original once
 
     @property
     def training(self) -> FeatureDistillTraining:

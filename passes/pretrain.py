@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from flcompress.core.optimisation import Optimisation, Schedule, Warmup
 from flcompress.core.program import Fact, Program
-from flcompress.core.settings import Training
+from flcompress.core.settings import Health, Training
 from flcompress.core.steps import Cost, Pass, PassContext, Role
 
 if TYPE_CHECKING:
@@ -51,6 +51,12 @@ class Pretrain(Optimisation, Pass):
             batch=self.batch,
             roles=(Role("model", parameters, trained=True, moments=self.moments, averaged=self.averages),),
         )
+
+    @override
+    def evaluation_forwards(self, parameters: float, original: float, teacher: int, health: Health) -> float:
+        from flcompress.training.methods.pretraining import MONITOR_CLIPS
+
+        return float(MONITOR_CLIPS * health.evaluations(self.steps))
 
     @property
     def training(self) -> Pretraining:

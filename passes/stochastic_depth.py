@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from flcompress.core.optimisation import Optimisation, Schedule, Warmup
 from flcompress.core.program import CHOICE_NEEDS, Fact, Program
-from flcompress.core.settings import Training
+from flcompress.core.settings import Health, Training
 from flcompress.core.steps import Cost, Pass, PassContext, Role
 from flcompress.ir.selection import By, choose
 
@@ -83,6 +83,13 @@ class StochasticDepth(Optimisation, Pass):
             batch=self.batch,
             roles=tuple(roles),
         )
+
+    @override
+    def evaluation_forwards(self, parameters: float, original: float, teacher: int, health: Health) -> float:
+        from flcompress.training.methods.stochastic_depth import HELD_OUT_CLIPS
+
+        # Both paths each time, and the original once.
+        return HELD_OUT_CLIPS * (health.evaluations(self.steps) * (2.0 - self.remove) + 1.0)
 
     @property
     def training(self) -> StochasticDepthTraining:

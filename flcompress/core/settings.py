@@ -92,6 +92,10 @@ class Health(Settings):
     )
     max_grad_norm: float | None = Field(None, gt=0, description="largest gradient norm, before clipping")
 
+    def evaluations(self, steps: int) -> int:
+        """Count the held-out evaluations of a training: before it, at its interval, and after its last step."""
+        return 1 + -(-steps // self.every)
+
 
 class Sampling(Settings):
     """Sampling settings of the model before compression, the reference of every comparison."""

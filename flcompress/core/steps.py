@@ -214,6 +214,17 @@ class Pass(BaseModel, ABC):
         """
         return Cost()
 
+    def evaluation_forwards(self, parameters: float, original: float, teacher: int, health: Health) -> float:
+        """Return the forwards of one sample through the full transformer that all held-out evaluations take.
+
+        Args:
+            parameters: parameters of the transformer before the pass.
+            original: parameters of the transformer that the recipe started from.
+            teacher: network evaluations of one of the teacher's samples.
+            health: how often, and on how many samples.
+        """
+        return 0.0
+
     def check(self, training: Training) -> None:
         """Refuse, before any work, a training that this pass cannot be part of. Raises RequestError."""
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flcompress.core.settings import Precision
+from flcompress.core.settings import Health, Precision
 from flcompress.driver.manager import check, default_run_dir
 from flcompress.driver.rundir import RunDirectory
 from flcompress.driver.start import read_source, trace_folder
@@ -57,6 +57,7 @@ class PlannedPass:
         exchanges: what a process sends to others in a step.
         computing: duration of the pass's computations in seconds.
         exchanging: duration of its exchanges, those included that computations hide.
+        evaluating: duration of its held-out evaluations.
         seconds: duration of the pass.
         memory: memory of one process, under the recipe's own setting.
         fits: whether that memory fits the machine.
@@ -76,6 +77,7 @@ class PlannedPass:
     exchanges: PlannedExchanges
     computing: float
     exchanging: float
+    evaluating: float
     seconds: float
     memory: PlannedMemory
     fits: bool
@@ -234,9 +236,11 @@ def make_plan(
     inputs: list[PlannedInput] = []
     experts = PlannedExperts(recipe, source)
     parameters, evaluations = float(graph.parameters), source.contract.evaluations
+    teacher, health = evaluations, _shared(recipe.training.health, own.processes(machine) // own.sequence_parallel)
     for index, step in enumerate(recipe.passes):
         remaining = _remaining(graph, parameters, step.remaining(parameters))
-        planned = PlannedInput(step, parameters, _blocks(graph, parameters), experts.extra_roles(step))
+        evaluating = step.evaluation_forwards(parameters, float(graph.parameters), teacher, health)
+        planned = PlannedInput(step, parameters, _blocks(graph, parameters), experts.extra_roles(step), evaluating)
         inputs.append(planned)
         _check_batch(recipe, index, planned, planner, own.processes(machine))
         cost, plan = planned.cost(graph), planner.plan(planned, own, machine)
@@ -260,6 +264,7 @@ def make_plan(
                 exchanges=plan.exchanges,
                 computing=plan.computing,
                 exchanging=plan.exchanging,
+                evaluating=plan.evaluating,
                 seconds=plan.seconds,
                 memory=plan.memory,
                 fits=plan.fits,
@@ -285,6 +290,11 @@ def make_plan(
         advice=None if fits or own_only else advise(planner, inputs, machine, checkpointing),
         expert=recipe.model.expert,
     )
+
+
+def _shared(health: Health, processes: int) -> Health:
+    """Return the settings with as many samples as the processes make, each as many as the others."""
+    return health.model_copy(update={"samples": -(-health.samples // processes) * processes})
 
 
 def split_clip(model: Any, graph: BlockGraph, text: int, shape: LatentShape) -> SplitClip | None:

@@ -100,6 +100,7 @@ class PlannedSetting:
         exchanges: what it sends to others in a step.
         computing: duration of the pass's computations in seconds.
         exchanging: duration of its exchanges, those included that computations hide.
+        evaluating: duration of its held-out evaluations.
         seconds: duration of the pass.
         fits: whether a GPU has the memory, with `RESERVE` left.
     """
@@ -111,6 +112,7 @@ class PlannedSetting:
     exchanges: PlannedExchanges
     computing: float
     exchanging: float
+    evaluating: float
     seconds: float
     fits: bool
 
@@ -124,12 +126,14 @@ class PlannedInput:
         parameters: parameters of that transformer.
         blocks: blocks of that transformer.
         extra_roles: models in memory that the pass does not know of.
+        evaluating: forwards of its held-out evaluations, of one sample through the full transformer.
     """
 
     step: Pass
     parameters: float
     blocks: int
     extra_roles: tuple[Role, ...] = ()
+    evaluating: float = 0.0
 
     def cost(self, graph: BlockGraph, batch: int | None = None) -> Cost:
         """Return the cost of the pass, optionally at another batch size."""
@@ -193,7 +197,8 @@ class Planner:
             for sent in (exchanges.hidden, exchanges.waiting)
         )
         forwards = cost.forwards + cost.recomputed * setting.gradient_checkpointing
-        computing = forwards * self.graph.flops / machine.speed(precision) / processes
+        forward = self.graph.flops / machine.speed(precision) / processes
+        computing, evaluating = forwards * forward, planned.evaluating * forward
         return PlannedSetting(
             setting=setting,
             processes=processes,
@@ -202,7 +207,8 @@ class Planner:
             exchanges=exchanges,
             computing=computing,
             exchanging=hidden + waiting,
-            seconds=max(computing, hidden) + waiting + cost.steps * memory.moved / HOST_LINK,
+            evaluating=evaluating,
+            seconds=max(computing, hidden) + waiting + evaluating + cost.steps * memory.moved / HOST_LINK,
             fits=machine.holds(memory.total),
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from flcompress import wording
@@ -45,6 +46,7 @@ def plan_text(plan: Plan, *, settings: bool = False) -> str:
             *(_settings_lines(plan) if settings else ()),
             *_memory_lines(plan),
             f"time: about {_time(plan)}; exports: {', '.join(plan.exports) or 'none'}",
+            *_evaluation_lines(plan),
             f"end: {plan.final_evaluations} evaluations with {wording.share(share)} of the parameters{whose}: "
             f"{wording.ratio(plan.work_ratio)} less work a sample",
             "nothing was written",
@@ -63,6 +65,13 @@ def _time(plan: Plan) -> str:
         return speed
     apart = f"{plan.computing / 3600:,.1f} hours of computing, {plan.exchanging / 3600:,.1f} hours of exchanges"
     return f"{speed} ({apart} at {wording.share(LINK_UTILISATION, 0)} of the links')"
+
+
+def _evaluation_lines(plan: Plan) -> Iterator[str]:
+    evaluating = sum(row.evaluating for row in plan.passes)
+    if evaluating and not math.isnan(evaluating):
+        share = wording.share(evaluating / plan.seconds, 0)
+        yield f"time: {share} of it, {wording.duration(evaluating)}, are held-out evaluations (training.health.every)"
 
 
 def _memory_lines(plan: Plan) -> Iterator[str]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from flcompress.core.program import Program
+from flcompress.core.settings import Health
 from flcompress.core.steps import PassContext
 from flcompress.data.dataset import LatentDataset
 from flcompress.diffusion.contract import SamplingContract
@@ -14,7 +15,7 @@ from flcompress.diffusion.network import Network
 from flcompress.diffusion.process import shift
 from flcompress.draws import Draws
 from flcompress.training.distillation.critic_lag import critic_lag
-from flcompress.training.distillation.samples import Prompts, Samples
+from flcompress.training.distillation.samples import TEACHER_REDRAWS, Prompts, Samples
 from flcompress.training.role import TrainedRole
 from flcompress.training.watching.monitor import REDRAWS, Limit, Redraws, Watch
 
@@ -93,6 +94,20 @@ class StudentEvaluation:
         return critic_lag(
             fake, self._real, process, fresh, conditioning, level, noise, at_once=self._at_once, world=world
         )
+
+
+def evaluation_forwards(health: Health, steps: int, student: float, teacher: int, *, critic: bool) -> float:
+    """Return the forwards of all evaluations of a distillation, of one sample through the full transformer.
+
+    Args:
+        health: how often, and on how many samples.
+        steps: steps of the training.
+        student: forwards of one of the student's samples.
+        teacher: forwards of one of the teacher's.
+        critic: whether a fake score follows the student, whose lag is measured on samples of its own.
+    """
+    each = (1 + REDRAWS) * student + (student + 2.0) * critic
+    return health.samples * (health.evaluations(steps) * each + (1 + TEACHER_REDRAWS) * teacher)
 
 
 def student_watch(
