@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flcompress.core.settings import Health, Precision
+from flcompress.core.settings import Precision
 from flcompress.driver.manager import check, default_run_dir
 from flcompress.driver.rundir import RunDirectory
 from flcompress.driver.start import read_source, trace_folder
@@ -236,11 +236,11 @@ def make_plan(
     inputs: list[PlannedInput] = []
     experts = PlannedExperts(recipe, source)
     parameters, evaluations = float(graph.parameters), source.contract.evaluations
-    teacher, health = evaluations, _shared(recipe.training.health, own.processes(machine) // own.sequence_parallel)
     for index, step in enumerate(recipe.passes):
         remaining = _remaining(graph, parameters, step.remaining(parameters))
-        evaluating = step.evaluation_forwards(parameters, float(graph.parameters), teacher, health)
-        planned = PlannedInput(step, parameters, _blocks(graph, parameters), experts.extra_roles(step), evaluating)
+        roles, health = experts.extra_roles(step), recipe.training.health
+        blocks, teacher = _blocks(graph, parameters), source.contract.evaluations
+        planned = PlannedInput(step, parameters, blocks, roles, teacher, health)
         inputs.append(planned)
         _check_batch(recipe, index, planned, planner, own.processes(machine))
         cost, plan = planned.cost(graph), planner.plan(planned, own, machine)
@@ -273,7 +273,6 @@ def make_plan(
         )
         parameters, evaluations = remaining, step.evaluations(evaluations)
     final, ratio = experts.work_ratio(parameters, evaluations)
-    fits = all(row.fits for row in rows)
     return Plan(
         recipe=recipe.name,
         model=str(source.folder),
@@ -287,14 +286,9 @@ def make_plan(
         work_ratio=ratio,
         machine=machine,
         setting=own,
-        advice=None if fits or own_only else advise(planner, inputs, machine, checkpointing),
+        advice=None if own_only or all(row.fits for row in rows) else advise(planner, inputs, machine, checkpointing),
         expert=recipe.model.expert,
     )
-
-
-def _shared(health: Health, processes: int) -> Health:
-    """Return the settings with as many samples as the processes make, each as many as the others."""
-    return health.model_copy(update={"samples": -(-health.samples // processes) * processes})
 
 
 def split_clip(model: Any, graph: BlockGraph, text: int, shape: LatentShape) -> SplitClip | None:

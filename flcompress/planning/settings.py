@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import chain, product
 from typing import get_args
 
-from flcompress.core.settings import OFFLOADING, EngineName, OffloadName, Precision, Training
+from flcompress.core.settings import OFFLOADING, EngineName, Health, OffloadName, Precision, Training
 from flcompress.core.steps import Cost, Pass, Role
 from flcompress.ir.graph import BlockGraph
 from flcompress.planning.activations import SavedActivations
@@ -126,14 +126,16 @@ class PlannedInput:
         parameters: parameters of that transformer.
         blocks: blocks of that transformer.
         extra_roles: models in memory that the pass does not know of.
-        evaluating: forwards of its held-out evaluations, of one sample through the full transformer.
+        teacher: network evaluations of one of the teacher's samples.
+        health: the recipe's settings of held-out evaluations.
     """
 
     step: Pass
     parameters: float
     blocks: int
-    extra_roles: tuple[Role, ...] = ()
-    evaluating: float = 0.0
+    extra_roles: tuple[Role, ...]
+    teacher: int
+    health: Health
 
     def cost(self, graph: BlockGraph, batch: int | None = None) -> Cost:
         """Return the cost of the pass, optionally at another batch size."""
@@ -142,6 +144,11 @@ class PlannedInput:
         cost = step.cost(self.parameters, self.blocks, float(graph.parameters))
         cost = replace(cost, roles=(*cost.roles, *self.extra_roles))
         return cost if batch is None else replace(cost, batch=batch)
+
+    def evaluation_forwards(self, graph: BlockGraph, shares: int) -> float:
+        """Return the forwards of its held-out evaluations, in which each of `shares` makes as many samples."""
+        health = self.health.model_copy(update={"samples": -(-self.health.samples // shares) * shares})
+        return self.step.evaluation_forwards(self.parameters, float(graph.parameters), self.teacher, health)
 
 
 @dataclass(frozen=True)
@@ -167,8 +174,8 @@ class Planner:
         cost = planned.cost(self.graph)
         processes = setting.processes(machine) if planned.step.distributed else 1
         together = setting.sequence_parallel if planned.step.distributed and cost.steps else 1
+        shares = processes // together
         if cost.steps:
-            shares = processes // together
             cost = planned.cost(self.graph, -(-cost.batch // shares) * shares)
         training = Training(
             engine=setting.engine if planned.step.distributed else "local",
@@ -198,7 +205,7 @@ class Planner:
         )
         forwards = cost.forwards + cost.recomputed * setting.gradient_checkpointing
         forward = self.graph.flops / machine.speed(precision) / processes
-        computing, evaluating = forwards * forward, planned.evaluating * forward
+        computing, evaluating = forwards * forward, planned.evaluation_forwards(self.graph, shares) * forward
         return PlannedSetting(
             setting=setting,
             processes=processes,

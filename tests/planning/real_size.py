@@ -139,7 +139,7 @@ class RealSize:
         shape = self.source.latents[1:]
         saved = saved_activations(self.source.transformer, graph, tokens, shape, training.precision, gpu=True)
         left = graph.parameters - sum(graph.block(path).parameters for path in removed)
-        planned = PlannedInput(self.step(kind), float(left), len(graph.blocks) - len(removed))
+        planned = PlannedInput(self.step(kind), float(left), len(graph.blocks) - len(removed), (), 0, training.health)
         shapes = TransformerShapes.of(meta_transformer(self.source.transformer), graph)
         planner = Planner(graph, {training.precision: saved}, shapes)
         return planner.plan(planned, Setting.of(training), machine).memory.total
