@@ -28,6 +28,7 @@ from tests.fixtures.video_files import write_video
 
 CONFIGS = Path(__file__).resolve().parents[2] / "recipes" / "configs"
 CLIPS, TOKENS = 5, 512
+# Stage III makes no held-out samples: those of the teacher, which come first, would take longer than the steps.
 PROMPT = "a three drifting up"
 RECIPE = """
 version: 1
@@ -35,7 +36,7 @@ model: {{path: {model}}}
 sampling: {{num_inference_steps: 50, guidance_scale: 5.0, max_sequence_length: {tokens}, num_frames: {frames},
   height: {height}, width: {width}}}
 data: {{latents: {data}}}
-training: {{precision: bf16, gradient_checkpointing: true, health: {{on_breach: warn, samples: 1}}, log_to: []}}
+training: {{precision: bf16, gradient_checkpointing: true, health: {{on_breach: warn, samples: 0}}, log_to: []}}
 passes:
   - importance: {{draws: 8, noise_levels: 1, batch: 1}}
   - stochastic-depth: {{remove: 0.3, steps: {steps}, batch: 1, learning_rate: 1e-5}}
