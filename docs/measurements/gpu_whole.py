@@ -1,4 +1,4 @@
-"""A model of real size from clips to a student on one GPU, each pass beside its plan.
+"""A model of real size from clips to a student on one GPU, each pass next to its plan.
 
 `python -m docs.measurements.gpu_whole OUT` makes the pipeline of Wan 2.1 1.3B from the shipped configuration with
 random weights (but for the text encoder, which is small and of its width) and five clips of 81 frames at 480p, and
