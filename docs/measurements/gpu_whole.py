@@ -28,8 +28,8 @@ from tests.fixtures.video_files import write_video
 
 CONFIGS = Path(__file__).resolve().parents[2] / "recipes" / "configs"
 CLIPS, TOKENS = 5, 512
-# Stage III makes no held-out samples: those of the teacher, which come first, would take longer than the steps.
 PROMPT = "a three drifting up"
+# Stage III makes no held-out samples: those of the teacher, which come first, would take longer than the steps.
 RECIPE = """
 version: 1
 model: {{path: {model}}}
@@ -66,14 +66,12 @@ def make_pipeline(name: str, folder: Path, layers: int | None) -> None:
     WanPipeline(tokenizer(), umt5(settings["text_dim"]), vae, scheduler, transformer).save_pretrained(folder)
 
 
-def command(name: str, *arguments: str | Path) -> float:
-    """Give a command; return its seconds."""
+def command(name: str, *arguments: str | Path) -> None:
+    """Give a command; print how it ended and its seconds."""
     words = [sys.executable, "-m", "flcompress", name, *map(str, arguments)]
     started = time.monotonic()
     status = subprocess.run(words, check=False).returncode
-    seconds = time.monotonic() - started
-    print(f"== flcompress {name}: exit {status}, {seconds:.1f} s", flush=True)
-    return seconds
+    print(f"== flcompress {name}: exit {status}, {time.monotonic() - started:.1f} s", flush=True)
 
 
 @click.command()

@@ -16,8 +16,8 @@ AGAINST_PLAN = ("on", "planned memory", "measured", "ratio", "planned time", "me
 
 AGAINST_PLAN_NOTE = (
     "Memory: on a GPU the peak of its tensors; on a CPU that of the whole process, with what earlier passes left in "
-    "it, which decides for small models. Planned time: of the counted FLOPs alone; measured: with loading, held-out "
-    "evaluations, checkpoints and all attempts."
+    "it, which decides for small models. Planned time: of the counted FLOPs alone, those of held-out evaluations "
+    "included; measured: with loading, pictures, checkpoints and all attempts."
 )
 
 

@@ -147,10 +147,8 @@ class RealSize:
     def counted(self, kind: type[Pass], removed: Sequence[str] = ()) -> int:
         """Return the most bytes that are alive in a whole update of every role of a pass, by CUDA's autocast."""
         program, student, prompt = self._program(removed), self._student(), self._prompt()
-        processes = (
-            program.contract.process,
-            student.process,
-        )  # kept from here on: their tensors need storage
+        # Made here: they are kept, and their tensors need storage.
+        processes = program.contract.process, student.process
         values = Values()  # type: ignore[no-untyped-call]
         with FakeTensorMode(allow_non_fake_inputs=True), AllTrueMasks(), CudaAutocast(), Alive() as alive, values:
             given = {name: torch.empty(value.shape, dtype=value.dtype) for name, value in prompt.items()}

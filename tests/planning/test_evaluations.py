@@ -35,7 +35,7 @@ CLIPS = 4
 
 
 def counted(step: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[float, Any]:
-    """Carry out one pass; return the samples that its held-out evaluations sent through any transformer, and it."""
+    """Carry out passes; return the samples that its held-out evaluations sent through any transformer, and the last."""
     recipe = folder / "recipe.yaml"
     recipe.write_text(RECIPE.format(model=tiny_pipeline(folder / "model"), passes=f"  - {step}"))
     depth, samples = 0, 0
@@ -73,6 +73,7 @@ def counted(step: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[f
         "stochastic-depth: {by: middle, remove: 0.3, steps: 4, batch: 2}",
         "dmd: {student_steps: 2, inter_cfg: [2, 2], steps: 3, critic_updates: 1, batch: 2}",
         "consistency: {student_steps: 2, levels: 3, guidance: 2.0, steps: 4, batch: 2}",
+        "prune: {by: middle, remove: 0.3}\n  - feature-distill: {steps: 3, batch: 2}",
     ],
 )
 def test_the_plan_counts_what_evaluations_make(step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +96,7 @@ def test_a_pruned_student_makes_smaller_forwards(tmp_path: Path) -> None:
     assert dmd.evaluation_forwards(0.5, 1.0, 100, Health(samples=0)) == 0.0
 
 
-def test_the_plan_says_what_share_of_the_time_they_are(tmp_path: Path) -> None:
+def test_the_plan_gives_their_share_of_the_time(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         RECIPE.format(model=tiny_pipeline(tmp_path / "model"), passes="  - dmd: {student_steps: 4, steps: 100}")
