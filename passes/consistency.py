@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field, model_validator
@@ -158,4 +157,4 @@ class Consistency(Optimisation, Pass):
                 steps=steps,
                 seconds=context.earlier_seconds + time.monotonic() - started,
             ).write(context.directory / RESULT_FILE)
-        return replace(program.with_component("transformer", target), contract=contract)
+        return program.with_few_step(target, contract)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -295,4 +294,4 @@ class DistributionMatching(Optimisation, Pass):
                 "seconds": context.earlier_seconds + time.monotonic() - started,
             }
             StudentResult(**result).write(context.directory / RESULT_FILE)
-        return replace(program.with_component("transformer", target), contract=contract)
+        return program.with_few_step(target, contract)

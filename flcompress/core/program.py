@@ -34,6 +34,10 @@ CHECKPOINTS = "checkpoints"
 """Folder of the checkpoints that an interrupted training resumes from; no part of a result."""
 
 
+FEW_STEP_START = "few_step_start"
+"""Component that a few-step pass adds: the transformer that it was given, which `interpolate` moves back to."""
+
+
 class Fact(StrEnum):
     """A fact about a program. Passes declare which they need, give and void."""
 
@@ -71,7 +75,8 @@ class Program:
         latents: (channels, frames, height, width) of what is sampled.
         components: component name -> folder, as in a diffusers pipeline ("transformer", "vae", "text_encoder",
             "tokenizer", ...), and two more: "original", the transformer the recipe started from, and "elastic", the
-            unpruned transformer that "transformer" was cut from (the original, or what stochastic depth made of it).
+            unpruned transformer that "transformer" was cut from (the original, or what stochastic depth made of it);
+            of a few-step student also `FEW_STEP_START`.
             Of two experts these are the one that is compressed; "partner" is the other, as it is sampled with
             "transformer", and "original_partner" as it is sampled with "original".
         contract: how the current transformer is sampled.
@@ -132,6 +137,13 @@ class Program:
     def own_name(self) -> str:
         """The stock pipeline's name of the transformer that is compressed."""
         return COMPONENTS[self.contract.experts.compressed] if self.contract.experts else "transformer"
+
+    def with_few_step(self, folder: Path, contract: SamplingContract) -> Program:
+        """Return the program with a few-step student of its transformer, which it notes as the student's start."""
+        start = self.components["transformer"]
+        return replace(
+            self.with_component(FEW_STEP_START, start).with_component("transformer", folder), contract=contract
+        )
 
     def with_component(self, name: str, folder: Path) -> Program:
         """Return the program with one component replaced."""

@@ -31,6 +31,7 @@ PASSES: dict[str, str] = {
     "feature-distill": "flcompress.passes.feature_distill:FeatureDistill",
     "dmd": "flcompress.passes.dmd:DistributionMatching",
     "consistency": "flcompress.passes.consistency:Consistency",
+    "interpolate": "flcompress.passes.interpolate:Interpolate",
     "train-autoencoder": "flcompress.passes.train_autoencoder:TrainAutoencoder",
     "pretrain": "flcompress.passes.pretrain:Pretrain",
 }

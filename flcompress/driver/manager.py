@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flcompress.core.attempts import ATTEMPTS_FILE, PEAKS, describe, seconds_so_far
-from flcompress.core.program import Program
+from flcompress.core.program import FEW_STEP_START, Program
 from flcompress.core.registry import find_exporter
 from flcompress.core.steps import Pass, PassContext
 from flcompress.core.wandb_access import check_wandb_installed, check_wandb_login
@@ -260,7 +260,8 @@ def _entry_of_start(recipe: Recipe, source: start.Source, store: Store) -> tuple
 def _with_moved_parts(entry: Entry, beginning: Program) -> Program:
     """Return the entry's program; parts that it shares with the starting model are taken from where that is now."""
     program = entry.program()
-    here = {name: path if path.is_dir() else beginning.components[name] for name, path in program.components.items()}
+    theirs = {FEW_STEP_START: beginning.components["transformer"], **beginning.components}
+    here = {name: path if path.is_dir() else theirs[name] for name, path in program.components.items()}
     if here != dict(program.components):
         program = replace(program, components=here)
         program.save(entry.folder)

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from flcompress.core.program import Program
+from flcompress.core.program import FEW_STEP_START, Program
 from flcompress.core.records import Event, RunFile
 from flcompress.driver import start
 from flcompress.driver.store import Entry
@@ -165,13 +165,17 @@ class RunDirectory:
         if self._model is None and not missing:
             return program
         beginning = Program.load(self._entry_folders()[0]).components
-        shared = [name for name, path in program.components.items() if beginning.get(name) == path]
+        shared = {name: name for name, path in program.components.items() if beginning.get(name) == path}
+        if program.components.get(FEW_STEP_START) == beginning["transformer"]:
+            shared[FEW_STEP_START] = "transformer"  # the few-step pass was given the model as it is
         recipe = self.recipe()
         if self._model is not None:
             recipe = self._relocate(recipe, self._model)
         with suppress(ModelError):  # no model there either
             here = start.components_of(recipe, start.model_index(recipe), recipe.model_folder())
-            program = replace(program, components={**program.components, **{name: here[name] for name in shared}})
+            program = replace(
+                program, components={**program.components, **{name: here[own] for name, own in shared.items()}}
+            )
             missing = [path for path in program.components.values() if not path.is_dir()]
         if missing:
             raise RequestError(

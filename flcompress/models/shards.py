@@ -10,12 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flcompress.errors import ModelError
+from flcompress.files import move_in_place
 from flcompress.models.stock_files import DIFFUSERS, required_files, weight_map
 
 if TYPE_CHECKING:
@@ -159,7 +161,46 @@ class LiveTensor:
             yield flat[start : start + PIECE]
 
 
-Writable = StoredTensor | StackedTensor | LiveTensor
+@dataclass(frozen=True, slots=True)
+class InterpolatedTensor:
+    """(1 - share) times a tensor plus share times another of its shape, in the dtype of the first.
+
+    Computed in fp64, so that two equal numbers give the same number.
+    """
+
+    own: StoredTensor
+    other: StoredTensor
+    share: float
+
+    @property
+    def dtype(self) -> str:
+        """The dtype by the file's name for it."""
+        return self.own.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape."""
+        return self.own.shape
+
+    @property
+    def size(self) -> int:
+        """Number of bytes."""
+        return self.own.size
+
+    def pieces(self) -> Iterator[memoryview]:
+        """Yield its bytes, piece by piece."""
+        import torch
+
+        kind, at_once = getattr(torch, _NUMBERS[self.dtype]), PIECE // 8
+        for first in range(0, self.own.count, at_once):
+            count = min(at_once, self.own.count - first)
+            own, other = (torch.empty(count, dtype=torch.float64) for _ in range(2))
+            self.own.numbers(first, count).fill(own)
+            self.other.numbers(first, count).fill(other)
+            yield from LiveTensor(torch.lerp(own, other, self.share).to(kind)).pieces()
+
+
+Writable = StoredTensor | StackedTensor | LiveTensor | InterpolatedTensor
 
 
 def file_tensors(path: Path) -> dict[str, StoredTensor]:
@@ -274,6 +315,18 @@ def write_tensors(folder: Path, tensors: Mapping[str, Writable], largest: int = 
         (folder / f"{DIFFUSERS}.safetensors.index.json").write_text(
             json.dumps(index, indent=2) + "\n", encoding="utf-8"
         )
+
+
+def write_model(
+    target: Path, tensors: Mapping[str, Writable], config: Mapping[str, Any], largest: int = LARGEST_SHARD
+) -> None:
+    """Write the folder `target` of a stock model, whole or not at all: `write_tensors`, and `config.json`."""
+    work = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    write_tensors(work, tensors, largest)
+    (work / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    move_in_place(work, target)
 
 
 def write_file(

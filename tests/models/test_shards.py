@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from flcompress.errors import ModelError
 from flcompress.models.folder import check_weights
-from flcompress.models.shards import StoredTensor, file_tensors, folder_tensors, write_tensors
+from flcompress.models.shards import InterpolatedTensor, StoredTensor, file_tensors, folder_tensors, write_tensors
 
 NAME, INDEX = "diffusion_pytorch_model", "diffusion_pytorch_model.safetensors.index.json"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8, torch.float8_e4m3fn)
@@ -184,3 +184,43 @@ def test_what_is_written_starts_at_a_multiple_of_eight_bytes(tmp_path: Path) -> 
         (file,) = target.glob("*.safetensors")
         (tensor,) = file_tensors(file).values()
         assert tensor.start % 8 == 0
+
+
+FLOATS = tuple(dtype for dtype in DTYPES if dtype.is_floating_point)
+
+
+@given(
+    shape=st.lists(st.integers(0, 5), max_size=3),
+    dtypes=st.tuples(st.sampled_from(FLOATS), st.sampled_from(FLOATS)),
+    share=st.floats(0, 1),
+    seed=st.integers(0, 9),
+    piece=st.sampled_from([8, 24, 1 << 24]),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_tensor_is_interpolated_in_its_own_dtype(
+    shape: list[int], dtypes: tuple[torch.dtype, torch.dtype], share: float, seed: int, piece: int
+) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    a, b = (torch.randn(shape, generator=draw).to(dtype) for dtype in dtypes)
+    with tempfile.TemporaryDirectory() as place, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flcompress.models.shards.PIECE", piece)
+        folder = Path(place)
+        save_file({"a": a, "b": b}, str(folder / f"{NAME}.safetensors"))
+        stored = folder_tensors(folder)
+        (folder / "out").mkdir()
+        new = {
+            "between": InterpolatedTensor(stored["a"], stored["b"], share),
+            "itself": InterpolatedTensor(stored["a"], stored["a"], share),
+            "own": InterpolatedTensor(stored["a"], stored["b"], 0.0),
+            "other": InterpolatedTensor(stored["a"], stored["b"], 1.0),
+        }
+        write_tensors(folder / "out", new)
+        read = load_file(str(folder / "out" / f"{NAME}.safetensors"))
+    assert same(read["itself"], a)
+    assert same(read["own"], a)
+    assert same(read["other"], b.double().to(a.dtype))
+    expected = (1.0 - share) * a.double() + share * b.double()
+    assert read["between"].dtype == a.dtype
+    torch.testing.assert_close(
+        read["between"].double(), expected.to(a.dtype).double(), rtol=torch.finfo(a.dtype).eps, atol=1e-12
+    )

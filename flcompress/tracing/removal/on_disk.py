@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,13 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from flcompress.errors import NotRemovable, PostconditionError
-from flcompress.files import move_in_place
 from flcompress.ir.graph import BlockGraph
 from flcompress.models.configs import check_transformer_config
 from flcompress.models.inputs import example_inputs
 from flcompress.models.loading import load_transformer, meta_transformer
 from flcompress.models.part_check import matching_tensors
-from flcompress.models.shards import LARGEST_SHARD, StackedTensor, StoredTensor, Writable, write_tensors
+from flcompress.models.shards import LARGEST_SHARD, StackedTensor, StoredTensor, Writable, write_model
 from flcompress.models.stock import Fit, state_shapes
 from flcompress.tracing.config_keys import build
 from flcompress.tracing.removal.remove import Certificate, certify, remove
@@ -103,13 +100,7 @@ def remove_on_disk(
     tensors = {new: _rows(stored[old], certificate.chunked.get(new)) for new, old in names.items()}
     built = build(large, changes)
     _check_fit(built, tensors)
-    work = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    write_tensors(work, tensors, largest_shard)
-    text = json.dumps({**config, **changes}, indent=2) + "\n"
-    (work / "config.json").write_text(text, encoding="utf-8")
-    move_in_place(work, target)
+    write_model(target, tensors, {**config, **changes}, largest_shard)
     return DiskRemoval(
         certificate=certificate, stand_in=changed, names=names, resized=_resized_blocks(large, built, certificate)
     )
