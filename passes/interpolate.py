@@ -31,7 +31,9 @@ class Interpolate(Pass):
     name: ClassVar[str] = "interpolate"
 
     start_share: float = Field(
-        gt=0, lt=1, description="share of the weights that few-step training started from; the rest is its student's"
+        ge=0,
+        lt=1,
+        description="share of the weights that few-step training started from; 0 leaves the student as it is",
     )
 
     @property
@@ -41,7 +43,7 @@ class Interpolate(Pass):
 
     @override
     def apply(self, program: Program, context: PassContext) -> Program:
-        from flcompress.models.interpolation import interpolate_on_disk
+        from flcompress.models.loading import save_interpolated
 
         student = program.components["transformer"]
         start = program.components.get(FEW_STEP_START)
@@ -52,5 +54,5 @@ class Interpolate(Pass):
             )
         target = context.directory / "transformer"
         shutil.rmtree(target, ignore_errors=True)  # of an attempt that was killed
-        interpolate_on_disk(student, start, self.start_share, target)
+        save_interpolated(student, start, self.start_share, target)
         return program.with_component("transformer", target)

@@ -10,10 +10,18 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 
-from flcompress.models.configs import BUILD_ERRORS, build_error, check_config, read_index, read_json, settings
+from flcompress.models.configs import (
+    BUILD_ERRORS,
+    build_error,
+    check_config,
+    check_transformer_config,
+    read_index,
+    read_json,
+    settings,
+)
 from flcompress.models.part_check import check_loaded, matching_tensors
 from flcompress.models.parts import load_part
-from flcompress.models.shards import StoredTensor
+from flcompress.models.shards import InterpolatedTensor, StoredTensor, Writable, write_model
 from flcompress.models.stock import no_progress_bars, stock_class
 from flcompress.models.stock_files import stock_files
 
@@ -117,6 +125,29 @@ def save_transformer(like: Path, weights: Mapping[str, torch.Tensor], target: Pa
     model = meta_transformer(like)
     model.load_state_dict(weights, assign=True)
     model.save_pretrained(str(target))
+
+
+def save_interpolated(folder: Path, other: Path, share: float, target: Path) -> None:
+    """Write the transformer of `folder` with a share of another's weights, (1 - share) a + share b, in little memory.
+
+    Computed in fp64 and rounded to the dtype in `folder`; tensors of whole numbers keep every byte.
+
+    Args:
+        folder: a transformer.
+        other: one of the same configuration; its dtype may differ.
+        share: in [0, 1].
+        target: the folder to write.
+
+    Raises:
+        ModelError: weights that are missing, short, or not those of the configuration in `folder`.
+    """
+    config, model = check_transformer_config(folder), meta_transformer(folder)
+    theirs = matching_tensors(other, model)
+    tensors: dict[str, Writable] = {
+        name: InterpolatedTensor(own, theirs[name], share) if own.floating else own
+        for name, own in matching_tensors(folder, model).items()
+    }
+    write_model(target, tensors, config)
 
 
 @no_progress_bars()
