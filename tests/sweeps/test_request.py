@@ -130,12 +130,11 @@ def test_the_methods_of_the_field_train_with_the_same_number_of_network_calls() 
     """A forward counts as one, a backward as two; of what makes few steps, not of what comes before it."""
     calls = {}
     for cell in read_request(Path("recipes/sweeps/field.yaml")).cells:
-        *before, last = cell.load(0).passes
         share = 1.0
-        for step in before:
+        for step in cell.load(0).passes:
+            if Fact.FEW_STEP in step.gives:
+                calls[cell.name] = step.cost(share, 1, 1.0).forwards
             share = step.remaining(share)
-        assert Fact.FEW_STEP in last.gives
-        calls[cell.name] = last.cost(share, 1, 1.0).forwards
     assert calls == pytest.approx(dict.fromkeys(calls, calls["ours"]), rel=0.03)
 
 
