@@ -43,14 +43,20 @@ class Interpolate(Pass):
 
     @override
     def apply(self, program: Program, context: PassContext) -> Program:
-        from flcompress.models.loading import save_interpolated
+        from flcompress.models.loading import meta_transformer, save_interpolated
+        from flcompress.models.stock import state_shapes
 
         student = program.components["transformer"]
         start = program.components.get(FEW_STEP_START)
         if start is None:
             raise PreconditionError(
-                f"interpolate: {student.parent} was trained by an earlier version, which did not note the weights it "
-                "started from; delete that folder and apply the recipe again, or leave interpolate out"
+                f"interpolate: {student.parent} does not name the weights that its training started from, which "
+                "earlier versions did not note; delete that folder and apply the recipe again, or leave interpolate out"
+            )
+        if state_shapes(meta_transformer(start)) != state_shapes(meta_transformer(student)):
+            raise PreconditionError(
+                f"interpolate: {student} has other tensors than {start}, where its training started; blocks were "
+                "cut in between: put interpolate before prune"
             )
         target = context.directory / "transformer"
         shutil.rmtree(target, ignore_errors=True)  # of an attempt that was killed

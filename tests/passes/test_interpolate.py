@@ -116,6 +116,11 @@ def test_a_student_of_an_earlier_version_is_named(folder: Path) -> None:
     with pytest.raises(PreconditionError) as failure:
         apply(recipe(folder, [CUT, STUDENTS["dmd"], {"interpolate": {"start_share": 0.25}}]), folder / "run")
     assert str(failure.value) == (
-        f"interpolate: {stored.resolve()} was trained by an earlier version, which did not note the weights it started "
-        "from; delete that folder and apply the recipe again, or leave interpolate out"
+        f"interpolate: {stored.resolve()} does not name the weights that its training started from, which earlier "
+        "versions did not note; delete that folder and apply the recipe again, or leave interpolate out"
     )
+
+
+def test_blocks_cannot_go_in_between(folder: Path) -> None:
+    with pytest.raises(PreconditionError, match="blocks were cut in between: put interpolate before prune"):
+        apply(recipe(folder, [STUDENTS["dmd"], CUT, {"interpolate": {"start_share": 0.25}}]), folder / "run")
