@@ -42,7 +42,7 @@ METRICS = (
     Metric(key="motion_smoothness", label="Smoothness", better=1),
     Metric(key="dynamic_degree", label="Dynamic degree", better=0),
     Metric(key="imaging_quality", label="Imaging quality", better=1),
-    Metric(key="average", label="Average", better=1, shown=True),
+    Metric(key="average", label="Average", better=1, shown=True, compared=True),
     Metric(key="identity", label="Identity", better=1),
     Metric(key="frechet_fixed", label="Fréchet, fixed features", better=-1),
 )
