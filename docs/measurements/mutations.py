@@ -69,6 +69,7 @@ PASS_TESTS: dict[str, tuple[str, ...]] = {
     "feature_distill": (*FEATURES, *ATTENTION),
     "temporal_attention": (*ATTENTION, "tests/passes/test_importance.py"),
     "train_autoencoder": AUTOENCODER,
+    "interpolate": ("tests/passes/test_interpolate.py",),
 }
 METHOD_TESTS: dict[str, tuple[str, ...]] = {
     "stochastic_depth": DEPTH,
