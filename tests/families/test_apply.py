@@ -43,6 +43,7 @@ passes:
   - stochastic-depth: {{remove: 0.1, steps: 2, batch: 2}}
   - prune: {{remove: 0.1}}
   - dmd: {{inter_cfg: [{guidance}, {guidance}], steps: 1, critic_updates: 1, batch: 2}}
+  - interpolate: {{start_share: 0.25}}
 exports: [diffusers]
 """
 
