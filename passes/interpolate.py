@@ -25,7 +25,7 @@ class Interpolate(Pass):
 
     Wortsman et al. 2022 (WiSE-FT, arXiv 2109.01903), equation 1, for classifiers.
 
-    `- interpolate: {start_share: 0.3}`
+    `- interpolate: {start_share: 0.2}`
     """
 
     name: ClassVar[str] = "interpolate"
